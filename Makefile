@@ -1,0 +1,32 @@
+# Every target but help and clean makes .venv first; that takes no time when nothing changed.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check check-lint bench clean
+
+BIN := .venv/bin
+
+help: ## Show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make .venv from the lock and install loracache into it
+	@PYTHON="$(PYTHON)" scripts/setup.sh
+
+demo: setup ## See the cache work: a small model, a daemon, a hit
+	@$(BIN)/python examples/demo.py
+
+test: setup ## Run every test: fast ones first, then those with a real vLLM
+	@scripts/test.sh all
+
+check: check-lint ## Lint, types and the fast tests (under 90 seconds)
+	@scripts/test.sh fast
+
+check-lint: setup ## Lint, formatting and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## Measure, and print what was measured on what
+	@$(BIN)/python benchmarks/run.py
+
+clean: ## Remove .venv and everything built or cached
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

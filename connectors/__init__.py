@@ -1,0 +1,1 @@
+"""Connectors: what plugs LoRACache into serving engines."""

@@ -1,0 +1,214 @@
+"""LoRACacheConnector: what vLLM loads. Hands each call to the scheduler's or the worker's side and holds no logic.
+
+vLLM makes one in EngineCore (role SCHEDULER) and one in every worker (role WORKER); see vLLM's
+`kv_connector/v1/base.py` for when each method is called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from loracache.connectors.vllm.geometry import uncacheable
+from loracache.connectors.vllm.hit_sources import hits_by_source
+from loracache.connectors.vllm.identity import model_identity
+from loracache.connectors.vllm.link import SchedulerLink
+from loracache.connectors.vllm.messages import Facts, StepPlan, WorkerNews
+from loracache.connectors.vllm.options import Options
+from loracache.connectors.vllm.private import private_server
+from loracache.connectors.vllm.scheduler import SchedulerSide
+from loracache.connectors.vllm.worker import WorkerSide
+from loracache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["LoRACacheConnector"]
+
+_log = logging.getLogger(__name__)
+
+
+class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
+    """Finds KV that was computed before, in LoRACache. Configured by `kv_connector_extra_config` (options.py)."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        options = Options.parse(dict(transfer.kv_connector_extra_config))
+        if not options.server and getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
+            raise ConfigError(
+                f"kv_connector_extra_config: server is not set, but the engine runs on {vllm_config.parallel_config.nnodes} "
+                f"nodes; start `loracache serve` on each node and give its socket as server"
+            )
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        problem = uncacheable(vllm_config, kv_cache_config)
+        if role is KVConnectorRole.WORKER:
+            self._worker = WorkerSide(vllm_config, kv_cache_config, options, problem)
+            return
+        if transfer.kv_load_failure_policy != "recompute":
+            _log.warning(
+                'kv_load_failure_policy is "fail": a chunk that cannot be loaded fails its request; set "recompute"'
+            )
+        self._num_block_tokens = 0 if problem else kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._link = SchedulerLink(options.server or private_server(transfer.engine_id))
+        identity = "" if problem else model_identity(vllm_config, options.model_id)
+        self._scheduler = SchedulerSide(vllm_config, options, identity, self._link)
+        if problem:
+            self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
+
+    # -- both sides ------------------------------------------------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what is not stored is a miss later, and nothing else."""
+        return False
+
+    def shutdown(self) -> None:
+        """Finish stores, give leases back."""
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.close()
+
+    # -- worker ----------------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """See WorkerSide."""
+        assert self._worker is not None
+        self._worker.register_kv_caches(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What the scheduler needs to know of this worker."""
+        assert self._worker is not None
+        return self._worker.facts
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Let go of blocks that this step may overwrite."""
+        assert self._worker is not None
+        if isinstance(kv_connector_metadata, StepPlan):
+            self._worker.handle_preemptions(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Start this step's loads. All loads are asynchronous: none is waited for in a step."""
+        assert self._worker is not None
+        plan = self._connector_metadata
+        if isinstance(plan, StepPlan):
+            self._worker.start_loads(plan)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: a request computes only after its load."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to do: whole chunks are stored after the step that completed them."""
+
+    def wait_for_save(self) -> None:
+        """Start this step's stores. They run behind the engine; their blocks are held until they are done."""
+        assert self._worker is not None
+        plan = self._connector_metadata
+        if isinstance(plan, StepPlan):
+            self._worker.start_stores(plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """(stores done, loads done), each request once."""
+        assert self._worker is not None
+        stored, loaded = self._worker.take_finished()
+        return stored or None, loaded or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks of the loads just reported that hold no valid KV."""
+        assert self._worker is not None
+        return self._worker.take_load_errors()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """What the scheduler's side should know."""
+        assert self._worker is not None
+        return self._worker.take_news()
+
+    # -- scheduler -------------------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """The workers' facts, by rank."""
+        self._take_facts(metadata.values())
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """The workers' facts, by pipeline and tensor rank."""
+        self._take_facts(metadata.values())
+
+    def on_new_request(self, request: Request) -> None:
+        """Send the lookup."""
+        assert self._scheduler is not None
+        self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens can be loaded beyond those the engine has."""
+        assert self._scheduler is not None
+        return self._scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Plan the load of `num_external_tokens`."""
+        assert self._scheduler is not None
+        if num_external_tokens:
+            self._scheduler.planned_load(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[Any, int]:
+        """The tiers that `num_external_tokens` come from."""
+        assert self._scheduler is not None
+        return hits_by_source(self._scheduler.load_tiers(request.request_id), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """This step's plan."""
+        assert self._scheduler is not None
+        return self._scheduler.build_plan(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take the workers' results."""
+        assert self._scheduler is not None
+        news = connector_output.kv_connector_worker_meta
+        if isinstance(news, WorkerNews):
+            if news.facts:
+                self._take_facts(news.facts)
+            self._scheduler.take_news(news)
+        loaded, invalid = connector_output.finished_recving or set(), connector_output.invalid_block_ids or set()
+        if loaded or invalid:
+            self._scheduler.finished_loading(loaded, invalid)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Plan the last stores; True where blocks must wait for them."""
+        assert self._scheduler is not None
+        return self._scheduler.finished(request, block_ids), None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same with several KV cache groups; more than one is never cached."""
+        return self.request_finished(request, block_ids[0] if len(block_ids) == 1 else [])
+
+    def reset_cache(self) -> bool | None:
+        """Weights changed in place: start a namespace of our own."""
+        assert self._scheduler is not None
+        return self._scheduler.reset()
+
+    def _take_facts(self, facts: Iterable[object]) -> None:
+        assert self._scheduler is not None
+        known = [fact for fact in facts if isinstance(fact, Facts)]
+        if known and not self._scheduler.on:
+            self._scheduler.set_facts(known, self._num_block_tokens)

@@ -1,0 +1,68 @@
+"""Shards, chunk sizes, and which models' KV can be cached at all. Pure functions of vLLM's configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loracache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["chunk_blocks", "shard_name", "uncacheable"]
+
+_CHUNK_BYTES = 1 << 20
+
+
+def chunk_blocks(block_bytes: int, block_size: int, chunk_tokens: int) -> int:
+    """Engine blocks of a chunk: the fewest that make an object of at least 1 MiB, or those of `chunk_tokens`.
+
+    Raises ConfigError where chunk_tokens is no multiple of the block size.
+    """
+    if chunk_tokens % block_size:
+        raise ConfigError(
+            f"kv_connector_extra_config: chunk_tokens={chunk_tokens} is no multiple of the engine's block size {block_size}"
+        )
+    return chunk_tokens // block_size or max(1, -(-_CHUNK_BYTES // block_bytes))
+
+
+def shard_name(config: VllmConfig, layers: list[str]) -> str:
+    """This worker's part of the KV: its layers and its range of KV heads. Ranks with replicated heads share a name."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    total = config.model_config.get_total_num_kv_heads()
+    ranks, rank = config.parallel_config.tensor_parallel_size, get_tp_group().rank_in_group
+    if getattr(config.model_config, "use_mla", False):
+        heads = "all"
+    elif total >= ranks:
+        heads = f"{rank * total // ranks}-{(rank + 1) * total // ranks}"
+    else:
+        first = rank * total // ranks
+        heads = f"{first}-{first + 1}"
+    return f"pp{get_pp_group().rank_in_group}of{config.parallel_config.pipeline_parallel_size}/{len(layers)}layers/heads{heads}of{total}"
+
+
+def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """Why this model's KV cannot be cached exactly, or ""."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"
+        return f"it has {len(groups)} KV cache groups ({kinds}); one group of full attention can be cached"
+    spec = groups[0].kv_cache_spec
+    specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+    for each in specs:
+        # Subclasses (sinks, hidden states, bounded replay) add state of their own; MLA keeps plain full attention.
+        if type(each).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec") or not isinstance(
+            each, FullAttentionSpec
+        ):
+            return f"its KV is of kind {type(each).__name__}; full attention can be cached"
+    parallel = config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is {getattr(parallel, name)}; context parallel KV is not cached"
+    if config.model_config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    return ""

@@ -1,0 +1,146 @@
+"""The scheduler's connection: questions that are sent and never waited for.
+
+A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's patience for
+half a second; then it is asked nothing more until it has answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+from loracache import protocol
+from loracache.connection import Connection
+from loracache.errors import LoRACacheError, Rejected
+from loracache.tiers import Tier
+
+__all__ = ["SchedulerLink"]
+
+_log = logging.getLogger(__name__)
+_RETRY_S = 1.0
+_REPORT_S = 1.0
+_SILENT_AFTER_S = 0.5
+
+
+class SchedulerLink:
+    """Non-blocking questions to a daemon. A question's number is 0 where it could not be sent."""
+
+    def __init__(self, server: str) -> None:
+        self._connection = Connection(server, name="vllm-scheduler")
+        self._next_try = 0.0
+        self._counts: Counter[str] = Counter()
+        self._next_report = 0.0
+        self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
+        self._unwanted: set[int] = set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the daemon is there and answers."""
+        return self._connection.connected and not self._silent()
+
+    def connect(self) -> None:
+        """Connect now. Raises Unavailable."""
+        self._connection.connect()
+
+    def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
+        """Ask for the leading run of `keys`, holding it under `lease`."""
+        return self._ask(protocol.Lookup(lease, protocol.join_keys(keys), shards, ttl))
+
+    def answer_lookup(self, number: int) -> tuple[str, ...] | None:
+        """Tier names of the leading keys, or None while there is no answer. A question that failed is a miss."""
+        done, payload = self._answer(number)
+        if not done:
+            return None
+        return tuple(Tier(tier).label for tier in payload[0]) if payload else ()
+
+    def ask_adapter(self, path: str) -> int | None:
+        """Ask for an adapter's digest; None where it could not be asked."""
+        return self._ask(protocol.AdapterDigest(path)) or None
+
+    def answer_adapter(self, number: int) -> tuple[bool, str | None]:
+        """(answered, hex digest or None where it has none)."""
+        done, payload = self._answer(number)
+        return done, str(payload[0]) if payload else None
+
+    def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
+        """Have slow tiers start raising `keys`."""
+        self._connection.send(protocol.Prefetch(lease, protocol.join_keys(keys), ttl), answer=False)
+
+    def release(self, lease: bytes) -> None:
+        """End a request's lease."""
+        self._connection.send(protocol.Release(lease, b""), answer=False)
+
+    def forget(self, number: int) -> None:
+        """An answer nobody wants any more; it still counts as a sign of life."""
+        if number in self._asked:
+            self._unwanted.add(number)
+
+    def count(self, cause: str, amount: int) -> None:
+        """Count a failure seen in the engine; the daemon's status shows it."""
+        self._counts[cause] += amount
+
+    def flush_counts(self) -> None:
+        """Send the counts, at most once a second."""
+        now = time.monotonic()
+        if self._counts and now >= self._next_report and self._connection.connected:
+            self._next_report = now + _REPORT_S
+            self._connection.send(protocol.Report(dict(self._counts)), answer=False)
+            self._counts.clear()
+
+    def close(self) -> None:
+        """Close the connection; its leases end."""
+        self.flush_counts()
+        self._connection.close()
+
+    def _ask(self, request: protocol.Request) -> int:
+        if not self._ready() or self._silent():
+            return 0
+        try:
+            number = self._connection.send(request)
+        except LoRACacheError as error:
+            _log.warning("%s", error)
+            return 0
+        if isinstance(request, protocol.Lookup):
+            self._asked[number] = time.monotonic()
+        return number
+
+    def _answer(self, number: int) -> tuple[bool, list[Any] | None]:
+        """(answered, payload); no payload where the question failed."""
+        try:
+            self._connection.poll()
+            reply = self._connection.take(number)
+        except LoRACacheError as error:
+            if not isinstance(error, Rejected):
+                _log.warning("%s", error)
+            self._asked.pop(number, None)
+            return True, None
+        if reply is None:
+            return False, None
+        self._asked.pop(number, None)
+        return True, reply.payload
+
+    def _ready(self) -> bool:
+        if self._connection.connected:
+            return True
+        self._asked.clear()
+        self._unwanted.clear()
+        now = time.monotonic()
+        if now < self._next_try:
+            return False
+        self._next_try = now + _RETRY_S
+        try:
+            self._connection.connect()
+        except LoRACacheError as error:
+            _log.warning("%s", error)
+            return False
+        return True
+
+    def _silent(self) -> bool:
+        """Whether the oldest question has waited so long that more of them would be pointless."""
+        for number in list(self._unwanted):
+            if self._answer(number)[0]:
+                self._unwanted.discard(number)
+        oldest = next(iter(self._asked.values()), None)
+        return oldest is not None and time.monotonic() - oldest > _SILENT_AFTER_S

@@ -1,0 +1,105 @@
+"""What the scheduler's side and the workers' side tell each other, once a step, through vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from loracache.keys import Namespace
+
+__all__ = ["AdapterBinding", "ChunkBlocks", "Facts", "Load", "StepPlan", "Store", "WorkerNews"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBinding:
+    """Which content the scheduler believes an adapter id to stand for. digest: hex."""
+
+    lora_int_id: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkBlocks:
+    """One chunk and the engine's blocks for it. `first` is the place in the chunk of the first of `blocks`: 0 unless a
+    prefix that the engine holds itself ends inside the chunk."""
+
+    key: bytes
+    blocks: tuple[int, ...]
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Chunks to copy into a request's blocks, first to last."""
+
+    request_id: str
+    chunks: tuple[ChunkBlocks, ...]
+    adapter: AdapterBinding | None
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Computed chunks to keep, a run of one chain. parent: the chunk before, b"" for none. first_step: the step in which the
+    request was first computed: an adapter changed since then made these blocks worthless."""
+
+    request_id: str
+    namespace: Namespace
+    parent: bytes
+    chunks: tuple[ChunkBlocks, ...]
+    adapter: AdapterBinding | None
+    first_step: int
+
+
+@dataclass(slots=True)
+class StepPlan(KVConnectorMetadata):
+    """What the workers do in one step.
+
+    await_stores: requests whose blocks are freed when their stores are done. preempted: requests whose blocks may be
+    overwritten in this step. first_runs: loaded requests that compute for the first time in this step.
+    """
+
+    step: int
+    loads: list[Load] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)
+    await_stores: set[str] = field(default_factory=set)
+    preempted: set[str] = field(default_factory=set)
+    first_runs: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts(KVConnectorHandshakeMetadata):
+    """What a worker knows and the scheduler needs: how its KV lies in memory, and which shard of it is its own.
+
+    block_bytes: bytes of one block over the shard's layers. problem: why this KV cannot be cached, or "".
+    """
+
+    shard: str
+    layout: str
+    block_bytes: int
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class WorkerNews(KVConnectorWorkerMetadata):
+    """What workers tell the scheduler after a step: adapters as really loaded (hex digest, "" for unknown), failures by
+    cause, and facts until the scheduler has them."""
+
+    adapters: dict[int, str] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    facts: list[Facts] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
+        """Workers of one engine read the same adapter files; where they saw different content, nobody is believed."""
+        assert isinstance(other, WorkerNews)
+        adapters = dict(self.adapters)
+        for adapter, digest in other.adapters.items():
+            adapters[adapter] = digest if adapters.get(adapter, digest) == digest else ""
+        failures = dict(self.failures)
+        for cause, count in other.failures.items():
+            failures[cause] = failures.get(cause, 0) + count
+        return WorkerNews(adapters, failures, self.facts + other.facts)

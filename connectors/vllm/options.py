@@ -1,0 +1,74 @@
+"""`kv_connector_extra_config`: the settings of the connector, checked once."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from loracache.config import parse_size
+from loracache.connection import socket_path
+from loracache.errors import ConfigError
+
+__all__ = ["Options"]
+
+_DAEMON_KEYS = ("memory", "disk_path", "disk", "redis")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Settings of one engine's connector.
+
+    server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a size),
+    disk_path, disk (a size) and redis (a URL) from here. model_id: names the model where its files are not to be looked at.
+    chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout: seconds after which a
+    load is given up and recomputed.
+    """
+
+    server: str = ""
+    memory: str = "4GiB"
+    disk_path: str = ""
+    disk: str = "20GiB"
+    redis: str = ""
+    model_id: str = ""
+    chunk_tokens: int = 0
+    load_timeout: float = 10.0
+
+    @classmethod
+    def parse(cls, extra: dict[str, Any]) -> Options:
+        """Raises ConfigError naming key, value and fix."""
+        known = {field.name: field for field in fields(cls)}
+        for key, value in extra.items():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}; known: {', '.join(known)}")
+            default = known[key].default
+            if isinstance(value, bool) or not isinstance(
+                value, (int, float) if default == cls.load_timeout else type(default)
+            ):
+                raise ConfigError(f"kv_connector_extra_config: {key}={value!r} must be a {type(default).__name__}")
+        options = cls(**extra)
+        options._check(extra)
+        return options
+
+    def _check(self, extra: dict[str, Any]) -> None:
+        if self.server:
+            socket_path(self.server)
+            both = [key for key in _DAEMON_KEYS if key in extra]
+            if both:
+                raise ConfigError(
+                    f"kv_connector_extra_config: {both[0]}={extra[both[0]]!r} belongs to the daemon at server={self.server!r}; "
+                    f"give it to `loracache serve`, or leave server out to start a private daemon"
+                )
+        for key in ("memory", "disk"):
+            try:
+                parse_size(getattr(self, key))
+            except ValueError as error:
+                raise ConfigError(f"kv_connector_extra_config: {key}: {error}") from None
+        if self.chunk_tokens < 0:
+            raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
+        if not 0 < self.load_timeout <= 600:
+            raise ConfigError(
+                f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"
+            )

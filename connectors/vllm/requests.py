@@ -1,0 +1,85 @@
+"""What the scheduler's side remembers of one request."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loracache.keys import Media, Namespace, chunk_keys
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from loracache.connectors.vllm.messages import AdapterBinding
+
+__all__ = ["RequestState"]
+
+
+class RequestState:
+    """One request from its arrival to its end.
+
+    chunk_keys: keys of its whole chunks, grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered.
+    blocks: the engine's blocks, in order. stored: chunks offered to the store so far. local_tokens: what the engine's own
+    prefix cache held. loading: vLLM waits for its load. loaded: its load is done and it has not computed since.
+    """
+
+    __slots__ = (
+        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "first_step", "has_stored", "hits", "lease", "leased",
+        "load_tiers", "loaded", "loading", "local_tokens", "namespace", "parked_since", "question", "request", "stored",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, cacheable: bool) -> None:
+        self.request = request
+        self.cacheable = cacheable
+        self.lease = os.urandom(16)
+        self.leased = False
+        self.namespace: Namespace | None = None
+        self.adapter: AdapterBinding | None = None
+        self.chunk_keys: list[bytes] = []
+        self.question = 0
+        self.answered_at: float | None = None
+        self.parked_since: float | None = None
+        self.hits: tuple[str, ...] = ()
+        self.blocks: list[int] = []
+        self.stored = 0
+        self.has_stored = False
+        self.first_step: int | None = None
+        self.local_tokens = 0
+        self.load_tiers: tuple[str, ...] = ()
+        self.loading = False
+        self.loaded = False
+
+    def extend_keys(self, namespace: Namespace, chunk_tokens: int) -> None:
+        """Add the keys of chunks that have become whole."""
+        start = len(self.chunk_keys) * chunk_tokens
+        end = self.request.num_tokens // chunk_tokens * chunk_tokens
+        if end <= start:
+            return
+        tokens = np.fromiter(self.request.all_token_ids[start:end], dtype="<i4", count=end - start)
+        media = [
+            Media(feature.identifier, feature.mm_position.offset, feature.mm_position.length)
+            for feature in self.request.mm_features or ()
+        ]
+        parent = self.chunk_keys[-1] if self.chunk_keys else namespace.digest()
+        self.chunk_keys += chunk_keys(parent, tokens, chunk_tokens, start=start, media=media)
+
+    def answer(self, tiers: tuple[str, ...]) -> None:
+        """Take the answer to the request's question."""
+        self.hits = tiers
+        self.question = 0
+        self.parked_since = None
+        self.answered_at = time.monotonic()
+
+    def preempted(self) -> None:
+        """Its blocks are gone; it will be asked about, loaded and computed anew."""
+        self.blocks = []
+        self.stored = 0
+        self.question = 0
+        self.answered_at = None
+        self.parked_since = None
+        self.hits = ()
+        self.first_step = None
+        self.loaded = False

@@ -1,0 +1,222 @@
+"""The workers' side of the connector: carries out the scheduler's plans, reports what came of them.
+
+Threading: vLLM calls everything here on the worker's main thread; `_loaded` and `_stored` are called by the transfer threads
+and only touch what `_lock` guards.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from loracache.connectors.vllm.adapters import LoadedAdapters
+from loracache.connectors.vllm.geometry import chunk_blocks, shard_name
+from loracache.connectors.vllm.layout import read_layout
+from loracache.connectors.vllm.messages import Facts, Load, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.options import Options
+from loracache.connectors.vllm.private import ensure_private_daemon, private_server
+from loracache.connectors.vllm.transfer import Loader, StoreJob, Storer
+from loracache.errors import UsageError
+from loracache.kernels.page_copy import PageCopier
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["WorkerSide"]
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerSide:
+    """One worker's transfers. Idle until `register_kv_caches` has found a layout it can move."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, options: Options, problem: str) -> None:
+        self._config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._options = options
+        self._problem = problem
+        self._facts: Facts | None = None
+        self._facts_sent = False
+        self._loader: Loader | None = None
+        self._storer: Storer | None = None
+        self._cuda = False
+        self._adapters = LoadedAdapters(self._adapter_changed)
+        if vllm_config.lora_config is not None:
+            self._adapters.install()
+        self._lock = threading.Lock()
+        self._done_loads: dict[str, list[int]] = {}
+        self._failures: Counter[str] = Counter()
+        self._storing: dict[str, set[StoreJob]] = {}
+        self._awaited: set[str] = set()
+        self._not_yet_run: dict[str, Load] = {}  # planned, under way or done, but not computed upon
+        self._collected: set[str] = set()  # those of them that vLLM was told are done
+        self._load_errors: set[int] = set()
+
+    @property
+    def facts(self) -> Facts | None:
+        """What the scheduler needs to know of this worker."""
+        return self._facts
+
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Learn the layout, connect to the daemon and start the transfer threads."""
+        problem = self._problem
+        if not problem:
+            try:
+                layout = read_layout(kv_caches, self._kv_cache_config.num_blocks)
+            except UsageError as error:
+                problem = str(error)
+        if problem:
+            self._facts = Facts("", "", 0, problem)
+            return
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._facts = Facts(
+            shard_name(self._config, list(kv_caches)),
+            f"{_platform(self._config, spec)}/{layout.order}",
+            layout.block_bytes,
+        )
+        per_chunk = chunk_blocks(layout.block_bytes, spec.block_size, self._options.chunk_tokens)
+        server = self._options.server or private_server(self._config.kv_transfer_config.engine_id)
+        ensure = (lambda: None) if self._options.server else (lambda: ensure_private_daemon(server, self._options))
+        self._cuda = layout.rows[0].device.type == "cuda"
+        ensure()
+        self._storer = Storer(
+            server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes * per_chunk,
+            self._may_store, self._stored,
+        )  # fmt: skip
+        self._loader = Loader(
+            server, ensure, PageCopier(layout.rows), self._facts.shard, per_chunk, self._options.load_timeout,
+            self._may_load, self._loaded,
+        )  # fmt: skip
+
+    def handle_preemptions(self, plan: StepPlan) -> None:
+        """Before anything of this step is computed: let go of blocks that may be overwritten in it."""
+        self._adapters.step = plan.step
+        for request_id in plan.preempted:
+            with self._lock:
+                jobs = list(self._storing.get(request_id, ()))
+            for job in jobs:
+                job.cancel()
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Start this step's loads."""
+        if self._loader is None:
+            return
+        for load in plan.loads:
+            self._not_yet_run[load.request_id] = load
+            self._loader.submit(load)
+
+    def start_stores(self, plan: StepPlan) -> None:
+        """Start this step's stores: their blocks were computed by earlier steps, and this one is submitted."""
+        for request_id in plan.first_runs:
+            self._forget_load(request_id)
+        self._awaited |= plan.await_stores
+        if self._storer is None:
+            return
+        after = torch.cuda.current_stream().record_event() if self._cuda and plan.stores else None
+        for store in plan.stores:
+            job = StoreJob(store, after)
+            with self._lock:
+                self._storing.setdefault(store.request_id, set()).add(job)
+            self._storer.submit(job)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """(requests whose stores are done and were awaited, requests whose load is done), each once."""
+        with self._lock:
+            stored = {request_id for request_id in self._awaited if request_id not in self._storing}
+            self._awaited -= stored
+            loads, self._done_loads = self._done_loads, {}
+        for request_id, failed in loads.items():
+            self._load_errors.update(failed)
+            self._collected.add(request_id)
+        return stored, set(loads)
+
+    def take_load_errors(self) -> set[int]:
+        """Blocks that hold no valid KV although a load was planned for them."""
+        errors, self._load_errors = self._load_errors, set()
+        return errors
+
+    def take_news(self) -> WorkerNews | None:
+        """What the scheduler does not know yet."""
+        with self._lock:
+            failures, self._failures = self._failures, Counter()
+        facts = [self._facts] if self._facts is not None and not self._facts_sent else []
+        self._facts_sent = True
+        adapters = self._adapters.take_news()
+        if not (failures or facts or adapters):
+            return None
+        return WorkerNews(adapters, dict(failures), facts)
+
+    def close(self) -> None:
+        """End the threads; what is queued for storing is finished first."""
+        if self._storer is not None:
+            self._storer.close()
+        if self._loader is not None:
+            self._loader.close()
+
+    def _forget_load(self, request_id: str) -> None:
+        self._not_yet_run.pop(request_id, None)
+        self._collected.discard(request_id)
+
+    # -- adapters --------------------------------------------------------------------------------------------------------
+
+    def _adapter_changed(self, adapter: int) -> None:
+        """Other content is served under `adapter` from now on: KV that was loaded for the old one and not yet computed upon
+        is wrong, and is reported as failed in this very step. Loads under way fail by `_may_load`."""
+        digest = self._adapters.digest(adapter)
+        for request_id, load in list(self._not_yet_run.items()):
+            if load.adapter is None or load.adapter.lora_int_id != adapter or load.adapter.digest == digest:
+                continue
+            blocks = [block for chunk in load.chunks for block in chunk.blocks]
+            with self._lock:
+                if request_id in self._done_loads:
+                    self._done_loads[request_id] = blocks
+                self._failures["load.adapter_changed"] += 1
+            if request_id in self._collected:
+                self._load_errors.update(blocks)
+
+    def _may_load(self, load: Load) -> bool:
+        if load.adapter is None:
+            return True
+        return self._adapters.digest(load.adapter.lora_int_id) in (None, load.adapter.digest)
+
+    def _may_store(self, store: Store) -> bool:
+        binding = store.adapter
+        return binding is None or self._adapters.computed_with(binding.lora_int_id, binding.digest, store.first_step)
+
+    # -- called by the transfer threads -----------------------------------------------------------------------------------
+
+    def _loaded(self, load: Load, failed: list[int], causes: dict[str, int]) -> None:
+        with self._lock:
+            self._done_loads[load.request_id] = failed
+            for cause, count in causes.items():
+                self._failures[f"load.{cause}"] += count
+
+    def _stored(self, job: StoreJob, causes: dict[str, int]) -> None:
+        with self._lock:
+            jobs = self._storing[job.store.request_id]
+            jobs.discard(job)
+            if not jobs:
+                del self._storing[job.store.request_id]
+            for cause, count in causes.items():
+                self._failures[f"store.{cause}"] += count
+
+
+def _platform(config: VllmConfig, spec: object) -> str:
+    """The device type and, on CPUs, the instruction set whose kernels order the bytes inside a block."""
+    from vllm.platforms import current_platform
+
+    device = str(current_platform.device_type)
+    if device != "cpu":
+        return device
+    import platform
+
+    from vllm.v1.attention.backends import cpu_attn
+
+    isa = cpu_attn._get_attn_isa(config.model_config.dtype, spec.block_size, getattr(spec, "head_size", None))  # type: ignore[attr-defined]
+    return f"cpu-{platform.machine()}-{isa}"

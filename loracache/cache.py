@@ -1,0 +1,364 @@
+"""TieredCache: every operation on cached objects, and the only writer of the index and the arena.
+
+Threading: all methods belong to one thread (the daemon's event loop). Nothing here blocks: what touches disk or Redis is
+handed to that tier's threads, and its result comes back through `post`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from loracache.arena import Arena
+from loracache.counters import Counters
+from loracache.disk_tier import DiskTier
+from loracache.errors import UsageError
+from loracache.index import Index, Node
+from loracache.tiers import Tier
+from loracache.leases import Leases, Writing
+from loracache.policy import POLICIES
+from loracache.promotion import Promoter
+from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
+from loracache.tier_io import Post, TierIO
+from loracache.write_behind import WriteBehind
+
+__all__ = ["Acquired", "Evicted", "TieredCache"]
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """One object asked for by `acquire`: its place in the request, and the node in the arena or why there is none."""
+
+    position: int
+    node: Node | None
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """What an eviction did: objects and bytes that left, objects skipped because of a lease, a pin or a kept child."""
+
+    objects: int
+    nbytes: int
+    skipped: int
+
+
+class TieredCache:
+    """The tiers cpu, disk and redis under one index. See the module's docstring for threading."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        post: Post,
+        *,
+        disk: StorageBackend | None = None,
+        disk_limit: int = 0,
+        redis: StorageBackend | None = None,
+        policy: str = "lru",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.arena = arena
+        self.counters = Counters()
+        self.index = Index(self._offer, self._idle)
+        self.leases = Leases(arena, self.index, clock)
+        self._clock = clock
+        self._condemned: dict[Node, list[tuple[int, int]]] = {}
+        self._pin_ends: dict[tuple[Node, Tier], float] = {}
+        self._promoter = Promoter(arena, self.index, self.counters, self._make_room, self._arrived, self._lost)
+        make = POLICIES[policy]
+        self._policies = {Tier.CPU: make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))}
+        self.disk: DiskTier | None = None
+        self.redis: WriteBehind | None = None
+        self.writers: list[WriteBehind] = []
+        if disk is not None:
+            disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.size))
+            self._policies[Tier.DISK] = disk_policy
+            io = TierIO(Tier.DISK, disk, post, self.counters)
+            self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit)
+            self.writers.append(self.disk.writer)
+        if redis is not None:
+            io = TierIO(Tier.REDIS, redis, post, self.counters)
+            self.redis = WriteBehind(
+                io, arena, self.index, self.counters, lambda node: None, lambda node, outcome: None
+            )
+            self.writers.append(self.redis)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes]) -> list[Tier]:
+        """Tiers (the fastest of each) of the longest leading run of `keys` that cpu or disk hold. Records the use."""
+        return [Tier.CPU if node.held_in(Tier.CPU) else Tier.DISK for node in self.index.leading(keys)]
+
+    def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
+        """Keep those of `keys` that are in the arena there until the lease ends."""
+        nodes = [node for node in map(self.index.get, keys) if node is not None and node.held_in(Tier.CPU)]
+        self.leases.hold(owner, lease_id, ttl, nodes)
+
+    def acquire(
+        self,
+        owner: int,
+        lease_id: bytes,
+        keys: Sequence[bytes],
+        ttl: float,
+        ready: Callable[[list[Acquired]], None],
+    ) -> None:
+        """Hold `keys` under a read lease, raising them into the arena where needed.
+
+        `ready` is called at once with what is there already (or known to be nowhere) and again for the rest as it
+        arrives, until every position was answered once.
+        """
+        self.leases.hold(owner, lease_id, ttl, ())
+        at_once: list[Acquired] = []
+        on_disk: list[tuple[Node, Callable[[Node | None, str], None]]] = []
+        elsewhere: list[tuple[bytes, Callable[[Node | None, str], None]]] = []
+
+        def waiter(position: int) -> Callable[[Node | None, str], None]:
+            def arrived(node: Node | None, cause: str) -> None:
+                if node is not None and not self.leases.alive(owner, lease_id):
+                    node, cause = None, "lease_lost"
+                if node is not None:
+                    self.leases.hold(owner, lease_id, ttl, (node,))
+                ready([Acquired(position, node, cause)])
+
+            return arrived
+
+        for position, key in enumerate(keys):
+            node = self.index.get(key)
+            if node is not None and node.held_in(Tier.CPU):
+                self.leases.hold(owner, lease_id, ttl, (node,))
+                at_once.append(Acquired(position, node))
+            elif node is not None and self._promoter.loading(node):
+                self._promoter.wait(node, waiter(position))
+            elif node is not None and node.held_in(Tier.DISK):
+                on_disk.append((node, waiter(position)))
+            elif self.redis is not None:
+                elsewhere.append((key, waiter(position)))
+            else:
+                at_once.append(Acquired(position, None, "absent"))
+        if at_once:
+            ready(at_once)
+        if on_disk and self.disk is not None:
+            self._promoter.from_disk(self.disk.io, on_disk)
+        if elsewhere and self.redis is not None:
+            self._promoter.from_redis(self.redis.io, elsewhere)
+
+    def report_bad(self, keys: Iterable[bytes]) -> None:
+        """A reader found these objects' bytes in the arena to disagree with their checksums: never serve them again."""
+        for key in keys:
+            node = self.index.get(key)
+            if node is not None and node.held_in(Tier.CPU):
+                self.counters.add("failure.cpu.corrupt")
+                self._leave_arena(node)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float) -> list[Writing | str]:
+        """Extents to write each object into, or why not: "exists", "busy" (somebody is writing it), "no_parent",
+        "too_large", "full"."""
+        answers: list[Writing | str] = []
+        accepted: list[Writing] = []
+        batch: set[bytes] = set()
+        parents = {node for node in (self.index.get(info.parent) for info in infos if info.parent) if node is not None}
+        for info in infos:
+            answer = self._reserve_one(info, batch, parents)
+            if isinstance(answer, Writing):
+                accepted.append(answer)
+                batch.add(info.key)
+            elif answer not in ("exists", "busy"):
+                self.counters.add(f"store.refused.{answer}")
+            answers.append(answer)
+        if accepted:
+            self.leases.hold(owner, lease_id, ttl, list(parents))
+            self.leases.open_writing(owner, lease_id, ttl, accepted)
+        return answers
+
+    def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node]) -> Writing | str:
+        node = self.index.get(info.key)
+        if node is not None and node.present:
+            self.index.touch(node)
+            return "exists"
+        if info.key in self.leases.being_written or info.key in batch:
+            return "busy"
+        parent_coming = info.parent in batch or info.parent in self.leases.being_written
+        if info.parent and not parent_coming and not self.index.knows(info.parent):
+            return "no_parent"
+        if info.size <= 0 or self.arena.rounded(info.size) > self.arena.size:
+            return "too_large"
+        if not self._make_room(self.arena.rounded(info.size), parents):
+            return "full"
+        extents = self.arena.allocate(info.size)
+        return Writing(info, extents) if extents is not None else "full"
+
+    def commit(self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]) -> list[str]:
+        """Make written objects visible, given (key, checksum) with parents before children; "" or why not: "lease_lost",
+        "exists", "no_parent". The write lease ends."""
+        answers = []
+        for key, checksum in written:
+            item = self.leases.take_written(owner, lease_id, key)
+            answers.append(self._commit_one(item, checksum) if item is not None else "lease_lost")
+        self.leases.release(owner, lease_id)
+        self.pump()
+        return answers
+
+    def _commit_one(self, item: Writing, checksum: int) -> str:
+        node = self.index.get(item.info.key)
+        if node is not None and (node.held_in(Tier.CPU) or self._promoter.loading(node)):
+            self.arena.free(item.extents)
+            return "exists"
+        node = self.index.insert(replace(item.info, checksum=checksum))
+        if node is None:
+            self.arena.free(item.extents)
+            self.counters.add("store.refused.no_parent")
+            return "no_parent"
+        node.extents = item.extents
+        self.index.enter(node, Tier.CPU)
+        self.counters.add("store.objects")
+        self.counters.add("store.bytes", node.size)
+        self._queue_writes(node)
+        return ""
+
+    def pump(self) -> None:
+        """Start the writes that may start."""
+        for writer in self.writers:
+            writer.pump()
+
+    # -- steering --------------------------------------------------------------------------------------------------
+
+    def pin(self, keys: Sequence[bytes], tier: Tier, ttl: float | None = None) -> int:
+        """Keep objects in `tier` (and thereby their ancestors) until unpinned or `ttl` seconds have passed. Answers how
+        many of `keys` are in the tier and pinned now."""
+        if tier not in self._policies:
+            raise UsageError(f"cannot pin in tier {tier.label!r}: give cpu or disk")
+        pinned = 0
+        for key in keys:
+            node = self.index.get(key)
+            if node is None or not node.held_in(tier):
+                continue
+            node.pins |= 1 << tier
+            pinned += 1
+            self._pin_ends.pop((node, tier), None)
+            if ttl is not None:
+                self._pin_ends[(node, tier)] = self._clock() + ttl
+        return pinned
+
+    def unpin(self, keys: Sequence[bytes], tier: Tier) -> int:
+        """End pins; answers how many of `keys` were pinned."""
+        nodes = [node for node in map(self.index.get, keys) if node is not None and node.pins >> tier & 1]
+        for node in nodes:
+            self._unpin(node, tier)
+        return len(nodes)
+
+    def evict(self, keys: Sequence[bytes], tiers: Iterable[Tier]) -> Evicted:
+        """Take objects, and their descendants with them, out of `tiers`. What is leased or pinned stays, its ancestors
+        with it, and is counted as skipped."""
+        objects = nbytes = skipped = 0
+        roots = [node for node in map(self.index.get, keys) if node is not None]
+        for tier in tiers:
+            if tier is Tier.REDIS:
+                if self.redis is not None:
+                    doomed = dict.fromkeys([*keys, *(node.key for root in roots for node in self.index.subtree(root))])
+                    self.redis.io.delete(list(doomed))
+                continue
+            for root in roots:
+                for node in self.index.subtree(root):
+                    if not node.held_in(tier):
+                        continue
+                    if tier is Tier.CPU and not node.leases:
+                        for writer in self.writers:
+                            writer.forget(node)
+                    if node.children[tier] or not self.index.evictable(node, tier):
+                        skipped += 1
+                        continue
+                    objects += 1
+                    nbytes += node.size
+                    self._evict(node, tier)
+        return Evicted(objects, nbytes, skipped)
+
+    def when_flushed(self, done: Callable[[], None]) -> None:
+        """Call `done` once everything committed so far is written to the lower tiers or given up."""
+        left = len(self.writers)
+        if not left:
+            done()
+
+        def one() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                done()
+
+        for writer in self.writers:
+            writer.when_flushed(one)
+
+    def tick(self) -> None:
+        """End what is over: leases and pins past their time."""
+        self.counters.add("lease.expired", self.leases.expire())
+        now = self._clock()
+        for node, tier in [pin for pin, end in self._pin_ends.items() if end <= now]:
+            self._unpin(node, tier)  # one that left the tier meanwhile lost its pin then
+        self.pump()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _offer(self, tier: Tier, node: Node) -> None:
+        self._policies[tier].offer(node)
+
+    def _idle(self, node: Node) -> None:
+        self.arena.free(self._condemned.pop(node, ()))
+
+    def _unpin(self, node: Node, tier: Tier) -> None:
+        self._pin_ends.pop((node, tier), None)
+        node.pins &= ~(1 << tier)
+        self.index.offer(node, tier)
+
+    def _make_room(self, nbytes: int, protected: set[Node]) -> bool:
+        """Free arena bytes: clean victims first, then those whose queued write is the oldest. All or nothing."""
+        while self.arena.free_bytes < nbytes:
+            victims = self._policies[Tier.CPU].victims(nbytes - self.arena.free_bytes, protected)
+            if victims is None:
+                if not any([writer.give_up_oldest() for writer in self.writers]):
+                    return False
+                continue
+            for node in victims:
+                self._evict(node, Tier.CPU)
+        return True
+
+    def _evict(self, node: Node, tier: Tier) -> None:
+        if tier is Tier.CPU:
+            self.counters.add("evict.cpu")
+            self._leave_arena(node)
+        elif self.disk is not None:
+            self.disk.evict(node)
+
+    def _leave_arena(self, node: Node) -> None:
+        for writer in self.writers:
+            writer.forget(node)
+        extents, node.extents = node.extents, ()
+        if node.leases:
+            self._condemned.setdefault(node, []).extend(extents)
+        else:
+            self.arena.free(extents)
+        self.index.leave(node, Tier.CPU)
+
+    def _arrived(self, node: Node, source: Tier) -> None:
+        self.index.enter(node, Tier.CPU)
+        if source is Tier.REDIS and self.disk is not None:
+            self.disk.queue_write(node)
+            self.pump()
+
+    def _lost(self, node: Node, source: Tier, outcome: Outcome) -> None:
+        if source is Tier.DISK and self.disk is not None:
+            self.disk.load_failed(node, outcome)
+
+    def _queue_writes(self, node: Node) -> None:
+        if self.disk is not None:
+            self.disk.queue_write(node)
+        if self.redis is not None:
+            self.redis.enqueue(node)
+
+    def audit(self) -> list[str]:
+        """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""
+        held = [extent for node in self.index for extent in node.extents]
+        held += [extent for extents in self._condemned.values() for extent in extents]
+        held += self.leases.held_extents()
+        return self.arena.audit(held)

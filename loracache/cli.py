@@ -1,0 +1,111 @@
+"""The command line: `loracache serve | status | flush`.
+
+Exit codes: 0 done, 1 the daemon is not there or refused, 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loracache.errors import ConfigError, LoRACacheError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="loracache",
+    help="One cache for everything an LLM server reads again.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+SocketOption = Annotated[
+    Path | None, typer.Option("--socket", help="Unix socket of the daemon [LORACACHE_SOCKET].", show_default=False)
+]
+
+
+@app.command()
+def serve(  # noqa: PLR0913 - one parameter a setting, so that --help shows them all
+    socket: SocketOption = None,
+    memory: Annotated[str | None, typer.Option(help="Arena, tier cpu, e.g. 4GiB.", show_default="4GiB")] = None,
+    disk_path: Annotated[Path | None, typer.Option(help="Folder of tier disk.", show_default=False)] = None,
+    disk: Annotated[str | None, typer.Option(help="Most bytes tier disk may take.", show_default="20GiB")] = None,
+    redis: Annotated[str | None, typer.Option(help="URL of tier redis.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
+    page_size: Annotated[str | None, typer.Option(help="Page of the arena.", show_default="64KiB")] = None,
+    disk_sync: Annotated[bool | None, typer.Option("--disk-sync", help="fdatasync before a write counts.")] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds to write what is queued at the end.")] = None,
+    private: Annotated[bool | None, typer.Option("--private", help="End with the last client.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Run the cache daemon in the foreground until SIGTERM."""
+    import uvloop
+
+    from loracache.config import load_config
+    from loracache.server.daemon import Daemon
+
+    flags: dict[str, Any] = {
+        "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis,
+        "page_size": page_size, "disk_sync": disk_sync or None, "drain": drain, "private": private or None,
+        "log_level": log_level,
+    }  # fmt: skip
+    settings = load_config(flags, config)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+    async def main_task() -> None:
+        await Daemon(settings).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main_task())
+
+
+@app.command()
+def status(
+    socket: SocketOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Show tiers, bytes, objects, hits, misses and failures by cause."""
+    with _client(socket) as client:
+        answer = client.status()
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from loracache.tables import print_status
+
+    print_status(answer)
+
+
+@app.command()
+def flush(socket: SocketOption = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
+    """Wait until everything committed by now is written to disk and Redis."""
+    with _client(socket) as client:
+        client.flush(timeout)
+
+
+def _client(socket: Path | None) -> Any:
+    from loracache.client import CacheClient
+
+    path = socket or os.environ.get("LORACACHE_SOCKET")
+    if path is None:
+        raise ConfigError("no daemon is named; give --socket PATH or set LORACACHE_SOCKET")
+    return CacheClient(f"unix://{Path(path).absolute()}", name="cli")
+
+
+def main() -> None:
+    """Entry point of the `loracache` command."""
+    try:
+        app()
+    except ConfigError as error:
+        typer.echo(f"loracache: {error}", err=True)
+        sys.exit(2)
+    except LoRACacheError as error:
+        typer.echo(f"loracache: {error}", err=True)
+        sys.exit(1)

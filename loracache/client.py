@@ -1,0 +1,242 @@
+"""CacheClient: what connectors, the command line and users hold to talk to a daemon.
+
+One client belongs to one thread. `Connection` underneath never blocks unless asked to `wait`: requests are sent at once,
+answers are collected by `poll`, so that an engine's loop can ask early and look later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from loracache import protocol
+from loracache.connection import Connection, Reply
+from loracache.errors import LeaseLost, UsageError
+from loracache.tiers import Tier
+from loracache.keys import KEY_BYTES, Namespace, checksum
+
+__all__ = ["CacheClient", "Lookup", "Reading", "Reservation", "Slot"]
+
+_LEASE_TTL_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """How far a chain is held: one tier name ("cpu", "disk", "redis") for each leading key that is there."""
+
+    tiers: tuple[str, ...]
+
+    @property
+    def hits(self) -> int:
+        """How many leading keys are held."""
+        return len(self.tiers)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One object in the arena: its payload as views of the mapped memory, in order; together `size` bytes."""
+
+    key: bytes
+    size: int
+    checksum: int
+    buffers: tuple[memoryview, ...]
+
+    def tobytes(self) -> bytes:
+        """A copy of the payload. Raises LeaseLost where it does not match its checksum."""
+        data = b"".join(self.buffers)
+        if checksum([data]) != self.checksum:
+            raise LeaseLost(f"object {self.key.hex()}: the bytes do not match their checksum")
+        return data
+
+
+@dataclass(slots=True)
+class Reading:
+    """Objects held for reading. `slots[i]` belongs to key i, or is None with `causes[i]` saying why."""
+
+    slots: list[Slot | None]
+    causes: list[str]
+    bad: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Space reserved for new objects: write each slot's buffers, then leave the context to commit.
+
+    `slots[i]` belongs to key i, or is None with `causes[i]` saying why ("exists": nothing needs to be written).
+    """
+
+    slots: list[Slot | None]
+    causes: list[str]
+
+    def write(self, position: int, data: bytes | memoryview) -> None:
+        """Copy the payload of one object into its slot."""
+        slot = self.slots[position]
+        if slot is None:
+            raise UsageError(f"object {position} has no space reserved: {self.causes[position]}")
+        view = memoryview(data).cast("B")
+        if len(view) != slot.size:
+            raise UsageError(f"object {position} was reserved with {slot.size} bytes, not {len(view)}")
+        at = 0
+        for buffer in slot.buffers:
+            buffer[:] = view[at : at + len(buffer)]
+            at += len(buffer)
+
+
+class CacheClient:
+    """A connection to a LoRACache daemon.
+
+    >>> with CacheClient("unix:///run/loracache.sock") as cache:
+    ...     cache.lookup(keys).hits
+
+    Every method raises Unavailable where the daemon does not answer within `timeout` seconds (reconnecting is a matter of
+    calling again), Rejected where it refuses, and ProtocolError where it answers nonsense.
+    """
+
+    def __init__(self, server: str, *, timeout: float = 10.0, name: str = "client") -> None:
+        self.connection = Connection(server, name=name)
+        self._timeout = timeout
+        self.connection.connect()
+
+    def __enter__(self) -> CacheClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; its leases end."""
+        self.connection.close()
+
+    def register(self, namespace: Namespace) -> bytes:
+        """Make a namespace known to the daemon before objects are stored in it; answers its digest (32 bytes)."""
+        self._call(protocol.Register(namespace.descriptor()))
+        return namespace.digest()
+
+    def lookup(self, keys: Sequence[bytes], *, group: int = 1) -> Lookup:
+        """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together."""
+        (tiers,) = self._call(protocol.Lookup(b"", protocol.join_keys(keys), group, 0.0))
+        return Lookup(tuple(Tier(tier).label for tier in tiers))
+
+    @contextlib.contextmanager
+    def reserve(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        *,
+        parents: Sequence[bytes] | None = None,
+        ttl: float = _LEASE_TTL_S,
+    ) -> Iterator[Reservation]:
+        """Reserve space, write into it, and commit on leaving the context (abort where it is left by an exception).
+
+        parents: each object's parent key, b"" for the first of a chain; left out, the keys are one chain from its start.
+        On leaving, `causes` says of each object whether it was committed ("") or why not.
+        """
+        parents = [b"", *keys[:-1]] if parents is None else parents
+        if not len(keys) == len(sizes) == len(parents):
+            raise UsageError(f"{len(keys)} keys, {len(sizes)} sizes and {len(parents)} parents: give one of each")
+        lease = os.urandom(protocol.LEASE_BYTES)
+        blob = protocol.join_keys([parent or protocol.NO_PARENT for parent in parents])
+        answer = self._call(protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl))
+        causes = ["" if isinstance(item, list) else str(item) for item in answer]
+        slots = [
+            self._slot(key, size, 0, item) if isinstance(item, list) else None
+            for key, size, item in zip(keys, sizes, answer, strict=True)
+        ]
+        reservation = Reservation(slots, causes)
+        if not any(slots):
+            yield reservation
+            return
+        try:
+            yield reservation
+        except BaseException:
+            self.connection.send(protocol.Abort(lease), answer=False)
+            raise
+        written = [slot for slot in slots if slot is not None]
+        sums = [checksum(slot.buffers) for slot in written]
+        commit = protocol.Commit(lease, protocol.join_keys([slot.key for slot in written]), sums)
+        done = dict(zip([slot.key for slot in written], self._call(commit), strict=True))
+        reservation.causes = [
+            done[slot.key] if slot is not None else cause for slot, cause in zip(slots, causes, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def acquire(
+        self, keys: Sequence[bytes], *, ttl: float = _LEASE_TTL_S, timeout: float | None = None
+    ) -> Iterator[Reading]:
+        """Hold objects for reading, raised into the arena from whichever tier has them; released on leaving.
+
+        Raises LeaseLost on leaving where the lease ended before (it took longer than `ttl`, or the daemon was restarted):
+        what was read may then be another object's bytes.
+        """
+        lease = os.urandom(protocol.LEASE_BYTES)
+        number = self.connection.send(protocol.Acquire(lease, protocol.join_keys(keys), ttl))
+        reading = Reading([None] * len(keys), ["timeout"] * len(keys))
+        limit = self._timeout if timeout is None else timeout
+        instance = self.connection.instance
+        try:
+            while True:
+                reply = self.connection.wait(number, limit)
+                for position, *rest in reply.payload:
+                    if len(rest) == 1:
+                        reading.causes[position] = rest[0]
+                        continue
+                    size, expected, extents = rest
+                    reading.slots[position] = self._slot(keys[position], size, expected, extents)
+                    reading.causes[position] = ""
+                if reply.last:
+                    break
+            yield reading
+        except BaseException:
+            self.connection.send(protocol.Release(lease, b""), answer=False)
+            raise
+        held = self._call(protocol.Release(lease, protocol.join_keys(reading.bad)))
+        if not held[0] or self.connection.instance != instance:
+            raise LeaseLost(f"the lease ended while {len(keys)} objects were read; do not use them")
+
+    def get(self, key: bytes) -> bytes | None:
+        """A copy of one object's payload, or None where no tier holds it."""
+        with self.acquire([key]) as reading:
+            slot = reading.slots[0]
+            return slot.tobytes() if slot is not None else None
+
+    def pin(self, keys: Sequence[bytes], *, tier: str = "cpu", ttl: float | None = None) -> int:
+        """Keep objects in `tier` ("cpu", "disk") until unpinned or for `ttl` seconds; answers how many were there."""
+        (pinned,) = self._call(protocol.Pin(protocol.join_keys(keys), tier, ttl or 0.0))
+        return int(pinned)
+
+    def unpin(self, keys: Sequence[bytes], *, tier: str = "cpu") -> int:
+        """End pins; answers how many there were."""
+        (unpinned,) = self._call(protocol.Unpin(protocol.join_keys(keys), tier))
+        return int(unpinned)
+
+    def evict(self, keys: Sequence[bytes], *, tiers: Sequence[str] = ("cpu", "disk", "redis")) -> tuple[int, int, int]:
+        """Remove objects and their descendants; answers (objects removed, their bytes, objects skipped because leased,
+        pinned or needed by one that is)."""
+        objects, nbytes, skipped = self._call(protocol.Evict(protocol.join_keys(keys), list(tiers)))
+        return objects, nbytes, skipped
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until all that is committed by now is written to disk and Redis (or given up, which is counted)."""
+        self._call(protocol.Flush(), timeout)
+
+    def status(self) -> dict[str, object]:
+        """Tiers, bytes, objects, leases and all counters."""
+        (status,) = self._call(protocol.Status())
+        return dict(status)
+
+    def _call(self, request: protocol.Request, timeout: float | None = None) -> list:  # type: ignore[type-arg]
+        if not self.connection.connected:
+            self.connection.connect()
+        reply: Reply = self.connection.call(request, self._timeout if timeout is None else timeout)
+        return reply.payload
+
+    def _slot(self, key: bytes, size: int, expected: int, extents: list[int]) -> Slot:
+        if len(key) != KEY_BYTES:
+            raise UsageError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+        return Slot(key, size, expected, tuple(self.connection.buffers(extents, size)))

@@ -1,0 +1,148 @@
+"""One frozen configuration for the daemon, from a YAML file, LORACACHE_* variables and flags, the later the stronger.
+
+Every key is documented where it is defined; `docs/configuration.md` is checked against this file by a test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from loracache.errors import ConfigError
+
+__all__ = ["Config", "load_config", "parse_size"]
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}B": factor for unit, factor in list(_UNITS.items()) if unit not in ("", "B")}
+_UNITS |= {f"{unit}IB": 1024**power for power, unit in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_PREFIX = "LORACACHE_"
+
+
+def parse_size(value: object) -> int:
+    """Bytes in "4GiB", "512 MB", "65536" or a number. Raises ValueError naming the value."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number, unit = float(value), ""
+    else:
+        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"{value!r} is no size; write it like 4GiB or 512MiB")
+        number, unit = float(match[1]), match[2].upper()
+    if number < 0:
+        raise ValueError(f"{value!r} is negative")
+    return int(number * _UNITS[unit])
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+
+
+class Config(BaseModel):
+    """The daemon's settings. Sizes are bytes, or strings like "4GiB"; times are seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    socket: Path = Field(description="Unix socket the daemon listens on (mode 0600).")
+    memory: Size = Field(4 << 30, ge=1 << 20, description="Size of the arena, tier cpu.")
+    page_size: Size = Field(64 << 10, description="Page of the arena, a power of two from 4 KiB to 16 MiB.")
+    disk_path: Path | None = Field(None, description="Folder of tier disk; without it there is none.")
+    disk: Size = Field(20 << 30, description="Most bytes tier disk may take.")
+    disk_sync: bool = Field(False, description="Acknowledge a write to disk only after fdatasync.")
+    redis: str | None = Field(None, description="URL of tier redis: redis://, rediss:// or unix://; without it none.")
+    redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
+    redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
+    integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
+    policy: Literal["lru"] = Field("lru", description="Eviction policy.")
+    drain: float = Field(10.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
+    private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+
+    @field_validator("page_size")
+    @classmethod
+    def _page_size(cls, value: int) -> int:
+        if value & (value - 1) or not 4096 <= value <= 16 << 20:
+            raise ValueError(f"{value} is no power of two from 4 KiB to 16 MiB")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        if self.memory < 4 * self.page_size:
+            raise ValueError(f"memory={self.memory} holds fewer than 4 pages of page_size={self.page_size}")
+        return self
+
+
+def load_config(flags: Mapping[str, Any], file: str | os.PathLike[str] | None = None) -> Config:
+    """The configuration from `file`, then LORACACHE_* variables, then `flags` that are not None.
+
+    Raises ConfigError naming key, value, origin and fix.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    sources = [(f"file {file}", _read_file(file)), ("environment", _environment()), ("command line", dict(flags))]
+    for name, source in sources:
+        for key, value in source.items():
+            if value is None:
+                continue
+            if key not in Config.model_fields:
+                raise ConfigError(f"unknown key {key!r} in the {name}{_suggestion(key)}; known: {', '.join(_known())}")
+            values[key], origin[key] = value, name
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item, values, origin) for item in error.errors())) from None
+
+
+def _explain(item: Any, values: dict[str, Any], origin: dict[str, str]) -> str:
+    key = str(item["loc"][0]) if item["loc"] else ""
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not key:
+        return message
+    if item["type"] == "missing":
+        return f"{key} is not set; give --{key.replace('_', '-')} or {_PREFIX}{key.upper()}"
+    shown = "(secret)" if key in ("integrity_key", "redis") else repr(values.get(key))
+    return f"{key}={shown} ({origin.get(key, 'default')}): {message}"
+
+
+def _read_file(file: str | os.PathLike[str] | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {file} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"config file {file} must map keys to values")
+    return content
+
+
+def _environment() -> dict[str, Any]:
+    found = {key[len(_PREFIX) :].lower(): value for key, value in os.environ.items() if key.startswith(_PREFIX)}
+    return {key: value for key, value in found.items() if not key.startswith("connector_")}
+
+
+def _suggestion(key: str) -> str:
+    close = difflib.get_close_matches(key, _known(), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _known() -> list[str]:
+    return list(Config.model_fields)

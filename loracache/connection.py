@@ -1,0 +1,252 @@
+"""One connection to a daemon: frames over a unix socket and the mapped arena.
+
+Never blocks but in `connect`, `wait` and `call`, and there for a bounded time: a request that the socket does not take at
+once waits in a buffer, and a daemon that stopped reading is given up as unavailable. One thread a connection.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loracache import protocol
+from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable
+from loracache.mapping import map_arena
+
+__all__ = ["Connection", "Reply", "socket_path"]
+
+_CONNECT_TIMEOUT_S = 2.0
+_MAX_UNSENT = 16 << 20
+_RECEIVE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer frame. `last` is False where more of the same answer follows."""
+
+    payload: list[Any]
+    last: bool
+
+
+def socket_path(server: str) -> str:
+    """The path in "unix:///path" (or a plain path). Raises ConfigError."""
+    path = server.removeprefix("unix://")
+    if "://" in path or not path.startswith("/"):
+        raise ConfigError(f"server={server!r} is no unix socket address; give unix:///absolute/path.sock")
+    if len(path.encode()) > 107:
+        raise ConfigError(
+            f"server={server!r}: a unix socket's path has at most 107 bytes, this has {len(path.encode())}"
+        )
+    return path
+
+
+class Connection:
+    """Frames to and from one daemon. See the module's docstring for what blocks."""
+
+    def __init__(self, server: str, *, name: str) -> None:
+        self._path = socket_path(server)
+        self._name = name
+        self._socket: socket.socket | None = None
+        self._frames = protocol.Frames()
+        self._unsent = bytearray()
+        self._number = 0
+        self._replies: dict[int, deque[Reply | Rejected]] = {}
+        self.map: mmap.mmap | None = None
+        self.instance = b""
+        self._farewell = ""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the socket is open, as far as known."""
+        return self._socket is not None
+
+    def fileno(self) -> int:
+        """The socket, for a selector. Raises Unavailable where there is none."""
+        return self._open().fileno()
+
+    def connect(self) -> None:
+        """Connect and map the arena. Raises Unavailable, naming the path and what to do."""
+        self.close()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            sock.connect(self._path)
+            fd, greeting = _receive_greeting(sock)
+        except (OSError, ProtocolError) as error:
+            sock.close()
+            if isinstance(error, ProtocolError):
+                raise
+            raise Unavailable(
+                f"no LoRACache daemon answers at {self._path} ({error.strerror or error}); "
+                f"start one with: loracache serve --socket {self._path}"
+            ) from None
+        try:
+            if self.map is None or greeting.instance != self.instance:
+                self.map = map_arena(fd, greeting.arena_size, greeting.instance)
+        finally:
+            os.close(fd)
+        self.instance = greeting.instance
+        sock.setblocking(False)
+        self._socket = sock
+        self._frames = protocol.Frames()
+        self._replies.clear()
+        self._unsent.clear()
+        self._farewell = ""
+        self.send(protocol.Hello(self._name), answer=False)
+
+    def close(self) -> None:
+        """Close the socket; the mapping stays for those who still use it."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def send(self, request: protocol.Request, *, answer: bool = True) -> int:
+        """Send a request; answers its number, for `take` and `wait`. Where the connection is gone and no answer is wanted,
+        nothing happens; else raises Unavailable."""
+        if not answer:
+            if self.connected:
+                self._write(request.encode(0))
+            return 0
+        self._open()
+        self._number += 1
+        self._replies[self._number] = deque()
+        self._write(request.encode(self._number))
+        if not self.connected:
+            raise self._ended()
+        return self._number
+
+    def poll(self) -> None:
+        """Collect what has arrived, without waiting. Closes the connection where the daemon is gone."""
+        self._flush()
+        while self._socket is not None:
+            try:
+                data = self._socket.recv(_RECEIVE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self.close()
+                return
+            try:
+                self._deliver(self._frames.feed(data))
+            except ProtocolError:
+                self.close()
+                raise
+
+    def take(self, number: int) -> Reply | None:
+        """The next answer to a request, or None where none has arrived. Raises Rejected, or Unavailable where the
+        connection ended without an answer."""
+        queue = self._replies.get(number)
+        if queue:
+            reply = queue.popleft()
+            if isinstance(reply, Rejected) or reply.last:
+                del self._replies[number]
+            if isinstance(reply, Rejected):
+                raise reply
+            return reply
+        if not self.connected or queue is None:
+            self._replies.pop(number, None)
+            raise self._ended()
+        return None
+
+    def forget(self, number: int) -> None:
+        """Ignore whatever answers `number` from now on."""
+        self._replies.pop(number, None)
+
+    def wait(self, number: int, timeout: float) -> Reply:
+        """The next answer to a request, waiting up to `timeout` seconds. Raises Unavailable when they have passed: the
+        connection is closed then, because the daemon may be stuck."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self.poll()
+            reply = self.take(number)
+            if reply is not None:
+                return reply
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.close()
+                raise Unavailable(f"the daemon at {self._path} did not answer within {timeout:g} s")
+            ready = select.poll()
+            ready.register(self._open(), select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            ready.poll(left * 1000)
+
+    def call(self, request: protocol.Request, timeout: float) -> Reply:
+        """Send and wait for the (first) answer."""
+        return self.wait(self.send(request), timeout)
+
+    def buffers(self, extents: Sequence[int], size: int) -> list[memoryview]:
+        """Views of the first `size` bytes of extents given as [offset, length, offset, length, ...]."""
+        if self.map is None:
+            raise Unavailable("the arena is not mapped")
+        view = memoryview(self.map)
+        views = []
+        for offset, length in zip(extents[::2], extents[1::2], strict=True):
+            take = min(length, size)
+            views.append(view[offset : offset + take])
+            size -= take
+        if size or any(len(view) == 0 for view in views):
+            raise ProtocolError("the daemon's extents do not cover the object")
+        return views
+
+    def _open(self) -> socket.socket:
+        if self._socket is None:
+            raise Unavailable(f"not connected to the daemon at {self._path}")
+        return self._socket
+
+    def _ended(self) -> Unavailable:
+        return Unavailable(f"the daemon at {self._path} closed the connection{self._farewell}")
+
+    def _write(self, data: bytes) -> None:
+        self._unsent += data
+        self._flush()
+        if len(self._unsent) > _MAX_UNSENT:
+            self.close()
+
+    def _flush(self) -> None:
+        while self._unsent and self._socket is not None:
+            try:
+                sent = self._socket.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.close()
+                return
+            del self._unsent[:sent]
+
+    def _deliver(self, messages: list[Any]) -> None:
+        for message in messages:
+            try:
+                number, status, payload = message
+                number = int(number)
+            except (TypeError, ValueError):
+                raise ProtocolError("the daemon's answer is malformed") from None
+            if number == 0 and status == protocol.ERROR:
+                self._farewell = f" ({payload})"
+            queue = self._replies.get(number)
+            if queue is None:
+                continue
+            queue.append(Rejected(str(payload)) if status == protocol.ERROR else Reply(payload, status == protocol.OK))
+
+
+def _receive_greeting(sock: socket.socket) -> tuple[int, protocol.Greeting]:
+    data, fds, _, _ = socket.recv_fds(sock, 4096, 1)
+    try:
+        if not data or not fds:
+            raise ProtocolError("the server closed the connection or sent no arena; is it a LoRACache daemon?")
+        frames = protocol.Frames()
+        messages = frames.feed(data)
+        if not messages:
+            raise ProtocolError("the server's greeting is incomplete")
+        return fds[0], protocol.Greeting.decode(messages[0])
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise

@@ -1,0 +1,224 @@
+"""What is where: the dependency tree of all objects over the tiers that the daemon itself fills.
+
+A node is one object; its parent is the chunk before it, or its adapter. The index keeps presence, leases and pins per
+node and answers which nodes may leave a tier. Redis is not in here: what it holds is found by asking.
+
+Invariants (tests hold them): a tier's victim has no child in that tier, no lease (cpu) and no pin; a node stays while it
+is in some tier or has children, and no longer. Threading: one thread, the cache's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from loracache.arena import Extent
+from loracache.storage_backends.base import Kind, ObjectInfo
+from loracache.tiers import Tier
+
+__all__ = ["Index", "Node"]
+
+
+class Node:
+    """One object of the tree.
+
+    `children[tier]` counts children present in that tier; all children hang in a linked list from `first_child`. `leases`
+    counts holds on the extents by clients and by transfers; `present`, `pins` and `offered` (to a policy) are bit masks of
+    tiers; `dirty` counts tiers it still waits to be written to; `tick` is its last use by the index's clock.
+    """
+
+    __slots__ = (
+        "checksum", "children", "dirty", "extents", "first_child", "key", "kind", "leases", "namespace", "next_sibling",
+        "offered", "parent", "pins", "present", "previous_sibling", "size", "tick",
+    )  # fmt: skip
+
+    def __init__(self, key: bytes, kind: Kind, parent: Node | None) -> None:
+        self.key = key
+        self.kind = kind
+        self.parent = parent
+        self.namespace = b""
+        self.size = 0
+        self.checksum = 0
+        self.extents: tuple[Extent, ...] = ()
+        self.present = 0
+        self.offered = 0
+        self.children = [0, 0, 0, 0]
+        self.first_child: Node | None = None
+        self.next_sibling: Node | None = None
+        self.previous_sibling: Node | None = None
+        self.leases = 0
+        self.pins = 0
+        self.dirty = 0
+        self.tick = 0
+
+    def held_in(self, tier: Tier) -> bool:
+        """Whether `tier` holds the object's bytes."""
+        return bool(self.present >> tier & 1)
+
+    def info(self) -> ObjectInfo:
+        """What travels with the bytes into another tier."""
+        parent = self.parent.key if self.parent is not None else b""
+        return ObjectInfo(self.key, parent, self.kind, self.namespace, self.size, self.checksum)
+
+
+class Index:
+    """The tree, by key.
+
+    `on_candidate(tier, node)` is called whenever a node may have become a victim, `on_idle(node)` when its last hold ends.
+    `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent: adapters that an
+    engine serves and the cache does not hold.
+    """
+
+    def __init__(self, on_candidate: Callable[[Tier, Node], None], on_idle: Callable[[Node], None]) -> None:
+        self._nodes: dict[bytes, Node] = {}
+        self._on_candidate = on_candidate
+        self._on_idle = on_idle
+        self._clock = itertools.count(1)
+        self.adapters: set[bytes] = set()
+        self.objects = [0, 0, 0, 0]
+        self.bytes = [0, 0, 0, 0]
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def get(self, key: bytes) -> Node | None:
+        """The node of `key`, held somewhere or kept by its children."""
+        return self._nodes.get(key)
+
+    def ghost(self, key: bytes, kind: Kind) -> Node:
+        """The node of `key`, made without tier and parent where there is none."""
+        node = self._nodes.get(key)
+        if node is None:
+            node = self._nodes[key] = Node(key, kind, None)
+        return node
+
+    def knows(self, key: bytes) -> bool:
+        """Whether `key` can be a parent."""
+        return key in self._nodes or key in self.adapters
+
+    def insert(self, info: ObjectInfo) -> Node | None:
+        """The node for `info`, in no tier yet; None where its parent is not in the tree."""
+        node = self._nodes.get(info.key)
+        # One that is held keeps its place: its parent counts its children in a tier as they enter and leave it.
+        if node is None or (node.parent is None and info.parent and not node.present):
+            parent = self._nodes.get(info.parent) if info.parent else None
+            if info.parent and parent is None:
+                if info.parent not in self.adapters:
+                    return None
+                parent = self.ghost(info.parent, Kind.LORA)
+            if node is None:
+                node = self._nodes[info.key] = Node(info.key, info.kind, None)
+            node.parent = parent
+            if parent is not None:
+                _link(parent, node)
+        if not node.present:
+            node.namespace, node.size, node.checksum = info.namespace, info.size, info.checksum
+        return node
+
+    def enter(self, node: Node, tier: Tier) -> None:
+        """`tier` holds the node's bytes from now on."""
+        assert not node.present >> tier & 1, f"{node.key.hex()} is in {tier.label} already"
+        node.present |= 1 << tier
+        self.objects[tier] += 1
+        self.bytes[tier] += node.size
+        if node.parent is not None:
+            node.parent.children[tier] += 1
+        self.touch(node)
+        self.offer(node, tier)
+
+    def leave(self, node: Node, tier: Tier) -> None:
+        """`tier` no longer holds the node's bytes; the node goes with its last tier and child."""
+        assert node.present >> tier & 1, f"{node.key.hex()} is not in {tier.label}"
+        node.present &= ~(1 << tier)
+        node.pins &= ~(1 << tier)
+        self.objects[tier] -= 1
+        self.bytes[tier] -= node.size
+        parent = node.parent
+        if parent is not None:
+            parent.children[tier] -= 1
+            self.offer(parent, tier)
+        self.prune(node)
+
+    def prune(self, node: Node | None) -> None:
+        """Forget `node`, and its ancestors after it, where nothing needs them any more."""
+        while node is not None and not node.present and node.first_child is None and not node.leases:
+            if self._nodes.get(node.key) is not node:
+                return
+            del self._nodes[node.key]
+            parent = node.parent
+            if parent is not None:
+                _unlink(parent, node)
+            node = parent
+
+    def touch(self, node: Node) -> None:
+        """Record a use."""
+        node.tick = next(self._clock)
+
+    def hold(self, node: Node) -> None:
+        """Keep the node's extents where they are until `unhold`."""
+        node.leases += 1
+
+    def unhold(self, node: Node) -> None:
+        """End one hold."""
+        assert node.leases > 0, f"{node.key.hex()} is not held"
+        node.leases -= 1
+        if not node.leases:
+            self._on_idle(node)
+            self.offer(node, Tier.CPU)
+            self.prune(node)
+
+    def evictable(self, node: Node, tier: Tier) -> bool:
+        """Whether the node may leave `tier` now, its children in that tier left aside."""
+        if not node.present >> tier & 1 or node.pins >> tier & 1:
+            return False
+        return tier is not Tier.CPU or (not node.leases and not node.dirty)
+
+    def offer(self, node: Node, tier: Tier) -> None:
+        """Tell the tier's policy of a node that may be a victim."""
+        if not node.children[tier] and not node.offered >> tier & 1 and self.evictable(node, tier):
+            self._on_candidate(tier, node)
+
+    def leading(self, keys: Sequence[bytes]) -> list[Node]:
+        """Nodes of the longest run of `keys`, from the first on, that some tier holds. Records their use."""
+        nodes = []
+        find, clock = self._nodes.get, self._clock
+        for key in keys:
+            node = find(key)
+            if node is None or not node.present:
+                break
+            node.tick = next(clock)
+            nodes.append(node)
+        return nodes
+
+    def subtree(self, root: Node) -> list[Node]:
+        """`root` and all its descendants, children before parents."""
+        found = [root]
+        for node in found:  # grows while it is walked: parents before children
+            child = node.first_child
+            while child is not None:
+                found.append(child)
+                child = child.next_sibling
+        found.reverse()
+        return found
+
+
+def _link(parent: Node, child: Node) -> None:
+    after = parent.first_child
+    child.next_sibling = after
+    if after is not None:
+        after.previous_sibling = child
+    parent.first_child = child
+
+
+def _unlink(parent: Node, child: Node) -> None:
+    before, after = child.previous_sibling, child.next_sibling
+    if before is None:
+        parent.first_child = after
+    else:
+        before.next_sibling = after
+    if after is not None:
+        after.previous_sibling = before
+    child.previous_sibling = child.next_sibling = None

@@ -1,0 +1,158 @@
+"""Names of everything cached: namespaces, chunk keys, object keys, checksums.
+
+Two machines that know the same model, tokens and adapter content agree on every key: no process seed, no Python `hash()`,
+no path and no adapter name goes into one. Pure functions and frozen values; safe from any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from loracache.errors import UsageError
+
+__all__ = ["KEY_BYTES", "Media", "Namespace", "checksum", "chunk_keys", "object_key", "salt_digest", "token_array"]
+
+KEY_BYTES = 32
+TokenArray = npt.NDArray[np.int32]
+_HEX = re.compile(r"(?:[0-9a-f]{64})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What makes KV interchangeable. Objects of two namespaces never meet, whatever their tokens.
+
+    model: the model identity (see DESIGN). kv_dtype: as the engine stores it, "bfloat16". layout: block shape, order of
+    its dimensions and, on CPUs, the instruction set that packed it. chunk_tokens: tokens of a chunk. adapter: hex digest of
+    the LoRA adapter's content, or "". salt: hex digest of the tenant's salt (`salt_digest`), or "".
+    """
+
+    model: str
+    kv_dtype: str
+    layout: str
+    chunk_tokens: int
+    adapter: str = ""
+    salt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens <= 0:
+            raise UsageError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
+        for name in ("adapter", "salt"):
+            if not _HEX.fullmatch(getattr(self, name)):
+                raise UsageError(f"{name} must be empty or 64 hexadecimal digits, not {getattr(self, name)!r}")
+
+    def descriptor(self) -> str:
+        """Canonical JSON: what is registered with a daemon and kept beside the disk tier."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @classmethod
+    def parse(cls, descriptor: str) -> Namespace:
+        """The namespace of a descriptor. Raises UsageError where it is not one."""
+        try:
+            fields = json.loads(descriptor)
+            namespace = cls(**fields)
+            typed = all(isinstance(fields[name], str) for name in fields if name != "chunk_tokens")
+            if not typed or type(namespace.chunk_tokens) is not int:
+                raise UsageError("chunk_tokens must be an integer and every other field a string")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"not a namespace descriptor: {descriptor[:200]!r} ({error})") from None
+        return namespace
+
+    def digest(self) -> bytes:
+        """32 bytes: the root of every chain in this namespace."""
+        return hashlib.sha256(b"loracache/namespace\0" + self.descriptor().encode()).digest()
+
+    def adapter_key(self) -> bytes:
+        """32 bytes of the adapter's digest, or b"" for the base model."""
+        return bytes.fromhex(self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An image or the like inside a prompt: its content's identifier, and the tokens it stands for."""
+
+    identifier: str
+    offset: int
+    length: int
+
+
+def salt_digest(salt: str | None) -> str:
+    """Hex digest of a tenant's `cache_salt`, "" for none. The salt itself is stored nowhere."""
+    return hashlib.sha256(b"loracache/salt\0" + salt.encode()).hexdigest() if salt else ""
+
+
+def token_array(tokens: Sequence[int] | TokenArray) -> TokenArray:
+    """Token ids as little-endian int32, shape (n,). Convert once: a list costs several times its hashing.
+
+    Raises UsageError where an id does not fit an int32.
+    """
+    try:
+        ids = np.asarray(tokens)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UsageError(f"token ids must be integers of 32 bits: {error}") from None
+    if ids.size and ids.dtype.kind not in "iu":
+        raise UsageError(f"token ids must be integers of 32 bits, not {ids.dtype}")
+    # A cast would wrap a wider id onto another token's, and with it onto another prompt's KV.
+    if ids.size and not np.can_cast(ids.dtype, np.int32) and (ids.min() < -(2**31) or ids.max() >= 2**31):
+        raise UsageError(f"token ids must be integers of 32 bits, not from {ids.min()} to {ids.max()}")
+    return np.ascontiguousarray(ids, dtype="<i4").reshape(-1)
+
+
+def chunk_keys(
+    parent: bytes,
+    tokens: Sequence[int] | TokenArray,
+    chunk_tokens: int,
+    *,
+    start: int = 0,
+    media: Iterable[Media] = (),
+) -> list[bytes]:
+    """Keys of the whole chunks of `tokens`; a tail shorter than `chunk_tokens` has none.
+
+    parent: the key of the chunk before (32 bytes), or the namespace's digest for the first. start: position of tokens[0]
+    in its prompt. media: whatever overlaps; each chunk hashes identifier and offset of those it touches, because equal
+    placeholder tokens may stand for different images.
+    """
+    if len(parent) != KEY_BYTES:
+        raise UsageError(f"a parent key has {KEY_BYTES} bytes, not {len(parent)}")
+    if chunk_tokens <= 0:
+        raise UsageError(f"chunk_tokens must be positive, not {chunk_tokens}")
+    view = token_array(tokens).data.cast("B")
+    spans = sorted(media, key=lambda item: (item.offset, item.identifier))
+    keys = []
+    width = chunk_tokens * 4
+    for at in range(0, len(view) - width + 1, width):
+        state = hashlib.sha256(parent)
+        state.update(view[at : at + width])
+        if spans:
+            first = start + at // 4
+            _hash_media(state, spans, first, first + chunk_tokens)
+        parent = state.digest()
+        keys.append(parent)
+    return keys
+
+
+def _hash_media(state: hashlib._Hash, spans: list[Media], first: int, end: int) -> None:
+    for item in spans:
+        if item.offset < end and item.offset + item.length > first:
+            name = item.identifier.encode()
+            state.update(item.offset.to_bytes(8, "little") + len(name).to_bytes(4, "little") + name)
+
+
+def object_key(chunk_key: bytes, shard: str) -> bytes:
+    """Key of the part of a chunk that `shard` (a range of layers and KV heads) names."""
+    return hashlib.sha256(chunk_key + shard.encode()).digest()
+
+
+def checksum(buffers: Iterable[memoryview | bytes]) -> int:
+    """xxh3_64 over the concatenated buffers, an unsigned 64-bit integer."""
+    state = xxhash.xxh3_64()
+    for buffer in buffers:
+        state.update(buffer)
+    return int(state.intdigest())

@@ -1,0 +1,289 @@
+"""Builds the cache from a configuration and runs it behind its socket until it is told to end.
+
+Threading: everything here runs on the event loop, but for the pre-faulting of the arena, the scan of the disk tier and
+the reading of adapter files, which have threads of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import itertools
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from loracache import __version__, protocol
+from loracache.adapters import AdapterDigests
+from loracache.arena import Arena
+from loracache.cache import TieredCache
+from loracache.config import Config
+from loracache.errors import ConfigError
+from loracache.namespaces import Namespaces
+from loracache.server.peers import Peer
+from loracache.server.session import Session
+from loracache.server.status import daemon_status
+from loracache.storage_backends.base import ObjectInfo, StorageBackend
+
+__all__ = ["Daemon"]
+
+_log = logging.getLogger(__name__)
+_TICK_S = 0.25
+_SCAN_SLICE = 500  # objects entered between two looks at the socket: a few milliseconds
+_PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
+
+
+class Daemon:
+    """One running cache. `run` serves until SIGTERM, SIGINT or, where private, until the last client is gone."""
+
+    def __init__(self, config: Config) -> None:
+        """Takes the socket and the tiers. Raises ConfigError naming what is in the way."""
+        self.config = config
+        self.version = __version__
+        self.started = time.monotonic()
+        self.redis_lookup_s = config.redis_lookup_ms / 1000
+        self.adapter_digests = AdapterDigests()
+        self.sessions: set[Session] = set()
+        self._stack = contextlib.ExitStack()
+        try:
+            self._listener = _listen(config.socket, self._stack)
+            disk = _disk_backend(config)
+            self.namespaces = Namespaces(config.disk_path / "namespaces" if config.disk_path else None)
+            self.cache = TieredCache(
+                Arena(config.memory, config.page_size),
+                self._post,
+                disk=disk,
+                disk_limit=config.disk,
+                redis=_redis_backend(config),
+                policy=config.policy,
+            )
+        except BaseException:
+            self._stack.close()
+            raise
+        for namespace in self.namespaces.all().values():
+            if namespace.adapter:
+                self.cache.index.adapters.add(namespace.adapter_key())
+        self._owners = itertools.count(1)
+        self._instance = os.urandom(16)
+        self._stopping = threading.Event()
+        self._ended = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._files = ThreadPoolExecutor(2, "adapter-files")
+        self._threads: list[threading.Thread] = []
+
+    async def run(self) -> None:
+        """Serve until told to end, then drain and close."""
+        loop = self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ended.set)
+        loop.add_reader(self._listener.fileno(), self._accept)
+        ticking = loop.create_task(self._tick())
+        self._start("populate", self._populate)
+        if self.cache.disk is not None:
+            self._start("disk-scan", self._scan)
+        if self.config.private:
+            loop.call_later(_PRIVATE_PATIENCE_S, self._end_if_alone)
+        _log.info("listening on %s", self.config.socket)
+        await self._ended.wait()
+        loop.remove_reader(self._listener.fileno())
+        ticking.cancel()
+        await self._drain()
+        self._close()
+
+    def status(self) -> dict[str, Any]:
+        """What `loracache status` shows."""
+        return daemon_status(self)
+
+    def session_ended(self, session: Session) -> None:
+        """A connection is gone: its leases end; what it was writing stays out of use until its process is gone."""
+        self.sessions.discard(session)
+        if self.cache.leases.disconnect(session.owner) and self._loop is not None:
+            session.peer.when_gone(self._loop, lambda: self.cache.leases.writer_gone(session.owner))
+        else:
+            session.peer.close()
+        if self.config.private:
+            self._end_if_alone()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _post(self, call: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop is closed: the result of a dropped transfer is not missed
+                self._loop.call_soon_threadsafe(call)
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            _log.warning("a connection was not accepted: %s", error)
+            return
+        greeting = protocol.Greeting(
+            protocol.VERSION, self._instance, self.cache.arena.size, self.config.page_size
+        ).encode()
+        try:
+            # On the raw socket: the event loop's transports cannot pass a descriptor.
+            socket.send_fds(sock, [greeting], [self.cache.arena.fd])
+            peer = Peer(sock)
+        except OSError as error:
+            _log.warning("a connection ended before it was greeted: %s", error)
+            sock.close()
+            return
+        sock.setblocking(False)
+        session = Session(self, next(self._owners), peer, self._files)
+        self.sessions.add(session)
+        assert self._loop is not None
+        task = self._loop.create_task(self._loop.connect_accepted_socket(lambda: session, sock))
+        task.add_done_callback(lambda done: self._adopted(session, sock, done))
+
+    def _adopted(self, session: Session, sock: socket.socket, done: asyncio.Task[Any]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            sock.close()
+            self.session_ended(session)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.cache.tick()
+
+    def _end_if_alone(self) -> None:
+        if not self.sessions:
+            self._ended.set()
+
+    def _populate(self) -> None:
+        started = time.monotonic()
+        self.cache.arena.populate(self._stopping.is_set)
+        _log.info("arena of %d MiB ready after %.1f s", self.cache.arena.size >> 20, time.monotonic() - started)
+
+    def _scan(self) -> None:
+        """Feed what the disk tier holds to the cache, a slice at a time, so that the socket answers meanwhile."""
+        assert self.cache.disk is not None
+        disk = self.cache.disk
+        orphans: list[ObjectInfo] = []
+        idle = threading.Event()
+
+        def adopt(infos: Iterable[ObjectInfo]) -> None:
+            orphans.extend(disk.adopt(infos))
+            idle.set()
+
+        objects = disk.io.backend.scan()
+        while infos := list(itertools.islice(objects, _SCAN_SLICE)):
+            if self._stopping.is_set():
+                return
+            idle.clear()
+            self._post(lambda infos=infos: adopt(infos))  # type: ignore[misc]
+            idle.wait(5)
+        self._post(lambda: self._scanned(orphans))
+
+    def _scanned(self, orphans: list[ObjectInfo]) -> None:
+        assert self.cache.disk is not None
+        while orphans:  # a child may have come before its parent
+            left = self.cache.disk.adopt(orphans)
+            if len(left) == len(orphans):
+                break
+            orphans = left
+        self.cache.disk.adopted_all(orphans)
+        gc.freeze()  # the index lives as long as the process: keep the collector out of it
+        _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
+
+    async def _drain(self) -> None:
+        for session in list(self.sessions):
+            session.close()
+        flushed = asyncio.Event()
+        self.cache.pump()
+        self.cache.when_flushed(flushed.set)
+        try:
+            await asyncio.wait_for(flushed.wait(), self.config.drain)
+        except TimeoutError:
+            for writer in self.cache.writers:
+                dropped = writer.drop_all()
+                _log.warning(
+                    "%s: %d queued writes dropped after %g s of draining",
+                    writer.io.tier.label,
+                    dropped,
+                    self.config.drain,
+                )
+
+    def _close(self) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._files.shutdown(wait=False, cancel_futures=True)
+        for writer in self.cache.writers:
+            writer.io.close()
+        self._stack.close()
+        _log.info("ended")
+
+
+def _listen(path: Path, stack: contextlib.ExitStack) -> socket.socket:
+    """The listening socket, under a lock that tells a running daemon from a stale socket file."""
+    if len(os.fsencode(path)) > 107:
+        raise ConfigError(f"socket={str(path)!r} is longer than the 107 bytes a unix socket's path may have")
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"socket={str(path)!r}: another daemon serves it; stop that one or give --socket another path"
+            ) from None
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stack.callback(listener.close)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        old = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(old)
+    except OSError as error:
+        raise ConfigError(
+            f"socket={str(path)!r} cannot be made: {error.strerror}; give --socket a writable path"
+        ) from None
+    stack.callback(_unlink, path)
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _secret(config: Config) -> bytes | None:
+    return config.integrity_key.get_secret_value().encode() if config.integrity_key is not None else None
+
+
+def _disk_backend(config: Config) -> StorageBackend | None:
+    if config.disk_path is None:
+        return None
+    from loracache.storage_backends.disk import DiskBackend
+
+    return DiskBackend(config.disk_path, sync=config.disk_sync, integrity_key=_secret(config))
+
+
+def _redis_backend(config: Config) -> StorageBackend | None:
+    if config.redis is None:
+        return None
+    from loracache.storage_backends.redis import RedisBackend
+
+    backend = RedisBackend(config.redis, prefix=config.redis_prefix, integrity_key=_secret(config))
+    backend.check()
+    return backend

@@ -1,0 +1,265 @@
+"""One client's connection: decodes requests, calls the cache, encodes answers.
+
+What the index can answer is answered in the same call that received it; what waits for a tier answers later, and the
+requests behind it do not wait. Threading: the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any, cast
+
+from loracache import protocol
+from loracache.cache import Acquired
+from loracache.errors import LoRACacheError, ProtocolError, UsageError
+from loracache.keys import KEY_BYTES
+from loracache.leases import Writing
+from loracache.protocol import ERROR, NO_PARENT, OK, PART, split_keys
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
+from loracache.tiers import Tier
+
+if TYPE_CHECKING:
+    from loracache.server.daemon import Daemon
+    from loracache.server.peers import Peer
+
+__all__ = ["Session"]
+
+_log = logging.getLogger(__name__)
+_MAX_UNSENT = 64 << 20
+_REPORTED = "client."
+
+
+class Session(asyncio.Protocol):
+    """Serves one connection. `owner` is its number: what its leases are kept under."""
+
+    def __init__(self, daemon: Daemon, owner: int, peer: Peer, files: Executor) -> None:
+        self.owner = owner
+        self.peer = peer
+        self.name = "?"
+        self._daemon = daemon
+        self._cache = daemon.cache
+        self._files = files
+        self._frames = protocol.Frames()
+        self._transport: asyncio.Transport | None = None
+
+    # -- asyncio.Protocol ----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The greeting was sent before; requests may come."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the connection's leases."""
+        self._transport = None
+        self._daemon.session_ended(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Serve every request that is complete."""
+        try:
+            for message in self._frames.feed(data):
+                number, request = protocol.decode_request(message)
+                self._serve(number, request)
+        except ProtocolError as error:
+            self._cache.counters.add("failure.protocol")
+            _log.warning("connection %d (%s, pid %d): %s", self.owner, self.name, self.peer.pid, error)
+            self._answer(0, ERROR, str(error))
+            self.close()
+
+    def close(self) -> None:
+        """Close after what was answered is sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _serve(self, number: int, request: protocol.Request) -> None:
+        try:
+            getattr(self, f"_on_{request.operation}")(number, request)
+        except ProtocolError:
+            raise
+        except LoRACacheError as error:
+            self._answer(number, ERROR, str(error))
+
+    def _answer(self, number: int, status: int, payload: object) -> None:
+        if number == 0 and status != ERROR:
+            return
+        if self._transport is None:
+            return
+        self._transport.write(protocol.frame([number, status, payload]))
+        if self._transport.get_write_buffer_size() > _MAX_UNSENT:
+            _log.warning("connection %d (%s) does not read its answers and is closed", self.owner, self.name)
+            self._transport.abort()
+
+    def _on_hello(self, number: int, request: protocol.Hello) -> None:
+        self.name = request.name[:64]
+        self._answer(number, OK, [])
+
+    def _on_register(self, number: int, request: protocol.Register) -> None:
+        namespace = self._daemon.namespaces.register(request.descriptor)
+        if namespace.adapter:
+            self._cache.index.adapters.add(namespace.adapter_key())
+        self._answer(number, OK, [namespace.digest()])
+
+    def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            try:
+                digest, identity = self._daemon.adapter_digests.digest(request.path)
+                status, payload = OK, [digest, list(identity)]
+            except UsageError as error:
+                status, payload = ERROR, cast(Any, str(error))
+            loop.call_soon_threadsafe(self._answer, number, status, payload)
+
+        self._files.submit(work)
+
+    def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
+        keys = split_keys(request.keys)
+        tiers = self._cache.lookup(keys)
+        redis = self._cache.redis
+        if redis is None or len(tiers) == len(keys):
+            self._found(number, request, keys, tiers, "absent")
+        elif redis.io.asked_too_long(self._daemon.redis_lookup_s):
+            self._found(number, request, keys, tiers, "redis_slow")
+        else:
+            self._ask_redis(number, request, keys, tiers)
+
+    def _ask_redis(self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier]) -> None:
+        redis = self._cache.redis
+        assert redis is not None
+        open_still = True
+
+        def finish(more: list[Tier], cause: str) -> None:
+            nonlocal open_still
+            if open_still:
+                open_still = False
+                timer.cancel()
+                self._found(number, request, keys, tiers + more, cause)
+
+        def answered(results: list[Result]) -> None:
+            more = []
+            cause = "absent"
+            for result in results:
+                if result.outcome is not Outcome.OK:
+                    cause = "absent" if result.outcome is Outcome.MISS else f"redis_{result.outcome.value}"
+                    break
+                more.append(Tier.REDIS)
+            finish(more, cause)
+
+        timer = asyncio.get_running_loop().call_later(self._daemon.redis_lookup_s, finish, [], "redis_slow")
+        redis.io.contains(keys[len(tiers) :], answered)
+
+    def _found(self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str) -> None:
+        counters = self._cache.counters
+        hits = len(tiers) // request.group * request.group
+        tiers = tiers[:hits]
+        if request.lease and self._transport is not None:
+            self._cache.hold(self.owner, request.lease, keys[:hits], request.ttl)
+        counters.add("lookup")
+        for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
+            counters.add(f"hit.{tier.label}", tiers.count(tier))
+        counters.add(f"miss.{cause}", len(keys) - hits)
+        self._answer(number, OK, [bytes(tiers)])
+
+    def _on_prefetch(self, number: int, request: protocol.Prefetch) -> None:
+        keys = split_keys(request.keys)
+        self._cache.acquire(self.owner, request.lease, keys, request.ttl, lambda acquired: None)
+        self._answer(number, OK, [])
+
+    def _on_acquire(self, number: int, request: protocol.Acquire) -> None:
+        keys = split_keys(request.keys)
+        left = len(keys)
+        if not keys:
+            self._answer(number, OK, [])
+
+        def ready(acquired: list[Acquired]) -> None:
+            nonlocal left
+            left -= len(acquired)
+            for item in acquired:
+                if item.node is None:
+                    self._cache.counters.add(f"acquire.failed.{item.cause}")
+            self._answer(number, PART if left else OK, [_acquired(item) for item in acquired])
+
+        self._cache.acquire(self.owner, request.lease, keys, request.ttl, ready)
+
+    def _on_renew(self, number: int, request: protocol.Renew) -> None:
+        self._answer(number, OK, [self._cache.leases.renew(self.owner, request.lease, request.ttl)])
+
+    def _on_release(self, number: int, request: protocol.Release) -> None:
+        held = self._cache.leases.release(self.owner, request.lease)
+        self._cache.report_bad(split_keys(request.keys))
+        if not held:
+            self._cache.counters.add("lease.lost")
+        self._answer(number, OK, [held])
+
+    def _on_reserve(self, number: int, request: protocol.Reserve) -> None:
+        keys, parents = split_keys(request.keys), split_keys(request.parents)
+        if not len(keys) == len(parents) == len(request.sizes):
+            raise UsageError(
+                f"{len(keys)} keys, {len(parents)} parents and {len(request.sizes)} sizes: give one of each"
+            )
+        namespace = self._daemon.namespaces.get(request.namespace)
+        if namespace is None:
+            raise UsageError(
+                f"namespace {request.namespace.hex()} is not registered; register it on this connection first"
+            )
+        root = namespace.adapter_key()
+        infos = [
+            ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
+            for key, parent, size in zip(keys, parents, request.sizes, strict=True)
+        ]
+        answers = self._cache.reserve(self.owner, request.lease, infos, request.ttl)
+        self._answer(number, OK, [_extents(item.extents) if isinstance(item, Writing) else item for item in answers])
+
+    def _on_commit(self, number: int, request: protocol.Commit) -> None:
+        keys = split_keys(request.keys)
+        if len(keys) != len(request.checksums):
+            raise UsageError(f"{len(keys)} keys and {len(request.checksums)} checksums: give one of each")
+        pairs = list(zip(keys, request.checksums, strict=True))
+        self._answer(number, OK, self._cache.commit(self.owner, request.lease, pairs))
+
+    def _on_abort(self, number: int, request: protocol.Abort) -> None:
+        self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
+
+    def _on_pin(self, number: int, request: protocol.Pin) -> None:
+        tier = Tier.named(request.tier)
+        self._answer(number, OK, [self._cache.pin(split_keys(request.keys), tier, request.ttl or None)])
+
+    def _on_unpin(self, number: int, request: protocol.Unpin) -> None:
+        self._answer(number, OK, [self._cache.unpin(split_keys(request.keys), Tier.named(request.tier))])
+
+    def _on_evict(self, number: int, request: protocol.Evict) -> None:
+        tiers = [Tier.named(label) for label in request.tiers]
+        if Tier.GPU in tiers:
+            raise UsageError("tier 'gpu' belongs to the engines; evict from cpu, disk or redis")
+        done = self._cache.evict(split_keys(request.keys), tiers)
+        self._answer(number, OK, [done.objects, done.nbytes, done.skipped])
+
+    def _on_flush(self, number: int, request: protocol.Flush) -> None:
+        self._cache.when_flushed(lambda: self._answer(number, OK, []))
+
+    def _on_status(self, number: int, request: protocol.Status) -> None:
+        self._answer(number, OK, [self._daemon.status()])
+
+    def _on_report(self, number: int, request: protocol.Report) -> None:
+        for name, count in request.counts.items():
+            self._cache.counters.add(_REPORTED + name, count)
+        self._answer(number, OK, [])
+
+
+def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
+    return [number for extent in extents for number in extent]
+
+
+def _acquired(item: Acquired) -> list[Any]:
+    node = item.node
+    if node is None:
+        return [item.position, item.cause]
+    return [item.position, node.size, node.checksum, _extents(node.extents)]
+
+
+_HANDLERS: dict[str, Callable[..., None]] = {name: getattr(Session, f"_on_{name}") for name in protocol.OPERATIONS}
+assert KEY_BYTES == len(NO_PARENT)

@@ -1,0 +1,58 @@
+"""What `loracache status` shows: a map of plain values, the same over the socket, as JSON and as a table."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from loracache.tiers import Tier
+
+if TYPE_CHECKING:
+    from loracache.server.daemon import Daemon
+
+__all__ = ["daemon_status"]
+
+
+def daemon_status(daemon: Daemon) -> dict[str, Any]:
+    """Tiers, leases and counters of a running daemon. Bytes are payload bytes unless the name says otherwise."""
+    cache = daemon.cache
+    index, arena, counters = cache.index, cache.arena, cache.counters
+    tiers: dict[str, Any] = {
+        "cpu": {
+            "objects": index.objects[Tier.CPU],
+            "bytes": index.bytes[Tier.CPU],
+            "limit_bytes": arena.size,
+            "used_bytes": arena.size - arena.free_bytes,
+            "populated_bytes": arena.populated,
+        }
+    }
+    if cache.disk is not None:
+        tiers["disk"] = {
+            "objects": index.objects[Tier.DISK],
+            "bytes": index.bytes[Tier.DISK],
+            "limit_bytes": cache.disk.limit,
+            "used_bytes": cache.disk.used,
+            "queued_writes": cache.disk.writer.depth,
+            "direct_io": bool(getattr(cache.disk.io.backend, "direct", False)),
+            "scanned": cache.disk.loaded,
+            "available": cache.disk.io.available,
+        }
+    if cache.redis is not None:
+        tiers["redis"] = {"queued_writes": cache.redis.depth, "available": cache.redis.io.available}
+    return {
+        "version": daemon.version,
+        "pid": os.getpid(),
+        "uptime_s": round(time.monotonic() - daemon.started, 3),
+        "socket": str(daemon.config.socket),
+        "connections": len(daemon.sessions),
+        "namespaces": len(daemon.namespaces),
+        "tiers": tiers,
+        "leases": len(cache.leases),
+        "leased_objects": cache.leases.held_objects,
+        "quarantined_bytes": cache.leases.quarantined,
+        "hits": counters.starting("hit."),
+        "misses": counters.starting("miss."),
+        "failures": counters.starting("failure."),
+        "counters": counters.all(),
+    }

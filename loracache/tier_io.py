@@ -1,0 +1,126 @@
+"""Runs one storage backend on threads of its own and posts results to the cache's thread.
+
+Stores and deletes share one thread, so that they happen in the order they were asked for: a child enters a tier with or
+after its parent, and a deletion that makes room precedes the store it makes room for. Loads have their own threads, and
+so has the one question a lookup may ask, so that neither waits behind bulk writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from loracache.counters import Counters
+from loracache.tiers import Tier
+from loracache.storage_backends.base import Outcome, Result, StorageBackend, Transfer
+
+__all__ = ["Post", "TierIO"]
+
+Post = Callable[[Callable[[], None]], object]
+Done = Callable[[list[Result]], None]
+
+_log = logging.getLogger(__name__)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+
+
+class TierIO:
+    """One tier's backend, its threads, its failure counters, and whether it is worth asking now.
+
+    After an UNAVAILABLE answer the tier is left alone for a pause that doubles up to 15 s; whatever is asked meanwhile is
+    answered UNAVAILABLE at once. All methods belong to the cache's thread; `post` hands a callable over to it.
+    """
+
+    def __init__(self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters) -> None:
+        self.tier = tier
+        self.backend = backend
+        self._post = post
+        self._counters = counters
+        label = tier.label
+        self._writes = ThreadPoolExecutor(1, f"{label}-write")
+        self._loads = ThreadPoolExecutor(2, f"{label}-load")
+        self._asks = ThreadPoolExecutor(1, f"{label}-ask")
+        self._paused_until = 0.0
+        self._pause = _FIRST_PAUSE_S
+        self._asked_at: list[float] = []
+
+    @property
+    def available(self) -> bool:
+        """Whether the tier is not being left alone after a failure."""
+        return time.monotonic() >= self._paused_until
+
+    def asked_too_long(self, limit_s: float) -> bool:
+        """Whether a question is still unanswered after `limit_s`: asking more would only queue behind it."""
+        return bool(self._asked_at) and time.monotonic() - self._asked_at[0] > limit_s
+
+    def contains(self, keys: Sequence[bytes], done: Done) -> None:
+        """Ask which keys the tier holds."""
+        asked = time.monotonic()
+        self._asked_at.append(asked)
+
+        def answered(results: list[Result]) -> None:
+            self._asked_at.remove(asked)
+            done(results)
+
+        self._run(self._asks, "lookup", len(keys), lambda: self.backend.contains(keys), answered)
+
+    def load(self, transfers: Sequence[Transfer], done: Done) -> None:
+        """Read objects into their buffers."""
+        self._run(self._loads, "load", len(transfers), lambda: self.backend.load(transfers), done)
+
+    def store(self, transfers: Sequence[Transfer], done: Done) -> None:
+        """Write objects from their buffers, after all writes and deletions asked for before."""
+        self._run(self._writes, "store", len(transfers), lambda: self.backend.store(transfers), done)
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Remove objects, after all writes and deletions asked for before."""
+        self._run(self._writes, "delete", len(keys), lambda: self.backend.delete(keys), lambda results: None)
+
+    def close(self) -> None:
+        """Wait for what runs, drop what is queued, close the backend."""
+        for executor in (self._asks, self._loads, self._writes):
+            executor.shutdown(wait=True, cancel_futures=True)
+        self.backend.close()
+
+    def _run(
+        self, executor: ThreadPoolExecutor, what: str, count: int, call: Callable[[], list[Result]], done: Done
+    ) -> None:
+        def finish(results: list[Result]) -> None:
+            self._account(what, results)
+            done(results)
+
+        if not self.available:
+            refused = Result(Outcome.UNAVAILABLE, detail="left alone after a failure")
+            self._post(lambda: finish([refused] * count))
+            return
+
+        def work() -> None:
+            try:
+                results = call()
+            except Exception as error:  # top of a thread: a backend's bug must not lose the waiting request
+                _log.exception("%s: %s failed", self.tier.label, what)
+                results = [Result(Outcome.FAILED, detail=repr(error))] * count
+            self._post(lambda: finish(results))
+
+        executor.submit(work)
+
+    def _account(self, what: str, results: list[Result]) -> None:
+        label = self.tier.label
+        unavailable = 0
+        for result in results:
+            if result.outcome is Outcome.OK:
+                continue
+            if result.outcome is Outcome.UNAVAILABLE:
+                unavailable += 1
+            elif result.outcome is not Outcome.MISS:
+                _log.warning("%s: %s: %s: %s", label, what, result.outcome.value, result.detail)
+            if result.outcome is not Outcome.MISS or what == "load":
+                self._counters.add(f"failure.{label}.{result.outcome.value}")
+        if not unavailable:
+            if results:
+                self._pause = _FIRST_PAUSE_S
+        elif self.available:
+            _log.warning("%s: unavailable (%s); left alone for %.1f s", label, results[-1].detail, self._pause)
+            self._paused_until = time.monotonic() + self._pause
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE_S)

@@ -1,0 +1,31 @@
+"""The tiers by the names they have in every API, file and metric."""
+
+from __future__ import annotations
+
+import enum
+
+from loracache.errors import UsageError
+
+__all__ = ["Tier"]
+
+
+class Tier(enum.IntEnum):
+    """Where an object's bytes can be, the fastest first."""
+
+    GPU = 0
+    CPU = 1
+    DISK = 2
+    REDIS = 3
+
+    @property
+    def label(self) -> str:
+        """The name users see."""
+        return self.name.lower()
+
+    @classmethod
+    def named(cls, label: str) -> Tier:
+        """The tier called `label`. Raises UsageError naming it and the tiers there are."""
+        try:
+            return cls[label.upper()]
+        except KeyError:
+            raise UsageError(f"unknown tier {label[:40]!r}; give one of {', '.join(t.label for t in cls)}") from None

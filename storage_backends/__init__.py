@@ -1,0 +1,1 @@
+"""Storage backends: tiers below the arena. `base` holds the interface and its contract."""

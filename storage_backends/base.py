@@ -1,0 +1,126 @@
+"""The interface of a storage backend, and the contract every backend keeps.
+
+A backend holds immutable objects under 32-byte keys and knows nothing of trees, leases or policies: which object enters
+or leaves is the cache's decision. Six methods, all batched, all blocking.
+
+What the cache guarantees
+    - Buffers belong to the caller and stay valid and unmoved for the duration of the call. They are handed over as a
+      list of memoryviews (format "B", contiguous) whose addresses and lengths are multiples of 4096 and whose lengths
+      add up to `padded(info.size)`; what lies behind the first `info.size` bytes is unspecified.
+    - An object's bytes never change under a key: storing a key twice stores the same bytes twice.
+    - `close` is the last call, and comes once.
+
+What a backend owes
+    - One result per item, in the order of the items; a bad item never fails the others of its batch.
+    - No exception for anything the outside world does (I/O errors, a full device, a lost connection, corrupt bytes):
+      those are Outcomes. Exceptions mean a bug, or a ConfigError from the constructor.
+    - Atomicity: an object is found either whole or not at all, whenever the process dies.
+    - `load` answers OK only after it checked the bytes against the key, the size and the checksum it stored; on any
+      other outcome the content of the buffers is unspecified. It never answers OK for another object's bytes.
+    - Every call ends in bounded time.
+
+Threading
+    All methods may be called from several threads at once, also on the same keys; `close` only after all others ended.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+KEY_BYTES = 32
+ALIGNMENT = 4096
+
+
+def padded(size: int) -> int:
+    """`size` in bytes rounded up to the 4096 bytes that direct I/O moves at a time."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Kind(enum.IntEnum):
+    """What an object is."""
+
+    KV = 1
+    LORA = 2
+
+
+class Outcome(enum.Enum):
+    """How one item of a batch went. The value is the cause that counters and status show."""
+
+    OK = "ok"
+    MISS = "miss"  # the key is not there
+    CORRUPT = "corrupt"  # it is there, but key, size, checksum or MAC disagree; it is deleted by the backend
+    FULL = "full"  # no room: ENOSPC, quota, Redis OOM
+    UNAVAILABLE = "unavailable"  # the device or server cannot be reached, or did not answer in time
+    FAILED = "failed"  # any other I/O error
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What travels with an object's bytes into every tier.
+
+    key: 32 bytes. parent: 32 bytes, or b"" for the first chunk of a chain without an adapter. namespace: 32 bytes.
+    size: payload bytes. checksum: xxh3_64 of the payload's `size` bytes, an unsigned 64-bit integer.
+    """
+
+    key: bytes
+    parent: bytes
+    kind: Kind
+    namespace: bytes
+    size: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One object and the caller's buffers it is read from (store) or written to (load)."""
+
+    info: ObjectInfo
+    buffers: Sequence[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How one item went. `info` is set by `contains` for OK; `detail` says in words what failed, for logs."""
+
+    outcome: Outcome
+    info: ObjectInfo | None = None
+    detail: str = field(default="", compare=False)
+
+
+class StorageBackend(ABC):
+    """A tier below the arena. See the module's docstring for the contract."""
+
+    name: str  # "disk", "redis", "memory": what counters and status call it
+
+    @abstractmethod
+    def contains(self, keys: Sequence[bytes]) -> list[Result]:
+        """Which of `keys` are held: OK with its ObjectInfo, MISS, or UNAVAILABLE. One round trip for all."""
+
+    @abstractmethod
+    def load(self, transfers: Sequence[Transfer]) -> list[Result]:
+        """Read objects into the transfers' buffers. `info.size` and `info.checksum` are what the caller expects."""
+
+    @abstractmethod
+    def store(self, transfers: Sequence[Transfer]) -> list[Result]:
+        """Write objects from the transfers' buffers. OK means: visible, whole, and found again after a restart of the
+        process (of the machine, where the backend was made to sync)."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[bytes]) -> list[Result]:
+        """Remove objects. OK where it was there, MISS where not; either way it is gone afterwards."""
+
+    @abstractmethod
+    def scan(self) -> Iterator[ObjectInfo]:
+        """What is held when the cache starts, parents before their children as far as known. A backend whose content
+        is found by asking (Redis) yields nothing. Runs on a thread of its own beside the other methods."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish and release everything. No call follows."""
+
+    def footprint(self, size: int) -> int:
+        """Bytes of the tier's budget that an object of `size` payload bytes takes."""
+        return size

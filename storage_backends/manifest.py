@@ -1,0 +1,175 @@
+"""The disk tier's manifest: an append-only list of what was added and deleted, so that a start reads no headers.
+
+It is an accelerator and never the truth: the files are. A record that is missing, torn or damaged costs a start the
+time to look at the files concerned, and nothing else; so a failed append is retried with the next one and fails nobody.
+Records have a fixed size and a CRC of their own. Threading: none here, the caller holds its lock around every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from loracache.storage_backends.base import Kind, ObjectInfo
+
+_MAGIC = b"LoRACach manifest v1\n".ljust(32, b"\0")
+# operation, kind, has a parent, unused, size, checksum, key, parent, namespace; a CRC of all that follows
+_FIELDS = struct.Struct("<BBBBQQ32s32s32s")
+_CRC = struct.Struct("<I")
+RECORD_BYTES = _FIELDS.size + _CRC.size
+_RECORD = struct.Struct(_FIELDS.format + "I")
+_ADD, _DELETE = 1, 2
+_COMPACT_AT_LEAST = 1024  # a manifest of fewer records is not worth a rewrite
+
+
+class Manifest:
+    """One open manifest file. After `read`, `add` and `delete` queue records and `flush` appends them in one write."""
+
+    def __init__(self, path: Path, *, sync: bool) -> None:
+        self._path = path
+        self._sync = sync
+        self._queue: list[bytes] = []
+        self._records = 0
+        self._compact_from = _COMPACT_AT_LEAST
+        self._fd = -1
+
+    def read(self) -> dict[bytes, ObjectInfo]:
+        """What the manifest says is held, in the order of adding; opens it for appending. Raises OSError.
+
+        A file that is missing or is no manifest at all counts as empty and is replaced.
+        """
+        try:
+            raw = self._path.read_bytes()
+        except FileNotFoundError:
+            raw = b""
+        if not raw.startswith(_MAGIC):
+            self.compact({})
+            return {}
+        whole = (len(raw) - len(_MAGIC)) // RECORD_BYTES
+        records = memoryview(raw)[len(_MAGIC) : len(_MAGIC) + whole * RECORD_BYTES]
+        live = _replay(records)
+        self._records = whole
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        # A torn record at the end would put all later ones out of step.
+        os.ftruncate(self._fd, len(_MAGIC) + whole * RECORD_BYTES)
+        if self.wasteful(len(live)):
+            with contextlib.suppress(OSError):  # a full disk is no reason not to start: the long manifest serves
+                self.compact(live)
+        return live
+
+    def add(self, info: ObjectInfo) -> None:
+        """Queues the record that `info` is held."""
+        self._queue.append(_pack(_ADD, info))
+
+    def delete(self, info: ObjectInfo) -> None:
+        """Queues the record that `info` is held no more."""
+        self._queue.append(_pack(_DELETE, info))
+
+    def flush(self) -> None:
+        """Appends what is queued in one write. Raises OSError; then everything stays queued."""
+        if not self._queue:
+            return
+        end = len(_MAGIC) + self._records * RECORD_BYTES
+        block = b"".join(self._queue)
+        try:
+            if os.write(self._fd, block) != len(block):
+                raise OSError(f"short write to {self._path}")
+            if self._sync:
+                os.fdatasync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, end)
+            raise
+        self._records += len(self._queue)
+        self._queue.clear()
+
+    def wasteful(self, live: int) -> bool:
+        """Whether more than half of the records are dead, and enough of them for a rewrite to pay."""
+        return self._records >= self._compact_from and self._records > 2 * live
+
+    def compact(self, live: Mapping[bytes, ObjectInfo]) -> None:
+        """Replaces the manifest by one that holds `live` alone. Raises OSError; then the old one stays."""
+        self._compact_from = 2 * self._records  # should this fail, not again before it is worth twice as much
+        fresh = self._path.with_suffix(".new")
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        try:
+            block = _MAGIC + b"".join(_pack(_ADD, info) for info in live.values())
+            if os.write(fd, block) != len(block):
+                raise OSError(f"short write to {fresh}")
+            if self._sync:
+                os.fdatasync(fd)
+            os.rename(fresh, self._path)
+        except OSError:
+            os.close(fd)
+            fresh.unlink(missing_ok=True)
+            raise
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+        self._records = len(live)
+        self._compact_from = _COMPACT_AT_LEAST
+        self._queue.clear()
+
+    def close(self) -> None:
+        """Appends what is queued, where that still works, and closes the file."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            self.flush()
+        os.close(self._fd)
+        self._fd = -1
+
+
+def parents_first(objects: Mapping[bytes, ObjectInfo]) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    """(rooted, hanging): objects whose whole chain is in `objects`, and the rest; in both, parents before children."""
+    rooted_by_key: dict[bytes, bool] = {}
+    rooted: list[ObjectInfo] = []
+    hanging: list[ObjectInfo] = []
+    for info in objects.values():
+        chain: list[ObjectInfo] = []
+        above: ObjectInfo | None = info
+        while above is not None and above.key not in rooted_by_key:
+            rooted_by_key[above.key] = False  # also ends the walk around a ring of parents, which only damage can make
+            chain.append(above)
+            above = objects.get(above.parent)
+        for link in reversed(chain):
+            is_rooted = not link.parent or rooted_by_key.get(link.parent, False)
+            rooted_by_key[link.key] = is_rooted
+            (rooted if is_rooted else hanging).append(link)
+    return rooted, hanging
+
+
+def _pack(operation: int, info: ObjectInfo) -> bytes:
+    body = _FIELDS.pack(
+        operation, info.kind, bool(info.parent), 0, info.size, info.checksum, info.key, info.parent, info.namespace
+    )
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def _replay(records: memoryview) -> dict[bytes, ObjectInfo]:
+    live: dict[bytes, ObjectInfo] = {}
+    shared: dict[bytes, bytes] = {}  # one bytes object per parent and namespace instead of one per record
+    kinds = {int(kind): kind for kind in Kind}
+    crc32, body = zlib.crc32, _FIELDS.size
+    starts: Iterable[int] = range(0, len(records), RECORD_BYTES)
+    fields = _RECORD.iter_unpack(records)
+    for start, (operation, kind, has_parent, _, size, checksum, key, parent, namespace, crc) in zip(
+        starts, fields, strict=True
+    ):
+        if crc32(records[start : start + body]) != crc or kind not in kinds:
+            continue  # the sweep of the files finds what this record would have told
+        if operation == _DELETE:
+            live.pop(key, None)
+            continue
+        live[key] = ObjectInfo(
+            shared.setdefault(key, key),
+            shared.setdefault(parent, parent) if has_parent else b"",
+            kinds[kind],
+            shared.setdefault(namespace, namespace),
+            size,
+            checksum,
+        )
+    return live

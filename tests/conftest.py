@@ -1,0 +1,212 @@
+"""What holds for every test: offline, vLLM small enough for a shared machine, marks by folder.
+
+Real parts for whoever needs them: `daemon` starts `loracache serve` processes, `redis_server` real Redis servers;
+`eventually` waits, for a bounded time, until something holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as redis_client
+from hypothesis import HealthCheck, settings
+
+from loracache import CacheClient
+
+TESTS = Path(__file__).parent
+E2E_SECONDS = 900
+
+# Read by vLLM and transformers when they are imported, and inherited by the processes that tests start.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+# Left alone, vLLM computes on one core in some configurations and on two in others.
+_CORES = sorted(os.sched_getaffinity(0))[:2]
+if len(_CORES) == 2:
+    _ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, _CORES))
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        room = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
+        if room == "e2e":
+            item.add_marker(pytest.mark.e2e)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(E2E_SECONDS))
+        elif room == "stress":
+            item.add_marker(pytest.mark.stress)
+
+
+# Shared machines stall for seconds: what hypothesis finds slow says nothing about the code.
+settings.register_profile("loracache", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("loracache")
+
+_START_S, _END_S = 30.0, 30.0
+
+
+def _eventually(holds: Callable[[], Any], what: str = "", seconds: float = 15.0) -> Any:
+    """What `holds` answers once that is true; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = holds()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what or holds}"
+        time.sleep(0.01)
+
+
+class RunningDaemon:
+    """A `loracache serve` process. Settings are those of `Config`; the socket and the log lie in `folder`."""
+
+    def __init__(self, folder: Path, number: int, options: dict[str, object]) -> None:
+        self.socket = Path(str(options.pop("socket", folder / f"{number}.sock")))
+        self.url = f"unix://{self.socket}"
+        self.log_file = folder / f"daemon-{number}.log"
+        self._clients: list[CacheClient] = []
+        arguments = ["serve", "--socket", str(self.socket)]
+        for name, value in ({"memory": "16MiB"} | options).items():
+            arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "loracache", *arguments], cwd=folder, env=environment, stdout=log, stderr=log
+            )
+
+    def client(self, **options: Any) -> CacheClient:
+        """A client of this daemon, closed at the end of the test."""
+        client = CacheClient(self.url, **options)
+        self._clients.append(client)
+        return client
+
+    def status(self) -> dict[str, Any]:
+        with CacheClient(self.url, name="status") as client:
+            return client.status()
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def listens(self) -> bool:
+        assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}: {self.log()}"
+        return "listening on" in self.log()
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = _END_S) -> int:
+        """Signal, wait for the end, answer the exit code."""
+        self.send(number)
+        return self.process.wait(seconds)
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        if self.process.poll() is None:
+            self.process.kill()  # ends a stopped process too
+        self.process.wait(_END_S)
+        print(f"--- {self.log_file}\n{self.log()[-8000:]}")  # noqa: T201 - shown where the test failed
+
+
+class RedisServer:
+    """A real Redis on a unix socket, with nothing kept on disk."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._folder = folder
+        self.socket = folder / f"redis-{number}.sock"
+        self.url = f"unix://{self.socket}"
+        self.start()
+
+    def start(self) -> None:
+        """Start, or start again with nothing in it."""
+        arguments = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", "no"]
+        self.process = subprocess.Popen(["redis-server", *arguments], cwd=self._folder, stdout=subprocess.DEVNULL)
+        self.redis = redis_client.Redis(unix_socket_path=str(self.socket))
+        _eventually(self._answers, "redis-server answers")
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.redis.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(_END_S)
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, f"redis-server ended with {self.process.returncode}"
+        try:
+            return bool(self.redis.ping())
+        except redis_client.ConnectionError:
+            return False
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., Any]:
+    return _eventually
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder with a name short enough for unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+        yield Path(folder)
+
+
+def _daemons(folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    started: list[RunningDaemon] = []
+    numbers = itertools.count()
+
+    def start(**options: object) -> RunningDaemon:
+        running = RunningDaemon(folder, next(numbers), options)
+        started.append(running)
+        _eventually(running.listens, "the daemon listens", _START_S)
+        return running
+
+    try:
+        yield start
+    finally:
+        for running in started:
+            running.close()
+
+
+@pytest.fixture
+def daemon(short_tmp: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    """daemon(memory="16MiB", disk_path=..., ...) starts one and answers when it listens; all end with the test."""
+    yield from _daemons(short_tmp)
+
+
+@pytest.fixture(scope="module")
+def module_daemon() -> Iterator[Callable[..., RunningDaemon]]:
+    """As `daemon`, for daemons that the tests of a module share."""
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+        yield from _daemons(Path(folder))
+
+
+@pytest.fixture
+def redis_server(short_tmp: Path) -> Iterator[Callable[[], RedisServer]]:
+    """redis_server() starts one; all end with the test."""
+    started: list[RedisServer] = []
+
+    def start() -> RedisServer:
+        server = RedisServer(short_tmp, len(started))
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.kill()

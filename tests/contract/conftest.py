@@ -1,0 +1,170 @@
+"""What the contract tests share: objects in aligned buffers, and every backend under one name."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import mmap
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from loracache.storage_backends.base import ALIGNMENT, Kind, ObjectInfo, Outcome, StorageBackend, Transfer, padded
+from loracache.storage_backends.disk import DiskBackend
+from loracache.storage_backends.memory import MemoryBackend
+from loracache.storage_backends.redis import RedisBackend
+
+SEGMENT = 256 << 10  # small, so that objects of a test have several
+
+
+def buffers(size: int, pieces: int) -> list[memoryview]:
+    """Aligned buffers for `size` bytes, in at most `pieces` pieces that do not lie in their order."""
+    blocks = padded(size) // ALIGNMENT
+    each = max(1, -(-blocks // pieces)) * ALIGNMENT
+    lengths = [min(each, padded(size) - start) for start in range(0, padded(size), each)]
+    if not lengths:
+        return []
+    arena = memoryview(mmap.mmap(-1, sum(lengths)))
+    ends = list(itertools.accumulate(reversed(lengths)))
+    return [arena[end - length : end] for end, length in zip(reversed(ends), lengths, strict=True)]
+
+
+class Objects:
+    """Makes objects whose bytes and keys are random, but the same in every run."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(1)
+
+    def new(self, size: int, *, parent: bytes = b"", pieces: int = 1, key: bytes | None = None) -> Transfer:
+        """An object of `size` bytes; what lies behind them in its buffers is noise."""
+        content = self._random.randbytes(padded(size))
+        views = buffers(size, pieces)
+        start = 0
+        for view in views:
+            view[:] = content[start : start + view.nbytes]
+            start += view.nbytes
+        checksum = xxhash.xxh3_64_intdigest(content[:size])
+        key = key or hashlib.sha256(self._random.randbytes(8)).digest()
+        kind = Kind.KV if parent else Kind.LORA
+        return Transfer(ObjectInfo(key, parent, kind, hashlib.sha256(b"model").digest(), size, checksum), views)
+
+    def empty(self, of: Transfer, *, pieces: int = 1) -> Transfer:
+        """The same object with empty buffers to load it into."""
+        return Transfer(of.info, buffers(of.info.size, pieces))
+
+    def payload(self, transfer: Transfer) -> bytes:
+        return b"".join(transfer.buffers)[: transfer.info.size]
+
+    def unmatched(self, transfer: Transfer) -> Transfer:
+        """The same object with a checksum that is not its payload's."""
+        return Transfer(replace(transfer.info, checksum=transfer.info.checksum ^ 1), transfer.buffers)
+
+    def holds(self, backend: StorageBackend, transfer: Transfer) -> bool:
+        """Whether `backend` loads exactly the bytes of `transfer`; False is a MISS, anything else fails."""
+        target = self.empty(transfer, pieces=3)
+        (result,) = backend.load([target])
+        if result.outcome is Outcome.MISS:
+            return False
+        assert result.outcome is Outcome.OK, result
+        assert self.payload(target) == self.payload(transfer)
+        return True
+
+    def store(self, backend: StorageBackend, transfers: Sequence[Transfer]) -> None:
+        assert outcomes(backend.store(transfers)) == [Outcome.OK] * len(transfers)
+
+    def load(self, backend: StorageBackend, transfer: Transfer) -> Outcome:
+        return backend.load([self.empty(transfer)])[0].outcome
+
+    def found(self, backend: StorageBackend, transfer: Transfer) -> Outcome:
+        return backend.contains([transfer.info.key])[0].outcome
+
+
+class Folder:
+    """A look into a disk backend's folder from the outside."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = path / "manifest"
+        self.tmp = path / "tmp"
+
+    def at(self, path: Path) -> Folder:
+        return Folder(path)
+
+    def file(self, transfer: Transfer) -> Path:
+        """Where an object lies."""
+        name = transfer.info.key.hex()
+        return self.path / "objects" / name[:2] / name
+
+    def files(self) -> list[str]:
+        """Names of all files of objects, finished or not."""
+        found = [path for part in ("objects", "tmp") for path in (self.path / part).rglob("*")]
+        return sorted(path.name for path in found if path.is_file())
+
+    def flip(self, path: Path, offset: int) -> None:
+        """Turns one bit over."""
+        with path.open("r+b") as file:
+            file.seek(offset)
+            (byte,) = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte ^ 1]))
+
+
+def outcomes(results: Sequence[Any]) -> list[Outcome]:
+    return [result.outcome for result in results]
+
+
+@pytest.fixture
+def objects() -> Objects:
+    return Objects()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """The folder of `disk()`; folder.at(path) looks into another."""
+    return Folder(tmp_path / "disk")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., DiskBackend]]:
+    """disk(**options) opens the test's folder; disk(path) another one. All are closed at the end."""
+    opened: list[DiskBackend] = []
+
+    def open_disk(path: Path = tmp_path / "disk", **options: Any) -> DiskBackend:
+        opened.append(DiskBackend(path, **options))
+        return opened[-1]
+
+    yield open_disk
+    for backend in opened:
+        backend.close()
+
+
+@pytest.fixture
+def redis_tier() -> Iterator[Callable[..., RedisBackend]]:
+    """redis_tier(url, **options) makes a backend with small segments; all are closed at the end."""
+    opened: list[RedisBackend] = []
+
+    def make(url: str, **options: Any) -> RedisBackend:
+        opened.append(RedisBackend(url, **{"segment_bytes": SEGMENT, "timeout_s": 10.0} | options))
+        return opened[-1]
+
+    yield make
+    for backend in opened:
+        backend.close()
+
+
+@pytest.fixture(params=["memory", "disk", "disk-synced", "redis", "redis-keyed"])
+def backend(request: pytest.FixtureRequest) -> StorageBackend:
+    """Every backend that keeps the contract, in the flavours that take other paths through the code."""
+    name, _, flavour = request.param.partition("-")
+    if name == "memory":
+        return MemoryBackend()
+    if name == "disk":
+        return request.getfixturevalue("disk")(sync=flavour == "synced")
+    server = request.getfixturevalue("redis_server")()
+    key = b"k" * 32 if flavour == "keyed" else None
+    return request.getfixturevalue("redis_tier")(server.url, integrity_key=key)

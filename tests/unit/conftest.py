@@ -1,0 +1,241 @@
+"""`make_rig`: a TieredCache whose tiers' threads are queues, so that a test decides when a read or a write is done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from loracache import tier_io
+from loracache.arena import Arena
+from loracache.cache import Acquired, TieredCache
+from loracache.index import Node
+from loracache.keys import checksum
+from loracache.leases import Writing
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, StorageBackend, Transfer
+from loracache.storage_backends.memory import MemoryBackend
+
+PAGE = 4096
+NAMESPACE = bytes(32)
+
+
+class Steps:
+    """Stands where a tier's threads are: what is submitted runs when told to."""
+
+    def __init__(self, workers: int, name: str) -> None:
+        self.name = name
+        self.queue: deque[Callable[[], None]] = deque()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self.queue.append(work)
+
+    def run_one(self) -> bool:
+        if self.queue:
+            self.queue.popleft()()
+            return True
+        return False
+
+    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+        self.queue.clear()
+
+
+class FaultyBackend(MemoryBackend):
+    """The reference backend with faults on order: `fails[what]` is the outcome of every such call until it is removed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails: dict[str, Outcome] = {}
+        self.stored: list[bytes] = []
+        self.most_bytes = 0
+
+    def contains(self, keys: Sequence[bytes]) -> list[Result]:
+        return self._failed("contains", len(keys)) or super().contains(keys)
+
+    def load(self, transfers: Sequence[Transfer]) -> list[Result]:
+        return self._failed("load", len(transfers)) or super().load(transfers)
+
+    def store(self, transfers: Sequence[Transfer]) -> list[Result]:
+        failed = self._failed("store", len(transfers))
+        if failed:
+            return failed
+        results = super().store(transfers)
+        self.stored += [
+            item.info.key for item, result in zip(transfers, results, strict=True) if result.outcome is Outcome.OK
+        ]
+        self.most_bytes = max(self.most_bytes, self._used)
+        return results
+
+    def _failed(self, what: str, count: int) -> list[Result]:
+        return [Result(self.fails[what], detail="on order")] * count if what in self.fails else []
+
+    def held(self) -> dict[bytes, ObjectInfo]:
+        return {key: info for key, (info, _) in self._objects.items()}
+
+    def flip(self, key: bytes) -> None:
+        info, payload = self._objects[key]
+        self._objects[key] = (info, bytes([payload[0] ^ 1]) + payload[1:])
+
+    def lose(self, key: bytes) -> None:
+        self._remove(key)
+
+
+def key_of(name: object) -> bytes:
+    return hashlib.sha256(str(name).encode()).digest()
+
+
+def payload_of(key: bytes, size: int) -> bytes:
+    return random.Random(key).randbytes(size)
+
+
+class Rig:
+    """The cache, its clock, its backends, and what a client does in one call each. Objects are named by anything."""
+
+    def __init__(self, pages: int = 16, disk: int | None = None, redis: bool = False) -> None:
+        self.now = 0.0
+        self.posted: deque[Callable[[], None]] = deque()
+        self.disk = FaultyBackend() if disk is not None else None
+        self.redis = FaultyBackend() if redis else None
+        self.arena = Arena(pages * PAGE, PAGE)
+        self.cache = TieredCache(
+            self.arena,
+            self.posted.append,
+            disk=self.disk,
+            disk_limit=disk or 0,
+            redis=self.redis,
+            clock=lambda: self.now,
+        )
+        if self.cache.disk is not None:
+            self.cache.disk.adopted_all([])
+
+    def close(self) -> None:
+        os.close(self.arena.fd)
+
+    # -- time and threads ----------------------------------------------------------------------------------------------
+
+    def threads(self) -> list[Steps]:
+        """Writing before reading before asking, the disk's before Redis's."""
+        ios = [writer.io for writer in self.cache.writers]
+        threads: list[Any] = [thread for io in ios for thread in (io._writes, io._loads, io._asks)]
+        return threads
+
+    def answer(self) -> None:
+        while self.posted:
+            self.posted.popleft()()
+
+    def step(self, name: str) -> bool:
+        """One job of the thread called `name`, for example "disk-write", and what follows on the cache's thread."""
+        (thread,) = [thread for thread in self.threads() if thread.name == name]
+        done = thread.run_one()
+        self.answer()
+        return done
+
+    def settle(self) -> None:
+        """Everything that was asked for, and what follows from it, is done."""
+        self.answer()
+        while any(thread.run_one() for thread in self.threads()):
+            self.answer()
+
+    def later(self, seconds: float) -> None:
+        self.now += seconds
+        self.cache.tick()
+
+    # -- a client ------------------------------------------------------------------------------------------------------
+
+    def info(self, name: object, parent: object = None, size: int = PAGE) -> ObjectInfo:
+        above = b"" if parent is None else key_of(parent)
+        return ObjectInfo(key_of(name), above, Kind.KV, NAMESPACE, size, 0)
+
+    def reserve(
+        self, name: object, parent: object = None, size: int = PAGE, *, owner: int = 1, lease: bytes = b"w"
+    ) -> Writing | str:
+        return self.cache.reserve(owner, lease, [self.info(name, parent, size)], 30.0)[0]
+
+    def write(self, writing: Writing) -> int:
+        """Copy the object's payload into its extents; answers its checksum."""
+        key, size = writing.info.key, writing.info.size
+        self.put(writing.extents, payload_of(key, size))
+        return checksum([payload_of(key, size)])
+
+    def put(self, extents: Sequence[tuple[int, int]], data: bytes) -> None:
+        for view in self.arena.buffers(extents, len(data)):
+            view[:] = data[: len(view)]
+            data = data[len(view) :]
+
+    def store(self, name: object, parent: object = None, size: int = PAGE, *, owner: int = 1) -> str:
+        """Reserve, write, commit; "" or why not."""
+        writing = self.reserve(name, parent, size, owner=owner, lease=b"s")
+        if isinstance(writing, str):
+            return writing
+        return self.cache.commit(owner, b"s", [(writing.info.key, self.write(writing))])[0]
+
+    def chain(self, *names: object, size: int = PAGE) -> None:
+        for parent, name in zip((None, *names), names, strict=False):
+            assert self.store(name, parent, size) == ""
+
+    def acquire(self, *names: object, owner: int = 1, lease: bytes = b"r", ttl: float = 30.0) -> list[Acquired | None]:
+        """The answers so far, by position; later ones appear in the same list."""
+        answers: list[Acquired | None] = [None] * len(names)
+
+        def ready(acquired: list[Acquired]) -> None:
+            for item in acquired:
+                assert answers[item.position] is None, "a position was answered twice"
+                answers[item.position] = item
+
+        self.cache.acquire(owner, lease, [key_of(name) for name in names], ttl, ready)
+        return answers
+
+    def release(self, *, owner: int = 1, lease: bytes = b"r") -> bool:
+        return self.cache.leases.release(owner, lease)
+
+    def read(self, acquired: Acquired | None) -> bytes:
+        assert acquired is not None
+        assert acquired.node is not None, acquired.cause
+        node = acquired.node
+        data = b"".join(self.arena.buffers(node.extents, node.size))
+        assert checksum([data]) == node.checksum
+        return data
+
+    def get(self, name: object) -> bytes | str:
+        """The payload, or why there is none."""
+        answers = self.acquire(name, lease=b"get")
+        self.settle()
+        found = answers[0]
+        assert found is not None, "never answered"
+        data = self.read(found) if found.node is not None else found.cause
+        assert self.release(lease=b"get")
+        return data
+
+    def evict(self, *names: object, tiers: Sequence[int] = (1,)) -> tuple[int, int, int]:
+        done = self.cache.evict([key_of(name) for name in names], tiers)  # type: ignore[arg-type]
+        return done.objects, done.nbytes, done.skipped
+
+    def node(self, name: object) -> Node | None:
+        return self.cache.index.get(key_of(name))
+
+    def count(self, counter: str) -> int:
+        return self.cache.counters[counter]
+
+    def backend(self, name: str) -> StorageBackend:
+        found = self.disk if name == "disk" else self.redis
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
+    """make_rig(pages=16, disk=bytes or None, redis=False) gives a Rig."""
+    monkeypatch.setattr(tier_io, "ThreadPoolExecutor", Steps)
+    rigs: list[Rig] = []
+
+    def make(**options: Any) -> Rig:
+        rigs.append(Rig(**options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
