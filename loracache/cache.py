@@ -7,7 +7,7 @@ handed to that tier's threads, and its result comes back through `post`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from loracache.arena import Arena
@@ -249,30 +249,35 @@ class TieredCache:
             self._unpin(node, tier)
         return len(nodes)
 
-    def evict(self, keys: Sequence[bytes], tiers: Iterable[Tier]) -> Evicted:
+    def evict(self, keys: Sequence[bytes], tiers: Collection[Tier]) -> Evicted:
         """Take objects, and their descendants with them, out of `tiers`. What is leased or pinned stays, its ancestors
         with it, and is counted as skipped."""
-        objects = nbytes = skipped = 0
         roots = [node for node in map(self.index.get, keys) if node is not None]
+        nodes = dict.fromkeys(node for root in roots for node in self.index.subtree(root))
+        if Tier.REDIS in tiers and self.redis is not None:
+            self.redis.io.delete(list(dict.fromkeys([*keys, *(node.key for node in nodes)])))
+        return self._evict_all(list(nodes), [tier for tier in tiers if tier is not Tier.REDIS])
+
+    def clear(self, tiers: Collection[Tier]) -> Evicted:
+        """Take everything out of `tiers` (out of Redis: what the index knows of), but for what is leased or pinned."""
+        roots = [node.key for node in self.index if node.parent is None]
+        return self.evict(roots, tiers)
+
+    def _evict_all(self, nodes: Sequence[Node], tiers: Iterable[Tier]) -> Evicted:
+        objects = nbytes = skipped = 0
         for tier in tiers:
-            if tier is Tier.REDIS:
-                if self.redis is not None:
-                    doomed = dict.fromkeys([*keys, *(node.key for root in roots for node in self.index.subtree(root))])
-                    self.redis.io.delete(list(doomed))
-                continue
-            for root in roots:
-                for node in self.index.subtree(root):
-                    if not node.held_in(tier):
-                        continue
-                    if tier is Tier.CPU and not node.leases:
-                        for writer in self.writers:
-                            writer.forget(node)
-                    if node.children[tier] or not self.index.evictable(node, tier):
-                        skipped += 1
-                        continue
-                    objects += 1
-                    nbytes += node.size
-                    self._evict(node, tier)
+            for node in nodes:  # children before parents
+                if not node.held_in(tier):
+                    continue
+                if tier is Tier.CPU and not node.leases:
+                    for writer in self.writers:
+                        writer.forget(node)
+                if node.children[tier] or not self.index.evictable(node, tier):
+                    skipped += 1
+                    continue
+                objects += 1
+                nbytes += node.size
+                self._evict(node, tier)
         return Evicted(objects, nbytes, skipped)
 
     def when_flushed(self, done: Callable[[], None]) -> None:

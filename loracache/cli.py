@@ -1,4 +1,4 @@
-"""The command line: `loracache serve | status | flush`.
+"""The command line: `loracache serve | status | flush | clear`.
 
 Exit codes: 0 done, 1 the daemon is not there or refused, 2 wrong usage or configuration.
 """
@@ -88,6 +88,17 @@ def flush(socket: SocketOption = None, timeout: Annotated[float, typer.Option(he
     """Wait until everything committed by now is written to disk and Redis."""
     with _client(socket) as client:
         client.flush(timeout)
+
+
+@app.command()
+def clear(
+    socket: SocketOption = None,
+    tier: Annotated[list[str] | None, typer.Option(help="cpu, disk or redis; may be given more than once.")] = None,
+) -> None:
+    """Remove everything from the tiers named (all, if none is), but for what is leased or pinned."""
+    with _client(socket) as client:
+        objects, nbytes, skipped = client.clear(tiers=tier or ("cpu", "disk", "redis"))
+    typer.echo(f"removed {objects} objects ({nbytes} bytes), skipped {skipped}")
 
 
 def _client(socket: Path | None) -> Any:

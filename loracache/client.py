@@ -221,6 +221,11 @@ class CacheClient:
         objects, nbytes, skipped = self._call(protocol.Evict(protocol.join_keys(keys), list(tiers)))
         return objects, nbytes, skipped
 
+    def clear(self, *, tiers: Sequence[str] = ("cpu", "disk", "redis")) -> tuple[int, int, int]:
+        """Remove everything from `tiers` (from Redis: what the daemon knows of); answers as `evict`."""
+        objects, nbytes, skipped = self._call(protocol.Clear(list(tiers)))
+        return objects, nbytes, skipped
+
     def flush(self, timeout: float | None = None) -> None:
         """Wait until all that is committed by now is written to disk and Redis (or given up, which is counted)."""
         self._call(protocol.Flush(), timeout)

@@ -22,7 +22,7 @@ from loracache.keys import KEY_BYTES
 
 __all__ = [
     "ERROR", "HEADER", "LEASE_BYTES", "MAX_FRAME", "NO_PARENT", "OK", "OPERATIONS", "PART", "VERSION", "Abort", "Acquire",
-    "AdapterDigest", "Commit", "Evict", "Flush", "Frames", "Greeting", "Hello", "Lookup", "Pin", "Prefetch", "Register",
+    "AdapterDigest", "Clear", "Commit", "Evict", "Flush", "Frames", "Greeting", "Hello", "Lookup", "Pin", "Prefetch", "Register",
     "Release", "Renew", "Report", "Request", "Reserve", "Status", "Unpin", "decode_request", "frame", "join_keys",
     "split_keys",
 ]  # fmt: skip
@@ -266,6 +266,14 @@ class Evict(Request):
 
     operation: ClassVar[str] = "evict"
     keys: bytes
+    tiers: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Clear(Request):
+    """Remove everything from tiers, but for what is leased or pinned. -> [objects, bytes, skipped]"""
+
+    operation: ClassVar[str] = "clear"
     tiers: list[str]
 
 

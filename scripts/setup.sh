@@ -27,8 +27,24 @@ usable_python() {
 }
 
 # The folder is part of the stamp: a virtual environment does not survive being moved or copied.
-wanted=$({ pwd -P; cat "$lock" pyproject.toml; } | sha256sum | cut -d' ' -f1)
-if [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
+packages=$({ pwd -P; cat "$lock"; } | sha256sum | cut -d' ' -f1)
+project=$(sha256sum <pyproject.toml | cut -d' ' -f1)
+found=none
+if [[ -x $venv/bin/python && -f $stamp ]]; then
+    found=$(cat "$stamp")
+fi
+
+install_loracache() {
+    step 3 "Installing loracache itself, editable"
+    "$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+    echo "$packages $project" >"$stamp"
+    echo "Ready: $venv/bin/loracache"
+}
+
+if [[ $found == "$packages $project" ]]; then
+    exit 0
+elif [[ $found == "$packages "* ]]; then
+    install_loracache
     exit 0
 fi
 
@@ -46,8 +62,4 @@ step 2 "Installing the $count locked packages, vLLM for CPU and torch among them
 "$venv/bin/pip" install -qq --disable-pip-version-check --no-deps -r "$lock" ||
     die "the locked packages could not be installed (see above). torch's CPU build is not on PyPI: $lock says what to set."
 
-step 3 "Installing loracache itself, editable"
-"$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
-
-echo "$wanted" >"$stamp"
-echo "Ready: $venv/bin/loracache"
+install_loracache

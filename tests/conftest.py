@@ -197,16 +197,29 @@ def module_daemon() -> Iterator[Callable[..., RunningDaemon]]:
         yield from _daemons(Path(folder))
 
 
-@pytest.fixture
-def redis_server(short_tmp: Path) -> Iterator[Callable[[], RedisServer]]:
-    """redis_server() starts one; all end with the test."""
+def _redis_servers(folder: Path) -> Iterator[Callable[[], RedisServer]]:
     started: list[RedisServer] = []
 
     def start() -> RedisServer:
-        server = RedisServer(short_tmp, len(started))
+        server = RedisServer(folder, len(started))
         started.append(server)
         return server
 
-    yield start
-    for server in started:
-        server.kill()
+    try:
+        yield start
+    finally:
+        for server in started:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def module_redis() -> Iterator[Callable[[], RedisServer]]:
+    """As `redis_server`, for servers that the tests of a module share."""
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+        yield from _redis_servers(Path(folder))
+
+
+@pytest.fixture
+def redis_server(short_tmp: Path) -> Iterator[Callable[[], RedisServer]]:
+    """redis_server() starts one; all end with the test."""
+    yield from _redis_servers(short_tmp)

@@ -35,7 +35,7 @@ def model_identity(vllm_config: VllmConfig, model_id: str = "") -> str:
     else:
         parts["config"] = _config(model)
         parts["weights"] = weights_digest(model, vllm_config.load_config.load_format)
-    speculative = getattr(vllm_config, "speculative_config", None)
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     if draft is not None and draft is not model:
         parts["draft"] = [

@@ -22,7 +22,7 @@ class Options:
     server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a size),
     disk_path, disk (a size) and redis (a URL) from here. model_id: names the model where its files are not to be looked at.
     chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout: seconds after which a
-    load is given up and recomputed.
+    load is given up and recomputed. lookup_wait: seconds for which a request may be parked for the answer to its lookup.
     """
 
     server: str = ""
@@ -33,6 +33,7 @@ class Options:
     model_id: str = ""
     chunk_tokens: int = 0
     load_timeout: float = 10.0
+    lookup_wait: float = 0.02
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
@@ -44,9 +45,8 @@ class Options:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}; known: {', '.join(known)}")
             default = known[key].default
-            if isinstance(value, bool) or not isinstance(
-                value, (int, float) if default == cls.load_timeout else type(default)
-            ):
+            kinds = (int, float) if isinstance(default, float) else (type(default),)
+            if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"kv_connector_extra_config: {key}={value!r} must be a {type(default).__name__}")
         options = cls(**extra)
         options._check(extra)
@@ -68,6 +68,8 @@ class Options:
                 raise ConfigError(f"kv_connector_extra_config: {key}: {error}") from None
         if self.chunk_tokens < 0:
             raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
+        if not 0 <= self.lookup_wait <= 10:
+            raise ConfigError(f"kv_connector_extra_config: lookup_wait={self.lookup_wait} must be within 0 and 10 seconds")
         if not 0 < self.load_timeout <= 600:
             raise ConfigError(
                 f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"

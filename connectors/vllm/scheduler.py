@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerSide"]
 
 _log = logging.getLogger(__name__)
-_PATIENCE_S = 0.020  # how long a request is parked for an answer that is on its way
 _LEASE_TTL_S = 30.0
 _STALE_S = 10.0  # an answer older than this is asked for again
 
@@ -252,7 +251,7 @@ class SchedulerSide:
     def _patience(self, state: RequestState) -> tuple[int | None, bool]:
         now = time.monotonic()
         state.parked_since = state.parked_since or now
-        if self._link.connected and now - state.parked_since < _PATIENCE_S:
+        if self._link.connected and now - state.parked_since < self._options.lookup_wait:
             return None, False
         self._link.count("lookup.late" if self._link.connected else "lookup.unavailable", 1)
         return 0, False

@@ -232,10 +232,11 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [self._cache.unpin(split_keys(request.keys), Tier.named(request.tier))])
 
     def _on_evict(self, number: int, request: protocol.Evict) -> None:
-        tiers = [Tier.named(label) for label in request.tiers]
-        if Tier.GPU in tiers:
-            raise UsageError("tier 'gpu' belongs to the engines; evict from cpu, disk or redis")
-        done = self._cache.evict(split_keys(request.keys), tiers)
+        done = self._cache.evict(split_keys(request.keys), _own_tiers(request.tiers))
+        self._answer(number, OK, [done.objects, done.nbytes, done.skipped])
+
+    def _on_clear(self, number: int, request: protocol.Clear) -> None:
+        done = self._cache.clear(_own_tiers(request.tiers))
         self._answer(number, OK, [done.objects, done.nbytes, done.skipped])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
@@ -248,6 +249,13 @@ class Session(asyncio.Protocol):
         for name, count in request.counts.items():
             self._cache.counters.add(_REPORTED + name, count)
         self._answer(number, OK, [])
+
+
+def _own_tiers(labels: list[str]) -> list[Tier]:
+    tiers = [Tier.named(label) for label in labels]
+    if Tier.GPU in tiers:
+        raise UsageError("tier 'gpu' belongs to the engines; give cpu, disk or redis")
+    return tiers
 
 
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:

@@ -14,7 +14,7 @@ from loracache.storage_backends import manifest
 from loracache.storage_backends.base import Outcome
 from loracache.storage_backends.disk import DiskBackend
 
-OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
+OK, MISS = Outcome.OK, Outcome.MISS
 MANIFEST_HEADER = 32
 
 

@@ -1,0 +1,169 @@
+"""Handles for the engines that the tests run (`host.py`)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HOST = Path(__file__).with_name("host.py")
+MARK = "@answer "
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA request's name, id and folder."""
+
+    name: str
+    id: int
+    path: str
+    inplace: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request."""
+
+    tokens: list[int]
+    cached: int
+    ttft: float
+    reason: str
+    error: str = ""
+    aborted: bool = False
+
+
+class Engine:
+    """One vLLM engine in processes of its own (a session: signals reach all of them)."""
+
+    def __init__(self, log: Path, arguments: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        self._log = log
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))} | (environment or {})
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HOST), json.dumps(arguments)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+        self._calls = itertools.count(1)
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._arrived = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self, seconds: float = 300) -> Engine:
+        self._wait(0, seconds)
+        return self
+
+    def start(
+        self,
+        tokens: list[int],
+        *,
+        lora: Adapter | None = None,
+        salt: str = "",
+        max_tokens: int = 8,
+        prompt_logprobs: bool = False,
+    ) -> int:
+        """Send a request; `result` waits for its answer."""
+        call = next(self._calls)
+        self._send(
+            {
+                "op": "generate", "call": call, "id": f"r{call}", "tokens": tokens, "salt": salt, "max_tokens": max_tokens,
+                "lora": vars(lora) if lora else None, "prompt_logprobs": prompt_logprobs,
+            }
+        )  # fmt: skip
+        return call
+
+    def result(self, call: int, seconds: float = 180) -> Answer:
+        answer = self._wait(call, seconds)
+        return Answer(
+            answer.get("tokens", []), answer.get("cached") or 0, answer.get("ttft") or 0.0, answer.get("reason", ""),
+            answer.get("error", ""), answer.get("aborted", False),
+        )  # fmt: skip
+
+    def ask(self, tokens: list[int], **options: Any) -> Answer:
+        """Run one request; fails where the engine answers an error."""
+        answer = self.result(self.start(tokens, **options))
+        assert not answer.error, answer.error
+        return answer
+
+    def abort(self, call: int) -> None:
+        self._send({"op": "abort", "target": call})
+
+    def reset(self, *, connector: bool = False) -> bool:
+        """Forget the engine's own prefix cache."""
+        call = next(self._calls)
+        self._send({"op": "reset", "call": call, "connector": connector})
+        return bool(self._wait(call, 60).get("done"))
+
+    def add_lora(self, lora: Adapter) -> None:
+        call = next(self._calls)
+        self._send({"op": "add_lora", "call": call, "lora": vars(lora)})
+        answer = self._wait(call, 60)
+        assert "error" not in answer, answer
+
+    def signal_all(self, number: int) -> None:
+        """Signal every process of the engine."""
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        """End every process of the engine at once."""
+        self.signal_all(signal.SIGKILL)
+        self._process.wait(30)
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            try:
+                self._send({"op": "quit"})
+                self._process.wait(40)
+            except (OSError, subprocess.TimeoutExpired):
+                pass
+        try:
+            self.signal_all(signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait(30)
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def _send(self, command: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                answer = json.loads(line.removeprefix(MARK))
+                with self._arrived:
+                    self._answers[answer["call"]] = answer
+                    self._arrived.notify_all()
+        with self._arrived:
+            self._ended = True
+            self._arrived.notify_all()
+
+    def _wait(self, call: int, seconds: float) -> dict[str, Any]:
+        with self._arrived:
+            found = self._arrived.wait_for(lambda: call in self._answers or self._ended, seconds)
+            if call in self._answers:
+                return self._answers.pop(call)
+        raise AssertionError(f"engine {'ended' if found else 'did not answer'}: {self.log()[-3000:]}")

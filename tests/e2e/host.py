@@ -1,0 +1,81 @@
+"""Runs one vLLM engine for the tests, in a process of its own: commands as JSON lines on standard input, answers on
+standard output behind a mark (vLLM prints there too). Commands run side by side, so requests can overlap and be aborted.
+"""
+
+import asyncio
+import json
+import sys
+import time
+
+MARK = "@answer "
+
+
+async def generate(engine, command):
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    prompt = TokensPrompt(prompt_token_ids=command["tokens"])
+    if command.get("salt"):
+        prompt["cache_salt"] = command["salt"]
+    params = SamplingParams(temperature=0, max_tokens=command.get("max_tokens", 8), ignore_eos=True)
+    if command.get("prompt_logprobs"):
+        params.prompt_logprobs = 1
+    lora = command.get("lora")
+    request = LoRARequest(lora["name"], lora["id"], lora["path"], load_inplace=lora.get("inplace", False)) if lora else None
+    started = time.perf_counter()
+    first = None
+    async for output in engine.generate(prompt, params, command["id"], lora_request=request):
+        first = first or time.perf_counter() - started
+    return {
+        "tokens": list(output.outputs[0].token_ids),
+        "cached": output.num_cached_tokens,
+        "ttft": first,
+        "reason": output.outputs[0].finish_reason,
+    }
+
+
+async def serve(arguments):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    tasks = {}
+
+    async def run(command):
+        answer = {"call": command["call"]}
+        try:
+            match command["op"]:
+                case "generate":
+                    answer |= await generate(engine, command)
+                case "reset":
+                    done = await engine.reset_prefix_cache(command.get("running", False), command.get("connector", False))
+                    answer["done"] = bool(done)
+                case "add_lora":
+                    from vllm.lora.request import LoRARequest
+
+                    lora = command["lora"]
+                    answer["done"] = await engine.add_lora(
+                        LoRARequest(lora["name"], lora["id"], lora["path"], load_inplace=lora.get("inplace", False))
+                    )
+        except asyncio.CancelledError:
+            answer["aborted"] = True
+        except Exception as error:
+            answer["error"] = repr(error)
+        print(MARK + json.dumps(answer), flush=True)
+
+    print(MARK + json.dumps({"call": 0}), flush=True)
+    loop = asyncio.get_running_loop()
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        command = json.loads(line)
+        if command["op"] == "abort":
+            tasks[command["target"]].cancel()
+            continue
+        if command["op"] == "quit":
+            break
+        tasks[command["call"]] = asyncio.create_task(run(command))
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(json.loads(sys.argv[1])))

@@ -1,0 +1,233 @@
+"""A real vLLM finds in every tier the KV it computed before, and the same tokens come out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loracache.keys import Namespace, chunk_keys, object_key
+
+CHUNK = 128
+
+
+@pytest.fixture(scope="module")
+def serving(
+    module_daemon: Any, module_redis: Any, engine_factory: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
+    """One engine on one daemon with a disk and a Redis."""
+    disk = tmp_path_factory.mktemp("disk")
+    redis = module_redis()
+    daemon = module_daemon(memory="256MiB", disk_path=disk, disk="1GiB", redis=redis.url)
+    engine = engine_factory({"server": daemon.url})
+    yield SimpleNamespace(engine=engine, daemon=daemon, disk=disk, redis=redis)
+
+
+def stored(daemon: Any) -> None:
+    """Wait until everything the engine computed is committed and written."""
+    with daemon.client() as client:
+        client.flush()
+
+
+def clear(daemon: Any, *tiers: str) -> None:
+    stored(daemon)
+    with daemon.client() as client:
+        client.clear(tiers=tiers)
+
+
+def base_namespace(disk: Path) -> Namespace:
+    found = [Namespace.parse(path.read_text()) for path in (disk / "namespaces").glob("*.json")]
+    return next(namespace for namespace in found if not namespace.adapter and not namespace.salt)
+
+
+def object_keys(disk: Path, tokens: list[int]) -> list[bytes]:
+    namespace = base_namespace(disk)
+    (shard,) = namespace.layout.split("/", 2)[2].split("|")
+    shard = namespace.layout[namespace.layout.index("pp0of1") :]
+    return [object_key(key, shard) for key in chunk_keys(namespace.digest(), tokens, namespace.chunk_tokens)]
+
+
+def counters(daemon: Any) -> dict[str, int]:
+    return dict(daemon.status()["counters"])
+
+
+@pytest.mark.parametrize("emptied", [(), ("cpu",), ("cpu", "disk")], ids=["cpu", "disk", "redis"])
+def test_the_same_tokens_come_from_every_tier(serving: Any, prompts: Callable[[int], list[int]], emptied: Any) -> None:
+    tokens = prompts(700)
+    cold = serving.engine.ask(tokens)
+    clear(serving.daemon, *emptied)
+    if "disk" in emptied:  # clearing asks Redis to forget nothing it was not told to
+        assert serving.redis.redis.dbsize() > 0
+    warm = serving.engine.ask(tokens)
+    assert cold.cached == 0
+    assert warm.cached == 640
+    assert warm.tokens == cold.tokens
+
+
+def test_corrupted_kv_changes_the_tokens(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    """The control of all others: what is loaded really is what the model computes with."""
+    tokens = prompts(600)
+    cold = serving.engine.ask(tokens)
+    stored(serving.daemon)
+    keys = object_keys(serving.disk, tokens)
+    namespace = base_namespace(serving.disk)
+    with serving.daemon.client() as client:
+        payloads = [client.get(key) for key in keys]
+        assert all(payloads)
+        client.evict(keys)
+        client.register(namespace)
+        with client.reserve(namespace.digest(), keys, [len(payload) for payload in payloads]) as reservation:
+            for position, payload in enumerate(payloads):
+                reservation.write(position, payload[len(payload) // 2 :] + payload[: len(payload) // 2])
+    wrong = serving.engine.ask(tokens)
+    assert wrong.cached == 512
+    assert wrong.tokens != cold.tokens
+    clear(serving.daemon, "cpu", "disk", "redis")
+    assert serving.engine.ask(tokens).tokens == cold.tokens
+
+
+def test_a_hit_reaches_the_last_whole_chunk(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    for length, expected in ((127, 0), (128, 127), (129, 128), (256, 255), (300, 256)):
+        tokens = prompts(length)
+        cold = serving.engine.ask(tokens)
+        stored(serving.daemon)
+        warm = serving.engine.ask(tokens)
+        assert (warm.cached in (expected, expected + 1)) if length % CHUNK == 0 else warm.cached == expected, length
+        assert warm.tokens == cold.tokens
+
+
+def test_the_next_turn_of_a_chat_hits_what_was_decoded(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    tokens = prompts(200)
+    first = serving.engine.ask(tokens, max_tokens=100)
+    stored(serving.daemon)
+    history = tokens + first.tokens + prompts(30)
+    second = serving.engine.ask(history)
+    assert second.cached == 256
+    clear(serving.daemon, "cpu", "disk", "redis")
+    assert serving.engine.ask(history).tokens == second.tokens
+
+
+def test_prompt_logprobs_compute_everything_and_take_no_lease(
+    serving: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    tokens = prompts(400)
+    serving.engine.ask(tokens)
+    stored(serving.daemon)
+    again = serving.engine.ask(tokens, prompt_logprobs=True)
+    assert again.cached == 0
+    assert serving.daemon.status()["leases"] == 0
+
+
+def test_requests_side_by_side_get_their_own_kv(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    shared = prompts(300)
+    many = [shared + prompts(150) for _ in range(8)]
+    cold = [serving.engine.ask(tokens).tokens for tokens in many]
+    stored(serving.daemon)
+    for _ in range(2):
+        calls = [serving.engine.start(tokens) for tokens in many]
+        answers = [serving.engine.result(call) for call in calls]
+        assert [answer.tokens for answer in answers] == cold
+        assert all(answer.cached == 384 for answer in answers)
+    assert serving.daemon.status()["leases"] == 0
+
+
+def test_aborted_requests_leave_nothing_behind(
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    tokens = prompts(1500)
+    cold = serving.engine.ask(tokens)
+    clear(serving.daemon, "cpu")
+    for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05):
+        call = serving.engine.start(tokens, max_tokens=200)
+        time.sleep(delay)
+        serving.engine.abort(call)
+        serving.engine.result(call)
+        clear(serving.daemon, "cpu")
+    assert serving.engine.ask(tokens).tokens == cold.tokens
+    eventually(lambda: serving.daemon.status()["leases"] == 0, "the leases end")
+
+
+def test_a_hanging_redis_delays_nobody(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    held, new = prompts(700), prompts(700)
+    cold = serving.engine.ask(held)
+    stored(serving.daemon)
+    serving.redis.send(signal.SIGSTOP)
+    try:
+        waits = [serving.engine.ask(held, max_tokens=1).ttft for _ in range(3)]
+        assert serving.engine.ask(held).tokens == cold.tokens
+        serving.engine.ask(new)  # nobody holds it: Redis is asked, and not waited for
+        assert max(waits) < 2.0  # a wait for Redis would be its timeout, this only tells hang from no hang
+    finally:
+        serving.redis.send(signal.SIGCONT)
+
+
+def test_a_corrupted_redis_value_is_a_counted_miss(
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    eventually(lambda: serving.daemon.status()["tiers"]["redis"]["available"], "Redis is back", 30)
+    tokens = prompts(500)
+    cold = serving.engine.ask(tokens)
+    clear(serving.daemon, "cpu", "disk")
+    keys = object_keys(serving.disk, tokens)
+    for name in serving.redis.redis.keys("*"):
+        if keys[1].hex().encode() in name and serving.redis.redis.strlen(name) > 1000:
+            serving.redis.redis.setrange(name, 900, b"not what was stored")
+    before = counters(serving.daemon).get("failure.redis.corrupt", 0)
+    warm = serving.engine.ask(tokens)
+    assert warm.tokens == cold.tokens
+    assert counters(serving.daemon)["failure.redis.corrupt"] > before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "swapped", "removed"])
+def test_a_damaged_disk_file_is_a_counted_miss(
+    serving: Any, prompts: Callable[[int], list[int]], damage: str
+) -> None:
+    tokens = prompts(600)
+    cold = serving.engine.ask(tokens)
+    clear(serving.daemon, "cpu", "redis")
+    keys = object_keys(serving.disk, tokens)
+    first, second = (serving.disk / "objects" / key.hex()[:2] / key.hex() for key in keys[1:3])
+    match damage:
+        case "truncated":
+            os.truncate(first, 5000)
+        case "flipped":
+            data = bytearray(first.read_bytes())
+            data[9000] ^= 1
+            first.write_bytes(data)
+        case "swapped":
+            spare = first.with_suffix(".spare")
+            first.rename(spare)
+            second.rename(first)
+            spare.rename(second)
+        case "removed":
+            first.unlink()
+    before = {name: count for name, count in counters(serving.daemon).items() if name.startswith("failure.disk")}
+    again = serving.engine.ask(tokens)
+    after = {name: count for name, count in counters(serving.daemon).items() if name.startswith("failure.disk")}
+    assert again.tokens == cold.tokens
+    assert after != before
+    stored(serving.daemon)
+    assert serving.engine.ask(tokens).cached == 512  # recomputed and stored anew
+
+
+def test_an_engine_outlives_its_daemon_and_finds_the_next_ones_disk(
+    serving: Any, prompts: Callable[[int], list[int]], module_daemon: Any, eventually: Any
+) -> None:
+    tokens = prompts(600)
+    cold = serving.engine.ask(tokens)
+    stored(serving.daemon)
+    serving.daemon.stop(signal.SIGKILL)
+    assert serving.engine.ask(tokens).tokens == cold.tokens
+    assert serving.engine.ask(prompts(300)).cached == 0
+    second = module_daemon(
+        socket=serving.daemon.socket, memory="256MiB", disk_path=serving.disk, disk="1GiB", redis=serving.redis.url
+    )
+    serving.daemon = second
+    eventually(lambda: serving.engine.ask(tokens).cached == 512, "the engine hits the next daemon's disk", 30)
+    assert serving.engine.ask(tokens).tokens == cold.tokens

@@ -1,0 +1,91 @@
+"""KV belongs to the weights the engine really serves: the same story told to an engine with the cache and to a stock one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def pair(module_daemon: Any, engine_factory: Any) -> Iterator[SimpleNamespace]:
+    """Two engines that hold one adapter at a time, so that a second one pushes the first out."""
+    daemon = module_daemon(memory="256MiB")
+    tight = {"max_loras": 1, "max_cpu_loras": 1}
+    cached = engine_factory({"server": daemon.url}, **tight)
+    stock = engine_factory(None, **tight)
+    yield SimpleNamespace(cached=cached, stock=stock, daemon=daemon)
+    cached.close()
+    stock.close()
+
+
+@pytest.fixture
+def folder(adapters: dict[str, Any], tmp_path: Path) -> Path:
+    """A folder with adapter a's files."""
+    return Path(shutil.copytree(adapters["a"].path, tmp_path / "adapter"))
+
+
+def overwrite(folder: Path, source: str) -> None:
+    """Other content in the same files, in place."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((Path(source) / name).read_bytes())
+
+
+def both(pair: Any, tokens: list[int], **options: Any) -> tuple[Any, Any]:
+    answers = pair.cached.ask(tokens, **options), pair.stock.ask(tokens, **options)
+    with pair.daemon.client() as client:
+        client.flush()
+    assert answers[0].tokens == answers[1].tokens
+    return answers
+
+
+def test_the_same_id_with_another_path_keeps_the_first_weights(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any]
+) -> None:
+    tokens = prompts(500)
+    first = replace(adapters["a"], id=61)
+    both(pair, tokens, lora=first)
+    cached, _ = both(pair, tokens, lora=replace(adapters["b"], id=61))
+    assert cached.cached == 384  # the engine still serves a, and a's KV is what it gets
+    both(pair, prompts(500), lora=replace(adapters["b"], id=61))
+
+
+def test_files_overwritten_in_place_count_once_they_are_loaded(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], folder: Path
+) -> None:
+    tokens = prompts(500)
+    mine = replace(adapters["a"], name="mine", id=62, path=str(folder))
+    old, _ = both(pair, tokens, lora=mine)
+    overwrite(folder, adapters["b"].path)
+    still, _ = both(pair, tokens, lora=mine)  # the engine holds the old weights
+    assert still.tokens == old.tokens
+    both(pair, prompts(200), lora=adapters["c"])  # pushes the adapter out
+    new, _ = both(pair, tokens, lora=mine)  # loaded anew: the files' content of today
+    assert new.tokens != old.tokens
+    assert new.cached == 0
+    again, _ = both(pair, tokens, lora=mine)
+    assert again.cached == 384
+    both(pair, prompts(200), lora=adapters["c"])
+    fresh, _ = both(pair, tokens, lora=replace(adapters["b"], id=63))
+    assert fresh.cached == 384  # the same content by its own name
+
+
+def test_load_inplace_rebinds_the_id(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], folder: Path
+) -> None:
+    tokens = prompts(500)
+    mine = replace(adapters["a"], name="inplace", id=64, path=str(folder))
+    old, _ = both(pair, tokens, lora=mine)
+    overwrite(folder, adapters["b"].path)
+    for engine in (pair.cached, pair.stock):
+        engine.add_lora(replace(mine, inplace=True))
+    new, _ = both(pair, tokens, lora=mine)
+    assert new.tokens != old.tokens
+    assert new.cached == 0
+    again, _ = both(pair, tokens, lora=mine)
+    assert again.tokens == new.tokens
