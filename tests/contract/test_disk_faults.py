@@ -131,6 +131,20 @@ def test_short_reads_and_writes_are_carried_on(disk: Any, objects: Any, monkeypa
     assert objects.holds(backend, stored)
 
 
+def test_a_write_that_ends_early_is_full_and_not_taken_for_whole(
+    disk: Any, objects: Any, folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, stored = disk(), objects.new(200_000)
+    write = os.pwritev
+
+    def write_once(fd: int, views: list[memoryview], offset: int) -> int:
+        return 0 if offset else write(fd, [views[0][:8192]], offset)
+
+    monkeypatch.setattr("loracache.storage_backends.disk.os.pwritev", write_once)
+    assert [result.outcome for result in backend.store([stored])] == [FULL]
+    assert folder.files() == []
+
+
 def test_a_read_error_fails_and_deletes_nothing(disk: Any, objects: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, stored = disk(), objects.new(9000)
     objects.store(backend, [stored])

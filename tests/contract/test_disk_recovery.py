@@ -140,10 +140,11 @@ def test_strays_are_adopted_if_valid_and_deleted_if_not(disk: Any, objects: Any,
     os.rename(folder.at(donor.path).file(misnamed), folder.file(wrong_name))
     garbage = objects.new(1)
     folder.file(garbage).write_bytes(b"garbage")
-    foreign = folder.path / "objects" / "ab" / "README"
-    foreign.write_text("not ours")
+    foreign = ["README", "abc", "ab" * 19]  # the last as another program names its objects
+    for name in foreign:
+        (folder.path / "objects" / "ab" / name).write_text("not ours")
     assert scanned(backend) == {good.info.key}
-    assert folder.files() == sorted(["README", good.info.key.hex()])
+    assert folder.files() == sorted([*foreign, good.info.key.hex()])
     assert objects.holds(backend, good)
 
 
