@@ -1,8 +1,8 @@
 """Copies blocks of an engine's KV cache to and from host buffers.
 
-`layers` are int64 tensors (blocks, words) on one device; a payload holds, layer after layer, the rows of its blocks. On the
-CPU rows are copied in place by memcpy; on a GPU by asynchronous copies on a stream of their own, which a call waits for
-before it returns, so that a caller on a background thread may hash, commit or release at once.
+`layers` are int64 tensors (blocks, words) on one device; a payload holds, layer after layer, the rows of its blocks.
+On the CPU rows are copied in place by memcpy; on a GPU by asynchronous copies on a stream of their own, which a call
+waits for before it returns, so that a caller on a background thread may hash, commit or release at once.
 
 Threading: one copier a thread.
 """
@@ -36,14 +36,17 @@ class PageCopier:
     def gather(
         self, blocks: Sequence[int], payload: Sequence[memoryview], after: torch.cuda.Event | None = None
     ) -> None:
-        """Copy `blocks` of every layer into `payload`: shape (layers, blocks, words of a row). On a GPU the copy starts once
-        `after` has happened."""
+        """Copy `blocks` of every layer into `payload`: shape (layers, blocks, words of a row). On a GPU the copy
+        starts once `after` has happened.
+        """
         self._run(
             [(block, place) for place, block in enumerate(blocks)], len(blocks), payload, into_host=True, after=after
         )
 
     def scatter(self, blocks: Sequence[int], payload: Sequence[memoryview], *, first: int, of: int) -> None:
-        """Copy blocks out of a payload of `of` blocks into `blocks`, beginning with the payload's block number `first`."""
+        """Copy blocks out of a payload of `of` blocks into `blocks`, beginning with the payload's block number
+        `first`.
+        """
         self._run(
             [(block, first + place) for place, block in enumerate(blocks)], of, payload, into_host=False, after=None
         )

@@ -48,8 +48,9 @@ def folder_identity(path: str) -> Identity:
 
 
 def adapter_digest(path: str) -> str:
-    """Hex sha256 over the canonical PEFT content: what scales the weights, then every tensor's name, dtype, shape and bytes
-    in the order of names. The layout of the file does not matter. Raises UsageError naming file and reason."""
+    """Hex sha256 over the canonical PEFT content: what scales the weights, then every tensor's name, dtype, shape and
+    bytes in the order of names. The layout of the file does not matter. Raises UsageError naming file and reason.
+    """
     folder = Path(path)
     state = hashlib.sha256(b"loracache/adapter\0")
     try:

@@ -1,8 +1,8 @@
 """The arena: tier L1, one sealed memfd of pages that clients map, and the allocator of its extents.
 
-An extent is (offset, length) in bytes, both multiples of the page size. An object takes whole pages, in one extent where
-a free run is long enough and in several where none is. Sealed against shrinking and growing: a client that truncated an
-unsealed memfd would kill everybody who maps it with SIGBUS.
+An extent is (offset, length) in bytes, both multiples of the page size. An object takes whole pages, in one extent
+where a free run is long enough and in several where none is. Sealed against shrinking and growing: a client that
+truncated an unsealed memfd would kill everybody who maps it with SIGBUS.
 
 Threading: allocate and free belong to one thread (the cache's); `populate` runs on a thread of its own.
 """
@@ -27,9 +27,10 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class FreePages:
     """Free runs of pages by size class, so that no call's cost grows with the number of runs.
 
-    Class c holds the runs of 2**c to 2**(c+1) - 1 pages: a run from a class above the request's is long enough without
-    looking. Runs are found by their ends, so that freeing merges neighbours in constant time. A class is a list, removed
-    from by moving its last run into the gap: the first key of a dict is found only behind all those deleted before it.
+    Class c holds the runs of 2**c to 2**(c+1) - 1 pages: a run from a class above the request's is long enough
+    without looking. Runs are found by their ends, so that freeing merges neighbours in constant time. A class is a
+    list, removed from by moving its last run into the gap: the first key of a dict is found only behind all those
+    deleted before it.
     """
 
     def __init__(self, pages: int) -> None:
@@ -122,8 +123,8 @@ class Arena:
         available = _available_memory()
         if size > available:
             raise ConfigError(
-                f"memory={size} bytes ({size / 2**30:.1f} GiB) is more than the {available / 2**30:.1f} GiB this machine "
-                f"has available; give --memory less"
+                f"memory={size} bytes ({size / 2**30:.1f} GiB) is more than the {available / 2**30:.1f} GiB this "
+                f"machine has available; give --memory less"
             )
         self.page_size = page_size
         self.size = size // page_size * page_size

@@ -1,7 +1,7 @@
 """TieredCache: every operation on cached objects, and the only writer of the index and the arena.
 
-Threading: all methods belong to one thread (the daemon's event loop). Nothing here blocks: what touches disk or Redis is
-handed to that tier's threads, and its result comes back through `post`.
+Threading: all methods belong to one thread (the daemon's event loop). Nothing here blocks: what touches disk or Redis
+is handed to that tier's threads, and its result comes back through `post`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from loracache.counters import Counters
 from loracache.disk_tier import DiskTier
 from loracache.errors import UsageError
 from loracache.index import Index, Node
-from loracache.tiers import Tier
 from loracache.leases import Leases, Writing
 from loracache.policy import POLICIES
 from loracache.promotion import Promoter
 from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
 from loracache.tier_io import Post, TierIO
+from loracache.tiers import Tier
 from loracache.write_behind import WriteBehind
 
 __all__ = ["Acquired", "Evicted", "TieredCache"]
@@ -84,7 +84,7 @@ class TieredCache:
             )
             self.writers.append(self.redis)
 
-    # -- reading ---------------------------------------------------------------------------------------------------
+    # -- reading ----------
 
     def lookup(self, keys: Sequence[bytes]) -> list[Tier]:
         """Tiers (the fastest of each) of the longest leading run of `keys` that cpu or disk hold. Records the use."""
@@ -151,7 +151,7 @@ class TieredCache:
                 self.counters.add("failure.cpu.corrupt")
                 self._leave_arena(node)
 
-    # -- writing ---------------------------------------------------------------------------------------------------
+    # -- writing ----------
 
     def reserve(self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float) -> list[Writing | str]:
         """Extents to write each object into, or why not: "exists", "busy" (somebody is writing it), "no_parent",
@@ -191,8 +191,9 @@ class TieredCache:
         return Writing(info, extents) if extents is not None else "full"
 
     def commit(self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]) -> list[str]:
-        """Make written objects visible, given (key, checksum) with parents before children; "" or why not: "lease_lost",
-        "exists", "no_parent". The write lease ends."""
+        """Make written objects visible, given (key, checksum) with parents before children; "" or why not:
+        "lease_lost", "exists", "no_parent". The write lease ends.
+        """
         answers = []
         for key, checksum in written:
             item = self.leases.take_written(owner, lease_id, key)
@@ -223,7 +224,7 @@ class TieredCache:
         for writer in self.writers:
             writer.pump()
 
-    # -- steering --------------------------------------------------------------------------------------------------
+    # -- steering ----------
 
     def pin(self, keys: Sequence[bytes], tier: Tier, ttl: float | None = None) -> int:
         """Keep objects in `tier` (and thereby their ancestors) until unpinned or `ttl` seconds have passed. Answers how
@@ -303,7 +304,7 @@ class TieredCache:
             self._unpin(node, tier)  # one that left the tier meanwhile lost its pin then
         self.pump()
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ----------
 
     def _offer(self, tier: Tier, node: Node) -> None:
         self._policies[tier].offer(node)
@@ -321,7 +322,8 @@ class TieredCache:
         while self.arena.free_bytes < nbytes:
             victims = self._policies[Tier.CPU].victims(nbytes - self.arena.free_bytes, protected)
             if victims is None:
-                if not any([writer.give_up_oldest() for writer in self.writers]):
+                given_up = [writer.give_up_oldest() for writer in self.writers]  # one of each, not the first that can
+                if not any(given_up):
                     return False
                 continue
             for node in victims:

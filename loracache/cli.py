@@ -32,7 +32,7 @@ SocketOption = Annotated[
 
 
 @app.command()
-def serve(  # noqa: PLR0913 - one parameter a setting, so that --help shows them all
+def serve(
     socket: SocketOption = None,
     memory: Annotated[str | None, typer.Option(help="Arena, tier cpu, e.g. 4GiB.", show_default="4GiB")] = None,
     disk_path: Annotated[Path | None, typer.Option(help="Folder of tier disk.", show_default=False)] = None,

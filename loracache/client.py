@@ -1,7 +1,7 @@
 """CacheClient: what connectors, the command line and users hold to talk to a daemon.
 
-One client belongs to one thread. `Connection` underneath never blocks unless asked to `wait`: requests are sent at once,
-answers are collected by `poll`, so that an engine's loop can ask early and look later.
+One client belongs to one thread. `Connection` underneath never blocks unless asked to `wait`: requests are sent at
+once, answers are collected by `poll`, so that an engine's loop can ask early and look later.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from types import TracebackType
 from loracache import protocol
 from loracache.connection import Connection, Reply
 from loracache.errors import LeaseLost, UsageError
-from loracache.tiers import Tier
 from loracache.keys import KEY_BYTES, Namespace, checksum
+from loracache.tiers import Tier
 
 __all__ = ["CacheClient", "Lookup", "Reading", "Reservation", "Slot"]
 
@@ -91,8 +91,8 @@ class CacheClient:
     >>> with CacheClient("unix:///run/loracache.sock") as cache:
     ...     cache.lookup(keys).hits
 
-    Every method raises Unavailable where the daemon does not answer within `timeout` seconds (reconnecting is a matter of
-    calling again), Rejected where it refuses, and ProtocolError where it answers nonsense.
+    Every method raises Unavailable where the daemon does not answer within `timeout` seconds (reconnecting is a
+    matter of calling again), Rejected where it refuses, and ProtocolError where it answers nonsense.
     """
 
     def __init__(self, server: str, *, timeout: float = 10.0, name: str = "client") -> None:
@@ -134,8 +134,8 @@ class CacheClient:
     ) -> Iterator[Reservation]:
         """Reserve space, write into it, and commit on leaving the context (abort where it is left by an exception).
 
-        parents: each object's parent key, b"" for the first of a chain; left out, the keys are one chain from its start.
-        On leaving, `causes` says of each object whether it was committed ("") or why not.
+        parents: each object's parent key, b"" for the first of a chain; left out, the keys are one chain from its
+        start. On leaving, `causes` says of each object whether it was committed ("") or why not.
         """
         parents = [b"", *keys[:-1]] if parents is None else parents
         if not len(keys) == len(sizes) == len(parents):
@@ -171,8 +171,8 @@ class CacheClient:
     ) -> Iterator[Reading]:
         """Hold objects for reading, raised into the arena from whichever tier has them; released on leaving.
 
-        Raises LeaseLost on leaving where the lease ended before (it took longer than `ttl`, or the daemon was restarted):
-        what was read may then be another object's bytes.
+        Raises LeaseLost on leaving where the lease ended before (it took longer than `ttl`, or the daemon was
+        restarted): what was read may then be another object's bytes.
         """
         lease = os.urandom(protocol.LEASE_BYTES)
         number = self.connection.send(protocol.Acquire(lease, protocol.join_keys(keys), ttl))

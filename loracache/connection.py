@@ -1,7 +1,7 @@
 """One connection to a daemon: frames over a unix socket and the mapped arena.
 
-Never blocks but in `connect`, `wait` and `call`, and there for a bounded time: a request that the socket does not take at
-once waits in a buffer, and a daemon that stopped reading is given up as unavailable. One thread a connection.
+Never blocks but in `connect`, `wait` and `call`, and there for a bounded time: a request that the socket does not
+take at once waits in a buffer, and a daemon that stopped reading is given up as unavailable. One thread a connection.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ class Connection:
             self._socket = None
 
     def send(self, request: protocol.Request, *, answer: bool = True) -> int:
-        """Send a request; answers its number, for `take` and `wait`. Where the connection is gone and no answer is wanted,
-        nothing happens; else raises Unavailable."""
+        """Send a request; answers its number, for `take` and `wait`. Where the connection is gone and no answer is
+        wanted, nothing happens; else raises Unavailable.
+        """
         if not answer:
             if self.connected:
                 self._write(request.encode(0))

@@ -1,6 +1,7 @@
 """Counters of what happened, by name and cause: the source of `loracache status`.
 
-Names read `<what>.<tier>[.<cause>]`, for example "hit.cpu", "miss.absent", "failure.disk.corrupt". Threading: one thread.
+Names read `<what>.<tier>[.<cause>]`, for example "hit.cpu", "miss.absent", "failure.disk.corrupt". Threading: one
+thread.
 """
 
 from __future__ import annotations

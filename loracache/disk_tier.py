@@ -11,10 +11,10 @@ from collections.abc import Container, Iterable, Sequence
 from loracache.arena import Arena
 from loracache.counters import Counters
 from loracache.index import Index, Node
-from loracache.tiers import Tier
 from loracache.policy import Policy
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome
 from loracache.tier_io import TierIO
+from loracache.tiers import Tier
 from loracache.write_behind import WriteBehind
 
 __all__ = ["DiskTier"]
@@ -72,8 +72,9 @@ class DiskTier:
         return waiting
 
     def adopted_all(self, orphans: Sequence[ObjectInfo]) -> None:
-        """The earlier run's objects are entered, but for `orphans`, whose parent is nowhere: delete those, and shrink to
-        the limit."""
+        """The earlier run's objects are entered, but for `orphans`, whose parent is nowhere: delete those, and shrink
+        to the limit.
+        """
         self._counters.add("disk.orphans", len(orphans))
         if orphans:
             self.io.delete([info.key for info in orphans])

@@ -3,8 +3,8 @@
 A node is one object; its parent is the chunk before it, or its adapter. The index keeps presence, leases and pins per
 node and answers which nodes may leave a tier. Redis is not in here: what it holds is found by asking.
 
-Invariants (tests hold them): a tier's victim has no child in that tier, no lease (cpu) and no pin; a node stays while it
-is in some tier or has children, and no longer. Threading: one thread, the cache's.
+Invariants (tests hold them): a tier's victim has no child in that tier, no lease (cpu) and no pin; a node stays while
+it is in some tier or has children, and no longer. Threading: one thread, the cache's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ __all__ = ["Index", "Node"]
 class Node:
     """One object of the tree.
 
-    `children[tier]` counts children present in that tier; all children hang in a linked list from `first_child`. `leases`
-    counts holds on the extents by clients and by transfers; `present`, `pins` and `offered` (to a policy) are bit masks of
-    tiers; `dirty` counts tiers it still waits to be written to; `tick` is its last use by the index's clock.
+    `children[tier]` counts children present in that tier; all children hang in a linked list from `first_child`.
+    `leases` counts holds on the extents by clients and by transfers; `present`, `pins` and `offered` (to a policy)
+    are bit masks of tiers; `dirty` counts tiers it still waits to be written to; `tick` is its last use by the
+    index's clock.
     """
 
     __slots__ = (
@@ -64,9 +65,9 @@ class Node:
 class Index:
     """The tree, by key.
 
-    `on_candidate(tier, node)` is called whenever a node may have become a victim, `on_idle(node)` when its last hold ends.
-    `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent: adapters that an
-    engine serves and the cache does not hold.
+    `on_candidate(tier, node)` is called whenever a node may have become a victim, `on_idle(node)` when its last hold
+    ends. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
+    adapters that an engine serves and the cache does not hold.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], on_idle: Callable[[Node], None]) -> None:

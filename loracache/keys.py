@@ -1,7 +1,7 @@
 """Names of everything cached: namespaces, chunk keys, object keys, checksums.
 
-Two machines that know the same model, tokens and adapter content agree on every key: no process seed, no Python `hash()`,
-no path and no adapter name goes into one. Pure functions and frozen values; safe from any thread.
+Two machines that know the same model, tokens and adapter content agree on every key: no process seed, no Python
+`hash()`, no path and no adapter name goes into one. Pure functions and frozen values; safe from any thread.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _HEX = re.compile(r"(?:[0-9a-f]{64})?")
 class Namespace:
     """What makes KV interchangeable. Objects of two namespaces never meet, whatever their tokens.
 
-    model: the model identity (see DESIGN). kv_dtype: as the engine stores it, "bfloat16". layout: block shape, order of
-    its dimensions and, on CPUs, the instruction set that packed it. chunk_tokens: tokens of a chunk. adapter: hex digest of
-    the LoRA adapter's content, or "". salt: hex digest of the tenant's salt (`salt_digest`), or "".
+    model: the model identity (see DESIGN). kv_dtype: as the engine stores it, "bfloat16". layout: block shape, order
+    of its dimensions and, on CPUs, the instruction set that packed it. chunk_tokens: tokens of a chunk. adapter: hex
+    digest of the LoRA adapter's content, or "". salt: hex digest of the tenant's salt (`salt_digest`), or "".
     """
 
     model: str
@@ -115,9 +115,9 @@ def chunk_keys(
 ) -> list[bytes]:
     """Keys of the whole chunks of `tokens`; a tail shorter than `chunk_tokens` has none.
 
-    parent: the key of the chunk before (32 bytes), or the namespace's digest for the first. start: position of tokens[0]
-    in its prompt. media: whatever overlaps; each chunk hashes identifier and offset of those it touches, because equal
-    placeholder tokens may stand for different images.
+    parent: the key of the chunk before (32 bytes), or the namespace's digest for the first. start: position of
+    tokens[0] in its prompt. media: whatever overlaps; each chunk hashes identifier and offset of those it touches,
+    because equal placeholder tokens may stand for different images.
     """
     if len(parent) != KEY_BYTES:
         raise UsageError(f"a parent key has {KEY_BYTES} bytes, not {len(parent)}")

@@ -1,8 +1,8 @@
 """Clients' holds on extents: for reading until release, for writing until commit.
 
 A lease ends by release, by its time to live, or with its connection. Extents of a write lease that ended without its
-writer saying so go into quarantine: the writer may still be copying into them through its mapping, so they are used again
-only when the writer commits or aborts after all, or when its process is gone. Threading: the cache's thread.
+writer saying so go into quarantine: the writer may still be copying into them through its mapping, so they are used
+again only when the writer commits or aborts after all, or when its process is gone. Threading: the cache's thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Maps a daemon's arena into this process, once for all its connections.
 
-Pages are private to nobody, page tables are private to each mapping: reading 124 MB through a fresh mapping costs 30,000
-minor faults. So connections share one mapping, and whoever moves bytes fills its page tables ahead of need.
+Pages are private to nobody, page tables are private to each mapping: reading 124 MB through a fresh mapping costs
+30,000 minor faults. So connections share one mapping, and whoever moves bytes fills its page tables ahead of need.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def map_arena(fd: int, size: int, instance: bytes) -> mmap.mmap:
 def fill_page_tables(arena: mmap.mmap, stop: Callable[[], bool] = lambda: False) -> int:
     """Touch every page for writing, so that no copy pays for it later; answers the bytes done.
 
-    Takes seconds for a large arena and runs without the interpreter's lock: call it on a thread of its own. Ends early where
-    `stop()` turns true; a kernel that cannot do it leaves pages to be touched when used.
+    Takes seconds for a large arena and runs without the interpreter's lock: call it on a thread of its own. Ends
+    early where `stop()` turns true; a kernel that cannot do it leaves pages to be touched when used.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

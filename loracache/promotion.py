@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from loracache.arena import Arena
 from loracache.counters import Counters
 from loracache.index import Index, Node
-from loracache.tiers import Tier
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
 from loracache.tier_io import TierIO
+from loracache.tiers import Tier
 
 __all__ = ["Promoter", "Waiter"]
 

@@ -1,9 +1,9 @@
 """The messages of the unix socket: length-prefixed MessagePack frames.
 
-A frame is a little-endian uint32 length and that many bytes of MessagePack. The daemon speaks first: a Greeting, with the
-arena's file descriptor beside it (SCM_RIGHTS). Then the client sends requests `[number, operation, field, ...]` and the
-daemon answers `[number, status, ...]`: OK ends the answer, PART announces more to come, ERROR carries a message. Number 0
-asks for no answer. Many keys travel as one byte string, 32 bytes each.
+A frame is a little-endian uint32 length and that many bytes of MessagePack. The daemon speaks first: a Greeting, with
+the arena's file descriptor beside it (SCM_RIGHTS). Then the client sends requests `[number, operation, field, ...]`
+and the daemon answers `[number, status, ...]`: OK ends the answer, PART announces more to come, ERROR carries a
+message. Number 0 asks for no answer. Many keys travel as one byte string, 32 bytes each.
 
 Pure encoding and checking; used by both sides.
 """
@@ -21,10 +21,10 @@ from loracache.errors import ProtocolError
 from loracache.keys import KEY_BYTES
 
 __all__ = [
-    "ERROR", "HEADER", "LEASE_BYTES", "MAX_FRAME", "NO_PARENT", "OK", "OPERATIONS", "PART", "VERSION", "Abort", "Acquire",
-    "AdapterDigest", "Clear", "Commit", "Evict", "Flush", "Frames", "Greeting", "Hello", "Lookup", "Pin", "Prefetch", "Register",
-    "Release", "Renew", "Report", "Request", "Reserve", "Status", "Unpin", "decode_request", "frame", "join_keys",
-    "split_keys",
+    "ERROR", "HEADER", "LEASE_BYTES", "MAX_FRAME", "NO_PARENT", "OK", "OPERATIONS", "PART", "VERSION",
+    "Abort", "Acquire", "AdapterDigest", "Clear", "Commit", "Evict", "Flush", "Frames", "Greeting", "Hello", "Lookup",
+    "Pin", "Prefetch", "Register", "Release", "Renew", "Report", "Request", "Reserve", "Status", "Unpin",
+    "decode_request", "frame", "join_keys", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1

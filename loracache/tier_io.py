@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from loracache.counters import Counters
-from loracache.tiers import Tier
 from loracache.storage_backends.base import Outcome, Result, StorageBackend, Transfer
+from loracache.tiers import Tier
 
 __all__ = ["Post", "TierIO"]
 
@@ -28,8 +28,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 class TierIO:
     """One tier's backend, its threads, its failure counters, and whether it is worth asking now.
 
-    After an UNAVAILABLE answer the tier is left alone for a pause that doubles up to 15 s; whatever is asked meanwhile is
-    answered UNAVAILABLE at once. All methods belong to the cache's thread; `post` hands a callable over to it.
+    After an UNAVAILABLE answer the tier is left alone for a pause that doubles up to 15 s; whatever is asked
+    meanwhile is answered UNAVAILABLE at once. All methods belong to the cache's thread; `post` hands a callable over
+    to it.
     """
 
     def __init__(self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters) -> None:
@@ -98,7 +99,7 @@ class TierIO:
         def work() -> None:
             try:
                 results = call()
-            except Exception as error:  # top of a thread: a backend's bug must not lose the waiting request
+            except Exception as error:  # noqa: BLE001 - top of a thread: a backend's bug must not lose the waiting request
                 _log.exception("%s: %s failed", self.tier.label, what)
                 results = [Result(Outcome.FAILED, detail=repr(error))] * count
             self._post(lambda: finish(results))

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from loracache.arena import Arena
 from loracache.counters import Counters
 from loracache.index import Index, Node
-from loracache.tiers import Tier
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
 from loracache.tier_io import TierIO
+from loracache.tiers import Tier
 
 __all__ = ["WriteBehind"]
 

@@ -24,7 +24,7 @@ import mmap
 import os
 import string
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loracache.errors import ConfigError
@@ -40,7 +40,7 @@ from loracache.storage_backends.base import (
     padded,
 )
 from loracache.storage_backends.manifest import Manifest, parents_first
-from loracache.storage_backends.vectors import IOV_MAX, advance, head, length
+from loracache.storage_backends.vectors import head, length, move
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class DiskBackend(StorageBackend):
         self._serial = itertools.count()
         self._manifest = Manifest(self.path / "manifest", sync=sync)
         self._lock_fd = -1
+        self._known: dict[bytes, ObjectInfo] | None = None
         try:
             self._open()
         except OSError as error:
@@ -92,7 +93,14 @@ class DiskBackend(StorageBackend):
             os.unlink(leftover.path)
         self.direct = self._takes_direct()
         self._flags = os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
-        self._index = self._manifest.read()
+
+    @property
+    def _index(self) -> dict[bytes, ObjectInfo]:
+        """What is held. The manifest is read at the first use, not at the start: it takes a second for 200,000 objects.
+        The first use is under the lock, and by `scan` where the cache has just begun."""
+        if self._known is None:
+            self._known = self._manifest.read()
+        return self._known
 
     def _take_lock(self) -> None:
         self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -183,7 +191,7 @@ class DiskBackend(StorageBackend):
         try:
             fd = os.open(self._file(info.key), os.O_RDONLY | self._flags)
             try:
-                moved = _move(os.preadv, fd, [page, *transfer.buffers])
+                moved = move(os.preadv, fd, [page, *transfer.buffers])
             finally:
                 os.close(fd)
             fault = self._read_fault(page, transfer, moved)
@@ -232,7 +240,7 @@ class DiskBackend(StorageBackend):
     def _write(self, path: Path, views: list[memoryview]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._flags, 0o600)
         try:
-            if _move(os.pwritev, fd, views) < length(views):
+            if move(os.pwritev, fd, views) < length(views):
                 raise OSError(errno.ENOSPC, "short write")
             if self._sync:
                 os.fdatasync(fd)
@@ -375,18 +383,6 @@ class DiskBackend(StorageBackend):
         if page is None:
             page = self._scratch.page = memoryview(mmap.mmap(-1, ALIGNMENT))
         return page
-
-
-def _move(operation: Callable[[int, list[memoryview], int], int], fd: int, views: list[memoryview]) -> int:
-    """Reads or writes all of `views` from the file's start on; returns the bytes moved, fewer where the file ends."""
-    moved = first = 0
-    while first < len(views):
-        step = operation(fd, views[first : first + IOV_MAX], moved)
-        moved += step
-        if step == 0 or step % ALIGNMENT:  # the end of a file, or of the device: direct I/O cannot go on from there
-            break
-        first = advance(views, first, step)
-    return moved
 
 
 def _failure(error: OSError) -> Result:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from loracache.storage_backends.base import ALIGNMENT
 
 IOV_MAX = os.sysconf("SC_IOV_MAX") if "SC_IOV_MAX" in os.sysconf_names else 1024
 
@@ -45,3 +47,15 @@ def advance(views: list[memoryview], first: int, moved: int) -> int:
     if moved:
         views[first] = views[first][moved:]
     return first
+
+
+def move(operation: Callable[[int, list[memoryview], int], int], fd: int, views: list[memoryview]) -> int:
+    """Reads or writes all of `views` from the file's start on; returns the bytes moved, fewer where the file ends."""
+    moved = first = 0
+    while first < len(views):
+        step = operation(fd, views[first : first + IOV_MAX], moved)
+        moved += step
+        if step == 0 or step % ALIGNMENT:  # the end of a file, or of the device: direct I/O cannot go on from there
+            break
+        first = advance(views, first, step)
+    return moved

@@ -1,9 +1,9 @@
 """Which adapter content a `lora_int_id` stands for.
 
-vLLM keeps the weights first loaded under an id, whatever path or files a later request names. So KV is keyed by what the
-engine serves for the id: the scheduler binds an id to the digest of the files it first sees for it; the worker hashes what it
-really loads and its word wins. Where the content behind an id or behind a (name, path) changed, vLLM's own prefix cache may
-still hold KV of the old one, so prefixes it found itself are no longer stored or built upon.
+vLLM keeps the weights first loaded under an id, whatever path or files a later request names. So KV is keyed by what
+the engine serves for the id: the scheduler binds an id to the digest of the files it first sees for it; the worker
+hashes what it really loads and its word wins. Where the content behind an id or behind a (name, path) changed, vLLM's
+own prefix cache may still hold KV of the old one, so prefixes it found itself are no longer stored or built upon.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class ServedAdapters:
         self._untrusted: set[tuple[str, str]] = set()
 
     def digest(self, request: LoRARequest) -> tuple[bool, str | None]:
-        """(known by now, the digest; None where its content cannot be known). Asks the daemon at the first sight of an id."""
+        """(known by now, the digest; None where its content cannot be known). Asks the daemon at the first sight of
+        an id.
+        """
         adapter = request.lora_int_id
         if adapter in self._digests and adapter not in self._asked:
             return True, self._digests[adapter]
@@ -88,8 +90,9 @@ class ServedAdapters:
 
 
 class LoadedAdapters:
-    """The worker's truth, learnt by a hook on vLLM's loader. The hook runs on the worker's main thread; readers may be on
-    others."""
+    """The worker's truth, learnt by a hook on vLLM's loader. The hook runs on the worker's main thread; readers may
+    be on others.
+    """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
         self._digests = AdapterDigests()

@@ -54,8 +54,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         options = Options.parse(dict(transfer.kv_connector_extra_config))
         if not options.server and getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
             raise ConfigError(
-                f"kv_connector_extra_config: server is not set, but the engine runs on {vllm_config.parallel_config.nnodes} "
-                f"nodes; start `loracache serve` on each node and give its socket as server"
+                f"kv_connector_extra_config: server is not set, but the engine runs on "
+                f"{vllm_config.parallel_config.nnodes} nodes; start `loracache serve` on each node and give its socket as server"
             )
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -74,7 +74,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         if problem:
             self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
 
-    # -- both sides ------------------------------------------------------------------------------------------------------
+    # -- both sides
+    # ------------------------------------------------------------------------------------------------------
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -87,7 +88,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
             if side is not None:
                 side.close()
 
-    # -- worker ----------------------------------------------------------------------------------------------------------
+    # -- worker
+    # ----------------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """See WorkerSide."""
@@ -141,7 +143,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         return self._worker.take_news()
 
-    # -- scheduler -------------------------------------------------------------------------------------------------------
+    # -- scheduler
+    # -------------------------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """The workers' facts, by rank."""

@@ -22,7 +22,8 @@ def chunk_blocks(block_bytes: int, block_size: int, chunk_tokens: int) -> int:
     """
     if chunk_tokens % block_size:
         raise ConfigError(
-            f"kv_connector_extra_config: chunk_tokens={chunk_tokens} is no multiple of the engine's block size {block_size}"
+            f"kv_connector_extra_config: chunk_tokens={chunk_tokens} is no multiple of the engine's block size "
+            f"{block_size}"
         )
     return chunk_tokens // block_size or max(1, -(-_CHUNK_BYTES // block_bytes))
 
@@ -40,7 +41,8 @@ def shard_name(config: VllmConfig, layers: list[str]) -> str:
     else:
         first = rank * total // ranks
         heads = f"{first}-{first + 1}"
-    return f"pp{get_pp_group().rank_in_group}of{config.parallel_config.pipeline_parallel_size}/{len(layers)}layers/heads{heads}of{total}"
+    stage = f"pp{get_pp_group().rank_in_group}of{config.parallel_config.pipeline_parallel_size}"
+    return f"{stage}/{len(layers)}layers/heads{heads}of{total}"
 
 
 def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:

@@ -26,8 +26,9 @@ _IGNORED = {"_name_or_path", "transformers_version", "architectures_name", "use_
 
 
 def model_identity(vllm_config: VllmConfig, model_id: str = "") -> str:
-    """64 hexadecimal digits. `model_id`, where the user gives one, stands for configuration and weights alike; the engine's
-    dtype and quantisation always count."""
+    """64 hexadecimal digits. `model_id`, where the user gives one, stands for configuration and weights alike; the
+    engine's dtype and quantisation always count.
+    """
     model = vllm_config.model_config
     parts: dict[str, Any] = {"dtype": str(model.dtype), "quantization": model.quantization}
     if model_id:

@@ -1,8 +1,8 @@
 """How an engine's KV cache lies in memory, read from the tensors it registers, never from its version.
 
-Registered tensors are logical (blocks, KV heads, tokens of a block, content) views with any strides. What is needed: all
-bytes of one block of one layer lie together, so that a block moves as one run of bytes; the order inside goes into the
-namespace, and engines of another order never meet.
+Registered tensors are logical (blocks, KV heads, tokens of a block, content) views with any strides. What is needed:
+all bytes of one block of one layer lie together, so that a block moves as one run of bytes; the order inside goes
+into the namespace, and engines of another order never meet.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class KVLayout:
 
 
 def read_layout(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> KVLayout:
-    """The layout of registered tensors, sorted by layer name as registered. Raises UsageError where blocks do not lie together.
+    """The layout of registered tensors, sorted by layer name as registered. Raises UsageError where blocks do not lie
+    together.
 
-    A tensor may have a multiple of `num_blocks` rows (the attention kernel's blocks are smaller than the cache manager's):
-    then that many rows make a block.
+    A tensor may have a multiple of `num_blocks` rows (the attention kernel's blocks are smaller than the cache
+    manager's): then that many rows make a block.
     """
     rows = []
     orders: dict[str, None] = {}

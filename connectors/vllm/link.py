@@ -1,7 +1,7 @@
 """The scheduler's connection: questions that are sent and never waited for.
 
-A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's patience for
-half a second; then it is asked nothing more until it has answered.
+A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's
+patience for half a second; then it is asked nothing more until it has answered.
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Computed chunks to keep, a run of one chain. parent: the chunk before, b"" for none. first_step: the step in which the
-    request was first computed: an adapter changed since then made these blocks worthless."""
+    """Computed chunks to keep, a run of one chain. parent: the chunk before, b"" for none. first_step: the step in
+    which the request was first computed: an adapter changed since then made these blocks worthless.
+    """
 
     request_id: str
     namespace: Namespace

@@ -19,10 +19,11 @@ _DAEMON_KEYS = ("memory", "disk_path", "disk", "redis")
 class Options:
     """Settings of one engine's connector.
 
-    server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a size),
-    disk_path, disk (a size) and redis (a URL) from here. model_id: names the model where its files are not to be looked at.
-    chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout: seconds after which a
-    load is given up and recomputed. lookup_wait: seconds for which a request may be parked for the answer to its lookup.
+    server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a
+    size), disk_path, disk (a size) and redis (a URL) from here. model_id: names the model where its files are not to
+    be looked at. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout:
+    seconds after which a load is given up and recomputed. lookup_wait: seconds for which a request may be parked for
+    the answer to its lookup.
     """
 
     server: str = ""
@@ -58,8 +59,8 @@ class Options:
             both = [key for key in _DAEMON_KEYS if key in extra]
             if both:
                 raise ConfigError(
-                    f"kv_connector_extra_config: {both[0]}={extra[both[0]]!r} belongs to the daemon at server={self.server!r}; "
-                    f"give it to `loracache serve`, or leave server out to start a private daemon"
+                    f"kv_connector_extra_config: {both[0]}={extra[both[0]]!r} belongs to the daemon at "
+                    f"server={self.server!r}; give it to `loracache serve`, or leave server out to start a private daemon"
                 )
         for key in ("memory", "disk"):
             try:
@@ -69,7 +70,9 @@ class Options:
         if self.chunk_tokens < 0:
             raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
         if not 0 <= self.lookup_wait <= 10:
-            raise ConfigError(f"kv_connector_extra_config: lookup_wait={self.lookup_wait} must be within 0 and 10 seconds")
+            raise ConfigError(
+                f"kv_connector_extra_config: lookup_wait={self.lookup_wait} must be within 0 and 10 seconds"
+            )
         if not 0 < self.load_timeout <= 600:
             raise ConfigError(
                 f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"

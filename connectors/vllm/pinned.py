@@ -1,7 +1,7 @@
 """Makes a mapped arena fast to copy from and to: fills its page tables and, with a GPU, registers it as pinned memory.
 
-Both take long and run in the background; until they are done copies are right, but slower. A registration ends when nobody
-holds the mapping any more, which is after a daemon's restart and the last copy through the old mapping.
+Both take long and run in the background; until they are done copies are right, but slower. A registration ends when
+nobody holds the mapping any more, which is after a daemon's restart and the last copy through the old mapping.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The private daemon of an engine whose configuration names no server.
 
-The first of the engine's processes that needs it starts it, under a lock, in a session of its own; it flushes and ends when
-its last connection closes, so it outlives an engine that is killed just long enough to save what it holds.
+The first of the engine's processes that needs it starts it, under a lock, in a session of its own; it flushes and
+ends when its last connection closes, so it outlives an engine that is killed just long enough to save what it holds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def private_server(engine_id: str) -> str:
 
 
 def ensure_private_daemon(server: str, options: Options) -> None:
-    """Start the daemon at `server` unless it runs. Raises ConfigError with what the daemon said where it does not start."""
+    """Start the daemon at `server` unless it runs. Raises ConfigError with what the daemon said where it does not
+    start.
+    """
     path = Path(server.removeprefix("unix://"))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.parent.stat().st_uid != os.getuid():

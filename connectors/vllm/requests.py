@@ -21,14 +21,16 @@ __all__ = ["RequestState"]
 class RequestState:
     """One request from its arrival to its end.
 
-    chunk_keys: keys of its whole chunks, grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered.
-    blocks: the engine's blocks, in order. stored: chunks offered to the store so far. local_tokens: what the engine's own
-    prefix cache held. loading: vLLM waits for its load. loaded: its load is done and it has not computed since.
+    chunk_keys: keys of its whole chunks, grown as tokens are confirmed. hits: tiers of its leading chunks, as last
+    answered. blocks: the engine's blocks, in order. stored: chunks offered to the store so far. local_tokens: what
+    the engine's own prefix cache held. loading: vLLM waits for its load. loaded: its load is done and it has not
+    computed since.
     """
 
     __slots__ = (
-        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "first_step", "has_stored", "hits", "lease", "leased",
-        "load_tiers", "loaded", "loading", "local_tokens", "namespace", "parked_since", "question", "request", "stored",
+        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "first_step", "has_stored", "hits", "lease",
+        "leased", "load_tiers", "loaded", "loading", "local_tokens", "namespace", "parked_since", "question", "request",
+        "stored",
     )  # fmt: skip
 
     def __init__(self, request: Request, cacheable: bool) -> None:

@@ -1,7 +1,7 @@
 """The scheduler's side of the connector: looks up, plans loads and stores, keeps leases.
 
-It runs inside EngineCore's loop and never waits: questions are sent when a request arrives, answers are collected when the
-scheduler asks, and an answer that is late is done without.
+It runs inside EngineCore's loop and never waits: questions are sent when a request arrives, answers are collected
+when the scheduler asks, and an answer that is late is done without.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class SchedulerSide:
         """Whether the workers' facts are known and allow caching."""
         return bool(self._shards)
 
-    # -- what workers tell -----------------------------------------------------------------------------------------------
+    # -- what workers tell
+    # -----------------------------------------------------------------------------------------------
 
     def set_facts(self, facts: list[Facts], block_size: int) -> None:
         """Take what the workers know of their KV; turns the cache on, or says once why it stays off."""
@@ -98,7 +99,8 @@ class SchedulerSide:
                     state.stored = 0  # something of the chain is gone: offer all of it again
                     state.hits = ()
 
-    # -- requests ----------------------------------------------------------------------------------------------------------
+    # -- requests
+    # ----------------------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
         """Send the question; nobody waits for its answer."""
@@ -223,7 +225,7 @@ class SchedulerSide:
         """Give the leases back."""
         self._link.close()
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ----------
 
     @property
     def _chunk_tokens(self) -> int:

@@ -1,11 +1,13 @@
 """The worker's two transfer threads: one loads, one stores. Each has a connection and a copier of its own.
 
-The engine's loop hands jobs over and collects what is done; it never waits for a daemon. A load that is late, or whose lease
-or bytes prove wrong, fails: the scheduler then recomputes. What was decided to have failed is never copied afterwards.
+The engine's loop hands jobs over and collects what is done; it never waits for a daemon. A load that is late, or
+whose lease or bytes prove wrong, fails: the scheduler then recomputes. What was decided to have failed is never
+copied afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -85,11 +87,11 @@ class _Loading:
 class Loader:
     """Copies chunks from the arena into blocks.
 
-    finished(load, failed blocks, causes) is called on this thread once per load. may_load(load) says whether the adapter the
-    load belongs to is still the one it was planned for; asked before the first byte and after the last.
+    finished(load, failed blocks, causes) is called on this thread once per load. may_load(load) says whether the
+    adapter the load belongs to is still the one it was planned for; asked before the first byte and after the last.
     """
 
-    def __init__(  # noqa: PLR0913 - a thread's whole world, named once
+    def __init__(
         self,
         server: str,
         ensure: Callable[[], None],
@@ -131,7 +133,7 @@ class Loader:
             try:
                 self._wait()
                 self._step()
-            except Exception:  # top of the thread: no load may wait for ever because of a bug
+            except Exception:  # noqa: BLE001 - top of the thread: no load may wait for ever because of a bug
                 _log.exception("loading failed; the loads under way are recomputed")
                 self._link.connection.close()
                 self._fail_all("bug")
@@ -145,10 +147,8 @@ class Loader:
             poller.register(self._link.connection.fileno(), select.POLLIN)
         timeout = min((job.deadline for job in self._active), default=None)
         poller.poll(None if timeout is None else max(0.0, timeout - time.monotonic()) * 1000 + 1)
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
 
     def _step(self) -> None:
         while not self._jobs.empty():
@@ -266,10 +266,11 @@ class StoreJob:
 
 
 class Storer:
-    """Copies computed chunks into the arena. finished(job, causes) is called on this thread once per job; may_store(store)
-    says whether the chunks were computed with the adapter they are stored for."""
+    """Copies computed chunks into the arena. finished(job, causes) is called on this thread once per job;
+    may_store(store) says whether the chunks were computed with the adapter they are stored for.
+    """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         server: str,
         ensure: Callable[[], None],
@@ -306,7 +307,7 @@ class Storer:
             except LoRACacheError as error:
                 _log.debug("store for %s: %s", job.store.request_id, error)
                 causes["rejected" if isinstance(error, Rejected) else "unavailable"] = len(job.store.chunks)
-            except Exception:  # top of the thread: a bug must not keep a request's blocks for ever
+            except Exception:  # noqa: BLE001 - top of the thread: a bug must not keep a request's blocks for ever
                 _log.exception("a store failed")
                 causes["bug"] = len(job.store.chunks)
             self._finished(job, causes)

@@ -1,7 +1,7 @@
 """The workers' side of the connector: carries out the scheduler's plans, reports what came of them.
 
-Threading: vLLM calls everything here on the worker's main thread; `_loaded` and `_stored` are called by the transfer threads
-and only touch what `_lock` guards.
+Threading: vLLM calls everything here on the worker's main thread; `_loaded` and `_stored` are called by the transfer
+threads and only touch what `_lock` guards.
 """
 
 from __future__ import annotations
@@ -163,11 +163,13 @@ class WorkerSide:
         self._not_yet_run.pop(request_id, None)
         self._collected.discard(request_id)
 
-    # -- adapters --------------------------------------------------------------------------------------------------------
+    # -- adapters
+    # --------------------------------------------------------------------------------------------------------
 
     def _adapter_changed(self, adapter: int) -> None:
-        """Other content is served under `adapter` from now on: KV that was loaded for the old one and not yet computed upon
-        is wrong, and is reported as failed in this very step. Loads under way fail by `_may_load`."""
+        """Other content is served under `adapter` from now on: KV that was loaded for the old one and not yet
+        computed upon is wrong, and is reported as failed in this very step. Loads under way fail by `_may_load`.
+        """
         digest = self._adapters.digest(adapter)
         for request_id, load in list(self._not_yet_run.items()):
             if load.adapter is None or load.adapter.lora_int_id != adapter or load.adapter.digest == digest:
@@ -189,7 +191,8 @@ class WorkerSide:
         binding = store.adapter
         return binding is None or self._adapters.computed_with(binding.lora_int_id, binding.digest, store.first_step)
 
-    # -- called by the transfer threads -----------------------------------------------------------------------------------
+    # -- called by the transfer threads
+    # -----------------------------------------------------------------------------------
 
     def _loaded(self, load: Load, failed: list[int], causes: dict[str, int]) -> None:
         with self._lock:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Container
 from typing import Protocol
 
 from loracache.index import Index, Node
-from loracache.tiers import Tier
 from loracache.policy.lru import LRU
+from loracache.tiers import Tier
 
 __all__ = ["LRU", "POLICIES", "Policy"]
 
@@ -19,8 +19,9 @@ class Policy(Protocol):
         """`node` has become a leaf of the tier that may leave it."""
 
     def victims(self, nbytes: int, protected: Container[Node]) -> list[Node] | None:
-        """Nodes whose bytes add up to at least `nbytes`, children before parents, none of them `protected`; or None, and
-        nothing changed, where there are not enough."""
+        """Nodes whose bytes add up to at least `nbytes`, children before parents, none of them `protected`; or None,
+        and nothing changed, where there are not enough.
+        """
 
 
 POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {"lru": LRU}

@@ -113,7 +113,7 @@ class Daemon:
         if self.config.private:
             self._end_if_alone()
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ----------
 
     def _post(self, call: Callable[[], None]) -> None:
         if self._loop is not None:
@@ -181,13 +181,16 @@ class Daemon:
             orphans.extend(disk.adopt(infos))
             idle.set()
 
-        objects = disk.io.backend.scan()
-        while infos := list(itertools.islice(objects, _SCAN_SLICE)):
-            if self._stopping.is_set():
-                return
-            idle.clear()
-            self._post(lambda infos=infos: adopt(infos))  # type: ignore[misc]
-            idle.wait(5)
+        try:
+            objects = disk.io.backend.scan()
+            while infos := list(itertools.islice(objects, _SCAN_SLICE)):
+                if self._stopping.is_set():
+                    return
+                idle.clear()
+                self._post(lambda infos=infos: adopt(infos))  # type: ignore[misc]
+                idle.wait(5)
+        except OSError as error:
+            _log.error("the disk tier cannot be read and starts empty: %s", error)
         self._post(lambda: self._scanned(orphans))
 
     def _scanned(self, orphans: list[ObjectInfo]) -> None:

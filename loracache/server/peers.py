@@ -1,8 +1,8 @@
 """Knows the process behind a connection, and tells when it is gone.
 
-A client's mapping of the arena outlives its socket: after the connection ended, only the end of the process (seen on a
-pidfd) proves that nothing writes to reserved extents any more; a short grace follows, because a DMA outlives the process.
-Threading: the event loop.
+A client's mapping of the arena outlives its socket: after the connection ended, only the end of the process (seen on
+a pidfd) proves that nothing writes to reserved extents any more; a short grace follows, because a DMA outlives the
+process. Threading: the event loop.
 """
 
 from __future__ import annotations

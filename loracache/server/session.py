@@ -45,7 +45,7 @@ class Session(asyncio.Protocol):
         self._frames = protocol.Frames()
         self._transport: asyncio.Transport | None = None
 
-    # -- asyncio.Protocol ----------------------------------------------------------------------------------------------
+    # -- asyncio.Protocol ----------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The greeting was sent before; requests may come."""
@@ -73,7 +73,7 @@ class Session(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    # -- requests ------------------------------------------------------------------------------------------------------
+    # -- requests ----------
 
     def _serve(self, number: int, request: protocol.Request) -> None:
         try:
@@ -270,4 +270,4 @@ def _acquired(item: Acquired) -> list[Any]:
 
 
 _HANDLERS: dict[str, Callable[..., None]] = {name: getattr(Session, f"_on_{name}") for name in protocol.OPERATIONS}
-assert KEY_BYTES == len(NO_PARENT)
+assert len(NO_PARENT) == KEY_BYTES

@@ -1,4 +1,6 @@
-"""Engines for the end-to-end tests. Starting one takes half a minute, so tests share them and use prompts of their own."""
+"""Engines for the end-to-end tests. Starting one takes half a minute, so tests share them and use prompts of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def engine_factory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     def start(extra: dict[str, Any] | None, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
         settings = ENGINE | {"model": str(tiny / "model")} | arguments
         if extra is not None:
-            settings["kv_transfer_config"] = CONNECTOR | {"kv_connector_extra_config": {"chunk_tokens": CHUNK, "lookup_wait": 1.0} | extra}
+            settings["kv_transfer_config"] = CONNECTOR | {
+                "kv_connector_extra_config": {"chunk_tokens": CHUNK, "lookup_wait": 1.0} | extra
+            }
         engine = engines.Engine(folder / f"engine-{next(numbers)}.log", settings, environment)
         running.append(engine)
         return engine.wait_ready()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -44,7 +45,11 @@ class Engine:
 
     def __init__(self, log: Path, arguments: dict[str, Any], environment: dict[str, str] | None = None) -> None:
         self._log = log
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))} | (environment or {})
+        env = (
+            os.environ
+            | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+            | (environment or {})
+        )
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(HOST), json.dumps(arguments)],
@@ -79,7 +84,8 @@ class Engine:
         call = next(self._calls)
         self._send(
             {
-                "op": "generate", "call": call, "id": f"r{call}", "tokens": tokens, "salt": salt, "max_tokens": max_tokens,
+                "op": "generate", "call": call, "id": f"r{call}", "tokens": tokens, "salt": salt,
+                "max_tokens": max_tokens,
                 "lora": vars(lora) if lora else None, "prompt_logprobs": prompt_logprobs,
             }
         )  # fmt: skip
@@ -129,10 +135,8 @@ class Engine:
                 self._process.wait(40)
             except (OSError, subprocess.TimeoutExpired):
                 pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             self.signal_all(signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait(30)
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:

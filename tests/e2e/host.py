@@ -1,5 +1,6 @@
 """Runs one vLLM engine for the tests, in a process of its own: commands as JSON lines on standard input, answers on
-standard output behind a mark (vLLM prints there too). Commands run side by side, so requests can overlap and be aborted.
+standard output behind a mark (vLLM prints there too). Commands run side by side, so requests can overlap and be
+aborted.
 """
 
 import asyncio
@@ -8,6 +9,11 @@ import sys
 import time
 
 MARK = "@answer "
+
+
+def say(answer):
+    sys.stdout.write(MARK + json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 async def generate(engine, command):
@@ -22,10 +28,13 @@ async def generate(engine, command):
     if command.get("prompt_logprobs"):
         params.prompt_logprobs = 1
     lora = command.get("lora")
-    request = LoRARequest(lora["name"], lora["id"], lora["path"], load_inplace=lora.get("inplace", False)) if lora else None
+    request = (
+        LoRARequest(lora["name"], lora["id"], lora["path"], load_inplace=lora.get("inplace", False)) if lora else None
+    )
     started = time.perf_counter()
     first = None
-    async for output in engine.generate(prompt, params, command["id"], lora_request=request):
+    output = None
+    async for output in engine.generate(prompt, params, command["id"], lora_request=request):  # noqa: B007
         first = first or time.perf_counter() - started
     return {
         "tokens": list(output.outputs[0].token_ids),
@@ -49,7 +58,9 @@ async def serve(arguments):
                 case "generate":
                     answer |= await generate(engine, command)
                 case "reset":
-                    done = await engine.reset_prefix_cache(command.get("running", False), command.get("connector", False))
+                    done = await engine.reset_prefix_cache(
+                        command.get("running", False), command.get("connector", False)
+                    )
                     answer["done"] = bool(done)
                 case "add_lora":
                     from vllm.lora.request import LoRARequest
@@ -60,11 +71,11 @@ async def serve(arguments):
                     )
         except asyncio.CancelledError:
             answer["aborted"] = True
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the test decides
             answer["error"] = repr(error)
-        print(MARK + json.dumps(answer), flush=True)
+        say(answer)
 
-    print(MARK + json.dumps({"call": 0}), flush=True)
+    say({"call": 0})
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         command = json.loads(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +15,9 @@ HELD = 512
 
 
 @pytest.fixture(scope="module")
-def serving(module_daemon: Any, engine_factory: Any) -> Iterator[SimpleNamespace]:
+def serving(module_daemon: Any, engine_factory: Any) -> SimpleNamespace:
     daemon = module_daemon(memory="256MiB")
-    yield SimpleNamespace(engine=engine_factory({"server": daemon.url}), daemon=daemon)
+    return SimpleNamespace(engine=engine_factory({"server": daemon.url}), daemon=daemon)
 
 
 def settle(daemon: Any) -> None:

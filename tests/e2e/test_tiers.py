@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +20,13 @@ CHUNK = 128
 @pytest.fixture(scope="module")
 def serving(
     module_daemon: Any, module_redis: Any, engine_factory: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SimpleNamespace]:
+) -> SimpleNamespace:
     """One engine on one daemon with a disk and a Redis."""
     disk = tmp_path_factory.mktemp("disk")
     redis = module_redis()
     daemon = module_daemon(memory="256MiB", disk_path=disk, disk="1GiB", redis=redis.url)
     engine = engine_factory({"server": daemon.url})
-    yield SimpleNamespace(engine=engine, daemon=daemon, disk=disk, redis=redis)
+    return SimpleNamespace(engine=engine, daemon=daemon, disk=disk, redis=redis)
 
 
 def stored(daemon: Any) -> None:
@@ -185,9 +185,7 @@ def test_a_corrupted_redis_value_is_a_counted_miss(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "swapped", "removed"])
-def test_a_damaged_disk_file_is_a_counted_miss(
-    serving: Any, prompts: Callable[[int], list[int]], damage: str
-) -> None:
+def test_a_damaged_disk_file_is_a_counted_miss(serving: Any, prompts: Callable[[int], list[int]], damage: str) -> None:
     tokens = prompts(600)
     cold = serving.engine.ask(tokens)
     clear(serving.daemon, "cpu", "redis")

@@ -1,4 +1,6 @@
-"""KV belongs to the weights the engine really serves: the same story told to an engine with the cache and to a stock one."""
+"""KV belongs to the weights the engine really serves: the same story told to an engine with the cache and to a stock
+one.
+"""
 
 from __future__ import annotations
 

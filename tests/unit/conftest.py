@@ -45,7 +45,9 @@ class Steps:
 
 
 class FaultyBackend(MemoryBackend):
-    """The reference backend with faults on order: `fails[what]` is the outcome of every such call until it is removed."""
+    """The reference backend with faults on order: `fails[what]` is the outcome of every such call until it is
+    removed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
