@@ -93,11 +93,13 @@ class DiskBackend(StorageBackend):
             os.unlink(leftover.path)
         self.direct = self._takes_direct()
         self._flags = os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        if self._manifest.is_short():
+            self._known = self._manifest.read()
 
     @property
     def _index(self) -> dict[bytes, ObjectInfo]:
-        """What is held. The manifest is read at the first use, not at the start: it takes a second for 200,000 objects.
-        The first use is under the lock, and by `scan` where the cache has just begun."""
+        """What is held. A long manifest (a second for 200,000 objects) is read at the first use: under the lock, and
+        by `scan` where the cache has just begun."""
         if self._known is None:
             self._known = self._manifest.read()
         return self._known

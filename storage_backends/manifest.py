@@ -23,6 +23,7 @@ _CRC = struct.Struct("<I")
 RECORD_BYTES = _FIELDS.size + _CRC.size
 _RECORD = struct.Struct(_FIELDS.format + "I")
 _ADD, _DELETE = 1, 2
+_SHORT_BYTES = 1 << 20
 _COMPACT_AT_LEAST = 1024  # a manifest of fewer records is not worth a rewrite
 
 
@@ -60,6 +61,10 @@ class Manifest:
             with contextlib.suppress(OSError):  # a full disk is no reason not to start: the long manifest serves
                 self.compact(live)
         return live
+
+    def is_short(self) -> bool:
+        """Whether reading it takes no time worth putting off."""
+        return not self._path.exists() or self._path.stat().st_size < _SHORT_BYTES
 
     def add(self, info: ObjectInfo) -> None:
         """Queues the record that `info` is held."""

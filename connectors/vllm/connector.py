@@ -55,7 +55,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         if not options.server and getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
             raise ConfigError(
                 f"kv_connector_extra_config: server is not set, but the engine runs on "
-                f"{vllm_config.parallel_config.nnodes} nodes; start `loracache serve` on each node and give its socket as server"
+                f"{vllm_config.parallel_config.nnodes} nodes; start `loracache serve` on "
+                f"each node and give its socket as server"
             )
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None

@@ -60,7 +60,8 @@ class Options:
             if both:
                 raise ConfigError(
                     f"kv_connector_extra_config: {both[0]}={extra[both[0]]!r} belongs to the daemon at "
-                    f"server={self.server!r}; give it to `loracache serve`, or leave server out to start a private daemon"
+                    f"server={self.server!r}; give it to `loracache serve`, or leave server out to start a "
+                    f"private daemon"
                 )
         for key in ("memory", "disk"):
             try:
