@@ -75,13 +75,11 @@ class TieredCache:
             disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.size))
             self._policies[Tier.DISK] = disk_policy
             io = TierIO(Tier.DISK, disk, post, self.counters)
-            self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit)
+            self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit, self._written)
             self.writers.append(self.disk.writer)
         if redis is not None:
             io = TierIO(Tier.REDIS, redis, post, self.counters)
-            self.redis = WriteBehind(
-                io, arena, self.index, self.counters, lambda node: None, lambda node, outcome: None
-            )
+            self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
             self.writers.append(self.redis)
 
     # -- reading ----------
@@ -126,6 +124,7 @@ class TieredCache:
         for position, key in enumerate(keys):
             node = self.index.get(key)
             if node is not None and node.held_in(Tier.CPU):
+                self.index.touch(node)
                 self.leases.hold(owner, lease_id, ttl, (node,))
                 at_once.append(Acquired(position, node))
             elif node is not None and self._promoter.loading(node):
@@ -181,7 +180,7 @@ class TieredCache:
         if info.key in self.leases.being_written or info.key in batch:
             return "busy"
         parent_coming = info.parent in batch or info.parent in self.leases.being_written
-        if info.parent and not parent_coming and not self.index.knows(info.parent):
+        if info.parent == info.key or (info.parent and not parent_coming and not self.index.knows(info.parent)):
             return "no_parent"
         if info.size <= 0 or self.arena.rounded(info.size) > self.arena.size:
             return "too_large"
@@ -204,7 +203,7 @@ class TieredCache:
 
     def _commit_one(self, item: Writing, checksum: int) -> str:
         node = self.index.get(item.info.key)
-        if node is not None and (node.held_in(Tier.CPU) or self._promoter.loading(node)):
+        if node is not None and (node.present or self._promoter.loading(node)):
             self.arena.free(item.extents)
             return "exists"
         node = self.index.insert(replace(item.info, checksum=checksum))
@@ -254,10 +253,10 @@ class TieredCache:
         """Take objects, and their descendants with them, out of `tiers`. What is leased or pinned stays, its ancestors
         with it, and is counted as skipped."""
         roots = [node for node in map(self.index.get, keys) if node is not None]
-        nodes = dict.fromkeys(node for root in roots for node in self.index.subtree(root))
+        nodes = self.index.subtrees(roots)
         if Tier.REDIS in tiers and self.redis is not None:
             self.redis.io.delete(list(dict.fromkeys([*keys, *(node.key for node in nodes)])))
-        return self._evict_all(list(nodes), [tier for tier in tiers if tier is not Tier.REDIS])
+        return self._evict_all(nodes, [tier for tier in tiers if tier is not Tier.REDIS])
 
     def clear(self, tiers: Collection[Tier]) -> Evicted:
         """Take everything out of `tiers` (out of Redis: what the index knows of), but for what is leased or pinned."""
@@ -270,11 +269,8 @@ class TieredCache:
             for node in nodes:  # children before parents
                 if not node.held_in(tier):
                     continue
-                if tier is Tier.CPU and not node.leases:
-                    for writer in self.writers:
-                        writer.forget(node)
-                if node.children[tier] or not self.index.evictable(node, tier):
-                    skipped += 1
+                if node.children[tier] or node.pins >> tier & 1 or (tier is Tier.CPU and node.leases):
+                    skipped += 1  # and its write, where one is queued, stays queued
                     continue
                 objects += 1
                 nbytes += node.size
@@ -356,6 +352,10 @@ class TieredCache:
     def _lost(self, node: Node, source: Tier, outcome: Outcome) -> None:
         if source is Tier.DISK and self.disk is not None:
             self.disk.load_failed(node, outcome)
+
+    def _written(self, node: Node, outcome: Outcome) -> None:
+        if outcome is Outcome.CORRUPT:  # the tier proved the arena's bytes against the checksum, and they disagree
+            self.report_bad([node.key])
 
     def _queue_writes(self, node: Node) -> None:
         if self.disk is not None:

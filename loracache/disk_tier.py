@@ -6,7 +6,7 @@ never stays where the parent is missing when it lands. Threading: the cache's th
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from loracache.arena import Arena
 from loracache.counters import Counters
@@ -21,9 +21,20 @@ __all__ = ["DiskTier"]
 
 
 class DiskTier:
-    """What enters and leaves the disk. `policy` chooses its victims, `limit` is in bytes."""
+    """What enters and leaves the disk. `policy` chooses its victims, `limit` is in bytes; `written` is told how each
+    write ended.
+    """
 
-    def __init__(self, io: TierIO, arena: Arena, index: Index, counters: Counters, policy: Policy, limit: int) -> None:
+    def __init__(
+        self,
+        io: TierIO,
+        arena: Arena,
+        index: Index,
+        counters: Counters,
+        policy: Policy,
+        limit: int,
+        written: Callable[[Node, Outcome], None],
+    ) -> None:
         self.io = io
         self.limit = limit
         self.used = 0
@@ -32,6 +43,7 @@ class DiskTier:
         self._index = index
         self._counters = counters
         self._policy = policy
+        self._on_written = written
 
     def cost(self, node: Node) -> int:
         """Bytes of the budget that a node takes."""
@@ -95,6 +107,7 @@ class DiskTier:
 
     def _written(self, node: Node, outcome: Outcome) -> None:
         self.used -= self.cost(node)
+        self._on_written(node, outcome)
         if outcome is not Outcome.OK or node.held_in(Tier.DISK):
             return
         parent = node.parent
@@ -112,6 +125,8 @@ class DiskTier:
         excess = self.used + nbytes - self.limit
         if excess <= 0:
             return True
+        if nbytes > self.limit:  # without asking every object on disk whether it would go for this one
+            return False
         victims = self._policy.victims(excess, protected)
         if victims is None:
             return False

@@ -10,7 +10,7 @@ it is in some tier or has children, and no longer. Threading: one thread, the ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loracache.arena import Extent
 from loracache.storage_backends.base import Kind, ObjectInfo
@@ -194,16 +194,23 @@ class Index:
             nodes.append(node)
         return nodes
 
-    def subtree(self, root: Node) -> list[Node]:
-        """`root` and all its descendants, children before parents."""
-        found = [root]
-        for node in found:  # grows while it is walked: parents before children
-            child = node.first_child
-            while child is not None:
-                found.append(child)
-                child = child.next_sibling
-        found.reverse()
-        return found
+    def subtrees(self, roots: Iterable[Node]) -> list[Node]:
+        """`roots` and all their descendants, each once, children before parents."""
+        order: list[Node] = []
+        seen: set[Node] = set()
+        for root in roots:
+            if root in seen:
+                continue
+            found = [root]
+            for node in found:  # grows while it is walked: parents before children
+                seen.add(node)
+                child = node.first_child
+                while child is not None:
+                    if child not in seen:  # else a root before this one, and all below it
+                        found.append(child)
+                    child = child.next_sibling
+            order.extend(reversed(found))
+        return order
 
 
 def _link(parent: Node, child: Node) -> None:

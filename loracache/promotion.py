@@ -96,21 +96,23 @@ class Promoter:
     def _load(self, io: TierIO, wanted: list[tuple[Node, Waiter]]) -> None:
         """Allocate, then read in batches small enough that the first bytes are copied on while the last are read."""
         protected = {node for node, _ in wanted}
+        for node, _ in wanted:
+            self._index.hold(node)  # making room for one may take the last child, and with it the node, of another
         batch: list[Node] = []
         nbytes = 0
         for node, waiter in wanted:
             if self.loading(node):
                 self.wait(node, waiter)
+                self._index.unhold(node)
                 continue
             size = self._arena.rounded(node.size)
             extents = self._arena.allocate(node.size) if self._make_room(size, protected) else None
             if extents is None:
                 waiter(None, "memory_full")
-                self._index.prune(node)
+                self._index.unhold(node)
                 continue
             node.extents = extents
             self._waiting[node] = [waiter]
-            self._index.hold(node)
             batch.append(node)
             nbytes += size
             if nbytes >= _BATCH_BYTES:

@@ -10,6 +10,7 @@ Pure encoding and checking; used by both sides.
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 
 import msgpack
 
-from loracache.errors import ProtocolError
+from loracache.errors import ProtocolError, UsageError
 from loracache.keys import KEY_BYTES
 
 __all__ = [
@@ -90,10 +91,10 @@ def split_keys(blob: bytes) -> list[bytes]:
 
 
 def join_keys(keys: Sequence[bytes]) -> bytes:
-    """One byte string of 32-byte keys. Raises ProtocolError where one has another length."""
+    """One byte string of 32-byte keys. Raises UsageError where one has another length."""
     blob = b"".join(keys)
     if len(blob) != KEY_BYTES * len(keys) or any(len(key) != KEY_BYTES for key in keys):
-        raise ProtocolError(f"a key has {KEY_BYTES} bytes")
+        raise UsageError(f"a key has {KEY_BYTES} bytes")
     return blob
 
 
@@ -117,6 +118,9 @@ class Greeting:
             raise ProtocolError("the server did not greet as a LoRACache daemon does")
         if message[0] != VERSION:
             raise ProtocolError(f"the daemon speaks protocol {message[0]}, this client {VERSION}; run the same release")
+        _, instance, *sizes = message
+        if not isinstance(instance, bytes) or not all(_is_int(size) and size > 0 for size in sizes):
+            raise ProtocolError("the server did not greet as a LoRACache daemon does")
         return cls(*message)
 
 
@@ -309,15 +313,20 @@ def decode_request(message: Any) -> tuple[int, Request]:
     number, operation, *values = message
     cls = OPERATIONS.get(operation) if isinstance(operation, str) else None
     if cls is None:
-        raise ProtocolError(f"unknown operation {str(operation)[:40]!r}; known: {', '.join(OPERATIONS)}")
+        raise ProtocolError(f"unknown operation {_shown(operation)}; known: {', '.join(OPERATIONS)}")
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if len(values) != len(names):
         raise ProtocolError(f"{operation} takes {len(names)} fields ({', '.join(names)}), not {len(values)}")
     for name, value in zip(names, values, strict=True):
         problem = _CHECKS[name](value)
         if problem:
-            raise ProtocolError(f"{operation}: {name} {problem}, not {str(value)[:80]!r}")
+            raise ProtocolError(f"{operation}: {name} {problem}, not {_shown(value)}")
     return number, cls(*values)
+
+
+def _shown(value: object) -> str:
+    """A received value for a message: cut short, and not deeper than a few levels, for its text may never end."""
+    return reprlib.repr(value[:60] if isinstance(value, str | bytes) else value)[:80]
 
 
 def _is_int(value: object) -> bool:
@@ -360,7 +369,7 @@ def _texts(value: object) -> str:
 
 def _counts(value: object) -> str:
     fits = isinstance(value, dict) and len(value) <= 64
-    fits = fits and all(isinstance(k, str) and len(k) <= 64 and _is_int(v) and v >= 0 for k, v in value.items())  # type: ignore[attr-defined]
+    fits = fits and all(isinstance(k, str) and len(k) <= 64 and _is_int(v) and 0 <= v < 2**32 for k, v in value.items())  # type: ignore[attr-defined]
     return "" if fits else "must map at most 64 names to counts"
 
 

@@ -7,6 +7,8 @@ that the oldest queued writes are given up (counted). Threading: the cache's thr
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 
 from loracache.arena import Arena
@@ -45,7 +47,7 @@ class WriteBehind:
         self._counters = counters
         self._refuse = refuse
         self._on_written = written
-        self._queue: dict[Node, int] = {}
+        self._queue: OrderedDict[Node, int] = OrderedDict()  # a dict finds its first key only behind all deleted ones
         self._in_flight: dict[Node, int] = {}
         self._batches = 0
         self._sequence = 0
@@ -148,7 +150,8 @@ class WriteBehind:
     def _answer_flushes(self) -> None:
         if not self._waiting:
             return
-        oldest = min((*self._in_flight.values(), *self._queue.values()), default=self._sequence + 1)
+        # Objects go through both in the order of their numbers.
+        oldest = next(itertools.chain(self._in_flight.values(), self._queue.values()), self._sequence + 1)
         due = [done for sequence, done in self._waiting if sequence < oldest]
         self._waiting = [entry for entry in self._waiting if entry[0] >= oldest]
         for done in due:

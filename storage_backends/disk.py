@@ -50,6 +50,10 @@ _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}
 _HEX = frozenset(string.hexdigits.lower())
 
 
+class DiskInUse(ConfigError):
+    """Another backend uses the folder now."""
+
+
 class DiskBackend(StorageBackend):
     """Objects under the folder `path`, which is made where it is missing.
 
@@ -111,7 +115,7 @@ class DiskBackend(StorageBackend):
         except BlockingIOError:
             os.close(self._lock_fd)
             self._lock_fd = -1
-            raise ConfigError(
+            raise DiskInUse(
                 f"disk_path {str(self.path)!r} is in use by another LoRACache daemon; stop that one or choose another "
                 "disk_path"
             ) from None

@@ -42,7 +42,7 @@ class ServedAdapters:
         """
         adapter = request.lora_int_id
         if adapter in self._digests and adapter not in self._asked:
-            return True, self._digests[adapter]
+            return self._bind(request, self._digests[adapter])
         number = self._asked.get(adapter)
         if number is None:
             if not os.path.isdir(request.lora_path):
@@ -79,11 +79,12 @@ class ServedAdapters:
         return (request.lora_name, request.lora_path) not in self._untrusted
 
     def _bind(self, request: LoRARequest, digest: str | None) -> tuple[bool, str | None]:
+        first = request.lora_int_id not in self._digests
         self._digests[request.lora_int_id] = digest
         name = (request.lora_name, request.lora_path)
-        if digest is None:
+        if digest is None and first:
             _log.warning("adapter %s has no local folder; its KV is not cached", request.lora_name)
-        elif self._by_name.setdefault(name, digest) != digest:
+        elif digest is not None and self._by_name.setdefault(name, digest) != digest:
             self._untrusted.add(name)
             self._by_name[name] = digest
         return True, digest

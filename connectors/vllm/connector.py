@@ -131,7 +131,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """(stores done, loads done), each request once."""
         assert self._worker is not None
-        stored, loaded = self._worker.take_finished()
+        stored, loaded = self._worker.take_finished(finished_req_ids)
         return stored or None, loaded or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:

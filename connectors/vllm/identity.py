@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["model_identity", "weights_digest"]
 
+_log = logging.getLogger(__name__)
 _SAMPLE = 4096
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -52,17 +54,26 @@ def weights_digest(model: ModelConfig, load_format: object) -> str:
     """What tells these weights from others of the same shape.
 
     Dummy weights are random by their seed; a hub snapshot is its commit; files are their headers, sizes and, for every
-    tensor of a safetensors file (elsewhere: every 64 MiB), bytes from its beginning, middle and end.
+    tensor of a safetensors file (elsewhere: every 64 MiB), bytes from its beginning, middle and end. Weights that none
+    of this tells apart share with nobody, not even with the next run of this engine.
     """
     if str(getattr(load_format, "value", load_format)) == "dummy":
         return f"dummy:{model.seed}"
     path = Path(model.model)
-    if not path.is_dir():
-        return f"hub:{_hub_commit(model) or f'{model.model}@{model.revision}'}"
     if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
         return f"hub:{path.name}"
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if _WEIGHTS.fullmatch(file.name))
+    else:
+        files = [path] if path.is_file() else []
+        commit = _hub_commit(model)
+        if not files and commit is not None:
+            return f"hub:{commit}"
+    if not files:
+        _log.warning("the weights of %s cannot be told from others; set model_id to share their KV", model.model)
+        return f"unknown:{os.urandom(16).hex()}"
     state = hashlib.sha256()
-    for file in sorted(file for file in path.iterdir() if _WEIGHTS.fullmatch(file.name)):
+    for file in files:
         with open(file, "rb", buffering=0) as handle:
             size = os.fstat(handle.fileno()).st_size
             state.update(size.to_bytes(8, "little"))

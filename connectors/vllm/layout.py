@@ -44,7 +44,7 @@ def read_layout(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> KVLay
     for name, tensor in kv_caches.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
             raise UsageError(f"the KV cache of {name} is no single tensor of blocks")
-        if tensor.shape[0] % num_blocks:
+        if num_blocks <= 0 or not tensor.numel() or tensor.shape[0] % num_blocks:
             raise UsageError(f"the KV cache of {name} has {tensor.shape[0]} rows for {num_blocks} blocks")
         rows.append(_rows(name, tensor, tensor.shape[0] // num_blocks))
         orders[_order(tensor)] = None

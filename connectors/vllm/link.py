@@ -34,6 +34,7 @@ class SchedulerLink:
         self._next_report = 0.0
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
         self._unwanted: set[int] = set()
+        self._kept: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
 
     @property
     def connected(self) -> bool:
@@ -74,6 +75,7 @@ class SchedulerLink:
 
     def forget(self, number: int) -> None:
         """An answer nobody wants any more; it still counts as a sign of life."""
+        self._kept.pop(number, None)
         if number in self._asked:
             self._unwanted.add(number)
 
@@ -108,6 +110,8 @@ class SchedulerLink:
 
     def _answer(self, number: int) -> tuple[bool, list[Any] | None]:
         """(answered, payload); no payload where the question failed."""
+        if number in self._kept:
+            return True, self._kept.pop(number)
         try:
             self._connection.poll()
             reply = self._connection.take(number)
@@ -126,21 +130,30 @@ class SchedulerLink:
             return True
         self._asked.clear()
         self._unwanted.clear()
+        self._kept.clear()
         now = time.monotonic()
         if now < self._next_try:
             return False
-        self._next_try = now + _RETRY_S
         try:
             self._connection.connect()
         except LoRACacheError as error:
             _log.warning("%s", error)
             return False
+        finally:
+            self._next_try = time.monotonic() + _RETRY_S  # from here: the attempt itself may have taken long
         return True
 
     def _silent(self) -> bool:
-        """Whether the oldest question has waited so long that more of them would be pointless."""
-        for number in list(self._unwanted):
-            if self._answer(number)[0]:
+        """Whether the oldest question has waited so long that more of them would be pointless. Its request may run
+        without the answer and not look for it again: then the answer is collected here.
+        """
+        while self._asked:
+            number, since = next(iter(self._asked.items()))
+            answered, payload = self._answer(number)
+            if not answered:
+                return time.monotonic() - since > _SILENT_AFTER_S
+            if number in self._unwanted:
                 self._unwanted.discard(number)
-        oldest = next(iter(self._asked.values()), None)
-        return oldest is not None and time.monotonic() - oldest > _SILENT_AFTER_S
+            else:
+                self._kept[number] = payload
+        return False

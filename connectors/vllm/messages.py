@@ -35,11 +35,12 @@ class ChunkBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Chunks to copy into a request's blocks, first to last."""
+    """Chunks to copy into a request's blocks, first to last. chunk_blocks: the engine's blocks of a whole chunk."""
 
     request_id: str
     chunks: tuple[ChunkBlocks, ...]
     adapter: AdapterBinding | None
+    chunk_blocks: int
 
 
 @dataclass(frozen=True, slots=True)

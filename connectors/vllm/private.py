@@ -6,22 +6,26 @@ ends when its last connection closes, so it outlives an engine that is killed ju
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import fcntl
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+from loracache.connectors.vllm.cores import on_all_cores
 from loracache.connectors.vllm.options import Options
 from loracache.errors import ConfigError, Unavailable
 
 __all__ = ["ensure_private_daemon", "private_server"]
 
 _START_TIMEOUT_S = 15.0
+_READY = b"listening on"
 
 
 def private_server(engine_id: str) -> str:
@@ -42,22 +46,16 @@ def ensure_private_daemon(server: str, options: Options) -> None:
         raise ConfigError(f"{path.parent} belongs to another user; remove it or set XDG_RUNTIME_DIR")
     with open(f"{path}.start", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _answers(path):
+        if not _bound(path):
             _start(path, options)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{path}.start")
 
 
-def _answers(path: Path) -> bool:
-    import socket
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
+def _bound(path: Path) -> bool:
+    """Whether a process has a socket bound there. A socket of the wrong type asks: a connection would be the daemon's
+    first client, and its end the last one's.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(str(path)) == errno.EPROTOTYPE
 
 
 def _start(path: Path, options: Options) -> None:
@@ -78,16 +76,17 @@ def _start(path: Path, options: Options) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LORACACHE_")}
     if options.redis:  # not on the command line, where every user could read a password
         environment["LORACACHE_REDIS"] = options.redis
-    with open(log_path, "wb") as log:
+    with open(log_path, "wb") as log, on_all_cores():
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True, cwd="/"
         )
+    threading.Thread(target=process.wait, name="loracache-private", daemon=True).start()  # else it ends as a zombie
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             said = Path(log_path).read_text(errors="replace").strip()[-2000:]
             raise ConfigError(f"the private LoRACache daemon did not start: {said}")
-        if _answers(path):
+        if _READY in Path(log_path).read_bytes():  # its tiers are open too; its socket is there before they are
             return
         time.sleep(0.02)
     raise Unavailable(

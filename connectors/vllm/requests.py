@@ -76,12 +76,14 @@ class RequestState:
         self.answered_at = time.monotonic()
 
     def preempted(self) -> None:
-        """Its blocks are gone; it will be asked about, loaded and computed anew."""
-        self.blocks = []
+        """Its blocks are gone; it will be asked about, loaded (where that is not planned already) and computed anew."""
         self.stored = 0
+        self.first_step = None
+        self.loaded = False
+        if self.loading:
+            return
+        self.blocks = []
         self.question = 0
         self.answered_at = None
         self.parked_since = None
         self.hits = ()
-        self.first_step = None
-        self.loaded = False

@@ -40,6 +40,7 @@ class SchedulerSide:
         self._identity = identity
         self._link = link
         self._epoch = ""
+        self._off = False
         self._block_size = vllm_config.cache_config.block_size
         self._drops_last_block = _uses_draft_kv(vllm_config)
         self._may_load = bool(vllm_config.kv_transfer_config.is_kv_consumer)
@@ -63,13 +64,17 @@ class SchedulerSide:
 
     def set_facts(self, facts: list[Facts], block_size: int) -> None:
         """Take what the workers know of their KV; turns the cache on, or says once why it stays off."""
+        if self._off:
+            return
         for fact in facts:
             if fact.problem:
+                self._off = True
                 _log.warning("LoRACache is off for this model: %s", fact.problem)
                 return
             self._facts[fact.shard] = fact
         layouts = {fact.layout for fact in self._facts.values()}
         if len(layouts) != 1:
+            self._off = True
             _log.warning("LoRACache is off for this model: its workers lay out KV differently: %s", sorted(layouts))
             return
         self._block_size = block_size
@@ -162,7 +167,7 @@ class SchedulerSide:
         state.loading = True
         state.load_tiers = state.hits[first // per_chunk : -(-end // per_chunk)]
         state.blocks = list(block_ids)
-        self._plan.loads.append(Load(request.request_id, tuple(chunks), state.adapter))
+        self._plan.loads.append(Load(request.request_id, tuple(chunks), state.adapter, per_chunk))
         slow = [chunk.key for chunk, tier in zip(chunks, state.load_tiers, strict=True) if tier != "cpu"]
         if slow:
             self._link.prefetch(state.lease, self._object_keys(slow), _LEASE_TTL_S)
@@ -179,11 +184,12 @@ class SchedulerSide:
             return False
         self._drop_lease(state)
         self._link.forget(state.question)
-        if state.loading or not state.cacheable:
+        if state.loading:
             return False
-        state.blocks = list(block_ids)
-        self._plan_store(state, request.num_computed_tokens)
-        if not state.has_stored:
+        if state.cacheable:
+            state.blocks = list(block_ids)
+            self._plan_store(state, request.num_computed_tokens)
+        if not state.has_stored:  # else blocks may be read still, whatever was learnt about the request meanwhile
             return False
         self._plan.await_stores.add(request.request_id)
         return True
@@ -193,6 +199,15 @@ class SchedulerSide:
         self._step += 1
         plan = self._plan
         plan.step = self._step
+        preempted = getattr(output, "preempted_req_ids", None)
+        plan.preempted = set(preempted) if preempted is not None else self._preempted()
+        for request_id in plan.preempted:  # first: a reset preempts and schedules again in one step
+            state = self._requests.get(request_id)
+            if state is not None:
+                if not state.loading:
+                    self._drop_lease(state)
+                    self._link.forget(state.question)
+                state.preempted()
         for new in output.scheduled_new_reqs:
             self._scheduled(new.req_id, list(new.block_ids[0]) if new.block_ids else [], replace=True)
         cached = output.scheduled_cached_reqs
@@ -203,13 +218,6 @@ class SchedulerSide:
             if state is not None and state.cacheable:
                 # What earlier steps computed; this step's own tokens are stored by the next.
                 self._plan_store(state, state.request.num_computed_tokens)
-        preempted = getattr(output, "preempted_req_ids", None)
-        plan.preempted = set(preempted) if preempted is not None else self._preempted()
-        for request_id in plan.preempted:
-            state = self._requests.get(request_id)
-            if state is not None:
-                self._drop_lease(state)
-                state.preempted()
         self._plan = StepPlan(step=0)
         self._link.flush_counts()
         return plan
@@ -265,7 +273,7 @@ class SchedulerSide:
         self._extend_keys(state)
         if state.answered_at is not None:
             return True
-        if not self._may_load:
+        if not self._may_load or state.request.skip_reading_prefix_cache:
             return False
         if not state.question:
             if not state.chunk_keys:

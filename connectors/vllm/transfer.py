@@ -20,6 +20,7 @@ from typing import Any
 
 from loracache import protocol
 from loracache.connection import Connection, Reply
+from loracache.connectors.vllm.cores import leave_pinned_core
 from loracache.connectors.vllm.messages import Load, Store
 from loracache.connectors.vllm.pinned import prepare_mapping
 from loracache.errors import LoRACacheError, Rejected, Unavailable
@@ -97,7 +98,7 @@ class Loader:
         ensure: Callable[[], None],
         copier: PageCopier,
         shard: str,
-        chunk_blocks: int,
+        block_bytes: int,
         timeout: float,
         may_load: Callable[[Load], bool],
         finished: Callable[[Load, list[int], dict[str, int]], None],
@@ -105,7 +106,7 @@ class Loader:
         self._link = _Link(server, "vllm-load", ensure, copier.device_type)
         self._copier = copier
         self._shard = shard
-        self._chunk_blocks = chunk_blocks
+        self._block_bytes = block_bytes
         self._timeout = timeout
         self._may_load = may_load
         self._finished = finished
@@ -129,6 +130,7 @@ class Loader:
         self._thread.join(timeout=self._timeout + 1)
 
     def _run(self) -> None:
+        leave_pinned_core()
         while self._open:
             try:
                 self._wait()
@@ -210,12 +212,15 @@ class Loader:
                 job.causes[rest[0]] = job.causes.get(rest[0], 0) + 1
                 continue
             size, expected, extents = rest
+            if size != job.load.chunk_blocks * self._block_bytes:
+                job.causes["size"] = job.causes.get("size", 0) + 1
+                continue
             payload = self._link.connection.buffers(extents, size)
             if checksum(payload) != expected:
                 job.bad.append(object_key(chunk.key, self._shard))
                 job.causes["checksum"] = job.causes.get("checksum", 0) + 1
                 continue
-            self._copier.scatter(chunk.blocks, payload, first=chunk.first, of=self._chunk_blocks)
+            self._copier.scatter(chunk.blocks, payload, first=chunk.first, of=job.load.chunk_blocks)
             job.missing.discard(position)
 
     def _forget(self, job: _Loading) -> None:
@@ -254,8 +259,9 @@ class StoreJob:
 
     def cancel(self) -> None:
         """Give the store up; blocks for the copy of one chunk at most."""
+        self._cancelled = True  # before waiting: the lock is not fair, and the next copy could begin first
         with self._lock:
-            self._cancelled = True
+            pass
 
     def run_unless_cancelled(self, copy: Callable[[], None]) -> bool:
         """Run `copy`, during which `cancel` waits. False where the job is cancelled."""
@@ -276,14 +282,14 @@ class Storer:
         ensure: Callable[[], None],
         copier: PageCopier,
         shard: str,
-        chunk_bytes: int,
+        block_bytes: int,
         may_store: Callable[[Store], bool],
         finished: Callable[[StoreJob, dict[str, int]], None],
     ) -> None:
         self._link = _Link(server, "vllm-store", ensure, copier.device_type)
         self._copier = copier
         self._shard = shard
-        self._chunk_bytes = chunk_bytes
+        self._block_bytes = block_bytes
         self._may_store = may_store
         self._finished = finished
         self._jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
@@ -300,6 +306,7 @@ class Storer:
         self._thread.join(timeout=2 * _CALL_TIMEOUT_S)
 
     def _run(self) -> None:
+        leave_pinned_core()
         while (job := self._jobs.get()) is not None:
             causes: dict[str, int] = {}
             try:
@@ -328,7 +335,7 @@ class Storer:
         answer = self._link.connection.call(
             protocol.Reserve(
                 lease, namespace, protocol.join_keys(keys), protocol.join_keys(parents),
-                [self._chunk_bytes] * len(keys), 60.0,
+                [self._block_bytes * len(chunk.blocks) for chunk in store.chunks], 60.0,
             ),
             _CALL_TIMEOUT_S,
         ).payload  # fmt: skip
@@ -353,8 +360,8 @@ class Storer:
                 if item not in ("exists", "busy"):
                     causes[item] = causes.get(item, 0) + 1
                 continue
-            payload = self._link.connection.buffers(item, self._chunk_bytes)
             blocks = chunk.blocks
+            payload = self._link.connection.buffers(item, self._block_bytes * len(blocks))
             if not job.run_unless_cancelled(lambda: self._copier.gather(blocks, payload, job.after)):  # noqa: B023
                 causes["cancelled"] = causes.get("cancelled", 0) + 1
                 return []

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING
 
 import torch
 
+from loracache.client import CacheClient
 from loracache.connectors.vllm.adapters import LoadedAdapters
 from loracache.connectors.vllm.geometry import chunk_blocks, shard_name
 from loracache.connectors.vllm.layout import read_layout
@@ -56,6 +57,7 @@ class WorkerSide:
         self._awaited: set[str] = set()
         self._not_yet_run: dict[str, Load] = {}  # planned, under way or done, but not computed upon
         self._collected: set[str] = set()  # those of them that vLLM was told are done
+        self._ended: set[str] = set()  # those that ended first
         self._load_errors: set[int] = set()
 
     @property
@@ -80,17 +82,20 @@ class WorkerSide:
             f"{_platform(self._config, spec)}/{layout.order}",
             layout.block_bytes,
         )
-        per_chunk = chunk_blocks(layout.block_bytes, spec.block_size, self._options.chunk_tokens)
+        chunk_blocks(layout.block_bytes, spec.block_size, self._options.chunk_tokens)  # raises early; the plans say it
         server = self._options.server or private_server(self._config.kv_transfer_config.engine_id)
         ensure = (lambda: None) if self._options.server else (lambda: ensure_private_daemon(server, self._options))
         self._cuda = layout.rows[0].device.type == "cuda"
         ensure()
+        if self._options.server:  # a private one would end with this client
+            with CacheClient(server, name="vllm-start"):
+                pass  # an engine whose configuration names no living daemon should not start
         self._storer = Storer(
-            server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes * per_chunk,
+            server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes,
             self._may_store, self._stored,
         )  # fmt: skip
         self._loader = Loader(
-            server, ensure, PageCopier(layout.rows), self._facts.shard, per_chunk, self._options.load_timeout,
+            server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes, self._options.load_timeout,
             self._may_load, self._loaded,
         )  # fmt: skip
 
@@ -125,8 +130,10 @@ class WorkerSide:
                 self._storing.setdefault(store.request_id, set()).add(job)
             self._storer.submit(job)
 
-    def take_finished(self) -> tuple[set[str], set[str]]:
-        """(requests whose stores are done and were awaited, requests whose load is done), each once."""
+    def take_finished(self, ended: Set[str] = frozenset()) -> tuple[set[str], set[str]]:
+        """(requests whose stores are done and were awaited, requests whose load is done), each once. ended: requests
+        that are over since the last call; one that ended before it ran has nothing left to be warned about.
+        """
         with self._lock:
             stored = {request_id for request_id in self._awaited if request_id not in self._storing}
             self._awaited -= stored
@@ -134,6 +141,10 @@ class WorkerSide:
         for request_id, failed in loads.items():
             self._load_errors.update(failed)
             self._collected.add(request_id)
+        self._ended |= ended & self._not_yet_run.keys()
+        for request_id in self._ended & self._collected:
+            self._ended.discard(request_id)
+            self._forget_load(request_id)
         return stored, set(loads)
 
     def take_load_errors(self) -> set[int]:
@@ -196,6 +207,8 @@ class WorkerSide:
 
     def _loaded(self, load: Load, failed: list[int], causes: dict[str, int]) -> None:
         with self._lock:
+            if not self._may_load(load):  # changed since the loader looked; `_adapter_changed` did not find it here yet
+                failed = [block for chunk in load.chunks for block in chunk.blocks]
             self._done_loads[load.request_id] = failed
             for cause, count in causes.items():
                 self._failures[f"load.{cause}"] += count

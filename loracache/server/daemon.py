@@ -39,6 +39,8 @@ __all__ = ["Daemon"]
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _SCAN_SLICE = 500  # objects entered between two looks at the socket: a few milliseconds
+_LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
+_DISK_PATIENCE_S = 10.0  # how long a private daemon waits for the one of the engine before it to leave the folder
 _PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
 
 
@@ -110,8 +112,8 @@ class Daemon:
             session.peer.when_gone(self._loop, lambda: self.cache.leases.writer_gone(session.owner))
         else:
             session.peer.close()
-        if self.config.private:
-            self._end_if_alone()
+        if self.config.private and self._loop is not None:
+            self._loop.call_later(_LINGER_S, self._end_if_alone)
 
     # -- inside ----------
 
@@ -277,9 +279,16 @@ def _secret(config: Config) -> bytes | None:
 def _disk_backend(config: Config) -> StorageBackend | None:
     if config.disk_path is None:
         return None
-    from loracache.storage_backends.disk import DiskBackend
+    from loracache.storage_backends.disk import DiskBackend, DiskInUse
 
-    return DiskBackend(config.disk_path, sync=config.disk_sync, integrity_key=_secret(config))
+    deadline = time.monotonic() + (_DISK_PATIENCE_S if config.private else 0)
+    while True:
+        try:
+            return DiskBackend(config.disk_path, sync=config.disk_sync, integrity_key=_secret(config))
+        except DiskInUse:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _redis_backend(config: Config) -> StorageBackend | None:

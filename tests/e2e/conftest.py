@@ -79,6 +79,7 @@ def engine_factory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         running.append(engine)
         return engine.wait_ready()
 
+    start.last = lambda: running[-1]  # type: ignore[attr-defined]
     yield start
     for engine in running:
         engine.close()

@@ -19,6 +19,7 @@ from loracache.keys import checksum
 from loracache.leases import Writing
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.memory import MemoryBackend
+from loracache.tiers import Tier
 
 PAGE = 4096
 NAMESPACE = bytes(32)
@@ -163,6 +164,10 @@ class Rig:
         self.put(writing.extents, payload_of(key, size))
         return checksum([payload_of(key, size)])
 
+    def payload(self, name: object, size: int = PAGE) -> bytes:
+        """What every computation of the object gives."""
+        return payload_of(key_of(name), size)
+
     def put(self, extents: Sequence[tuple[int, int]], data: bytes) -> None:
         for view in self.arena.buffers(extents, len(data)):
             view[:] = data[: len(view)]
@@ -212,8 +217,8 @@ class Rig:
         assert self.release(lease=b"get")
         return data
 
-    def evict(self, *names: object, tiers: Sequence[int] = (1,)) -> tuple[int, int, int]:
-        done = self.cache.evict([key_of(name) for name in names], tiers)  # type: ignore[arg-type]
+    def evict(self, *names: object, tiers: Sequence[Tier] = (Tier.CPU,)) -> tuple[int, int, int]:
+        done = self.cache.evict([key_of(name) for name in names], tiers)
         return done.objects, done.nbytes, done.skipped
 
     def node(self, name: object) -> Node | None:

@@ -87,6 +87,7 @@ class PagesMachine(RuleBasedStateMachine):
         assert self.pages.runs() == self.model_runs()
 
 
+@pytest.mark.timeout(300)  # a failure takes long to shrink
 def test_pages_are_never_handed_out_twice_and_never_lost() -> None:
     run_state_machine_as_test(PagesMachine, settings=settings(max_examples=80, stateful_step_count=40))
 

@@ -136,6 +136,7 @@ class LRUMachine(RuleBasedStateMachine):
             assert all(node.offered >> tier & 1 for node in offered)
 
 
+@pytest.mark.timeout(300)  # a failure takes long to shrink
 def test_victims_are_those_of_the_plain_algorithm() -> None:
     run_state_machine_as_test(LRUMachine, settings=settings(max_examples=100, stateful_step_count=40))
 

@@ -1,0 +1,177 @@
+"""The disk tier against plain O_DIRECT pwritev and preadv of objects of the same size (4 MiB).
+
+Twice: DiskBackend called directly, on one thread like the plain calls; and end to end through a daemon, where objects
+are committed and flushed, evicted from L1 and acquired again, against plain calls on as many threads as the daemon uses
+(one writes, two read). What the tier does beyond plain calls: a header, a checksum over every byte both ways, rename,
+manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import (
+    MIB,
+    Daemon,
+    Row,
+    aligned_buffer,
+    commit_objects,
+    daemon,
+    free_room,
+    interleaved,
+    rates,
+    ratio_row,
+    row,
+    seconds,
+    work_folder,
+)
+
+from loracache import CacheClient
+from loracache.keys import checksum
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer
+from loracache.storage_backends.disk import DiskBackend
+
+OBJECT_BYTES, OBJECTS = 4 * MIB, 31
+NBYTES = OBJECT_BYTES * OBJECTS
+TARGET = 0.8
+
+
+class PlainFiles:
+    """What the tier is compared with: one O_DIRECT file an object, one call a file; read on so many threads."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        folder.mkdir()
+        self._paths = [folder / str(number) for number in range(OBJECTS)]
+        self._pool = ThreadPoolExecutor(threads)
+
+    def write(self, buffers: Sequence[memoryview]) -> None:
+        """New files, on the caller's thread, like the tier's one thread that writes."""
+        for path, buffer in zip(self._paths, buffers, strict=True):
+            self._write_one(path, buffer)
+
+    def read(self, buffers: Sequence[memoryview]) -> None:
+        """The files written before."""
+        list(self._pool.map(self._read_one, self._paths, buffers))
+
+    def clear(self) -> None:
+        """Remove the files."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def _write_one(self, path: Path, buffer: memoryview) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+        try:
+            moved = os.pwritev(fd, [buffer], 0)
+        finally:
+            os.close(fd)
+        assert moved == len(buffer)
+
+    def _read_one(self, path: Path, buffer: memoryview) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            moved = os.preadv(fd, [buffer], 0)
+        finally:
+            os.close(fd)
+        assert moved == len(buffer)
+
+
+def run(quick: bool) -> list[Row]:
+    """See the module's docstring."""
+    rounds = 5 if quick else 30
+    whole = aligned_buffer(NBYTES)
+    buffers = [whole[start : start + OBJECT_BYTES] for start in range(0, NBYTES, OBJECT_BYTES)]
+    with work_folder() as folder:
+        free_room(folder, 8 * NBYTES)
+        rows = _backend(folder, rounds, buffers)
+        settings = {"memory": "512MiB", "disk_path": folder / "daemon", "disk": "1GiB"}
+        with daemon(folder, **settings) as running:
+            rows += _end_to_end(folder, rounds, buffers, running)
+    return rows
+
+
+def _backend(folder: Path, rounds: int, buffers: Sequence[memoryview]) -> list[Row]:
+    backend = DiskBackend(folder / "backend")
+    plain = PlainFiles(folder / "plain", threads=1)
+    transfers = [
+        Transfer(ObjectInfo(os.urandom(32), b"", Kind.KV, bytes(32), OBJECT_BYTES, checksum([buffer])), [buffer])
+        for buffer in buffers
+    ]
+
+    def emptied(empty: Callable[[], object], call: Callable[[], object]) -> float:
+        empty()
+        return seconds(call)
+
+    writes = interleaved(
+        rounds,
+        {
+            "plain": lambda: emptied(plain.clear, lambda: plain.write(buffers)),
+            "tier": lambda: emptied(
+                lambda: backend.delete([transfer.info.key for transfer in transfers]),
+                lambda: _all_ok(backend.store(transfers)),
+            ),
+        },
+    )
+    reads = interleaved(
+        rounds,
+        {
+            "plain": lambda: seconds(lambda: plain.read(buffers)),
+            "tier": lambda: seconds(lambda: _all_ok(backend.load(transfers))),
+        },
+    )
+    sums = interleaved(rounds, {"sum": lambda: seconds(lambda: [checksum([buffer]) for buffer in buffers])})
+    note = "" if backend.direct else "the folder takes no O_DIRECT"
+    backend.close()
+    return [
+        ratio_row("DiskBackend.store / pwritev", writes["plain"], writes["tier"], at_least=TARGET, note=note),
+        row("  DiskBackend.store", "GB/s", rates(NBYTES, writes["tier"])),
+        row("  plain pwritev", "GB/s", rates(NBYTES, writes["plain"])),
+        ratio_row("DiskBackend.load / preadv", reads["plain"], reads["tier"], at_least=TARGET, note=note),
+        row("  DiskBackend.load", "GB/s", rates(NBYTES, reads["tier"])),
+        row("  plain preadv", "GB/s", rates(NBYTES, reads["plain"])),
+        row("  checksums of the same bytes alone", "GB/s", rates(NBYTES, sums["sum"])),
+    ]
+
+
+def _end_to_end(folder: Path, rounds: int, buffers: Sequence[memoryview], running: Daemon) -> list[Row]:
+    plain = PlainFiles(folder / "plain-2", threads=2)
+    keys = [os.urandom(32) for _ in buffers]
+    with running.client() as client:
+
+        def write_behind() -> float:
+            client.evict(keys)
+            client.flush()
+            commit = commit_objects(client, keys, buffers[0])
+            return seconds(lambda: (commit(), client.flush()))
+
+        def acquire() -> float:
+            client.evict(keys, tiers=["cpu"])
+            return seconds(lambda: _acquire(client, keys))
+
+        def plain_write() -> float:
+            plain.clear()
+            return seconds(lambda: plain.write(buffers))
+
+        writes = interleaved(rounds, {"plain": plain_write, "tier": write_behind})
+        reads = interleaved(rounds, {"plain": lambda: seconds(lambda: plain.read(buffers)), "tier": acquire})
+    return [
+        ratio_row("daemon, commit to flushed / pwritev", writes["plain"], writes["tier"], at_least=TARGET),
+        row("  daemon, commit to flushed", "GB/s", rates(NBYTES, writes["tier"])),
+        ratio_row("daemon, acquire from disk / preadv", reads["plain"], reads["tier"], at_least=TARGET),
+        row("  daemon, acquire from disk", "GB/s", rates(NBYTES, reads["tier"])),
+        row("  plain preadv, two threads", "GB/s", rates(NBYTES, reads["plain"])),
+    ]
+
+
+def _acquire(client: CacheClient, keys: Sequence[bytes]) -> None:
+    with client.acquire(keys) as reading:
+        if any(slot is None for slot in reading.slots):
+            raise RuntimeError(f"not all objects came from disk: {reading.causes}")
+
+
+def _all_ok(results: Sequence[Result]) -> None:
+    bad = [result for result in results if result.outcome is not Outcome.OK]
+    if bad:
+        raise RuntimeError(f"{len(bad)} transfers failed, the first: {bad[0]}")

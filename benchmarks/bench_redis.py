@@ -1,0 +1,161 @@
+"""RedisBackend against SET and GET on a raw socket, on a real redis-server over a unix socket.
+
+The raw calls are the fastest we know: sendmsg from and recvmsg_into the caller's buffers, two commands in flight. What
+the tier does beyond: a header value an object, and a checksum over every byte both ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from common import MIB, Row, aligned_buffer, interleaved, rates, ratio_row, row, seconds, work_folder
+
+from loracache.keys import checksum
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer
+from loracache.storage_backends.redis import RedisBackend
+
+NBYTES = 64 * MIB
+WINDOW = 2
+TARGET = 0.8
+
+
+class RawRedis:
+    """SET and GET of many values, `WINDOW` commands in flight."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(str(path))
+
+    def set(self, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> None:
+        """One SET a buffer."""
+        commands: list[list[bytes | memoryview]] = [
+            [b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(buffer)), buffer, b"\r\n"]
+            for key, buffer in zip(keys, buffers, strict=True)
+        ]
+        answer = memoryview(bytearray(5))
+
+        def receive(number: int) -> None:
+            self._receive([answer])
+            assert bytes(answer) == b"+OK\r\n"
+
+        self._windowed(commands, receive)
+
+    def get(self, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> None:
+        """One GET a buffer, into it."""
+        commands: list[list[bytes | memoryview]] = [
+            [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key)] for key in keys
+        ]
+        opening, end = memoryview(bytearray(len(b"$%d\r\n" % len(buffers[0])))), memoryview(bytearray(2))
+
+        def receive(number: int) -> None:
+            self._receive([opening, buffers[number], end])
+            assert bytes(end) == b"\r\n"
+
+        self._windowed(commands, receive)
+
+    def flush(self) -> None:
+        """Remove everything from the server."""
+        self._socket.sendall(b"*1\r\n$8\r\nFLUSHALL\r\n")
+        self._receive([memoryview(bytearray(5))])
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    def _windowed(self, commands: Sequence[list[bytes | memoryview]], receive: Callable[[int], None]) -> None:
+        for number in range(len(commands) + WINDOW):
+            if number >= WINDOW:
+                receive(number - WINDOW)
+            if number < len(commands):
+                self._send(commands[number])
+
+    def _send(self, parts: list[bytes | memoryview]) -> None:
+        self._move([memoryview(part) for part in parts], self._socket.sendmsg)
+
+    def _receive(self, views: list[memoryview]) -> None:
+        self._move(list(views), lambda left: self._socket.recvmsg_into(left, 0, socket.MSG_WAITALL)[0])
+
+    @staticmethod
+    def _move(views: list[memoryview], call: Callable[[list[memoryview]], int]) -> None:
+        while views:
+            moved = call(views)
+            assert moved > 0
+            while views and moved >= len(views[0]):
+                moved -= len(views.pop(0))
+            if moved:
+                views[0] = views[0][moved:]
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[Path]:
+    """The socket of a redis-server that keeps nothing on disk."""
+    if shutil.which("redis-server") is None:
+        raise RuntimeError("redis-server is not installed: apt-get install redis-server")
+    path = folder / "redis.sock"
+    arguments = ["--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(["redis-server", *arguments], cwd=folder, stdout=subprocess.DEVNULL)
+    try:
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.01)
+        yield path
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def run(quick: bool) -> list[Row]:
+    """Objects of 1 MiB (the smallest chunk) and of 4 MiB (a chunk of the 190 M model)."""
+    rounds = 5 if quick else 30
+    with work_folder() as folder, redis_server(folder) as path:
+        return [figure for size in (MIB, 4 * MIB) for figure in _compare(path, size, rounds)]
+
+
+def _compare(path: Path, size: int, rounds: int) -> list[Row]:
+    whole = aligned_buffer(NBYTES)
+    buffers = [whole[start : start + size] for start in range(0, NBYTES, size)]
+    names = [b"raw:%d" % number for number in range(len(buffers))]
+    transfers = [
+        Transfer(ObjectInfo(os.urandom(32), b"", Kind.KV, bytes(32), size, checksum([buffer])), [buffer])
+        for buffer in buffers
+    ]
+    raw, backend = RawRedis(path), RedisBackend(f"unix://{path}")
+    raw.flush()
+    # SET on what is there already, both: the server then reuses memory, as one in service does.
+    writes = interleaved(
+        rounds,
+        {
+            "raw": lambda: seconds(lambda: raw.set(names, buffers)),
+            "tier": lambda: seconds(lambda: _all_ok(backend.store(transfers))),
+        },
+    )
+    reads = interleaved(
+        rounds,
+        {
+            "raw": lambda: seconds(lambda: raw.get(names, buffers)),
+            "tier": lambda: seconds(lambda: _all_ok(backend.load(transfers))),
+        },
+    )
+    raw.close()
+    backend.close()
+    label = f"{size // MIB} MiB"
+    return [
+        ratio_row(f"RedisBackend.store / raw SET, {label}", writes["raw"], writes["tier"], at_least=TARGET),
+        row("  RedisBackend.store", "GB/s", rates(NBYTES, writes["tier"])),
+        row("  raw SET", "GB/s", rates(NBYTES, writes["raw"])),
+        ratio_row(f"RedisBackend.load / raw GET, {label}", reads["raw"], reads["tier"], at_least=TARGET),
+        row("  RedisBackend.load", "GB/s", rates(NBYTES, reads["tier"])),
+        row("  raw GET", "GB/s", rates(NBYTES, reads["raw"])),
+    ]
+
+
+def _all_ok(results: Sequence[Result]) -> None:
+    bad = [result for result in results if result.outcome is not Outcome.OK]
+    if bad:
+        raise RuntimeError(f"{len(bad)} transfers failed, the first: {bad[0]}")

@@ -1,0 +1,91 @@
+"""Engines of other kinds: tensor parallel, inside MultiConnector, models that cannot be cached,
+wrong configurations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODULE = "loracache.connectors.vllm"
+
+
+def test_tensor_parallel_workers_keep_a_shard_each(
+    daemon: Any, engine_factory: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    serving = daemon(memory="64MiB")
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    engine = engine_factory({"server": serving.url}, binding, tensor_parallel_size=2)
+    tokens = prompts(700)
+    cold = engine.ask(tokens)
+    with serving.client() as client:
+        client.flush()
+    assert serving.status()["tiers"]["cpu"]["objects"] == 2 * 5
+    warm = engine.ask(tokens)
+    assert warm.cached == 640
+    assert warm.tokens == cold.tokens
+    engine.close()
+    assert serving.status()["leases"] == 0
+
+
+def test_inside_multiconnector_it_works_as_alone(
+    daemon: Any, engine_factory: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    serving = daemon(memory="64MiB")
+    ours = {
+        "kv_connector": "LoRACacheConnector",
+        "kv_connector_module_path": MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"server": serving.url, "chunk_tokens": 128, "lookup_wait": 1.0},
+    }
+    engine = engine_factory(
+        None,
+        kv_transfer_config={
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"connectors": [ours]},
+        },
+    )
+    tokens = prompts(700)
+    cold = engine.ask(tokens)
+    with serving.client() as client:
+        client.flush()
+    warm = engine.ask(tokens)
+    assert warm.cached == 640
+    assert warm.tokens == cold.tokens
+    engine.close()
+
+
+def test_a_sliding_window_model_is_served_with_the_cache_off(
+    daemon: Any, engine_factory: Any, model_maker: Any, prompts: Callable[[int], list[int]], tmp_path: Path
+) -> None:
+    model_maker.main([str(tmp_path), "--preset", "tiny"])
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256}
+    path.write_text(json.dumps(config))
+    serving = daemon(memory="16MiB")
+    engine = engine_factory({"server": serving.url}, model=str(tmp_path / "model"), enable_lora=False)
+    tokens = prompts(700)
+    assert engine.ask(tokens).tokens == engine.ask(tokens).tokens
+    assert serving.status()["tiers"]["cpu"]["objects"] == 0
+    assert engine.log().count("LoRACache is off for this model") == 1
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"servr": "unix:///tmp/x.sock"}, "unknown key 'servr'; did you mean 'server'?"),
+        ({"server": "unix:///nowhere/loracache.sock"}, "start one with: loracache serve --socket"),
+    ],
+)
+def test_a_wrong_configuration_stops_the_engine_with_the_fix(engine_factory: Any, extra: Any, said: str) -> None:
+    with pytest.raises(AssertionError) as failure:
+        engine_factory(extra, enable_lora=False)
+    assert said in engine_factory.last().log(), failure.value

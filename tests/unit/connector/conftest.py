@@ -1,0 +1,203 @@
+"""The connector without an engine: real requests and specs of vLLM, a scripted link, steps taken by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+BLOCK = 16
+CHUNK = 2 * BLOCK
+
+
+class ScriptedLink:
+    """Stands where the scheduler's connection is. `tiers` says what the daemon holds, `answers` whether it answers."""
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.answers = True
+        self.tiers: dict[bytes, str] = {}
+        self.digests: dict[str, str | None] = {}
+        self.leases: set[bytes] = set()
+        self.prefetched: list[bytes] = []
+        self.lookups: list[list[bytes]] = []
+        self.forgotten: list[int] = []
+        self.counts: Counter[str] = Counter()
+        self._asked: dict[int, Any] = {}
+
+    def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
+        if not self.connected:
+            return 0
+        self.lookups.append(list(keys))
+        self.leases.add(lease)
+        held = []
+        for key in keys:
+            if key not in self.tiers:
+                break
+            held.append(self.tiers[key])
+        return self._ask(tuple(held[: len(held) // shards * shards]))
+
+    def answer_lookup(self, number: int) -> tuple[str, ...] | None:
+        return self._asked.pop(number) if self.answers else None
+
+    def ask_adapter(self, path: str) -> int | None:
+        return self._ask(self.digests.get(path)) if self.connected else None
+
+    def answer_adapter(self, number: int) -> tuple[bool, str | None]:
+        return (True, self._asked.pop(number)) if self.answers else (False, None)
+
+    def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
+        self.prefetched += keys
+
+    def release(self, lease: bytes) -> None:
+        self.leases.discard(lease)
+
+    def forget(self, number: int) -> None:
+        if number:
+            self.forgotten.append(number)
+
+    def count(self, cause: str, amount: int) -> None:
+        self.counts[cause] += amount
+
+    def flush_counts(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _ask(self, answer: Any) -> int:
+        number = len(self._asked) + len(self.lookups) + 1000
+        self._asked[number] = answer
+        return number
+
+
+def engine_config(**changes: Any) -> SimpleNamespace:
+    """The parts of a VllmConfig that the connector reads. changes: dotted names with __ for the dots."""
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=BLOCK, cache_dtype="auto"),
+        model_config=SimpleNamespace(
+            dtype="torch.bfloat16", use_mla=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: 2
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, pipeline_parallel_size=1, decode_context_parallel_size=1
+        ),
+        kv_transfer_config=SimpleNamespace(is_kv_consumer=True, is_kv_producer=True, engine_id="engine"),
+        speculative_config=None,
+        lora_config=None,
+    )
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        target = config
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, last, value)
+    return config
+
+
+class Driver:
+    """A SchedulerSide, driven the way vLLM's scheduler drives it."""
+
+    def __init__(self, link: Any, config: Any, shards: Sequence[str], **options: Any) -> None:
+        from loracache.connectors.vllm.messages import Facts
+        from loracache.connectors.vllm.options import Options
+        from loracache.connectors.vllm.scheduler import SchedulerSide
+
+        self.link = link
+        self.side = SchedulerSide(config, Options(chunk_tokens=CHUNK, **options), "m" * 64, link)
+        self.side.set_facts([Facts(shard, "cpu/H.N.C", 4096) for shard in shards], BLOCK)
+        self._shards = shards
+
+    def hold(self, request: Any, tiers: Iterable[str], *, shards: Iterable[str] = ()) -> None:
+        """Let the daemon hold the request's leading chunks, one tier each (in `shards`; all where none is named)."""
+        from loracache.keys import object_key
+
+        for key, tier in zip(self.keys(request), tiers, strict=False):
+            for shard in shards or self._shards:
+                self.link.tiers[object_key(key, shard)] = tier
+
+    def keys(self, request: Any) -> list[bytes]:
+        """The keys of a request's whole chunks, as a fresh request like it has them; leaves no trace."""
+        names = ("_requests", "_plan")
+        kept = [getattr(self.side, name) for name in names]
+        lookups, leases, connected = list(self.link.lookups), set(self.link.leases), self.link.connected
+        self.side._requests = {}
+        self.link.connected = True
+        self.side.on_new_request(request)
+        found = list(self.side._requests[request.request_id].chunk_keys)
+        for name, value in zip(names, kept, strict=True):
+            setattr(self.side, name, value)
+        self.link.lookups, self.link.leases, self.link.connected = lookups, leases, connected
+        return found
+
+    def arrive(self, request: Any, local: int = 0) -> tuple[int | None, bool]:
+        self.side.on_new_request(request)
+        return self.side.matched_tokens(request, local)
+
+    def step(
+        self,
+        new: Mapping[Any, list[int]] | None = None,
+        more: Mapping[Any, list[int]] | None = None,
+        *,
+        resumed: Iterable[Any] = (),
+        preempted: Iterable[Any] = (),
+    ) -> Any:
+        """One step: `new` requests with all their blocks, running ones with `more` blocks, `resumed` among them."""
+        new, more = new or {}, more or {}
+        output = SimpleNamespace(
+            scheduled_new_reqs=[SimpleNamespace(req_id=each.request_id, block_ids=(b,)) for each, b in new.items()],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[each.request_id for each in more],
+                new_block_ids=[(blocks,) if blocks else None for blocks in more.values()],
+                resumed_req_ids={each.request_id for each in resumed},
+            ),
+            num_scheduled_tokens={each.request_id: 1 for each in [*new, *more]},
+            preempted_req_ids={each.request_id for each in preempted},
+        )
+        return self.side.build_plan(output)
+
+
+@pytest.fixture
+def link() -> ScriptedLink:
+    return ScriptedLink()
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., SimpleNamespace]:
+    return engine_config
+
+
+@pytest.fixture
+def make_driver(link: ScriptedLink) -> Callable[..., Driver]:
+    def make(config: Any = None, *, shards: Sequence[str] = ("all",), link: Any = link, **options: Any) -> Driver:
+        return Driver(link, config or engine_config(), shards, **options)
+
+    return make
+
+
+@pytest.fixture
+def driver(make_driver: Callable[..., Driver]) -> Driver:
+    return make_driver()
+
+
+@pytest.fixture(scope="session")
+def make_request() -> Callable[..., Any]:
+    """make_request("a", 64) is a real vLLM request with 64 prompt tokens; `computed` of them computed."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    def make(name: str, prompt: int | list[int] | None, *, computed: int = 0, seed: int = 0, **rest: Any) -> Any:
+        tokens = [(seed * 7919 + 31 * at) % 32000 for at in range(prompt)] if isinstance(prompt, int) else prompt
+        rest.setdefault("sampling_params", SamplingParams(max_tokens=100))
+        rest.setdefault("pooling_params", None)
+        request = Request(name, tokens, **rest)
+        request.num_computed_tokens = computed
+        return request
+
+    return make

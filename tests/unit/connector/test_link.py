@@ -1,0 +1,85 @@
+"""The scheduler's connection never waits, and one late answer does not turn the cache off."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from loracache.connectors.vllm import link as link_module
+from loracache.connectors.vllm.link import SchedulerLink
+
+KEYS = [bytes([number]) * 32 for number in range(4)]
+LEASE = bytes(16)
+
+
+@pytest.fixture
+def fast_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "_SILENT_AFTER_S", 0.05)
+    monkeypatch.setattr(link_module, "_RETRY_S", 0.05)
+
+
+def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence: None) -> None:
+    link = SchedulerLink(daemon().url)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    assert number
+    time.sleep(0.2)
+    assert link.connected
+    assert link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    assert link.answer_lookup(number) == ()  # and is there when it is asked for after all
+    link.close()
+
+
+def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_silence: None, eventually: Any) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    link.connect()
+    running.send(signal.SIGSTOP)
+    first = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    forgotten = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    link.forget(forgotten)
+    time.sleep(0.1)
+    started = time.monotonic()
+    assert not link.connected
+    assert link.ask_lookup(LEASE, KEYS, 1, 5.0) == 0
+    assert link.ask_adapter("/nowhere") is None
+    assert link.answer_lookup(first) is None
+    link.count("lookup.late", 3)
+    link.flush_counts()
+    assert time.monotonic() - started < 0.5
+    running.send(signal.SIGCONT)
+    eventually(lambda: link.connected, "the daemon answers again")
+    assert link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    eventually(lambda: running.status()["counters"].get("client.lookup.late") == 3, "the count arrives")
+    link.close()
+
+
+def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
+    daemon: Any, fast_silence: None, eventually: Any
+) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    link.connect()
+    running.send(signal.SIGSTOP)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    running.stop(signal.SIGKILL)
+    eventually(lambda: link.answer_lookup(number) == (), "the question ends as a miss")
+    link.release(LEASE)
+    link.prefetch(LEASE, KEYS, 5.0)
+    assert link.ask_lookup(LEASE, KEYS, 1, 5.0) == 0
+    daemon(socket=running.socket)
+    number = eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the new daemon is asked")
+    eventually(lambda: link.answer_lookup(number) == ())
+    link.close()
+
+
+def test_an_adapter_that_cannot_be_hashed_has_no_digest(daemon: Any, eventually: Any, tmp_path: Any) -> None:
+    link = SchedulerLink(daemon().url)
+    number = link.ask_adapter(str(tmp_path))
+    assert number
+    done, digest = eventually(lambda: answer if (answer := link.answer_adapter(number))[0] else None)
+    assert done
+    assert digest is None
+    link.close()

@@ -1,0 +1,52 @@
+"""kv_connector_extra_config: what is wrong is named, with the value and the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loracache.connectors.vllm.options import Options
+from loracache.errors import ConfigError
+
+
+def test_nothing_is_required() -> None:
+    assert Options.parse({}) == Options()
+
+
+def test_numbers_may_be_whole() -> None:
+    assert Options.parse({"load_timeout": 5, "lookup_wait": 0}) == Options(load_timeout=5, lookup_wait=0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"sever": "unix:///x"}, ["'sever'", "did you mean 'server'", "known: server"]),
+        ({"zzz": 1}, ["'zzz'", "known: server"]),
+        ({"server": 5}, ["server=5", "must be a str"]),
+        ({"server": "http://host"}, ["server='http://host'", "give unix:///absolute/path.sock"]),
+        ({"server": "relative.sock"}, ["server='relative.sock'", "give unix:///absolute/path.sock"]),
+        ({"server": "unix:///" + "x" * 107}, ["server=", "at most 107 bytes"]),
+        ({"server": "unix:///x", "memory": "1GiB"}, ["memory='1GiB'", "loracache serve", "leave server out"]),
+        ({"server": "unix:///x", "redis": ""}, ["redis=''", "loracache serve"]),
+        ({"memory": "much"}, ["memory", "'much'", "4GiB"]),
+        ({"memory": 4096}, ["memory=4096", "must be a str"]),
+        ({"disk": "-1GiB"}, ["disk", "'-1GiB'", "write it like"]),
+        ({"disk_path": None}, ["disk_path=None", "must be a str"]),
+        ({"chunk_tokens": -16}, ["chunk_tokens=-16", "negative"]),
+        ({"chunk_tokens": True}, ["chunk_tokens=True", "must be a int"]),
+        ({"chunk_tokens": 16.0}, ["chunk_tokens=16.0", "must be a int"]),
+        ({"chunk_tokens": "16"}, ["chunk_tokens='16'", "must be a int"]),
+        ({"lookup_wait": -0.1}, ["lookup_wait=-0.1", "within 0 and 10 seconds"]),
+        ({"lookup_wait": float("nan")}, ["lookup_wait=nan", "within 0 and 10 seconds"]),
+        ({"load_timeout": 0}, ["load_timeout=0", "within 0 and 600 seconds"]),
+        ({"load_timeout": 601}, ["load_timeout=601", "within 0 and 600 seconds"]),
+        ({"load_timeout": "10"}, ["load_timeout='10'", "must be a float"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_fix(extra: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Options.parse(extra)
+    assert str(caught.value).startswith("kv_connector_extra_config: ") or "server=" in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)

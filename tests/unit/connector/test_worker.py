@@ -1,0 +1,270 @@
+"""The worker's side: every plan is carried out, every result is reported once and in the step it is due."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from loracache.connectors.vllm import worker as worker_module
+from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.options import Options
+from loracache.connectors.vllm.worker import WorkerSide
+from loracache.errors import Unavailable
+from loracache.keys import Namespace
+
+BLOCKS = 8
+NAMESPACE = Namespace("m" * 64, "float32", "cpu/H.N.C", 16)
+OLD, NEW = "a" * 64, "b" * 64
+
+
+@pytest.fixture
+def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Callable[..., WorkerSide]]:
+    monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
+    monkeypatch.setattr(worker_module, "_platform", lambda config, spec: "cpu-test")
+    made: list[WorkerSide] = []
+
+    def make(url: str, *, problem: str = "", tensors: dict[str, Any] | None = None, **options: Any) -> WorkerSide:
+        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, head_size=8))
+        kv_cache = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
+        side = WorkerSide(make_config(), kv_cache, Options(server=url, chunk_tokens=16, **options), problem)
+        made.append(side)
+        side.register_kv_caches(tensors or {"layer": torch.rand(BLOCKS, 2, 16, 16)})
+        return side
+
+    yield make
+    for side in made:
+        side.close()
+
+
+def chunk(key: bytes, *blocks: int) -> ChunkBlocks:
+    return ChunkBlocks(key, blocks)
+
+
+def test_an_engine_that_names_a_dead_daemon_does_not_start(make_side: Any, short_tmp: Path) -> None:
+    with pytest.raises(Unavailable, match="loracache serve"):
+        make_side(f"unix://{short_tmp}/nobody.sock")
+
+
+def test_a_private_daemon_is_there_from_the_first_step_on(
+    make_side: Any, short_tmp: Path, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_tmp))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, filter(None, sys.path))))
+    side = make_side("", memory="16MiB")
+    step(side, 1, stores=[store("a", os.urandom(32), 0)], await_stores={"a"})
+    assert finished(side, eventually) == ({"a"}, set())
+    assert side.take_news().failures == {}
+    (log,) = short_tmp.glob("*/*.log")
+    assert log.read_text().count("listening on") == 1
+    side.close()
+    eventually(lambda: "ended" in log.read_text(), "the daemon ends with the engine")
+
+
+def store(name: str, key: bytes, *blocks: int, adapter: AdapterBinding | None = None, first_step: int = 1) -> Store:
+    return Store(name, NAMESPACE, b"", (chunk(key, *blocks),), adapter, first_step)
+
+
+def load(name: str, key: bytes, *blocks: int, adapter: AdapterBinding | None = None) -> Load:
+    return Load(name, (chunk(key, *blocks),), adapter, 1)
+
+
+def step(side: WorkerSide, number: int, **plan: Any) -> None:
+    whole = StepPlan(step=number, **plan)
+    side.handle_preemptions(whole)
+    side.start_loads(whole)
+    side.start_stores(whole)
+
+
+def finished(side: WorkerSide, eventually: Any, ended: Set[str] = frozenset()) -> tuple[set[str], set[str]]:
+    """The first report that is not empty."""
+    return eventually(lambda: result if any(result := side.take_finished(ended)) else None)  # type: ignore[no-any-return]
+
+
+def idle(side: WorkerSide, eventually: Any) -> None:
+    eventually(lambda: not side._storing, "the stores end")
+
+
+def test_only_awaited_stores_are_reported_and_once(daemon: Any, make_side: Any, eventually: Any) -> None:
+    side = make_side(daemon().url)
+    keys = [os.urandom(32) for _ in range(3)]
+    step(side, 1, stores=[store("a", keys[0], 0), store("b", keys[1], 1)])
+    idle(side, eventually)
+    assert side.take_finished() == (set(), set())
+    step(side, 2, stores=[store("a", keys[2], 2)], await_stores={"a", "nothing under way"})
+    seen: list[str] = []
+    eventually(lambda: seen.extend(side.take_finished()[0]) or len(seen) >= 2, "both are reported")
+    assert sorted(seen) == ["a", "nothing under way"]
+    idle(side, eventually)
+    assert side.take_finished() == (set(), set())
+    assert side.take_load_errors() == set()
+
+
+def test_an_awaited_store_is_reported_where_the_daemon_is_gone(daemon: Any, make_side: Any, eventually: Any) -> None:
+    running = daemon()
+    side = make_side(running.url)
+    running.stop(9)
+    step(side, 1, stores=[store("a", os.urandom(32), 0)], await_stores={"a"})
+    assert finished(side, eventually) == ({"a"}, set())
+    news = side.take_news()
+    assert news.failures == {"store.unavailable": 1}
+    assert side.take_news() is None
+
+
+def test_loads_are_reported_once_with_the_blocks_that_failed(daemon: Any, make_side: Any, eventually: Any) -> None:
+    side = make_side(daemon().url)
+    key = os.urandom(32)
+    step(side, 1, stores=[store("s", key, 0)])
+    idle(side, eventually)
+    step(side, 2, loads=[load("hit", key, 5)])
+    assert finished(side, eventually) == (set(), {"hit"})
+    assert side.take_load_errors() == set()
+    step(side, 3, loads=[load("miss", os.urandom(32), 6)])
+    assert finished(side, eventually) == (set(), {"miss"})
+    assert side.take_load_errors() == {6}
+    assert side.take_load_errors() == set()
+    assert side.take_finished() == (set(), set())
+
+
+def test_facts_and_failures_are_news_once(daemon: Any, make_side: Any) -> None:
+    side = make_side(daemon().url)
+    news = side.take_news()
+    assert news.facts == [side.facts] == [Facts("all", "cpu-test/H.N16.C16", 2 * 16 * 16 * 4)]
+    assert side.take_news() is None
+
+
+def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody() -> None:
+    one = WorkerNews({1: OLD, 2: OLD}, {"x": 1}, [Facts("a", "l", 1)])
+    other = WorkerNews({1: NEW, 3: NEW}, {"x": 2, "y": 1}, [Facts("b", "l", 1)])
+    both = one.aggregate(other)
+    assert both.adapters == {1: "", 2: OLD, 3: NEW}
+    assert both.failures == {"x": 3, "y": 1}
+    assert [fact.shard for fact in both.facts] == ["a", "b"]
+
+
+@pytest.mark.parametrize("tensors", [{"layer": torch.zeros(2, BLOCKS, 16)[:, :, ::2]}, {"layer": [torch.zeros(4)]}])
+def test_kv_that_cannot_be_moved_turns_the_cache_off(make_side: Any, tensors: Any) -> None:
+    side = make_side("unix:///nowhere.sock", tensors=tensors)
+    assert side.facts.problem
+    step(side, 1, stores=[store("a", os.urandom(32), 0)], loads=[load("b", os.urandom(32), 1)], await_stores={"a"})
+    assert side.take_finished()[0] == {"a"}
+
+
+def test_a_preempted_requests_blocks_are_read_no_more(
+    daemon: Any, make_side: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = daemon()
+    side = make_side(running.url)
+    inside, go = threading.Event(), threading.Event()
+    gather = side._storer._copier.gather
+
+    def slow(*arguments: Any) -> None:
+        inside.set()
+        go.wait(5)
+        gather(*arguments)
+
+    monkeypatch.setattr(side._storer._copier, "gather", slow)
+    step(side, 1, stores=[store("other", os.urandom(32), 0), store("a", os.urandom(32), 1)])
+    assert inside.wait(5)
+    side.handle_preemptions(StepPlan(step=2, preempted={"a", "unknown"}))  # its store is queued: returns at once
+    go.set()
+    idle(side, eventually)
+    assert side.take_news().failures == {"store.cancelled": 1}
+    assert running.status()["tiers"]["cpu"]["objects"] == 1
+
+
+def serve(side: WorkerSide, adapter: int, digest: str) -> None:
+    """vLLM's loader loads this content under this id."""
+    side._adapters._confirm(adapter, digest)
+
+
+def test_an_adapter_changed_between_load_and_first_run_fails_the_load_in_that_step(
+    daemon: Any, make_side: Any, eventually: Any
+) -> None:
+    side = make_side(daemon().url)
+    key = os.urandom(32)
+    binding = AdapterBinding(1, OLD)
+    serve(side, 1, OLD)
+    step(side, 1, stores=[store("s", key, 0)])
+    idle(side, eventually)
+    step(side, 2, loads=[load("a", key, 5, adapter=binding), load("base", key, 7)])
+    reported: set[str] = set()
+    eventually(lambda: reported.update(side.take_finished()[1]) or len(reported) == 2)
+    assert side.take_load_errors() == set()
+    plan = StepPlan(step=3, first_runs={"a"})
+    side.handle_preemptions(plan)
+    serve(side, 1, NEW)  # before this step computes
+    side.start_loads(plan)
+    side.start_stores(plan)
+    assert side.take_finished() == (set(), set())
+    assert side.take_load_errors() == {5}
+    news = side.take_news()
+    assert (news.adapters, news.failures) == ({1: NEW}, {"load.adapter_changed": 1})
+    serve(side, 1, OLD)  # it has run: not its affair any more
+    assert side.take_load_errors() == set()
+
+
+def test_an_adapter_changed_before_a_load_is_reported_fails_it_there(
+    daemon: Any, make_side: Any, eventually: Any
+) -> None:
+    side = make_side(daemon().url)
+    key = os.urandom(32)
+    serve(side, 1, OLD)
+    step(side, 1, stores=[store("s", key, 0)])
+    idle(side, eventually)
+    step(side, 2, loads=[load("a", key, 5, adapter=AdapterBinding(1, OLD))])
+    eventually(lambda: side._done_loads, "the load is done")
+    serve(side, 1, NEW)
+    assert side.take_finished() == (set(), {"a"})
+    assert side.take_load_errors() == {5}
+
+
+def test_an_adapter_changed_while_a_load_is_being_reported_fails_it(make_side: Any, daemon: Any) -> None:
+    """The loader has looked for the last time; the change comes before it reports."""
+    side = make_side(daemon().url)
+    serve(side, 1, OLD)
+    late = load("a", os.urandom(32), 5, 6, adapter=AdapterBinding(1, OLD))
+    side._not_yet_run["a"] = late
+    assert side._may_load(late)
+    serve(side, 1, NEW)
+    side._loaded(late, [], {})
+    assert side.take_finished() == (set(), {"a"})
+    assert side.take_load_errors() == {5, 6}
+
+
+def test_a_request_that_ended_before_it_ran_is_not_warned_about(daemon: Any, make_side: Any, eventually: Any) -> None:
+    side = make_side(daemon().url)
+    serve(side, 1, OLD)
+    step(side, 1, loads=[load(name, os.urandom(32), 5, adapter=AdapterBinding(1, OLD)) for name in ("a", "b")])
+    reported: set[str] = set()
+    eventually(lambda: reported.update(side.take_finished({"a"})[1]) or len(reported) == 2)
+    side.take_finished({"b"})
+    side.take_load_errors()
+    serve(side, 1, NEW)  # their blocks are others' by now
+    assert side.take_load_errors() == set()
+    assert not side._not_yet_run
+    assert not side._collected
+    assert not side._ended
+
+
+def test_what_another_adapter_computed_is_not_stored(daemon: Any, make_side: Any, eventually: Any) -> None:
+    running = daemon()
+    side = make_side(running.url)
+    serve(side, 1, OLD)
+    side.handle_preemptions(StepPlan(step=5))
+    serve(side, 1, NEW)  # in step 5: requests that began by then may have used the old one
+    namespaces = [AdapterBinding(1, OLD), AdapterBinding(1, NEW), AdapterBinding(2, OLD)]
+    step(side, 6, stores=[store("a", os.urandom(32), 0, adapter=each, first_step=5) for each in namespaces])
+    idle(side, eventually)
+    assert running.status()["tiers"]["cpu"]["objects"] == 0
+    assert side.take_news().failures == {"store.adapter_changed": 3}
+    step(side, 7, stores=[store("b", os.urandom(32), 0, adapter=AdapterBinding(1, NEW), first_step=6)])
+    idle(side, eventually)
+    assert running.status()["tiers"]["cpu"]["objects"] == 1
