@@ -77,7 +77,9 @@ def main() -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{here['cpu']} {here['cores']} cores".lower()).strip("-")
     path = options.results / f"{slug}-{today}{'-quick' if options.quick else ''}.json"
-    found = json.loads(path.read_text()) if path.exists() else {"date": today, "machine": here, "benchmarks": {}}
+    found: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"date": today, "machine": here, "benchmarks": {}}
+    )
     failed = []
     for name in options.only or NAMES:
         console.print(f"{name} ...")

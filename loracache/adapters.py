@@ -41,8 +41,9 @@ def folder_identity(path: str) -> Identity:
     for name in (_CONFIG, _WEIGHTS):
         try:
             stat = os.stat(os.path.join(path, name))
-        except OSError as error:
-            raise UsageError(f"{os.path.join(path, name)} cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: no path at all, with a zero byte in it
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"{os.path.join(path, name)!a} cannot be read: {reason}") from None
         parts += [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     return tuple(parts)
 
@@ -56,7 +57,7 @@ def adapter_digest(path: str) -> str:
     try:
         config: dict[str, Any] = json.loads((folder / _CONFIG).read_bytes())
         scaling = {key: config.get(key) for key in _SCALING_KEYS}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{folder / _CONFIG} is not a PEFT configuration: {error}") from None
     state.update(json.dumps(scaling, sort_keys=True, separators=(",", ":")).encode())
     try:
@@ -66,7 +67,7 @@ def adapter_digest(path: str) -> str:
                 first, end = entry["data_offsets"]
                 state.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
                 _hash_range(state, file.fileno(), start + first, end - first)
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder / _WEIGHTS} is not a safetensors file: {error}") from None
     return state.hexdigest()
 

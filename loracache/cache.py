@@ -278,7 +278,8 @@ class TieredCache:
         return Evicted(objects, nbytes, skipped)
 
     def when_flushed(self, done: Callable[[], None]) -> None:
-        """Call `done` once everything committed so far is written to the lower tiers or given up."""
+        """Call `done` once everything committed so far is written to the lower tiers or given up, and everything
+        evicted from them so far is deleted."""
         left = len(self.writers)
         if not left:
             done()
@@ -290,7 +291,7 @@ class TieredCache:
                 done()
 
         for writer in self.writers:
-            writer.when_flushed(one)
+            writer.when_flushed(lambda io=writer.io: io.when_written(one))  # type: ignore[misc]
 
     def tick(self) -> None:
         """End what is over: leases and pins past their time."""

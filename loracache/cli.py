@@ -105,7 +105,7 @@ def _client(socket: Path | None) -> Any:
     from loracache.client import CacheClient
 
     path = socket or os.environ.get("LORACACHE_SOCKET")
-    if path is None:
+    if not path:
         raise ConfigError("no daemon is named; give --socket PATH or set LORACACHE_SOCKET")
     return CacheClient(f"unix://{Path(path).absolute()}", name="cli")
 

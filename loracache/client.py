@@ -54,7 +54,10 @@ class Slot:
 
 @dataclass(slots=True)
 class Reading:
-    """Objects held for reading. `slots[i]` belongs to key i, or is None with `causes[i]` saying why."""
+    """Objects held for reading. `slots[i]` belongs to key i, or is None with `causes[i]` saying why.
+
+    Keys that the reader adds to `bad`, because their bytes do not match their checksum, are not served again.
+    """
 
     slots: list[Slot | None]
     causes: list[str]
@@ -175,6 +178,7 @@ class CacheClient:
         restarted): what was read may then be another object's bytes.
         """
         lease = os.urandom(protocol.LEASE_BYTES)
+        self._connect()
         number = self.connection.send(protocol.Acquire(lease, protocol.join_keys(keys), ttl))
         reading = Reading([None] * len(keys), ["timeout"] * len(keys))
         limit = self._timeout if timeout is None else timeout
@@ -193,17 +197,25 @@ class CacheClient:
                     break
             yield reading
         except BaseException:
-            self.connection.send(protocol.Release(lease, b""), answer=False)
+            self.connection.forget(number)
+            self.connection.send(protocol.Release(lease, protocol.join_keys(reading.bad)), answer=False)
             raise
         held = self._call(protocol.Release(lease, protocol.join_keys(reading.bad)))
         if not held[0] or self.connection.instance != instance:
             raise LeaseLost(f"the lease ended while {len(keys)} objects were read; do not use them")
 
     def get(self, key: bytes) -> bytes | None:
-        """A copy of one object's payload, or None where no tier holds it."""
+        """A copy of one object's payload, or None where no tier holds it. Raises LeaseLost where its bytes do not match
+        their checksum; they are not served again."""
         with self.acquire([key]) as reading:
             slot = reading.slots[0]
-            return slot.tobytes() if slot is not None else None
+            if slot is None:
+                return None
+            try:
+                return slot.tobytes()
+            except LeaseLost:
+                reading.bad.append(key)
+                raise
 
     def pin(self, keys: Sequence[bytes], *, tier: str = "cpu", ttl: float | None = None) -> int:
         """Keep objects in `tier` ("cpu", "disk") until unpinned or for `ttl` seconds; answers how many were there."""
@@ -227,7 +239,8 @@ class CacheClient:
         return objects, nbytes, skipped
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until all that is committed by now is written to disk and Redis (or given up, which is counted)."""
+        """Wait until all that is committed by now is written to disk and Redis (or given up, which is counted), and all
+        that is evicted from them by now is deleted."""
         self._call(protocol.Flush(), timeout)
 
     def status(self) -> dict[str, object]:
@@ -236,10 +249,13 @@ class CacheClient:
         return dict(status)
 
     def _call(self, request: protocol.Request, timeout: float | None = None) -> list:  # type: ignore[type-arg]
-        if not self.connection.connected:
-            self.connection.connect()
+        self._connect()
         reply: Reply = self.connection.call(request, self._timeout if timeout is None else timeout)
         return reply.payload
+
+    def _connect(self) -> None:
+        if not self.connection.connected:
+            self.connection.connect()
 
     def _slot(self, key: bytes, size: int, expected: int, extents: list[int]) -> Slot:
         if len(key) != KEY_BYTES:

@@ -38,7 +38,8 @@ _PREFIX = "LORACACHE_"
 def parse_size(value: object) -> int:
     """Bytes in "4GiB", "512 MB", "65536" or a number. Raises ValueError naming the value."""
     if isinstance(value, int) and not isinstance(value, bool):
-        number, unit = float(value), ""
+        number: float = value
+        unit = ""
     else:
         match = _SIZE.fullmatch(value) if isinstance(value, str) else None
         if match is None or match[2].upper() not in _UNITS:
@@ -46,7 +47,10 @@ def parse_size(value: object) -> int:
         number, unit = float(match[1]), match[2].upper()
     if number < 0:
         raise ValueError(f"{value!r} is negative")
-    return int(number * _UNITS[unit])
+    size = number * _UNITS[unit]
+    if size >= 1 << 63:
+        raise ValueError(f"{value!r} is too large for a size")
+    return int(size)
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -63,7 +67,9 @@ class Config(BaseModel):
     disk_path: Path | None = Field(None, description="Folder of tier disk; without it there is none.")
     disk: Size = Field(20 << 30, description="Most bytes tier disk may take.")
     disk_sync: bool = Field(False, description="Acknowledge a write to disk only after fdatasync.")
-    redis: str | None = Field(None, description="URL of tier redis: redis://, rediss:// or unix://; without it none.")
+    redis: str | None = Field(
+        None, repr=False, description="URL of tier redis: redis://, rediss:// or unix://; without it none."
+    )
     redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
@@ -125,13 +131,20 @@ def _read_file(file: str | os.PathLike[str] | None) -> dict[str, Any]:
         content = yaml.safe_load(Path(file).read_text())
     except OSError as error:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {file} is not YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config file {file} is not YAML{_place(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"config file {file} must map keys to values")
     return content
+
+
+def _place(error: Exception) -> str:
+    """What is wrong and in which line. The error's own text quotes the line, and the line may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f" ({type(error).__name__})"
+    return f": {error.problem} in line {error.problem_mark.line + 1}"
 
 
 def _environment() -> dict[str, Any]:

@@ -190,10 +190,9 @@ class Connection:
         view = memoryview(self.map)
         views = []
         for offset, length in zip(extents[::2], extents[1::2], strict=True):
-            take = min(length, size)
-            views.append(view[offset : offset + take])
-            size -= take
-        if size or any(len(view) == 0 for view in views):
+            views.append(view[offset : offset + min(length, size)])
+            size -= len(views[-1])
+        if size or not all(views):
             raise ProtocolError("the daemon's extents do not cover the object")
         return views
 

@@ -283,7 +283,7 @@ class Clear(Request):
 
 @dataclass(frozen=True, slots=True)
 class Flush(Request):
-    """Wait until what is committed by now is written to the lower tiers. -> []"""
+    """Wait until what is committed by now is written to the lower tiers, and what is evicted deleted there. -> []"""
 
     operation: ClassVar[str] = "flush"
 

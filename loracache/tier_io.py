@@ -78,6 +78,10 @@ class TierIO:
         """Remove objects, after all writes and deletions asked for before."""
         self._run(self._writes, "delete", len(keys), lambda: self.backend.delete(keys), lambda results: None)
 
+    def when_written(self, done: Callable[[], None]) -> None:
+        """Call `done` after all writes and deletions asked for before."""
+        self._run(self._writes, "wait", 0, list, lambda results: done())
+
     def close(self) -> None:
         """Wait for what runs, drop what is queued, close the backend."""
         for executor in (self._asks, self._loads, self._writes):

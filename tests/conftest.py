@@ -1,11 +1,12 @@
 """What holds for every test: offline, vLLM small enough for a shared machine, marks by folder.
 
-Real parts for whoever needs them: `daemon` starts `loracache serve` processes, `redis_server` real Redis servers;
-`eventually` waits, for a bounded time, until something holds.
+Real parts for whoever needs them: `daemon` starts `loracache serve` processes, `redis_server` real Redis servers,
+`client_process` clients that can be stopped and killed; `eventually` waits, for a bounded time, until something holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -70,23 +71,30 @@ def _eventually(holds: Callable[[], Any], what: str = "", seconds: float = 15.0)
         time.sleep(0.01)
 
 
+def _environment(**more: str) -> dict[str, str]:
+    """Ours for a child that finds the same modules, without the settings of whoever runs the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
+    return kept | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))} | more
+
+
+def _serve(options: dict[str, object]) -> list[str]:
+    """The command line of a daemon. Options are settings of `Config`; True is a flag without a value."""
+    arguments = [sys.executable, "-m", "loracache", "serve"]
+    for name, value in ({"memory": "16MiB"} | options).items():
+        arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return arguments
+
+
 class RunningDaemon:
-    """A `loracache serve` process. Settings are those of `Config`; the socket and the log lie in `folder`."""
+    """A `loracache serve` process. Its socket (unless given) and its log lie in `folder`."""
 
     def __init__(self, folder: Path, number: int, options: dict[str, object]) -> None:
-        self.socket = Path(str(options.pop("socket", folder / f"{number}.sock")))
+        self.socket = Path(str(options.setdefault("socket", folder / f"{number}.sock")))
         self.url = f"unix://{self.socket}"
         self.log_file = folder / f"daemon-{number}.log"
         self._clients: list[CacheClient] = []
-        arguments = ["serve", "--socket", str(self.socket)]
-        for name, value in ({"memory": "16MiB"} | options).items():
-            arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
-        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
         with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "loracache", *arguments], cwd=folder, env=environment, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(_serve(options), cwd=folder, env=_environment(), stdout=log, stderr=log)
 
     def client(self, **options: Any) -> CacheClient:
         """A client of this daemon, closed at the end of the test."""
@@ -217,6 +225,79 @@ def module_redis() -> Iterator[Callable[[], RedisServer]]:
     """As `redis_server`, for servers that the tests of a module share."""
     with tempfile.TemporaryDirectory(prefix="lc-") as folder:
         yield from _redis_servers(Path(folder))
+
+
+@pytest.fixture
+def serve_fails(short_tmp: Path) -> Callable[..., tuple[int, str]]:
+    """serve_fails(environment={}, **options) runs a daemon that should not start; answers exit code and messages."""
+
+    def run(environment: dict[str, str] | None = None, **options: object) -> tuple[int, str]:
+        command = _serve({"socket": short_tmp / "lc.sock"} | options)
+        given = _environment(**(environment or {}))
+        done = subprocess.run(
+            command, cwd=short_tmp, env=given, capture_output=True, text=True, timeout=_START_S, check=False
+        )
+        return done.returncode, done.stderr
+
+    return run
+
+
+class ClientProcess:
+    """A process of its own that runs `code` with `url`, a connected `client`, and `say`; lines go both ways."""
+
+    _PREAMBLE = """
+import os, signal, sys, time
+from loracache import CacheClient, Namespace, chunk_keys
+url = sys.argv[1]
+client = CacheClient(url, name="child")
+root = client.register(Namespace("model", "float32", "layout", 16))
+def say(*words): print(*words, flush=True)
+"""
+
+    def __init__(self, url: str, code: str, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self._PREAMBLE + code, url, *arguments],
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> str:
+        """The next line it says; empty where it has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def tell(self, line: str = "go") -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(_END_S)
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+@pytest.fixture
+def client_process() -> Iterator[Callable[..., ClientProcess]]:
+    """client_process(url, code, ...) starts one; all end with the test."""
+    started: list[ClientProcess] = []
+
+    def start(url: str, code: str, *arguments: str) -> ClientProcess:
+        started.append(ClientProcess(url, code, *arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Keeps our threads and the private daemon off the one core that vLLM pins a CPU worker's main thread to.
 
-A CPU worker binds each of its compute threads to a core, its main thread too, and whatever that thread starts
-inherits the binding: a daemon started so would share a core with a thread that never sleeps, and starve. The engine's
-own process, the worker's parent, has the cores that the user gave it.
+A CPU worker binds each of its compute threads to a core, its main thread too, and whatever that thread starts inherits
+the binding: a daemon started so would share a core with a thread that never sleeps, and starve. The engine's front end,
+two generations up, has the cores that the user gave it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ __all__ = ["leave_pinned_core", "on_all_cores"]
 
 def leave_pinned_core() -> None:
     """Let the calling thread run on every core of the engine."""
-    with contextlib.suppress(OSError):  # a parent of another user, or gone: stay where we are
-        os.sched_setaffinity(0, os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
+    cores = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError, ValueError):  # an ancestor of another user, or gone: without its cores
+        parent = os.getppid()
+        cores |= os.sched_getaffinity(parent)
+        cores |= os.sched_getaffinity(_parent_of(parent))
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cores)
+
+
+def _parent_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import errno
 import fcntl
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -26,6 +26,10 @@ __all__ = ["ensure_private_daemon", "private_server"]
 
 _START_TIMEOUT_S = 15.0
 _READY = b"listening on"
+# A CPU worker's OpenMP settings would pin the daemon, too, to the core of a thread that never sleeps.
+_NOT_FOR_THE_DAEMON = ("LORACACHE_", "GOMP_", "KMP_", "OMP_", "LD_PRELOAD")
+# vLLM kills every descendant of an engine that ends slowly, whatever its session. So the daemon is nobody's descendant.
+_DETACH = "import os, sys; os.fork() and os._exit(0); os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def private_server(engine_id: str) -> str:
@@ -60,35 +64,33 @@ def _bound(path: Path) -> bool:
 
 def _start(path: Path, options: Options) -> None:
     log_path = f"{path}.log"
-    command = [
-        sys.executable,
-        "-m",
-        "loracache",
-        "serve",
-        "--private",
-        "--socket",
-        str(path),
-        "--memory",
-        options.memory,
-    ]
+    command = ["-m", "loracache", "serve", "--private", "--socket", str(path), "--memory", options.memory]
     if options.disk_path:
         command += ["--disk-path", options.disk_path, "--disk", options.disk]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORACACHE_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_FOR_THE_DAEMON)}
     if options.redis:  # not on the command line, where every user could read a password
         environment["LORACACHE_REDIS"] = options.redis
-    with open(log_path, "wb") as log, on_all_cores():
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True, cwd="/"
-        )
-    threading.Thread(target=process.wait, name="loracache-private", daemon=True).start()  # else it ends as a zombie
+    alive, held_by_daemon = os.pipe()  # ends with the daemon: nobody waits for a process that is no child of ours
+    try:
+        with open(log_path, "wb") as log, on_all_cores():
+            subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _DETACH, sys.executable, *command],
+                stdin=subprocess.DEVNULL, stdout=held_by_daemon, stderr=log, env=environment, cwd="/", check=True,
+            )  # fmt: skip
+        os.close(held_by_daemon)
+        _wait_until_ready(path, log_path, alive)
+    finally:
+        os.close(alive)
+
+
+def _wait_until_ready(path: Path, log_path: str, alive: int) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            said = Path(log_path).read_text(errors="replace").strip()[-2000:]
-            raise ConfigError(f"the private LoRACache daemon did not start: {said}")
         if _READY in Path(log_path).read_bytes():  # its tiers are open too; its socket is there before they are
             return
-        time.sleep(0.02)
+        if select.select([alive], [], [], 0.02)[0]:
+            said = Path(log_path).read_text(errors="replace").strip()[-2000:]
+            raise ConfigError(f"the private LoRACache daemon did not start: {said}")
     raise Unavailable(
         f"the private LoRACache daemon did not answer at {path} within {_START_TIMEOUT_S:g} s; see {log_path}"
     )

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _CALL_TIMEOUT_S = 5.0
 _LEASE_MARGIN_S = 5.0
+_END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
 
 
 class _Link:
@@ -127,7 +128,7 @@ class Loader:
         """End the thread; loads under way are given up."""
         self._jobs.put(None)
         os.eventfd_write(self._wake, 1)
-        self._thread.join(timeout=self._timeout + 1)
+        self._thread.join(timeout=_END_S)
 
     def _run(self) -> None:
         leave_pinned_core()
@@ -303,7 +304,7 @@ class Storer:
     def close(self) -> None:
         """Finish what is queued, within a bounded time, and end the thread."""
         self._jobs.put(None)
-        self._thread.join(timeout=2 * _CALL_TIMEOUT_S)
+        self._thread.join(timeout=_END_S)
 
     def _run(self) -> None:
         leave_pinned_core()

@@ -190,7 +190,9 @@ class Daemon:
                     return
                 idle.clear()
                 self._post(lambda infos=infos: adopt(infos))  # type: ignore[misc]
-                idle.wait(5)
+                while not idle.wait(0.1):
+                    if self._stopping.is_set():  # the loop is gone that would have set it
+                        return
         except OSError as error:
             _log.error("the disk tier cannot be read and starts empty: %s", error)
         self._post(lambda: self._scanned(orphans))
@@ -216,13 +218,13 @@ class Daemon:
             await asyncio.wait_for(flushed.wait(), self.config.drain)
         except TimeoutError:
             for writer in self.cache.writers:
-                dropped = writer.drop_all()
-                _log.warning(
-                    "%s: %d queued writes dropped after %g s of draining",
-                    writer.io.tier.label,
-                    dropped,
-                    self.config.drain,
-                )
+                if dropped := writer.drop_all():
+                    _log.warning(
+                        "%s: %d queued writes dropped after %g s of draining",
+                        writer.io.tier.label,
+                        dropped,
+                        self.config.drain,
+                    )
 
     def _close(self) -> None:
         self._stopping.set()
@@ -233,6 +235,9 @@ class Daemon:
             writer.io.close()
         self._stack.close()
         _log.info("ended")
+        if self.config.private:  # named after one engine: nobody comes back to them
+            for suffix in (".lock", ".start", ".log"):
+                _unlink(Path(f"{self.config.socket}{suffix}"))
 
 
 def _listen(path: Path, stack: contextlib.ExitStack) -> socket.socket:
@@ -248,6 +253,8 @@ def _listen(path: Path, stack: contextlib.ExitStack) -> socket.socket:
             raise ConfigError(
                 f"socket={str(path)!r}: another daemon serves it; stop that one or give --socket another path"
             ) from None
+        if path.exists() and not path.is_socket():
+            raise ConfigError(f"socket={str(path)!r} is no socket and stays as it is; give --socket another path")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stack.callback(listener.close)
         with contextlib.suppress(FileNotFoundError):

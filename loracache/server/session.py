@@ -112,6 +112,9 @@ class Session(asyncio.Protocol):
                 status, payload = OK, [digest, list(identity)]
             except UsageError as error:
                 status, payload = ERROR, cast(Any, str(error))
+            except Exception as error:  # noqa: BLE001 - top of a thread: an answer that never comes hangs a client
+                _log.exception("adapter digest of %a failed", request.path)
+                status, payload = ERROR, cast(Any, f"{request.path!a}: {error!r}")
             loop.call_soon_threadsafe(self._answer, number, status, payload)
 
         self._files.submit(work)
@@ -190,7 +193,8 @@ class Session(asyncio.Protocol):
 
     def _on_release(self, number: int, request: protocol.Release) -> None:
         held = self._cache.leases.release(self.owner, request.lease)
-        self._cache.report_bad(split_keys(request.keys))
+        if held:  # else the reader saw what came into the pages after it
+            self._cache.report_bad(split_keys(request.keys))
         if not held:
             self._cache.counters.add("lease.lost")
         self._answer(number, OK, [held])

@@ -64,12 +64,24 @@ def test_a_flush_waits_for_what_was_committed_before_it_and_for_no_more(rig_of: 
     assert flushed[0] >= set(keys(rig, "abc"))
 
 
-def test_a_flush_with_nothing_to_write_is_answered_at_once(rig_of: Make) -> None:
+def test_a_flush_with_nothing_to_write_is_answered(rig_of: Make) -> None:
     for options in ({}, {"disk": 1 << 20, "redis": True}):
         rig = rig_of(**options)
         flushed: list[bool] = []
         rig.cache.when_flushed(lambda flushed=flushed: flushed.append(True))
+        rig.settle()
         assert flushed == [True]
+
+
+def test_a_flush_waits_for_deletions_too(rig_of: Make) -> None:
+    rig = rig_of(disk=1 << 20)
+    rig.chain(*"abc")
+    rig.settle()
+    rig.evict("a", tiers=[Tier.DISK])
+    flushed: list[int] = []
+    rig.cache.when_flushed(lambda: flushed.append(len(rig.disk.held())))
+    rig.settle()
+    assert flushed == [0]
 
 
 def test_a_flush_is_answered_too_where_writes_fail(rig_of: Make) -> None:

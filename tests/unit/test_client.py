@@ -1,0 +1,523 @@
+"""Client and connection: what the caller gets from a daemon, and from one that is gone, stuck or talking nonsense."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loracache import CacheClient, Namespace, chunk_keys, protocol
+from loracache.connection import Connection, socket_path
+from loracache.errors import ConfigError, LeaseLost, ProtocolError, Rejected, Unavailable, UsageError
+
+NAMESPACE = Namespace("model", "float32", "layout", 16)
+ARENA = 16 * 4096
+
+
+def fresh_keys(count: int) -> list[bytes]:
+    return [os.urandom(32) for _ in range(count)]
+
+
+# -- with a daemon -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def running(module_daemon: Any) -> Any:
+    return module_daemon(memory="16MiB", page_size="4KiB")
+
+
+@pytest.fixture
+def client(running: Any) -> Iterator[CacheClient]:
+    with CacheClient(running.url) as made:
+        yield made
+
+
+@pytest.fixture
+def namespace(client: CacheClient) -> bytes:
+    return client.register(NAMESPACE)
+
+
+def store(client: CacheClient, namespace: bytes, keys: list[bytes], size: int = 5000) -> list[bytes]:
+    payloads = [os.urandom(size) for _ in keys]
+    with client.reserve(namespace, keys, [size] * len(keys)) as reservation:
+        for position, payload in enumerate(payloads):
+            reservation.write(position, payload)
+    assert reservation.causes == [""] * len(keys)
+    return payloads
+
+
+def test_ten_lines_store_and_find_something(running: Any) -> None:
+    with CacheClient(running.url) as cache:
+        root = cache.register(NAMESPACE)
+        keys = chunk_keys(root, range(48), NAMESPACE.chunk_tokens)
+        assert cache.lookup(keys).hits == 0
+        with cache.reserve(root, keys, [1000, 1000, 1000]) as reservation:
+            for position in range(3):
+                reservation.write(position, bytes([position]) * 1000)
+        assert cache.lookup(keys).tiers == ("cpu", "cpu", "cpu")
+        assert cache.get(keys[2]) == b"\2" * 1000
+
+
+def test_two_clients_share_what_one_stored(running: Any, client: CacheClient, namespace: bytes) -> None:
+    keys = fresh_keys(3)
+    payloads = store(client, namespace, keys)
+    with CacheClient(running.url) as other, other.acquire([*keys, os.urandom(32)]) as reading:
+        assert [slot and slot.tobytes() for slot in reading.slots] == [*payloads, None]
+        assert reading.causes == ["", "", "", "absent"]
+
+
+def test_connections_of_a_process_share_one_mapping(running: Any, client: CacheClient) -> None:
+    with CacheClient(running.url) as other:
+        assert other.connection.map is client.connection.map
+
+
+def test_a_lookup_answers_the_leading_run_and_whole_groups(client: CacheClient, namespace: bytes) -> None:
+    keys = fresh_keys(5)
+    store(client, namespace, keys)
+    assert client.lookup(keys).hits == 5
+    assert client.lookup([*keys[:2], os.urandom(32), *keys[2:]]).hits == 2
+    assert client.lookup(keys, group=2).hits == 4
+    assert client.lookup([]).hits == 0
+
+
+def test_a_reservation_left_by_an_exception_is_given_back(client: CacheClient, namespace: bytes) -> None:
+    (key,) = fresh_keys(1)
+
+    class Oops(Exception):
+        pass
+
+    def fail() -> None:
+        with client.reserve(namespace, [key], [5000]):
+            raise Oops
+
+    with pytest.raises(Oops):
+        fail()
+    store(client, namespace, [key])  # nobody is writing it any more
+
+
+def test_what_exists_needs_no_writing(client: CacheClient, namespace: bytes) -> None:
+    keys = fresh_keys(2)
+    (payload,) = store(client, namespace, keys[:1])
+    with client.reserve(namespace, keys, [5000, 5000]) as reservation:
+        assert reservation.causes == ["exists", ""]
+        with pytest.raises(UsageError, match="exists"):
+            reservation.write(0, payload)
+        reservation.write(1, payload)
+    assert reservation.causes == ["exists", ""]
+    assert client.get(keys[1]) == payload
+    with client.reserve(namespace, keys, [5000, 5000]) as nothing:
+        assert nothing.slots == [None, None]
+
+
+def test_a_payload_of_another_size_is_refused(client: CacheClient, namespace: bytes) -> None:
+    with client.reserve(namespace, fresh_keys(1), [5000]) as reservation:
+        for size in (0, 4999, 5001):
+            with pytest.raises(UsageError, match=f"reserved with 5000 bytes, not {size}"):
+                reservation.write(0, bytes(size))
+        reservation.write(0, memoryview(bytes(5000)))
+
+
+def test_wrong_arguments_are_refused_before_anything_is_sent(client: CacheClient, namespace: bytes) -> None:
+    def reserve(*arguments: Any, **options: Any) -> None:
+        with client.reserve(namespace, *arguments, **options):
+            pass
+
+    with pytest.raises(UsageError, match="2 keys, 1 sizes and 2 parents"):
+        reserve(fresh_keys(2), [1])
+    with pytest.raises(UsageError, match="1 parents"):
+        reserve(fresh_keys(2), [1, 1], parents=[b""])
+    with pytest.raises(UsageError, match="32 bytes"):
+        client.lookup([b"short"])
+    with pytest.raises(UsageError, match="32 bytes"):
+        client.get(b"short")
+    assert client.lookup([]).hits == 0  # the connection lives
+
+
+def test_what_the_daemon_refuses_is_raised_with_its_reason_and_the_connection_lives(client: CacheClient) -> None:
+    def reserve() -> None:
+        with client.reserve(bytes(32), fresh_keys(1), [1]):
+            pass
+
+    with pytest.raises(Rejected, match=r"namespace 0{64} is not registered"):
+        reserve()
+    with pytest.raises(Rejected, match="unknown tier 'tape'"):
+        client.pin(fresh_keys(1), tier="tape")
+    with pytest.raises(Rejected, match="belongs to the engines"):
+        client.evict(fresh_keys(1), tiers=["gpu"])
+    assert client.lookup([]).hits == 0
+
+
+def test_pins_keep_and_evictions_report(client: CacheClient, namespace: bytes) -> None:
+    keys = fresh_keys(3)
+    store(client, namespace, keys)
+    assert client.pin(keys[:2]) == 2
+    assert client.evict(keys) == (1, 5000, 2)
+    assert client.unpin(keys) == 2
+    assert client.evict(keys, tiers=["cpu"]) == (2, 10000, 0)
+    assert client.lookup(keys).hits == 0
+
+
+def test_an_object_whose_bytes_changed_is_reported_and_served_no_more(client: CacheClient, namespace: bytes) -> None:
+    (key,) = fresh_keys(1)
+    store(client, namespace, [key])
+    with client.acquire([key]) as reading:
+        slot = reading.slots[0]
+        assert slot is not None
+        slot.buffers[0][0] ^= 1
+    with pytest.raises(LeaseLost, match=key.hex()):
+        client.get(key)
+    assert client.get(key) is None
+    failures: Any = client.status()["failures"]
+    assert failures["cpu.corrupt"] >= 1
+
+
+def test_a_reader_can_report_what_it_found_broken(client: CacheClient, namespace: bytes) -> None:
+    keys = fresh_keys(2)
+    store(client, namespace, keys)
+    with client.acquire(keys) as reading:
+        reading.bad.append(keys[1])
+    assert client.lookup(keys).hits == 1
+
+
+def test_a_lease_that_ended_meanwhile_is_told_on_leaving(
+    client: CacheClient, namespace: bytes, eventually: Callable[..., Any]
+) -> None:
+    (key,) = fresh_keys(1)
+    store(client, namespace, [key])
+
+    def slow() -> None:
+        with client.acquire([key], ttl=0.01):
+            eventually(lambda: client.status()["leases"] == 0, "the lease is over")
+
+    with pytest.raises(LeaseLost, match="do not use them"):
+        slow()
+
+
+def test_a_write_lease_that_ended_meanwhile_commits_nothing(
+    client: CacheClient, namespace: bytes, eventually: Callable[..., Any]
+) -> None:
+    (key,) = fresh_keys(1)
+    with client.reserve(namespace, [key], [5000], ttl=0.01) as reservation:
+        eventually(lambda: client.status()["quarantined_bytes"] == 8192, "the lease is over")
+        reservation.write(0, bytes(5000))
+    assert reservation.causes == ["lease_lost"]
+    assert client.get(key) is None
+    assert client.status()["quarantined_bytes"] == 0
+
+
+def test_a_client_lives_through_a_daemons_restart(daemon: Any) -> None:
+    first = daemon(memory="4MiB")
+    client = first.client()
+    root = client.register(NAMESPACE)
+    (key,) = fresh_keys(1)
+    store(client, root, [key])
+    first.stop()
+    with pytest.raises(Unavailable):
+        client.get(key)
+    with pytest.raises(Unavailable, match=r"start one with: loracache serve --socket"):
+        client.lookup([key])
+    daemon(memory="4MiB", socket=first.socket)
+    assert client.get(key) is None  # the first call after it, on a connection of its own
+    store(client, client.register(NAMESPACE), [key])
+
+
+def test_a_lease_of_a_daemon_that_was_restarted_is_lost(daemon: Any) -> None:
+    first = daemon(memory="4MiB")
+    client = first.client()
+    root = client.register(NAMESPACE)
+    keys = fresh_keys(2)
+    store(client, root, keys)
+
+    def restart() -> None:
+        first.stop()
+        daemon(memory="4MiB", socket=first.socket)
+        with pytest.raises(Unavailable):
+            client.lookup(keys)
+
+    def read() -> None:
+        with client.acquire(keys):
+            restart()
+
+    with pytest.raises(LeaseLost):
+        read()
+
+
+# -- with servers that are no daemon, or a broken one ------------------------------------------------------------------
+
+Handler = Callable[[socket.socket], None]
+
+
+def answer(number: int, status: int, payload: object) -> bytes:
+    return protocol.frame([number, status, payload])
+
+
+def requests(sock: socket.socket) -> Iterator[list[Any]]:
+    frames = protocol.Frames()
+    while data := sock.recv(1 << 20):
+        yield from frames.feed(data)
+
+
+def greet(sock: socket.socket, version: int = protocol.VERSION) -> None:
+    fd = os.memfd_create("arena")
+    os.ftruncate(fd, ARENA)
+    socket.send_fds(sock, [protocol.Greeting(version, os.urandom(16), ARENA, 4096).encode()], [fd])
+    os.close(fd)
+
+
+@pytest.fixture
+def server(short_tmp: Path) -> Iterator[Callable[[Handler], str]]:
+    """server(handler) serves each connection with `handler` on a thread; answers the address."""
+    ends: list[Callable[[], None]] = []
+
+    def serve(handler: Handler) -> str:
+        path = str(short_tmp / f"{len(ends)}.sock")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(path)
+        listener.listen()
+
+        def run() -> None:
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except OSError:
+                    return
+                with sock:
+                    handler(sock)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+
+        def end() -> None:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+            thread.join(10)
+            assert not thread.is_alive()
+
+        ends.append(end)
+        return f"unix://{path}"
+
+    yield serve
+    for end in ends:
+        end()
+
+
+def until_closed(sock: socket.socket) -> None:
+    sock.settimeout(20)
+    while sock.recv(1 << 20):
+        pass
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://host:1", "http://x", "relative.sock", "", "unix://relative", "unix:///" + "x" * 200]
+)
+def test_an_address_that_is_no_unix_socket_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="server="):
+        socket_path(address)
+
+
+def test_an_address_may_be_a_plain_path() -> None:
+    assert socket_path("/run/lc.sock") == socket_path("unix:///run/lc.sock") == "/run/lc.sock"
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "stale"])
+def test_where_nobody_listens_the_message_says_how_to_start_one(short_tmp: Path, kind: str) -> None:
+    path = short_tmp / "lc.sock"
+    if kind == "file":
+        path.write_text("not a socket")
+    elif kind == "stale":
+        dead = socket.socket(socket.AF_UNIX)
+        dead.bind(str(path))
+        dead.close()
+    with pytest.raises(Unavailable, match=rf"no LoRACache daemon answers at {path}.*loracache serve --socket {path}"):
+        CacheClient(f"unix://{path}")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"", "is it a LoRACache daemon"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is it a LoRACache daemon"),
+        (b"\xff\xff\xff\xff", "is it a LoRACache daemon"),
+    ],
+)
+def test_a_server_that_is_no_daemon_is_told_apart(server: Any, said: bytes, why: str) -> None:
+    with pytest.raises(ProtocolError, match=why):
+        CacheClient(server(lambda sock: sock.sendall(said)))
+
+
+def test_a_daemon_of_another_version_is_refused(server: Any) -> None:
+    with pytest.raises(ProtocolError, match=f"protocol {protocol.VERSION + 1}"):
+        CacheClient(server(lambda sock: greet(sock, protocol.VERSION + 1)))
+
+
+def test_a_descriptor_that_comes_with_nonsense_is_closed(server: Any, eventually: Callable[..., Any]) -> None:
+    def handler(sock: socket.socket) -> None:
+        with open("/dev/null") as file:
+            socket.send_fds(sock, [protocol.frame(["hello"])], [file.fileno()])
+
+    url = server(handler)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(ProtocolError):
+            CacheClient(url)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) == before, "both sides have closed what they opened")
+
+
+def test_a_daemon_that_never_greets_is_given_up(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loracache.connection._CONNECT_TIMEOUT_S", 0.2)
+    with pytest.raises(Unavailable, match="timed out"):
+        CacheClient(server(until_closed))
+
+
+def test_a_daemon_that_never_answers_is_given_up_and_left(server: Any) -> None:
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        until_closed(sock)
+
+    client = CacheClient(server(handler), timeout=0.2)
+    with pytest.raises(Unavailable, match=r"did not answer within 0\.2 s"):
+        client.lookup(fresh_keys(1))
+    assert not client.connection.connected  # its answer, should one come, belongs to nobody
+
+
+def test_a_daemon_that_stops_reading_is_given_up_without_blocking(server: Any) -> None:
+    done = threading.Event()
+
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        done.wait(20)
+
+    connection = Connection(server(handler), name="test")
+    connection.connect()
+    lookup = protocol.Lookup(b"", bytes(32) * 100_000, 1, 0.0)
+    sent = 0
+
+    def flood() -> None:
+        nonlocal sent
+        while True:
+            connection.send(lookup)
+            sent += 1
+
+    with pytest.raises(Unavailable):
+        flood()
+    done.set()
+    assert 2 <= sent <= 10  # some megabytes wait for it, not more
+
+
+def test_a_daemon_that_hangs_up_says_why(server: Any) -> None:
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        next(requests(sock))
+        sock.sendall(answer(0, protocol.ERROR, "lookup: keys must be bytes"))
+
+    client = CacheClient(server(handler))
+    with pytest.raises(Unavailable, match=r"closed the connection \(lookup: keys must be bytes\)"):
+        client.lookup(fresh_keys(1))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        protocol.frame("nonsense"), protocol.frame([]), protocol.frame([1, 0]), protocol.frame([None, 0, []]),
+        protocol.frame([[], 0, []]), b"\x01\0\0\0\xc1", b"\xff\xff\xff\xff",
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_none_closes_the_connection(server: Any, reply: bytes) -> None:
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        for _ in requests(sock):
+            sock.sendall(reply)
+
+    client = CacheClient(server(handler))
+    with pytest.raises(ProtocolError):
+        client.lookup(fresh_keys(1))
+    assert not client.connection.connected
+
+
+@pytest.mark.parametrize("extents", [[], [0, 4096], [0, 4096, 8192, 0], [ARENA, 8192], [ARENA - 4096, 8192]])
+def test_extents_that_do_not_cover_the_object_are_refused(server: Any, extents: list[int]) -> None:
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        for number, operation, *_ in requests(sock):
+            if operation == "acquire":
+                sock.sendall(answer(number, protocol.OK, [[0, 8192, 0, extents]]))
+
+    with CacheClient(server(handler)) as client, pytest.raises(ProtocolError, match="do not cover"):
+        client.get(fresh_keys(1)[0])
+
+
+def test_answers_are_collected_out_of_order_and_in_parts(server: Any) -> None:
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        waiting = []
+        for number, operation, *_ in requests(sock):
+            if operation == "hello":
+                continue
+            waiting.append(number)
+            if len(waiting) == 3:
+                sock.sendall(answer(waiting[2], protocol.OK, ["third"]))
+                sock.sendall(answer(waiting[0], protocol.PART, ["a"]) + answer(waiting[1], protocol.ERROR, "no"))
+                sock.sendall(answer(99, protocol.OK, ["nobody asked"]) + answer(waiting[0], protocol.OK, ["b"]))
+
+    connection = Connection(server(handler), name="test")
+    connection.connect()
+    first, second, third = (connection.send(protocol.Status()) for _ in range(3))
+    assert connection.take(first) is None
+    assert connection.wait(first, 10).payload == ["a"]
+    assert connection.wait(first, 10).payload == ["b"]
+    with pytest.raises(Rejected, match="no"):
+        connection.wait(second, 10)
+    assert connection.wait(third, 10).payload == ["third"]
+    with pytest.raises(Unavailable):
+        connection.take(third)  # answered once
+    connection.close()
+
+
+def test_what_is_forgotten_is_not_kept(server: Any, eventually: Callable[..., Any]) -> None:
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        for number, operation, *_ in requests(sock):
+            if operation != "hello":
+                sock.sendall(answer(number, protocol.OK, []))
+
+    connection = Connection(server(handler), name="test")
+    connection.connect()
+    numbers = [connection.send(protocol.Status()) for _ in range(10)]
+    for number in numbers[:-1]:
+        connection.forget(number)
+    connection.wait(numbers[-1], 10)
+    assert connection._replies == {}
+    connection.close()
+
+
+def test_nothing_is_sent_where_no_answer_is_wanted_and_nobody_is_there(server: Any) -> None:
+    connection = Connection(server(greet), name="test")
+    assert connection.send(protocol.Status(), answer=False) == 0
+    with pytest.raises(Unavailable, match="not connected"):
+        connection.send(protocol.Status())
+    with pytest.raises(Unavailable, match="not connected"):
+        connection.fileno()
+    with pytest.raises(Unavailable, match="not mapped"):
+        connection.buffers([0, 4096], 4096)
+
+
+def test_views_of_the_arena_stay_valid_after_the_connection_is_closed(client: CacheClient, namespace: bytes) -> None:
+    """A daemon that goes must not take a reader's process with it."""
+    (key,) = fresh_keys(1)
+    (payload,) = store(client, namespace, [key])
+    read: list[bytes] = []
+
+    def close_while_reading() -> None:
+        with client.acquire([key]) as reading:
+            client.close()
+            assert reading.slots[0] is not None
+            read.append(reading.slots[0].tobytes())
+
+    with pytest.raises(LeaseLost):
+        close_while_reading()
+    assert read == [payload]
