@@ -38,6 +38,7 @@ __all__ = ["Daemon"]
 
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25
+_ACCEPT_PAUSE_S = 1.0
 _SCAN_SLICE = 500  # objects entered between two looks at the socket: a few milliseconds
 _LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
 _DISK_PATIENCE_S = 10.0  # how long a private daemon waits for the one of the engine before it to leave the folder
@@ -133,7 +134,8 @@ class Daemon:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
-            _log.warning("a connection was not accepted: %s", error)
+            _log.warning("a connection was not accepted; trying again in %g s: %s", _ACCEPT_PAUSE_S, error)
+            self._pause_accepting()
             return
         greeting = protocol.Greeting(
             protocol.VERSION, self._instance, self.cache.arena.size, self.config.page_size
@@ -152,6 +154,13 @@ class Daemon:
         assert self._loop is not None
         task = self._loop.create_task(self._loop.connect_accepted_socket(lambda: session, sock))
         task.add_done_callback(lambda done: self._adopted(session, sock, done))
+
+    def _pause_accepting(self) -> None:
+        """Out of descriptors, the listener stays readable: without a pause the loop would do nothing but fail."""
+        assert self._loop is not None
+        loop, listener = self._loop, self._listener.fileno()
+        loop.remove_reader(listener)
+        loop.call_later(_ACCEPT_PAUSE_S, lambda: self._ended.is_set() or loop.add_reader(listener, self._accept))
 
     def _adopted(self, session: Session, sock: socket.socket, done: asyncio.Task[Any]) -> None:
         if done.cancelled() or done.exception() is not None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from loracache import CacheClient, Namespace, protocol
+from loracache.errors import Unavailable
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
 MIB = 1 << 20
@@ -206,3 +210,27 @@ def test_clients_that_come_and_go_leave_nothing_open(running: Any, eventually: C
     eventually(lambda: client.status()["connections"] == 1, "all connections have ended")
     assert client.status()["leases"] == 0
     eventually(lambda: len(os.listdir(f"/proc/{running.process.pid}/fd")) <= before, "no descriptor is left open")
+
+
+def test_a_daemon_out_of_descriptors_waits_and_then_serves_again(running: Any, eventually: Callable[..., Any]) -> None:
+    client = running.client()
+    (key,) = store(client, 1, 1000)
+    opened = len(os.listdir(f"/proc/{running.process.pid}/fd"))
+    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (opened + 5, opened + 5))
+    waiting = []
+    for _ in range(20):
+        waiting.append(socket.socket(socket.AF_UNIX))
+        waiting[-1].connect(str(running.socket))
+    eventually(lambda: "not accepted" in running.log(), "the daemon has no descriptor left")
+    assert client.get(key) is not None  # who is connected is served
+    time.sleep(1.5)
+    assert running.log().count("not accepted") <= 4
+    for sock in waiting:
+        sock.close()
+
+    def served() -> bool:
+        with contextlib.suppress(Unavailable), CacheClient(running.url) as other:
+            return other.get(key) is not None
+        return False
+
+    eventually(served, "new clients are served again")

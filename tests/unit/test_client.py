@@ -439,7 +439,9 @@ def test_an_answer_that_is_none_closes_the_connection(server: Any, reply: bytes)
     assert not client.connection.connected
 
 
-@pytest.mark.parametrize("extents", [[], [0, 4096], [0, 4096, 8192, 0], [ARENA, 8192], [ARENA - 4096, 8192]])
+@pytest.mark.parametrize(
+    "extents", [[], [0, 4096], [0, 4096, 8192, 0], [0, 8192, 8192, 4096], [ARENA, 8192], [ARENA - 4096, 8192]]
+)
 def test_extents_that_do_not_cover_the_object_are_refused(server: Any, extents: list[int]) -> None:
     def handler(sock: socket.socket) -> None:
         greet(sock)
