@@ -6,6 +6,7 @@ take at once waits in a buffer, and a daemon that stopped reading is given up as
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
@@ -217,9 +218,16 @@ class Connection:
             except BlockingIOError:
                 return
             except OSError:
-                self.close()
+                self._hear_out()
                 return
             del self._unsent[:sent]
+
+    def _hear_out(self) -> None:
+        """The daemon closed its end: read what it said before, which may be why, and close ours."""
+        with contextlib.suppress(OSError, ProtocolError):
+            while self._socket is not None and (data := self._socket.recv(_RECEIVE)):
+                self._deliver(self._frames.feed(data))
+        self.close()
 
     def _deliver(self, messages: list[Any]) -> None:
         for message in messages:

@@ -9,7 +9,6 @@ import pytest
 
 from loracache.errors import UsageError
 from loracache.leases import Writing
-from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
 PAGE = 4096
@@ -397,12 +396,3 @@ def test_reporting_what_is_nowhere_does_nothing(nothing_leaks: Make) -> None:
     rig = nothing_leaks()
     rig.cache.report_bad([rig.info("a").key])
     assert rig.cache.counters.all() == {}
-
-
-def test_an_outcome_of_a_dropped_write_names_its_cause(nothing_leaks: Make) -> None:
-    rig = nothing_leaks(disk=1 << 20)
-    rig.disk.fails["store"] = Outcome.FULL
-    rig.store("a")
-    rig.settle()
-    assert rig.count("write.disk.dropped.full") == rig.count("failure.disk.full") == 1
-    assert len(rig.get("a")) == PAGE

@@ -112,7 +112,8 @@ class LRUMachine(RuleBasedStateMachine):
     def leave_by_another_way(self, data: st.DataObject, tier: Tier) -> None:
         if (node := self.some(data)) and node.held_in(tier):
             self.index.leave(node, tier)
-            node.dirty = 0
+            if tier is Tier.CPU:
+                node.dirty = 0
 
     @rule(data=st.data(), tier=st.sampled_from(TIERS), nbytes=st.integers(1, 60), evict=st.booleans())
     def choose(self, data: st.DataObject, tier: Tier, nbytes: int, evict: bool) -> None:
