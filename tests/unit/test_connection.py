@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -58,7 +59,7 @@ def server(short_tmp: Path) -> Iterator[Callable[[Handler], str]]:
                     sock, _ = listener.accept()
                 except OSError:
                     return
-                with sock:
+                with sock, contextlib.suppress(OSError):  # the client hung up first
                     handler(sock)
 
         thread = threading.Thread(target=run)
