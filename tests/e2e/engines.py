@@ -156,6 +156,9 @@ class Engine:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if not line.startswith(MARK):
+                with self._log.open("a") as log:  # vLLM's own log, stack traces of a dead EngineCore included
+                    log.write(line)
             if line.startswith(MARK):
                 answer = json.loads(line.removeprefix(MARK))
                 with self._arrived:

@@ -27,6 +27,7 @@ async def generate(engine, command):
     params = SamplingParams(temperature=0, max_tokens=command.get("max_tokens", 8), ignore_eos=True)
     if command.get("prompt_logprobs"):
         params.prompt_logprobs = 1
+        params.detokenize = False  # vLLM's front end dies of a token id that it cannot decode
     lora = command.get("lora")
     request = (
         LoRARequest(lora["name"], lora["id"], lora["path"], load_inplace=lora.get("inplace", False)) if lora else None
