@@ -24,7 +24,9 @@ def serving(
     """One engine on one daemon with a disk and a Redis."""
     disk = tmp_path_factory.mktemp("disk")
     redis = module_redis()
-    daemon = module_daemon(memory="256MiB", disk_path=disk, disk="1GiB", redis=redis.url)
+    patient = tmp_path_factory.mktemp("config") / "loracache.yaml"
+    patient.write_text("redis_lookup_ms: 1000\n")  # a loaded machine answers late, and the tests want the hit
+    daemon = module_daemon(memory="256MiB", disk_path=disk, disk="1GiB", redis=redis.url, config=patient)
     engine = engine_factory({"server": daemon.url})
     return SimpleNamespace(engine=engine, daemon=daemon, disk=disk, redis=redis)
 
