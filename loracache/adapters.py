@@ -21,17 +21,12 @@ __all__ = ["AdapterDigests", "Identity", "adapter_digest", "folder_identity"]
 Identity = tuple[int, ...]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What changes the effect of the same tensors. Names, paths and training leftovers do not.
-_SCALING_KEYS = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "modules_to_save",
-)
+# What changes the effect of the same tensors, and what PEFT takes where it is left out. Names, paths and training
+# leftovers change nothing.
+_SCALING: dict[str, Any] = {
+    "r": 8, "lora_alpha": 8, "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
+    "bias": "none", "modules_to_save": None,
+}  # fmt: skip
 _SETTLED_S = 2.0
 
 
@@ -56,7 +51,7 @@ def adapter_digest(path: str) -> str:
     state = hashlib.sha256(b"loracache/adapter\0")
     try:
         config: dict[str, Any] = json.loads((folder / _CONFIG).read_bytes())
-        scaling = {key: config.get(key) for key in _SCALING_KEYS}
+        scaling = {key: default if config.get(key) is None else config[key] for key, default in _SCALING.items()}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{folder / _CONFIG} is not a PEFT configuration: {error}") from None
     state.update(json.dumps(scaling, sort_keys=True, separators=(",", ":")).encode())

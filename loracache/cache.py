@@ -18,12 +18,15 @@ from loracache.index import Index, Node
 from loracache.leases import Leases, Writing
 from loracache.policy import POLICIES
 from loracache.promotion import Promoter
+from loracache.removal import Evicted, Remover
 from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
 from loracache.tier_io import Post, TierIO
 from loracache.tiers import Tier
 from loracache.write_behind import WriteBehind
 
-__all__ = ["Acquired", "Evicted", "TieredCache"]
+__all__ = ["Acquired", "TieredCache"]
+
+_GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +36,6 @@ class Acquired:
     position: int
     node: Node | None
     cause: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Evicted:
-    """What an eviction did: objects and bytes that left, objects skipped because of a lease, a pin or a kept child."""
-
-    objects: int
-    nbytes: int
-    skipped: int
 
 
 class TieredCache:
@@ -81,12 +75,20 @@ class TieredCache:
             io = TierIO(Tier.REDIS, redis, post, self.counters)
             self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
             self.writers.append(self.redis)
+        self._remover = Remover(
+            self.index, post, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
+        )
 
     # -- reading ----------
 
     def lookup(self, keys: Sequence[bytes]) -> list[Tier]:
-        """Tiers (the fastest of each) of the longest leading run of `keys` that cpu or disk hold. Records the use."""
-        return [Tier.CPU if node.held_in(Tier.CPU) else Tier.DISK for node in self.index.leading(keys)]
+        """Tiers (the fastest of each) of the longest leading run of `keys` that cpu or disk hold. Records the use. A
+        disk that is left alone after a failure holds nothing.
+        """
+        tiers = 1 << Tier.CPU
+        if self.disk is not None and self.disk.io.available:
+            tiers |= 1 << Tier.DISK
+        return [Tier.CPU if node.held_in(Tier.CPU) else Tier.DISK for node in self.index.leading(keys, tiers)]
 
     def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
         """Keep those of `keys` that are in the arena there until the lease ends."""
@@ -129,12 +131,13 @@ class TieredCache:
                 at_once.append(Acquired(position, node))
             elif node is not None and self._promoter.loading(node):
                 self._promoter.wait(node, waiter(position))
-            elif node is not None and node.held_in(Tier.DISK):
+            elif node is not None and self.disk is not None and self.disk.reads(node):
                 on_disk.append((node, waiter(position)))
             elif self.redis is not None:
                 elsewhere.append((key, waiter(position)))
             else:
-                at_once.append(Acquired(position, None, "absent"))
+                cause = "absent" if node is None or not node.present else "disk_unavailable"
+                at_once.append(Acquired(position, None, cause))
         if at_once:
             ready(at_once)
         if on_disk and self.disk is not None:
@@ -174,7 +177,7 @@ class TieredCache:
 
     def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node]) -> Writing | str:
         node = self.index.get(info.key)
-        if node is not None and node.present:
+        if node is not None and self._held(node):
             self.index.touch(node)
             return "exists"
         if info.key in self.leases.being_written or info.key in batch:
@@ -203,9 +206,11 @@ class TieredCache:
 
     def _commit_one(self, item: Writing, checksum: int) -> str:
         node = self.index.get(item.info.key)
-        if node is not None and (node.present or self._promoter.loading(node)):
+        if node is not None and (self._held(node) or self._promoter.loading(node)):
             self.arena.free(item.extents)
             return "exists"
+        if node is not None and self.disk is not None:
+            self.disk.give_up(node)
         node = self.index.insert(replace(item.info, checksum=checksum))
         if node is None:
             self.arena.free(item.extents)
@@ -249,33 +254,14 @@ class TieredCache:
             self._unpin(node, tier)
         return len(nodes)
 
-    def evict(self, keys: Sequence[bytes], tiers: Collection[Tier]) -> Evicted:
+    def evict(self, keys: Sequence[bytes], tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
         """Take objects, and their descendants with them, out of `tiers`. What is leased or pinned stays, its ancestors
-        with it, and is counted as skipped."""
-        roots = [node for node in map(self.index.get, keys) if node is not None]
-        nodes = self.index.subtrees(roots)
-        if Tier.REDIS in tiers and self.redis is not None:
-            self.redis.io.delete(list(dict.fromkeys([*keys, *(node.key for node in nodes)])))
-        return self._evict_all(nodes, [tier for tier in tiers if tier is not Tier.REDIS])
+        with it, and is counted as skipped. `done` is called before this returns, or later where there are many."""
+        self._remover.remove(keys, tiers, done)
 
-    def clear(self, tiers: Collection[Tier]) -> Evicted:
+    def clear(self, tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
         """Take everything out of `tiers` (out of Redis: what the index knows of), but for what is leased or pinned."""
-        roots = [node.key for node in self.index if node.parent is None]
-        return self.evict(roots, tiers)
-
-    def _evict_all(self, nodes: Sequence[Node], tiers: Iterable[Tier]) -> Evicted:
-        objects = nbytes = skipped = 0
-        for tier in tiers:
-            for node in nodes:  # children before parents
-                if not node.held_in(tier):
-                    continue
-                if node.children[tier] or node.pins >> tier & 1 or (tier is Tier.CPU and node.leases):
-                    skipped += 1  # and its write, where one is queued, stays queued
-                    continue
-                objects += 1
-                nbytes += node.size
-                self._evict(node, tier)
-        return Evicted(objects, nbytes, skipped)
+        self._remover.remove_all(tiers, done)
 
     def when_flushed(self, done: Callable[[], None]) -> None:
         """Call `done` once everything committed so far is written to the lower tiers or given up, and everything
@@ -299,6 +285,8 @@ class TieredCache:
         now = self._clock()
         for node, tier in [pin for pin, end in self._pin_ends.items() if end <= now]:
             self._unpin(node, tier)  # one that left the tier meanwhile lost its pin then
+        if self.disk is not None:
+            self.disk.tick()
         self.pump()
 
     # -- inside ----------
@@ -314,29 +302,43 @@ class TieredCache:
         node.pins &= ~(1 << tier)
         self.index.offer(node, tier)
 
+    def _held(self, node: Node) -> bool:
+        """Whether the object need not be stored again: a tier has it that can be read now."""
+        return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
+
     def _make_room(self, nbytes: int, protected: set[Node]) -> bool:
-        """Free arena bytes: clean victims first, then those whose queued write is the oldest. All or nothing."""
-        while self.arena.free_bytes < nbytes:
-            victims = self._policies[Tier.CPU].victims(nbytes - self.arena.free_bytes, protected)
+        """Free arena bytes: clean victims first, then leaves whose queued write is given up, the oldest chain's first.
+        False where even that is not enough.
+        """
+        while (missing := nbytes - self.arena.free_bytes) > 0:
+            victims = self._policies[Tier.CPU].victims(missing, protected)
             if victims is None:
-                given_up = [writer.give_up_oldest() for writer in self.writers]  # one of each, not the first that can
-                if not any(given_up):
+                leaf = self._unwritten_leaf(protected)
+                if leaf is None:
                     return False
-                continue
+                for writer in self.writers:
+                    writer.forget(leaf, "memory_full")
+                victims = [leaf]
             for node in victims:
-                self._evict(node, Tier.CPU)
+                self._evict_from_arena(node)
         return True
 
-    def _evict(self, node: Node, tier: Tier) -> None:
-        if tier is Tier.CPU:
-            self.counters.add("evict.cpu")
-            self._leave_arena(node)
-        elif self.disk is not None:
-            self.disk.evict(node)
+    def _unwritten_leaf(self, protected: set[Node]) -> Node | None:
+        """An object that nothing keeps in the arena but a queued write; of the chain that is queued the longest."""
+        for writer in self.writers:
+            for node in writer.oldest(_GIVE_UP_AMONG):
+                leaf = self.index.leaf_below(node, Tier.CPU)
+                if not leaf.leases and not leaf.pins >> Tier.CPU & 1 and leaf not in protected:
+                    return leaf
+        return None
+
+    def _evict_from_arena(self, node: Node) -> None:
+        self.counters.add("evict.cpu")
+        self._leave_arena(node)
 
     def _leave_arena(self, node: Node) -> None:
         for writer in self.writers:
-            writer.forget(node)
+            writer.forget(node, "evicted")
         extents, node.extents = node.extents, ()
         if node.leases:
             self._condemned.setdefault(node, []).extend(extents)
@@ -346,13 +348,15 @@ class TieredCache:
 
     def _arrived(self, node: Node, source: Tier) -> None:
         self.index.enter(node, Tier.CPU)
-        if source is Tier.REDIS and self.disk is not None:
+        if source is Tier.DISK and self.disk is not None:
+            self.disk.load_ended(node, Outcome.OK)
+        elif source is Tier.REDIS and self.disk is not None:
             self.disk.queue_write(node)
             self.pump()
 
     def _lost(self, node: Node, source: Tier, outcome: Outcome) -> None:
         if source is Tier.DISK and self.disk is not None:
-            self.disk.load_failed(node, outcome)
+            self.disk.load_ended(node, outcome)
 
     def _written(self, node: Node, outcome: Outcome) -> None:
         if outcome is Outcome.CORRUPT:  # the tier proved the arena's bytes against the checksum, and they disagree

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from loracache import protocol
 from loracache.connection import Connection, Reply
-from loracache.errors import LeaseLost, UsageError
+from loracache.errors import LeaseLost, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.tiers import Tier
 
@@ -145,7 +145,11 @@ class CacheClient:
             raise UsageError(f"{len(keys)} keys, {len(sizes)} sizes and {len(parents)} parents: give one of each")
         lease = os.urandom(protocol.LEASE_BYTES)
         blob = protocol.join_keys([parent or protocol.NO_PARENT for parent in parents])
-        answer = self._call(protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl))
+        try:
+            answer = self._call(protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl))
+        except Unavailable:  # which does not say that nothing was reserved
+            self.connection.abort(lease)
+            raise
         causes = ["" if isinstance(item, list) else str(item) for item in answer]
         slots = [
             self._slot(key, size, 0, item) if isinstance(item, list) else None
@@ -155,15 +159,15 @@ class CacheClient:
         if not any(slots):
             yield reservation
             return
+        written = [slot for slot in slots if slot is not None]
         try:
             yield reservation
+            sums = [checksum(slot.buffers) for slot in written]
+            commit = protocol.Commit(lease, protocol.join_keys([slot.key for slot in written]), sums)
+            done = dict(zip([slot.key for slot in written], self._call(commit), strict=True))
         except BaseException:
-            self.connection.send(protocol.Abort(lease), answer=False)
+            self.connection.abort(lease)
             raise
-        written = [slot for slot in slots if slot is not None]
-        sums = [checksum(slot.buffers) for slot in written]
-        commit = protocol.Commit(lease, protocol.join_keys([slot.key for slot in written]), sums)
-        done = dict(zip([slot.key for slot in written], self._call(commit), strict=True))
         reservation.causes = [
             done[slot.key] if slot is not None else cause for slot, cause in zip(slots, causes, strict=True)
         ]
@@ -218,7 +222,13 @@ class CacheClient:
                 raise
 
     def pin(self, keys: Sequence[bytes], *, tier: str = "cpu", ttl: float | None = None) -> int:
-        """Keep objects in `tier` ("cpu", "disk") until unpinned or for `ttl` seconds; answers how many were there."""
+        """Keep objects in `tier` ("cpu", "disk") until unpinned or for `ttl` seconds, an hour at most; answers how many
+        were there."""
+        if ttl is not None and not 0 < ttl <= protocol.MAX_TTL_S:
+            raise UsageError(
+                f"ttl={ttl} must be seconds, more than 0 and at most {protocol.MAX_TTL_S:.0f}; "
+                "leave it out to pin until unpinned"
+            )
         (pinned,) = self._call(protocol.Pin(protocol.join_keys(keys), tier, ttl or 0.0))
         return int(pinned)
 

@@ -1,7 +1,8 @@
 """One connection to a daemon: frames over a unix socket and the mapped arena.
 
-Never blocks but in `connect`, `wait` and `call`, and there for a bounded time: a request that the socket does not
-take at once waits in a buffer, and a daemon that stopped reading is given up as unavailable. One thread a connection.
+Never blocks but in `connect`, `greeted`, `wait` and `call`, and there for a bounded time: a request that the socket
+does not take at once waits in a buffer, and a daemon that stopped reading is given up as unavailable. One thread a
+connection.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from loracache import protocol
 from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable
 from loracache.mapping import map_arena
 
-__all__ = ["Connection", "Reply", "socket_path"]
+__all__ = ["SOCKET_PATH_BYTES", "Connection", "Reply", "socket_path"]
+
+SOCKET_PATH_BYTES = 107
 
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_UNSENT = 16 << 20
@@ -41,9 +44,10 @@ def socket_path(server: str) -> str:
     path = server.removeprefix("unix://")
     if "://" in path or not path.startswith("/"):
         raise ConfigError(f"server={server!r} is no unix socket address; give unix:///absolute/path.sock")
-    if len(path.encode()) > 107:
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
         raise ConfigError(
-            f"server={server!r}: a unix socket's path has at most 107 bytes, this has {len(path.encode())}"
+            f"server={server!r}: a unix socket's path has at most {SOCKET_PATH_BYTES} bytes, this has "
+            f"{len(os.fsencode(path))}; give a shorter one"
         )
     return path
 
@@ -62,6 +66,14 @@ class Connection:
         self.map: mmap.mmap | None = None
         self.instance = b""
         self._farewell = ""
+        self._joining: socket.socket | None = None  # connected, not greeted yet
+        self._join_until = 0.0
+        self._broken: list[bytes] = []  # write leases to give up on the next connection
+
+    @property
+    def joining(self) -> bool:
+        """Whether a connection was begun that is not there yet."""
+        return self._joining is not None
 
     @property
     def connected(self) -> bool:
@@ -74,39 +86,85 @@ class Connection:
 
     def connect(self) -> None:
         """Connect and map the arena. Raises Unavailable, naming the path and what to do."""
+        deadline = time.monotonic() + _CONNECT_TIMEOUT_S
+        while True:
+            try:
+                self.begin()
+                break
+            except Unavailable as error:
+                if not isinstance(error.__context__, BlockingIOError) or time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.01)  # others wait to be accepted
+        while not self.greeted(deadline - time.monotonic()):
+            pass
+
+    def begin(self) -> None:
+        """Start to connect; `greeted` says when that is done. Does not wait. Raises Unavailable."""
         self.close()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(_CONNECT_TIMEOUT_S)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.connect(self._path)
-            fd, greeting = _receive_greeting(sock)
-        except (OSError, ProtocolError) as error:
+        except OSError as error:
             sock.close()
-            if isinstance(error, ProtocolError):
-                raise
-            raise Unavailable(
-                f"no LoRACache daemon answers at {self._path} ({error.strerror or error}); "
-                f"start one with: loracache serve --socket {self._path}"
-            ) from None
+            raise self._nobody(error.strerror) from None
+        self._joining = sock
+        self._join_until = time.monotonic() + _CONNECT_TIMEOUT_S
+
+    def greeted(self, wait: float = 0.0) -> bool:
+        """Whether the connection begun before is there, waiting up to `wait` seconds for the daemon's greeting. Raises
+        Unavailable where it did not come in time, ProtocolError where it is none.
+        """
+        sock = self._joining
+        if sock is None:
+            return self.connected
+        ready = select.poll()
+        ready.register(sock, select.POLLIN)
+        if not ready.poll(max(0.0, wait) * 1000):
+            if time.monotonic() < self._join_until:
+                return False
+            self.close()
+            raise self._nobody("it is there, but silent")
+        self._joining = None
+        try:
+            fd, greeting = _receive_greeting(sock)
+        except OSError as error:
+            sock.close()
+            raise self._nobody(error.strerror) from None
+        except ProtocolError:
+            sock.close()
+            raise
         try:
             if self.map is None or greeting.instance != self.instance:
                 self.map = map_arena(fd, greeting.arena_size, greeting.instance)
         finally:
             os.close(fd)
         self.instance = greeting.instance
-        sock.setblocking(False)
         self._socket = sock
         self._frames = protocol.Frames()
         self._replies.clear()
         self._unsent.clear()
         self._farewell = ""
         self.send(protocol.Hello(self._name), answer=False)
+        broken, self._broken = self._broken, []
+        for lease in broken:
+            self.abort(lease)
+        return True
+
+    def abort(self, lease: bytes) -> None:
+        """Give a write lease up: nothing writes to its extents any more. Where the connection is gone, the daemon
+        learns it with the next one, and keeps the extents out of use until then.
+        """
+        if self.connected:
+            self.send(protocol.Abort(lease), answer=False)
+        else:
+            self._broken.append(lease)
 
     def close(self) -> None:
         """Close the socket; the mapping stays for those who still use it."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        for sock in (self._socket, self._joining):
+            if sock is not None:
+                sock.close()
+        self._socket = self._joining = None
 
     def send(self, request: protocol.Request, *, answer: bool = True) -> int:
         """Send a request; answers its number, for `take` and `wait`. Where the connection is gone and no answer is
@@ -201,6 +259,12 @@ class Connection:
         if self._socket is None:
             raise Unavailable(f"not connected to the daemon at {self._path}")
         return self._socket
+
+    def _nobody(self, reason: str | None) -> Unavailable:
+        return Unavailable(
+            f"no LoRACache daemon answers at {self._path} ({reason}); "
+            f"start one with: loracache serve --socket {self._path}"
+        )
 
     def _ended(self) -> Unavailable:
         return Unavailable(f"the daemon at {self._path} closed the connection{self._farewell}")

@@ -22,6 +22,9 @@ class Counters:
         if amount:
             self._totals[name] += amount
 
+    def __len__(self) -> int:
+        return len(self._totals)
+
     def __getitem__(self, name: str) -> int:
         return self._totals.get(name, 0)
 

@@ -6,18 +6,21 @@ never stays where the parent is missing when it lands. Threading: the cache's th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from loracache.arena import Arena
 from loracache.counters import Counters
 from loracache.index import Index, Node
 from loracache.policy import Policy
-from loracache.storage_backends.base import Kind, ObjectInfo, Outcome
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
 from loracache.tier_io import TierIO
 from loracache.tiers import Tier
 from loracache.write_behind import WriteBehind
 
 __all__ = ["DiskTier"]
+
+_DELETE_AGAIN_S = 5.0
 
 
 class DiskTier:
@@ -39,11 +42,14 @@ class DiskTier:
         self.limit = limit
         self.used = 0
         self.loaded = False
-        self.writer = WriteBehind(io, arena, index, counters, self._refuse, self._written)
+        self.writer = WriteBehind(io, arena, index, counters, self._refuse, self._written, started=False)
         self._index = index
         self._counters = counters
         self._policy = policy
         self._on_written = written
+        self._unreadable: set[Node] = set()
+        self._undeleted: dict[bytes, int] = {}  # key -> bytes it still takes
+        self._next_deletion = 0.0
 
     def cost(self, node: Node) -> int:
         """Bytes of the budget that a node takes."""
@@ -59,17 +65,50 @@ class DiskTier:
         for ancestor in reversed(missing):
             self.writer.enqueue(ancestor)
 
-    def evict(self, node: Node) -> None:
-        """Remove an object."""
-        self._counters.add("evict.disk")
-        self.io.delete([node.key])
-        self._leave(node)
+    def reads(self, node: Node) -> bool:
+        """Whether to try to read the object from here now."""
+        return node.held_in(Tier.DISK) and self.io.available
 
-    def load_failed(self, node: Node, outcome: Outcome) -> None:
-        """What is gone or corrupt leaves the tier. Its children stay, to be reached again once the object was computed
-        and stored anew."""
-        if node.held_in(Tier.DISK) and outcome in (Outcome.MISS, Outcome.CORRUPT):
+    def keeps(self, node: Node) -> bool:
+        """Whether the object is safe here, so that it need not be stored anew: it can be read as far as we know."""
+        return self.reads(node) and node not in self._unreadable
+
+    def evict(self, nodes: Iterable[Node]) -> None:
+        """Remove objects, children before parents."""
+        going = {}
+        for node in nodes:
+            going[node.key] = self.cost(node)
             self._leave(node)
+        self._counters.add("evict.disk", len(going))
+        self._delete(going)
+
+    def load_ended(self, node: Node, outcome: Outcome) -> None:
+        """What is gone or corrupt leaves the tier. Its children stay, to be reached again once the object was computed
+        and stored anew. What could not be read stays too, but is taken anew when it is offered."""
+        self._unreadable.discard(node)
+        if not node.held_in(Tier.DISK):
+            return
+        if outcome in (Outcome.MISS, Outcome.CORRUPT):
+            self._leave(node)
+        elif outcome is Outcome.FAILED:
+            self._unreadable.add(node)
+
+    def give_up(self, node: Node) -> None:
+        """Remove an object that could not be read, because it was computed anew; its children stay."""
+        if node.held_in(Tier.DISK):
+            cost = self.cost(node)
+            self._leave(node)
+            self._delete({node.key: cost})
+
+    def tick(self) -> None:
+        """Try again to delete what could not be deleted."""
+        now = time.monotonic()
+        if self._undeleted and self.io.available and now >= self._next_deletion:
+            self._next_deletion = now + _DELETE_AGAIN_S
+            going = {key: cost for key, cost in self._undeleted.items() if not self._wanted(key)}
+            for key in going:
+                self._no_longer_undeleted(key)
+            self._delete(going)
 
     def adopt(self, infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
         """Enter objects of an earlier run; answers those whose parent is not known yet."""
@@ -85,13 +124,13 @@ class DiskTier:
 
     def adopted_all(self, orphans: Sequence[ObjectInfo]) -> None:
         """The earlier run's objects are entered, but for `orphans`, whose parent is nowhere: delete those, and shrink
-        to the limit.
+        to the limit. Only now are objects written: before, nobody knows how much room there is.
         """
         self._counters.add("disk.orphans", len(orphans))
-        if orphans:
-            self.io.delete([info.key for info in orphans])
+        self._delete({info.key: self.io.backend.footprint(info.size) for info in orphans})
         self._make_room(0, ())
         self.loaded = True
+        self.writer.start()
 
     def _refuse(self, node: Node) -> str | None:
         if node.held_in(Tier.DISK):
@@ -110,9 +149,10 @@ class DiskTier:
         self._on_written(node, outcome)
         if outcome is not Outcome.OK or node.held_in(Tier.DISK):
             return
+        self._no_longer_undeleted(node.key)  # its file took the old one's place
         parent = node.parent
         if parent is not None and parent.kind is not Kind.LORA and not parent.held_in(Tier.DISK):
-            self.io.delete([node.key])
+            self._delete({node.key: self.cost(node)})
             self._counters.add("write.disk.dropped.no_parent")
             return
         self._index.enter(node, Tier.DISK)
@@ -130,10 +170,30 @@ class DiskTier:
         victims = self._policy.victims(excess, protected)
         if victims is None:
             return False
-        for node in victims:
-            self.evict(node)
+        self.evict(victims)
         return True
 
     def _leave(self, node: Node) -> None:
         self.used -= self.cost(node)
+        self._unreadable.discard(node)
         self._index.leave(node, Tier.DISK)
+
+    def _delete(self, going: dict[bytes, int]) -> None:
+        """Delete (key -> bytes on disk) that nobody finds any more. What cannot be deleted counts until it can."""
+        if not going:
+            return
+
+        def deleted(results: list[Result]) -> None:
+            for (key, cost), result in zip(going.items(), results, strict=True):
+                if result.outcome not in (Outcome.OK, Outcome.MISS) and key not in self._undeleted:
+                    self._undeleted[key] = cost
+                    self.used += cost
+
+        self.io.delete(list(going), deleted)
+
+    def _no_longer_undeleted(self, key: bytes) -> None:
+        self.used -= self._undeleted.pop(key, 0)
+
+    def _wanted(self, key: bytes) -> bool:
+        node = self._index.get(key)
+        return node is not None and self._on_disk_or_coming(node)

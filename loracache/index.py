@@ -10,7 +10,7 @@ it is in some tier or has children, and no longer. Threading: one thread, the ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from loracache.arena import Extent
 from loracache.storage_backends.base import Kind, ObjectInfo
@@ -182,35 +182,45 @@ class Index:
         if not node.children[tier] and not node.offered >> tier & 1 and self.evictable(node, tier):
             self._on_candidate(tier, node)
 
-    def leading(self, keys: Sequence[bytes]) -> list[Node]:
-        """Nodes of the longest run of `keys`, from the first on, that some tier holds. Records their use."""
+    def leading(self, keys: Sequence[bytes], tiers: int) -> list[Node]:
+        """Nodes of the longest run of `keys`, from the first on, that one of `tiers` (a bit mask) holds. Records their
+        use."""
         nodes = []
         find, clock = self._nodes.get, self._clock
         for key in keys:
             node = find(key)
-            if node is None or not node.present:
+            if node is None or not node.present & tiers:
                 break
             node.tick = next(clock)
             nodes.append(node)
         return nodes
 
-    def subtrees(self, roots: Iterable[Node]) -> list[Node]:
-        """`roots` and all their descendants, each once, children before parents."""
-        order: list[Node] = []
-        seen: set[Node] = set()
-        for root in roots:
-            if root in seen:
-                continue
-            found = [root]
-            for node in found:  # grows while it is walked: parents before children
-                seen.add(node)
-                child = node.first_child
-                while child is not None:
-                    if child not in seen:  # else a root before this one, and all below it
-                        found.append(child)
-                    child = child.next_sibling
-            order.extend(reversed(found))
-        return order
+    def leaf_below(self, node: Node, tier: Tier) -> Node:
+        """A descendant of `node` in `tier` that has no child there; `node` itself where it has none."""
+        while node.children[tier]:
+            child = node.first_child
+            while child is not None and not child.held_in(tier):
+                child = child.next_sibling
+            assert child is not None, f"{node.key.hex()} counts children in {tier.label} that it does not have"
+            node = child
+        return node
+
+    def subtree(self, root: Node, seen: set[Node]) -> list[Node]:
+        """`root` and all its descendants, children before parents, but for those in `seen`, and what is below them.
+        Adds to `seen` what it answers.
+        """
+        if root in seen:
+            return []
+        found = [root]
+        for node in found:  # grows while it is walked: parents before children
+            seen.add(node)
+            child = node.first_child
+            while child is not None:
+                if child not in seen:
+                    found.append(child)
+                child = child.next_sibling
+        found.reverse()
+        return found
 
 
 def _link(parent: Node, child: Node) -> None:

@@ -104,9 +104,12 @@ class Leases:
         return True
 
     def release(self, owner: int, lease_id: bytes) -> bool:
-        """End a lease by its holder's word: nothing reads or writes its extents any more. False where it was lost."""
+        """End a lease by its holder's word: nothing reads or writes its extents any more. False where it was lost. A
+        lease that broke with an earlier connection of its holder is known by its id, which is random.
+        """
         key = (owner, lease_id)
-        self._arena.free(self._quarantine.pop(key, ()))
+        for broken in [broken for broken in self._quarantine if broken[1] == lease_id]:
+            self._arena.free(self._quarantine.pop(broken))
         lease = self._leases.get(key)
         if lease is None:
             return False

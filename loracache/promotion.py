@@ -76,6 +76,8 @@ class Promoter:
                 node = self._insert(result.info, key)
                 if node is None:
                     waiter(None, "redis_corrupt")
+                elif node.present and node.checksum != result.info.checksum:
+                    waiter(None, "redis_differs")  # computed elsewhere, and the tier that holds ours cannot be read now
                 elif node.held_in(Tier.CPU):
                     waiter(node, "")
                 elif self.loading(node):

@@ -10,6 +10,7 @@ Pure encoding and checking; used by both sides.
 
 from __future__ import annotations
 
+import re
 import reprlib
 import struct
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from loracache.errors import ProtocolError, UsageError
 from loracache.keys import KEY_BYTES
 
 __all__ = [
-    "ERROR", "HEADER", "LEASE_BYTES", "MAX_FRAME", "NO_PARENT", "OK", "OPERATIONS", "PART", "VERSION",
+    "ERROR", "HEADER", "LEASE_BYTES", "MAX_FRAME", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "VERSION",
     "Abort", "Acquire", "AdapterDigest", "Clear", "Commit", "Evict", "Flush", "Frames", "Greeting", "Hello", "Lookup",
     "Pin", "Prefetch", "Register", "Release", "Renew", "Report", "Request", "Reserve", "Status", "Unpin",
     "decode_request", "frame", "join_keys", "split_keys",
@@ -33,10 +34,11 @@ HEADER = struct.Struct("<I")
 MAX_FRAME = 8 << 20
 LEASE_BYTES = 16
 NO_PARENT = bytes(KEY_BYTES)
+MAX_TTL_S = 3600.0
 OK, PART, ERROR = 0, 1, 2
 
-_MAX_TTL_S = 3600.0
 _MAX_TEXT = 64 << 10
+_COUNTER = re.compile(r"[a-z0-9_.]{1,64}")
 
 
 def frame(message: object) -> bytes:
@@ -348,8 +350,8 @@ def _lease(value: object) -> str:
 
 
 def _ttl(value: object) -> str:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_TTL_S
-    return "" if fits else f"must be seconds from 0 to {_MAX_TTL_S:.0f}"
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_TTL_S
+    return "" if fits else f"must be seconds from 0 to {MAX_TTL_S:.0f}"
 
 
 def _group(value: object) -> str:
@@ -368,9 +370,12 @@ def _texts(value: object) -> str:
 
 
 def _counts(value: object) -> str:
-    fits = isinstance(value, dict) and len(value) <= 64
-    fits = fits and all(isinstance(k, str) and len(k) <= 64 and _is_int(v) and 0 <= v < 2**32 for k, v in value.items())  # type: ignore[attr-defined]
-    return "" if fits else "must map at most 64 names to counts"
+    fits = isinstance(value, dict) and len(value) <= 64 and all(_is_count(*item) for item in value.items())
+    return "" if fits else "must map at most 64 names of a-z, 0-9, _ and . to counts"
+
+
+def _is_count(name: object, count: object) -> bool:
+    return isinstance(name, str) and bool(_COUNTER.fullmatch(name)) and type(count) is int and 0 <= count < 2**32
 
 
 _CHECKS = {

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from loracache.counters import Counters
 from loracache.storage_backends.base import Outcome, Result, StorageBackend, Transfer
 from loracache.tiers import Tier
+from loracache.workers import Workers
 
 __all__ = ["Post", "TierIO"]
 
@@ -23,6 +23,7 @@ Done = Callable[[list[Result]], None]
 
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+_END_S = 5.0  # what a call that runs is waited for at the end
 
 
 class TierIO:
@@ -39,9 +40,9 @@ class TierIO:
         self._post = post
         self._counters = counters
         label = tier.label
-        self._writes = ThreadPoolExecutor(1, f"{label}-write")
-        self._loads = ThreadPoolExecutor(2, f"{label}-load")
-        self._asks = ThreadPoolExecutor(1, f"{label}-ask")
+        self._writes = Workers(1, f"{label}-write")
+        self._loads = Workers(2, f"{label}-load")
+        self._asks = Workers(1, f"{label}-ask")
         self._paused_until = 0.0
         self._pause = _FIRST_PAUSE_S
         self._asked_at: list[float] = []
@@ -74,30 +75,34 @@ class TierIO:
         """Write objects from their buffers, after all writes and deletions asked for before."""
         self._run(self._writes, "store", len(transfers), lambda: self.backend.store(transfers), done)
 
-    def delete(self, keys: Sequence[bytes]) -> None:
+    def delete(self, keys: Sequence[bytes], done: Done = lambda results: None) -> None:
         """Remove objects, after all writes and deletions asked for before."""
-        self._run(self._writes, "delete", len(keys), lambda: self.backend.delete(keys), lambda results: None)
+        self._run(self._writes, "delete", len(keys), lambda: self.backend.delete(keys), done)
 
     def when_written(self, done: Callable[[], None]) -> None:
         """Call `done` after all writes and deletions asked for before."""
         self._run(self._writes, "wait", 0, list, lambda results: done())
 
     def close(self) -> None:
-        """Wait for what runs, drop what is queued, close the backend."""
-        for executor in (self._asks, self._loads, self._writes):
-            executor.shutdown(wait=True, cancel_futures=True)
-        self.backend.close()
+        """Wait for what runs, a few seconds at most, drop what is queued, close the backend."""
+        deadline = time.monotonic() + _END_S
+        workers = (self._asks, self._loads, self._writes)
+        for each in workers:
+            each.end()
+        if all(each.ended(deadline) for each in workers):
+            self.backend.close()
+        else:
+            _log.error("%s: a call hangs; left behind after %g s", self.tier.label, _END_S)
 
-    def _run(
-        self, executor: ThreadPoolExecutor, what: str, count: int, call: Callable[[], list[Result]], done: Done
-    ) -> None:
+    def _run(self, workers: Workers, what: str, count: int, call: Callable[[], list[Result]], done: Done) -> None:
         def finish(results: list[Result]) -> None:
             self._account(what, results)
             done(results)
 
         if not self.available:
             refused = Result(Outcome.UNAVAILABLE, detail="left alone after a failure")
-            self._post(lambda: finish([refused] * count))
+            self._counters.add(f"failure.{self.tier.label}.{refused.outcome.value}", count)
+            self._post(lambda: done([refused] * count))
             return
 
         def work() -> None:
@@ -108,7 +113,7 @@ class TierIO:
                 results = [Result(Outcome.FAILED, detail=repr(error))] * count
             self._post(lambda: finish(results))
 
-        executor.submit(work)
+        workers.submit(work)
 
     def _account(self, what: str, results: list[Result]) -> None:
         label = self.tier.label

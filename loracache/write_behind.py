@@ -30,6 +30,7 @@ class WriteBehind:
 
     refuse(node): None where the object may be written now (room was made for it), else the cause why not.
     written(node, outcome): how the writing of an object that was not refused ended.
+    started: whether writing may begin; else objects queue until `start`.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class WriteBehind:
         counters: Counters,
         refuse: Callable[[Node], str | None],
         written: Callable[[Node, Outcome], None],
+        *,
+        started: bool = True,
     ) -> None:
         self.io = io
+        self._started = started
         self._arena = arena
         self._index = index
         self._counters = counters
@@ -70,9 +74,14 @@ class WriteBehind:
         self._queue[node] = self._sequence
         node.dirty += 1
 
+    def start(self) -> None:
+        """Begin to write what is queued."""
+        self._started = True
+        self.pump()
+
     def pump(self) -> None:
         """Start as many batches as may run."""
-        while self._queue and self._batches < _BATCHES_IN_FLIGHT:
+        while self._started and self._queue and self._batches < _BATCHES_IN_FLIGHT:
             nodes: list[Node] = []
             nbytes = 0
             while self._queue and len(nodes) < _BATCH_OBJECTS and nbytes < _BATCH_BYTES:
@@ -92,18 +101,14 @@ class WriteBehind:
                 self._submit(nodes)
         self._answer_flushes()
 
-    def give_up_oldest(self) -> bool:
-        """Drop the oldest queued write, so that its pages may be evicted. False where none is queued."""
-        if not self._queue:
-            return False
-        node = next(iter(self._queue))
-        self._drop(node, "memory_full")
-        return True
+    def oldest(self, limit: int) -> list[Node]:
+        """The first objects of the queue."""
+        return list(itertools.islice(self._queue, limit))
 
-    def forget(self, node: Node) -> None:
-        """Drop a queued write of an object that is being evicted."""
+    def forget(self, node: Node, cause: str) -> None:
+        """Drop a queued write, of an object that is being evicted."""
         if node in self._queue:
-            self._drop(node, "evicted")
+            self._drop(node, cause)
 
     def when_flushed(self, done: Callable[[], None]) -> None:
         """Call `done` once everything queued so far is written or dropped."""

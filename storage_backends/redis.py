@@ -68,11 +68,9 @@ class RedisBackend(StorageBackend):
         answers: list[list[Reply] | ErrorReply] = []
         lost = self._connections.talk(lambda wire: answers.append(self.ask(wire, [bytes(32)])), 0)
         if lost:
-            raise ConfigError(f"redis_url {self._connections.place}: {lost}; start that Redis, or correct redis_url")
+            raise ConfigError(f"redis {self._connections.place}: {lost}; start that Redis, or correct redis")
         if isinstance(answers[0], ErrorReply):
-            raise ConfigError(
-                f"redis_url {self._connections.place}: the server answers {answers[0].text!r}; correct redis_url"
-            )
+            raise ConfigError(f"redis {self._connections.place}: the server answers {answers[0].text!r}; correct redis")
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
         if not keys:

@@ -128,7 +128,7 @@ def _factory(url: str, place: str, timeout_s: float) -> Callable[[], _Connection
     except (ValueError, TypeError, redis.RedisError):
         usable = False
     if not usable:  # outside of the handler: the cause may quote the password
-        raise ConfigError(f"redis_url {place} will not do; {_FIX}")
+        raise ConfigError(f"redis {place} will not do; {_FIX}")
 
     def make() -> _Connection:
         connection: _Connection = kind(**settings)

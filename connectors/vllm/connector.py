@@ -50,6 +50,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm_does()
         transfer = vllm_config.kv_transfer_config
         options = Options.parse(dict(transfer.kv_connector_extra_config))
         if not options.server and getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
@@ -75,8 +76,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         if problem:
             self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
 
-    # -- both sides
-    # ------------------------------------------------------------------------------------------------------
+    # -- both sides ----------
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -89,8 +89,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
             if side is not None:
                 side.close()
 
-    # -- worker
-    # ----------------------------------------------------------------------------------------------------------
+    # -- worker ----------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """See WorkerSide."""
@@ -144,8 +143,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         return self._worker.take_news()
 
-    # -- scheduler
-    # -------------------------------------------------------------------------------------------------------
+    # -- scheduler ----------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """The workers' facts, by rank."""
@@ -216,3 +214,12 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         known = [fact for fact in facts if isinstance(fact, Facts)]
         if known and not self._scheduler.on:
             self._scheduler.set_facts(known, self._num_block_tokens)
+
+
+def _log_as_vllm_does() -> None:
+    """vLLM gives handlers to loggers of its own name only; without one, Python shows nothing below a warning."""
+    ours, theirs = logging.getLogger("loracache"), logging.getLogger("vllm")
+    if not ours.hasHandlers():
+        ours.setLevel(theirs.level)
+        for handler in theirs.handlers:
+            ours.addHandler(handler)

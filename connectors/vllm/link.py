@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
+_GREETING_S = 0.005  # a daemon that lives greets within a millisecond; one that does not costs this once a try
 
 
 class SchedulerLink:
@@ -41,9 +42,9 @@ class SchedulerLink:
         """Whether the daemon is there and answers."""
         return self._connection.connected and not self._silent()
 
-    def connect(self) -> None:
-        """Connect now. Raises Unavailable."""
-        self._connection.connect()
+    def begin(self) -> None:
+        """Start to connect, so that the first question finds a connection."""
+        self._ready()
 
     def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
         """Ask for the leading run of `keys`, holding it under `lease`."""
@@ -126,22 +127,25 @@ class SchedulerLink:
         return True, reply.payload
 
     def _ready(self) -> bool:
-        if self._connection.connected:
+        connection = self._connection
+        if connection.connected:
             return True
-        self._asked.clear()
-        self._unwanted.clear()
-        self._kept.clear()
-        now = time.monotonic()
-        if now < self._next_try:
-            return False
         try:
-            self._connection.connect()
+            if connection.joining:
+                return connection.greeted()
+            self._asked.clear()
+            self._unwanted.clear()
+            self._kept.clear()
+            now = time.monotonic()
+            if now < self._next_try:
+                return False
+            self._next_try = now + _RETRY_S
+            connection.begin()
+            return connection.greeted(_GREETING_S)
         except LoRACacheError as error:
+            self._next_try = time.monotonic() + _RETRY_S
             _log.warning("%s", error)
             return False
-        finally:
-            self._next_try = time.monotonic() + _RETRY_S  # from here: the attempt itself may have taken long
-        return True
 
     def _silent(self) -> bool:
         """Whether the oldest question has waited so long that more of them would be pointless. Its request may run

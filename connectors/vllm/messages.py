@@ -62,7 +62,8 @@ class StepPlan(KVConnectorMetadata):
     """What the workers do in one step.
 
     await_stores: requests whose blocks are freed when their stores are done. preempted: requests whose blocks may be
-    overwritten in this step. first_runs: loaded requests that compute for the first time in this step.
+    overwritten in this step. first_runs: loaded requests that compute for the first time in this step. void: requests
+    whose load is of weights that the engine no longer has.
     """
 
     step: int
@@ -71,6 +72,7 @@ class StepPlan(KVConnectorMetadata):
     await_stores: set[str] = field(default_factory=set)
     preempted: set[str] = field(default_factory=set)
     first_runs: set[str] = field(default_factory=set)
+    void: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +91,12 @@ class Facts(KVConnectorHandshakeMetadata):
 @dataclass(slots=True)
 class WorkerNews(KVConnectorWorkerMetadata):
     """What workers tell the scheduler after a step: adapters as really loaded (hex digest, "" for unknown), failures by
-    cause, and facts until the scheduler has them."""
+    cause, requests whose chunks did not all reach the cache and may at another try, and facts until the scheduler has
+    them."""
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
+    unstored: set[str] = field(default_factory=set)
     facts: list[Facts] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
@@ -104,4 +108,4 @@ class WorkerNews(KVConnectorWorkerMetadata):
         failures = dict(self.failures)
         for cause, count in other.failures.items():
             failures[cause] = failures.get(cause, 0) + count
-        return WorkerNews(adapters, failures, self.facts + other.facts)
+        return WorkerNews(adapters, failures, self.unstored | other.unstored, self.facts + other.facts)

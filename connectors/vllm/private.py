@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from loracache.connection import SOCKET_PATH_BYTES
 from loracache.connectors.vllm.cores import on_all_cores
 from loracache.connectors.vllm.options import Options
 from loracache.errors import ConfigError, Unavailable
@@ -25,7 +26,7 @@ from loracache.errors import ConfigError, Unavailable
 __all__ = ["ensure_private_daemon", "private_server"]
 
 _START_TIMEOUT_S = 15.0
-_READY = b"listening on"
+_READY = b"ready"  # what a private daemon writes to its standard output
 # A CPU worker's OpenMP settings would pin the daemon, too, to the core of a thread that never sleeps.
 _NOT_FOR_THE_DAEMON = ("LORACACHE_", "GOMP_", "KMP_", "OMP_", "LD_PRELOAD")
 # vLLM kills every descendant of an engine that ends slowly, whatever its session. So the daemon is nobody's descendant.
@@ -34,10 +35,15 @@ _DETACH = "import os, sys; os.fork() and os._exit(0); os.setsid(); os.execv(sys.
 
 def private_server(engine_id: str) -> str:
     """The address of the engine's private daemon; the same in all its processes."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    folder = Path(base) / f"loracache-{os.getuid()}"
     name = re.sub(r"[^A-Za-z0-9_-]", "_", engine_id)[-60:]
-    return f"unix://{folder / name}.sock"
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()):
+        if base:
+            path = Path(base) / f"loracache-{os.getuid()}" / f"{name}.sock"
+            if len(os.fsencode(path)) <= SOCKET_PATH_BYTES:
+                return f"unix://{path}"
+    raise ConfigError(
+        f"TMPDIR={base!r} is too long a path for a unix socket in it; set XDG_RUNTIME_DIR to a shorter one"
+    )
 
 
 def ensure_private_daemon(server: str, options: Options) -> None:
@@ -70,7 +76,7 @@ def _start(path: Path, options: Options) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_FOR_THE_DAEMON)}
     if options.redis:  # not on the command line, where every user could read a password
         environment["LORACACHE_REDIS"] = options.redis
-    alive, held_by_daemon = os.pipe()  # ends with the daemon: nobody waits for a process that is no child of ours
+    said, held_by_daemon = os.pipe()  # ends with the daemon: nobody waits for a process that is no child of ours
     try:
         with open(log_path, "wb") as log, on_all_cores():
             subprocess.run(
@@ -78,19 +84,23 @@ def _start(path: Path, options: Options) -> None:
                 stdin=subprocess.DEVNULL, stdout=held_by_daemon, stderr=log, env=environment, cwd="/", check=True,
             )  # fmt: skip
         os.close(held_by_daemon)
-        _wait_until_ready(path, log_path, alive)
+        _wait_until_ready(path, log_path, said)
     finally:
-        os.close(alive)
+        os.close(said)
 
 
-def _wait_until_ready(path: Path, log_path: str, alive: int) -> None:
+def _wait_until_ready(path: Path, log_path: str, said: int) -> None:
+    """Read from `said` until the daemon says that it serves, or has ended."""
+    heard = b""
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if _READY in Path(log_path).read_bytes():  # its tiers are open too; its socket is there before they are
+    while select.select([said], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        part = os.read(said, 64)
+        heard += part
+        if _READY in heard:
             return
-        if select.select([alive], [], [], 0.02)[0]:
-            said = Path(log_path).read_text(errors="replace").strip()[-2000:]
-            raise ConfigError(f"the private LoRACache daemon did not start: {said}")
+        if not part:
+            reason = Path(log_path).read_text(errors="replace").strip()[-2000:]
+            raise ConfigError(f"the private LoRACache daemon did not start: {reason}")
     raise Unavailable(
         f"the private LoRACache daemon did not answer at {path} within {_START_TIMEOUT_S:g} s; see {log_path}"
     )

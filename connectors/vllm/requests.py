@@ -22,15 +22,15 @@ class RequestState:
     """One request from its arrival to its end.
 
     chunk_keys: keys of its whole chunks, grown as tokens are confirmed. hits: tiers of its leading chunks, as last
-    answered. blocks: the engine's blocks, in order. stored: chunks offered to the store so far. local_tokens: what
-    the engine's own prefix cache held. loading: vLLM waits for its load. loaded: its load is done and it has not
-    computed since.
+    answered. blocks: the engine's blocks, in order. stored: chunks offered to the store so far; the next are offered
+    after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache held. loading: vLLM waits
+    for its load. loaded: its load is done and it has not computed since.
     """
 
     __slots__ = (
         "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "first_step", "has_stored", "hits", "lease",
         "leased", "load_tiers", "loaded", "loading", "local_tokens", "namespace", "parked_since", "question", "request",
-        "stored",
+        "store_after", "stored",
     )  # fmt: skip
 
     def __init__(self, request: Request, cacheable: bool) -> None:
@@ -47,6 +47,7 @@ class RequestState:
         self.hits: tuple[str, ...] = ()
         self.blocks: list[int] = []
         self.stored = 0
+        self.store_after = 0.0
         self.has_stored = False
         self.first_step: int | None = None
         self.local_tokens = 0
@@ -74,6 +75,12 @@ class RequestState:
         self.question = 0
         self.parked_since = None
         self.answered_at = time.monotonic()
+
+    def offer_again(self, after: float) -> None:
+        """Chunks of it are not where they were thought to be: offer all of them, but not before `after` (monotonic)."""
+        self.stored = 0
+        self.store_after = after
+        self.hits = ()
 
     def preempted(self) -> None:
         """Its blocks are gone; it will be asked about, loaded (where that is not planned already) and computed anew."""

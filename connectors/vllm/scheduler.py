@@ -28,6 +28,7 @@ __all__ = ["SchedulerSide"]
 
 _log = logging.getLogger(__name__)
 _LEASE_TTL_S = 30.0
+_STORE_AGAIN_S = 1.0
 _STALE_S = 10.0  # an answer older than this is asked for again
 
 
@@ -59,8 +60,7 @@ class SchedulerSide:
         """Whether the workers' facts are known and allow caching."""
         return bool(self._shards)
 
-    # -- what workers tell
-    # -----------------------------------------------------------------------------------------------
+    # -- what workers tell ----------
 
     def set_facts(self, facts: list[Facts], block_size: int) -> None:
         """Take what the workers know of their KV; turns the cache on, or says once why it stays off."""
@@ -82,13 +82,17 @@ class SchedulerSide:
         self._chunk_blocks = chunk_blocks(smallest, block_size, self._options.chunk_tokens)
         self._layout = f"{layouts.pop()}/{'|'.join(sorted(self._facts))}"
         self._shards = tuple(sorted(self._facts))
+        self._link.begin()
 
     def take_news(self, news: WorkerNews) -> None:
-        """Learn what adapters the workers really loaded, and pass their failures on to the daemon's counters."""
+        """Learn what adapters the workers really loaded and what they could not store, and pass their failures on to
+        the daemon's counters."""
         for adapter, digest in news.adapters.items():
             self._adapters.correct(adapter, digest)
         for cause, count in news.failures.items():
             self._link.count(cause, count)
+        for request_id in news.unstored & self._requests.keys():
+            self._requests[request_id].offer_again(time.monotonic() + _STORE_AGAIN_S)
 
     def finished_loading(self, request_ids: set[str], invalid_blocks: set[int]) -> None:
         """Loads are done, some of their blocks perhaps not."""
@@ -101,11 +105,9 @@ class SchedulerSide:
         if invalid_blocks:
             for state in self._requests.values():
                 if not invalid_blocks.isdisjoint(state.blocks):
-                    state.stored = 0  # something of the chain is gone: offer all of it again
-                    state.hits = ()
+                    state.offer_again(0.0)
 
-    # -- requests
-    # ----------------------------------------------------------------------------------------------------------
+    # -- requests ----------
 
     def on_new_request(self, request: Request) -> None:
         """Send the question; nobody waits for its answer."""
@@ -215,7 +217,7 @@ class SchedulerSide:
             self._scheduled(request_id, list(blocks[0]) if blocks else [], replace=request_id in cached.resumed_req_ids)
         for request_id in output.num_scheduled_tokens:
             state = self._requests.get(request_id)
-            if state is not None and state.cacheable:
+            if state is not None and state.cacheable and time.monotonic() >= state.store_after:
                 # What earlier steps computed; this step's own tokens are stored by the next.
                 self._plan_store(state, state.request.num_computed_tokens)
         self._plan = StepPlan(step=0)
@@ -225,8 +227,10 @@ class SchedulerSide:
     def reset(self) -> bool:
         """The weights changed in place: from now on this engine's KV is another model's. Nobody else's is cleared."""
         self._epoch = f"#{os.urandom(8).hex()}"
-        for state in self._requests.values():
+        for request_id, state in self._requests.items():
             state.cacheable = False
+            if state.loading or state.loaded:
+                self._plan.void.add(request_id)
         return True
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _CALL_TIMEOUT_S = 5.0
 _LEASE_MARGIN_S = 5.0
+_WRITE_LEASE_S = 60.0
 _END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
 
 
@@ -169,6 +170,7 @@ class Loader:
                 self._advance(job)
             except (LoRACacheError, ValueError) as error:
                 _log.debug("load of %s: %s", job.load.request_id, error)
+                self._forget(job)
                 self._end(job, "rejected" if isinstance(error, Rejected) else "unavailable")
         now = time.monotonic()
         for job in [job for job in self._active if job.deadline <= now]:
@@ -328,27 +330,31 @@ class Storer:
             return
         if not self._link.ready():
             raise Unavailable("no daemon")
+        connection = self._link.connection
         namespace = store.namespace.digest()
         self._link.register(namespace, store.namespace.descriptor())
         keys = [object_key(chunk.key, self._shard) for chunk in store.chunks]
         parents = [object_key(store.parent, self._shard) if store.parent else protocol.NO_PARENT, *keys[:-1]]
         lease = os.urandom(16)
-        answer = self._link.connection.call(
-            protocol.Reserve(
-                lease, namespace, protocol.join_keys(keys), protocol.join_keys(parents),
-                [self._block_bytes * len(chunk.blocks) for chunk in store.chunks], 60.0,
-            ),
-            _CALL_TIMEOUT_S,
-        ).payload  # fmt: skip
-        written = self._write(job, keys, answer, causes)
-        if not written:
-            if any(isinstance(item, list) for item in answer):
-                self._link.connection.send(protocol.Abort(lease), answer=False)
-            return
-        commit = protocol.Commit(
-            lease, protocol.join_keys([key for key, _ in written]), [total for _, total in written]
-        )
-        for cause in self._link.connection.call(commit, _CALL_TIMEOUT_S).payload:
+        reserve = protocol.Reserve(
+            lease, namespace, protocol.join_keys(keys), protocol.join_keys(parents),
+            [self._block_bytes * len(chunk.blocks) for chunk in store.chunks], _WRITE_LEASE_S,
+        )  # fmt: skip
+        try:
+            answer = connection.call(reserve, _CALL_TIMEOUT_S).payload
+            written = self._write(job, keys, answer, causes)
+            if not written:
+                if any(isinstance(item, list) for item in answer):
+                    connection.abort(lease)
+                return
+            commit = protocol.Commit(
+                lease, protocol.join_keys([key for key, _ in written]), [total for _, total in written]
+            )
+            answer = connection.call(commit, _CALL_TIMEOUT_S).payload
+        except LoRACacheError:
+            connection.abort(lease)
+            raise
+        for cause in answer:
             if cause and cause != "exists":
                 causes[cause] = causes.get(cause, 0) + 1
 

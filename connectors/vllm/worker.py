@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["WorkerSide"]
 
 _log = logging.getLogger(__name__)
+_MAY_BE_STORED_LATER = {"unavailable", "lease_lost", "no_parent"}
 
 
 class WorkerSide:
@@ -58,7 +59,9 @@ class WorkerSide:
         self._not_yet_run: dict[str, Load] = {}  # planned, under way or done, but not computed upon
         self._collected: set[str] = set()  # those of them that vLLM was told are done
         self._ended: set[str] = set()  # those that ended first
+        self._void: set[str] = set()  # those of them that must not be computed upon
         self._load_errors: set[int] = set()
+        self._unstored: set[str] = set()
 
     @property
     def facts(self) -> Facts | None:
@@ -112,8 +115,11 @@ class WorkerSide:
         """Start this step's loads."""
         if self._loader is None:
             return
+        self._not_yet_run.update((load.request_id, load) for load in plan.loads)
+        with self._lock:
+            self._void.difference_update(load.request_id for load in plan.loads)
+        self._fail_loads(plan.void & self._not_yet_run.keys(), "reset")
         for load in plan.loads:
-            self._not_yet_run[load.request_id] = load
             self._loader.submit(load)
 
     def start_stores(self, plan: StepPlan) -> None:
@@ -156,12 +162,13 @@ class WorkerSide:
         """What the scheduler does not know yet."""
         with self._lock:
             failures, self._failures = self._failures, Counter()
+            unstored, self._unstored = self._unstored, set()
         facts = [self._facts] if self._facts is not None and not self._facts_sent else []
         self._facts_sent = True
         adapters = self._adapters.take_news()
         if not (failures or facts or adapters):
             return None
-        return WorkerNews(adapters, dict(failures), facts)
+        return WorkerNews(adapters, dict(failures), unstored, facts)
 
     def close(self) -> None:
         """End the threads; what is queued for storing is finished first."""
@@ -173,25 +180,34 @@ class WorkerSide:
     def _forget_load(self, request_id: str) -> None:
         self._not_yet_run.pop(request_id, None)
         self._collected.discard(request_id)
+        with self._lock:
+            self._void.discard(request_id)
 
-    # -- adapters
-    # --------------------------------------------------------------------------------------------------------
-
-    def _adapter_changed(self, adapter: int) -> None:
-        """Other content is served under `adapter` from now on: KV that was loaded for the old one and not yet
-        computed upon is wrong, and is reported as failed in this very step. Loads under way fail by `_may_load`.
+    def _fail_loads(self, request_ids: Set[str], cause: str) -> None:
+        """KV that these requests load, or have loaded and not computed upon, is wrong: where a load is done this is
+        reported in this very step, where it is under way with its end.
         """
-        digest = self._adapters.digest(adapter)
-        for request_id, load in list(self._not_yet_run.items()):
-            if load.adapter is None or load.adapter.lora_int_id != adapter or load.adapter.digest == digest:
-                continue
-            blocks = [block for chunk in load.chunks for block in chunk.blocks]
+        for request_id in request_ids:
+            blocks = [block for chunk in self._not_yet_run[request_id].chunks for block in chunk.blocks]
             with self._lock:
+                self._void.add(request_id)
                 if request_id in self._done_loads:
                     self._done_loads[request_id] = blocks
-                self._failures["load.adapter_changed"] += 1
+                self._failures[f"load.{cause}"] += 1
             if request_id in self._collected:
                 self._load_errors.update(blocks)
+
+    # -- adapters ----------
+
+    def _adapter_changed(self, adapter: int) -> None:
+        """Other content is served under `adapter` from now on: KV that is loaded for the old one is wrong."""
+        digest = self._adapters.digest(adapter)
+        stale = {
+            request_id
+            for request_id, load in self._not_yet_run.items()
+            if load.adapter is not None and load.adapter.lora_int_id == adapter and load.adapter.digest != digest
+        }
+        self._fail_loads(stale, "adapter_changed")
 
     def _may_load(self, load: Load) -> bool:
         if load.adapter is None:
@@ -202,12 +218,11 @@ class WorkerSide:
         binding = store.adapter
         return binding is None or self._adapters.computed_with(binding.lora_int_id, binding.digest, store.first_step)
 
-    # -- called by the transfer threads
-    # -----------------------------------------------------------------------------------
+    # -- called by the transfer threads ----------
 
     def _loaded(self, load: Load, failed: list[int], causes: dict[str, int]) -> None:
         with self._lock:
-            if not self._may_load(load):  # changed since the loader looked; `_adapter_changed` did not find it here yet
+            if load.request_id in self._void or not self._may_load(load):  # maybe since the loader looked
                 failed = [block for chunk in load.chunks for block in chunk.blocks]
             self._done_loads[load.request_id] = failed
             for cause, count in causes.items():
@@ -221,6 +236,8 @@ class WorkerSide:
                 del self._storing[job.store.request_id]
             for cause, count in causes.items():
                 self._failures[f"store.{cause}"] += count
+            if not _MAY_BE_STORED_LATER.isdisjoint(causes):
+                self._unstored.add(job.store.request_id)
 
 
 def _platform(config: VllmConfig, spec: object) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, cast
 
 from loracache import protocol
@@ -18,32 +17,36 @@ from loracache.errors import LoRACacheError, ProtocolError, UsageError
 from loracache.keys import KEY_BYTES
 from loracache.leases import Writing
 from loracache.protocol import ERROR, NO_PARENT, OK, PART, split_keys
+from loracache.removal import Evicted
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
     from loracache.server.daemon import Daemon
     from loracache.server.peers import Peer
+    from loracache.workers import Workers
 
 __all__ = ["Session"]
 
 _log = logging.getLogger(__name__)
 _MAX_UNSENT = 64 << 20
 _REPORTED = "client."
+_MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
 
 class Session(asyncio.Protocol):
     """Serves one connection. `owner` is its number: what its leases are kept under."""
 
-    def __init__(self, daemon: Daemon, owner: int, peer: Peer, files: Executor) -> None:
+    def __init__(self, daemon: Daemon, owner: int, peer: Peer, files: Workers) -> None:
         self.owner = owner
         self.peer = peer
-        self.name = "?"
+        self.name = ""
         self._daemon = daemon
         self._cache = daemon.cache
         self._files = files
         self._frames = protocol.Frames()
         self._transport: asyncio.Transport | None = None
+        self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
 
     # -- asyncio.Protocol ----------
 
@@ -94,7 +97,7 @@ class Session(asyncio.Protocol):
             self._transport.abort()
 
     def _on_hello(self, number: int, request: protocol.Hello) -> None:
-        self.name = request.name[:64]
+        self.name = request.name[:64] or "?"
         self._answer(number, OK, [])
 
     def _on_register(self, number: int, request: protocol.Register) -> None:
@@ -134,13 +137,16 @@ class Session(asyncio.Protocol):
         redis = self._cache.redis
         assert redis is not None
         open_still = True
+        self._asking.add(request.lease)
 
         def finish(more: list[Tier], cause: str) -> None:
             nonlocal open_still
             if open_still:
                 open_still = False
                 timer.cancel()
-                self._found(number, request, keys, tiers + more, cause)
+                wanted = request.lease in self._asking
+                self._asking.discard(request.lease)
+                self._found(number, request, keys, tiers + more, cause, hold=wanted)
 
         def answered(results: list[Result]) -> None:
             more = []
@@ -155,11 +161,13 @@ class Session(asyncio.Protocol):
         timer = asyncio.get_running_loop().call_later(self._daemon.redis_lookup_s, finish, [], "redis_slow")
         redis.io.contains(keys[len(tiers) :], answered)
 
-    def _found(self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str) -> None:
+    def _found(
+        self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str, hold: bool = True
+    ) -> None:
         counters = self._cache.counters
         hits = len(tiers) // request.group * request.group
         tiers = tiers[:hits]
-        if request.lease and self._transport is not None:
+        if request.lease and hold and self._transport is not None:
             self._cache.hold(self.owner, request.lease, keys[:hits], request.ttl)
         counters.add("lookup")
         for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
@@ -192,6 +200,7 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [self._cache.leases.renew(self.owner, request.lease, request.ttl)])
 
     def _on_release(self, number: int, request: protocol.Release) -> None:
+        self._asking.discard(request.lease)
         held = self._cache.leases.release(self.owner, request.lease)
         if held:  # else the reader saw what came into the pages after it
             self._cache.report_bad(split_keys(request.keys))
@@ -236,11 +245,12 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [self._cache.unpin(split_keys(request.keys), Tier.named(request.tier))])
 
     def _on_evict(self, number: int, request: protocol.Evict) -> None:
-        done = self._cache.evict(split_keys(request.keys), _own_tiers(request.tiers))
-        self._answer(number, OK, [done.objects, done.nbytes, done.skipped])
+        self._cache.evict(split_keys(request.keys), _own_tiers(request.tiers), lambda did: self._evicted(number, did))
 
     def _on_clear(self, number: int, request: protocol.Clear) -> None:
-        done = self._cache.clear(_own_tiers(request.tiers))
+        self._cache.clear(_own_tiers(request.tiers), lambda did: self._evicted(number, did))
+
+    def _evicted(self, number: int, done: Evicted) -> None:
         self._answer(number, OK, [done.objects, done.nbytes, done.skipped])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
@@ -250,8 +260,10 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [self._daemon.status()])
 
     def _on_report(self, number: int, request: protocol.Report) -> None:
+        counters = self._cache.counters
         for name, count in request.counts.items():
-            self._cache.counters.add(_REPORTED + name, count)
+            known = len(counters) < _MOST_COUNTERS or counters[_REPORTED + name]
+            counters.add(_REPORTED + (name if known else "other"), count)
         self._answer(number, OK, [])
 
 

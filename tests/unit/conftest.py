@@ -17,6 +17,7 @@ from loracache.cache import Acquired, TieredCache
 from loracache.index import Node
 from loracache.keys import checksum
 from loracache.leases import Writing
+from loracache.removal import Evicted
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.memory import MemoryBackend
 from loracache.tiers import Tier
@@ -41,8 +42,11 @@ class Steps:
             return True
         return False
 
-    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+    def end(self) -> None:
         self.queue.clear()
+
+    def ended(self, deadline: float) -> bool:
+        return True
 
 
 class FaultyBackend(MemoryBackend):
@@ -218,7 +222,9 @@ class Rig:
         return data
 
     def evict(self, *names: object, tiers: Sequence[Tier] = (Tier.CPU,)) -> tuple[int, int, int]:
-        done = self.cache.evict([key_of(name) for name in names], tiers)
+        answers: list[Evicted] = []
+        self.cache.evict([key_of(name) for name in names], tiers, answers.append)
+        (done,) = answers  # at once: these are few
         return done.objects, done.nbytes, done.skipped
 
     def node(self, name: object) -> Node | None:
@@ -236,7 +242,7 @@ class Rig:
 @pytest.fixture
 def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
     """make_rig(pages=16, disk=bytes or None, redis=False) gives a Rig."""
-    monkeypatch.setattr(tier_io, "ThreadPoolExecutor", Steps)
+    monkeypatch.setattr(tier_io, "Workers", Steps)
     rigs: list[Rig] = []
 
     def make(**options: Any) -> Rig:

@@ -54,7 +54,14 @@ def by_hand(tensors: dict[str, Any], names: list[str], header_end: bytes = b"", 
 
 
 def test_the_digest_is_the_same_for_ever(tmp_path: Path) -> None:
-    assert adapter_digest(write(tmp_path)) == "63672625e629382d9faa27163ec8e3a47cb68e7711192d9d5ec6a7e96876c2c0"
+    assert adapter_digest(write(tmp_path)) == "28bc7871683f321e813b91e66a503ac0f1bc9b363e7da96ddcad9bfdfdcad974"
+
+
+def test_what_is_left_out_is_what_peft_takes_for_it(tmp_path: Path) -> None:
+    short = {key: CONFIG[key] for key in ("peft_type", "r", "lora_alpha")}
+    assert adapter_digest(write(tmp_path / "a")) == adapter_digest(write(tmp_path / "b", short))
+    null = {**short, "use_rslora": None, "rank_pattern": None}
+    assert adapter_digest(write(tmp_path / "a")) == adapter_digest(write(tmp_path / "c", null))
 
 
 def test_path_name_and_leftovers_of_training_do_not_matter(tmp_path: Path) -> None:

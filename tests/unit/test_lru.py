@@ -152,7 +152,7 @@ def test_the_least_recently_used_goes_first_and_no_more_than_needed() -> None:
 def test_a_chain_goes_from_its_end() -> None:
     tree = Tree()
     nodes = [tree.store(number, number - 1 if number else None) for number in range(4)]
-    tree.index.leading([key(number) for number in range(4)])
+    tree.index.leading([key(number) for number in range(4)], 1 << Tier.CPU)
     assert tree.policies[Tier.CPU].victims(3, ()) == nodes[:0:-1]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from loracache import tier_io
 from loracache.leases import Writing
+from loracache.keys import checksum
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
@@ -101,7 +102,7 @@ def test_what_arrives_after_its_lease_ended_is_kept_but_not_handed_out(rig_of: M
 
 @pytest.mark.parametrize(
     ("outcome", "stays"),
-    [(Outcome.MISS, False), (Outcome.CORRUPT, False), (Outcome.FAILED, True), (Outcome.UNAVAILABLE, True)],
+    [(Outcome.MISS, False), (Outcome.CORRUPT, False), (Outcome.FAILED, True), (Outcome.UNAVAILABLE, False)],
 )
 def test_a_failed_load_is_a_counted_miss(rig_of: Make, outcome: Outcome, stays: bool) -> None:
     rig = rig_of(disk=1 << 20)
@@ -112,9 +113,55 @@ def test_a_failed_load_is_a_counted_miss(rig_of: Make, outcome: Outcome, stays: 
     assert rig.arena.free_bytes == rig.arena.size
     assert bool(rig.cache.lookup(keys(rig, "a"))) == stays
     del rig.disk.fails["load"]
-    if not stays:
+    if outcome in (Outcome.MISS, Outcome.CORRUPT):
         rig.disk.lose(rig.info("a").key)
-        assert rig.store("a") == ""
+    assert rig.store("a") == ""  # computed anew, it is wanted anew
+    rig.settle()
+    assert rig.cache.lookup(keys(rig, "a")) == [Tier.CPU]
+    assert rig.cache.audit() == []
+
+
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.UNAVAILABLE])
+def test_what_was_computed_anew_takes_the_place_of_what_could_not_be_read(
+    rig_of: Make, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(tier_io, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    rig = rig_of(disk=1 << 20)
+    on_disk_only(rig, "ab")
+    rig.disk.fails["load"] = outcome
+    rig.get("a")
+    del rig.disk.fails["load"]
+    writing = rig.reserve("a", lease=b"again")
+    other = bytes(PAGE)  # another computation, other rounding
+    rig.put(writing.extents, other)
+    assert rig.cache.commit(1, b"again", [(writing.info.key, checksum([other]))]) == [""]
+    rig.settle()
+    now[0] += 60
+    rig.later(60)
+    rig.settle()
+    answers = rig.acquire("a")
+    rig.settle()
+    assert rig.read(answers[0]) == other
+    rig.release()
+    written = outcome is Outcome.FAILED  # a disk that is left alone is not written to either
+    assert rig.cache.lookup(keys(rig, "ab")) == [Tier.CPU, Tier.DISK]
+    rig.evict("a")
+    assert rig.cache.lookup(keys(rig, "ab")) == ([Tier.DISK, Tier.DISK] if written else [])
+    assert len(rig.disk.held()) == 1 + written
+    assert rig.cache.disk.used == len(rig.disk.held()) * rig.disk.footprint(PAGE)
+
+
+def test_a_disk_that_is_left_alone_is_no_hit_and_redis_is_asked_instead(rig_of: Make) -> None:
+    rig = rig_of(disk=1 << 20, redis=True)
+    rig.chain("a", "b")
+    rig.settle()
+    rig.evict("a")
+    rig.disk.fails["load"] = Outcome.UNAVAILABLE
+    assert rig.get("a") == "disk_unavailable"
+    assert rig.cache.lookup(keys(rig, "ab")) == []
+    assert rig.get("a") == rig.payload("a")
+    assert rig.count("load.redis.objects") == 1
 
 
 def test_a_corrupt_object_on_disk_is_deleted_and_its_children_are_reached_again_later(rig_of: Make) -> None:

@@ -20,7 +20,7 @@ from loracache.protocol import HEADER, MAX_FRAME, OPERATIONS, Frames, Greeting, 
 keys = st.integers(0, 5).flatmap(lambda count: st.binary(min_size=32 * count, max_size=32 * count))
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "checksums": st.lists(st.integers(0, 2**64 - 1), max_size=5),
-    "counts": st.dictionaries(st.text(max_size=64), st.integers(0, 2**32 - 1), max_size=5),
+    "counts": st.dictionaries(st.text("az09._", min_size=1, max_size=64), st.integers(0, 2**32 - 1), max_size=5),
     "descriptor": st.text(max_size=100),
     "group": st.integers(1, 4096),
     "keys": keys,
@@ -41,7 +41,7 @@ EXAMPLES: dict[str, Any] = {
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
-    "counts": [None, [], {"a": -1}, {"a": 2**63}, {"a": True}, {1: 1}, {"a" * 65: 1}, {str(n): 1 for n in range(65)}],
+    "counts": [None, [], {"a": -1}, {"a": 2**63}, {"a": True}, {1: 1}, {"a" * 65: 1}, {"": 1}, {"A b": 1}, {str(n): 1 for n in range(65)}],
     "descriptor": [None, b"{}", "x" * (1 << 17)],
     "group": [0, -1, 4097, 1.0, True, "1"],
     "keys": [None, "x" * 32, bytes(31), [bytes(32)]],

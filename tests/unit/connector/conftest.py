@@ -32,6 +32,9 @@ class ScriptedLink:
         self.counts: Counter[str] = Counter()
         self._asked: dict[int, Any] = {}
 
+    def begin(self) -> None:
+        pass
+
     def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
         if not self.connected:
             return 0

@@ -21,8 +21,9 @@ def fast_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "_RETRY_S", 0.05)
 
 
-def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence: None) -> None:
+def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence: None, eventually: Any) -> None:
     link = SchedulerLink(daemon().url)
+    eventually(lambda: link.begin() or link.connected, "the daemon greets")
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     assert number
     time.sleep(0.2)
@@ -35,7 +36,7 @@ def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence:
 def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_silence: None, eventually: Any) -> None:
     running = daemon()
     link = SchedulerLink(running.url)
-    link.connect()
+    eventually(lambda: link.begin() or link.connected, "the daemon greets")
     running.send(signal.SIGSTOP)
     first = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     forgotten = link.ask_lookup(LEASE, KEYS, 1, 5.0)
@@ -61,7 +62,7 @@ def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
 ) -> None:
     running = daemon()
     link = SchedulerLink(running.url)
-    link.connect()
+    eventually(lambda: link.begin() or link.connected, "the daemon greets")
     running.send(signal.SIGSTOP)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     running.stop(signal.SIGKILL)
@@ -77,9 +78,23 @@ def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
 
 def test_an_adapter_that_cannot_be_hashed_has_no_digest(daemon: Any, eventually: Any, tmp_path: Any) -> None:
     link = SchedulerLink(daemon().url)
-    number = link.ask_adapter(str(tmp_path))
-    assert number
+    number = eventually(lambda: link.ask_adapter(str(tmp_path)), "the daemon is asked")
     done, digest = eventually(lambda: answer if (answer := link.answer_adapter(number))[0] else None)
     assert done
     assert digest is None
+    link.close()
+
+
+def test_a_daemon_that_hangs_before_it_greets_costs_milliseconds(
+    daemon: Any, fast_silence: None, eventually: Any
+) -> None:
+    running = daemon()
+    running.send(signal.SIGSTOP)
+    link = SchedulerLink(running.url)
+    started = time.monotonic()
+    assert [link.ask_lookup(LEASE, KEYS, 1, 5.0) for _ in range(50)] == [0] * 50
+    assert time.monotonic() - started < 1.0  # a connection that is waited for takes two seconds
+    assert not link.connected
+    running.send(signal.SIGCONT)
+    eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the daemon is asked as soon as it greets")
     link.close()

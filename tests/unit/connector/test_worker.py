@@ -141,11 +141,12 @@ def test_facts_and_failures_are_news_once(daemon: Any, make_side: Any) -> None:
 
 
 def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody() -> None:
-    one = WorkerNews({1: OLD, 2: OLD}, {"x": 1}, [Facts("a", "l", 1)])
-    other = WorkerNews({1: NEW, 3: NEW}, {"x": 2, "y": 1}, [Facts("b", "l", 1)])
+    one = WorkerNews({1: OLD, 2: OLD}, {"x": 1}, {"p"}, [Facts("a", "l", 1)])
+    other = WorkerNews({1: NEW, 3: NEW}, {"x": 2, "y": 1}, {"q"}, [Facts("b", "l", 1)])
     both = one.aggregate(other)
     assert both.adapters == {1: "", 2: OLD, 3: NEW}
     assert both.failures == {"x": 3, "y": 1}
+    assert both.unstored == {"p", "q"}
     assert [fact.shard for fact in both.facts] == ["a", "b"]
 
 

@@ -1,0 +1,107 @@
+"""Takes objects out of tiers because somebody asked for it, a slice at a time, so that no request waits behind it.
+
+Children go before their parents. What is leased or pinned stays, and its ancestors with it. Threading: the cache's
+thread, between whose other calls the slices run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from loracache.disk_tier import DiskTier
+from loracache.index import Index, Node
+from loracache.storage_backends.base import Kind
+from loracache.tier_io import Post, TierIO
+from loracache.tiers import Tier
+
+__all__ = ["Evicted", "Remover"]
+
+_SLICE = 500  # objects between two looks at the socket: a few milliseconds
+
+
+@dataclass(slots=True)
+class Evicted:
+    """What an eviction did: objects and bytes that left, objects skipped because of a lease, a pin or a kept child."""
+
+    objects: int = 0
+    nbytes: int = 0
+    skipped: int = 0
+
+
+class Remover:
+    """Evicts by key. leave_arena(node) takes one object out of the arena."""
+
+    def __init__(
+        self, index: Index, post: Post, leave_arena: Callable[[Node], None], disk: DiskTier | None, redis: TierIO | None
+    ) -> None:
+        self._index = index
+        self._post = post
+        self._leave_arena = leave_arena
+        self._disk = disk
+        self._redis = redis
+
+    def remove(self, keys: Sequence[bytes], tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
+        """Take `keys` and all their descendants out of `tiers`. The first slice goes at once: where the objects are
+        few, they are gone and `done` was called when this returns.
+        """
+        if Tier.REDIS in tiers and self._redis is not None:
+            self._redis.delete(list(dict.fromkeys(keys)))  # the index does not know all that Redis holds
+        roots = [node for node in map(self._index.get, keys) if node is not None]
+        self._run(self._slices(roots), tiers, Evicted(), done)
+
+    def remove_all(self, tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
+        """Take everything that is there now out of `tiers` (out of Redis: what the index knows of)."""
+        self._run(self._slices([node for node in self._index if node.parent is None]), tiers, Evicted(), done)
+
+    def _slices(self, roots: Iterable[Node]) -> Iterator[list[Node]]:
+        seen: set[Node] = set()
+        part: list[Node] = []
+        for root in _narrow(roots):
+            part += self._index.subtree(root, seen)
+            if len(part) >= _SLICE:
+                yield part
+                part = []
+        yield part
+
+    def _run(
+        self, slices: Iterator[list[Node]], tiers: Collection[Tier], total: Evicted, done: Callable[[Evicted], None]
+    ) -> None:
+        nodes = next(slices)
+        if Tier.REDIS in tiers and self._redis is not None and nodes:
+            self._redis.delete([node.key for node in nodes])
+        if Tier.CPU in tiers:
+            for node in self._going(nodes, Tier.CPU, total):
+                self._leave_arena(node)
+        if Tier.DISK in tiers and self._disk is not None:
+            self._disk.evict(self._going(nodes, Tier.DISK, total))
+        if len(nodes) < _SLICE:  # the last
+            done(total)
+        else:
+            self._post(lambda: self._run(slices, tiers, total, done))
+
+    @staticmethod
+    def _going(nodes: Sequence[Node], tier: Tier, total: Evicted) -> Iterator[Node]:
+        """Those that may go, one by one: a node may when its last child has gone."""
+        for node in nodes:
+            if not node.held_in(tier):
+                continue
+            if node.children[tier] or node.pins >> tier & 1 or (tier is Tier.CPU and node.leases):
+                total.skipped += 1  # and its write, where one is queued, stays queued
+                continue
+            total.objects += 1
+            total.nbytes += node.size
+            yield node
+
+
+def _narrow(roots: Iterable[Node]) -> Iterator[Node]:
+    """The same roots, but an adapter's chains one by one and before the adapter itself: there may be very many."""
+    for root in roots:
+        if root.kind is Kind.LORA:
+            children = []
+            child = root.first_child
+            while child is not None:
+                children.append(child)
+                child = child.next_sibling
+            yield from children
+        yield root
