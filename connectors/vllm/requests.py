@@ -21,21 +21,23 @@ __all__ = ["RequestState"]
 class RequestState:
     """One request from its arrival to its end.
 
-    chunk_keys: keys of its whole chunks, grown as tokens are confirmed. hits: tiers of its leading chunks, as last
-    answered. blocks: the engine's blocks, in order. stored: chunks offered to the store so far; the next are offered
-    after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache held. loading: vLLM waits
-    for its load. loaded: its load is done and it has not computed since.
+    cacheable: its KV may be stored and loaded. reads: and is wanted to be loaded. chunk_keys: keys of its whole chunks,
+    grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered. blocks: the engine's blocks, in
+    order. stored: chunks offered to the store so far; the next are offered after store_after (monotonic seconds).
+    local_tokens: what the engine's own prefix cache held. loading: vLLM waits for its load. loaded: its load is done
+    and it has not computed since.
     """
 
     __slots__ = (
         "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "first_step", "has_stored", "hits", "lease",
-        "leased", "load_tiers", "loaded", "loading", "local_tokens", "namespace", "parked_since", "question", "request",
-        "store_after", "stored",
+        "leased", "load_tiers", "loaded", "loading", "local_tokens", "namespace", "parked_since", "question", "reads",
+        "request", "store_after", "stored",
     )  # fmt: skip
 
-    def __init__(self, request: Request, cacheable: bool) -> None:
+    def __init__(self, request: Request, *, cacheable: bool, reads: bool) -> None:
         self.request = request
         self.cacheable = cacheable
+        self.reads = reads
         self.lease = os.urandom(16)
         self.leased = False
         self.namespace: Namespace | None = None

@@ -113,7 +113,9 @@ class SchedulerSide:
         """Send the question; nobody waits for its answer."""
         if not self.on:
             return
-        state = self._requests[request.request_id] = RequestState(request, _cacheable(request))
+        state = self._requests[request.request_id] = RequestState(
+            request, cacheable=_cacheable(request), reads=self._may_load and _reads(request)
+        )
         if (
             state.cacheable
             and request.lora_request is not None
@@ -131,7 +133,7 @@ class SchedulerSide:
             self.on_new_request(request)
             state = self._requests[request.request_id]
         state.local_tokens = num_computed
-        if not state.cacheable or not self._may_load or request.skip_reading_prefix_cache:
+        if not state.cacheable or not state.reads:
             return 0, False
         if (
             request.lora_request is not None
@@ -277,7 +279,7 @@ class SchedulerSide:
         self._extend_keys(state)
         if state.answered_at is not None:
             return True
-        if not self._may_load or state.request.skip_reading_prefix_cache:
+        if not state.reads:
             return False
         if not state.question:
             if not state.chunk_keys:
@@ -379,6 +381,12 @@ def _cacheable(request: Request) -> bool:
     if getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None:
         return False
     return getattr(request, "pooling_params", None) is None and not getattr(request, "resumable", False)
+
+
+def _reads(request: Request) -> bool:
+    """Not where every token of the prompt must be computed, to know its logprobs."""
+    params = request.sampling_params
+    return not request.skip_reading_prefix_cache and (params is None or params.prompt_logprobs is None)
 
 
 def _uses_draft_kv(config: Any) -> bool:

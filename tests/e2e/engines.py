@@ -36,6 +36,7 @@ class Answer:
     cached: int
     ttft: float
     reason: str
+    logprobs: int = 0
     error: str = ""
     aborted: bool = False
 
@@ -78,7 +79,7 @@ class Engine:
         lora: Adapter | None = None,
         salt: str = "",
         max_tokens: int = 8,
-        prompt_logprobs: bool = False,
+        prompt_logprobs: int | None = None,
     ) -> int:
         """Send a request; `result` waits for its answer."""
         call = next(self._calls)
@@ -95,7 +96,7 @@ class Engine:
         answer = self._wait(call, seconds)
         return Answer(
             answer.get("tokens", []), answer.get("cached") or 0, answer.get("ttft") or 0.0, answer.get("reason", ""),
-            answer.get("error", ""), answer.get("aborted", False),
+            answer.get("logprobs", 0), answer.get("error", ""), answer.get("aborted", False),
         )  # fmt: skip
 
     def ask(self, tokens: list[int], **options: Any) -> Answer:

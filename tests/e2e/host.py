@@ -25,9 +25,8 @@ async def generate(engine, command):
     if command.get("salt"):
         prompt["cache_salt"] = command["salt"]
     params = SamplingParams(temperature=0, max_tokens=command.get("max_tokens", 8), ignore_eos=True)
-    if command.get("prompt_logprobs"):
-        params.prompt_logprobs = 1
-        params.detokenize = False  # vLLM's front end dies of a token id that it cannot decode
+    # Set afterwards, it escapes the rule of SamplingParams that such a request reads no cache: the connector must see.
+    params.prompt_logprobs = command.get("prompt_logprobs")
     lora = command.get("lora")
     request = (
         LoRARequest(lora["name"], lora["id"], lora["path"], load_inplace=lora.get("inplace", False)) if lora else None
@@ -40,6 +39,7 @@ async def generate(engine, command):
     return {
         "tokens": list(output.outputs[0].token_ids),
         "cached": output.num_cached_tokens,
+        "logprobs": len(output.prompt_logprobs or ()),
         "ttft": first,
         "reason": output.outputs[0].finish_reason,
     }

@@ -115,6 +115,18 @@ def test_the_next_turn_of_a_chat_hits_what_was_decoded(serving: Any, prompts: Ca
     assert serving.engine.ask(history).tokens == second.tokens
 
 
+def test_prompt_logprobs_compute_everything_and_take_no_lease(
+    serving: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    tokens = prompts(400)
+    serving.engine.ask(tokens)
+    stored(serving.daemon)
+    again = serving.engine.ask(tokens, prompt_logprobs=1)
+    assert again.cached == 0
+    assert again.logprobs == len(tokens)
+    assert serving.daemon.status()["leases"] == 0
+
+
 def test_requests_side_by_side_get_their_own_kv(serving: Any, prompts: Callable[[int], list[int]]) -> None:
     shared = prompts(300)
     many = [shared + prompts(150) for _ in range(8)]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from loracache import tier_io
-from loracache.leases import Writing
 from loracache.keys import checksum
+from loracache.leases import Writing
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 

@@ -41,7 +41,18 @@ EXAMPLES: dict[str, Any] = {
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
-    "counts": [None, [], {"a": -1}, {"a": 2**63}, {"a": True}, {1: 1}, {"a" * 65: 1}, {"": 1}, {"A b": 1}, {str(n): 1 for n in range(65)}],
+    "counts": [
+        None,
+        [],
+        {"a": -1},
+        {"a": 2**63},
+        {"a": True},
+        {1: 1},
+        {"a" * 65: 1},
+        {"": 1},
+        {"A b": 1},
+        {str(n): 1 for n in range(65)},
+    ],
     "descriptor": [None, b"{}", "x" * (1 << 17)],
     "group": [0, -1, 4097, 1.0, True, "1"],
     "keys": [None, "x" * 32, bytes(31), [bytes(32)]],
