@@ -5,7 +5,7 @@
 
 The braces put all of an object into one cluster slot. Redis may evict any of these keys at any time: a missing header
 is a MISS, a missing segment too, and then the rest is deleted. The bytes go between the sockets and the caller's
-buffers without a copy (resp.py), two commands in flight.
+buffers without a copy (resp.py), two segments in flight.
 
 Where the connection is lost (redis_connections.py), the items without an answer are UNAVAILABLE, and the next call
 connects anew. A call waits at most `timeout_s` for a server that went silent. Error replies concern one item each.
@@ -163,6 +163,7 @@ class _Batch(ABC):
         self.transfers = transfers
         self.results: list[Result | None] = [None] * len(transfers)
         self.missing = [0] * len(transfers)  # segments of each item that are not through yet
+        self.headers: deque[_Command] = deque()  # ready to be sent
         self.remains: list[tuple[bytes, int, int]] = []  # what to unlink when all answers are in
         for item, transfer in enumerate(transfers):
             if fault := header.transfer_fault(transfer):
@@ -173,25 +174,36 @@ class _Batch(ABC):
         """Fills `results` as far as the connection lasts."""
 
     @abstractmethod
-    def next_command(self) -> _Command | None:
-        """What to send now; None while there is nothing."""
+    def next_segment(self) -> _Command | None:
+        """The next segment to ask for or to send; None where there is none left."""
 
     @abstractmethod
     def answered(self, sent: _Command, reply: Reply) -> None:
         """Takes the answer to a command."""
 
     def pump(self, wire: Wire) -> None:
-        """Keeps WINDOW commands in flight until there is nothing left to send and to receive."""
+        """Keeps WINDOW segments in flight until there is nothing left to send and to receive. Headers travel with the
+        next segment: they are too small to be worth a system call and a wait of their own.
+        """
         flying: deque[_Command] = deque()
+        segments = 0
         while True:
-            while len(flying) < WINDOW and (upcoming := self.next_command()) is not None:
-                wire.send(upcoming.parts)
-                flying.append(upcoming)
+            while segments < WINDOW and (upcoming := self._upcoming()):
+                wire.send([part for each in upcoming for part in each.parts])
+                flying.extend(upcoming)
+                segments += sum(not each.is_header for each in upcoming)
             if not flying:
                 break
             sent = flying.popleft()
+            segments -= not sent.is_header
             self.answered(sent, wire.reply() if sent.target is None else wire.reply_into(sent.target))
         self.backend.unlink(wire, self.remains)
+
+    def _upcoming(self) -> list[_Command]:
+        segment = self.next_segment()
+        upcoming = [*self.headers, *([segment] if segment is not None else ())]
+        self.headers.clear()
+        return upcoming
 
     def fail(self, item: int, outcome: Outcome, detail: str, segment_bytes: int) -> None:
         """Gives an item up and has what Redis holds of it removed."""
@@ -204,30 +216,21 @@ class _Load(_Batch):
     def __init__(self, backend: RedisBackend, transfers: Sequence[Transfer]) -> None:
         super().__init__(backend, transfers)
         self._headers: dict[int, header.Header] = {}
-        self._commands = self._gets()
+        self._commands: Iterator[_Command] = iter(())
 
     def run(self, wire: Wire) -> None:
         answer = self.backend.ask(wire, [transfer.info.key for transfer in self.transfers])
         if isinstance(answer, ErrorReply):
             self.results = [result or _refusal(answer) for result in self.results]
             return
-        for item, (transfer, raw) in enumerate(zip(self.transfers, answer, strict=True)):
-            if self.results[item] is not None:
-                continue
-            found = _read_header(transfer.info.key, raw)
-            if found is None:
-                self.results[item] = Result(Outcome.MISS)
-            elif isinstance(found, str):
-                self.fail(item, Outcome.CORRUPT, found, self.backend.segment_bytes)
-            elif fault := header.header_fault(found, transfer.info):
-                self.fail(item, Outcome.CORRUPT, fault, found.segment_bytes)
-            else:
-                self._headers[item] = found
+        self._commands = self._gets(answer)
         self.pump(wire)
 
-    def _gets(self) -> Iterator[_Command]:
-        for item, found in self._headers.items():
-            transfer = self.transfers[item]
+    def _gets(self, raw_headers: Sequence[Reply]) -> Iterator[_Command]:
+        """Headers are read one by one, while the segments of the objects before are on their way."""
+        for item, (transfer, raw) in enumerate(zip(self.transfers, raw_headers, strict=True)):
+            if self.results[item] is not None or (found := self._take_header(item, raw)) is None:
+                continue
             runs = list(pieces(transfer.buffers, found.info.size, found.segment_bytes))
             self.missing[item] = len(runs)
             if not runs:
@@ -237,7 +240,22 @@ class _Load(_Batch):
                     break
                 yield _Command(item, [command(b"GET", self.backend.segment_key(found.info.key, number))], run)
 
-    def next_command(self) -> _Command | None:
+    def _take_header(self, item: int, raw: Reply) -> header.Header | None:
+        """The item's header where it is as expected; else the item has its result."""
+        info = self.transfers[item].info
+        found = _read_header(info.key, raw)
+        if found is None:
+            self.results[item] = Result(Outcome.MISS)
+        elif isinstance(found, str):
+            self.fail(item, Outcome.CORRUPT, found, self.backend.segment_bytes)
+        elif fault := header.header_fault(found, info):
+            self.fail(item, Outcome.CORRUPT, fault, found.segment_bytes)
+        else:
+            self._headers[item] = found
+            return found
+        return None
+
+    def next_segment(self) -> _Command | None:
         return next(self._commands, None)
 
     def answered(self, sent: _Command, reply: Reply) -> None:
@@ -268,7 +286,6 @@ class _Load(_Batch):
 class _Store(_Batch):
     def __init__(self, backend: RedisBackend, transfers: Sequence[Transfer]) -> None:
         super().__init__(backend, transfers)
-        self._ready: deque[_Command] = deque()  # headers of items whose segments are all in
         self._segments = self._sets()
 
     def run(self, wire: Wire) -> None:
@@ -286,7 +303,7 @@ class _Store(_Batch):
             runs = list(pieces(transfer.buffers, info.size, self.backend.segment_bytes))
             self.missing[item] = len(runs)
             if not runs:
-                yield self._header(item)
+                self.headers.append(self._header(item))
             for number, run in enumerate(runs):
                 if self.results[item] is not None:
                     break
@@ -300,8 +317,8 @@ class _Store(_Batch):
         )
         return _Command(item, [command(b"SET", self.backend.header_key(info.key), raw)], is_header=True)
 
-    def next_command(self) -> _Command | None:
-        return self._ready.popleft() if self._ready else next(self._segments, None)
+    def next_segment(self) -> _Command | None:
+        return next(self._segments, None)
 
     def answered(self, sent: _Command, reply: Reply) -> None:
         item = sent.item
@@ -317,7 +334,7 @@ class _Store(_Batch):
         else:
             self.missing[item] -= 1
             if not self.missing[item]:
-                self._ready.append(self._header(item))
+                self.headers.append(self._header(item))
 
 
 def _read_header(key: bytes, raw: Reply) -> header.Header | str | None:
