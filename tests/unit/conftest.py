@@ -58,6 +58,7 @@ class FaultyBackend(MemoryBackend):
         super().__init__()
         self.fails: dict[str, Outcome] = {}
         self.stored: list[bytes] = []
+        self.deletions: list[list[bytes]] = []  # one entry a call
         self.most_bytes = 0
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
@@ -76,6 +77,10 @@ class FaultyBackend(MemoryBackend):
         ]
         self.most_bytes = max(self.most_bytes, self._used)
         return results
+
+    def delete(self, keys: Sequence[bytes]) -> list[Result]:
+        self.deletions.append(list(keys))
+        return self._failed("delete", len(keys)) or super().delete(keys)
 
     def _failed(self, what: str, count: int) -> list[Result]:
         return [Result(self.fails[what], detail="on order")] * count if what in self.fails else []
@@ -100,9 +105,11 @@ def payload_of(key: bytes, size: int) -> bytes:
 
 
 class Rig:
-    """The cache, its clock, its backends, and what a client does in one call each. Objects are named by anything."""
+    """The cache, its clock, its backends, and what a client does in one call each. Objects are named by anything.
+    scanned: whether the disk was read already that an earlier run left.
+    """
 
-    def __init__(self, pages: int = 16, disk: int | None = None, redis: bool = False) -> None:
+    def __init__(self, pages: int = 16, disk: int | None = None, redis: bool = False, scanned: bool = True) -> None:
         self.now = 0.0
         self.posted: deque[Callable[[], None]] = deque()
         self.disk = FaultyBackend() if disk is not None else None
@@ -116,7 +123,7 @@ class Rig:
             redis=self.redis,
             clock=lambda: self.now,
         )
-        if self.cache.disk is not None:
+        if self.cache.disk is not None and scanned:
             self.cache.disk.adopted_all([])
 
     def close(self) -> None:
@@ -241,7 +248,7 @@ class Rig:
 
 @pytest.fixture
 def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
-    """make_rig(pages=16, disk=bytes or None, redis=False) gives a Rig."""
+    """make_rig(pages=16, disk=bytes or None, redis=False, scanned=True) gives a Rig."""
     monkeypatch.setattr(tier_io, "Workers", Steps)
     rigs: list[Rig] = []
 
@@ -252,3 +259,24 @@ def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
     yield make
     for rig in rigs:
         rig.close()
+
+
+@pytest.fixture
+def rig_of(make_rig: Callable[..., Rig]) -> Iterator[Callable[..., Rig]]:
+    """make_rig, and at the end everything settles with every page held once or free, no more on disk than allowed, and
+    all that is on disk counted.
+    """
+    rigs: list[Rig] = []
+
+    def make(**options: Any) -> Rig:
+        rigs.append(make_rig(**options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.settle()
+        assert rig.cache.audit() == []
+        assert [len(thread.queue) for thread in rig.threads()] == [0] * len(rig.threads())
+        if rig.disk is not None and rig.cache.disk is not None:
+            assert rig.disk.most_bytes <= rig.cache.disk.limit
+            assert rig.cache.disk.used == sum(info.size for info in rig.disk.held().values())

@@ -158,6 +158,25 @@ def test_pins_keep_and_evictions_report(client: CacheClient, namespace: bytes) -
     assert client.lookup(keys).hits == 0
 
 
+@pytest.mark.parametrize("ttl", [0, 0.0, -1, 3600.1, 4000, float("nan"), float("inf")])
+def test_a_pins_time_that_is_none_is_refused_with_its_value(client: CacheClient, namespace: bytes, ttl: float) -> None:
+    keys = fresh_keys(1)
+    store(client, namespace, keys)
+    with pytest.raises(UsageError, match=rf"ttl={ttl} must be seconds, more than 0 and at most 3600; leave it out"):
+        client.pin(keys, ttl=ttl)
+    assert client.connection.connected
+    assert client.unpin(keys) == 0  # nothing was pinned, least of all for ever
+
+
+def test_a_pin_ends_with_its_time(client: CacheClient, namespace: bytes, eventually: Callable[..., Any]) -> None:
+    keys = fresh_keys(2)
+    store(client, namespace, keys)
+    assert client.pin(keys[1:], ttl=3600) == 1
+    assert client.evict(keys[1:], tiers=["cpu"]) == (0, 0, 1)
+    assert client.pin(keys[1:], ttl=0.01) == 1
+    eventually(lambda: client.evict(keys[1:], tiers=["cpu"]) == (1, 5000, 0), "the pin is over")
+
+
 def test_an_object_whose_bytes_changed_is_reported_and_served_no_more(client: CacheClient, namespace: bytes) -> None:
     (key,) = fresh_keys(1)
     store(client, namespace, [key])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import pytest
 
 from loracache import CacheClient
 from loracache.connection import socket_path
+from loracache.connectors.vllm import private
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import ensure_private_daemon, private_server
 from loracache.errors import ConfigError
@@ -53,6 +56,23 @@ def test_the_address_is_the_engines_and_fits_a_socket(home: Path) -> None:
     assert private_server("same") == private_server("same")
     for server in (one, two):
         assert len(os.fsencode(socket_path(server))) <= 107
+
+
+def test_where_the_runtime_folder_is_too_deep_the_address_is_in_the_temporary_one(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = short_tmp / ("x" * 100)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_tmp))
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp / "tmp"))
+    assert socket_path(private_server("e")) == f"{short_tmp}/loracache-{os.getuid()}/e.sock"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    assert socket_path(private_server("e")) == f"{short_tmp}/tmp/loracache-{os.getuid()}/e.sock"
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(ConfigError, match=rf"TMPDIR='{deep}' is too long .* set XDG_RUNTIME_DIR to a shorter one"):
+        private_server("e")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR"):
+        private_server("e")
 
 
 def test_many_at_once_start_one_daemon_that_ends_with_its_last_client(home: Path, eventually: Any) -> None:
@@ -98,6 +118,50 @@ def test_asking_whether_it_runs_does_not_end_it(home: Path) -> None:
     assert len(processes(home)) == 1
     with CacheClient(server) as client:
         assert client.status()["connections"] == 1
+
+
+def test_who_connects_and_never_says_who_it_is_keeps_no_daemon_alive(home: Path, eventually: Any) -> None:
+    server = private_server("silent")
+    ensure_private_daemon(server, SMALL)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(socket_path(server))
+        with CacheClient(server) as client:
+            eventually(lambda: client.status()["connections"] == 2, "both are there")
+        eventually(lambda: not processes(home), "the daemon ends")
+
+
+def test_the_end_of_one_who_never_said_who_it_was_ends_no_daemon_that_has_a_client(home: Path, eventually: Any) -> None:
+    server = private_server("kept")
+    ensure_private_daemon(server, SMALL)
+    with CacheClient(server) as client:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(socket_path(server))
+            eventually(lambda: client.status()["connections"] == 2, "both are there")
+        eventually(lambda: client.status()["connections"] == 1, "the silent one has left")
+        uptime: Any = client.status()["uptime_s"]
+        eventually(lambda: float(str(client.status()["uptime_s"])) > uptime + 1.5, "longer than a daemon lingers")
+        assert len(processes(home)) == 1
+
+
+def test_a_daemon_that_logs_nothing_is_found_ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = private._DETACH.replace("sys.argv[1:])", "[*sys.argv[1:], '--log-level', 'error'])")
+    assert quiet != private._DETACH
+    monkeypatch.setattr(private, "_DETACH", quiet)
+    server = private_server("quiet")
+    ensure_private_daemon(server, SMALL)
+    with CacheClient(server) as client:
+        assert client.lookup([]).hits == 0
+    assert Path(f"{socket_path(server)}.log").read_text() == ""
+
+
+def test_settings_of_the_engines_environment_are_not_its_daemons(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORACACHE_LOG_LEVEL", "nonsense")
+    monkeypatch.setenv("LORACACHE_MEMORY", "9000GiB")
+    server = private_server("own")
+    ensure_private_daemon(server, SMALL)
+    with CacheClient(server) as client:
+        tiers: Any = client.status()["tiers"]
+        assert tiers["cpu"]["limit_bytes"] == 16 << 20
 
 
 def test_a_stale_socket_file_is_no_daemon(home: Path, eventually: Any) -> None:

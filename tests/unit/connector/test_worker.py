@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Set
@@ -269,3 +270,87 @@ def test_what_another_adapter_computed_is_not_stored(daemon: Any, make_side: Any
     step(side, 7, stores=[store("b", os.urandom(32), 0, adapter=AdapterBinding(1, NEW), first_step=6)])
     idle(side, eventually)
     assert running.status()["tiers"]["cpu"]["objects"] == 1
+
+
+# -- weights changed in place ------------------------------------------------------------------------------------------
+
+
+def loaded(side: WorkerSide, eventually: Any, key: bytes, *blocks: int) -> None:
+    """Request "a" has loaded `key`, and vLLM knows."""
+    step(side, 1, stores=[store("s", key, 0)])
+    idle(side, eventually)
+    step(side, 2, loads=[load("a", key, *blocks)])
+    assert finished(side, eventually) == (set(), {"a"})
+    assert side.take_load_errors() == set()
+    assert side.take_news().failures == {}
+
+
+@pytest.mark.parametrize("first_runs", [set(), {"a"}])
+def test_a_void_load_that_was_reported_fails_in_that_very_step(
+    daemon: Any, make_side: Any, eventually: Any, first_runs: set[str]
+) -> None:
+    side = make_side(daemon().url)
+    loaded(side, eventually, os.urandom(32), 5)
+    step(side, 3, void={"a", "nobody"}, first_runs=first_runs)
+    assert side.take_finished() == (set(), set())  # reported before
+    assert side.take_load_errors() == {5}
+    assert side.take_news().failures == {"load.reset": 1}
+    step(side, 4, first_runs={"a"})
+    assert side.take_load_errors() == set()
+    assert not side._void
+
+
+def test_a_void_load_that_is_done_and_not_reported_is_reported_as_failed(
+    daemon: Any, make_side: Any, eventually: Any
+) -> None:
+    side = make_side(daemon().url)
+    key = os.urandom(32)
+    step(side, 1, stores=[store("s", key, 0)])
+    idle(side, eventually)
+    step(side, 2, loads=[load("a", key, 5), load("b", key, 6)])
+    eventually(lambda: len(side._done_loads) == 2, "the loads are done")
+    step(side, 3, void={"a"})
+    assert side.take_load_errors() == set()  # not before vLLM hears that it is done
+    assert side.take_finished() == (set(), {"a", "b"})
+    assert side.take_load_errors() == {5}
+
+
+def test_a_void_load_under_way_fails_whole_with_its_end(daemon: Any, make_side: Any, eventually: Any) -> None:
+    running = daemon()
+    side = make_side(running.url, load_timeout=60)
+    keys = [os.urandom(32) for _ in range(2)]
+    step(side, 1, stores=[store("s", keys[0], 0), store("s", keys[1], 1)])
+    idle(side, eventually)
+    running.send(signal.SIGSTOP)
+    step(side, 2, loads=[Load("a", (chunk(keys[0], 5), chunk(keys[1], 6)), None, 1), load("b", keys[0], 7)])
+    step(side, 3, void={"a"})
+    assert side.take_finished() == (set(), set())
+    assert side.take_load_errors() == set()
+    running.send(signal.SIGCONT)
+    reported: set[str] = set()
+    eventually(lambda: reported.update(side.take_finished()[1]) or len(reported) == 2)
+    assert side.take_load_errors() == {5, 6}  # though its bytes arrived
+    assert side.take_news().failures == {"load.reset": 1}
+
+
+def test_a_load_planned_and_void_in_one_step_fails_whole(daemon: Any, make_side: Any, eventually: Any) -> None:
+    side = make_side(daemon().url)
+    key = os.urandom(32)
+    step(side, 1, stores=[store("s", key, 0)])
+    idle(side, eventually)
+    step(side, 2, loads=[load("a", key, 5)], void={"a"})
+    assert finished(side, eventually) == (set(), {"a"})
+    assert side.take_load_errors() == {5}
+
+
+def test_a_later_load_under_the_same_id_is_not_void(daemon: Any, make_side: Any, eventually: Any) -> None:
+    side = make_side(daemon().url)
+    key = os.urandom(32)
+    loaded(side, eventually, key, 5)
+    step(side, 3, void={"a"})
+    assert side.take_load_errors() == {5}
+    step(side, 4, loads=[load("a", key, 6)])  # of the weights that the engine has now
+    assert finished(side, eventually) == (set(), {"a"})
+    assert side.take_load_errors() == set()
+    step(side, 5, first_runs={"a"})
+    assert not side._void

@@ -1,0 +1,155 @@
+"""What the scheduler's side plans again or takes back: chunks that did not reach the cache, loads of old weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loracache.connectors.vllm import scheduler
+from loracache.connectors.vllm.messages import WorkerNews
+
+BLOCK, CHUNK = 16, 32
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the scheduler's side sees: now[0]."""
+    seconds = [1000.0]
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+def stored(plan: Any) -> list[tuple[int, ...]]:
+    """The blocks of the plan's stores, chunk by chunk."""
+    return [chunk.blocks for store in plan.stores for chunk in store.chunks]
+
+
+def running(driver: Any, make_request: Any, name: str = "a", chunks: int = 2) -> Any:
+    """A request that computed `chunks` chunks in blocks 0, 1, 2, ..., and whose stores were planned."""
+    request = make_request(name, chunks * CHUNK, seed=ord(name))
+    driver.arrive(request)
+    driver.step({request: list(range(2 * chunks))})
+    request.num_computed_tokens = chunks * CHUNK
+    assert len(stored(driver.step(more={request: []}))) == chunks
+    return request
+
+
+def loading(driver: Any, make_request: Any, name: str = "a") -> Any:
+    """A request whose two chunks are being loaded into blocks 0 to 3."""
+    request = make_request(name, 2 * CHUNK)
+    driver.hold(request, ["cpu", "cpu"])
+    assert driver.arrive(request) == (2 * CHUNK, True)
+    driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
+    assert len(driver.step().loads) == 1
+    return request
+
+
+# -- what did not reach the cache --------------------------------------------------------------------------------------
+
+
+def test_what_was_not_stored_is_offered_again_from_its_first_chunk_and_a_second_later(
+    driver: Any, make_request: Any, now: list[float]
+) -> None:
+    request = running(driver, make_request)
+    driver.side.take_news(WorkerNews(unstored={"a"}))
+    for _ in range(4):
+        assert not driver.step(more={request: []}).stores
+        now[0] += 0.25
+    plan = driver.step(more={request: []})
+    assert stored(plan) == [(0, 1), (2, 3)]
+    assert plan.stores[0].parent == b""
+    assert not driver.step(more={request: []}).stores  # once
+
+
+def test_chunks_that_were_hits_are_offered_again_too(driver: Any, make_request: Any, now: list[float]) -> None:
+    """Who could not store under them may have found them gone."""
+    request = make_request("a", 2 * CHUNK)
+    driver.hold(request, ["cpu"])
+    driver.arrive(request, local=CHUNK)
+    driver.step({request: [0, 1, 2, 3]})
+    request.num_computed_tokens = 2 * CHUNK
+    assert stored(driver.step(more={request: []})) == [(2, 3)]
+    driver.side.take_news(WorkerNews(unstored={"a"}))
+    now[0] += 1
+    assert stored(driver.step(more={request: []})) == [(0, 1), (2, 3)]
+
+
+def test_what_is_computed_meanwhile_waits_with_the_rest(driver: Any, make_request: Any, now: list[float]) -> None:
+    request = running(driver, make_request)
+    driver.side.take_news(WorkerNews(unstored={"a"}))
+    for token in range(CHUNK):
+        request.append_output_token_ids(token)
+    request.num_computed_tokens = 3 * CHUNK
+    assert not driver.step(more={request: [4, 5]}).stores
+    now[0] += 1
+    assert stored(driver.step(more={request: []})) == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_a_request_that_ends_does_not_wait_to_be_offered_again(
+    driver: Any, make_request: Any, now: list[float]
+) -> None:
+    request = running(driver, make_request)
+    driver.side.take_news(WorkerNews(unstored={"a"}))
+    assert driver.side.finished(request, [0, 1, 2, 3]) is True
+    plan = driver.step()
+    assert stored(plan) == [(0, 1), (2, 3)]
+    assert plan.await_stores == {"a"}
+
+
+def test_others_are_stored_without_delay(driver: Any, make_request: Any, now: list[float]) -> None:
+    one, other = running(driver, make_request, "a"), running(driver, make_request, "b")
+    driver.side.take_news(WorkerNews(unstored={"a", "one that ended"}))
+    for token in range(CHUNK):
+        other.append_output_token_ids(token)
+    other.num_computed_tokens = 3 * CHUNK
+    assert stored(driver.step(more={one: [], other: [6, 7]})) == [(6, 7)]
+
+
+# -- weights changed in place ------------------------------------------------------------------------------------------
+
+
+def test_a_load_under_way_is_void_after_a_reset(driver: Any, make_request: Any) -> None:
+    loading(driver, make_request)
+    driver.side.reset()
+    assert driver.step().void == {"a"}
+    assert driver.step().void == set()  # said once
+
+
+def test_a_load_that_was_planned_and_not_sent_is_void_after_a_reset(driver: Any, make_request: Any) -> None:
+    request = make_request("a", 2 * CHUNK)
+    driver.hold(request, ["cpu", "cpu"])
+    driver.arrive(request)
+    driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
+    driver.side.reset()
+    plan = driver.step()
+    assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
+
+
+def test_a_load_that_is_done_and_not_computed_upon_is_void_after_a_reset(driver: Any, make_request: Any) -> None:
+    loading(driver, make_request)
+    driver.side.finished_loading({"a"}, set())
+    driver.side.reset()
+    assert driver.step().void == {"a"}
+
+
+def test_what_has_run_or_never_loaded_is_not_void_after_a_reset(driver: Any, make_request: Any) -> None:
+    ran = loading(driver, make_request)
+    driver.side.finished_loading({"a"}, set())
+    assert driver.step({ran: [0, 1, 2, 3]}).first_runs == {"a"}
+    running(driver, make_request, "b", chunks=1)
+    ended = loading(driver, make_request, "c")
+    driver.side.finished(ended, [0, 1, 2, 3])
+    driver.side.reset()
+    assert driver.step().void == set()
+
+
+def test_a_request_that_comes_after_a_reset_loads_and_stores_as_ever(driver: Any, make_request: Any) -> None:
+    old = loading(driver, make_request)
+    driver.side.reset()
+    driver.side.finished(old, [0, 1, 2, 3])
+    assert driver.step().void == {"a"}
+    loading(driver, make_request)  # under the same id, with keys of its own
+    driver.side.finished_loading({"a"}, set())
+    running(driver, make_request, "b", chunks=1)
