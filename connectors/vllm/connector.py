@@ -121,15 +121,16 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to do: whole chunks are stored after the step that completed them."""
 
     def wait_for_save(self) -> None:
-        """Start this step's stores. They run behind the engine; their blocks are held until they are done."""
+        """Nothing to wait for, and no place to start stores: up to vLLM 0.30, steps that compute nothing skip it."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Starts this step's stores, which run behind the engine while their blocks are held. (stores done, loads
+        done), each request once.
+        """
         assert self._worker is not None
         plan = self._connector_metadata
         if isinstance(plan, StepPlan):
             self._worker.start_stores(plan)
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """(stores done, loads done), each request once."""
-        assert self._worker is not None
         stored, loaded = self._worker.take_finished(finished_req_ids)
         return stored or None, loaded or None
 

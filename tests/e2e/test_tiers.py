@@ -156,6 +156,14 @@ def test_aborted_requests_leave_nothing_behind(
     eventually(lambda: serving.daemon.status()["leases"] == 0, "the leases end")
 
 
+def test_a_requests_blocks_come_free_with_the_end_of_its_stores(
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    serving.engine.ask(prompts(400))
+    # True where no block is in use. No other request comes by whose steps could carry the news.
+    eventually(serving.engine.reset, "the engine's blocks are free", 30)
+
+
 def test_a_hanging_redis_delays_nobody(serving: Any, prompts: Callable[[int], list[int]]) -> None:
     held, new = prompts(700), prompts(700)
     cold = serving.engine.ask(held)

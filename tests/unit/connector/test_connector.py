@@ -6,7 +6,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from loracache.connectors.vllm.connector import _log_as_vllm_does
+from loracache.connectors.vllm.connector import LoRACacheConnector, _log_as_vllm_does
+from loracache.connectors.vllm.messages import StepPlan
 
 
 class Kept(logging.Handler):
@@ -75,3 +76,32 @@ def test_a_root_logger_that_somebody_configured_is_enough() -> None:
         _log_as_vllm_does()
         assert ours.handlers == []
         assert ours.level == logging.NOTSET
+
+
+class Worker:
+    """Stands where the worker's side is; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def start_loads(self, plan: StepPlan) -> None:
+        self.asked.append(("loads", plan))
+
+    def start_stores(self, plan: StepPlan) -> None:
+        self.asked.append(("stores", plan))
+
+    def take_finished(self, ended: set[str]) -> tuple[set[str], set[str]]:
+        self.asked.append(("finished", ended))
+        return {"stored"}, set()
+
+
+def test_a_step_that_computes_nothing_starts_its_stores_too() -> None:
+    """Up to vLLM 0.30 wait_for_save is not called in it, and the plan may be the last one of a request."""
+    connector = object.__new__(LoRACacheConnector)
+    worker, plan = Worker(), StepPlan(step=1, await_stores={"a"})
+    connector._worker = worker  # type: ignore[assignment]
+    connector.bind_connector_metadata(plan)
+    connector.start_load_kv(None)  # type: ignore[arg-type]
+    assert connector.get_finished({"b"}) == ({"stored"}, None)
+    connector.clear_connector_metadata()
+    assert worker.asked == [("loads", plan), ("stores", plan), ("finished", {"b"})]
