@@ -43,12 +43,20 @@ class PageCopier:
             [(block, place) for place, block in enumerate(blocks)], len(blocks), payload, into_host=True, after=after
         )
 
-    def scatter(self, blocks: Sequence[int], payload: Sequence[memoryview], *, first: int, of: int) -> None:
+    def scatter(
+        self,
+        blocks: Sequence[int],
+        payload: Sequence[memoryview],
+        *,
+        first: int,
+        of: int,
+        after: torch.cuda.Event | None = None,
+    ) -> None:
         """Copy blocks out of a payload of `of` blocks into `blocks`, beginning with the payload's block number
-        `first`.
+        `first`. On a GPU the copy starts once `after` has happened.
         """
         self._run(
-            [(block, first + place) for place, block in enumerate(blocks)], of, payload, into_host=False, after=None
+            [(block, first + place) for place, block in enumerate(blocks)], of, payload, into_host=False, after=after
         )
 
     def _run(

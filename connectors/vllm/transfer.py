@@ -78,6 +78,7 @@ class _Loading:
     """A load under way. Positions whose chunk did not arrive whole stay in `missing`."""
 
     load: Load
+    after: Any  # a CUDA event: nothing writes to the blocks any more once it has happened
     deadline: float
     lease: bytes
     missing: set[int]
@@ -112,7 +113,7 @@ class Loader:
         self._timeout = timeout
         self._may_load = may_load
         self._finished = finished
-        self._jobs: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Load, Any] | None] = queue.SimpleQueue()
         self._active: list[_Loading] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._open = True
@@ -120,9 +121,11 @@ class Loader:
         self._link.ready()
         self._thread.start()
 
-    def submit(self, load: Load) -> None:
-        """Start a load; returns at once."""
-        self._jobs.put(load)
+    def submit(self, load: Load, after: Any = None) -> None:
+        """Start a load; returns at once. Its blocks are written once the CUDA event `after` has happened: what their
+        last holder computed may be on its way to them still.
+        """
+        self._jobs.put((load, after))
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -156,11 +159,11 @@ class Loader:
 
     def _step(self) -> None:
         while not self._jobs.empty():
-            load = self._jobs.get()
-            if load is None:
+            submitted = self._jobs.get()
+            if submitted is None:
                 self._open = False
                 return
-            self._begin(load)
+            self._begin(*submitted)
         try:
             self._link.connection.poll()
         except LoRACacheError as error:
@@ -177,8 +180,8 @@ class Loader:
             self._forget(job)
             self._end(job, "deadline")
 
-    def _begin(self, load: Load) -> None:
-        job = _Loading(load, time.monotonic() + self._timeout, os.urandom(16), set(range(len(load.chunks))))
+    def _begin(self, load: Load, after: Any) -> None:
+        job = _Loading(load, after, time.monotonic() + self._timeout, os.urandom(16), set(range(len(load.chunks))))
         self._active.append(job)
         if not self._may_load(load):
             self._end(job, "adapter_changed")
@@ -223,7 +226,7 @@ class Loader:
                 job.bad.append(object_key(chunk.key, self._shard))
                 job.causes["checksum"] = job.causes.get("checksum", 0) + 1
                 continue
-            self._copier.scatter(chunk.blocks, payload, first=chunk.first, of=job.load.chunk_blocks)
+            self._copier.scatter(chunk.blocks, payload, first=chunk.first, of=job.load.chunk_blocks, after=job.after)
             job.missing.discard(position)
 
     def _forget(self, job: _Loading) -> None:
@@ -244,9 +247,9 @@ class Loader:
 
     def _fail_all(self, cause: str) -> None:
         while not self._jobs.empty():
-            load = self._jobs.get()
-            if load is not None:
-                self._active.append(_Loading(load, 0.0, b"", set()))
+            submitted = self._jobs.get()
+            if submitted is not None:
+                self._active.append(_Loading(*submitted, 0.0, b"", set()))
         for job in list(self._active):
             self._end(job, cause)
 

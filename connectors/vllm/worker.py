@@ -119,8 +119,9 @@ class WorkerSide:
         with self._lock:
             self._void.difference_update(load.request_id for load in plan.loads)
         self._fail_loads(plan.void & self._not_yet_run.keys(), "reset")
+        after = torch.cuda.current_stream().record_event() if self._cuda and plan.loads else None
         for load in plan.loads:
-            self._loader.submit(load)
+            self._loader.submit(load, after)
 
     def start_stores(self, plan: StepPlan) -> None:
         """Start this step's stores: their blocks were computed by earlier steps, and this one is submitted."""

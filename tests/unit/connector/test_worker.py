@@ -19,6 +19,7 @@ from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Fact
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.worker import WorkerSide
 from loracache.errors import Unavailable
+from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace
 
 BLOCKS = 8
@@ -270,6 +271,34 @@ def test_what_another_adapter_computed_is_not_stored(daemon: Any, make_side: Any
     step(side, 7, stores=[store("b", os.urandom(32), 0, adapter=AdapterBinding(1, NEW), first_step=6)])
     idle(side, eventually)
     assert running.status()["tiers"]["cpu"]["objects"] == 1
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_transfers_wait_for_what_the_gpu_was_asked_to_compute_before_them(
+    daemon: Any, make_side: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores for the blocks' KV, loads for whatever the blocks' last holder is still writing to them."""
+    side = make_side(daemon().url)
+    moments = iter(["first", "second"])
+    stream = SimpleNamespace(record_event=lambda: next(moments))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    run, seen = PageCopier._run, []
+
+    def watched(copier: PageCopier, *args: Any, into_host: bool, after: Any) -> None:
+        seen.append((into_host, after))
+        run(copier, *args, into_host=into_host, after=None)
+
+    monkeypatch.setattr(PageCopier, "_run", watched)
+    side._cuda = True
+    key = os.urandom(32)
+    step(side, 1, stores=[store("s", key, 0)])
+    idle(side, eventually)
+    step(side, 2)  # nothing to move: nothing is recorded
+    step(side, 3, loads=[load("a", key, 5)])
+    assert finished(side, eventually) == (set(), {"a"})
+    assert seen == [(True, "first"), (False, "second")]
 
 
 # -- weights changed in place ------------------------------------------------------------------------------------------
