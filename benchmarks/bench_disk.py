@@ -18,6 +18,7 @@ from common import (
     MIB,
     Daemon,
     Row,
+    acquire_objects,
     aligned_buffer,
     commit_objects,
     daemon,
@@ -30,7 +31,6 @@ from common import (
     work_folder,
 )
 
-from loracache import CacheClient
 from loracache.keys import checksum
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer
 from loracache.storage_backends.disk import DiskBackend
@@ -151,7 +151,7 @@ def _end_to_end(folder: Path, rounds: int, buffers: Sequence[memoryview], runnin
 
         def acquire() -> float:
             client.evict(keys, tiers=["cpu"])
-            return seconds(lambda: _acquire(client, keys))
+            return seconds(lambda: acquire_objects(client, keys))
 
         def plain_write() -> float:
             plain.clear()
@@ -166,12 +166,6 @@ def _end_to_end(folder: Path, rounds: int, buffers: Sequence[memoryview], runnin
         row("  daemon, acquire from disk", "GB/s", rates(NBYTES, reads["tier"])),
         row("  plain preadv, two threads", "GB/s", rates(NBYTES, reads["plain"])),
     ]
-
-
-def _acquire(client: CacheClient, keys: Sequence[bytes]) -> None:
-    with client.acquire(keys) as reading:
-        if any(slot is None for slot in reading.slots):
-            raise RuntimeError(f"not all objects came from disk: {reading.causes}")
 
 
 def _all_ok(results: Sequence[Result]) -> None:

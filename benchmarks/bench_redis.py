@@ -1,7 +1,9 @@
-"""RedisBackend against SET and GET on a raw socket, on a real redis-server over a unix socket.
+"""The Redis tier against SET and GET on a raw socket, on a real redis-server over a unix socket.
 
-The raw calls are the fastest we know: sendmsg from and recvmsg_into the caller's buffers, two commands in flight. What
-the tier does beyond: a header value an object, and a checksum over every byte both ways.
+Twice: RedisBackend called directly, on one thread; and end to end through a daemon, where objects are committed and
+flushed, evicted from L1 and acquired again (one thread stores, two load). The raw calls are the fastest we know:
+sendmsg from and recvmsg_into the caller's buffers, two commands in flight, one connection. What the tier does beyond:
+a header value an object, and a checksum over every byte both ways.
 """
 
 from __future__ import annotations
@@ -15,7 +17,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from common import MIB, Row, aligned_buffer, interleaved, rates, ratio_row, row, seconds, work_folder
+from common import (
+    MIB,
+    Daemon,
+    Row,
+    acquire_objects,
+    aligned_buffer,
+    commit_objects,
+    daemon,
+    interleaved,
+    rates,
+    ratio_row,
+    row,
+    seconds,
+    work_folder,
+)
 
 from loracache.keys import checksum
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer
@@ -113,36 +129,53 @@ def redis_server(folder: Path) -> Iterator[Path]:
 def run(quick: bool) -> list[Row]:
     """Objects of 1 MiB (the smallest chunk) and of 4 MiB (a chunk of the 190 M model)."""
     rounds = 5 if quick else 30
-    with work_folder() as folder, redis_server(folder) as path:
-        return [figure for size in (MIB, 4 * MIB) for figure in _compare(path, size, rounds)]
+    rows = []
+    with (
+        work_folder() as folder,
+        redis_server(folder) as path,
+        daemon(folder, memory="512MiB", redis=f"unix://{path}") as running,
+    ):
+        for size in (MIB, 4 * MIB):
+            rows += _backend(path, size, rounds)
+            rows += _end_to_end(path, size, rounds, running)
+    return rows
 
 
-def _compare(path: Path, size: int, rounds: int) -> list[Row]:
-    whole = aligned_buffer(NBYTES)
-    buffers = [whole[start : start + size] for start in range(0, NBYTES, size)]
-    names = [b"raw:%d" % number for number in range(len(buffers))]
+class _Values:
+    """What both sides move: NBYTES in buffers of `size`, under names of their own, and a raw connection."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        whole = aligned_buffer(NBYTES)
+        self.buffers = [whole[start : start + size] for start in range(0, NBYTES, size)]
+        self._names = [b"raw:%d" % number for number in range(len(self.buffers))]
+        self._raw = RawRedis(path)
+        self._raw.flush()
+
+    def set(self) -> float:
+        """Seconds of setting all. On what is there already: the server then reuses memory, as one in service does."""
+        return seconds(lambda: self._raw.set(self._names, self.buffers))
+
+    def get(self) -> float:
+        """Seconds of getting all."""
+        return seconds(lambda: self._raw.get(self._names, self.buffers))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._raw.close()
+
+
+def _backend(path: Path, size: int, rounds: int) -> list[Row]:
+    values = _Values(path, size)
+    backend = RedisBackend(f"unix://{path}")
     transfers = [
         Transfer(ObjectInfo(os.urandom(32), b"", Kind.KV, bytes(32), size, checksum([buffer])), [buffer])
-        for buffer in buffers
+        for buffer in values.buffers
     ]
-    raw, backend = RawRedis(path), RedisBackend(f"unix://{path}")
-    raw.flush()
-    # SET on what is there already, both: the server then reuses memory, as one in service does.
     writes = interleaved(
-        rounds,
-        {
-            "raw": lambda: seconds(lambda: raw.set(names, buffers)),
-            "tier": lambda: seconds(lambda: _all_ok(backend.store(transfers))),
-        },
+        rounds, {"raw": values.set, "tier": lambda: seconds(lambda: _all_ok(backend.store(transfers)))}
     )
-    reads = interleaved(
-        rounds,
-        {
-            "raw": lambda: seconds(lambda: raw.get(names, buffers)),
-            "tier": lambda: seconds(lambda: _all_ok(backend.load(transfers))),
-        },
-    )
-    raw.close()
+    reads = interleaved(rounds, {"raw": values.get, "tier": lambda: seconds(lambda: _all_ok(backend.load(transfers)))})
+    values.close()
     backend.close()
     label = f"{size // MIB} MiB"
     return [
@@ -152,6 +185,32 @@ def _compare(path: Path, size: int, rounds: int) -> list[Row]:
         ratio_row(f"RedisBackend.load / raw GET, {label}", reads["raw"], reads["tier"], at_least=TARGET),
         row("  RedisBackend.load", "GB/s", rates(NBYTES, reads["tier"])),
         row("  raw GET", "GB/s", rates(NBYTES, reads["raw"])),
+    ]
+
+
+def _end_to_end(path: Path, size: int, rounds: int, running: Daemon) -> list[Row]:
+    values = _Values(path, size)
+    keys = [os.urandom(32) for _ in values.buffers]
+    with running.client() as client:
+
+        def write_behind() -> float:
+            client.evict(keys, tiers=["cpu"])
+            commit = commit_objects(client, keys, values.buffers[0])
+            return seconds(lambda: (commit(), client.flush()))
+
+        def acquire() -> float:
+            client.evict(keys, tiers=["cpu"])
+            return seconds(lambda: acquire_objects(client, keys))
+
+        writes = interleaved(rounds, {"raw": values.set, "tier": write_behind})
+        reads = interleaved(rounds, {"raw": values.get, "tier": acquire})
+    values.close()
+    label = f"{size // MIB} MiB"
+    return [
+        ratio_row(f"daemon, commit to flushed / raw SET, {label}", writes["raw"], writes["tier"], at_least=TARGET),
+        row("  daemon, commit to flushed", "GB/s", rates(NBYTES, writes["tier"])),
+        ratio_row(f"daemon, acquire from Redis / raw GET, {label}", reads["raw"], reads["tier"], at_least=TARGET),
+        row("  daemon, acquire from Redis", "GB/s", rates(NBYTES, reads["tier"])),
     ]
 
 

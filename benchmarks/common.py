@@ -22,8 +22,8 @@ from loracache.errors import Unavailable
 from loracache.keys import Namespace, checksum
 
 __all__ = [
-    "MIB", "Daemon", "Row", "aligned_buffer", "bootstrap_ratio", "commit_objects", "daemon", "free_room", "interleaved",
-    "model_folder", "namespace", "rates", "ratio_row", "row", "seconds", "work_folder",
+    "MIB", "Daemon", "Row", "acquire_objects", "aligned_buffer", "bootstrap_ratio", "commit_objects", "daemon",
+    "free_room", "interleaved", "model_folder", "namespace", "rates", "ratio_row", "row", "seconds", "work_folder",
 ]  # fmt: skip
 
 MIB = 1 << 20
@@ -230,3 +230,10 @@ def commit_objects(client: CacheClient, keys: Sequence[bytes], payload: memoryvi
             at += len(buffer)
     commit = protocol.Commit(lease, protocol.join_keys(keys), [checksum([payload])] * len(keys))
     return lambda: client.connection.call(commit, 30).payload
+
+
+def acquire_objects(client: CacheClient, keys: Sequence[bytes]) -> None:
+    """Raise all of them into the arena, and let go of them. Raises RuntimeError where one does not come."""
+    with client.acquire(keys) as reading:
+        if any(slot is None for slot in reading.slots):
+            raise RuntimeError(f"not all objects came: {reading.causes}")

@@ -1,15 +1,29 @@
-"""The vLLM connector: KV of stock vLLM, found again in LoRACache.
+"""The vLLM connector: KV of stock vLLM, found again in LoRACache. docs/vllm.md says what it promises.
 
-connector.py   what vLLM loads; hands every call to one of the two sides
-scheduler.py   in EngineCore: looks up, plans loads and stores, keeps leases
-worker.py      in each worker: copies between the KV cache and the arena
-messages.py    what one side tells the other
-layout.py      how the registered tensors lie in memory
-identity.py    which model this is
-adapters.py    which adapter content a lora_int_id stands for
-transfer.py    the threads that load and store
-options.py     kv_connector_extra_config
-private.py     the daemon of an engine that names none
+What vLLM loads:
+    connector.py    hands every call to one of the two sides
+    options.py      kv_connector_extra_config
+    messages.py     what one side tells the other
+
+The scheduler's side, in EngineCore:
+    scheduler.py    looks up, plans loads and stores, keeps leases
+    requests.py     what it remembers of one request
+    link.py         its connection, which is never waited for
+    identity.py     which model this is
+    hit_sources.py  our tiers in vLLM's hit metrics
+
+The workers' side:
+    worker.py       carries plans out, reports what came of them
+    transfer.py     the threads that load and store
+    layout.py       how the registered tensors lie in memory
+    pinned.py       makes the mapped arena fast to copy from and to
+    cores.py        where our threads run beside a CPU worker
+
+Both:
+    adapters.py     which adapter content a lora_int_id stands for
+    geometry.py     shards, chunk sizes, what can be cached at all
+    private.py      the daemon of an engine that names none
+    outage.py       says once that the daemon is gone, and once that it is back
 """
 
 from loracache.connectors.vllm.connector import LoRACacheConnector

@@ -13,6 +13,7 @@ from typing import Any
 
 from loracache import protocol
 from loracache.connection import Connection
+from loracache.connectors.vllm.outage import Outage
 from loracache.errors import LoRACacheError, Rejected
 from loracache.tiers import Tier
 
@@ -31,6 +32,7 @@ class SchedulerLink:
     def __init__(self, server: str) -> None:
         self._connection = Connection(server, name="vllm-scheduler")
         self._next_try = 0.0
+        self._outage = Outage(_log)
         self._counts: Counter[str] = Counter()
         self._next_report = 0.0
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
@@ -103,7 +105,7 @@ class SchedulerLink:
         try:
             number = self._connection.send(request)
         except LoRACacheError as error:
-            _log.warning("%s", error)
+            self._outage.goes_on(error)
             return 0
         if isinstance(request, protocol.Lookup):
             self._asked[number] = time.monotonic()
@@ -118,7 +120,7 @@ class SchedulerLink:
             reply = self._connection.take(number)
         except LoRACacheError as error:
             if not isinstance(error, Rejected):
-                _log.warning("%s", error)
+                self._outage.goes_on(error)
             self._asked.pop(number, None)
             return True, None
         if reply is None:
@@ -132,7 +134,7 @@ class SchedulerLink:
             return True
         try:
             if connection.joining:
-                return connection.greeted()
+                return self._greeted(0.0)
             self._asked.clear()
             self._unwanted.clear()
             self._kept.clear()
@@ -141,11 +143,17 @@ class SchedulerLink:
                 return False
             self._next_try = now + _RETRY_S
             connection.begin()
-            return connection.greeted(_GREETING_S)
+            return self._greeted(_GREETING_S)
         except LoRACacheError as error:
             self._next_try = time.monotonic() + _RETRY_S
-            _log.warning("%s", error)
+            self._outage.goes_on(error)
             return False
+
+    def _greeted(self, seconds: float) -> bool:
+        greeted = self._connection.greeted(seconds)
+        if greeted:
+            self._outage.over()
+        return greeted
 
     def _silent(self) -> bool:
         """Whether the oldest question has waited so long that more of them would be pointless. Its request may run

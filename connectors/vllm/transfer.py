@@ -22,6 +22,7 @@ from loracache import protocol
 from loracache.connection import Connection, Reply
 from loracache.connectors.vllm.cores import leave_pinned_core
 from loracache.connectors.vllm.messages import Load, Store
+from loracache.connectors.vllm.outage import Outage
 from loracache.connectors.vllm.pinned import prepare_mapping
 from loracache.errors import LoRACacheError, Rejected, Unavailable
 from loracache.kernels.page_copy import PageCopier
@@ -45,6 +46,7 @@ class _Link:
         self._ensure = ensure
         self._device_type = device_type
         self._next_try = 0.0
+        self.outage = Outage(_log)
         self._registered: set[bytes] = set()
 
     def ready(self) -> bool:
@@ -59,8 +61,9 @@ class _Link:
             self._ensure()
             self.connection.connect()
         except LoRACacheError as error:
-            _log.warning("%s", error)
+            self.outage.goes_on(error)
             return False
+        self.outage.over()
         self._registered.clear()
         if self.connection.map is not None:
             prepare_mapping(self.connection.map, self._device_type)
@@ -167,7 +170,7 @@ class Loader:
         try:
             self._link.connection.poll()
         except LoRACacheError as error:
-            _log.warning("%s", error)
+            self._link.outage.goes_on(error)
         for job in list(self._active):
             try:
                 self._advance(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from typing import Any
@@ -97,4 +98,29 @@ def test_a_daemon_that_hangs_before_it_greets_costs_milliseconds(
     assert not link.connected
     running.send(signal.SIGCONT)
     eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the daemon is asked as soon as it greets")
+    link.close()
+
+
+# -- what is said of an outage -----------------------------------------------------------------------------------------
+
+
+def test_an_outage_is_said_once_and_so_is_its_end(
+    daemon: Any, eventually: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_RETRY_S", 0.0)
+    caplog.set_level(logging.INFO, "loracache.connectors.vllm.link")
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 30.0), "it is connected")
+    assert not caplog.messages  # nothing was out
+    running.stop(signal.SIGKILL)
+    for _ in range(20):
+        number = link.ask_lookup(LEASE, KEYS, 1, 30.0)
+        if number:
+            eventually(lambda: link.answer_lookup(number) is not None)  # noqa: B023
+    (gone,) = caplog.messages
+    assert "requests are computed without the cache until it is back" in gone
+    daemon(socket=running.socket)
+    eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 30.0), "it is connected again")
+    assert [message.partition(" after")[0] for message in caplog.messages[1:]] == ["connected to the daemon again"]
     link.close()
