@@ -198,6 +198,25 @@ def daemon(short_tmp: Path) -> Iterator[Callable[..., RunningDaemon]]:
     yield from _daemons(short_tmp)
 
 
+@pytest.fixture
+def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """file_system(MiB) mounts one of that size, where this machine allows it."""
+    mounted: list[Path] = []
+
+    def mount(mib: int) -> Path:
+        point = tmp_path / f"file-system-{len(mounted)}"
+        point.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "loracache-test", str(point)]
+        if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
+            pytest.skip("needs to be root and to mount a file system")
+        mounted.append(point)
+        return point
+
+    yield mount
+    for point in mounted:
+        subprocess.run(["umount", "-l", str(point)], check=True)
+
+
 @pytest.fixture(scope="module")
 def module_daemon() -> Iterator[Callable[..., RunningDaemon]]:
     """As `daemon`, for daemons that the tests of a module share."""

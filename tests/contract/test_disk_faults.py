@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,21 +71,10 @@ def test_another_objects_bytes_are_refused_even_where_size_and_checksum_agree(
     assert objects.load(backend, twin) is CORRUPT
 
 
-@pytest.fixture
-def tiny_mount(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB, where this machine allows one."""
-    point = tmp_path / "tiny"
-    point.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(point)]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs to be root and to mount a file system")
-    yield point
-    subprocess.run(["umount", "-l", str(point)], check=True)
-
-
 def test_a_full_device_answers_full_and_keeps_no_half_file(
-    tiny_mount: Path, disk: Any, objects: Any, folder: Any
+    file_system: Callable[[int], Path], disk: Any, objects: Any, folder: Any
 ) -> None:
+    tiny_mount = file_system(4)
     backend = disk(tiny_mount)
     small, large, third = objects.new(1 << 20), objects.new(8 << 20), objects.new(1 << 20)
     results = backend.store([small, large, third])

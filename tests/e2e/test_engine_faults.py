@@ -145,14 +145,18 @@ def test_the_private_daemon_lives_and_dies_with_its_engine(
     heir.close()
 
 
-def test_an_arena_too_small_for_a_prompt_is_only_a_miss(
-    daemon: Any, engine_factory: Any, prompts: Callable[[int], list[int]]
+def test_an_arena_too_small_for_a_prompt_and_a_full_disk_are_only_misses(
+    daemon: Any, engine_factory: Any, prompts: Callable[[int], list[int]], file_system: Callable[[int], Path]
 ) -> None:
-    serving = daemon(memory="1MiB")  # seven chunks of this model
+    serving = daemon(memory="1MiB", disk_path=file_system(2) / "disk", disk="1GiB")  # seven chunks, and fourteen
     engine = engine_factory({"server": serving.url})
-    long, short = prompts(1900), prompts(300)
-    cold = [engine.ask(tokens).tokens for tokens in (long, short)]
-    calls = [engine.start(tokens) for tokens in (long, short, long, short)]
-    assert [engine.result(call).tokens for call in calls] == cold * 2
-    assert serving.status()["counters"]["store.refused.full"] > 0
+    many = [prompts(length) for length in (1900, 300, 1000, 600, 700)]
+    cold = [engine.ask(tokens).tokens for tokens in many]
+    for _ in range(3):
+        calls = [engine.start(tokens) for tokens in many]
+        assert [engine.result(call).tokens for call in calls] == cold
+    counters = serving.status()["counters"]
+    assert counters["store.refused.full"] > 0
+    assert counters["failure.disk.full"] > 0
+    assert counters["hit.disk"] > 0
     engine.close()

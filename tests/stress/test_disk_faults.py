@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,24 +169,8 @@ def flip(path: Path, at: int) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.getuid() != 0:
-        pytest.skip("mounting needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "lc", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_full_disk_is_counted_and_the_cache_goes_on(daemon: Any, small_disk: Path) -> None:
-    running = daemon(memory="32MiB", disk_path=small_disk / "disk", disk="64MiB")
+def test_a_full_disk_is_counted_and_the_cache_goes_on(daemon: Any, file_system: Callable[[int], Path]) -> None:
+    running = daemon(memory="32MiB", disk_path=file_system(8) / "disk", disk="64MiB")
     client = running.client()
     payloads = store(client, 150)
     client.flush()
