@@ -1,6 +1,6 @@
 # Every target but help and clean makes .venv first; that takes no time when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-lint bench clean
+.PHONY: help setup demo test test-vllm check check-lint bench clean
 
 BIN := .venv/bin
 
@@ -15,6 +15,9 @@ demo: setup ## See the cache work: a small model, a daemon, a hit
 
 test: setup ## Run every test: fast ones first, then those with a real vLLM
 	@scripts/test.sh all
+
+test-vllm: setup ## The end-to-end tests on other releases: make test-vllm VERSIONS="0.29.0 0.31.0"
+	@scripts/test_vllm.sh $(VERSIONS)
 
 check: check-lint ## Lint, types and the fast tests (under 90 seconds)
 	@scripts/test.sh fast

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ class Engine:
         call = next(self._calls)
         self._send({"op": "reset", "call": call, "connector": connector})
         return bool(self._wait(call, 60).get("done"))
+
+    def settle(self, daemon: Any) -> None:
+        """Wait until all that was computed is stored (only then are its blocks free) and written to every tier. What the
+        engine's own prefix cache holds is forgotten.
+        """
+        deadline = time.monotonic() + 30
+        while not self.reset():
+            assert time.monotonic() < deadline, "blocks stay in use"
+            time.sleep(0.005)
+        with daemon.client() as client:
+            client.flush()
 
     def add_lora(self, lora: Adapter) -> None:
         call = next(self._calls)

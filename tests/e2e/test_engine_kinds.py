@@ -22,8 +22,7 @@ def test_tensor_parallel_workers_keep_a_shard_each(
     engine = engine_factory({"server": serving.url}, binding, tensor_parallel_size=2)
     tokens = prompts(700)
     cold = engine.ask(tokens)
-    with serving.client() as client:
-        client.flush()
+    engine.settle(serving)
     assert serving.status()["tiers"]["cpu"]["objects"] == 2 * 5
     warm = engine.ask(tokens)
     assert warm.cached == 640
@@ -53,8 +52,7 @@ def test_inside_multiconnector_it_works_as_alone(
     )
     tokens = prompts(700)
     cold = engine.ask(tokens)
-    with serving.client() as client:
-        client.flush()
+    engine.settle(serving)
     warm = engine.ask(tokens)
     assert warm.cached == 640
     assert warm.tokens == cold.tokens

@@ -20,11 +20,6 @@ def serving(module_daemon: Any, engine_factory: Any) -> SimpleNamespace:
     return SimpleNamespace(engine=engine_factory({"server": daemon.url}), daemon=daemon)
 
 
-def settle(daemon: Any) -> None:
-    with daemon.client() as client:
-        client.flush()
-
-
 def copy_adapter(adapter: Any, folder: Path) -> str:
     shutil.copytree(adapter.path, folder)
     return str(folder)
@@ -39,7 +34,7 @@ def test_base_and_adapters_never_share_a_prompt(
     cold = [serving.engine.ask(tokens, lora=lora) for lora in who]
     assert [answer.cached for answer in cold] == [0, 0, 0]
     assert len({tuple(answer.tokens) for answer in cold}) == 3
-    settle(serving.daemon)
+    serving.engine.settle(serving.daemon)
     warm = [serving.engine.ask(tokens, lora=lora) for lora in reversed(who)]
     assert [answer.cached for answer in warm] == [HELD] * 3
     assert [answer.tokens for answer in reversed(warm)] == [answer.tokens for answer in cold]
@@ -50,7 +45,7 @@ def test_the_same_content_under_another_name_and_path_shares(
 ) -> None:
     tokens = prompts(600)
     cold = serving.engine.ask(tokens, lora=adapters["a"])
-    settle(serving.daemon)
+    serving.engine.settle(serving.daemon)
     twin = replace(adapters["a"], name="twin", id=41, path=copy_adapter(adapters["a"], tmp_path / "elsewhere"))
     warm = serving.engine.ask(tokens, lora=twin)
     assert warm.cached == HELD
@@ -64,7 +59,7 @@ def test_a_name_that_is_re_pointed_does_not_bring_the_old_kv(
     first = replace(adapters["a"], name="moving", id=51)
     second = replace(adapters["b"], name="moving", id=52)
     old = serving.engine.ask(tokens, lora=first)
-    settle(serving.daemon)
+    serving.engine.settle(serving.daemon)
     new = serving.engine.ask(tokens, lora=second)
     assert new.cached == 0
     assert new.tokens == serving.engine.ask(tokens, lora=adapters["b"]).tokens
@@ -74,10 +69,10 @@ def test_a_name_that_is_re_pointed_does_not_bring_the_old_kv(
 def test_tenants_do_not_share(serving: Any, prompts: Callable[[int], list[int]]) -> None:
     tokens = prompts(600)
     serving.engine.ask(tokens, salt="one")
-    settle(serving.daemon)
+    serving.engine.settle(serving.daemon)
     assert serving.engine.ask(tokens, salt="two").cached == 0
     assert serving.engine.ask(tokens).cached == 0
-    settle(serving.daemon)
+    serving.engine.settle(serving.daemon)
     assert serving.engine.ask(tokens, salt="one").cached == HELD
 
 
@@ -87,7 +82,7 @@ def test_reset_cache_opens_a_namespace_of_its_own(
     """And engines of other hash seeds share everything until then; another dtype and another model never do."""
     tokens = prompts(600)
     cold = serving.engine.ask(tokens)
-    settle(serving.daemon)
+    serving.engine.settle(serving.daemon)
     url = serving.daemon.url
 
     other_seed = engine_factory(
@@ -112,7 +107,7 @@ def test_two_models_of_one_shape_do_not_share(
 ) -> None:
     tokens = prompts(600)
     cold = serving.engine.ask(tokens)
-    settle(serving.daemon)
+    serving.engine.settle(serving.daemon)
     model_maker.main([str(tmp_path), "--preset", "tiny", "--seed", "99"])
     other = engine_factory({"server": serving.daemon.url}, model=str(tmp_path / "model"))
     answer = other.ask(tokens)

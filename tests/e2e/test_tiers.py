@@ -31,15 +31,9 @@ def serving(
     return SimpleNamespace(engine=engine, daemon=daemon, disk=disk, redis=redis)
 
 
-def stored(daemon: Any) -> None:
-    """Wait until everything the engine computed is committed and written."""
-    with daemon.client() as client:
-        client.flush()
-
-
-def clear(daemon: Any, *tiers: str) -> None:
-    stored(daemon)
-    with daemon.client() as client:
+def clear(serving: Any, *tiers: str) -> None:
+    serving.engine.settle(serving.daemon)
+    with serving.daemon.client() as client:
         client.clear(tiers=tiers)
 
 
@@ -63,7 +57,7 @@ def counters(daemon: Any) -> dict[str, int]:
 def test_the_same_tokens_come_from_every_tier(serving: Any, prompts: Callable[[int], list[int]], emptied: Any) -> None:
     tokens = prompts(700)
     cold = serving.engine.ask(tokens)
-    clear(serving.daemon, *emptied)
+    clear(serving, *emptied)
     if "disk" in emptied:  # clearing asks Redis to forget nothing it was not told to
         assert serving.redis.redis.dbsize() > 0
     warm = serving.engine.ask(tokens)
@@ -76,7 +70,7 @@ def test_corrupted_kv_changes_the_tokens(serving: Any, prompts: Callable[[int], 
     """The control of all others: what is loaded really is what the model computes with."""
     tokens = prompts(600)
     cold = serving.engine.ask(tokens)
-    stored(serving.daemon)
+    serving.engine.settle(serving.daemon)
     keys = object_keys(serving.disk, tokens)
     namespace = base_namespace(serving.disk)
     with serving.daemon.client() as client:
@@ -90,7 +84,7 @@ def test_corrupted_kv_changes_the_tokens(serving: Any, prompts: Callable[[int], 
     wrong = serving.engine.ask(tokens)
     assert wrong.cached == 512
     assert wrong.tokens != cold.tokens
-    clear(serving.daemon, "cpu", "disk", "redis")
+    clear(serving, "cpu", "disk", "redis")
     assert serving.engine.ask(tokens).tokens == cold.tokens
 
 
@@ -98,7 +92,7 @@ def test_a_hit_reaches_the_last_whole_chunk(serving: Any, prompts: Callable[[int
     for length, expected in ((127, 0), (128, 127), (129, 128), (256, 255), (300, 256)):
         tokens = prompts(length)
         cold = serving.engine.ask(tokens)
-        stored(serving.daemon)
+        serving.engine.settle(serving.daemon)
         warm = serving.engine.ask(tokens)
         assert (warm.cached in (expected, expected + 1)) if length % CHUNK == 0 else warm.cached == expected, length
         assert warm.tokens == cold.tokens
@@ -107,11 +101,11 @@ def test_a_hit_reaches_the_last_whole_chunk(serving: Any, prompts: Callable[[int
 def test_the_next_turn_of_a_chat_hits_what_was_decoded(serving: Any, prompts: Callable[[int], list[int]]) -> None:
     tokens = prompts(200)
     first = serving.engine.ask(tokens, max_tokens=100)
-    stored(serving.daemon)
+    serving.engine.settle(serving.daemon)
     history = tokens + first.tokens + prompts(30)
     second = serving.engine.ask(history)
     assert second.cached == 256
-    clear(serving.daemon, "cpu", "disk", "redis")
+    clear(serving, "cpu", "disk", "redis")
     assert serving.engine.ask(history).tokens == second.tokens
 
 
@@ -120,7 +114,7 @@ def test_prompt_logprobs_compute_everything_and_take_no_lease(
 ) -> None:
     tokens = prompts(400)
     serving.engine.ask(tokens)
-    stored(serving.daemon)
+    serving.engine.settle(serving.daemon)
     again = serving.engine.ask(tokens, prompt_logprobs=1)
     assert again.cached == 0
     assert again.logprobs == len(tokens)
@@ -131,7 +125,7 @@ def test_requests_side_by_side_get_their_own_kv(serving: Any, prompts: Callable[
     shared = prompts(300)
     many = [shared + prompts(150) for _ in range(8)]
     cold = [serving.engine.ask(tokens).tokens for tokens in many]
-    stored(serving.daemon)
+    serving.engine.settle(serving.daemon)
     for _ in range(2):
         calls = [serving.engine.start(tokens) for tokens in many]
         answers = [serving.engine.result(call) for call in calls]
@@ -145,13 +139,13 @@ def test_aborted_requests_leave_nothing_behind(
 ) -> None:
     tokens = prompts(1500)
     cold = serving.engine.ask(tokens)
-    clear(serving.daemon, "cpu")
+    clear(serving, "cpu")
     for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05):
         call = serving.engine.start(tokens, max_tokens=200)
         time.sleep(delay)
         serving.engine.abort(call)
         serving.engine.result(call)
-        clear(serving.daemon, "cpu")
+        clear(serving, "cpu")
     assert serving.engine.ask(tokens).tokens == cold.tokens
     eventually(lambda: serving.daemon.status()["leases"] == 0, "the leases end")
 
@@ -167,7 +161,7 @@ def test_a_requests_blocks_come_free_with_the_end_of_its_stores(
 def test_a_hanging_redis_delays_nobody(serving: Any, prompts: Callable[[int], list[int]]) -> None:
     held, new = prompts(700), prompts(700)
     cold = serving.engine.ask(held)
-    stored(serving.daemon)
+    serving.engine.settle(serving.daemon)
     serving.redis.send(signal.SIGSTOP)
     try:
         waits = [serving.engine.ask(held, max_tokens=1).ttft for _ in range(3)]
@@ -184,7 +178,7 @@ def test_a_corrupted_redis_value_is_a_counted_miss(
     eventually(lambda: serving.daemon.status()["tiers"]["redis"]["available"], "Redis is back", 30)
     tokens = prompts(500)
     cold = serving.engine.ask(tokens)
-    clear(serving.daemon, "cpu", "disk")
+    clear(serving, "cpu", "disk")
     keys = object_keys(serving.disk, tokens)
     for name in serving.redis.redis.keys("*"):
         if keys[1].hex().encode() in name and serving.redis.redis.strlen(name) > 1000:
@@ -199,7 +193,7 @@ def test_a_corrupted_redis_value_is_a_counted_miss(
 def test_a_damaged_disk_file_is_a_counted_miss(serving: Any, prompts: Callable[[int], list[int]], damage: str) -> None:
     tokens = prompts(600)
     cold = serving.engine.ask(tokens)
-    clear(serving.daemon, "cpu", "redis")
+    clear(serving, "cpu", "redis")
     keys = object_keys(serving.disk, tokens)
     first, second = (serving.disk / "objects" / key.hex()[:2] / key.hex() for key in keys[1:3])
     match damage:
@@ -221,7 +215,7 @@ def test_a_damaged_disk_file_is_a_counted_miss(serving: Any, prompts: Callable[[
     after = {name: count for name, count in counters(serving.daemon).items() if name.startswith("failure.disk")}
     assert again.tokens == cold.tokens
     assert after != before
-    stored(serving.daemon)
+    serving.engine.settle(serving.daemon)
     assert serving.engine.ask(tokens).cached == 512  # recomputed and stored anew
 
 
@@ -230,7 +224,7 @@ def test_an_engine_outlives_its_daemon_and_finds_the_next_ones_disk(
 ) -> None:
     tokens = prompts(600)
     cold = serving.engine.ask(tokens)
-    stored(serving.daemon)
+    serving.engine.settle(serving.daemon)
     serving.daemon.stop(signal.SIGKILL)
     assert serving.engine.ask(tokens).tokens == cold.tokens
     assert serving.engine.ask(prompts(300)).cached == 0

@@ -40,8 +40,7 @@ def overwrite(folder: Path, source: str) -> None:
 
 def both(pair: Any, tokens: list[int], **options: Any) -> tuple[Any, Any]:
     answers = pair.cached.ask(tokens, **options), pair.stock.ask(tokens, **options)
-    with pair.daemon.client() as client:
-        client.flush()
+    pair.cached.settle(pair.daemon)
     assert answers[0].tokens == answers[1].tokens
     return answers
 
