@@ -116,8 +116,8 @@ class Engine:
         return bool(self._wait(call, 60).get("done"))
 
     def settle(self, daemon: Any) -> None:
-        """Wait until all that was computed is stored (only then are its blocks free) and written to every tier. What the
-        engine's own prefix cache holds is forgotten.
+        """Wait until all that was computed is stored (only then are its blocks free) and written to every tier. What
+        the engine's own prefix cache holds is forgotten.
         """
         deadline = time.monotonic() + 30
         while not self.reset():
