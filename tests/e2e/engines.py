@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 HOST = Path(__file__).with_name("host.py")
-MARK = "@answer "
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,15 @@ class Engine:
             | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
             | (environment or {})
         )
-        with log.open("wb") as errors:
+        answers, theirs = os.pipe()  # not standard output: whatever vLLM prints there, it prints into our lines
+        with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(HOST), json.dumps(arguments)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env, text=True,
-                start_new_session=True,
+                [sys.executable, str(HOST), json.dumps(arguments), str(theirs)],
+                stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, text=True, start_new_session=True,
+                pass_fds=[theirs],
             )  # fmt: skip
+        os.close(theirs)
+        self._stream = os.fdopen(answers)
         self._calls = itertools.count(1)
         self._answers: dict[int, dict[str, Any]] = {}
         self._arrived = threading.Condition()
@@ -151,9 +153,10 @@ class Engine:
         with contextlib.suppress(ProcessLookupError):
             self.signal_all(signal.SIGKILL)
         self._process.wait(30)
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._reader.join(30)
+        self._stream.close()
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
@@ -167,16 +170,11 @@ class Engine:
         self._process.stdin.flush()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if not line.startswith(MARK):
-                with self._log.open("a") as log:  # vLLM's own log, stack traces of a dead EngineCore included
-                    log.write(line)
-            if line.startswith(MARK):
-                answer = json.loads(line.removeprefix(MARK))
-                with self._arrived:
-                    self._answers[answer["call"]] = answer
-                    self._arrived.notify_all()
+        for line in self._stream:
+            answer = json.loads(line)
+            with self._arrived:
+                self._answers[answer["call"]] = answer
+                self._arrived.notify_all()
         with self._arrived:
             self._ended = True
             self._arrived.notify_all()

@@ -1,19 +1,12 @@
-"""Runs one vLLM engine for the tests, in a process of its own: commands as JSON lines on standard input, answers on
-standard output behind a mark (vLLM prints there too). Commands run side by side, so requests can overlap and be
-aborted.
+"""Runs one vLLM engine for the tests, in a process of its own: commands as JSON lines on standard input, answers on the
+file descriptor that the second argument names. Commands run side by side, so requests can overlap and be aborted.
 """
 
 import asyncio
 import json
+import os
 import sys
 import time
-
-MARK = "@answer "
-
-
-def say(answer):
-    sys.stdout.write(MARK + json.dumps(answer) + "\n")
-    sys.stdout.flush()
 
 
 async def generate(engine, command):
@@ -45,12 +38,16 @@ async def generate(engine, command):
     }
 
 
-async def serve(arguments):
+async def serve(arguments, answers):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     tasks = {}
+
+    def say(answer):
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
     async def run(command):
         answer = {"call": command["call"]}
@@ -90,4 +87,7 @@ async def serve(arguments):
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(json.loads(sys.argv[1])))
+    number = int(sys.argv[2])
+    os.set_inheritable(number, False)
+    with os.fdopen(number, "w") as answers:
+        asyncio.run(serve(json.loads(sys.argv[1]), answers))
