@@ -5,34 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
-
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
 PAGE = 4096
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def rig_of(make_rig: Make) -> Any:
-    """make_rig, and at the end everything settles with every page held once or free, and no more on disk than
-    allowed.
-    """
-    rigs = []
-
-    def make(**options: Any) -> Any:
-        rigs.append(make_rig(**options))
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        rig.settle()
-        assert rig.cache.audit() == []
-        assert [len(thread.queue) for thread in rig.threads()] == [0] * len(rig.threads())
-        if rig.disk is not None:
-            assert rig.disk.most_bytes <= rig.cache.disk.limit
-            assert rig.cache.disk.used == sum(info.size for info in rig.disk.held().values())
 
 
 def keys(rig: Any, names: Sequence[str]) -> list[bytes]:
