@@ -30,8 +30,8 @@ from loracache.config import Config
 from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
 from loracache.server.peers import Peer
-from loracache.server.session import Session
-from loracache.server.status import daemon_status
+from loracache.server.session import Served, Session
+from loracache.server.status import cache_status
 from loracache.storage_backends.base import ObjectInfo, StorageBackend
 from loracache.workers import Workers
 
@@ -54,16 +54,13 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Takes the socket and the tiers. Raises ConfigError naming what is in the way."""
         self.config = config
-        self.version = __version__
-        self.started = time.monotonic()
-        self.redis_lookup_s = config.redis_lookup_ms / 1000
-        self.adapter_digests = AdapterDigests()
-        self.sessions: set[Session] = set()
+        self._started = time.monotonic()
+        self._sessions: set[Session] = set()
         self._stack = contextlib.ExitStack()
         try:
             self._listener = _listen(config.socket, self._stack)
             disk = _disk_backend(config)
-            self.namespaces = Namespaces(config.disk_path / "namespaces" if config.disk_path else None)
+            self._namespaces = Namespaces(config.disk_path / "namespaces" if config.disk_path else None)
             self.cache = TieredCache(
                 Arena(config.memory, config.page_size),
                 self._post,
@@ -75,15 +72,19 @@ class Daemon:
         except BaseException:
             self._stack.close()
             raise
-        for namespace in self.namespaces.all().values():
+        for namespace in self._namespaces.all().values():
             if namespace.adapter:
                 self.cache.index.adapters.add(namespace.adapter_key())
+        self._files = Workers(2, "adapter-files")
+        self._served = Served(
+            self.cache, self._namespaces, AdapterDigests(), self._files, config.redis_lookup_ms / 1000,
+            self._status, self._session_ended,
+        )  # fmt: skip
         self._owners = itertools.count(1)
         self._instance = os.urandom(16)
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._files = Workers(2, "adapter-files")
         self._threads: list[threading.Thread] = []
 
     async def run(self) -> None:
@@ -108,13 +109,21 @@ class Daemon:
         await self._drain()
         self._close()
 
-    def status(self) -> dict[str, Any]:
-        """What `loracache status` shows."""
-        return daemon_status(self)
+    # -- what sessions need ----------
 
-    def session_ended(self, session: Session) -> None:
+    def _status(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started, 3),
+            "socket": str(self.config.socket),
+            "connections": len(self._sessions),
+            "namespaces": len(self._namespaces),
+        } | cache_status(self.cache)
+
+    def _session_ended(self, session: Session) -> None:
         """A connection is gone: its leases end; what it was writing stays out of use until its process is gone."""
-        self.sessions.discard(session)
+        self._sessions.discard(session)
         if self.cache.leases.disconnect(session.owner) and self._loop is not None:
             session.peer.when_gone(self._loop, lambda: self.cache.leases.writer_gone(session.owner))
         else:
@@ -155,8 +164,8 @@ class Daemon:
             sock.close()
             return
         sock.setblocking(False)
-        session = Session(self, next(self._owners), peer, self._files)
-        self.sessions.add(session)
+        session = Session(self._served, next(self._owners), peer)
+        self._sessions.add(session)
         assert self._loop is not None
         task = self._loop.create_task(self._loop.connect_accepted_socket(lambda: session, sock))
         task.add_done_callback(lambda done: self._adopted(session, sock, done))
@@ -171,7 +180,7 @@ class Daemon:
     def _adopted(self, session: Session, sock: socket.socket, done: asyncio.Task[Any]) -> None:
         if done.cancelled() or done.exception() is not None:
             sock.close()
-            self.session_ended(session)
+            self._session_ended(session)
 
     async def _tick(self) -> None:
         while True:
@@ -180,7 +189,7 @@ class Daemon:
             gc.collect(1)
 
     def _end_if_alone(self) -> None:
-        if not any(session.name for session in self.sessions):  # who never said who it is, is no client
+        if not any(session.name for session in self._sessions):  # who never said who it is, is no client
             self._ended.set()
 
     def _populate(self) -> None:
@@ -224,7 +233,7 @@ class Daemon:
         _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
 
     async def _drain(self) -> None:
-        for session in list(self.sessions):
+        for session in list(self._sessions):
             session.close()
         flushed = asyncio.Event()
         self.cache.pump()

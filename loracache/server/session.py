@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from loracache import protocol
@@ -22,11 +23,13 @@ from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
-    from loracache.server.daemon import Daemon
+    from loracache.adapters import AdapterDigests
+    from loracache.cache import TieredCache
+    from loracache.namespaces import Namespaces
     from loracache.server.peers import Peer
     from loracache.workers import Workers
 
-__all__ = ["Session"]
+__all__ = ["Served", "Session"]
 
 _log = logging.getLogger(__name__)
 _MAX_UNSENT = 64 << 20
@@ -34,16 +37,30 @@ _REPORTED = "client."
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What all sessions of a daemon work on. files: threads that read adapter files. status() is what `loracache
+    status` shows; ended(session) is called when a connection is gone.
+    """
+
+    cache: TieredCache
+    namespaces: Namespaces
+    adapter_digests: AdapterDigests
+    files: Workers
+    redis_lookup_s: float
+    status: Callable[[], dict[str, Any]]
+    ended: Callable[[Session], None]
+
+
 class Session(asyncio.Protocol):
     """Serves one connection. `owner` is its number: what its leases are kept under."""
 
-    def __init__(self, daemon: Daemon, owner: int, peer: Peer, files: Workers) -> None:
+    def __init__(self, served: Served, owner: int, peer: Peer) -> None:
         self.owner = owner
         self.peer = peer
         self.name = ""
-        self._daemon = daemon
-        self._cache = daemon.cache
-        self._files = files
+        self._served = served
+        self._cache = served.cache
         self._frames = protocol.Frames()
         self._transport: asyncio.Transport | None = None
         self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
@@ -57,7 +74,7 @@ class Session(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection's leases."""
         self._transport = None
-        self._daemon.session_ended(self)
+        self._served.ended(self)
 
     def data_received(self, data: bytes) -> None:
         """Serve every request that is complete."""
@@ -101,7 +118,7 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [])
 
     def _on_register(self, number: int, request: protocol.Register) -> None:
-        namespace = self._daemon.namespaces.register(request.descriptor)
+        namespace = self._served.namespaces.register(request.descriptor)
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
         self._answer(number, OK, [namespace.digest()])
@@ -111,7 +128,7 @@ class Session(asyncio.Protocol):
 
         def work() -> None:
             try:
-                digest, identity = self._daemon.adapter_digests.digest(request.path)
+                digest, identity = self._served.adapter_digests.digest(request.path)
                 status, payload = OK, [digest, list(identity)]
             except UsageError as error:
                 status, payload = ERROR, cast(Any, str(error))
@@ -120,7 +137,7 @@ class Session(asyncio.Protocol):
                 status, payload = ERROR, cast(Any, f"{request.path!a}: {error!r}")
             loop.call_soon_threadsafe(self._answer, number, status, payload)
 
-        self._files.submit(work)
+        self._served.files.submit(work)
 
     def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
         keys = split_keys(request.keys)
@@ -128,7 +145,7 @@ class Session(asyncio.Protocol):
         redis = self._cache.redis
         if redis is None or len(tiers) == len(keys):
             self._found(number, request, keys, tiers, "absent")
-        elif redis.io.asked_too_long(self._daemon.redis_lookup_s):
+        elif redis.io.asked_too_long(self._served.redis_lookup_s):
             self._found(number, request, keys, tiers, "redis_slow")
         else:
             self._ask_redis(number, request, keys, tiers)
@@ -158,7 +175,7 @@ class Session(asyncio.Protocol):
                 more.append(Tier.REDIS)
             finish(more, cause)
 
-        timer = asyncio.get_running_loop().call_later(self._daemon.redis_lookup_s, finish, [], "redis_slow")
+        timer = asyncio.get_running_loop().call_later(self._served.redis_lookup_s, finish, [], "redis_slow")
         redis.io.contains(keys[len(tiers) :], answered)
 
     def _found(
@@ -214,7 +231,7 @@ class Session(asyncio.Protocol):
             raise UsageError(
                 f"{len(keys)} keys, {len(parents)} parents and {len(request.sizes)} sizes: give one of each"
             )
-        namespace = self._daemon.namespaces.get(request.namespace)
+        namespace = self._served.namespaces.get(request.namespace)
         if namespace is None:
             raise UsageError(
                 f"namespace {request.namespace.hex()} is not registered; register it on this connection first"
@@ -257,7 +274,7 @@ class Session(asyncio.Protocol):
         self._cache.when_flushed(lambda: self._answer(number, OK, []))
 
     def _on_status(self, number: int, request: protocol.Status) -> None:
-        self._answer(number, OK, [self._daemon.status()])
+        self._answer(number, OK, [self._served.status()])
 
     def _on_report(self, number: int, request: protocol.Report) -> None:
         counters = self._cache.counters

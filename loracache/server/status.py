@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import time
 from typing import TYPE_CHECKING, Any
 
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
-    from loracache.server.daemon import Daemon
+    from loracache.cache import TieredCache
 
-__all__ = ["daemon_status"]
+__all__ = ["cache_status"]
 
 
-def daemon_status(daemon: Daemon) -> dict[str, Any]:
-    """Tiers, leases and counters of a running daemon. Bytes are payload bytes unless the name says otherwise."""
-    cache = daemon.cache
+def cache_status(cache: TieredCache) -> dict[str, Any]:
+    """Tiers, leases and counters. Bytes are payload bytes unless the name says otherwise."""
     index, arena, counters = cache.index, cache.arena, cache.counters
     tiers: dict[str, Any] = {
         "cpu": {
@@ -41,12 +38,6 @@ def daemon_status(daemon: Daemon) -> dict[str, Any]:
     if cache.redis is not None:
         tiers["redis"] = {"queued_writes": cache.redis.depth, "available": cache.redis.io.available}
     return {
-        "version": daemon.version,
-        "pid": os.getpid(),
-        "uptime_s": round(time.monotonic() - daemon.started, 3),
-        "socket": str(daemon.config.socket),
-        "connections": len(daemon.sessions),
-        "namespaces": len(daemon.namespaces),
         "tiers": tiers,
         "leases": len(cache.leases),
         "leased_objects": cache.leases.held_objects,
