@@ -24,7 +24,7 @@ def test_tensor_parallel_workers_keep_a_shard_each(
     cold = engine.ask(tokens)
 
     def stored() -> bool:
-        # Two workers that spin on two cores may keep the daemon off both for seconds: stores then fail, and are counted.
+        # Workers that spin on two cores may keep the daemon off both for seconds: stores then fail, and are counted.
         engine.ask(tokens)
         engine.settle(serving)
         return bool(serving.status()["tiers"]["cpu"]["objects"] == 2 * 5)
