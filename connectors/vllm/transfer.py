@@ -303,6 +303,7 @@ class Storer:
         self._finished = finished
         self._jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loracache-store", daemon=True)
+        self._link.ready()
         self._thread.start()
 
     def submit(self, job: StoreJob) -> None:
