@@ -31,13 +31,16 @@ stage() {
     return "$status"
 }
 
+# A file stays in one process: its tests may share what is dear to make.
+side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile)
+
 need_redis
 case ${1:-} in
 fast)
-    stage 'fast tests' tests/unit tests/contract
+    stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract
     ;;
 all)
-    stage 'fast tests' tests/unit tests/contract
+    stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract
     stage 'stress tests' tests/stress
     stage 'end to end, with a real vLLM (minutes)' tests/e2e
     ;;
