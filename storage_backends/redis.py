@@ -145,7 +145,7 @@ class RedisBackend(StorageBackend):
         return [result or Result(Outcome.UNAVAILABLE, detail=lost) for result in batch.results]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would cost a microsecond each
 class _Command:
     """A command on its way: whose it is, what is sent, and the buffers its answer goes to, if it has one."""
 

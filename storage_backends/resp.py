@@ -108,9 +108,11 @@ class Wire:
         received ahead of the value: its first bytes would have to be copied, and the kernel's copy of the others, to
         an odd address then, takes a third longer.
         """
-        if self._plain and self.finished() and len(views) + 2 <= IOV_MAX and self._expected(views):
-            return length(views)
-        mark, rest = self._line(len(b"$%d\r\n" % length(views)))
+        wanted = length(views)
+        opening = b"$%d\r\n" % wanted
+        if self._plain and self.finished() and len(views) + 2 <= IOV_MAX and self._expected(opening, views):
+            return wanted
+        mark, rest = self._line(len(opening))
         if mark == b"-":
             return ErrorReply(rest.decode("utf-8", "replace"))
         size = _number(rest)
@@ -118,7 +120,7 @@ class Wire:
             raise ProtocolFault(f"a bulk reply begins with {mark!r}")
         if size < 0:
             return None
-        if size == length(views):
+        if size == wanted:
             for view in views:
                 self._receive(view)
         else:
@@ -126,11 +128,10 @@ class Wire:
         self._end_of_value()
         return size
 
-    def _expected(self, views: Sequence[memoryview]) -> bool:
-        """Receives a value of just the length of `views`, its ends and all in one call. Where another reply comes, or
-        only the beginning of its line is there yet, nothing is received.
+    def _expected(self, opening: bytes, views: Sequence[memoryview]) -> bool:
+        """Receives a value of just the length of `views`, its line `opening` and its end in one call. Where another
+        reply comes, or only the beginning of its line is there yet, nothing is received.
         """
-        opening = b"$%d\r\n" % length(views)
         line, end = bytearray(len(opening)), bytearray(2)
         self._receive_some(memoryview(line), socket.MSG_PEEK)
         if line != opening:
