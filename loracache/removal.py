@@ -22,7 +22,9 @@ _SLICE = 500  # objects between two looks at the socket: a few milliseconds
 
 @dataclass(slots=True)
 class Evicted:
-    """What an eviction did: objects and bytes that left, objects skipped because of a lease, a pin or a kept child."""
+    """What an eviction did: objects and bytes that left, objects skipped because of a lease, a write that reads them, a
+    pin or a kept child.
+    """
 
     objects: int = 0
     nbytes: int = 0
