@@ -22,9 +22,7 @@ from loracache import protocol
 from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable
 from loracache.mapping import map_arena
 
-__all__ = ["SOCKET_PATH_BYTES", "Connection", "Reply", "socket_path"]
-
-SOCKET_PATH_BYTES = 107
+__all__ = ["Connection", "Reply", "socket_path"]
 
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_UNSENT = 16 << 20
@@ -44,9 +42,9 @@ def socket_path(server: str) -> str:
     path = server.removeprefix("unix://")
     if "://" in path or not path.startswith("/"):
         raise ConfigError(f"server={server!r} is no unix socket address; give unix:///absolute/path.sock")
-    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+    if len(os.fsencode(path)) > protocol.SOCKET_PATH_BYTES:
         raise ConfigError(
-            f"server={server!r}: a unix socket's path has at most {SOCKET_PATH_BYTES} bytes, this has "
+            f"server={server!r}: a unix socket's path has at most {protocol.SOCKET_PATH_BYTES} bytes, this has "
             f"{len(os.fsencode(path))}; give a shorter one"
         )
     return path

@@ -23,10 +23,10 @@ from loracache.errors import ProtocolError, UsageError
 from loracache.keys import KEY_BYTES
 
 __all__ = [
-    "ERROR", "HEADER", "LEASE_BYTES", "MAX_FRAME", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "VERSION",
-    "Abort", "Acquire", "AdapterDigest", "Clear", "Commit", "Evict", "Flush", "Frames", "Greeting", "Hello", "Lookup",
-    "Pin", "Prefetch", "Register", "Release", "Renew", "Report", "Request", "Reserve", "Status", "Unpin",
-    "decode_request", "frame", "join_keys", "split_keys",
+    "ERROR", "HEADER", "LEASE_BYTES", "MAX_FRAME", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART",
+    "SOCKET_PATH_BYTES", "VERSION", "Abort", "Acquire", "AdapterDigest", "Clear", "Commit", "Evict", "Flush", "Frames",
+    "Greeting", "Hello", "Lookup", "Pin", "Prefetch", "Register", "Release", "Renew", "Report", "Request", "Reserve",
+    "Status", "Unpin", "decode_request", "frame", "join_keys", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
@@ -35,6 +35,7 @@ MAX_FRAME = 8 << 20
 LEASE_BYTES = 16
 NO_PARENT = bytes(KEY_BYTES)
 MAX_TTL_S = 3600.0
+SOCKET_PATH_BYTES = 107  # what the kernel takes
 OK, PART, ERROR = 0, 1, 2
 
 _MAX_TEXT = 64 << 10
@@ -375,7 +376,7 @@ def _counts(value: object) -> str:
 
 
 def _is_count(name: object, count: object) -> bool:
-    return isinstance(name, str) and bool(_COUNTER.fullmatch(name)) and type(count) is int and 0 <= count < 2**32
+    return isinstance(name, str) and bool(_COUNTER.fullmatch(name)) and _is_int(count) and 0 <= count < 2**32  # type: ignore[operator]
 
 
 _CHECKS = {

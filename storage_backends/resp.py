@@ -109,10 +109,10 @@ class Wire:
         an odd address then, takes a third longer.
         """
         wanted = length(views)
-        opening = b"$%d\r\n" % wanted
-        if self._plain and self.finished() and len(views) + 2 <= IOV_MAX and self._expected(opening, views):
+        line = b"$%d\r\n" % wanted
+        if self._plain and self.finished() and len(views) + 2 <= IOV_MAX and self._expected(line, views):
             return wanted
-        mark, rest = self._line(len(opening))
+        mark, rest = self._line(len(line))
         if mark == b"-":
             return ErrorReply(rest.decode("utf-8", "replace"))
         size = _number(rest)
@@ -128,15 +128,15 @@ class Wire:
         self._end_of_value()
         return size
 
-    def _expected(self, opening: bytes, views: Sequence[memoryview]) -> bool:
-        """Receives a value of just the length of `views`, its line `opening` and its end in one call. Where another
+    def _expected(self, line: bytes, views: Sequence[memoryview]) -> bool:
+        """Receives a value of just the length of `views`, its `line` and its end in one call. Where another
         reply comes, or only the beginning of its line is there yet, nothing is received.
         """
-        line, end = bytearray(len(opening)), bytearray(2)
-        self._receive_some(memoryview(line), socket.MSG_PEEK)
-        if line != opening:
+        seen, end = bytearray(len(line)), bytearray(2)
+        self._receive_some(memoryview(seen), socket.MSG_PEEK)
+        if seen != line:
             return False
-        parts = [memoryview(line), *views, memoryview(end)]
+        parts = [memoryview(seen), *views, memoryview(end)]
         first = 0
         while first < len(parts):
             began = time.monotonic()

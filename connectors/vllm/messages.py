@@ -42,6 +42,11 @@ class Load:
     adapter: AdapterBinding | None
     chunk_blocks: int
 
+    @property
+    def blocks(self) -> list[int]:
+        """All blocks that are loaded into."""
+        return [block for chunk in self.chunks for block in chunk.blocks]
+
 
 @dataclass(frozen=True, slots=True)
 class Store:

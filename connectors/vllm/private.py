@@ -18,10 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from loracache.connection import SOCKET_PATH_BYTES
 from loracache.connectors.vllm.cores import on_all_cores
 from loracache.connectors.vllm.options import Options
 from loracache.errors import ConfigError, Unavailable
+from loracache.protocol import SOCKET_PATH_BYTES
 
 __all__ = ["ensure_private_daemon", "private_server"]
 

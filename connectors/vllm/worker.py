@@ -189,7 +189,7 @@ class WorkerSide:
         reported in this very step, where it is under way with its end.
         """
         for request_id in request_ids:
-            blocks = [block for chunk in self._not_yet_run[request_id].chunks for block in chunk.blocks]
+            blocks = self._not_yet_run[request_id].blocks
             with self._lock:
                 self._void.add(request_id)
                 if request_id in self._done_loads:
@@ -224,7 +224,7 @@ class WorkerSide:
     def _loaded(self, load: Load, failed: list[int], causes: dict[str, int]) -> None:
         with self._lock:
             if load.request_id in self._void or not self._may_load(load):  # maybe since the loader looked
-                failed = [block for chunk in load.chunks for block in chunk.blocks]
+                failed = load.blocks
             self._done_loads[load.request_id] = failed
             for cause, count in causes.items():
                 self._failures[f"load.{cause}"] += count

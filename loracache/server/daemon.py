@@ -266,8 +266,10 @@ class Daemon:
 
 def _listen(path: Path, stack: contextlib.ExitStack) -> socket.socket:
     """The listening socket, under a lock that tells a running daemon from a stale socket file."""
-    if len(os.fsencode(path)) > 107:
-        raise ConfigError(f"socket={str(path)!r} is longer than the 107 bytes a unix socket's path may have")
+    if len(os.fsencode(path)) > protocol.SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"socket={str(path)!r} is longer than the {protocol.SOCKET_PATH_BYTES} bytes a unix socket's path may have"
+        )
     try:
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, lock)
