@@ -75,6 +75,7 @@ class TieredCache:
             io = TierIO(Tier.REDIS, redis, post, self.counters)
             self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
             self.writers.append(self.redis)
+        self.index.keeper = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
         self._remover = Remover(
             self.index, post, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
         )
@@ -230,6 +231,18 @@ class TieredCache:
 
     # -- steering ----------
 
+    def keep(self, keys: Iterable[bytes]) -> None:
+        """Objects that an operator named: the disk never drops them for others, and the arena not before they are
+        there. Without a disk the arena keeps them, but where there is a Redis to find them in."""
+        self.index.kept.update(keys)
+
+    def unkeep(self, key: bytes) -> None:
+        """No name stands for the object any more: it may go like any other."""
+        self.index.kept.discard(key)
+        node = self.index.get(key)
+        for tier in (Tier.CPU, Tier.DISK) if node is not None else ():
+            self.index.offer(node, tier)  # type: ignore[arg-type]
+
     def pin(self, keys: Sequence[bytes], tier: Tier, ttl: float | None = None) -> int:
         """Keep objects in `tier` (and thereby their ancestors) until unpinned or `ttl` seconds have passed. Answers how
         many of `keys` are in the tier and pinned now."""
@@ -328,7 +341,7 @@ class TieredCache:
         for writer in self.writers:
             for node in writer.oldest(_GIVE_UP_AMONG):
                 leaf = self.index.leaf_below(node, Tier.CPU)
-                if not leaf.leases and not leaf.pins >> Tier.CPU & 1 and leaf not in protected:
+                if not leaf.leases and not self.index.stays(leaf, Tier.CPU) and leaf not in protected:
                     return leaf
         return None
 

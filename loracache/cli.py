@@ -1,4 +1,4 @@
-"""The command line: `loracache serve | status | flush | clear`.
+"""The command line: `loracache serve | status | flush | clear | adapters`.
 
 Exit codes: 0 done, 1 the daemon is not there or refused, 2 wrong usage or configuration.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from loracache import cli_adapters
+from loracache.cli_common import SocketOption, client_of
 from loracache.errors import ConfigError, LoRACacheError
 
 __all__ = ["main"]
@@ -26,9 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-SocketOption = Annotated[
-    Path | None, typer.Option("--socket", help="Unix socket of the daemon [LORACACHE_SOCKET].", show_default=False)
-]
+app.add_typer(cli_adapters.app, name="adapters")
 
 
 @app.command()
@@ -73,7 +72,7 @@ def status(
     socket: SocketOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
     """Show tiers, bytes, objects, hits, misses and failures by cause."""
-    with _client(socket) as client:
+    with client_of(socket) as client:
         answer = client.status()
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
@@ -86,7 +85,7 @@ def status(
 @app.command()
 def flush(socket: SocketOption = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
     """Wait until everything committed by now is written to disk and Redis."""
-    with _client(socket) as client:
+    with client_of(socket) as client:
         client.flush(timeout)
 
 
@@ -96,18 +95,9 @@ def clear(
     tier: Annotated[list[str] | None, typer.Option(help="cpu, disk or redis; may be given more than once.")] = None,
 ) -> None:
     """Remove everything from the tiers named (all, if none is), but for what is leased or pinned."""
-    with _client(socket) as client:
+    with client_of(socket) as client:
         objects, nbytes, skipped = client.clear(tiers=tier or ("cpu", "disk", "redis"))
     typer.echo(f"removed {objects} objects ({nbytes} bytes), skipped {skipped}")
-
-
-def _client(socket: Path | None) -> Any:
-    from loracache.client import CacheClient
-
-    path = socket or os.environ.get("LORACACHE_SOCKET")
-    if not path:
-        raise ConfigError("no daemon is named; give --socket PATH or set LORACACHE_SOCKET")
-    return CacheClient(f"unix://{Path(path).absolute()}", name="cli")
 
 
 def main() -> None:

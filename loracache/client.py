@@ -11,16 +11,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from loracache import protocol
 from loracache.connection import Connection, Reply
-from loracache.errors import LeaseLost, Unavailable, UsageError
+from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.tiers import Tier
 
-__all__ = ["CacheClient", "Lookup", "Reading", "Reservation", "Slot"]
+__all__ = ["Adapter", "CacheClient", "Lookup", "Reading", "Reservation", "Slot"]
 
 _LEASE_TTL_S = 30.0
+_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,32 @@ class Lookup:
     def hits(self) -> int:
         """How many leading keys are held."""
         return len(self.tiers)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter of the cache. digest: hex. added: Unix seconds. config: the adapter_config.json it was added with.
+    size: bytes, 0 where no tier of this daemon but Redis has it. tiers: where it is, "gpu" in some engine's memory.
+    engines: how many engines that is. kv: what depends on it, by tier as (objects, bytes).
+    """
+
+    name: str
+    digest: str
+    added: float
+    config: str
+    size: int
+    tiers: tuple[str, ...]
+    engines: int
+    kv: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Adapter:
+        """From the daemon's answer. Raises ProtocolError where it is none."""
+        try:
+            kv = {str(tier): (int(held[0]), int(held[1])) for tier, held in fields["kv"].items()}
+            return cls(**(fields | {"tiers": tuple(fields["tiers"]), "kv": kv}))
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +275,36 @@ class CacheClient:
         """Remove everything from `tiers` (from Redis: what the daemon knows of); answers as `evict`."""
         objects, nbytes, skipped = self._call(protocol.Clear(list(tiers)))
         return objects, nbytes, skipped
+
+    def add_adapter(self, path: str, name: str = "", *, timeout: float = 600.0) -> str:
+        """Take the PEFT folder at `path` (on the daemon's machine) into the cache and point `name` at it; answers its
+        hex digest. Raises Rejected naming file, tensor and reason."""
+        (digest,) = self._call(protocol.AdapterAdd(path, name), timeout)
+        return str(digest)
+
+    def find_adapter(self, name: str) -> str | None:
+        """The hex digest that a name points to now, or None."""
+        found = self._call(protocol.AdapterFind(name))
+        return str(found[0]) if found else None
+
+    def show_adapter(self, name: str) -> Adapter | None:
+        """What there is to say of an adapter, by name or hex digest, or None where nobody knows it."""
+        found = self._call(protocol.AdapterShow(name))
+        return Adapter.of(found[0]) if found else None
+
+    def adapters(self) -> Iterator[Adapter]:
+        """All adapters that have a name, in the order of names."""
+        after = ""
+        while page := self._call(protocol.AdapterList(after, _PAGE)):
+            found = [Adapter.of(item) for item in page]
+            yield from found
+            after = found[-1].name
+
+    def remove_adapter(self, name: str) -> tuple[int, int, int] | None:
+        """Forget a name; what no name points to any more leaves all tiers with its KV. Answers as `evict`, or None
+        where nobody knows the name."""
+        found = self._call(protocol.AdapterRemove(name))
+        return (found[0], found[1], found[2]) if found else None
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until all that is committed by now is written to disk and Redis (or given up, which is counted), and all

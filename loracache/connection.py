@@ -20,6 +20,7 @@ from typing import Any
 
 from loracache import protocol
 from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable
+from loracache.frames import Frames
 from loracache.mapping import map_arena
 
 __all__ = ["Connection", "Reply", "socket_path"]
@@ -57,7 +58,7 @@ class Connection:
         self._path = socket_path(server)
         self._name = name
         self._socket: socket.socket | None = None
-        self._frames = protocol.Frames()
+        self._frames = Frames()
         self._unsent = bytearray()
         self._number = 0
         self._replies: dict[int, deque[Reply | Rejected]] = {}
@@ -138,7 +139,7 @@ class Connection:
             os.close(fd)
         self.instance = greeting.instance
         self._socket = sock
-        self._frames = protocol.Frames()
+        self._frames = Frames()
         self._replies.clear()
         self._unsent.clear()
         self._farewell = ""
@@ -311,7 +312,7 @@ def _receive_greeting(sock: socket.socket) -> tuple[int, protocol.Greeting]:
     try:
         if not data or not fds:
             raise ProtocolError("the server closed the connection or sent no arena; is it a LoRACache daemon?")
-        frames = protocol.Frames()
+        frames = Frames()
         messages = frames.feed(data)
         if not messages:
             raise ProtocolError("the server's greeting is incomplete")

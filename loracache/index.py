@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from loracache.arena import Extent
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
-__all__ = ["Index", "Node"]
+__all__ = ["Held", "Index", "Node"]
 
 
 class Node:
@@ -67,7 +68,9 @@ class Index:
 
     `on_candidate(tier, node)` is called whenever a node may have become a victim, `on_idle(node)` when its last hold
     ends. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
-    adapters that an engine serves and the cache does not hold.
+    adapters that an engine serves and the cache does not hold. `kept` are keys of adapters that have a name: such a
+    node stays in the tier `keeper`, and in the arena until it is there. `spaces` counts what each namespace has in
+    each tier.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], on_idle: Callable[[Node], None]) -> None:
@@ -76,6 +79,9 @@ class Index:
         self._on_idle = on_idle
         self._clock = itertools.count(1)
         self.adapters: set[bytes] = set()
+        self.kept: set[bytes] = set()
+        self.keeper: Tier | None = None
+        self.spaces: dict[bytes, Held] = {}
         self.objects = [0, 0, 0, 0]
         self.bytes = [0, 0, 0, 0]
 
@@ -123,25 +129,34 @@ class Index:
         """`tier` holds the node's bytes from now on."""
         assert not node.present >> tier & 1, f"{node.key.hex()} is in {tier.label} already"
         node.present |= 1 << tier
-        self.objects[tier] += 1
-        self.bytes[tier] += node.size
+        self._count(node, tier, 1)
         if node.parent is not None:
             node.parent.children[tier] += 1
         self.touch(node)
         self.offer(node, tier)
+        if node.key in self.kept and tier is self.keeper:
+            self.offer(node, Tier.CPU)
 
     def leave(self, node: Node, tier: Tier) -> None:
         """`tier` no longer holds the node's bytes; the node goes with its last tier and child."""
         assert node.present >> tier & 1, f"{node.key.hex()} is not in {tier.label}"
         node.present &= ~(1 << tier)
         node.pins &= ~(1 << tier)
-        self.objects[tier] -= 1
-        self.bytes[tier] -= node.size
+        self._count(node, tier, -1)
         parent = node.parent
         if parent is not None:
             parent.children[tier] -= 1
             self.offer(parent, tier)
         self.prune(node)
+
+    def _count(self, node: Node, tier: Tier, sign: int) -> None:
+        self.objects[tier] += sign
+        self.bytes[tier] += sign * node.size
+        space = self.spaces.get(node.namespace)
+        if space is None:
+            space = self.spaces[node.namespace] = Held()
+        space.objects[tier] += sign
+        space.bytes[tier] += sign * node.size
 
     def prune(self, node: Node | None) -> None:
         """Forget `node`, and its ancestors after it, where nothing needs them any more."""
@@ -173,9 +188,17 @@ class Index:
 
     def evictable(self, node: Node, tier: Tier) -> bool:
         """Whether the node may leave `tier` now, its children in that tier left aside."""
-        if not node.present >> tier & 1 or node.pins >> tier & 1:
+        if not node.present >> tier & 1 or self.stays(node, tier):
             return False
         return tier is not Tier.CPU or (not node.leases and not node.dirty)
+
+    def stays(self, node: Node, tier: Tier) -> bool:
+        """Whether a pin or a name keeps the node in `tier`."""
+        if node.pins >> tier & 1:
+            return True
+        if node.key not in self.kept or self.keeper is None:
+            return False
+        return tier is self.keeper or not node.held_in(self.keeper)
 
     def offer(self, node: Node, tier: Tier) -> None:
         """Tell the tier's policy of a node that may be a victim."""
@@ -221,6 +244,14 @@ class Index:
                 child = child.next_sibling
         found.reverse()
         return found
+
+
+@dataclass(slots=True)
+class Held:
+    """What there is of one namespace: objects and bytes by tier."""
+
+    objects: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    bytes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
 
 
 def _link(parent: Node, child: Node) -> None:

@@ -18,9 +18,13 @@ import xxhash
 
 from loracache.errors import UsageError
 
-__all__ = ["KEY_BYTES", "Media", "Namespace", "checksum", "chunk_keys", "object_key", "salt_digest", "token_array"]
+__all__ = [
+    "KEY_BYTES", "LORA_NAMESPACE", "Media", "Namespace", "checksum", "chunk_keys", "object_key", "salt_digest",
+    "token_array",
+]  # fmt: skip
 
 KEY_BYTES = 32
+LORA_NAMESPACE = hashlib.sha256(b"loracache/adapters").digest()  # of all adapters: their digest is all their name
 TokenArray = npt.NDArray[np.int32]
 _HEX = re.compile(r"(?:[0-9a-f]{64})?")
 

@@ -24,6 +24,7 @@ class Namespaces:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._known: dict[bytes, Namespace] = {}
+        self._by_adapter: dict[str, list[bytes]] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.json"):
@@ -39,9 +40,13 @@ class Namespaces:
         """The namespace of a digest."""
         return self._known.get(digest)
 
-    def all(self) -> dict[bytes, Namespace]:
-        """Every namespace by its digest."""
-        return dict(self._known)
+    def adapters(self) -> list[str]:
+        """Hex digests of the adapters that any namespace is of."""
+        return [adapter for adapter in self._by_adapter if adapter]
+
+    def of_adapter(self, adapter: str) -> list[bytes]:
+        """Digests of the namespaces of one adapter (hex digest)."""
+        return self._by_adapter.get(adapter, [])
 
     def register(self, descriptor: str) -> Namespace:
         """Make a namespace known. Raises UsageError where `descriptor` is not one."""
@@ -63,4 +68,7 @@ class Namespaces:
         return namespace
 
     def _remember(self, namespace: Namespace) -> None:
-        self._known[namespace.digest()] = namespace
+        digest = namespace.digest()
+        if digest not in self._known:
+            self._known[digest] = namespace
+            self._by_adapter.setdefault(namespace.adapter, []).append(digest)

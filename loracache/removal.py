@@ -23,7 +23,7 @@ _SLICE = 500  # objects between two looks at the socket: a few milliseconds
 @dataclass(slots=True)
 class Evicted:
     """What an eviction did: objects and bytes that left, objects skipped because of a lease, a write that reads them, a
-    pin or a kept child.
+    pin, a name or a kept child.
     """
 
     objects: int = 0
@@ -82,13 +82,12 @@ class Remover:
         else:
             self._post(lambda: self._run(slices, tiers, total, done))
 
-    @staticmethod
-    def _going(nodes: Sequence[Node], tier: Tier, total: Evicted) -> Iterator[Node]:
+    def _going(self, nodes: Sequence[Node], tier: Tier, total: Evicted) -> Iterator[Node]:
         """Those that may go, one by one: a node may when its last child has gone."""
         for node in nodes:
             if not node.held_in(tier):
                 continue
-            if node.children[tier] or node.pins >> tier & 1 or (tier is Tier.CPU and node.leases):
+            if node.children[tier] or self._index.stays(node, tier) or (tier is Tier.CPU and node.leases):
                 total.skipped += 1  # and its write, where one is queued, stays queued
                 continue
             total.objects += 1

@@ -22,6 +22,8 @@ from redis.retry import Retry
 from loracache.errors import ConfigError
 from loracache.storage_backends.resp import ProtocolFault, Wire
 
+__all__ = ["Connections", "without_secrets"]
+
 _FIX = "give redis://[user:password@]host:port/db, rediss://... or unix://[user:password@]/path?db=0"
 
 
@@ -42,7 +44,7 @@ class Connections:
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.place = _without_secrets(url)
+        self.place = without_secrets(url)
         self._timeout_s = timeout_s
         self._make = _factory(url, self.place, timeout_s)
         self._idle: list[_Connection] = []
@@ -104,8 +106,8 @@ def _socket_of(connection: _Connection) -> socket.socket:
     return connection._sock
 
 
-def _without_secrets(url: str) -> str:
-    """No user, no password, no query: each may hold a secret."""
+def without_secrets(url: str) -> str:
+    """A URL as far as it may be shown: no user, no password, no query."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}" if separator else "(no URL)"
 

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from loracache import __version__, protocol
-from loracache.adapters import AdapterDigests
+from loracache.adapter_names import AdapterNames, SharedNames
 from loracache.arena import Arena
 from loracache.cache import TieredCache
 from loracache.config import Config
 from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
+from loracache.server.adapters import Adapters
 from loracache.server.peers import Peer
 from loracache.server.session import Served, Session
 from loracache.server.status import cache_status
 from loracache.storage_backends.base import ObjectInfo, StorageBackend
-from loracache.workers import Workers
 
 __all__ = ["READY", "Daemon"]
 
@@ -72,13 +72,14 @@ class Daemon:
         except BaseException:
             self._stack.close()
             raise
-        for namespace in self._namespaces.all().values():
-            if namespace.adapter:
-                self.cache.index.adapters.add(namespace.adapter_key())
-        self._files = Workers(2, "adapter-files")
+        self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
+        names = AdapterNames(
+            config.disk_path / "adapters" if config.disk_path else None, _shared_names(config), _secret(config)
+        )
+        self._adapters = Adapters(self.cache, self._namespaces, names, self._post)
         self._served = Served(
-            self.cache, self._namespaces, AdapterDigests(), self._files, config.redis_lookup_ms / 1000,
-            self._status, self._session_ended,
+            self.cache, self._namespaces, self._adapters, config.redis_lookup_ms / 1000, self._status,
+            self._session_ended,
         )  # fmt: skip
         self._owners = itertools.count(1)
         self._instance = os.urandom(16)
@@ -254,7 +255,7 @@ class Daemon:
         self._stopping.set()
         for thread in self._threads:
             thread.join(timeout=10)
-        self._files.end()
+        self._adapters.close()
         for writer in self.cache.writers:
             writer.io.close()
         self._stack.close()
@@ -332,3 +333,11 @@ def _redis_backend(config: Config) -> StorageBackend | None:
     backend = RedisBackend(config.redis, prefix=config.redis_prefix, integrity_key=_secret(config))
     backend.check()
     return backend
+
+
+def _shared_names(config: Config) -> SharedNames | None:
+    if config.redis is None:
+        return None
+    from loracache.storage_backends.redis_names import RedisNames
+
+    return RedisNames(config.redis, prefix=config.redis_prefix)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loracache import protocol
 from loracache.cache import Acquired
 from loracache.errors import LoRACacheError, ProtocolError, UsageError
+from loracache.frames import Frames, frame
 from loracache.keys import KEY_BYTES
 from loracache.leases import Writing
 from loracache.protocol import ERROR, NO_PARENT, OK, PART, split_keys
@@ -23,11 +24,10 @@ from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
-    from loracache.adapters import AdapterDigests
     from loracache.cache import TieredCache
     from loracache.namespaces import Namespaces
+    from loracache.server.adapters import Adapters, Answer
     from loracache.server.peers import Peer
-    from loracache.workers import Workers
 
 __all__ = ["Served", "Session"]
 
@@ -39,14 +39,13 @@ _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What all sessions of a daemon work on. files: threads that read adapter files. status() is what `loracache
-    status` shows; ended(session) is called when a connection is gone.
+    """What all sessions of a daemon work on. status() is what `loracache status` shows; ended(session) is called when a
+    connection is gone.
     """
 
     cache: TieredCache
     namespaces: Namespaces
-    adapter_digests: AdapterDigests
-    files: Workers
+    adapters: Adapters
     redis_lookup_s: float
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
@@ -61,8 +60,9 @@ class Session(asyncio.Protocol):
         self.name = ""
         self._served = served
         self._cache = served.cache
-        self._frames = protocol.Frames()
+        self._frames = Frames()
         self._transport: asyncio.Transport | None = None
+        self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
         self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
 
     # -- asyncio.Protocol ----------
@@ -74,6 +74,7 @@ class Session(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection's leases."""
         self._transport = None
+        self._served.adapters.engines.subtract(self._resident)
         self._served.ended(self)
 
     def data_received(self, data: bytes) -> None:
@@ -108,7 +109,7 @@ class Session(asyncio.Protocol):
             return
         if self._transport is None:
             return
-        self._transport.write(protocol.frame([number, status, payload]))
+        self._transport.write(frame([number, status, payload]))
         if self._transport.get_write_buffer_size() > _MAX_UNSENT:
             _log.warning("connection %d (%s) does not read its answers and is closed", self.owner, self.name)
             self._transport.abort()
@@ -124,20 +125,33 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [namespace.digest()])
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
-        loop = asyncio.get_running_loop()
+        self._served.adapters.digest(request.path, self._later(number))
 
-        def work() -> None:
-            try:
-                digest, identity = self._served.adapter_digests.digest(request.path)
-                status, payload = OK, [digest, list(identity)]
-            except UsageError as error:
-                status, payload = ERROR, cast(Any, str(error))
-            except Exception as error:  # noqa: BLE001 - top of a thread: an answer that never comes hangs a client
-                _log.exception("adapter digest of %a failed", request.path)
-                status, payload = ERROR, cast(Any, f"{request.path!a}: {error!r}")
-            loop.call_soon_threadsafe(self._answer, number, status, payload)
+    def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
+        self._served.adapters.add(request.path, request.name, self._later(number))
 
-        self._served.files.submit(work)
+    def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
+        self._served.adapters.find(request.name, self._later(number))
+
+    def _on_adapter_show(self, number: int, request: protocol.AdapterShow) -> None:
+        self._served.adapters.show(request.name, self._later(number))
+
+    def _on_adapter_list(self, number: int, request: protocol.AdapterList) -> None:
+        self._served.adapters.page(request.name, request.count, self._later(number))
+
+    def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
+        self._served.adapters.remove(request.name, self._later(number))
+
+    def _on_resident(self, number: int, request: protocol.Resident) -> None:
+        engines = self._served.adapters.engines
+        engines.subtract(self._resident)
+        self._resident = set(split_keys(request.keys))
+        engines.update(self._resident)
+        self._answer(number, OK, [])
+
+    def _later(self, number: int) -> Answer:
+        """Answers `number` with a payload, or with words as an error."""
+        return lambda result: self._answer(number, ERROR if isinstance(result, str) else OK, result)
 
     def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
         keys = split_keys(request.keys)

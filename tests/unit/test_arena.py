@@ -13,8 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from loracache.arena import Arena, FreePages
+from loracache.arena import Arena
 from loracache.errors import ConfigError
+from loracache.free_pages import FreePages
 
 PAGES = 61
 PAGE = 4096

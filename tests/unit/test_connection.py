@@ -15,6 +15,7 @@ import pytest
 from loracache import CacheClient, Namespace, protocol
 from loracache.connection import Connection, socket_path
 from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable
+from loracache.frames import Frames, frame
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
 ARENA = 16 * 4096
@@ -26,11 +27,11 @@ Handler = Callable[[socket.socket], None]
 
 
 def answer(number: int, status: int, payload: object) -> bytes:
-    return protocol.frame([number, status, payload])
+    return frame([number, status, payload])
 
 
 def requests(sock: socket.socket) -> Iterator[list[Any]]:
-    frames = protocol.Frames()
+    frames = Frames()
     while data := sock.recv(1 << 20):
         yield from frames.feed(data)
 
@@ -131,7 +132,7 @@ def test_a_daemon_of_another_version_is_refused(server: Any) -> None:
 def test_a_descriptor_that_comes_with_nonsense_is_closed(server: Any, eventually: Callable[..., Any]) -> None:
     def handler(sock: socket.socket) -> None:
         with open("/dev/null") as file:
-            socket.send_fds(sock, [protocol.frame(["hello"])], [file.fileno()])
+            socket.send_fds(sock, [frame(["hello"])], [file.fileno()])
 
     url = server(handler)
     before = len(os.listdir("/proc/self/fd"))
@@ -196,8 +197,8 @@ def test_a_daemon_that_hangs_up_says_why(server: Any) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        protocol.frame("nonsense"), protocol.frame([]), protocol.frame([1, 0]), protocol.frame([None, 0, []]),
-        protocol.frame([[], 0, []]), b"\x01\0\0\0\xc1", b"\xff\xff\xff\xff",
+        frame("nonsense"), frame([]), frame([1, 0]), frame([None, 0, []]),
+        frame([[], 0, []]), b"\x01\0\0\0\xc1", b"\xff\xff\xff\xff",
     ],
 )  # fmt: skip
 def test_an_answer_that_is_none_closes_the_connection(server: Any, reply: bytes) -> None:

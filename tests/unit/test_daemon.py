@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient, Namespace, protocol
-from loracache.protocol import HEADER, MAX_FRAME, Frames
+from loracache.frames import HEADER, MAX_FRAME, Frames, frame
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
 
@@ -243,13 +243,13 @@ def body(data: bytes) -> bytes:
         (body(b"\xc1"), "not MessagePack"),
         (body(b"\x91" * 5000), "not MessagePack"),
         (body(b"\x93\x01\xa5hello" + b"\x91" * 900 + b"\xc0"), "hello: name must be"),
-        (protocol.frame({"operation": "status"}), "a request is a list"),
-        (protocol.frame([1, "shutdown"]), "unknown operation 'shutdown'"),
-        (protocol.frame([1, "lookup", b"", bytes(33), 1, 1.0]), "lookup: keys must be bytes, 32 a key"),
-        (protocol.frame([1, "reserve", b"short", bytes(32), b"", b"", [], 1.0]), "reserve: lease must be 16 bytes"),
-        (protocol.frame([1, "acquire", bytes(16), b"", 1e9]), "acquire: ttl must be seconds from 0 to 3600"),
-        (protocol.frame([1, "report", {"x": 2**64 - 1}]), "report: counts must"),
-        (protocol.frame([1, "status", "please"]), "status takes 0 fields"),
+        (frame({"operation": "status"}), "a request is a list"),
+        (frame([1, "shutdown"]), "unknown operation 'shutdown'"),
+        (frame([1, "lookup", b"", bytes(33), 1, 1.0]), "lookup: keys must be bytes, 32 a key"),
+        (frame([1, "reserve", b"short", bytes(32), b"", b"", [], 1.0]), "reserve: lease must be 16 bytes"),
+        (frame([1, "acquire", bytes(16), b"", 1e9]), "acquire: ttl must be seconds from 0 to 3600"),
+        (frame([1, "report", {"x": 2**64 - 1}]), "report: counts must"),
+        (frame([1, "status", "please"]), "status takes 0 fields"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )

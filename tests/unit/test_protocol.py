@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 
 from loracache import protocol
 from loracache.errors import ProtocolError, UsageError
-from loracache.protocol import HEADER, MAX_FRAME, OPERATIONS, Frames, Greeting, decode_request, frame
+from loracache.fields import CHECKS
+from loracache.frames import HEADER, MAX_FRAME, Frames, frame
+from loracache.protocol import OPERATIONS, Greeting, decode_request
 
 keys = st.integers(0, 5).flatmap(lambda count: st.binary(min_size=32 * count, max_size=32 * count))
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "checksums": st.lists(st.integers(0, 2**64 - 1), max_size=5),
+    "count": st.integers(1, 10_000),
     "counts": st.dictionaries(st.text("az09._", min_size=1, max_size=64), st.integers(0, 2**32 - 1), max_size=5),
     "descriptor": st.text(max_size=100),
     "group": st.integers(1, 4096),
@@ -35,12 +38,13 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "ttl": st.floats(0, 3600) | st.integers(0, 3600),
 }
 EXAMPLES: dict[str, Any] = {
-    "checksums": [1, 2**64 - 1], "counts": {"a": 1}, "descriptor": "{}", "group": 1, "keys": bytes(64),
+    "checksums": [1, 2**64 - 1], "count": 10, "counts": {"a": 1}, "descriptor": "{}", "group": 1, "keys": bytes(64),
     "lease": bytes(16), "name": "x", "namespace": bytes(32), "parents": bytes(64), "path": "/x", "sizes": [1, 2],
     "tier": "cpu", "tiers": ["cpu"], "ttl": 1.5,
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
+    "count": [None, "1", True, 0, -1, 10_001, 1.0],
     "counts": [
         None,
         [],
@@ -95,7 +99,7 @@ def test_every_request_arrives_as_it_was_sent(data: st.DataObject, operation: st
 
 def test_every_field_there_is_is_tried_here() -> None:
     used = {field.name for cls in OPERATIONS.values() for field in fields(cls)}  # type: ignore[arg-type]
-    assert used == set(FIELDS) == set(EXAMPLES) == set(NONSENSE) == set(protocol._CHECKS)
+    assert used == set(FIELDS) == set(EXAMPLES) == set(NONSENSE) == set(CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient, Namespace, protocol
-from loracache.errors import Unavailable
+from loracache.errors import Rejected, Unavailable
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
 LEASE = bytes(range(16))
@@ -147,25 +147,10 @@ def test_a_clear_of_very_many_is_answered_once_and_with_the_whole_sum(daemon: An
     assert not [path for path in (tmp_path / "disk" / "objects").glob("*/*") if path.is_file()]
 
 
-def test_an_adapter_file_that_hangs_keeps_neither_others_waiting_nor_the_daemon_from_ending(
-    daemon: Any, tmp_path: Path, eventually: Any
-) -> None:
-    running = daemon(memory="4MiB")
-    client = running.client()
+def test_a_pipe_in_the_place_of_an_adapter_file_is_refused_and_not_waited_for(daemon: Any, tmp_path: Path) -> None:
+    client = daemon(memory="4MiB").client()
     os.mkfifo(tmp_path / "adapter_config.json")
     (tmp_path / "adapter_model.safetensors").touch()
-    for _ in range(3):  # one more than there are threads
-        client.connection.send(protocol.AdapterDigest(str(tmp_path)))
-
-    def opened() -> int:
-        try:
-            return os.open(tmp_path / "adapter_config.json", os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads it yet
-            return 0
-
-    pipe = eventually(opened, "the daemon reads the file")
-    try:
-        assert client.lookup([]).hits == 0
-        assert running.stop() == 0
-    finally:
-        os.close(pipe)
+    for request in (protocol.AdapterDigest(str(tmp_path)), protocol.AdapterAdd(str(tmp_path), "")):
+        with pytest.raises(Rejected, match=r"adapter_config\.json is no regular file"):
+            client.connection.call(request, 10)

@@ -1,0 +1,220 @@
+"""Names of adapters: which content a name points to. Kept beside the disk tier and, where there is one, in the Redis.
+
+A record is replaced whole: whoever asks gets the old content's digest or the new one's. With a Redis all machines that
+share it agree, for it is asked every time; while it cannot be, what was last known here is answered. What the Redis
+lost, or never had, it is given again when it is asked for.
+
+Threading: `put`, `find` and `remove` block and are called on threads of their own, any number at a time; what is
+known here may be looked at from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from loracache.errors import Unavailable, UsageError
+
+__all__ = ["AdapterNames", "NameRecord", "SharedNames", "check_name"]
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"[A-Za-z0-9][\w.:@+/-]{0,199}", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PAUSE_S = 1.0  # a Redis that failed is not asked again before that
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError where `name` cannot be an adapter's."""
+    if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"{name[:210]!a} cannot be an adapter's name: 1 to 200 of letters, digits and _ . : @ + / -, beginning "
+            f"with a letter or digit, without '..', and not a digest"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NameRecord:
+    """digest: hex, or "" for a name that was removed. config: the adapter_config.json it was added with. added: Unix
+    seconds. version: grows with every change of the name, so that the later of two records is known."""
+
+    name: str
+    digest: str
+    config: str
+    added: float
+    version: int
+
+    def encode(self, key: bytes | None) -> bytes:
+        """As JSON, under a MAC where there is a key."""
+        body = json.dumps(asdict(self), sort_keys=True)
+        return json.dumps([body, _mac(body, key)]).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, key: bytes | None) -> NameRecord:
+        """Raises ValueError where it is none, or where its MAC is not ours."""
+        try:
+            body, mac = json.loads(data)
+            if not hmac.compare_digest(mac, _mac(body, key)):
+                raise ValueError("its MAC does not match integrity_key")
+            record = cls(**json.loads(body))
+            check_name(record.name)
+            if (record.digest and not _DIGEST.fullmatch(record.digest)) or type(record.version) is not int:
+                raise ValueError("its digest or its version is none")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"no record of a name: {error}") from None
+        return record
+
+
+class SharedNames(ABC):
+    """Where all machines look. Every method raises Unavailable where that cannot be reached in bounded time."""
+
+    @abstractmethod
+    def get(self, name: str) -> bytes | None:
+        """The record of a name."""
+
+    @abstractmethod
+    def all(self) -> list[bytes]:
+        """All records."""
+
+    @abstractmethod
+    def put(self, name: str, record: bytes, *, only_new: bool = False) -> None:
+        """Set a name's record (only_new: where it has none)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The last call."""
+
+
+class AdapterNames:
+    """Name -> record. `changed(before, after)` is called, on the calling thread, when what is known here changes."""
+
+    def __init__(self, folder: Path | None, shared: SharedNames | None, integrity_key: bytes | None = None) -> None:
+        self._folder = folder
+        self._shared = shared
+        self._key = integrity_key
+        self.changed: Callable[[NameRecord | None, NameRecord], None] = lambda before, after: None
+        self._lock = threading.Lock()
+        self._known: dict[str, NameRecord] = {}
+        self._left_alone_until = 0.0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob("*.json"):
+                try:
+                    record = NameRecord.decode(path.read_bytes(), integrity_key)
+                    self._known[record.name] = record
+                except (OSError, ValueError) as error:
+                    _log.warning("%s is ignored: %s", path, error)
+
+    @property
+    def waits(self) -> bool:
+        """Whether `find` may have to wait for somebody."""
+        return self._shared is not None
+
+    def known(self) -> dict[str, NameRecord]:
+        """What this machine knows, without asking anybody."""
+        with self._lock:
+            return {name: record for name, record in self._known.items() if record.digest}
+
+    def find(self, name: str) -> NameRecord | None:
+        """What the name points to now."""
+        record = self._known.get(name)
+        if self._shared is not None and time.monotonic() >= self._left_alone_until:
+            try:
+                record = self._agree(name, self._shared.get(name))
+            except (Unavailable, ValueError) as error:
+                self._leave_alone(error)
+        return record if record is not None and record.digest else None
+
+    def refresh(self) -> None:
+        """Learn the names that other machines gave."""
+        if self._shared is None or time.monotonic() < self._left_alone_until:
+            return
+        try:
+            for data in self._shared.all():
+                with contextlib.suppress(ValueError):
+                    self._agree(NameRecord.decode(data, self._key).name, data)
+        except Unavailable as error:
+            self._leave_alone(error)
+
+    def put(self, name: str, digest: str, config: str) -> None:
+        """Point a name at a digest, here and everywhere. Raises UsageError for a name that cannot be, Unavailable (and
+        nothing changed) where the Redis cannot be told or the folder not written."""
+        check_name(name)
+        self._set(name, digest, config)
+
+    def remove(self, name: str) -> NameRecord | None:
+        """Forget a name, here and everywhere; answers what it pointed to. Raises Unavailable as `put`."""
+        before = self._latest(name)
+        if before is None or not before.digest:
+            return None
+        self._set(name, "", "")  # a record too: a machine that knows the name still must not bring it back
+        return before
+
+    def close(self) -> None:
+        """The last call."""
+        if self._shared is not None:
+            self._shared.close()
+
+    def _set(self, name: str, digest: str, config: str) -> None:
+        before = self._latest(name)
+        record = NameRecord(name, digest, config, time.time(), before.version + 1 if before is not None else 1)
+        if self._shared is not None:
+            self._shared.put(name, record.encode(self._key))
+        self._remember(record)
+
+    def _latest(self, name: str) -> NameRecord | None:
+        """The newest record there is; raises Unavailable where that cannot be known."""
+        if self._shared is None:
+            return self._known.get(name)
+        try:
+            return self._agree(name, self._shared.get(name))
+        except ValueError as error:
+            raise Unavailable(str(error)) from None
+
+    def _agree(self, name: str, data: bytes | None) -> NameRecord | None:
+        """Take the Redis's record, or give it ours where it has none or an older one."""
+        assert self._shared is not None
+        ours = self._known.get(name)
+        theirs = NameRecord.decode(data, self._key) if data is not None else None
+        if ours is not None and (theirs is None or theirs.version < ours.version):
+            self._shared.put(name, ours.encode(self._key), only_new=theirs is None)
+            return ours
+        if theirs is not None and theirs != ours:
+            self._remember(theirs)
+        return theirs
+
+    def _leave_alone(self, error: Exception) -> None:
+        _log.warning("names are looked up on this machine only for %g s: %s", _PAUSE_S, error)
+        self._left_alone_until = time.monotonic() + _PAUSE_S
+
+    def _remember(self, record: NameRecord) -> None:
+        with self._lock:
+            before = self._known.get(record.name)
+            if self._folder is not None:
+                path = self._path(record.name)
+                temporary = path.with_suffix(".tmp")
+                try:
+                    temporary.write_bytes(record.encode(self._key))
+                    os.replace(temporary, path)
+                except OSError as error:
+                    raise Unavailable(f"the name {record.name} cannot be kept in {self._folder}: {error}") from None
+            self._known[record.name] = record
+        self.changed(before, record)
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+
+
+def _mac(body: str, key: bytes | None) -> str:
+    return hashlib.blake2b(body.encode(), key=hashlib.sha256(key).digest(), digest_size=32).hexdigest() if key else ""

@@ -1,0 +1,89 @@
+"""How each field of a message is checked: by its name, which means the same in every message. Pure functions that
+answer what is wrong, or "".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from loracache.keys import KEY_BYTES
+
+__all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "is_int"]
+
+LEASE_BYTES = 16
+MAX_TTL_S = 3600.0
+
+_MAX_TEXT = 64 << 10
+_COUNTER = re.compile(r"[a-z0-9_.]{1,64}")
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an integer and no boolean."""
+    return type(value) is int
+
+
+def _text(value: object) -> str:
+    return "" if isinstance(value, str) and len(value) <= _MAX_TEXT else f"must be a string of at most {_MAX_TEXT}"
+
+
+def _keys(value: object) -> str:
+    fits = isinstance(value, bytes) and len(value) % KEY_BYTES == 0
+    return "" if fits else f"must be bytes, {KEY_BYTES} a key"
+
+
+def _lease(value: object) -> str:
+    fits = isinstance(value, bytes) and len(value) in (0, LEASE_BYTES)
+    return "" if fits else f"must be {LEASE_BYTES} bytes"
+
+
+def _ttl(value: object) -> str:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_TTL_S
+    return "" if fits else f"must be seconds from 0 to {MAX_TTL_S:.0f}"
+
+
+def _group(value: object) -> str:
+    return "" if is_int(value) and 1 <= value <= 4096 else "must be an integer from 1 to 4096"  # type: ignore[operator]
+
+
+def _count(value: object) -> str:
+    return "" if is_int(value) and 1 <= value <= 10_000 else "must be an integer from 1 to 10000"  # type: ignore[operator]
+
+
+def _unsigned(value: object) -> str:
+    fits = isinstance(value, list) and all(is_int(item) and 0 <= item < 2**64 for item in value)
+    return "" if fits else "must be a list of unsigned integers of 64 bits"
+
+
+def _texts(value: object) -> str:
+    return (
+        "" if isinstance(value, list) and all(isinstance(item, str) for item in value) else "must be a list of strings"
+    )
+
+
+def _counts(value: object) -> str:
+    fits = isinstance(value, dict) and len(value) <= 64 and all(_is_count(*item) for item in value.items())
+    return "" if fits else "must map at most 64 names of a-z, 0-9, _ and . to counts"
+
+
+def _is_count(name: object, count: object) -> bool:
+    return isinstance(name, str) and bool(_COUNTER.fullmatch(name)) and is_int(count) and 0 <= count < 2**32  # type: ignore[operator]
+
+
+CHECKS: dict[str, Callable[[object], str]] = {
+    "checksums": _unsigned,
+    "count": _count,
+    "counts": _counts,
+    "descriptor": _text,
+    "group": _group,
+    "keys": _keys,
+    "lease": _lease,
+    "name": _text,
+    "namespace": lambda value: "" if isinstance(value, bytes) and len(value) == KEY_BYTES else "must be 32 bytes",
+    "parents": _keys,
+    "path": _text,
+    "sizes": _unsigned,
+    "tier": _text,
+    "tiers": _texts,
+    "ttl": _ttl,
+}
