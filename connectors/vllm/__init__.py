@@ -24,8 +24,24 @@ Both:
     geometry.py     shards, chunk sizes, what can be cached at all
     private.py      the daemon of an engine that names none
     outage.py       says once that the daemon is gone, and once that it is back
+    worker_link.py  a worker thread's connection
+    lora/           adapters on pages
 """
 
-from loracache.connectors.vllm.connector import LoRACacheConnector
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loracache.connectors.vllm.connector import LoRACacheConnector
 
 __all__ = ["LoRACacheConnector"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the connector when vLLM asks for it: the plugin is loaded in every process, and most need no more."""
+    if name != "LoRACacheConnector":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from loracache.connectors.vllm.connector import LoRACacheConnector
+
+    return LoRACacheConnector

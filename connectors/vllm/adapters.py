@@ -113,7 +113,7 @@ class LoadedAdapters:
             before = self._content(lora_request)
             model = original(manager, lora_request)
             after = self._content(lora_request)
-            self._confirm(lora_request.lora_int_id, before if before == after else "")
+            self.confirm(lora_request.lora_int_id, before if before == after else "")
             return model
 
         LRUCacheWorkerLoRAManager._load_adapter = load
@@ -145,7 +145,8 @@ class LoadedAdapters:
             _log.warning("adapter %s: %s", request.lora_name, error)
             return ""
 
-    def _confirm(self, adapter: int, digest: str) -> None:
+    def confirm(self, adapter: int, digest: str) -> None:
+        """From now on `adapter` is served by this content ("": it is not known)."""
         with self._lock:
             old = self._loaded.get(adapter)
             if old is None:

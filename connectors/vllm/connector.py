@@ -7,7 +7,7 @@ vLLM makes one in EngineCore (role SCHEDULER) and one in every worker (role WORK
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -155,6 +155,11 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         """The workers' facts, by pipeline and tensor rank."""
         self._take_facts(metadata.values())
+
+    def fail_requests_through(self, fail: Callable[[str], None]) -> None:
+        """Take vLLM's way to end a request with an error (lora/plugin.py)."""
+        if self._scheduler is not None:
+            self._scheduler.admission.fail = fail
 
     def on_new_request(self, request: Request) -> None:
         """Send the lookup."""

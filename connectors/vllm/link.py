@@ -44,9 +44,9 @@ class SchedulerLink:
         """Whether the daemon is there and answers."""
         return self._connection.connected and not self._silent()
 
-    def begin(self) -> None:
-        """Start to connect, so that the first question finds a connection."""
-        self._ready()
+    def begin(self) -> bool:
+        """Start to connect, so that the first question finds a connection; whether there is one already."""
+        return self._ready()
 
     def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
         """Ask for the leading run of `keys`, holding it under `lease`."""
@@ -67,6 +67,34 @@ class SchedulerLink:
         """(answered, hex digest or None where it has none)."""
         done, payload = self._answer(number)
         return done, str(payload[0]) if payload else None
+
+    def ask_adapter_add(self, path: str) -> int:
+        """Ask for a folder to be taken into the cache."""
+        return self._ask(protocol.AdapterAdd(path, ""))
+
+    def ask_acquire(self, lease: bytes, key: bytes, ttl: float) -> int:
+        """Ask for an object to be raised into the arena and held there."""
+        return self._ask(protocol.Acquire(lease, key, ttl))
+
+    def answer(self, number: int) -> tuple[bool, list[Any] | str | None]:
+        """(answered, its payload; in words why it was refused; None where the question failed)."""
+        try:
+            self._connection.poll()
+            reply = self._connection.take(number)
+        except Rejected as error:
+            return True, str(error)
+        except LoRACacheError as error:
+            self._outage.goes_on(error)
+            return True, None
+        return reply is not None, reply.payload if reply is not None else None
+
+    def buffers(self, extents: list[int], size: int) -> list[memoryview]:
+        """Views of an object's bytes in the mapped arena."""
+        return self._connection.buffers(extents, size)
+
+    def resident(self, keys: list[bytes]) -> None:
+        """Tell which adapters the engine's own memory holds now."""
+        self._connection.send(protocol.Resident(protocol.join_keys(keys)), answer=False)
 
     def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
         """Have slow tiers start raising `keys`."""

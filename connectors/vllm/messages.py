@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -10,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from loracache.connectors.vllm.lora.layout import PoolShape
 from loracache.keys import Namespace
 
 __all__ = ["AdapterBinding", "ChunkBlocks", "Facts", "Load", "StepPlan", "Store", "WorkerNews"]
@@ -63,6 +65,17 @@ class Store:
 
 
 @dataclass(slots=True)
+class AdapterOrders:
+    """What the workers do with their pools, in this order. evict: digests whose pages are free from now on. load:
+    (order's number, digest, folder or "") to copy in. bind: which content serves an adapter id from now on.
+    """
+
+    evict: list[str] = field(default_factory=list)
+    load: list[tuple[int, str, str]] = field(default_factory=list)
+    bind: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class StepPlan(KVConnectorMetadata):
     """What the workers do in one step.
 
@@ -78,31 +91,47 @@ class StepPlan(KVConnectorMetadata):
     preempted: set[str] = field(default_factory=set)
     first_runs: set[str] = field(default_factory=set)
     void: set[str] = field(default_factory=set)
+    adapters: AdapterOrders = field(default_factory=AdapterOrders)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """A worker's pool of LoRA pages, and how its model renames the modules of adapters (vLLM's WeightsMapper)."""
+
+    shape: PoolShape
+    mapper: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Facts(KVConnectorHandshakeMetadata):
     """What a worker knows and the scheduler needs: how its KV lies in memory, and which shard of it is its own.
 
-    block_bytes: bytes of one block over the shard's layers. problem: why this KV cannot be cached, or "".
+    block_bytes: bytes of one block over the shard's layers. problem: why this KV cannot be cached, or "". pool: of LoRA
+    pages, where there is one.
     """
 
     shard: str
     layout: str
     block_bytes: int
     problem: str = ""
+    pool: PoolFacts | None = None
 
 
 @dataclass(slots=True)
 class WorkerNews(KVConnectorWorkerMetadata):
     """What workers tell the scheduler after a step: adapters as really loaded (hex digest, "" for unknown), failures by
     cause, requests whose chunks did not all reach the cache and may at another try, and facts until the scheduler has
-    them."""
+    them. activated: orders done -> by how many workers; not_activated: orders that failed -> why; pools_lost: nothing
+    is on any page any more; pinned: adapter ids that may not be evicted, or may again."""
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     unstored: set[str] = field(default_factory=set)
     facts: list[Facts] = field(default_factory=list)
+    activated: dict[int, int] = field(default_factory=dict)
+    not_activated: dict[int, str] = field(default_factory=dict)
+    pools_lost: bool = False
+    pinned: dict[int, bool] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
         """Workers of one engine read the same adapter files; where they saw different content, nobody is believed."""
@@ -113,4 +142,10 @@ class WorkerNews(KVConnectorWorkerMetadata):
         failures = dict(self.failures)
         for cause, count in other.failures.items():
             failures[cause] = failures.get(cause, 0) + count
-        return WorkerNews(adapters, failures, self.unstored | other.unstored, self.facts + other.facts)
+        activated = dict(self.activated)
+        for order, count in other.activated.items():
+            activated[order] = activated.get(order, 0) + count
+        return WorkerNews(
+            adapters, failures, self.unstored | other.unstored, self.facts + other.facts, activated,
+            self.not_activated | other.not_activated, self.pools_lost or other.pools_lost, self.pinned | other.pinned,
+        )  # fmt: skip

@@ -10,8 +10,9 @@ from loracache.config import parse_size
 from loracache.connection import socket_path
 from loracache.errors import ConfigError
 
-__all__ = ["Options"]
+__all__ = ["Options", "own_options", "pool_bytes"]
 
+_CONNECTOR = "LoRACacheConnector"
 _DAEMON_KEYS = ("memory", "disk_path", "disk", "redis")
 
 
@@ -23,7 +24,8 @@ class Options:
     size), disk_path, disk (a size) and redis (a URL) from here. model_id: names the model where its files are not to
     be looked at. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout:
     seconds after which a load is given up and recomputed. lookup_wait: seconds for which a request may be parked for
-    the answer to its lookup.
+    the answer to its lookup. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's
+    own matter.
     """
 
     server: str = ""
@@ -35,6 +37,7 @@ class Options:
     chunk_tokens: int = 0
     load_timeout: float = 10.0
     lookup_wait: float = 0.02
+    lora_pool: str = ""
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
@@ -63,7 +66,7 @@ class Options:
                     f"server={self.server!r}; give it to `loracache serve`, or leave server out to start a "
                     f"private daemon"
                 )
-        for key in ("memory", "disk"):
+        for key in ("memory", "disk", *(["lora_pool"] if self.lora_pool else [])):
             try:
                 parse_size(getattr(self, key))
             except ValueError as error:
@@ -78,3 +81,26 @@ class Options:
             raise ConfigError(
                 f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"
             )
+
+
+def own_options(vllm_config: Any) -> Options:
+    """The options of an engine's connector where that is ours, also inside a MultiConnector; else the defaults. Raises
+    ConfigError."""
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    return Options.parse(dict(_own_extra(transfer))) if transfer is not None else Options()
+
+
+def pool_bytes(vllm_config: Any) -> int:
+    """Bytes of `lora_pool`, 0 where an engine has none. Raises ConfigError."""
+    options = own_options(vllm_config)
+    return parse_size(options.lora_pool) if options.lora_pool else 0
+
+
+def _own_extra(transfer: Any) -> dict[str, Any]:
+    """Our part of the configuration: the connector's own, or ours inside a MultiConnector's."""
+    extra: dict[str, Any] = transfer.kv_connector_extra_config or {}
+    if transfer.kv_connector == _CONNECTOR:
+        return extra
+    inner = extra.get("connectors", ()) if transfer.kv_connector == "MultiConnector" else ()
+    found = [one.get("kv_connector_extra_config") or {} for one in inner if one.get("kv_connector") == _CONNECTOR]
+    return found[0] if found else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from loracache.connectors.vllm.messages import AdapterBinding
 
-__all__ = ["RequestState"]
+__all__ = ["RequestState", "is_cacheable", "uses_draft_kv", "wants_reading"]
 
 
 class RequestState:
@@ -96,3 +96,22 @@ class RequestState:
         self.answered_at = None
         self.parked_since = None
         self.hits = ()
+
+
+def is_cacheable(request: Request) -> bool:
+    """Requests whose KV is not a function of their token ids, or not a prefix of anything, stay out."""
+    if getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None:
+        return False
+    return getattr(request, "pooling_params", None) is None and not getattr(request, "resumable", False)
+
+
+def wants_reading(request: Request) -> bool:
+    """Not where every token of the prompt must be computed, to know its logprobs."""
+    params = request.sampling_params
+    return not request.skip_reading_prefix_cache and (params is None or params.prompt_logprobs is None)
+
+
+def uses_draft_kv(config: Any) -> bool:
+    """EAGLE and MTP drafts write KV of their own that lags behind in the last block."""
+    speculative = getattr(config, "speculative_config", None)
+    return speculative is not None and bool(speculative.use_eagle())

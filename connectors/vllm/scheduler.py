@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.adapters import ServedAdapters
 from loracache.connectors.vllm.geometry import chunk_blocks
 from loracache.connectors.vllm.link import SchedulerLink
+from loracache.connectors.vllm.lora.admission import AdapterAdmission
 from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
 from loracache.connectors.vllm.options import Options
-from loracache.connectors.vllm.requests import RequestState
+from loracache.connectors.vllm.requests import RequestState, is_cacheable, uses_draft_kv, wants_reading
 from loracache.keys import Namespace, object_key, salt_digest
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class SchedulerSide:
         self._epoch = ""
         self._off = False
         self._block_size = vllm_config.cache_config.block_size
-        self._drops_last_block = _uses_draft_kv(vllm_config)
+        self._drops_last_block = uses_draft_kv(vllm_config)
         self._may_load = bool(vllm_config.kv_transfer_config.is_kv_consumer)
         self._may_store = bool(vllm_config.kv_transfer_config.is_kv_producer)
         self._facts: dict[str, Facts] = {}
@@ -51,7 +52,9 @@ class SchedulerSide:
         self._layout = ""
         self._chunk_blocks = 1
         self._requests: dict[str, RequestState] = {}
-        self._adapters = ServedAdapters(link.ask_adapter, link.answer_adapter)
+        ask = (lambda path: None) if options.lora_pool else link.ask_adapter
+        self._adapters = ServedAdapters(ask, link.answer_adapter)
+        self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
         self._plan = StepPlan(step=0)
         self._step = 0
 
@@ -64,6 +67,7 @@ class SchedulerSide:
 
     def set_facts(self, facts: list[Facts], block_size: int) -> None:
         """Take what the workers know of their KV; turns the cache on, or says once why it stays off."""
+        self.admission.set_pools([fact.pool for fact in facts if fact.pool is not None])
         if self._off:
             return
         for fact in facts:
@@ -87,6 +91,7 @@ class SchedulerSide:
     def take_news(self, news: WorkerNews) -> None:
         """Learn what adapters the workers really loaded and what they could not store, and pass their failures on to
         the daemon's counters."""
+        self.admission.take_news(news)
         for adapter, digest in news.adapters.items():
             self._adapters.correct(adapter, digest)
         for cause, count in news.failures.items():
@@ -111,10 +116,11 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         """Send the question; nobody waits for its answer."""
+        self.admission.on_new_request(request)
         if not self.on:
             return
         state = self._requests[request.request_id] = RequestState(
-            request, cacheable=_cacheable(request), reads=self._may_load and _reads(request)
+            request, cacheable=is_cacheable(request), reads=self._may_load and wants_reading(request)
         )
         if (
             state.cacheable
@@ -126,6 +132,8 @@ class SchedulerSide:
 
     def matched_tokens(self, request: Request, num_computed: int) -> tuple[int | None, bool]:
         """How many tokens beyond `num_computed` can be loaded; None to be asked again in a moment."""
+        if not self.admission.admit(request):
+            return None, False
         if not self.on:
             return 0, False
         state = self._requests.get(request.request_id)
@@ -183,6 +191,7 @@ class SchedulerSide:
 
     def finished(self, request: Request, block_ids: list[int]) -> bool:
         """A request is over: plan its last stores. True where its blocks must stay until they are done."""
+        self.admission.end(request.request_id)
         state = self._requests.pop(request.request_id, None)
         if state is None:
             return False
@@ -203,6 +212,7 @@ class SchedulerSide:
         self._step += 1
         plan = self._plan
         plan.step = self._step
+        plan.adapters = self.admission.take_orders()
         preempted = getattr(output, "preempted_req_ids", None)
         plan.preempted = set(preempted) if preempted is not None else self._preempted()
         for request_id in plan.preempted:  # first: a reset preempts and schedules again in one step
@@ -374,22 +384,3 @@ class SchedulerSide:
         if state.leased:
             state.leased = False
             self._link.release(state.lease)
-
-
-def _cacheable(request: Request) -> bool:
-    """Requests whose KV is not a function of their token ids, or not a prefix of anything, stay out."""
-    if getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None:
-        return False
-    return getattr(request, "pooling_params", None) is None and not getattr(request, "resumable", False)
-
-
-def _reads(request: Request) -> bool:
-    """Not where every token of the prompt must be computed, to know its logprobs."""
-    params = request.sampling_params
-    return not request.skip_reading_prefix_cache and (params is None or params.prompt_logprobs is None)
-
-
-def _uses_draft_kv(config: Any) -> bool:
-    """EAGLE and MTP drafts write KV of their own that lags behind in the last block."""
-    speculative = getattr(config, "speculative_config", None)
-    return speculative is not None and bool(speculative.use_eagle())

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loracache import protocol
-from loracache.connection import Connection, Reply
+from loracache.connection import Reply
 from loracache.connectors.vllm.cores import leave_pinned_core
 from loracache.connectors.vllm.messages import Load, Store
-from loracache.connectors.vllm.outage import Outage
-from loracache.connectors.vllm.pinned import prepare_mapping
+from loracache.connectors.vllm.worker_link import WorkerLink
 from loracache.errors import LoRACacheError, Rejected, Unavailable
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import checksum, object_key
@@ -31,49 +30,10 @@ from loracache.keys import checksum, object_key
 __all__ = ["Loader", "StoreJob", "Storer"]
 
 _log = logging.getLogger(__name__)
-_RETRY_S = 1.0
 _CALL_TIMEOUT_S = 5.0
 _LEASE_MARGIN_S = 5.0
 _WRITE_LEASE_S = 60.0
 _END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
-
-
-class _Link:
-    """A connection that is made again, at most once a second, by calling `ready`."""
-
-    def __init__(self, server: str, name: str, ensure: Callable[[], None], device_type: str) -> None:
-        self.connection = Connection(server, name=name)
-        self._ensure = ensure
-        self._device_type = device_type
-        self._next_try = 0.0
-        self.outage = Outage(_log)
-        self._registered: set[bytes] = set()
-
-    def ready(self) -> bool:
-        """Whether there is a connection now."""
-        if self.connection.connected:
-            return True
-        now = time.monotonic()
-        if now < self._next_try:
-            return False
-        self._next_try = now + _RETRY_S
-        try:
-            self._ensure()
-            self.connection.connect()
-        except LoRACacheError as error:
-            self.outage.goes_on(error)
-            return False
-        self.outage.over()
-        self._registered.clear()
-        if self.connection.map is not None:
-            prepare_mapping(self.connection.map, self._device_type)
-        return True
-
-    def register(self, digest: bytes, descriptor: str) -> None:
-        """Make a namespace known on this daemon once."""
-        if digest not in self._registered:
-            self.connection.call(protocol.Register(descriptor), _CALL_TIMEOUT_S)
-            self._registered.add(digest)
 
 
 @dataclass(slots=True)
@@ -109,7 +69,7 @@ class Loader:
         may_load: Callable[[Load], bool],
         finished: Callable[[Load, list[int], dict[str, int]], None],
     ) -> None:
-        self._link = _Link(server, "vllm-load", ensure, copier.device_type)
+        self._link = WorkerLink(server, "vllm-load", ensure, copier.device_type)
         self._copier = copier
         self._shard = shard
         self._block_bytes = block_bytes
@@ -295,7 +255,7 @@ class Storer:
         may_store: Callable[[Store], bool],
         finished: Callable[[StoreJob, dict[str, int]], None],
     ) -> None:
-        self._link = _Link(server, "vllm-store", ensure, copier.device_type)
+        self._link = WorkerLink(server, "vllm-store", ensure, copier.device_type)
         self._copier = copier
         self._shard = shard
         self._block_bytes = block_bytes

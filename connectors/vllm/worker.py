@@ -18,6 +18,7 @@ from loracache.client import CacheClient
 from loracache.connectors.vllm.adapters import LoadedAdapters
 from loracache.connectors.vllm.geometry import chunk_blocks, shard_name
 from loracache.connectors.vllm.layout import read_layout
+from loracache.connectors.vllm.lora.orders import PoolNews, PoolWorker, paged_worker
 from loracache.connectors.vllm.messages import Facts, Load, StepPlan, Store, WorkerNews
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import ensure_private_daemon, private_server
@@ -49,7 +50,8 @@ class WorkerSide:
         self._storer: Storer | None = None
         self._cuda = False
         self._adapters = LoadedAdapters(self._adapter_changed)
-        if vllm_config.lora_config is not None:
+        self._pool: PoolWorker | None = None
+        if vllm_config.lora_config is not None and not options.lora_pool:
             self._adapters.install()
         self._lock = threading.Lock()
         self._done_loads: dict[str, list[int]] = {}
@@ -70,24 +72,29 @@ class WorkerSide:
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learn the layout, connect to the daemon and start the transfer threads."""
+        server = self._options.server or private_server(self._config.kv_transfer_config.engine_id)
+        ensure = (lambda: None) if self._options.server else (lambda: ensure_private_daemon(server, self._options))
         problem = self._problem
+        if self._options.lora_pool:
+            ensure()
+            self._pool = paged_worker(self._config, server, ensure, self._adapters.confirm)
+        pool = self._pool.facts if self._pool is not None else None
         if not problem:
             try:
                 layout = read_layout(kv_caches, self._kv_cache_config.num_blocks)
             except UsageError as error:
                 problem = str(error)
         if problem:
-            self._facts = Facts("", "", 0, problem)
+            self._facts = Facts("", "", 0, problem, pool)
             return
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._facts = Facts(
             shard_name(self._config, list(kv_caches)),
             f"{_platform(self._config, spec)}/{layout.order}",
             layout.block_bytes,
+            pool=pool,
         )
         chunk_blocks(layout.block_bytes, spec.block_size, self._options.chunk_tokens)  # raises early; the plans say it
-        server = self._options.server or private_server(self._config.kv_transfer_config.engine_id)
-        ensure = (lambda: None) if self._options.server else (lambda: ensure_private_daemon(server, self._options))
         self._cuda = layout.rows[0].device.type == "cuda"
         ensure()
         if self._options.server:  # a private one would end with this client
@@ -105,6 +112,8 @@ class WorkerSide:
     def handle_preemptions(self, plan: StepPlan) -> None:
         """Before anything of this step is computed: let go of blocks that may be overwritten in it."""
         self._adapters.step = plan.step
+        if self._pool is not None:
+            self._pool.carry_out(plan.adapters)
         for request_id in plan.preempted:
             with self._lock:
                 jobs = list(self._storing.get(request_id, ()))
@@ -167,9 +176,13 @@ class WorkerSide:
         facts = [self._facts] if self._facts is not None and not self._facts_sent else []
         self._facts_sent = True
         adapters = self._adapters.take_news()
-        if not (failures or facts or adapters):
+        pool = self._pool.take_news() if self._pool is not None else None
+        if not (failures or facts or adapters or pool):
             return None
-        return WorkerNews(adapters, dict(failures), unstored, facts)
+        pool = pool or PoolNews()
+        return WorkerNews(
+            adapters, dict(failures), unstored, facts, pool.activated, pool.not_activated, pool.lost, pool.pinned
+        )
 
     def close(self) -> None:
         """End the threads; what is queued for storing is finished first."""
@@ -177,6 +190,8 @@ class WorkerSide:
             self._storer.close()
         if self._loader is not None:
             self._loader.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def _forget_load(self, request_id: str) -> None:
         self._not_yet_run.pop(request_id, None)

@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,18 @@ ENGINE = {
     "enable_prefix_caching": False,
     "seed": 0,
 }
+
+
+@pytest.fixture(scope="session")
+def host_path() -> str:
+    """PYTHONPATH of an engine that loads pool_extension.py."""
+    return str(HERE)
+
+
+@pytest.fixture(scope="session")
+def load() -> Any:
+    """Adapter (engines.py) and MergedModel (merged.py)."""
+    return SimpleNamespace(Adapter=engines.Adapter, MergedModel=_load(HERE / "merged.py").MergedModel)
 
 
 @pytest.fixture(scope="session")

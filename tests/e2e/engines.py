@@ -128,11 +128,23 @@ class Engine:
         with daemon.client() as client:
             client.flush()
 
-    def add_lora(self, lora: Adapter) -> None:
+    def add_lora(self, lora: Adapter) -> str:
+        """Why vLLM would not take it, or ""."""
         call = next(self._calls)
         self._send({"op": "add_lora", "call": call, "lora": vars(lora)})
-        answer = self._wait(call, 60)
-        assert "error" not in answer, answer
+        return str(self._wait(call, 60).get("error", ""))
+
+    def pin_lora(self, adapter: int) -> str:
+        """Why vLLM would not pin it, or ""."""
+        call = next(self._calls)
+        self._send({"op": "pin_lora", "call": call, "id": adapter})
+        return str(self._wait(call, 60).get("error", ""))
+
+    def rpc(self, method: str) -> Any:
+        """What a method of the (first) worker answers."""
+        call = next(self._calls)
+        self._send({"op": "rpc", "call": call, "method": method})
+        return self._wait(call, 60)["done"][0]
 
     def signal_all(self, number: int) -> None:
         """Signal every process of the engine."""

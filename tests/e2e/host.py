@@ -60,6 +60,10 @@ async def serve(arguments, answers):
                         command.get("running", False), command.get("connector", False)
                     )
                     answer["done"] = bool(done)
+                case "rpc":
+                    answer["done"] = await engine.collective_rpc(command["method"])
+                case "pin_lora":
+                    answer["done"] = await engine.pin_lora(command["id"])
                 case "add_lora":
                     from vllm.lora.request import LoRARequest
 

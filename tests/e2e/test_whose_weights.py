@@ -87,7 +87,7 @@ def test_load_inplace_rebinds_the_id(
     old, _ = both(pair, tokens, lora=mine)
     overwrite(folder, adapters["b"].path)
     for engine in (pair.cached, pair.stock):
-        engine.add_lora(replace(mine, inplace=True))
+        assert not engine.add_lora(replace(mine, inplace=True))
     new, _ = both(pair, tokens, lora=mine)
     assert new.tokens != old.tokens
     assert new.cached == 0

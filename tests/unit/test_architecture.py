@@ -107,8 +107,8 @@ def test_arrows_run_one_way(importer: str) -> None:
 
 
 def test_connectors_use_the_client_and_the_kernels_only() -> None:
-    # The client's side of the socket, and what reads adapter files: nothing that holds cached state.
-    client_side = {"client", "connection", "protocol", "mapping", "tiers", "adapters"}
+    # The client's side of the socket, what reads adapters, and the allocator: nothing that holds cached state.
+    client_side = {"client", "connection", "protocol", "mapping", "tiers", "adapters", "peft", "free_pages"}
     allowed = {"", "kernels", "connectors", *client_side, *COMMON}
     for module in sources():
         if room(module) == "connectors":

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm import transfer
+from loracache.connectors.vllm import transfer, worker_link
 from loracache.connectors.vllm.layout import read_layout
 from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Load, Store
 from loracache.connectors.vllm.transfer import Loader, StoreJob, Storer
@@ -96,7 +96,7 @@ def make_worker() -> Iterator[Callable[..., Worker]]:
 
 @pytest.fixture(autouse=True)
 def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_RETRY_S", 0.05)
+    monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)
 
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

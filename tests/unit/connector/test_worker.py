@@ -185,7 +185,7 @@ def test_a_preempted_requests_blocks_are_read_no_more(
 
 def serve(side: WorkerSide, adapter: int, digest: str) -> None:
     """vLLM's loader loads this content under this id."""
-    side._adapters._confirm(adapter, digest)
+    side._adapters.confirm(adapter, digest)
 
 
 def test_an_adapter_changed_between_load_and_first_run_fails_the_load_in_that_step(

@@ -1,0 +1,167 @@
+"""The thread that copies adapters onto pages: from the arena, or from their folder where no daemon has them.
+
+The worker's main thread hands orders over and collects what is done; the engine's step never waits. An adapter is
+resident only after its bytes agreed with their checksum and the lease they were read under held to the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from loracache import protocol
+from loracache.adapters import Packed, Packing
+from loracache.connectors.vllm.cores import leave_pinned_core
+from loracache.connectors.vllm.lora.filling import fill_pages
+from loracache.connectors.vllm.worker_link import WorkerLink
+from loracache.errors import LoRACacheError, Unavailable, UsageError
+from loracache.keys import checksum
+from loracache.peft import PeftFolder
+
+__all__ = ["Activator", "Order"]
+
+_log = logging.getLogger(__name__)
+_TIMEOUT_S = 30.0
+_LEASE_S = 60.0
+_END_S = 2.0
+_NOT_THERE = {"absent", "unavailable", "disk_unavailable", "miss", "full"}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Copy an adapter in. digest: hex. path: its folder, for when no daemon answers, or "". after: a CUDA event: nobody
+    reads what was on the pages before any more once it has happened.
+    """
+
+    number: int
+    digest: str
+    path: str
+    after: Any = None
+
+
+class Activator:
+    """finished(number, cause) is called on this thread once an order; no cause means that the adapter is resident."""
+
+    def __init__(
+        self, server: str, ensure: Callable[[], None], manager: Any, finished: Callable[[int, str], None]
+    ) -> None:
+        self._manager = manager
+        self._pool = manager.pool
+        self._finished = finished
+        self._link = WorkerLink(server, "vllm-adapters", ensure, self._pool.pages.device.type)
+        self._stream = torch.cuda.Stream() if self._pool.pages.device.type == "cuda" else None
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="loracache-adapters", daemon=True)
+        self._thread.start()
+
+    def submit(self, order: Order) -> None:
+        """Start to copy an adapter in; returns at once."""
+        self._orders.put(order)
+
+    def close(self) -> None:
+        """End the thread; what is queued is dropped."""
+        self._orders.put(None)
+        self._thread.join(timeout=_END_S)
+
+    def _run(self) -> None:
+        leave_pinned_core()
+        while (order := self._orders.get()) is not None:
+            cause = "bug"
+            try:
+                cause = self._load(order)
+            except UsageError as error:
+                _log.error("adapter %s cannot be served: %s", order.digest[:12], error)
+                cause = "unusable"
+            except (LoRACacheError, OSError) as error:
+                _log.warning("adapter %s was not loaded: %s", order.digest[:12], error)
+                cause = "unavailable"
+            except Exception:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
+                _log.exception("adapter %s was not loaded", order.digest[:12])
+            self._finished(order.number, cause)
+        self._link.connection.close()
+
+    def _load(self, order: Order) -> str:
+        if self._pool.get(order.digest) is not None:
+            return ""
+        try:
+            cause = self._from_arena(order)
+        except Unavailable:
+            if not order.path:
+                raise
+            cause = "unavailable"
+        if cause in _NOT_THERE and order.path:
+            cause = self._from_folder(order)
+        return cause
+
+    def _from_arena(self, order: Order) -> str:
+        if not self._link.ready():
+            raise Unavailable("no daemon answers")
+        connection = self._link.connection
+        lease, key = os.urandom(protocol.LEASE_BYTES), bytes.fromhex(order.digest)
+        bad, released = b"", False
+
+        def held() -> bool:
+            """Only where the lease held until now, the bytes were the adapter's throughout."""
+            nonlocal released
+            released = True
+            return bool(connection.call(protocol.Release(lease, b""), _TIMEOUT_S).payload[0])
+
+        try:
+            reply = connection.call(protocol.Acquire(lease, key, _LEASE_S), _TIMEOUT_S)
+            (_, *found), *_ = reply.payload
+            if len(found) == 1:
+                return str(found[0])
+            size, expected, extents = found
+            payload = connection.buffers(extents, size)
+            if checksum(payload) != expected:
+                bad = key
+                return "checksum"
+            return self._fill(order, payload, held)
+        finally:
+            if not released:
+                connection.send(protocol.Release(lease, bad), answer=False)
+
+    def _from_folder(self, order: Order) -> str:
+        with PeftFolder(order.path) as folder:
+            packing = Packing(folder)
+            payload = [memoryview(bytearray(packing.size))]
+            if packing.write(payload) != order.digest:
+                return "changed"
+        return self._fill(order, payload, lambda: True)
+
+    def _fill(self, order: Order, payload: list[memoryview], held: Callable[[], bool]) -> str:
+        packed = Packed(payload)
+        parts = {self._manager.peft_name(name): module for name, module in packed.modules().items()}
+        shape = self._pool.shape
+        placement = shape.place({part: module.rank for part, module in parts.items()})
+        scales = np.zeros(shape.slices, dtype=np.float32)
+        for row, part in enumerate(part for module in shape.modules for part in module.parts):
+            scales[row] = parts[part].scaling if part in parts else 0.0
+        resident = self._pool.reserve(placement, scales)
+        if resident is None:
+            return "pool_full"
+        done = False
+        try:
+            if self._stream is None:
+                fill_pages(self._pool, resident, packed, parts, self._manager.layers)
+            else:
+                with torch.cuda.stream(self._stream):
+                    if order.after is not None:
+                        self._stream.wait_event(order.after)
+                    fill_pages(self._pool, resident, packed, parts, self._manager.layers)
+                self._stream.synchronize()
+            done = held()
+        finally:
+            if not done:
+                self._pool.give_back(resident)
+        if not done:
+            return "lease_lost"
+        return "" if self._pool.settle(order.digest, resident) else "evicted"

@@ -1,0 +1,125 @@
+"""Where an adapter's matrices stand in its pages, and how many pages that takes. Pure; numpy only.
+
+An adapter's address space holds, module after module, the A of all its slices and then their B, each as rank rows
+(kernels/sgmv.py says how they are addressed). What an adapter does not adapt takes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from loracache.errors import UsageError
+from loracache.kernels.sgmv import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, PLACE_FIELDS, RANK, round_up
+
+__all__ = ["ModuleShape", "Placement", "PoolShape", "choose_chunk", "choose_page"]
+
+_MOST_CHUNK, _LEAST_CHUNK = 1024, 64
+_MOST_PAGE, _LEAST_PAGE = 64 << 10, 4 << 10
+_WASTE = 0.01  # of a row, that rounding it up to chunks may add
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """One module of the model that adapters may adapt. parts: names of the modules that its slices are called in
+    adapters, in order. width: elements of a row of A on this worker. widths: of a row of B, by slice.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    width: int
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one adapter's matrices are. places: int64 (all slices of all modules, PLACE_FIELDS), the flat ones not
+    filled in yet. elements: of its address space."""
+
+    places: npt.NDArray[np.int64]
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """A worker's pool and what it is for. chunk and page in elements; a page holds whole chunks."""
+
+    modules: tuple[ModuleShape, ...]
+    pages: int
+    page: int
+    chunk: int
+    element_bytes: int
+    most_rank: int
+
+    @property
+    def slices(self) -> int:
+        """Of all modules together: the rows of `Placement.places`."""
+        return sum(len(module.parts) for module in self.modules)
+
+    def place(self, ranks: Mapping[str, int]) -> Placement:
+        """Where an adapter with these ranks (by part) goes. Raises UsageError naming a part that the model has not, or
+        a rank that the engine does not allow."""
+        unknown = ranks.keys() - {part for module in self.modules for part in module.parts}
+        if unknown:
+            raise UsageError(f"module {min(unknown)!r} of the adapter is none that this model can adapt")
+        places = np.full((self.slices, PLACE_FIELDS), 0, dtype=np.int64)
+        row = end = 0
+        for module in self.modules:
+            count = len(module.parts)
+            for number, part in enumerate(module.parts, row):
+                rank = ranks.get(part, 0)
+                if rank > self.most_rank:
+                    raise UsageError(f"rank {rank} of {part!r} is over max_lora_rank={self.most_rank}; raise that")
+                places[number, RANK], places[number, A_ADDRESS] = rank, end
+                end += rank * round_up(module.width, self.chunk)
+            for number, width in enumerate(module.widths, row):
+                places[number, B_ADDRESS] = end
+                end += int(places[number, RANK]) * round_up(width, self.chunk)
+            row += count
+        return Placement(places, end)
+
+    def cost(self, elements: int) -> int:
+        """Pages of an address space."""
+        return -(-elements // self.page)
+
+    def flatten(self, placement: Placement, page_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """The placement's places with the flat ones filled in, for an adapter on these pages."""
+        places = placement.places.copy()
+        runs = np.cumsum(np.r_[0, np.diff(page_ids.astype(np.int64)) != 1])  # equal: one behind another in the pool
+        widths = np.array([[module.width, width] for module in self.modules for width in module.widths])
+        for at, (address, flat) in enumerate(((A_ADDRESS, A_FLAT), (B_ADDRESS, B_FLAT))):
+            row = -(-widths[:, at] // self.chunk) * self.chunk
+            first = places[:, address]
+            last = first + np.maximum(places[:, RANK] * row, 1) - 1
+            begins, ends = first // self.page, np.minimum(last // self.page, max(len(page_ids) - 1, 0))
+            used = places[:, RANK] > 0
+            begins = np.where(used, begins, 0)
+            ends = np.where(used, ends, 0)
+            if len(page_ids):
+                together = used & (runs[begins] == runs[ends])
+                places[:, flat] = np.where(
+                    together, page_ids[begins].astype(np.int64) * self.page + first % self.page, -1
+                )
+            else:
+                places[:, flat] = -1
+        return places
+
+
+def choose_chunk(widths: set[int]) -> int:
+    """Elements of a chunk: the largest power of two that hardly lengthens the rows of these widths."""
+    chunk = _MOST_CHUNK
+    while chunk > _LEAST_CHUNK and any(round_up(width, chunk) > width * (1 + _WASTE) for width in widths):
+        chunk //= 2
+    return chunk
+
+
+def choose_page(chunk: int, rank_elements: int, element_bytes: int) -> int:
+    """Elements of a page: 64 KiB, less where an adapter of rank 8 would leave more than a percent of its pages unused.
+    rank_elements: of one rank of all modules."""
+    page = _MOST_PAGE
+    while page > _LEAST_PAGE and page * 64 > 8 * rank_elements * element_bytes:
+        page //= 2
+    return max(page // element_bytes, chunk) // chunk * chunk

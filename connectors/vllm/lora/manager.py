@@ -1,0 +1,241 @@
+"""vLLM's LoRA managers on a pool of pages: `max_loras` bounds the adapters of one batch, and nothing else.
+
+The dense slots are made for zero adapters, so that they take no memory; in their place the layers hold their part of
+the slot tables. What is resident is the pool's matter, and what is copied in and evicted the scheduler's: an adapter
+of a batch is resident before the batch is scheduled. Threading: the worker's main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from loracache.adapters import Packing
+from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape, choose_chunk, choose_page
+from loracache.connectors.vllm.lora.paths import digest_in
+from loracache.connectors.vllm.lora.pool import PagePool, SlotTables
+from loracache.connectors.vllm.lora.punica import PagedModule, PagedPunicaWrapper, page_embedding
+from loracache.connectors.vllm.options import pool_bytes
+from loracache.errors import ConfigError, UsageError
+from loracache.peft import CONFIG, PeftFolder
+
+__all__ = ["PagedLoRAModelManager", "PagedWorkerLoRAManager", "pools"]
+
+_log = logging.getLogger(__name__)
+
+pools: dict[str, PagedLoRAModelManager] = {}
+"""The manager of each engine's worker in this process, by engine id: where the connector finds it."""
+
+
+class PagedLoRAModelManager(LRUCacheLoRAModelManager):
+    """The model's LoRA layers over one PagePool. `ids` says which content (digest) serves an adapter id."""
+
+    def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        self._making_layers = False
+        self._pool_bytes = pool_bytes(vllm_config)
+        self.ids: dict[int, str] = {}
+        self.dummies: set[int] = set()
+        self.lost = False  # what was resident is not any more
+        self.pinned_news: dict[int, bool] = {}
+        self._slot_of: dict[int, str] = {}  # slot -> digest in it
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        pools[vllm_config.kv_transfer_config.engine_id] = self
+
+    @property
+    def lora_slots(self) -> int:
+        """None while the layers are made, so that their dense tensors are empty."""
+        return 0 if self._making_layers else int(self.lora_config.max_loras)
+
+    def peft_name(self, module: str) -> str:
+        """The model's name of a module as adapters call it."""
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        if mapper is not None and hasattr(mapper, "get_rename_mapper"):
+            mapper = mapper.get_rename_mapper()
+        return str(parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0])
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
+        import vllm.lora.model_manager as module
+
+        original: Callable[..., Any] = module.get_punica_wrapper
+        module.get_punica_wrapper = PagedPunicaWrapper
+        try:
+            super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        finally:
+            module.get_punica_wrapper = original
+
+    def _create_lora_modules(self) -> None:
+        if self._is_moe:
+            raise ConfigError("lora_pool does not serve adapters of mixture-of-experts models; leave lora_pool out")
+        if self.lora_config.fully_sharded_loras:
+            raise ConfigError("lora_pool does not serve fully_sharded_loras; leave one of the two out")
+        self._making_layers = True
+        try:
+            super()._create_lora_modules()
+        finally:
+            self._making_layers = False
+        self.layers = [layer for name, layer in self.modules.items() if self._parts(name, layer)]
+        shapes = tuple(self._shape(name, layer) for name, layer in self.modules.items() if self._parts(name, layer))
+        self._make_pool(shapes)
+
+    def _make_pool(self, modules: tuple[ModuleShape, ...]) -> None:
+        dtype = self.lora_config.lora_dtype
+        size = torch.empty(0, dtype=dtype).element_size()
+        widths = {width for module in modules for width in (module.width, *module.widths)}
+        chunk = choose_chunk(widths)
+        page = choose_page(chunk, sum(len(m.parts) * m.width + sum(m.widths) for m in modules), size)
+        pages = self._pool_bytes // (page * size)
+        shape = PoolShape(modules, pages, page, chunk, size, int(self.lora_config.max_lora_rank))
+        if pages < 1:
+            raise ConfigError(f"lora_pool={self._pool_bytes} bytes hold no page of {page * size}; make it larger")
+        self.pool = PagePool(shape, dtype, self.device)
+        self.tables = SlotTables(self.lora_slots, shape, self.device)
+        row = 0
+        for module, layer in zip(modules, self.layers, strict=True):
+            rows = slice(row, row + len(module.parts))
+            paged = PagedModule(self.pool, self.tables, rows, module)
+            layer.lora_a_stacked = layer.lora_b_stacked = paged
+            if isinstance(layer, VocabParallelEmbeddingWithLoRA):
+                page_embedding(layer, paged)
+            row = rows.stop
+        _log.info("LoRA pool: %d pages of %d KiB, chunks of %d", pages, page * size >> 10, chunk)
+
+    def _parts(self, name: str, layer: Any) -> list[str]:
+        """The adapters' modules behind a layer's slices; none where a layer cannot be paged."""
+        parts = self.packed_modules.get(name, [name])
+        return parts if len(parts) == getattr(layer, "n_slices", 1) and hasattr(layer, "lora_a_stacked") else []
+
+    def _shape(self, name: str, layer: Any) -> ModuleShape:
+        parts = tuple(self._parts(name, layer))
+        a, b = layer.lora_a_stacked, layer.lora_b_stacked
+        if isinstance(layer, VocabParallelEmbeddingWithLoRA):
+            return ModuleShape(name, parts, a.shape[1], (b.shape[2],))
+        if isinstance(layer, LogitsProcessorWithLoRA):
+            return ModuleShape(name, parts, a.shape[-1], (b.shape[-2],))
+        return ModuleShape(name, parts, a[0].shape[-1], tuple(each.shape[-2] for each in b))
+
+    # -- slots ----------
+
+    def use(self, ids: Iterable[int]) -> None:
+        """Give every adapter of the batch a slot that holds the content it serves now."""
+        ids = set(ids)
+        for adapter in ids:
+            self.activate_adapter(adapter)
+        for slot, adapter in enumerate(self.lora_index_to_id):
+            if adapter in ids and adapter not in self.dummies and self._slot_of.get(slot) != self.ids.get(adapter):
+                self._fill(slot, adapter)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Give an adapter a slot; the least recently used one of another batch's adapters."""
+        if lora_id in self._active_adapters:
+            self._active_adapters.touch(lora_id)
+            return False
+        if len(self._active_adapters) >= self.lora_slots:
+            self._active_adapters.remove_oldest()
+        slot = self.lora_index_to_id.index(None)
+        self.lora_index_to_id[slot] = lora_id
+        self._active_adapters[lora_id] = None
+        self._fill(slot, lora_id)
+        return True
+
+    def _fill(self, slot: int, lora_id: int) -> None:
+        digest = self.ids.get(lora_id, "")
+        resident = self.pool.get(digest)
+        if resident is not None:
+            self.tables.fill(slot, resident)
+        elif lora_id in self.dummies:
+            self.tables.clear(slot)
+        else:
+            raise RuntimeError(f"adapter {lora_id} ({digest[:12]}) of the batch is on no pages")
+        self._slot_of[slot] = digest
+
+    def evict(self, digest: str) -> None:
+        """Free an adapter's pages; its slots are filled anew when they are used again."""
+        self.pool.evict(digest)
+        for slot in [slot for slot, held in self._slot_of.items() if held == digest]:
+            del self._slot_of[slot]
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> Any:
+        """Warm-up runs the kernels with adapters of rank 0, which take no pages."""
+        from vllm.lora.lora_model import LoRAModel
+
+        return LoRAModel(lora_id, rank, {})
+
+    def _add_adapter(self, lora: Any) -> None:
+        self._registered_adapters[lora.id] = lora
+
+    def remove_all_adapters(self) -> None:
+        """Weights were replaced, and with them the memory of the pool perhaps: all adapters are copied in anew."""
+        super().remove_all_adapters()
+        self.dummies.clear()
+        self._slot_of.clear()
+        for digest in self.pool.digests():
+            self.pool.evict(digest)
+            self.lost = True
+
+
+class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
+    """What the model runner holds. Adapters are loaded by the scheduler's orders (activation.py), never in a step."""
+
+    _manager_cls = PagedLoRAModelManager
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        """The adapters of the next step. Two contents under one name are one in `requests`: the mapping tells all."""
+        manager = self._adapter_manager
+        if mapping is None:
+            manager.use(request.lora_int_id for request in requests)
+            return
+        manager.use({*mapping.index_mapping, *mapping.prompt_mapping} - {0})
+        manager.set_adapter_mapping(mapping)
+
+    def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
+        """An adapter for warming up."""
+        self._adapter_manager.dummies.add(lora_request.lora_int_id)
+        return bool(super().add_dummy_lora(lora_request, rank))
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """Say at once what cannot be served; the copy starts with the first request, and stops nobody. Raises
+        ValueError naming file, tensor and reason."""
+        path = lora_request.lora_path
+        if digest_in(path) is not None:
+            return True
+        if not os.path.isdir(path):  # a hub's name: vLLM downloads it here, too
+            path = get_adapter_absolute_path(path)
+        if not os.path.isfile(os.path.join(path, CONFIG)):
+            raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
+        manager = self._adapter_manager
+        with PeftFolder(path) as folder:
+            ranks = {manager.peft_name(name): rank for name, rank in Packing(folder).ranks().items()}
+        shape = manager.pool.shape
+        pages = shape.cost(shape.place(ranks).elements)
+        if pages > shape.pages:
+            raise UsageError(f"{path} needs {pages} pages, lora_pool has {shape.pages}; make lora_pool larger")
+        return True
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Keep an adapter on its pages. Raises ValueError where it is on none."""
+        if self._adapter_manager.pool.get(self._adapter_manager.ids.get(adapter_id, "")) is None:
+            raise ValueError(f"adapter {adapter_id} is on no pages; a request with it brings it there")
+        self._adapter_manager.pinned_news[adapter_id] = True
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Unpin an adapter: its pages go to whoever needs them."""
+        self._adapter_manager.pinned_news[adapter_id] = False
+        return adapter_id in self._adapter_manager.ids
+
+    def remove_all_adapters(self) -> None:
+        """See PagedLoRAModelManager."""
+        self._adapter_manager.remove_all_adapters()
+
+    def list_adapters(self) -> set[int]:
+        """Adapter ids that serve a content."""
+        return set(self._adapter_manager.ids) | self._adapter_manager.dummies

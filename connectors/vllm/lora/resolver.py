@@ -1,0 +1,89 @@
+"""The front end's side: `model=NAME` finds an adapter that only the cache knows.
+
+vLLM remembers for ever what a name stands for. Names of the cache may be re-pointed at any time, so each request asks
+the daemon anew (a fraction of a millisecond), and another content becomes another adapter for the engine: another id,
+and a path that holds the digest, so that vLLM's prefix cache tells the two apart. Requests under way keep the old one.
+
+Threading: the front end's event loop; the daemon is asked on threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from loracache.client import CacheClient
+from loracache.connectors.vllm.lora.paths import digest_in, path_of
+from loracache.connectors.vllm.options import own_options
+from loracache.connectors.vllm.private import private_server
+from loracache.errors import LoRACacheError, Unavailable
+
+__all__ = ["resolve_names_through_the_cache"]
+
+_log = logging.getLogger(__name__)
+_TIMEOUT_S = 1.0
+_asked: ContextVar[str] = ContextVar("asked", default="")
+
+
+def resolve_names_through_the_cache(models: Any) -> None:
+    """Give an OpenAIServingModels the cache's names beside its own. vLLM asks it for names it does not know where
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING is set."""
+    config = models.engine_client.vllm_config
+    server = own_options(config).server or private_server(config.kv_transfer_config.engine_id)
+    names = _Names(server)
+    stock = models.resolve_lora
+    models.lora_requests = requests = _Requests(models.lora_requests)
+
+    async def resolve(lora_name: str) -> Any:
+        known = requests.get(lora_name)
+        if known is not None and digest_in(known.lora_path) is None:
+            return known  # given to vLLM by path
+        try:
+            digest = await asyncio.to_thread(names.find, lora_name)
+        except LoRACacheError as error:
+            _log.warning("the name %s is taken for what it was: %s", lora_name, error)
+            digest = digest_in(known.lora_path) if known is not None else None
+        if digest is None:
+            requests.pop(lora_name, None)
+            return await stock(lora_name)
+        if known is None or digest_in(known.lora_path) != digest:
+            known = LoRARequest(lora_name, models.lora_id_counter.inc(1), path_of(digest))
+            await models.engine_client.add_lora(known)
+            requests[lora_name] = known
+        _asked.set(lora_name)
+        return known
+
+    models.resolve_lora = resolve
+
+
+class _Requests(dict[str, LoRARequest]):
+    """vLLM's names. One of the cache's is in here only for the task that has just asked what it stands for, so that the
+    next one asks again."""
+
+    def __contains__(self, name: object) -> bool:
+        known = self.get(name)  # type: ignore[call-overload]
+        return known is not None and (digest_in(known.lora_path) is None or _asked.get() == name)
+
+
+class _Names:
+    """What the daemon says of names; called on any thread."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._lock = threading.Lock()
+        self._client: CacheClient | None = None
+
+    def find(self, name: str) -> str | None:
+        """The digest that a name points to now. Raises LoRACacheError where nobody can say."""
+        with self._lock:
+            if self._client is None:
+                self._client = CacheClient(self._server, timeout=_TIMEOUT_S, name="vllm-names")
+            try:
+                return self._client.find_adapter(name)
+            except Unavailable:  # a daemon that was started anew is noticed only by asking
+                return self._client.find_adapter(name)

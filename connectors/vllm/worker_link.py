@@ -1,0 +1,57 @@
+"""A worker thread's connection to the daemon, made again when it is lost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from loracache import protocol
+from loracache.connection import Connection
+from loracache.connectors.vllm.outage import Outage
+from loracache.connectors.vllm.pinned import prepare_mapping
+from loracache.errors import LoRACacheError
+
+__all__ = ["WorkerLink"]
+
+_log = logging.getLogger(__name__)
+_RETRY_S = 1.0
+_CALL_TIMEOUT_S = 5.0
+
+
+class WorkerLink:
+    """A connection that is made again, at most once a second, by calling `ready`."""
+
+    def __init__(self, server: str, name: str, ensure: Callable[[], None], device_type: str) -> None:
+        self.connection = Connection(server, name=name)
+        self._ensure = ensure
+        self._device_type = device_type
+        self._next_try = 0.0
+        self.outage = Outage(_log)
+        self._registered: set[bytes] = set()
+
+    def ready(self) -> bool:
+        """Whether there is a connection now."""
+        if self.connection.connected:
+            return True
+        now = time.monotonic()
+        if now < self._next_try:
+            return False
+        self._next_try = now + _RETRY_S
+        try:
+            self._ensure()
+            self.connection.connect()
+        except LoRACacheError as error:
+            self.outage.goes_on(error)
+            return False
+        self.outage.over()
+        self._registered.clear()
+        if self.connection.map is not None:
+            prepare_mapping(self.connection.map, self._device_type)
+        return True
+
+    def register(self, digest: bytes, descriptor: str) -> None:
+        """Make a namespace known on this daemon once."""
+        if digest not in self._registered:
+            self.connection.call(protocol.Register(descriptor), _CALL_TIMEOUT_S)
+            self._registered.add(digest)

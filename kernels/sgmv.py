@@ -1,0 +1,228 @@
+"""Segmented LoRA multiplication over paged weights: y[rows of an adapter] += scale * (x @ A.T) @ B, for every adapter
+of a batch at once (SGMV: Chen et al., "Punica: Multi-Tenant LoRA Serving", MLSys 2024).
+
+Weights live in a pool of equal pages. An adapter has a linear address space of its own, in elements: address a is
+`pages[page_ids[slot, a // page_elements], a % page_elements]`, so its pages may lie anywhere in any pool that has a
+base address and a page stride. In that space a matrix is rank rows, one behind another: A as (rank, in), B as
+(rank, out), both in rows of a length rounded up to `chunk` elements. A chunk never straddles two pages.
+
+What every operator takes:
+    order    int32 (tokens,)            rows of x in the order of their slots; rows without an adapter are not in it
+    tiles    int32 (tiles, 4)           slot, first place in `order`, rows, first row where these rows are consecutive
+                                        (else -1); slot -1: unused, and so are all behind it
+    pages    (pages, page_elements)     the pool; float32, float16 or bfloat16; any stride between pages
+    page_ids int32 (slots, most pages)  the pages of the adapter in a slot, in the order of its addresses
+    places   int64 (slots, slices, 5)   rank, address of A, address of B, and where in the pool A and B lie when their
+                                        pages follow each other (in elements from the first page, else -1)
+    scales   float32 (slots, slices)
+A slice is a part of the output with matrices of its own (q, k and v of a fused projection). All of these are buffers
+that keep their addresses while their content changes, so that a CUDA graph that captured a call stays valid.
+
+`lora_linear` changes y in place; `lora_embedding` does the same for an embedding, whose A is looked up, not
+multiplied. On a GPU they are Triton kernels (sgmv_triton.py), on a CPU torch, one segment after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = [
+    "A_ADDRESS", "A_FLAT", "B_ADDRESS", "B_FLAT", "PLACE_FIELDS", "RANK", "lora_embedding", "lora_linear", "plan_tiles",
+    "round_up", "tile_rows",
+]  # fmt: skip
+
+RANK, A_ADDRESS, B_ADDRESS, A_FLAT, B_FLAT = range(5)
+PLACE_FIELDS = 5
+NARROW_TILE, WIDE_TILE = 16, 64
+_NARROW_UNTIL = 512  # tokens of a batch; more are cut into wide tiles
+_SMALL = 32  # rows times rank up to which reduced precision is computed in float32: oneDNN takes 20 us to begin
+
+
+def round_up(length: int, chunk: int) -> int:
+    """`length` rounded up to whole chunks."""
+    return -(-length // chunk) * chunk
+
+
+def tile_rows(tokens: int) -> int:
+    """Rows of a tile on a GPU. Grows with the batch only, so that a padded batch takes tiles planned for fewer rows."""
+    return NARROW_TILE if tokens <= _NARROW_UNTIL else WIDE_TILE
+
+
+def plan_tiles(
+    slots: npt.NDArray[np.int64], most_rows: int | None = None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """(order, tiles) of a batch whose row i belongs to the adapter in slots[i] (-1: none). Tiles have at most
+    `most_rows` rows; without it a tile is a whole segment, which is what the CPU wants.
+    """
+    order = np.argsort(slots, kind="stable").astype(np.int32)
+    order = order[np.count_nonzero(slots < 0) :]
+    ordered = slots[order]
+    borders = np.flatnonzero(np.diff(ordered)) + 1
+    tiles = []
+    for first, end in zip([0, *borders], [*borders, len(ordered)], strict=True):
+        step = most_rows or max(len(slots), 1)
+        for at in range(first, end, step):
+            count = min(step, end - at)
+            together = order[at + count - 1] - order[at] == count - 1
+            tiles.append((ordered[at], at, count, order[at] if together else -1))
+    return order, np.array(tiles, dtype=np.int32).reshape(-1, 4)
+
+
+class _SlotWeights:
+    """The matrices of one slot as tensors: views of the pool where their pages follow each other, else copies."""
+
+    def __init__(
+        self, pages: torch.Tensor, page_ids: torch.Tensor, places: list[list[int]], chunk: int, dtype: torch.dtype
+    ) -> None:
+        self.places = places
+        self._pages = pages
+        self._page_ids = page_ids
+        self._chunk = chunk
+        self._dtype = dtype
+
+    def a(self, number: int, width: int, slices: int = 1) -> torch.Tensor:
+        """A of slice `number`, shape (rank, width); with those of the slices after it where they lie together."""
+        rank = sum(place[RANK] for place in self.places[number : number + slices])
+        return self._matrix(rank, self.places[number][A_ADDRESS], self.places[number][A_FLAT], width)
+
+    def b(self, number: int, width: int) -> torch.Tensor:
+        """B of slice `number`, shape (rank, width)."""
+        rank, _, address, _, flat = self.places[number]
+        return self._matrix(rank, address, flat, width)
+
+    def adjacent(self, number: int, width: int) -> int:
+        """How many slices from `number` on have their A one behind another, as one matrix in the pool."""
+        row, end = round_up(width, self._chunk), number + 1
+        while end < len(self.places):
+            before, place = self.places[end - 1], self.places[end]
+            if before[A_FLAT] < 0 or place[A_FLAT] != before[A_FLAT] + before[RANK] * row:
+                break
+            end += 1
+        return end - number
+
+    def _matrix(self, rank: int, address: int, flat: int, width: int) -> torch.Tensor:
+        row = round_up(width, self._chunk)
+        if flat >= 0:
+            found = self._pages.as_strided((rank, width), (row, 1), self._pages.storage_offset() + flat)
+        else:
+            size = self._pages.shape[1]
+            first, end = address // size, -(-(address + rank * row) // size)
+            gathered = self._pages.index_select(0, self._page_ids[first:end]).view(-1)
+            found = gathered.as_strided((rank, width), (row, 1), address - first * size)
+        return found.to(self._dtype)
+
+
+def _segments(order: torch.Tensor, tiles: torch.Tensor) -> Iterator[tuple[int, slice | torch.Tensor]]:
+    """(slot, its rows) of every used tile; consecutive rows as a slice, which makes a view and no copy."""
+    for slot, first, count, row in tiles.tolist():
+        if slot < 0:
+            return
+        yield slot, slice(row, row + count) if row >= 0 else order[first : first + count].long()
+
+
+def _compute_dtype(x: torch.Tensor, weights: torch.Tensor, rows: int, places: list[list[int]]) -> torch.dtype:
+    small = rows * max(place[RANK] for place in places) <= _SMALL
+    return torch.float32 if small or weights.dtype is not x.dtype else x.dtype
+
+
+def _expand(
+    y: torch.Tensor, rows: slice | torch.Tensor, hidden: list[torch.Tensor | None], weights: _SlotWeights,
+    scales: list[float], widths: Sequence[int],
+) -> None:  # fmt: skip
+    """y[rows] += scale * hidden @ B, slice after slice."""
+    outputs = y[rows]
+    left = 0
+    for number, width in enumerate(widths):
+        part = outputs[:, left : left + width]
+        left += width
+        narrow = hidden[number]
+        if narrow is None:
+            continue
+        expand = weights.b(number, width)
+        if expand.dtype is part.dtype:
+            part.addmm_(narrow, expand, alpha=scales[number])
+        else:
+            part += torch.mm(narrow * scales[number], expand)
+    if not isinstance(rows, slice):
+        y.index_copy_(0, rows, outputs)
+
+
+def _lora_linear_cpu(
+    y: torch.Tensor, x: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
+    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, widths: Sequence[int], chunk: int,
+    most_rank: int,
+) -> None:  # fmt: skip
+    width = x.shape[1]
+    for slot, rows in _segments(order, tiles):
+        inputs, place = x[rows], places[slot].tolist()
+        dtype = _compute_dtype(x, pages, inputs.shape[0], place)
+        weights = _SlotWeights(pages, page_ids[slot], place, chunk, dtype)
+        inputs = inputs.to(dtype)
+        hidden: list[torch.Tensor | None] = []
+        while len(hidden) < len(widths):
+            number = len(hidden)
+            together = weights.adjacent(number, width)
+            ranks = [each[RANK] for each in place[number : number + together]]
+            if any(ranks):
+                shrunk = torch.mm(inputs, weights.a(number, width, together).t())
+                hidden += [part if part.shape[1] else None for part in shrunk.split(ranks, dim=1)]
+            else:
+                hidden += [None] * together
+        _expand(y, rows, hidden, weights, scales[slot].tolist(), widths)
+
+
+def _lora_embedding_cpu(
+    y: torch.Tensor, ids: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
+    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, vocabulary: int, chunk: int, most_rank: int,
+) -> None:  # fmt: skip
+    for slot, rows in _segments(order, tiles):
+        place = places[slot].tolist()
+        if not place[0][RANK]:
+            continue
+        weights = _SlotWeights(pages, page_ids[slot], place, chunk, pages.dtype)
+        hidden = weights.a(0, vocabulary).index_select(1, ids[rows]).t().to(torch.float32)
+        weights = _SlotWeights(pages, page_ids[slot], place, chunk, torch.float32)
+        _expand(y, rows, [hidden], weights, scales[slot].tolist(), [y.shape[1]])
+
+
+def _lora_linear_cuda(
+    y: torch.Tensor, x: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
+    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, widths: Sequence[int], chunk: int,
+    most_rank: int,
+) -> None:  # fmt: skip
+    from loracache.kernels.sgmv_triton import lora_linear
+
+    lora_linear(y, x, order, tiles, pages, page_ids, places, scales, widths, chunk, most_rank)
+
+
+def _lora_embedding_cuda(
+    y: torch.Tensor, ids: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
+    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, vocabulary: int, chunk: int, most_rank: int,
+) -> None:  # fmt: skip
+    from loracache.kernels.sgmv_triton import lora_embedding
+
+    lora_embedding(y, ids, order, tiles, pages, page_ids, places, scales, vocabulary, chunk, most_rank)
+
+
+def _no_values(*_: object) -> None:
+    """What a compiler needs to know of an operator that returns nothing."""
+
+
+_library = torch.library.Library("loracache", "DEF")
+_TABLES = "Tensor order, Tensor tiles, Tensor pages, Tensor page_ids, Tensor places, Tensor scales"
+_library.define(f"lora_linear(Tensor(a!) y, Tensor x, {_TABLES}, int[] widths, int chunk, int most_rank) -> ()")
+_library.define(f"lora_embedding(Tensor(a!) y, Tensor ids, {_TABLES}, int vocabulary, int chunk, int most_rank) -> ()")
+for _name, _cpu, _cuda in (
+    ("lora_linear", _lora_linear_cpu, _lora_linear_cuda),
+    ("lora_embedding", _lora_embedding_cpu, _lora_embedding_cuda),
+):
+    _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"loracache::{_name}", _no_values, lib=_library)
+
+lora_linear = torch.ops.loracache.lora_linear
+lora_embedding = torch.ops.loracache.lora_embedding

@@ -1,0 +1,212 @@
+"""`vllm serve` with a pool: model=NAME finds what only the cache knows, and a name stands for what it points to now."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROUNDING = 1e-3
+
+
+class Server:
+    """vLLM's OpenAI server on a port of its own."""
+
+    def __init__(self, log: Path, model: Path, transfer: dict[str, Any], *more: str) -> None:
+        self._log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name",
+            "base", "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "1024",
+            "--max-num-seqs", "8", "--enable-lora", "--max-loras", "4", "--max-lora-rank", "64",
+            "--kv-transfer-config", json.dumps(transfer), *more,
+        ]  # fmt: skip
+        env = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, self._log.read_text()[-3000:]
+        try:
+            return self.call("/health", None)[0] == 200
+        except OSError:
+            return False
+
+    def call(self, path: str, body: Any) -> tuple[int, Any]:
+        """(status, answer)"""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode() if body is not None else None,
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+                return answer.status, json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def complete(self, model: str, tokens: list[int], count: int = 8) -> tuple[int, Any]:
+        """(status, token ids or the error)"""
+        body = {
+            "model": model, "prompt": tokens, "max_tokens": count, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True,
+        }  # fmt: skip
+        status, answer = self.call("/v1/completions", body)
+        return status, answer["choices"][0]["token_ids"] if status == 200 else answer
+
+    def stream(self, model: str, tokens: list[int], count: int) -> Iterator[list[int]]:
+        """Token ids as they come."""
+        body = {
+            "model": model, "prompt": tokens, "max_tokens": count, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True, "stream": True,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    choices = json.loads(line[6:])["choices"]
+                    if choices and choices[0]["token_ids"]:
+                        yield choices[0]["token_ids"]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def adapters_of_two(tiny: Path, model_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("two")
+    for number, rank in enumerate((8, 32, 16, 24)):
+        model_maker.make_adapter(folder / str(number), model_maker.PRESETS["tiny"], rank=rank, seed=900 + number)
+    return [folder / str(number) for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def cache(module_daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    options = {"memory": "64MiB", "disk_path": tmp_path_factory.mktemp("disk"), "disk": "256MiB"}
+    daemon = module_daemon(**options)
+    return SimpleNamespace(daemon=daemon, options=options | {"socket": daemon.socket}, client=daemon.client)
+
+
+@pytest.fixture(scope="module")
+def server(
+    cache: Any, tiny: Path, adapters_of_two: list[Path], eventually: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    transfer = {
+        "kv_connector": "LoRACacheConnector", "kv_connector_module_path": "loracache.connectors.vllm",
+        "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"server": cache.daemon.url, "lora_pool": "1MiB"},
+    }  # fmt: skip
+    running = Server(
+        tmp_path_factory.mktemp("server") / "log", tiny / "model", transfer, "--lora-modules",
+        f"static={adapters_of_two[2]}",
+    )  # fmt: skip
+    try:
+        eventually(running.ready, "the server answers", 180)
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def merged(load: Any, tiny: Path) -> Any:
+    return load.MergedModel(tiny / "model")
+
+
+@pytest.fixture
+def serves(server: Server, merged: Any, prompts: Callable[[int], list[int]]) -> Callable[[str, Path | None], None]:
+    """serves(name, folder): a request for `name` is answered with that adapter."""
+
+    def check(name: str, folder: Path | None) -> None:
+        tokens = prompts(20)
+        status, answer = server.complete(name, tokens)
+        assert status == 200, answer
+        assert not merged.disagreements(folder, tokens, answer, ROUNDING)
+
+    return check
+
+
+def test_lora_modules_given_by_path_go_through_the_cache(
+    server: Server, cache: Any, serves: Any, adapters_of_two: list[Path]
+) -> None:
+    serves("base", None)
+    serves("static", adapters_of_two[2])
+    with cache.client() as client:
+        held = client.status()["tiers"]["cpu"]["objects"]
+        client.add_adapter(str(adapters_of_two[2]), "same")
+        assert client.show_adapter("same").tiers[0] == "gpu" or "cpu" in client.show_adapter("same").tiers
+        assert client.status()["tiers"]["cpu"]["objects"] == held
+
+
+def test_a_name_that_only_the_cache_knows_is_served_and_repointed_between_two_requests(
+    server: Server, cache: Any, serves: Any, adapters_of_two: list[Path]
+) -> None:
+    first, second, *_ = adapters_of_two
+    with cache.client() as client:
+        assert server.complete("team/assistant", [300, 301])[0] == 404
+        client.add_adapter(str(first), "team/assistant")
+        serves("team/assistant", first)
+        for turn in range(6):
+            client.add_adapter(str((second, first)[turn % 2]), "team/assistant")
+            serves("team/assistant", (second, first)[turn % 2])
+        client.remove_adapter("team/assistant")
+        assert server.complete("team/assistant", [300, 301])[0] == 404
+
+
+def test_requests_under_way_keep_the_content_they_began_with(
+    server: Server, cache: Any, serves: Any, merged: Any, prompts: Any, adapters_of_two: list[Path]
+) -> None:
+    first, second, *_ = adapters_of_two
+    tokens = prompts(20)
+    with cache.client() as client:
+        client.add_adapter(str(first), "busy")
+        stream = server.stream("busy", tokens, 200)
+        answer = next(stream)
+        client.add_adapter(str(second), "busy")
+        serves("busy", second)
+        answer += [token for part in stream for token in part]
+    assert len(answer) == 200
+    assert not merged.disagreements(first, tokens, answer, ROUNDING)
+
+
+def test_what_is_no_name_is_not_found(server: Server) -> None:
+    for name in ("unheard-of", "../../etc/passwd", "x" * 5000, "loracache:" + "ab" * 32, "\u2603", "a b"):
+        assert server.complete(name, [300, 301])[0] in (400, 404), name
+    assert server.complete("base", [300, 301])[0] == 200
+
+
+def test_names_survive_the_daemon_and_its_successor_serves_what_they_point_to(
+    server: Server, cache: Any, module_daemon: Any, serves: Any, adapters_of_two: list[Path]
+) -> None:
+    """Last: nobody else's requests fail for it."""
+    with cache.daemon.client() as client:
+        client.add_adapter(str(adapters_of_two[3]), "kept")
+        client.flush()
+    cache.daemon.stop(signal.SIGKILL)
+    serves("base", None)
+    serves("static", adapters_of_two[2])
+    module_daemon(**cache.options)
+    serves("kept", adapters_of_two[3])

@@ -1,0 +1,319 @@
+"""The Triton kernels of segmented LoRA multiplication: natively where there is a GPU, and everywhere in Triton's
+interpreter and through its compiler. Both change Triton for the whole process, so they get one of their own: what runs
+there is `TestKernels` and `TestCompiler`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loracache.kernels.sgmv import PLACE_FIELDS, plan_tiles, tile_rows
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COMPILING = os.environ.get("SGMV_COMPILE") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = ("float32", "float16", "bfloat16")
+MIXED = [[8, 8, 8], [0, 0, 0], [12, 1, 0], [64, 64, 64], [1, 0, 100]]
+SLOTS = np.array([3, 0, -1, 2, 2, 1, 4, 0, -1, 3, 3, 3, 4, 2, 0, 0, -1, *[0] * 20])  # 23 rows of slot 0: two tiles
+
+
+@pytest.mark.parametrize(("cases", "variable"), [("TestKernels", "TRITON_INTERPRET"), ("TestCompiler", "SGMV_COMPILE")])
+@pytest.mark.skipif(INTERPRETED or COMPILING, reason="this is the process of their own")
+@pytest.mark.timeout(400)
+def test_kernels_work_where_there_is_no_gpu(cases: str, variable: str, tmp_path: Path) -> None:
+    # -P: the repository's root, where `kernels` lies, stays off sys.path.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    environment |= {variable: "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run(
+        [*command, f"{__file__}::{cases}"], env=environment, capture_output=True, text=True, timeout=380, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert " passed" in ran.stdout.splitlines()[-1]
+
+
+def run(batch: Any, tiles_behind: int = 7, padding: int = 0) -> torch.Tensor:
+    """y after the kernels ran. tiles_behind: unused tiles in the table; padding: rows of x and y behind the batch's,
+    and as many entries of `order`.
+    """
+    from loracache.kernels import sgmv_triton
+
+    weights, width = batch.weights, batch.x.shape[1:]
+    order, tiles = plan_tiles(batch.slots, tile_rows(len(batch.slots)))
+    order = np.concatenate([order, np.full(padding, 1 << 30, np.int32)])
+    tiles = np.concatenate([tiles, np.full((tiles_behind, 4), -1, np.int32)])
+    x = torch.cat([batch.x, torch.full((padding, *width), -(1 << 40) if batch.embeds else torch.nan).to(batch.x.dtype)])
+    y = torch.cat([batch.y, torch.full((padding, batch.y.shape[1]), 7).to(batch.y.dtype)]).to(DEVICE)
+    tables = [torch.from_numpy(each).to(DEVICE) for each in (order, tiles)] + list(weights.tables(DEVICE))
+    operator = sgmv_triton.lora_embedding if batch.embeds else sgmv_triton.lora_linear
+    columns = weights.inputs if batch.embeds else weights.widths
+    torch.use_deterministic_algorithms(True)  # torch.empty, and so the scratch, is full of NaN
+    try:
+        operator(y, x.to(DEVICE), *tables, columns, weights.chunk, weights.most_rank)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (y[len(batch.slots) :] == 7).all()
+    return y[: len(batch.slots)]
+
+
+@pytest.fixture(params=[1, 264], ids=["whole", "split"])
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether the columns of x are split; the test runs with and without."""
+    from loracache.kernels import sgmv_triton
+
+    monkeypatch.setattr(sgmv_triton, "_PROGRAMS", request.param)
+    sgmv_triton._launch.cache_clear()
+    yield request.param > 1
+    sgmv_triton._launch.cache_clear()
+
+
+# Triton's interpreter, before 3.9, with a NumPy that is newer.
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+class TestKernels:
+    __test__ = not COMPILING and (INTERPRETED or torch.cuda.is_available())
+
+    @pytest.mark.parametrize(
+        ("layout", "dtype"),
+        [
+            ("contiguous", "float32"),
+            ("strided", "float32"),
+            ("offset", "float32"),
+            *(("scattered", each) for each in DTYPES),
+        ],
+    )
+    def test_a_batch_of_mixed_ranks_is_what_float64_says(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], layout: str, dtype: str
+    ) -> None:
+        weights = paged(MIXED, inputs=192, widths=[96, 32, 64], layout=layout, dtype=dtype)
+        batch = batch_of(weights, SLOTS, dtype=dtype)
+        batch.check(run(batch))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rows", [17, 600], ids=["narrow tiles", "wide tiles"])
+    def test_an_embedding_is_what_float64_says(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], dtype: str, rows: int
+    ) -> None:
+        weights = paged([[8], [0], [100]], inputs=200, widths=[72], dtype=dtype)
+        batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1, dtype=dtype, embeds=True)
+        batch.check(run(batch))
+
+    @pytest.mark.parametrize("page_elements", [32, 160])
+    @pytest.mark.parametrize("rows", [17, 600], ids=["narrow tiles", "wide tiles"])
+    def test_pages_may_be_shorter_or_longer_than_rows(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], splits: bool, page_elements: int, rows: int
+    ) -> None:
+        from loracache.kernels import sgmv_triton
+
+        weights = paged(MIXED[2:], inputs=96, widths=[96, 32, 64], page_elements=page_elements)
+        batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1)
+        batch.check(run(batch))
+        arguments = (rows, 3, 1000, 96, (96, 32, 64), 32, 100, 4)
+        assert (sgmv_triton._launch(*arguments).splits > 1) == splits
+
+    def test_widths_and_chunks_need_not_fit_blocks(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], splits: bool
+    ) -> None:
+        for chunk, inputs in ((16, 100), (48, 100), (32, 7)):
+            weights = paged([[8, 0, 17]], inputs=inputs, widths=[40, 33, 1], chunk=chunk, page_elements=7 * chunk)
+            batch = batch_of(weights, np.array([0, -1, 0]))
+            batch.check(run(batch))
+
+    @pytest.mark.parametrize("rows", [17, 600], ids=["narrow tiles", "wide tiles"])
+    def test_a_program_may_take_several_blocks_of_columns(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rows: int
+    ) -> None:
+        from loracache.kernels import sgmv_triton
+
+        monkeypatch.setattr(sgmv_triton, "_MOST_EXPANDS", 8)
+        sgmv_triton._launch.cache_clear()
+        weights = paged(MIXED[2:], inputs=64, widths=[224, 33, 64])
+        batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1)
+        batch.check(run(batch))
+        sgmv_triton._launch.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("weights_dtype", "dtype", "y_dtype"),
+        [
+            ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float16", "bfloat16", "float32"),
+        ],
+    )  # fmt: skip
+    def test_inputs_and_outputs_may_have_other_dtypes_than_weights(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], weights_dtype: str, dtype: str, y_dtype: str
+    ) -> None:
+        weights = paged(MIXED[2:4], inputs=96, widths=[96, 32, 64], dtype=weights_dtype)
+        batch = batch_of(weights, np.array([0, -1, 1, 0]), dtype=dtype, y_dtype=y_dtype)
+        batch.check(run(batch))
+
+    @pytest.mark.parametrize("embeds", [False, True], ids=["linear", "embedding"])
+    def test_a_padded_batch_leaves_the_rows_behind_it_alone(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], embeds: bool
+    ) -> None:
+        weights = paged([[8], [0], [64]], inputs=64, widths=[64])
+        for rows, padding, tiles_behind in ((1, 0, 0), (1, 15, 100), (17, 600, 3), (600, 40, 1000)):
+            batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1 if rows > 1 else np.array([2]), embeds=embeds)
+            batch.check(run(batch, tiles_behind, padding))
+
+    @pytest.mark.parametrize("embeds", [False, True], ids=["linear", "embedding"])
+    def test_a_batch_without_adapters_changes_nothing(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], embeds: bool
+    ) -> None:
+        from loracache.kernels import sgmv_triton
+
+        weights = paged([[8]], inputs=64, widths=[64])
+        operator = sgmv_triton.lora_embedding if embeds else sgmv_triton.lora_linear
+        columns = 64 if embeds else [64]
+        order = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+        for rows, tiles, rank in ((4, 5, 8), (4, 0, 8), (0, 5, 8), (4, 5, 0)):
+            batch = batch_of(weights, np.full(rows, -1), embeds=embeds)
+            y = batch.y.to(DEVICE)
+            table = torch.full((tiles, 4), -1, dtype=torch.int32, device=DEVICE)
+            operator(y, batch.x.to(DEVICE), order, table, *weights.tables(DEVICE), columns, 32, rank)
+            batch.check(y) if rows else None
+            assert torch.equal(y.cpu(), batch.y)
+
+    def test_another_page_id_gives_another_result(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any]
+    ) -> None:
+        batch = batch_of(paged([[8, 0], [12, 1]], inputs=96, widths=[96, 32]), np.array([0, 1, -1]))
+        batch.check(run(batch))
+        batch.weights.page_ids[1, 1] = batch.weights.page_ids[1, 0]
+        with pytest.raises(AssertionError, match="of the largest value"):
+            batch.check(run(batch))
+
+    def test_what_cannot_be_computed_is_refused(self, paged: Callable[..., Any], batch_of: Callable[..., Any]) -> None:
+        with pytest.raises(ValueError, match="multiple of 16"):
+            run(batch_of(paged([[8]], inputs=64, widths=[64], chunk=8), np.array([0])))
+        with pytest.raises(TypeError, match="float64"):
+            run(batch_of(paged([[8]], inputs=64, widths=[64], dtype="float64"), np.array([0])))
+        batch = batch_of(paged([[8]], inputs=64, widths=[64]), np.array([0, 0]))
+        batch.y = batch.y.t().contiguous().t()
+        batch.x = batch.x.t().contiguous().t()
+        from loracache.kernels import sgmv_triton
+
+        tables = [torch.from_numpy(each).to(DEVICE) for each in plan_tiles(batch.slots)]
+        with pytest.raises(ValueError, match="has to be contiguous"):
+            sgmv_triton.lora_linear(
+                batch.y.to(DEVICE), batch.x.to(DEVICE), *tables, *batch.weights.tables(DEVICE), [64], 32, 8
+            )  # fmt: skip
+
+    @pytest.mark.skipif(INTERPRETED, reason="programs run one after another there")
+    def test_equal_inputs_give_equal_bits(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], splits: bool
+    ) -> None:
+        batch = batch_of(paged(MIXED, inputs=192, widths=[96, 32, 64], dtype="float16"), SLOTS, dtype="float16")
+        assert torch.equal(run(batch), run(batch))
+
+    @pytest.mark.skipif(INTERPRETED, reason="a graph needs a GPU")
+    def test_a_graph_stays_valid_while_its_tables_change(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any]
+    ) -> None:
+        from loracache.kernels import sgmv_triton
+
+        weights = paged(MIXED, inputs=192, widths=[96, 32, 64])
+        first, second = batch_of(weights, SLOTS, seed=1), batch_of(weights, SLOTS[::-1].copy(), seed=2)
+        second.slots[:9] = -1
+        order = torch.zeros(len(SLOTS), dtype=torch.int32, device=DEVICE)
+        tiles = torch.zeros(30, 4, dtype=torch.int32, device=DEVICE)
+        x, y, tables = torch.empty_like(first.x, device=DEVICE), first.y.to(DEVICE), weights.tables(DEVICE)
+
+        def fill(batch: Any) -> None:
+            planned, cut = map(torch.from_numpy, plan_tiles(batch.slots, tile_rows(len(batch.slots))))
+            tiles.fill_(-1)
+            order[: len(planned)], tiles[: len(cut)] = planned.to(DEVICE), cut.to(DEVICE)
+            x.copy_(batch.x), y.copy_(batch.y)
+
+        def call() -> None:
+            sgmv_triton.lora_linear(y, x, order, tiles, *tables, weights.widths, weights.chunk, weights.most_rank)
+
+        fill(first)
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        for batch in (second, first):
+            fill(batch)
+            graph.replay()
+            batch.check(y)
+
+
+class TestCompiler:
+    """Compiles for an H100 that need not be there: the calls are real, the launch is left out."""
+
+    __test__ = COMPILING
+
+    @pytest.fixture
+    def compiled(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+        """Calls an operator for shapes; answers the PTX of its kernels by name."""
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver, jit
+
+        from loracache.kernels import sgmv_triton
+
+        class H100:
+            get_current_device = staticmethod(lambda: 0)
+            get_current_stream = staticmethod(lambda device: 0)
+            get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+        found: dict[str, str] = {}
+        launch = jit.JITFunction.run
+
+        def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+            found[kernel.fn.__name__] = launch(kernel, *arguments, grid=grid, warmup=True, **named).asm["ptx"]
+
+        monkeypatch.setattr(jit.JITFunction, "run", compile_only)
+        driver.set_active(H100())
+
+        def call(tokens: int, width: int, widths: list[int], page: int, dtype: str, embeds: bool) -> dict[str, str]:
+            found.clear()
+            kind = getattr(torch, dtype)
+            x = torch.zeros(tokens, dtype=torch.int64) if embeds else torch.zeros(tokens, width, dtype=kind)
+            tables = (
+                torch.zeros(tokens, dtype=torch.int32), torch.zeros(5000, 4, dtype=torch.int32),
+                torch.zeros(1, page, dtype=kind), torch.zeros(8, 64, dtype=torch.int32),
+                torch.zeros(8, len(widths), PLACE_FIELDS, dtype=torch.int64), torch.zeros(8, len(widths)),
+            )  # fmt: skip
+            y = torch.zeros(tokens, sum(widths), dtype=kind)
+            if embeds:
+                sgmv_triton.lora_embedding(y, x, *tables, width, 256, 64)
+            else:
+                sgmv_triton.lora_linear(y, x, *tables, widths, 256, 64)
+            return found
+
+        return call
+
+    @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+    @pytest.mark.parametrize(
+        ("tokens", "width", "widths", "page", "embeds", "dtype"),
+        [
+            (8, 4096, [4096, 1024, 1024], 1 << 18, False, "bfloat16"),
+            (8, 4096, [4096, 1024, 1024], 1 << 18, False, "float32"),
+            (600, 4096, [14336, 14336], 1 << 18, False, "bfloat16"),
+            (600, 4096, [4096], 1 << 11, False, "bfloat16"),
+            (8, 32000, [4096], 1 << 18, True, "bfloat16"),
+        ],
+        ids=["decode", "decode in float32", "prefill", "short pages", "embedding"],
+    )
+    def test_rows_are_read_and_written_sixteen_bytes_at_a_time(
+        self, compiled: Callable[..., dict[str, str]], tokens: int, width: int, widths: list[int], page: int,
+        embeds: bool, dtype: str,
+    ) -> None:  # fmt: skip
+        found = compiled(tokens, width, widths, page, dtype, embeds)
+        assert set(found) == {"_lookup_kernel" if embeds else "_shrink_kernel", "_expand_kernel"}
+        for name, ptx in found.items():
+            # An embedding's columns are looked up one by one.
+            narrow = re.findall(r"(?:ld|st)\.global[\w.]*\.[bu]16", ptx)
+            assert not narrow or name == "_lookup_kernel", name
+            assert re.search(r"(ld|st)\.global[\w.]*\.v4\.b32|cp\.async\.cg\.shared\.global.*0x10,", ptx), name
