@@ -50,7 +50,7 @@ def start_engine(
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"server": server},
         }
-    engine = EngineProcess(arguments, log=folder / f"{name}.log", environment=environment)
+    engine = EngineProcess(arguments, log=folder / f"{name}.log", more=environment)
     engine.ask(fresh_prompt(), max_tokens=1)
     return engine
 

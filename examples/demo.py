@@ -12,6 +12,8 @@ The model runs in float32: in bfloat16 two cold runs of vLLM itself may differ, 
 how many tokens are computed together and a near tie then falls either way. "Tokens equal" would then speak of that and
 not of the cache. `--dtype bfloat16` halves bytes and, about, times.
 
+Then 24 adapters of mixed ranks share a pool that cannot hold them all (demo_lora.py).
+
 Nothing in the table is assumed: the tier is read from the daemon's counters before and after each request; the cached
 tokens and the time to the first token (TTFT) come from vLLM.
 """
@@ -32,7 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import make_model
+from demo_lora import ADAPTERS, SLOTS, compare, lora_table
 from engine_process import Adapter, Answer, EngineError, EngineProcess
+from lora_adapters import adapters_folder
 from rich.console import Console
 from rich.table import Table
 
@@ -57,14 +61,15 @@ class Seen:
 class Steps:
     """Numbered progress lines with their times; a spinner in between where somebody watches."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = STEPS) -> None:
+        self._count = count
         self._number = 0
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:
         """Show that `text` is being done, then how long it took."""
         self._number += 1
-        label = f"[{self._number}/{STEPS}] {text}"
+        label = f"[{self._number}/{self._count}] {text}"
         started = time.monotonic()
         if console.is_terminal:
             with console.status(label.replace("[", r"\[", 1)):
@@ -197,6 +202,19 @@ def run(work: Path, disk: Path, dtype: str, verbose: bool) -> dict[str, list[See
     return seen
 
 
+def show_adapters(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Many adapters through dense slots, and through as much memory in pages."""
+    steps = Steps(3)
+    console.print()
+    with steps.step(f"{ADAPTERS} LoRA adapters of ranks 8, 16, 32 and 64"):
+        adapters_folder(ADAPTERS)
+    with steps.step(f"Stock vLLM with {SLOTS} dense slots serves them (its CPU kernel is slow)"):
+        stock = compare(work, "stock")
+    with steps.step("vLLM with lora_pool serves them from as much memory"):
+        pool = compare(work, "pool")
+    return stock, pool
+
+
 def report(seen: dict[str, list[Seen]], dtype: str) -> bool:
     """Print the table and what it says; True where every token agrees and every hit was one."""
     table = Table(title=f"One prompt of {PROMPT_TOKENS:,} tokens, time to the first token (TTFT), {dtype}")
@@ -253,6 +271,10 @@ def main() -> None:
         shutil.rmtree(disk, ignore_errors=True)
     good = report(seen, options.dtype)
     console.print(closing_words(seen, good))
+    try:
+        console.print(lora_table(*show_adapters(work)))
+    except EngineError as error:
+        sys.exit(f"demo: {error}")
     sys.exit(0 if good else 1)
 
 

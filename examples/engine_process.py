@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Adapter", "Answer", "EngineError", "EngineProcess", "cores"]
+__all__ = ["Adapter", "Answer", "EngineError", "EngineProcess", "cores", "environment"]
 
 _START_S = 600.0
 _ASK_S = 600.0
@@ -59,7 +59,8 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))[:2]
 
 
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """What an engine's process gets: ours, and what keeps vLLM offline, small and on two cores."""
     defaults = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -79,7 +80,7 @@ class EngineProcess:
         arguments: Mapping[str, Any],
         *,
         log: Path,
-        environment: Mapping[str, str] | None = None,
+        more: Mapping[str, str] | None = None,
         verbose: bool = False,
     ) -> None:
         self._log = log
@@ -90,7 +91,7 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if verbose else errors,
-                env=_environment(environment or {}),
+                env=environment(more or {}),
                 text=True,
                 start_new_session=True,  # one signal reaches all of the engine's processes
             )

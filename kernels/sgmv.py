@@ -39,7 +39,6 @@ RANK, A_ADDRESS, B_ADDRESS, A_FLAT, B_FLAT = range(5)
 PLACE_FIELDS = 5
 NARROW_TILE, WIDE_TILE = 16, 64
 _NARROW_UNTIL = 512  # tokens of a batch; more are cut into wide tiles
-_SMALL = 32  # rows times rank up to which reduced precision is computed in float32: oneDNN takes 20 us to begin
 
 
 def round_up(length: int, chunk: int) -> int:
@@ -94,15 +93,22 @@ class _SlotWeights:
         rank, _, address, _, flat = self.places[number]
         return self._matrix(rank, address, flat, width)
 
-    def adjacent(self, number: int, width: int) -> int:
-        """How many slices from `number` on have their A one behind another, as one matrix in the pool."""
-        row, end = round_up(width, self._chunk), number + 1
-        while end < len(self.places):
-            before, place = self.places[end - 1], self.places[end]
-            if before[A_FLAT] < 0 or place[A_FLAT] != before[A_FLAT] + before[RANK] * row:
-                break
-            end += 1
-        return end - number
+    def stacks(self, width: int, slices: int) -> list[tuple[int, list[int], torch.Tensor]]:
+        """(first slice, ranks, A) of groups of slices whose A lie one behind another in the pool: one matrix."""
+        row, found, number = round_up(width, self._chunk), [], 0
+        while number < slices:
+            end = number + 1
+            while end < slices and self._follows(end, row):
+                end += 1
+            found.append(
+                (number, [place[RANK] for place in self.places[number:end]], self.a(number, width, end - number))
+            )
+            number = end
+        return found
+
+    def _follows(self, number: int, row: int) -> bool:
+        before, place = self.places[number - 1], self.places[number]
+        return before[A_FLAT] >= 0 and place[A_FLAT] == before[A_FLAT] + before[RANK] * row
 
     def _matrix(self, rank: int, address: int, flat: int, width: int) -> torch.Tensor:
         row = round_up(width, self._chunk)
@@ -124,31 +130,54 @@ def _segments(order: torch.Tensor, tiles: torch.Tensor) -> Iterator[tuple[int, s
         yield slot, slice(row, row + count) if row >= 0 else order[first : first + count].long()
 
 
-def _compute_dtype(x: torch.Tensor, weights: torch.Tensor, rows: int, places: list[list[int]]) -> torch.dtype:
-    small = rows * max(place[RANK] for place in places) <= _SMALL
-    return torch.float32 if small or weights.dtype is not x.dtype else x.dtype
+def _one_by_one(x: torch.Tensor, weights: torch.Tensor, rows: int, places: list[list[int]]) -> bool:
+    """Whether few rows are multiplied faster one after another: oneDNN's products of reduced precision take 20 us to
+    begin, torch's own product of a matrix and a vector 3. The bound was measured on an AMD EPYC with AVX-512.
+    """
+    rank = max(place[RANK] for place in places)
+    return x.dtype is weights.dtype and x.dtype is not torch.float32 and rows * (9 + rank) <= 64 + rank
 
 
-def _expand(
-    y: torch.Tensor, rows: slice | torch.Tensor, hidden: list[torch.Tensor | None], weights: _SlotWeights,
-    scales: list[float], widths: Sequence[int],
-) -> None:  # fmt: skip
-    """y[rows] += scale * hidden @ B, slice after slice."""
-    outputs = y[rows]
+def _multiply_rows(
+    outputs: torch.Tensor, inputs: torch.Tensor, weights: _SlotWeights, scales: list[float], widths: Sequence[int]
+) -> None:
+    """outputs += scale * (inputs @ A.T) @ B, a row at a time."""
+    stacks = weights.stacks(inputs.shape[1], len(widths))
+    expands = [weights.b(number, width).t() for number, width in enumerate(widths)]
+    torch._C._set_mkldnn_enabled(False)  # what torch.backends.mkldnn.flags does, in a hundredth of its time
+    try:
+        for output, row in zip(outputs, inputs, strict=True):
+            left = 0
+            for first, ranks, a in stacks:
+                hidden = torch.mv(a, row).split(ranks)
+                for number, narrow in enumerate(hidden, first):
+                    if ranks[number - first]:
+                        part = output[left : left + widths[number]]
+                        part.addmv_(expands[number], narrow, alpha=scales[number])
+                    left += widths[number]
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+def _multiply(
+    outputs: torch.Tensor, inputs: torch.Tensor, weights: _SlotWeights, scales: list[float], widths: Sequence[int]
+) -> None:
+    """outputs += scale * (inputs @ A.T) @ B, all rows at once."""
     left = 0
-    for number, width in enumerate(widths):
-        part = outputs[:, left : left + width]
-        left += width
-        narrow = hidden[number]
-        if narrow is None:
-            continue
-        expand = weights.b(number, width)
-        if expand.dtype is part.dtype:
-            part.addmm_(narrow, expand, alpha=scales[number])
-        else:
-            part += torch.mm(narrow * scales[number], expand)
-    if not isinstance(rows, slice):
-        y.index_copy_(0, rows, outputs)
+    for first, ranks, a in weights.stacks(inputs.shape[1], len(widths)):
+        hidden = torch.mm(inputs, a.t()).split(ranks, dim=1)
+        for number, narrow in enumerate(hidden, first):
+            part = outputs[:, left : left + widths[number]]
+            left += widths[number]
+            if ranks[number - first]:
+                _expand(part, narrow, weights.b(number, widths[number]), scales[number])
+
+
+def _expand(outputs: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    if b.dtype is outputs.dtype:
+        outputs.addmm_(hidden, b, alpha=scale)
+    else:
+        outputs += torch.mm(hidden * scale, b)
 
 
 def _lora_linear_cpu(
@@ -156,23 +185,14 @@ def _lora_linear_cpu(
     page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, widths: Sequence[int], chunk: int,
     most_rank: int,
 ) -> None:  # fmt: skip
-    width = x.shape[1]
     for slot, rows in _segments(order, tiles):
-        inputs, place = x[rows], places[slot].tolist()
-        dtype = _compute_dtype(x, pages, inputs.shape[0], place)
+        inputs, outputs, place = x[rows], y[rows], places[slot].tolist()
+        dtype = x.dtype if x.dtype is pages.dtype else torch.float32
         weights = _SlotWeights(pages, page_ids[slot], place, chunk, dtype)
-        inputs = inputs.to(dtype)
-        hidden: list[torch.Tensor | None] = []
-        while len(hidden) < len(widths):
-            number = len(hidden)
-            together = weights.adjacent(number, width)
-            ranks = [each[RANK] for each in place[number : number + together]]
-            if any(ranks):
-                shrunk = torch.mm(inputs, weights.a(number, width, together).t())
-                hidden += [part if part.shape[1] else None for part in shrunk.split(ranks, dim=1)]
-            else:
-                hidden += [None] * together
-        _expand(y, rows, hidden, weights, scales[slot].tolist(), widths)
+        multiply = _multiply_rows if _one_by_one(x, pages, len(inputs), place) else _multiply
+        multiply(outputs, inputs.to(dtype), weights, scales[slot].tolist(), widths)
+        if not isinstance(rows, slice):
+            y.index_copy_(0, rows, outputs)
 
 
 def _lora_embedding_cpu(
@@ -185,8 +205,10 @@ def _lora_embedding_cpu(
             continue
         weights = _SlotWeights(pages, page_ids[slot], place, chunk, pages.dtype)
         hidden = weights.a(0, vocabulary).index_select(1, ids[rows]).t().to(torch.float32)
-        weights = _SlotWeights(pages, page_ids[slot], place, chunk, torch.float32)
-        _expand(y, rows, [hidden], weights, scales[slot].tolist(), [y.shape[1]])
+        outputs = y[rows]
+        outputs += torch.mm(hidden * scales[slot, 0], weights.b(0, y.shape[1]).to(torch.float32))
+        if not isinstance(rows, slice):
+            y.index_copy_(0, rows, outputs)
 
 
 def _lora_linear_cuda(

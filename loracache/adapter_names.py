@@ -21,7 +21,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from loracache.errors import Unavailable, UsageError
@@ -31,6 +31,7 @@ __all__ = ["AdapterNames", "NameRecord", "SharedNames", "check_name"]
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.:@+/-]{0,199}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_END_OF_TIME = 2.0**36  # seconds; a clock that shows more is none
 _PAUSE_S = 1.0  # a Redis that failed is not asked again before that
 
 
@@ -68,8 +69,10 @@ class NameRecord:
                 raise ValueError("its MAC does not match integrity_key")
             record = cls(**json.loads(body))
             check_name(record.name)
-            if (record.digest and not _DIGEST.fullmatch(record.digest)) or type(record.version) is not int:
-                raise ValueError("its digest or its version is none")
+            if tuple(map(type, astuple(record))) != (str, str, str, float, int) or not 0 <= record.added < _END_OF_TIME:
+                raise ValueError("its fields are not those of a record")
+            if record.digest and not _DIGEST.fullmatch(record.digest):
+                raise ValueError("its digest is none")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no record of a name: {error}") from None
         return record
@@ -96,7 +99,8 @@ class SharedNames(ABC):
 
 
 class AdapterNames:
-    """Name -> record. `changed(before, after)` is called, on the calling thread, when what is known here changes."""
+    """Name -> record. `changed(before, after)` is called, on the calling thread, when what is known here changes; it
+    asks nothing here."""
 
     def __init__(self, folder: Path | None, shared: SharedNames | None, integrity_key: bytes | None = None) -> None:
         self._folder = folder
@@ -111,6 +115,8 @@ class AdapterNames:
             for path in folder.glob("*.json"):
                 try:
                     record = NameRecord.decode(path.read_bytes(), integrity_key)
+                    if path != self._path(record.name):
+                        raise ValueError(f"it is the record of {record.name} in another's place")
                     self._known[record.name] = record
                 except (OSError, ValueError) as error:
                     _log.warning("%s is ignored: %s", path, error)
@@ -130,8 +136,10 @@ class AdapterNames:
         record = self._known.get(name)
         if self._shared is not None and time.monotonic() >= self._left_alone_until:
             try:
-                record = self._agree(name, self._shared.get(name))
-            except (Unavailable, ValueError) as error:
+                record = self._agree(name, record, self._shared.get(name))
+            except ValueError as error:  # of this name only: the others are asked for all the same
+                _log.warning("what the Redis has of the name %.210s is ignored: %s", name, error)
+            except Unavailable as error:
                 self._leave_alone(error)
         return record if record is not None and record.digest else None
 
@@ -139,10 +147,13 @@ class AdapterNames:
         """Learn the names that other machines gave."""
         if self._shared is None or time.monotonic() < self._left_alone_until:
             return
+        with self._lock:
+            ours = dict(self._known)
         try:
             for data in self._shared.all():
                 with contextlib.suppress(ValueError):
-                    self._agree(NameRecord.decode(data, self._key).name, data)
+                    name = NameRecord.decode(data, self._key).name
+                    self._agree(name, ours.get(name), data)
         except Unavailable as error:
             self._leave_alone(error)
 
@@ -166,50 +177,68 @@ class AdapterNames:
             self._shared.close()
 
     def _set(self, name: str, digest: str, config: str) -> None:
-        before = self._latest(name)
-        record = NameRecord(name, digest, config, time.time(), before.version + 1 if before is not None else 1)
+        before, now = self._latest(name), time.time()
+        # A time, so that it is the later one, too, than what another machine gave to a Redis that has lost it since.
+        version = max(int(now * 1e6), before.version + 1 if before is not None else 1)
+        record = NameRecord(name, digest, config, now, version)
+        file = self._write(record)  # may fail: before the Redis is told, which cannot be untold
         if self._shared is not None:
             self._shared.put(name, record.encode(self._key))
-        self._remember(record)
+        self._remember(record, file)
 
     def _latest(self, name: str) -> NameRecord | None:
         """The newest record there is; raises Unavailable where that cannot be known."""
+        ours = self._known.get(name)
         if self._shared is None:
-            return self._known.get(name)
+            return ours
         try:
-            return self._agree(name, self._shared.get(name))
+            return self._agree(name, ours, self._shared.get(name))
         except ValueError as error:
             raise Unavailable(str(error)) from None
 
-    def _agree(self, name: str, data: bytes | None) -> NameRecord | None:
-        """Take the Redis's record, or give it ours where it has none or an older one."""
+    def _agree(self, name: str, ours: NameRecord | None, data: bytes | None) -> NameRecord | None:
+        """Take the Redis's record, or give it ours where it has none or an older one. ours: as known before the Redis
+        was asked, so that it has an older one only where it lost ours."""
         assert self._shared is not None
-        ours = self._known.get(name)
         theirs = NameRecord.decode(data, self._key) if data is not None else None
+        if theirs is not None and theirs.name != name:
+            raise ValueError(f"it is the record of {theirs.name}")
         if ours is not None and (theirs is None or theirs.version < ours.version):
             self._shared.put(name, ours.encode(self._key), only_new=theirs is None)
             return ours
         if theirs is not None and theirs != ours:
-            self._remember(theirs)
+            file = None
+            try:
+                file = self._write(theirs)
+            except Unavailable as error:  # it is true all the same
+                _log.warning("%s", error)
+            self._remember(theirs, file)
         return theirs
 
     def _leave_alone(self, error: Exception) -> None:
         _log.warning("names are looked up on this machine only for %g s: %s", _PAUSE_S, error)
         self._left_alone_until = time.monotonic() + _PAUSE_S
 
-    def _remember(self, record: NameRecord) -> None:
+    def _write(self, record: NameRecord) -> Path | None:
+        """The record in a file that is not in its place yet. Raises Unavailable."""
+        if self._folder is None:
+            return None
+        path = self._path(record.name).with_suffix(f".{threading.get_ident()}.tmp")
+        try:
+            path.write_bytes(record.encode(self._key))
+        except OSError as error:
+            raise Unavailable(f"the name {record.name} cannot be kept in {self._folder}: {error}") from None
+        return path
+
+    def _remember(self, record: NameRecord, file: Path | None) -> None:
         with self._lock:
             before = self._known.get(record.name)
-            if self._folder is not None:
-                path = self._path(record.name)
-                temporary = path.with_suffix(".tmp")
-                try:
-                    temporary.write_bytes(record.encode(self._key))
-                    os.replace(temporary, path)
-                except OSError as error:
-                    raise Unavailable(f"the name {record.name} cannot be kept in {self._folder}: {error}") from None
+            if before is not None and before.version > record.version:
+                return  # another thread knows more by now
+            if file is not None:
+                os.replace(file, self._path(record.name))
             self._known[record.name] = record
-        self.changed(before, record)
+            self.changed(before, record)  # in here, so that changes are told in their order
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None

@@ -29,7 +29,7 @@ from loracache.peft import CONFIG, DTYPE_BYTES, WEIGHTS, PeftFolder, Settings, i
 
 __all__ = [
     "AdapterDigests", "Identity", "ModuleWeights", "Packed", "Packing", "StoredTensor", "adapter_digest", "export",
-    "folder_identity",
+    "folder_identity", "payload_header",
 ]  # fmt: skip
 
 Identity = tuple[int, ...]
@@ -37,6 +37,7 @@ Identity = tuple[int, ...]
 _SETTLED_S = 2.0
 _MAGIC = b"LoRA\0\0\0\1"
 _ALIGNMENT = 64
+_MOST_HEADER = 64 << 20
 _SAFETENSORS_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -199,6 +200,12 @@ class Packed:
         """The tensor's bytes as the file had them."""
         data = b"".join(self.rows(tensor))
         return _turned(data, tensor.dtype, tensor.shape[::-1]) if tensor.transposed else data
+
+
+def payload_header(buffers: Sequence[memoryview]) -> bytes:
+    """What precedes the tensors of a payload: equal for adapters that differ in their numbers only. Not checked."""
+    length = int.from_bytes(_read_at(buffers, 8, 8), "little")
+    return _read_at(buffers, 0, min(16 + length, _MOST_HEADER))
 
 
 def export(packed: Packed, folder: Path, config_text: str = "") -> None:

@@ -135,7 +135,8 @@ class AdapterShow(Request):
 
 @dataclass(frozen=True, slots=True)
 class AdapterList(Request):
-    """The next `count` adapters by name, from behind `name` on. -> [a map as of AdapterShow, ...]"""
+    """The next adapters by name, from behind `name` on: at most `count`, none at the end.
+    -> [a map as of AdapterShow, ...]"""
 
     operation: ClassVar[str] = "adapter_list"
     name: str

@@ -29,7 +29,7 @@ class RedisNames(SharedNames):
         self._place = without_secrets(url)
         from_url: Callable[..., Any] = redis.Redis.from_url
         self._redis: Any = from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0), protocol=2
         )
 
     def get(self, name: str) -> bytes | None:

@@ -38,6 +38,7 @@ class SchedulerLink:
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
         self._unwanted: set[int] = set()
         self._kept: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
+        self._resident: set[bytes] = set()  # what the daemon was told that we hold
 
     @property
     def connected(self) -> bool:
@@ -92,9 +93,11 @@ class SchedulerLink:
         """Views of an object's bytes in the mapped arena."""
         return self._connection.buffers(extents, size)
 
-    def resident(self, keys: list[bytes]) -> None:
-        """Tell which adapters the engine's own memory holds now."""
-        self._connection.send(protocol.Resident(protocol.join_keys(keys)), answer=False)
+    def resident(self, keys: set[bytes]) -> None:
+        """Tell which adapters the engine's own memory holds now, unless the daemon has heard so on this connection."""
+        if keys != self._resident:
+            self._resident = keys
+            self._connection.send(protocol.Resident(protocol.join_keys(list(keys))), answer=False)
 
     def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
         """Have slow tiers start raising `keys`."""
@@ -180,6 +183,7 @@ class SchedulerLink:
     def _greeted(self, seconds: float) -> bool:
         greeted = self._connection.greeted(seconds)
         if greeted:
+            self._resident = set()
             self._outage.over()
         return greeted
 

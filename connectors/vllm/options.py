@@ -68,9 +68,11 @@ class Options:
                 )
         for key in ("memory", "disk", *(["lora_pool"] if self.lora_pool else [])):
             try:
-                parse_size(getattr(self, key))
+                size = parse_size(getattr(self, key))
             except ValueError as error:
                 raise ConfigError(f"kv_connector_extra_config: {key}: {error}") from None
+            if key == "lora_pool" and not size:
+                raise ConfigError("kv_connector_extra_config: lora_pool is 0; leave it out to have no pool")
         if self.chunk_tokens < 0:
             raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
         if not 0 <= self.lookup_wait <= 10:

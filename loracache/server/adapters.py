@@ -6,6 +6,7 @@ and names are read and written on threads of its own, which ask the loop for wha
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -37,6 +38,8 @@ _OWNER = 0  # of our own write leases; connections count from 1
 _LEASE_S = 600.0
 _LOOP_S = 30.0
 _TRY_AGAIN_S = 0.02
+_PAGE_BYTES = 6 << 20  # of an answer, which is one frame; behind it one more record, with its configuration of a MiB
+_BESIDES = 700  # bytes of a record, at most, but for its configuration
 _T = TypeVar("_T")
 
 Answer = Callable[["list[Any] | str"], None]
@@ -105,13 +108,15 @@ class Adapters:
         self._run(self._others, work, answer)
 
     def page(self, after: str, count: int, answer: Answer) -> None:
-        """The next named adapters behind `after`."""
+        """The next named adapters behind `after`: `count`, or as many as one answer holds."""
 
         def work() -> list[Any]:
             if not after:
                 self._names.refresh()
             names = sorted(item for item in self._names.known().items() if item[0] > after)[:count]
-            records = [(bytes.fromhex(record.digest), record) for _, record in names]
+            sizes = itertools.accumulate(len(record.config.encode()) + _BESIDES for _, record in names)
+            fit = 1 + sum(size < _PAGE_BYTES for size in sizes)
+            records = [(bytes.fromhex(record.digest), record) for _, record in names[:fit]]
             return self._on_loop(lambda: [self._describe(key, record) for key, record in records])
 
         self._run(self._others, work, answer)
@@ -123,6 +128,7 @@ class Adapters:
             record = self._names.remove(name)
             if record is None:
                 return []
+            self._names.refresh()  # another machine may have given it a name
             if self._named(record.digest):
                 return [0, 0, 0]
             tiers = (Tier.CPU, Tier.DISK, Tier.REDIS)
@@ -184,11 +190,14 @@ class Adapters:
         return future.result(_LOOP_S)
 
     def _take_in(self, path: str, name: str) -> str:
-        digest, _ = self._digests.digest(path)
         with PeftFolder(path) as folder:
-            self._store(bytes.fromhex(digest), Packing(folder), path)
+            packing = Packing(folder)
+            digest, _ = self._digests.digest(path)
+            self._store(bytes.fromhex(digest), packing, path)
             if name:
                 self._names.put(name, digest, folder.config_text)
+                # Its last other name may have been removed meanwhile, and it with that. From now on it stays.
+                self._store(bytes.fromhex(digest), packing, path)
         return digest
 
     def _store(self, key: bytes, packing: Packing, path: str) -> None:
@@ -239,6 +248,8 @@ class Adapters:
     def _describe(self, key: bytes, record: NameRecord | None) -> dict[str, Any]:
         index = self._cache.index
         node = index.get(key)
+        if node is not None and node.kind is not Kind.LORA:
+            node = None
         tiers = [Tier.GPU.label] if self.engines[key] else []
         if node is not None:
             tiers += [tier.label for tier in (Tier.CPU, Tier.DISK) if node.held_in(tier)]

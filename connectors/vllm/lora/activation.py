@@ -14,13 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from loracache import protocol
 from loracache.adapters import Packed, Packing
 from loracache.connectors.vllm.cores import leave_pinned_core
 from loracache.connectors.vllm.lora.filling import fill_pages
+from loracache.connectors.vllm.lora.pool import Resident
+from loracache.connectors.vllm.lora.recipe import Recipe, Recipes, copy_plain
 from loracache.connectors.vllm.worker_link import WorkerLink
 from loracache.errors import LoRACacheError, Unavailable, UsageError
 from loracache.keys import checksum
@@ -55,6 +56,7 @@ class Activator:
     ) -> None:
         self._manager = manager
         self._pool = manager.pool
+        self._recipes = Recipes(manager)
         self._finished = finished
         self._link = WorkerLink(server, "vllm-adapters", ensure, self._pool.pages.device.type)
         self._stream = torch.cuda.Stream() if self._pool.pages.device.type == "cuda" else None
@@ -121,10 +123,15 @@ class Activator:
                 return str(found[0])
             size, expected, extents = found
             payload = connection.buffers(extents, size)
-            if checksum(payload) != expected:
+            try:
+                cause = self._fill(order, payload, expected, held)
+            except UsageError:  # of what its header says, or of what became of that
+                if checksum(payload) == expected:
+                    raise
+                cause = "checksum"
+            if cause == "checksum":
                 bad = key
-                return "checksum"
-            return self._fill(order, payload, held)
+            return cause
         finally:
             if not released:
                 connection.send(protocol.Release(lease, bad), answer=False)
@@ -135,33 +142,38 @@ class Activator:
             payload = [memoryview(bytearray(packing.size))]
             if packing.write(payload) != order.digest:
                 return "changed"
-        return self._fill(order, payload, lambda: True)
+        return self._fill(order, payload, checksum(payload), lambda: True)
 
-    def _fill(self, order: Order, payload: list[memoryview], held: Callable[[], bool]) -> str:
-        packed = Packed(payload)
-        parts = {self._manager.peft_name(name): module for name, module in packed.modules().items()}
-        shape = self._pool.shape
-        placement = shape.place({part: module.rank for part, module in parts.items()})
-        scales = np.zeros(shape.slices, dtype=np.float32)
-        for row, part in enumerate(part for module in shape.modules for part in module.parts):
-            scales[row] = parts[part].scaling if part in parts else 0.0
-        resident = self._pool.reserve(placement, scales)
+    def _fill(self, order: Order, payload: list[memoryview], expected: int, held: Callable[[], bool]) -> str:
+        recipe = self._recipes.of(payload)
+        resident = self._pool.reserve(recipe.placement, recipe.scales)
         if resident is None:
             return "pool_full"
-        done = False
+        cause = "bug"
         try:
-            if self._stream is None:
-                fill_pages(self._pool, resident, packed, parts, self._manager.layers)
+            if self._copy(order, resident, recipe, payload) != expected:
+                cause = "checksum"
             else:
-                with torch.cuda.stream(self._stream):
-                    if order.after is not None:
-                        self._stream.wait_event(order.after)
-                    fill_pages(self._pool, resident, packed, parts, self._manager.layers)
-                self._stream.synchronize()
-            done = held()
+                cause = "" if held() else "lease_lost"
         finally:
-            if not done:
+            if cause:
                 self._pool.give_back(resident)
-        if not done:
-            return "lease_lost"
+        if cause:
+            return cause
         return "" if self._pool.settle(order.digest, resident) else "evicted"
+
+    def _copy(self, order: Order, resident: Resident, recipe: Recipe, payload: list[memoryview]) -> int:
+        """Copies, and answers the payload's checksum."""
+        if self._stream is None and recipe.plain is not None and len(payload) == 1:
+            return copy_plain(self._pool, resident, recipe, payload[0])
+        total = checksum(payload)
+        packed = Packed(payload)
+        if self._stream is None:
+            fill_pages(self._pool, resident, packed, recipe.parts, self._manager.layers)
+            return total
+        with torch.cuda.stream(self._stream):
+            if order.after is not None:
+                self._stream.wait_event(order.after)
+            fill_pages(self._pool, resident, packed, recipe.parts, self._manager.layers)
+        self._stream.synchronize()
+        return total

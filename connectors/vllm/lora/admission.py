@@ -85,11 +85,11 @@ class AdapterAdmission:
         self._folders: dict[str, _Folder] = {}
         self._adapters: dict[str, _Adapter] = {}
         self._since: dict[str, float] = {}  # request -> when it first waited for a content that nobody has
+        self._waited: set[str] = set()
         self._running: dict[str, int] = {}  # request -> adapter id, from admission to its end
         self._orders = AdapterOrders()
         self._last_order = 0
         self._told: dict[int, str] = {}  # what the workers were told serves an adapter id
-        self._known_resident: set[str] = set()
         self._next_resident = 0.0
         self.fail: Callable[[str], None] = lambda request_id: None
 
@@ -117,8 +117,16 @@ class AdapterAdmission:
         adapter = request.lora_request
         if adapter is None or not self._wanted:
             return True
-        if not self._pools:
-            return False
+        admitted = bool(self._pools) and self._admit(request, adapter)
+        if not admitted:
+            self._waited.add(request.request_id)
+        elif request.request_id not in self._running:
+            self._link.count("adapter.miss" if request.request_id in self._waited else "adapter.hit", 1)
+            self._running[request.request_id] = adapter.lora_int_id
+            self._since.pop(request.request_id, None)
+        return admitted
+
+    def _admit(self, request: Request, adapter: LoRARequest) -> bool:
         digest = self._digest(request.request_id, adapter)
         if digest is None:
             return False
@@ -137,11 +145,10 @@ class AdapterAdmission:
             self._last_order += 1
             found.order, found.ready = self._last_order, 0
             self._orders.load.append((found.order, digest, found.path))
-        if answer in (Answer.WAIT, Answer.NEVER) or not self._served(adapter.lora_int_id, found):
-            return False
-        self._running[request.request_id] = adapter.lora_int_id
-        self._since.pop(request.request_id, None)
-        return True
+            self._link.count("adapter.load", 1)
+            if victims:
+                self._link.count("adapter.evict", len(victims))
+        return answer not in (Answer.WAIT, Answer.NEVER) and self._served(adapter.lora_int_id, found)
 
     def _served(self, adapter: int, found: _Adapter) -> bool:
         """Whether the workers serve this id with this content: its copy is done, and they were told in an earlier step
@@ -153,6 +160,7 @@ class AdapterAdmission:
             return ready
         running = [request for request, served in self._running.items() if served == adapter]
         if ready or not running:
+            self._ledger.pin(self._told.get(adapter, ""), False)  # a pin is of what the id stood for, as in vLLM
             self._orders.bind[adapter] = found.digest
             for request in running:
                 self._ledger.also_hold(request, found.digest)
@@ -163,6 +171,7 @@ class AdapterAdmission:
         self._ledger.end(request_id)
         self._since.pop(request_id, None)
         self._running.pop(request_id, None)
+        self._waited.discard(request_id)
 
     def take_news(self, news: WorkerNews) -> None:
         """Learn what the workers copied in, and what they could not."""
@@ -181,25 +190,27 @@ class AdapterAdmission:
                 self._orders.evict.append(found.digest)  # some workers may have it
                 self._let_go(found)
                 found.next_try = time.monotonic() + _AGAIN_S
+                if cause == "changed":
+                    self._forget_ids(found)
                 if cause == "unusable":
                     found.problem = "the engine cannot use it; its log says why"
         if news.pools_lost:
             for digest in self._ledger.adapters():
                 self._ledger.drop(digest)
+                self._orders.evict.append(digest)  # what was being copied in comes to its pages after the loss
         for adapter, pinned in news.pinned.items():
-            if adapter in self._ids:
-                self._ledger.pin(self._ids[adapter], pinned)
+            if adapter in self._told:
+                self._ledger.pin(self._told[adapter], pinned)
 
     def take_orders(self) -> AdapterOrders:
         """What the workers do in the next step."""
         orders, self._orders = self._orders, AdapterOrders()
         self._told.update(orders.bind)
         now = time.monotonic()
-        resident = {digest for digest in self._ledger.adapters() if self._adapters[digest].ready >= len(self._pools)}
-        if resident != self._known_resident and now >= self._next_resident and self._link.connected:
+        if self._pools and now >= self._next_resident and self._link.connected:
             self._next_resident = now + _RESIDENT_S
-            self._known_resident = resident
-            self._link.resident([bytes.fromhex(digest) for digest in resident])
+            ready = [each for each in self._ledger.adapters() if self._adapters[each].ready >= len(self._pools)]
+            self._link.resident({bytes.fromhex(digest) for digest in ready})
         return orders
 
     # -- which content ----------
@@ -274,8 +285,9 @@ class AdapterAdmission:
             found.next_try = now + _AGAIN_S
             self._fetched(found, payload)
             return found.here
-        if now < found.next_try or found.problem:
+        if now < found.next_try:
             return False
+        found.problem = ""
         found.lease = os.urandom(16)
         found.asked = self._link.ask_acquire(found.lease, bytes.fromhex(found.digest), _LEASE_S)
         if not found.asked:
@@ -314,6 +326,7 @@ class AdapterAdmission:
             found.here = True
         except UsageError as error:
             found.problem = str(error)
+            found.next_try = time.monotonic() + _AGAIN_S
 
     def _let_go(self, found: _Adapter) -> None:
         """The daemon need not hold it for us any longer; the next time it is needed it is asked for again."""
@@ -329,7 +342,6 @@ class AdapterAdmission:
         since = self._since.setdefault(request_id, now)
         if found.problem or (now - since > self._patience and not found.asked):
             _log.error("adapter %s: %s", found.digest[:12], found.problem or "no tier has it, and there is no folder")
-            found.problem = ""
             self.fail(request_id)
 
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from loracache.adapters import ModuleWeights, Packed, StoredTensor
 from loracache.connectors.vllm.lora.pool import PagePool, Resident
 from loracache.kernels.sgmv import A_ADDRESS, B_ADDRESS, round_up
 
-__all__ = ["fill_pages"]
+__all__ = ["DTYPES", "fill_pages"]
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WORDS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16: words are copied
 
 
@@ -34,7 +35,8 @@ def fill_pages(
         if any(found):
             a = [_rows(packed, each.a) if each is not None else None for each in found]
             b = [_rows(packed, each.b) if each is not None else None for each in found]
-            if getattr(layer, "tp_size", 1) > 1:
+            # Embeddings and heads have no shards: vLLM gathers before it adds, and every worker has them whole.
+            if isinstance(layer, BaseLinearLayerWithLoRA) and layer.tp_size > 1:
                 a, b = _shard(layer, a, b)
             for number, (rows_a, rows_b) in enumerate(zip(a, b, strict=True), row):
                 if rows_a is not None and rows_b is not None:
@@ -48,7 +50,7 @@ def _rows(packed: Packed, tensor: StoredTensor) -> torch.Tensor:
     pieces = packed.rows(tensor)
     data = pieces[0] if len(pieces) == 1 else bytearray(b"".join(pieces))
     shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-    return torch.frombuffer(data, dtype=_DTYPES[tensor.dtype]).view(shape)
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(shape)
 
 
 def _shard(layer: Any, a: list[Any], b: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -37,9 +37,10 @@ class ModuleShape:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where one adapter's matrices are. places: int64 (all slices of all modules, PLACE_FIELDS), the flat ones not
-    filled in yet. elements: of its address space."""
+    filled in yet. lengths: int64 (slices, 2), elements of A and of B. elements: of its address space."""
 
     places: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
     elements: int
 
 
@@ -65,7 +66,8 @@ class PoolShape:
         unknown = ranks.keys() - {part for module in self.modules for part in module.parts}
         if unknown:
             raise UsageError(f"module {min(unknown)!r} of the adapter is none that this model can adapt")
-        places = np.full((self.slices, PLACE_FIELDS), 0, dtype=np.int64)
+        places = np.zeros((self.slices, PLACE_FIELDS), dtype=np.int64)
+        lengths = np.zeros((self.slices, 2), dtype=np.int64)
         row = end = 0
         for module in self.modules:
             count = len(module.parts)
@@ -74,12 +76,14 @@ class PoolShape:
                 if rank > self.most_rank:
                     raise UsageError(f"rank {rank} of {part!r} is over max_lora_rank={self.most_rank}; raise that")
                 places[number, RANK], places[number, A_ADDRESS] = rank, end
-                end += rank * round_up(module.width, self.chunk)
+                lengths[number, 0] = rank * round_up(module.width, self.chunk)
+                end += int(lengths[number, 0])
             for number, width in enumerate(module.widths, row):
                 places[number, B_ADDRESS] = end
-                end += int(places[number, RANK]) * round_up(width, self.chunk)
+                lengths[number, 1] = places[number, RANK] * round_up(width, self.chunk)
+                end += int(lengths[number, 1])
             row += count
-        return Placement(places, end)
+        return Placement(places, lengths, end)
 
     def cost(self, elements: int) -> int:
         """Pages of an address space."""
@@ -88,23 +92,15 @@ class PoolShape:
     def flatten(self, placement: Placement, page_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """The placement's places with the flat ones filled in, for an adapter on these pages."""
         places = placement.places.copy()
-        runs = np.cumsum(np.r_[0, np.diff(page_ids.astype(np.int64)) != 1])  # equal: one behind another in the pool
-        widths = np.array([[module.width, width] for module in self.modules for width in module.widths])
-        for at, (address, flat) in enumerate(((A_ADDRESS, A_FLAT), (B_ADDRESS, B_FLAT))):
-            row = -(-widths[:, at] // self.chunk) * self.chunk
-            first = places[:, address]
-            last = first + np.maximum(places[:, RANK] * row, 1) - 1
-            begins, ends = first // self.page, np.minimum(last // self.page, max(len(page_ids) - 1, 0))
-            used = places[:, RANK] > 0
-            begins = np.where(used, begins, 0)
-            ends = np.where(used, ends, 0)
-            if len(page_ids):
-                together = used & (runs[begins] == runs[ends])
-                places[:, flat] = np.where(
-                    together, page_ids[begins].astype(np.int64) * self.page + first % self.page, -1
-                )
-            else:
-                places[:, flat] = -1
+        places[:, (A_FLAT, B_FLAT)] = -1
+        if len(page_ids):
+            addresses = places[:, (A_ADDRESS, B_ADDRESS)]
+            runs = np.cumsum(np.r_[0, np.diff(page_ids) != 1])  # equal: one behind another in the pool
+            first = np.minimum(addresses // self.page, len(page_ids) - 1)
+            last = np.minimum((addresses + np.maximum(placement.lengths, 1) - 1) // self.page, len(page_ids) - 1)
+            together = (runs[first] == runs[last]) & (placement.lengths > 0)
+            flat = page_ids[first].astype(np.int64) * self.page + addresses % self.page
+            places[:, (A_FLAT, B_FLAT)] = np.where(together, flat, -1)
         return places
 
 

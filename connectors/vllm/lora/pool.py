@@ -39,6 +39,8 @@ class PagePool:
     def __init__(self, shape: PoolShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self.pages = torch.zeros((shape.pages, shape.page), dtype=dtype, device=device)
+        if device.type == "cpu":
+            self.bytes: npt.NDArray[np.uint8] = self.pages.view(-1).view(torch.uint8).numpy()
         self._free = FreePages(shape.pages)
         self._lock = threading.Lock()
         self._resident: dict[str, Resident] = {}

@@ -1,0 +1,109 @@
+"""How adapters of one structure (settings, modules, shapes, dtypes) come onto the pages of a pool: worked out once for
+all of them, since hundreds differ in their numbers only.
+
+Threading: used by the activator's thread alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from loracache.adapters import ModuleWeights, Packed, payload_header
+from loracache.connectors.vllm.lora.filling import DTYPES
+from loracache.connectors.vllm.lora.layout import Placement
+from loracache.connectors.vllm.lora.pool import PagePool, Resident
+from loracache.kernels.sgmv import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, round_up
+
+__all__ = ["Recipe", "Recipes", "copy_plain"]
+
+_KEPT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """parts: the adapter's modules by the model's names. plain: (offset in the payload, bytes, row of the places,
+    column of the address, column of the flat address) of every matrix in the payload's order, where all of them are
+    copied byte by byte; None where rows are cast, cut or lengthened.
+    """
+
+    parts: Mapping[str, ModuleWeights]
+    placement: Placement
+    scales: npt.NDArray[np.float32]
+    plain: tuple[tuple[int, int, int, int, int], ...] | None
+
+
+class Recipes:
+    """The recipes of one worker's pool, the last used kept. manager: the PagedLoRAModelManager."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._pool: PagePool = manager.pool
+        self._known: OrderedDict[bytes, Recipe] = OrderedDict()
+        self._sharded = any(getattr(layer, "tp_size", 1) > 1 for layer in manager.layers)
+
+    def of(self, payload: list[memoryview]) -> Recipe:
+        """The recipe for a payload. Raises UsageError where the pool's model cannot use it."""
+        header = payload_header(payload)
+        recipe = self._known.get(header)
+        if recipe is None:
+            recipe = self._known[header] = self._make(Packed(payload))
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(header)
+        return recipe
+
+    def _make(self, packed: Packed) -> Recipe:
+        shape = self._pool.shape
+        parts = {self._manager.peft_name(name): module for name, module in packed.modules().items()}
+        placement = shape.place({part: module.rank for part, module in parts.items()})
+        names = [part for module in shape.modules for part in module.parts]
+        scales = np.array([parts[part].scaling if part in parts else 0.0 for part in names], dtype=np.float32)
+        return Recipe(parts, placement, scales, None if self._sharded else self._plain(parts))
+
+    def _plain(self, parts: Mapping[str, ModuleWeights]) -> tuple[tuple[int, int, int, int, int], ...] | None:
+        shape, copies, row = self._pool.shape, [], 0
+        for module in shape.modules:
+            for part, out in zip(module.parts, module.widths, strict=True):
+                found = parts.get(part)
+                for tensor, width, columns in (
+                    (found.a, module.width, (A_ADDRESS, A_FLAT)), (found.b, out, (B_ADDRESS, B_FLAT)),
+                ) if found is not None else ():  # fmt: skip
+                    same = DTYPES[tensor.dtype] is self._pool.pages.dtype
+                    if not same or round_up(width, shape.chunk) != width:
+                        return None
+                    copies.append((tensor.offset, tensor.nbytes, row, *columns))
+                row += 1
+        return tuple(sorted(copies))
+
+
+def copy_plain(pool: PagePool, adapter: Resident, recipe: Recipe, payload: memoryview) -> int:
+    """Copy a payload that is one buffer onto pages in host memory; answers its checksum. One pass: what was read for
+    the checksum is copied while it is in the processor's cache.
+    """
+    assert recipe.plain is not None
+    source, target = np.frombuffer(payload, np.uint8), pool.bytes
+    size = pool.shape.element_bytes
+    places = adapter.places.tolist()
+    state, at = xxhash.xxh3_64(), 0
+    for offset, nbytes, row, address, flat in recipe.plain:
+        end = offset + nbytes
+        state.update(payload[at:end])
+        at = end
+        first = places[row][flat]
+        if first >= 0:
+            target[first * size : first * size + nbytes] = source[offset:end]
+            continue
+        for piece in pool.pieces(adapter, places[row][address], nbytes // size):
+            count = len(piece) * size
+            piece.view(torch.uint8).numpy()[:] = source[offset : offset + count]
+            offset += count
+    state.update(payload[at:])
+    return int(state.intdigest())

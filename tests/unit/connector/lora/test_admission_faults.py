@@ -1,0 +1,315 @@
+"""Whatever goes wrong with an adapter, its requests run later or are given up with the reason, and the others run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+
+from loracache.connectors.vllm import link as link_module
+from loracache.connectors.vllm import worker_link
+from loracache.connectors.vllm.lora import admission as admission_module
+from loracache.connectors.vllm.lora.orders import PoolWorker
+from loracache.connectors.vllm.lora.paths import path_of
+
+NOWHERE = "unix:///nowhere/loracache.sock"
+
+
+def lora(adapter: Any, number: int = 1, **more: Any) -> LoRARequest:
+    """By its folder, or by its digest where that is all there is."""
+    path = path_of(adapter) if isinstance(adapter, str) else adapter.path
+    return LoRARequest(f"adapter {number}", number, path, **more)
+
+
+@pytest.fixture(scope="module")
+def url(module_daemon: Any) -> str:
+    return str(module_daemon(page_size="4KiB").url)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Any]:
+    from loracache import CacheClient
+
+    with CacheClient(url) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(link_module, "_RETRY_S", 0.05)
+    monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)
+
+
+# -- contents that are not to be had -----------------------------------------------------------------------------------
+
+
+def test_a_content_that_nobody_has_is_given_up_after_a_while_and_the_others_run(
+    url: str, make_engine: Any, make_adapter: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, missing = make_engine(url, patience=0.4), os.urandom(32).hex()
+    started = time.monotonic()
+    engine.arrive("nobody has it", lora(missing, 1))
+    engine.arrive("good", lora(make_adapter("good"), 2))
+    eventually(lambda: engine.runs("good"))
+    eventually(lambda: engine.step() or engine.failed)
+    assert time.monotonic() - started >= 0.4
+    assert engine.failed == ["nobody has it"]
+    assert f"adapter {missing[:12]}: no tier has it, and there is no folder" in caplog.text
+    assert len(engine.orders) == 1
+
+
+def test_a_content_that_somebody_adds_in_time_is_served(
+    url: str, client: Any, make_engine: Any, make_adapter: Any, eventually: Any
+) -> None:
+    adapter, engine = make_adapter("added late"), make_engine(url)
+    engine.arrive("a", lora(adapter.digest))
+    for _ in range(20):
+        assert not engine.runs("a")
+        time.sleep(0.005)
+    client.add_adapter(adapter.path)
+    eventually(lambda: engine.runs("a"))
+    assert not engine.failed
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_folder_that_cannot_be_served_fails_its_request_with_the_reason(
+    url: str, make_engine: Any, make_adapter: Any, eventually: Any, caplog: pytest.LogCaptureFixture, connected: bool
+) -> None:
+    bad, engine = make_adapter("bad"), make_engine(url if connected else NOWHERE)
+    config = Path(bad.path) / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"LOHA"'))
+    engine.arrive("bad", lora(bad, 1))
+    engine.arrive("gone", LoRARequest("gone", 2, "/nowhere/at/all"))
+    engine.arrive("good", lora(make_adapter("good"), 3))
+    eventually(lambda: engine.runs("good") and len(set(engine.failed)) == 2)
+    assert sorted(engine.failed) == ["bad", "gone"]
+    assert f"{config}: peft_type is 'LOHA'; only LORA is served" in caplog.text
+    assert "'/nowhere/at/all/adapter_config.json' cannot be read: No such file or directory" in caplog.text
+    good = make_adapter("bad")  # mended
+    engine.arrive("mended", lora(good, 1))
+    eventually(lambda: engine.runs("mended"))
+
+
+@pytest.mark.parametrize("by_digest", [True, False])
+def test_what_the_model_cannot_adapt_fails_with_the_reason(
+    url: str, client: Any, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any, caplog: Any,
+    by_digest: bool,
+) -> None:  # fmt: skip
+    high = make_adapter("of high rank", 9)
+    other = make_adapter("of another model", {"lm_head": 2}, sizes={"lm_head": (24, 50)})
+    engine = make_engine(url, make_shape(400, most_rank=8))
+    for number, adapter in enumerate((high, other), 1):
+        client.add_adapter(adapter.path)
+        engine.arrive(f"request {number}", lora(adapter.digest if by_digest else adapter, number))
+    eventually(lambda: engine.step() or len(set(engine.failed)) == 2)
+    assert "is over max_lora_rank=8; raise that" in caplog.text
+    assert "module 'lm_head' of the adapter is none that this model can adapt" in caplog.text
+    assert not engine.orders
+    engine.arrive("again", lora(high.digest if by_digest else high, 1))
+    eventually(lambda: engine.step() or "again" in engine.failed)
+
+
+# -- copies that fail --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", ["checksum", "lease_lost", "pool_full", "unavailable", "bug"])
+def test_a_copy_that_failed_is_ordered_again(
+    url: str, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any, cause: str
+) -> None:
+    adapter, engine = make_adapter(f"fails with {cause}"), make_engine(url, make_shape(400), make_shape(400))
+    engine.answers = False
+    engine.arrive("a", lora(adapter))
+    eventually(lambda: engine.step() or engine.orders)
+    engine.report(activated={1: 1}, not_activated={1: cause})  # of two workers
+    plans = []
+    take = engine.admission.take_orders
+
+    def taken() -> Any:
+        plans.append(take())
+        return plans[-1]
+
+    engine.admission.take_orders = taken
+    eventually(lambda: engine.step() or len(engine.orders) == 2)
+    assert [plan.evict for plan in plans if plan.evict] == [[adapter.digest]]  # from the one that had it
+    engine.report(activated={1: 1})  # what is said of the old order is not said of this
+    engine.report(not_activated={1: "late"})
+    for _ in range(3):
+        assert not engine.runs("a")
+    assert len(engine.orders) == 2
+    engine.report(activated={2: 2})
+    assert engine.runs("a")
+    assert engine.link._counts[f"adapter.{cause}"] == 1
+
+
+def test_a_copy_that_never_will_succeed_fails_its_request(
+    url: str, make_engine: Any, make_adapter: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter, engine = make_adapter("unusable"), make_engine(url)
+    engine.answers = False
+    engine.arrive("a", lora(adapter))
+    eventually(lambda: engine.step() or engine.orders)
+    engine.report(not_activated={1: "unusable"})
+    eventually(lambda: engine.step() or engine.failed)
+    assert engine.failed == ["a"]
+    assert "the engine cannot use it" in caplog.text
+
+
+def test_what_cannot_be_served_is_told_to_all_who_wait_for_it(
+    url: str, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to one after another, each after another try."""
+    monkeypatch.setattr(admission_module, "_AGAIN_S", 30.0)
+    adapter, high = make_adapter("unusable for all"), make_adapter("of high rank", 9)
+    engine = make_engine(url, make_shape(400, most_rank=8))
+    engine.answers = False
+    names = [f"request {number}" for number in range(5)]
+    for name in names:
+        engine.arrive(name, lora(adapter, 1))
+        engine.arrive(f"{name}, high", lora(high, 2))
+    eventually(lambda: engine.step() or (engine.orders and len(set(engine.failed)) == 5))
+    engine.report(not_activated={1: "unusable"})
+    eventually(lambda: engine.step() or len(set(engine.failed)) == 10)
+
+
+def test_what_workers_lost_is_copied_in_anew(url: str, make_engine: Any, make_adapter: Any, eventually: Any) -> None:
+    adapter, engine = make_adapter("lost"), make_engine(url)
+    engine.arrive("a", lora(adapter))
+    eventually(lambda: engine.runs("a"))
+    engine.report(pools_lost=True)
+    engine.preempt("a", lora(adapter))
+    assert not engine.runs("a")
+    eventually(lambda: engine.runs("a"))
+    assert [digest for _, digest, _ in engine.orders] == [adapter.digest] * 2
+
+
+def test_a_copy_under_way_when_all_was_lost_leaves_no_page_behind(
+    url: str, make_engine: Any, make_manager: Any, make_shape: Any, make_adapter: Any, eventually: Any
+) -> None:
+    """It ends after the loss, and whoever asked for it is gone: the room in the books has to be there."""
+    first, second, shape = make_adapter("first", 4), make_adapter("second", 4), make_shape()
+    manager = make_manager(make_shape(shape.cost(shape.place(first.ranks).elements)))
+    engine = make_engine(url, manager.pool.shape)
+    worker = PoolWorker(manager, url, lambda: None, lambda *_: None)
+    engine.workers, engine.answers = [worker], False
+    engine.arrive("a", lora(first, 1))
+    eventually(lambda: engine.step() or engine.orders)
+    engine.report(pools_lost=True)
+    engine.end("a")
+    eventually(lambda: manager.pool.get(first.digest))
+    engine.arrive("b", lora(second, 2))
+    eventually(lambda: engine.runs("b"))
+    assert manager.pool.digests() == [second.digest]
+    worker.close()
+
+
+# -- daemons that go ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_daemon_adapters_are_read_from_their_folders(
+    make_engine: Any, make_adapter: Any, eventually: Any
+) -> None:
+    adapter, engine = make_adapter("alone"), make_engine(NOWHERE, patience=0.3)
+    engine.arrive("by digest", lora(os.urandom(32).hex(), 1))
+    engine.arrive("a", lora(adapter, 2))
+    eventually(lambda: engine.runs("a"))
+    assert engine.orders == [(1, adapter.digest, adapter.path)]
+    eventually(lambda: engine.step() or engine.failed)
+    assert engine.failed == ["by digest"]
+
+
+def test_a_folder_that_changed_while_no_daemon_is_there_is_served_as_it_is(
+    make_engine: Any, make_manager: Any, make_shape: Any, make_adapter: Any, serves: Any, eventually: Any
+) -> None:
+    """What the id stood for is not to be had any more. vLLM, too, reads the folder when it needs the adapter again."""
+    manager = make_manager(make_shape(400))
+    engine = make_engine(NOWHERE, manager.pool.shape)
+    worker = PoolWorker(manager, NOWHERE, lambda: None, lambda *_: None)
+    engine.workers, engine.answers = [worker], False
+    old = make_adapter("as it was", folder="f")
+    engine.arrive("a", lora(old))
+    eventually(lambda: engine.runs("a"))
+    engine.end("a")
+    engine.report(pools_lost=True)
+    manager.pool.evict(old.digest)
+    new = make_adapter("as it is", folder="f")
+    engine.arrive("b", lora(new))
+    eventually(lambda: engine.runs("b"), seconds=5)
+    assert engine.running["b"] == new.digest
+    assert serves(manager.pool, manager.pool.get(new.digest), new)
+    worker.close()
+
+
+def test_a_daemon_that_dies_is_done_without_and_its_successor_is_used(
+    daemon: Any, make_engine: Any, make_adapter: Any, eventually: Any
+) -> None:
+    running = daemon()
+    engine = make_engine(running.url)
+    first, second, third = (make_adapter(name) for name in ("first", "second", "third"))
+    engine.arrive("a", lora(first, 1))
+    eventually(lambda: engine.runs("a"))
+    running.send(signal.SIGSTOP)
+    engine.arrive("b", lora(second, 2))
+    engine.step()
+    running.stop(signal.SIGKILL)
+    eventually(lambda: engine.runs("b"))
+    with daemon(socket=running.socket).client() as client:
+        eventually(engine.link.begin)
+        engine.arrive("c", lora(third, 3))
+        eventually(lambda: engine.runs("c"))
+        assert client.show_adapter(third.digest) is not None
+        assert not engine.failed
+
+
+def test_an_adapter_that_left_the_cache_is_taken_in_again(
+    url: str, client: Any, make_engine: Any, make_adapter: Any, eventually: Any
+) -> None:
+    adapter, engine = make_adapter("leaves"), make_engine(url)
+    engine.arrive("a", lora(adapter))
+    eventually(lambda: engine.runs("a"))
+    engine.end("a")
+    engine.report(pools_lost=True)
+    eventually(lambda: client.evict([bytes.fromhex(adapter.digest)])[0] == 1)
+    engine.arrive("b", lora(adapter))
+    eventually(lambda: engine.runs("b"))
+    assert client.show_adapter(adapter.digest) is not None
+    engine.end("b")
+    engine.report(pools_lost=True)
+    client.evict([bytes.fromhex(adapter.digest)])
+    shutil.rmtree(adapter.path)
+    engine.arrive("c", lora(adapter))
+    eventually(lambda: engine.step() or engine.failed)
+    assert engine.failed == ["c"]
+
+
+def test_the_engine_s_adapters_are_told_to_a_daemon_that_was_started_anew(
+    daemon: Any, make_engine: Any, make_adapter: Any, eventually: Any
+) -> None:
+    running = daemon()
+    adapter, engine = make_adapter("resident"), make_engine(running.url)
+    engine.arrive("a", lora(adapter))
+    eventually(lambda: engine.runs("a"))
+    running.stop(signal.SIGKILL)
+    with daemon(socket=running.socket).client() as client:
+        client.add_adapter(adapter.path)
+        engine.arrive("b", lora(os.urandom(32).hex(), 2))  # it learns of the loss when it asks for something
+        eventually(lambda: engine.step() or "gpu" in client.show_adapter(adapter.digest).tiers)
+
+
+def test_a_count_of_every_failure_reaches_the_daemon(
+    url: str, client: Any, make_engine: Any, make_adapter: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    engine = make_engine(url)
+    engine.arrive("a", lora(os.urandom(32).hex()))
+    eventually(lambda: engine.step() or engine.link._counts["adapter.absent"])
+    engine.link.flush_counts()
+    eventually(lambda: client.status()["counters"].get("client.adapter.absent"))
