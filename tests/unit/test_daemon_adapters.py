@@ -113,8 +113,8 @@ def test_an_added_adapter_is_in_memory_under_its_digest_and_on_disk_once_flushed
         slot = reading.slots[0]
         assert slot is not None
         packed = Packed([memoryview(slot.tobytes())])
-    stored = {tensor.name: packed.original(tensor) for tensor in packed.tensors}
-    assert stored == {name: tensor.tobytes() for name, tensor in tensors_of(1).items()}
+    for tensor in packed.tensors:
+        assert packed.original(tensor) == tensors_of(1)[tensor.name].tobytes()
     shown = client.show_adapter("one")
     assert shown is not None
     assert (shown.name, shown.digest, shown.size, shown.engines, shown.kv) == ("one", digest, slot.size, 0, {})
@@ -263,13 +263,11 @@ def test_folders_that_take_long_delay_nobody_else(daemon: Any, tmp_path: Path) -
     running = daemon(memory="128MiB")
     client, adding = running.client(), running.client()
     small = client.add_adapter(peft(tmp_path / "small"), "small")
-    numbers = []
-    for number in range(2):
-        path = peft(tmp_path / f"large-{number}", tensors={
-            f"base_model.model.model.layers.{n}.q_proj.lora_{part}.weight": np.full(shape, number, dtype=np.float32)
-            for n in range(6) for part, shape in (("A", (4, 260_000)), ("B", (260_000, 4)))
-        })  # fmt: skip
-        numbers.append(adding.connection.send(protocol.AdapterAdd(path, f"large-{number}")))
+    paths = [peft(tmp_path / f"large-{number}", tensors={
+        f"base_model.model.model.layers.{n}.q_proj.lora_{part}.weight": np.full(shape, number, dtype=np.float32)
+        for n in range(6) for part, shape in (("A", (4, 260_000)), ("B", (260_000, 4)))
+    }) for number in range(2)]  # fmt: skip
+    numbers = [adding.connection.send(protocol.AdapterAdd(path, Path(path).name)) for path in paths]
     waits: list[float] = []
     digests: list[str] = []
     while len(digests) < 2:
@@ -321,8 +319,6 @@ def test_adapters_in_engines_memory_are_of_tier_gpu_until_the_engines_say_otherw
     one.close()
     two.close()
     eventually(lambda: engines() == engines("elsewhere") == 0, "the closed ones are not counted")
-    listed = {adapter.name: adapter.tiers for adapter in client.adapters()}
-    assert "gpu" not in listed["resident"]
 
 
 # -- kept --------------------------------------------------------------------------------------------------------------
@@ -353,6 +349,8 @@ def test_what_has_a_name_is_not_pushed_out_by_others_and_what_has_none_is(
     running = daemon(memory="2MiB", page_size="4KiB", **options)
     client = running.client()
     named = client.add_adapter(peft(tmp_path / "named", 1, width=9_000), "named")
+    assert client.add_adapter(str(tmp_path / "named"), "passing") == named
+    client.remove_adapter("passing")
     unnamed = client.add_adapter(peft(tmp_path / "unnamed", 2, width=9_000))
     client.flush()
     flood(client, 8_000_000)
