@@ -120,11 +120,12 @@ class AdapterAdmission:
         admitted = bool(self._pools) and self._admit(request, adapter)
         if not admitted:
             self._waited.add(request.request_id)
-        elif request.request_id not in self._running:
+            return False
+        self._since.pop(request.request_id, None)
+        if request.request_id not in self._running:
             self._link.count("adapter.miss" if request.request_id in self._waited else "adapter.hit", 1)
             self._running[request.request_id] = adapter.lora_int_id
-            self._since.pop(request.request_id, None)
-        return admitted
+        return True
 
     def _admit(self, request: Request, adapter: LoRARequest) -> bool:
         digest = self._digest(request.request_id, adapter)

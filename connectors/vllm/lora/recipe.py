@@ -46,18 +46,18 @@ class Recipes:
     def __init__(self, manager: Any) -> None:
         self._manager = manager
         self._pool: PagePool = manager.pool
-        self._known: OrderedDict[bytes, Recipe] = OrderedDict()
+        self._known: OrderedDict[tuple[bytes, int], Recipe] = OrderedDict()
         self._sharded = any(getattr(layer, "tp_size", 1) > 1 for layer in manager.layers)
 
     def of(self, payload: list[memoryview]) -> Recipe:
         """The recipe for a payload. Raises UsageError where the pool's model cannot use it."""
-        header = payload_header(payload)
-        recipe = self._known.get(header)
+        structure = payload_header(payload), sum(map(len, payload))
+        recipe = self._known.get(structure)
         if recipe is None:
-            recipe = self._known[header] = self._make(Packed(payload))
+            recipe = self._known[structure] = self._make(Packed(payload))
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
-        self._known.move_to_end(header)
+        self._known.move_to_end(structure)
         return recipe
 
     def _make(self, packed: Packed) -> Recipe:

@@ -204,8 +204,9 @@ def test_a_pool_without_room_takes_nothing(url: str, client: Any, make_worker: A
 
 
 def test_what_was_read_under_a_lease_that_ended_is_not_resident(
-    url: str, client: Any, make_worker: Any, make_adapter: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    url: str, client: Any, make_worker: Any, make_adapter: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch,
+    eventually: Any,
+) -> None:  # fmt: skip
     """The pages of the arena may have been another object's by then."""
     monkeypatch.setattr(activation, "_LEASE_S", 0.1)
     adapter, worker = make_adapter("slowly read"), make_worker(url)
@@ -213,7 +214,7 @@ def test_what_was_read_under_a_lease_that_ended_is_not_resident(
     gate.before(worker)
     number = worker.order(adapter.digest)
     assert gate.reached.wait(20)
-    time.sleep(0.3)
+    eventually(lambda: client.status()["leases"] == 0, "the lease ends")
     gate.opened.set()
     assert worker.done.get(timeout=20) == (number, "lease_lost")
     assert worker.is_empty()

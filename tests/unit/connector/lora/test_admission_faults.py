@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_a_copy_that_failed_is_ordered_again(
     engine.admission.take_orders = taken
     eventually(lambda: engine.step() or len(engine.orders) == 2)
     assert [plan.evict for plan in plans if plan.evict] == [[adapter.digest]]  # from the one that had it
-    engine.report(activated={1: 1})  # what is said of the old order is not said of this
+    engine.report(activated={1: 2})  # what is said of the old order is not said of this
     engine.report(not_activated={1: "late"})
     for _ in range(3):
         assert not engine.runs("a")
@@ -209,6 +210,27 @@ def test_a_copy_under_way_when_all_was_lost_leaves_no_page_behind(
     eventually(lambda: engine.runs("b"))
     assert manager.pool.digests() == [second.digest]
     worker.close()
+
+
+def test_patience_is_counted_anew_each_time_a_request_waits(
+    url: str, client: Any, make_engine: Any, make_adapter: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that was preempted may find its adapter gone for a while, twice."""
+    ran = 0.0
+    monkeypatch.setattr(admission_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ran))
+    adapter, engine = make_adapter("comes and goes"), make_engine(url, patience=20.0)
+    client.add_adapter(adapter.path)
+    engine.arrive("a", lora(adapter.digest))
+    eventually(lambda: engine.runs("a"))
+    for _ in range(2):
+        engine.report(pools_lost=True)
+        eventually(lambda: client.evict([bytes.fromhex(adapter.digest)])[0])
+        engine.preempt("a", lora(adapter.digest))
+        eventually(lambda: engine.step() or engine.admission._since)
+        client.add_adapter(adapter.path)
+        eventually(lambda: engine.runs("a"))
+        ran += 60.0
+    assert not engine.failed
 
 
 # -- daemons that go ---------------------------------------------------------------------------------------------------
@@ -296,12 +318,32 @@ def test_the_engine_s_adapters_are_told_to_a_daemon_that_was_started_anew(
     running = daemon()
     adapter, engine = make_adapter("resident"), make_engine(running.url)
     engine.arrive("a", lora(adapter))
-    eventually(lambda: engine.runs("a"))
+
+    def is_told(client: Any) -> bool:
+        engine.step()
+        found = client.show_adapter(adapter.digest)
+        return found is not None and "gpu" in found.tiers
+
+    with running.client() as client:
+        eventually(lambda: is_told(client))
     running.stop(signal.SIGKILL)
-    with daemon(socket=running.socket).client() as client:
-        client.add_adapter(adapter.path)
+    with daemon(socket=running.socket).client() as anew:
+        anew.add_adapter(adapter.path)
         engine.arrive("b", lora(os.urandom(32).hex(), 2))  # it learns of the loss when it asks for something
-        eventually(lambda: engine.step() or "gpu" in client.show_adapter(adapter.digest).tiers)
+        eventually(lambda: is_told(anew))
+
+
+def test_hits_misses_loads_and_evictions_are_counted(
+    url: str, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any
+) -> None:
+    first, second, shape = make_adapter("counted", 4), make_adapter("counted, too", 4), make_shape()
+    engine = make_engine(url, make_shape(shape.cost(shape.place(first.ranks).elements)))
+    for name, adapter, number in (("cold", first, 1), ("warm", first, 1), ("other", second, 2)):
+        engine.arrive(name, lora(adapter, number))
+        eventually(lambda: engine.runs(name))  # noqa: B023
+        engine.end(name)
+    counts = {cause: engine.link._counts[f"adapter.{cause}"] for cause in ("hit", "miss", "load", "evict")}
+    assert counts == {"hit": 1, "miss": 2, "load": 2, "evict": 1}
 
 
 def test_a_count_of_every_failure_reaches_the_daemon(

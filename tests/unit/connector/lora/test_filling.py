@@ -66,7 +66,7 @@ def test_what_is_on_pages_computes_what_peft_does(
 ) -> None:  # fmt: skip
     shape = make_shape(pages=600, page=32, element_bytes=TORCH[pool_dtype].itemsize)
     pool = make_pool(shape, pool_dtype, scattered=scattered)
-    missing = {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.gate_proj"}
+    missing = {"model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_proj"}
     parts = [part for module in shape.modules for part in module.parts if part not in missing]
     adapter = make_adapter("a", {part: 1 + number for number, part in enumerate(parts)}, dtype)
     resident = fill(pool, pieces(adapter.payload()), layers_of(shape))
