@@ -263,7 +263,7 @@ def _to_rank_major(data: bytes, tensor: StoredTensor) -> bytes:
 def _turned(data: bytes, dtype: str, shape: tuple[int, ...]) -> bytes:
     """The bytes of a matrix of `shape`, rows and columns exchanged."""
     numbers: npt.NDArray[Any] = np.frombuffer(data, dtype=f"<u{DTYPE_BYTES[dtype]}")
-    return numbers.reshape(shape).T.tobytes()
+    return np.ascontiguousarray(numbers.reshape(shape).T).tobytes()  # tobytes alone keeps the interpreter's lock
 
 
 def _cut(buffers: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:

@@ -62,7 +62,9 @@ def show(name: NameArgument, socket: SocketOption = None, as_json: JsonOption = 
 
 
 @app.command()
-def remove(name: NameArgument, socket: SocketOption = None) -> None:
+def remove(
+    name: Annotated[str, typer.Argument(help="Its name.", show_default=False)], socket: SocketOption = None
+) -> None:
     """Forget NAME. Content that no other name points to leaves all tiers, and the KV that depends on it."""
     with client_of(socket) as client:
         done = client.remove_adapter(name)

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = 30.0
 _LEASE_S = 60.0
 _END_S = 2.0
-_NOT_THERE = {"absent", "unavailable", "disk_unavailable", "miss", "full"}
+_UNFIT = {"", "pool_full", "evicted", "bug"}  # where the folder would fare no better
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Activator:
             if not order.path:
                 raise
             cause = "unavailable"
-        if cause in _NOT_THERE and order.path:
+        if cause not in _UNFIT and order.path:
             cause = self._from_folder(order)
         return cause
 

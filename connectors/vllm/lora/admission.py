@@ -40,8 +40,8 @@ _RESIDENT_S = 0.2
 @dataclass(slots=True)
 class _Adapter:
     """One content. path: a folder that holds it, or "". costs: pages by worker, once known. here: it can be copied in
-    now. asked: the number of the question that fetches it. order: the number of the last order to copy it in, ready:
-    how many workers have done so.
+    now. asked: the number of the question that fetches it, since: when it was asked. order: the number of the last
+    order to copy it in, ready: how many workers have done so.
     """
 
     digest: str
@@ -49,6 +49,7 @@ class _Adapter:
     costs: tuple[int, ...] | None = None
     here: bool = False
     asked: int = 0
+    since: float = 0.0
     lease: bytes = b""
     next_try: float = 0.0
     order: int = 0
@@ -64,6 +65,7 @@ class _Folder:
 
     place: str = ""
     asked: int = 0
+    since: float = 0.0
     reading: bool = False
     read: list[tuple[str, dict[str, int]] | str] = field(default_factory=list)
 
@@ -258,18 +260,24 @@ class AdapterAdmission:
             folder.place = path
         if not folder.asked:
             if folder.place and (self._link.connected or self._link.begin()):
-                folder.asked = self._link.ask_adapter_add(folder.place)
+                folder.asked, folder.since = self._link.ask_adapter_add(folder.place), time.monotonic()
             if not folder.asked:
-                folder.reading = True
-                threading.Thread(target=_read_folder, args=(path, folder), daemon=True).start()
+                self._read(folder, path)
             return None
         done, payload = self._link.answer(folder.asked)
         if not done:
+            if time.monotonic() - folder.since > self._patience:  # the daemon is there, but silent
+                folder.asked = 0
+                self._read(folder, path)
             return None
         folder.asked = 0
         if isinstance(payload, str):
             return payload
         return (str(payload[0]), {}) if payload else None
+
+    def _read(self, folder: _Folder, path: str) -> None:
+        folder.reading = True
+        threading.Thread(target=_read_folder, args=(path, folder), daemon=True).start()
 
     # -- fetching ----------
 
@@ -280,7 +288,7 @@ class AdapterAdmission:
         now = time.monotonic()
         if found.asked:
             done, payload = self._link.answer(found.asked)
-            if not done:
+            if not done and now - found.since <= self._patience:
                 return False
             found.asked = 0
             found.next_try = now + _AGAIN_S
@@ -290,7 +298,7 @@ class AdapterAdmission:
             return False
         found.problem = ""
         found.lease = os.urandom(16)
-        found.asked = self._link.ask_acquire(found.lease, bytes.fromhex(found.digest), _LEASE_S)
+        found.asked, found.since = self._link.ask_acquire(found.lease, bytes.fromhex(found.digest), _LEASE_S), now
         if not found.asked:
             found.next_try = now + _AGAIN_S
             found.here = bool(found.path) and found.costs is not None  # the workers read the folder
@@ -341,7 +349,7 @@ class AdapterAdmission:
         """Give a request up whose adapter nobody has, after a while, or at once where nothing will help."""
         now = time.monotonic()
         since = self._since.setdefault(request_id, now)
-        if found.problem or (now - since > self._patience and not found.asked):
+        if found.problem or (now - since > self._patience and not found.asked and not found.path):
             _log.error("adapter %s: %s", found.digest[:12], found.problem or "no tier has it, and there is no folder")
             self.fail(request_id)
 

@@ -6,6 +6,12 @@ called for, and does what vLLM did before unless that engine's connector is ours
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 __all__ = ["register"]
@@ -14,19 +20,50 @@ _registered = False
 
 
 def register() -> None:
-    """Patch vLLM, once."""
+    """Patch vLLM, once, and each module only when vLLM itself imports it: importing them here would load the front end
+    into every worker, before that has bound its threads to its cores.
+    """
     global _registered
     if _registered:
         return
     _registered = True
-    _patch_worker()
-    _patch_scheduler()
-    _patch_front_end()
+    patches = {
+        "vllm.v1.worker.lora_model_runner_mixin": _patch_worker,
+        "vllm.v1.core.sched.scheduler": _patch_scheduler,
+        "vllm.entrypoints.openai.models.serving": _patch_front_end,
+    }
+    for name in [name for name in patches if name in sys.modules]:
+        patches.pop(name)(sys.modules[name])
+    sys.meta_path.insert(0, _Patcher(patches))
 
 
-def _patch_worker() -> None:
-    import vllm.v1.worker.lora_model_runner_mixin as mixin
+class _Patcher(importlib.abc.MetaPathFinder):
+    """Runs a patch on a module when it has been imported."""
 
+    def __init__(self, patches: dict[str, Callable[[Any], None]]) -> None:
+        self._patches = patches
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec that the others find, whose loader patches."""
+        patch = self._patches.pop(fullname, None)
+        if patch is None:
+            return None
+        spec = importlib.util.find_spec(fullname)
+        loader = spec.loader if spec is not None else None
+        if loader is not None:
+            load = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                patch(module)
+
+            loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _patch_worker(mixin: Any) -> None:
     stock = mixin.LRUCacheWorkerLoRAManager
 
     def make(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,11 +78,9 @@ def _patch_worker() -> None:
     mixin.LRUCacheWorkerLoRAManager = make
 
 
-def _patch_scheduler() -> None:
+def _patch_scheduler(module: Any) -> None:
     """Give our connector the one way to end a request that can never run: the set of those vLLM ends with an error."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    stock = Scheduler.__init__
+    stock = module.Scheduler.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
@@ -54,16 +89,12 @@ def _patch_scheduler() -> None:
             if failed is not None and hasattr(connector, "fail_requests_through"):
                 connector.fail_requests_through(failed.add)
 
-    Scheduler.__init__ = init
+    module.Scheduler.__init__ = init
 
 
-def _patch_front_end() -> None:
+def _patch_front_end(module: Any) -> None:
     """Names of adapters that only the cache knows."""
-    try:
-        from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    except ImportError:  # a front end without HTTP
-        return
-    stock = OpenAIServingModels.__init__
+    stock = module.OpenAIServingModels.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         from loracache.connectors.vllm.options import pool_bytes
@@ -74,4 +105,4 @@ def _patch_front_end() -> None:
 
             resolve_names_through_the_cache(self)
 
-    OpenAIServingModels.__init__ = init
+    module.OpenAIServingModels.__init__ = init
