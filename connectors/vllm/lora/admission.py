@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.utils import get_adapter_absolute_path
 
 from loracache.adapters import Packed, Packing, adapter_digest
 from loracache.connectors.vllm.link import SchedulerLink
 from loracache.connectors.vllm.lora.ledger import Answer, PageLedger
+from loracache.connectors.vllm.lora.names import model_name
 from loracache.connectors.vllm.lora.paths import digest_in
 from loracache.connectors.vllm.messages import AdapterOrders, PoolFacts, WorkerNews
 from loracache.errors import LoRACacheError, UsageError
@@ -329,7 +330,7 @@ class AdapterAdmission:
     def _price(self, found: _Adapter, ranks: dict[str, int]) -> None:
         try:
             found.costs = tuple(
-                pool.shape.cost(pool.shape.place({_name(name, pool): rank for name, rank in ranks.items()}).elements)
+                pool.shape.pages_of({model_name(name, pool.mapper): rank for name, rank in ranks.items()})
                 for pool in self._pools
             )
             found.here = True
@@ -352,10 +353,6 @@ class AdapterAdmission:
         if found.problem or (now - since > self._patience and not found.asked and not found.path):
             _log.error("adapter %s: %s", found.digest[:12], found.problem or "no tier has it, and there is no folder")
             self.fail(request_id)
-
-
-def _name(module: str, pool: PoolFacts) -> str:
-    return str(parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", pool.mapper)[0])
 
 
 def _read_folder(path: str, folder: _Folder) -> None:

@@ -89,6 +89,10 @@ class PoolShape:
         """Pages of an address space."""
         return -(-elements // self.page)
 
+    def pages_of(self, ranks: Mapping[str, int]) -> int:
+        """Pages of an adapter with these ranks. Raises as `place`."""
+        return self.cost(self.place(ranks).elements)
+
     def flatten(self, placement: Placement, page_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """The placement's places with the flat ones filled in, for an adapter on these pages."""
         places = placement.places.copy()

@@ -16,11 +16,12 @@ import torch
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
-from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from loracache.adapters import Packing
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape, choose_chunk, choose_page
+from loracache.connectors.vllm.lora.names import model_name, name_mapper
 from loracache.connectors.vllm.lora.paths import digest_in
 from loracache.connectors.vllm.lora.pool import PagePool, SlotTables
 from loracache.connectors.vllm.lora.punica import PagedModule, PagedPunicaWrapper, page_embedding
@@ -57,10 +58,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def peft_name(self, module: str) -> str:
         """The model's name of a module as adapters call it."""
-        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
-        if mapper is not None and hasattr(mapper, "get_rename_mapper"):
-            mapper = mapper.get_rename_mapper()
-        return str(parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0])
+        return model_name(module, name_mapper(self.model))
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         import vllm.lora.model_manager as module
@@ -215,7 +213,7 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         with PeftFolder(path) as folder:
             ranks = {manager.peft_name(name): rank for name, rank in Packing(folder).ranks().items()}
         shape = manager.pool.shape
-        pages = shape.cost(shape.place(ranks).elements)
+        pages = shape.pages_of(ranks)
         if pages > shape.pages:
             raise UsageError(f"{path} needs {pages} pages, lora_pool has {shape.pages}; make lora_pool larger")
         return True

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from loracache.connectors.vllm.lora.activation import Activator, Order
+from loracache.connectors.vllm.lora.names import name_mapper
 from loracache.connectors.vllm.messages import AdapterOrders, PoolFacts
 from loracache.errors import ConfigError
 
@@ -41,10 +42,7 @@ class PoolWorker:
         self._news = PoolNews()
         self._cuda = manager.pool.pages.device.type == "cuda"
         self._activator = Activator(server, ensure, manager, self._finished)
-        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-        if mapper is not None and hasattr(mapper, "get_rename_mapper"):
-            mapper = mapper.get_rename_mapper()
-        self.facts = PoolFacts(manager.pool.shape, mapper)
+        self.facts = PoolFacts(manager.pool.shape, name_mapper(manager.model))
 
     def carry_out(self, orders: AdapterOrders) -> None:
         """Free pages, start copies, and let ids be served by other content."""

@@ -140,12 +140,8 @@ class SlotTables:
     """What the kernels read: a row a slot. The tensors keep their addresses for ever."""
 
     def __init__(self, slots: int, shape: PoolShape, device: torch.device) -> None:
-        full = sum(
-            shape.most_rank * (len(module.parts) * -(-module.width // shape.chunk) * shape.chunk)
-            + shape.most_rank * sum(-(-width // shape.chunk) * shape.chunk for width in module.widths)
-            for module in shape.modules
-        )
-        most_pages = max(1, min(shape.pages, shape.cost(full)))
+        largest = {part: shape.most_rank for module in shape.modules for part in module.parts}
+        most_pages = max(1, min(shape.pages, shape.pages_of(largest)))
         self.page_ids = torch.zeros((slots, most_pages), dtype=torch.int32, device=device)
         self.places = torch.zeros((slots, shape.slices, PLACE_FIELDS), dtype=torch.int64, device=device)
         self.scales = torch.zeros((slots, shape.slices), dtype=torch.float32, device=device)

@@ -106,6 +106,19 @@ class AdapterMaker:
         return Adapter(str(where), adapter_digest(str(where)), matrices)
 
 
+@pytest.fixture(scope="module")
+def url(module_daemon: Any) -> str:
+    return str(module_daemon(page_size="4KiB").url)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Any]:
+    from loracache import CacheClient
+
+    with CacheClient(url) as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Torch's own threads take longer to meet than these matrices to multiply, where others use the cores too."""

@@ -66,19 +66,6 @@ def make_worker(make_manager: Any, make_shape: Callable[..., Any]) -> Iterator[C
         assert not worker.activator._thread.is_alive()
 
 
-@pytest.fixture(scope="module")
-def url(module_daemon: Any) -> str:
-    return str(module_daemon(page_size="4KiB").url)
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[Any]:
-    from loracache import CacheClient
-
-    with CacheClient(url) as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)

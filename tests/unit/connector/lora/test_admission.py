@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,19 +21,6 @@ def lora(adapter: Any, number: int = 1, **more: Any) -> LoRARequest:
     """By its folder, or by its digest where that is all there is."""
     path = path_of(adapter) if isinstance(adapter, str) else adapter.path
     return LoRARequest(f"adapter {number}", number, path, **more)
-
-
-@pytest.fixture(scope="module")
-def url(module_daemon: Any) -> str:
-    return str(module_daemon(page_size="4KiB").url)
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[Any]:
-    from loracache import CacheClient
-
-    with CacheClient(url) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,20 @@
+"""The model's own name of a module, from the name that adapters (PEFT) give it; both sides of the connector use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.lora.utils import parse_fine_tuned_lora_name
+
+__all__ = ["model_name", "name_mapper"]
+
+
+def name_mapper(model: Any) -> Any:
+    """How the model renames the modules of checkpoints; None where it does not."""
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+
+
+def model_name(module: str, mapper: Any) -> str:
+    """The model's name of a module as adapters call it."""
+    return str(parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0])
