@@ -294,6 +294,8 @@ class AdapterAdmission:
             found.asked = 0
             found.next_try = now + _AGAIN_S
             self._fetched(found, payload)
+            if not found.here:
+                self._let_go(found)
             return found.here
         if now < found.next_try:
             return False

@@ -40,7 +40,7 @@ def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_content_that_nobody_has_is_given_up_after_a_while_and_the_others_run(
-    url: str, make_engine: Any, make_adapter: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+    url: str, client: Any, make_engine: Any, make_adapter: Any, eventually: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, missing = make_engine(url, patience=0.4), os.urandom(32).hex()
     started = time.monotonic()
@@ -52,6 +52,7 @@ def test_a_content_that_nobody_has_is_given_up_after_a_while_and_the_others_run(
     assert engine.failed == ["nobody has it"]
     assert f"adapter {missing[:12]}: no tier has it, and there is no folder" in caplog.text
     assert len(engine.orders) == 1
+    eventually(lambda: client.status()["leases"] == 0, "a question that found nothing leaves no lease")
 
 
 def test_a_content_that_somebody_adds_in_time_is_served(
@@ -101,6 +102,7 @@ def test_what_the_model_cannot_adapt_fails_with_the_reason(
     assert "is over max_lora_rank=8; raise that" in caplog.text
     assert "module 'lm_head' of the adapter is none that this model can adapt" in caplog.text
     assert not engine.orders
+    eventually(lambda: client.status()["leases"] == 0, "nobody needs what cannot be used")
     engine.arrive("again", lora(high.digest if by_digest else high, 1))
     eventually(lambda: engine.step() or "again" in engine.failed)
 
