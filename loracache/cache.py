@@ -233,8 +233,15 @@ class TieredCache:
 
     def keep(self, keys: Iterable[bytes]) -> None:
         """Objects that an operator named: the disk never drops them for others, and the arena not before they are
-        there. Without a disk the arena keeps them, but where there is a Redis to find them in."""
-        self.index.kept.update(keys)
+        there. Without a disk the arena keeps them, but where there is a Redis to find them in. What the disk had no
+        room for is offered to it again.
+        """
+        for key in keys:
+            self.index.kept.add(key)
+            node = self.index.get(key)
+            if node is not None and self.disk is not None:
+                self.disk.queue_write(node)
+        self.pump()
 
     def unkeep(self, key: bytes) -> None:
         """No name stands for the object any more: it may go like any other."""

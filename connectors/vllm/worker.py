@@ -77,7 +77,7 @@ class WorkerSide:
         problem = self._problem
         if self._options.lora_pool:
             ensure()
-            self._pool = paged_worker(self._config, server, ensure, self._adapters.confirm)
+            self._pool = paged_worker(self._config, server, ensure, self._adapters.confirm, self._options.load_timeout)
         pool = self._pool.facts if self._pool is not None else None
         if not problem:
             try:

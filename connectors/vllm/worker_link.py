@@ -17,10 +17,13 @@ __all__ = ["WorkerLink"]
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _CALL_TIMEOUT_S = 5.0
+_WAITING = 0.2
 
 
 class WorkerLink:
-    """A connection that is made again, at most once a second, by calling `ready`."""
+    """A connection that is made again by calling `ready`: at most once a second, and so that whoever calls it again and
+    again spends at most a fifth of its time waiting for a daemon that is silent.
+    """
 
     def __init__(self, server: str, name: str, ensure: Callable[[], None], device_type: str) -> None:
         self.connection = Connection(server, name=name)
@@ -37,11 +40,12 @@ class WorkerLink:
         now = time.monotonic()
         if now < self._next_try:
             return False
-        self._next_try = now + _RETRY_S
         try:
             self._ensure()
             self.connection.connect()
         except LoRACacheError as error:
+            spent = time.monotonic() - now
+            self._next_try = now + max(_RETRY_S, spent / _WAITING)
             self.outage.goes_on(error)
             return False
         self.outage.over()

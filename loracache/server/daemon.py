@@ -59,23 +59,20 @@ class Daemon:
         self._stack = contextlib.ExitStack()
         try:
             self._listener = _listen(config.socket, self._stack)
-            disk = _disk_backend(config)
-            self._namespaces = Namespaces(config.disk_path / "namespaces" if config.disk_path else None)
+            disk, redis = _disk_backend(config), _redis_backend(config)
+            self._namespaces, names = _books(config)
             self.cache = TieredCache(
                 Arena(config.memory, config.page_size),
                 self._post,
                 disk=disk,
                 disk_limit=config.disk,
-                redis=_redis_backend(config),
+                redis=redis,
                 policy=config.policy,
             )
         except BaseException:
             self._stack.close()
             raise
         self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
-        names = AdapterNames(
-            config.disk_path / "adapters" if config.disk_path else None, _shared_names(config), _secret(config)
-        )
         self._adapters = Adapters(self.cache, self._namespaces, names, self._post)
         self._served = Served(
             self.cache, self._namespaces, self._adapters, config.redis_lookup_ms / 1000, self._status,
@@ -323,6 +320,18 @@ def _disk_backend(config: Config) -> StorageBackend | None:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.1)
+
+
+def _books(config: Config) -> tuple[Namespaces, AdapterNames]:
+    """What is kept beside the disk tier, where there is one."""
+    folders = [config.disk_path / name if config.disk_path else None for name in ("namespaces", "adapters")]
+    try:
+        return Namespaces(folders[0]), AdapterNames(folders[1], _shared_names(config), _secret(config))
+    except OSError as error:
+        raise ConfigError(
+            f"disk_path: {error.filename!r} cannot be used: {error.strerror}; remove what stands there, or give "
+            "another folder"
+        ) from None
 
 
 def _redis_backend(config: Config) -> StorageBackend | None:

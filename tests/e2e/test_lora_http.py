@@ -105,8 +105,9 @@ def adapters_of_two(tiny: Path, model_maker: Any, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def cache(module_daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cache(module_daemon: Any, module_redis: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     options = {"memory": "64MiB", "disk_path": tmp_path_factory.mktemp("disk"), "disk": "256MiB"}
+    options["redis"] = module_redis().url
     daemon = module_daemon(**options)
     return SimpleNamespace(daemon=daemon, options=options | {"socket": daemon.socket}, client=daemon.client)
 
@@ -190,6 +191,23 @@ def test_requests_under_way_keep_the_content_they_began_with(
         answer += [token for part in stream for token in part]
     assert len(answer) == 200
     assert not merged.disagreements(first, tokens, answer, ROUNDING)
+
+
+def test_a_name_given_on_another_machine_is_served_from_the_redis_that_they_share(
+    server: Server, cache: Any, module_daemon: Any, serves: Any, model_maker: Any, tmp_path: Path
+) -> None:
+    for number in range(2):
+        folder = tmp_path / str(number)
+        model_maker.make_adapter(folder, model_maker.PRESETS["tiny"], rank=20, seed=950 + number)
+        there = module_daemon(memory="64MiB", redis=cache.options["redis"])
+        with there.client() as client:
+            digest = client.add_adapter(str(folder), "from/elsewhere")
+            client.flush()
+        there.stop(signal.SIGKILL)
+        kept = folder.rename(tmp_path / f"kept-{number}")  # no folder of that name is here
+        serves("from/elsewhere", kept)
+        with cache.client() as client:
+            assert client.find_adapter("from/elsewhere") == digest
 
 
 def test_what_is_no_name_is_not_found(server: Server) -> None:

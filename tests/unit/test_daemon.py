@@ -93,6 +93,16 @@ def test_a_daemon_that_cannot_start_says_what_is_wrong_and_what_to_do(
     assert "hunter2" not in message
 
 
+@pytest.mark.parametrize("name", ["objects", "namespaces", "adapters"])
+def test_a_file_where_a_folder_of_the_disk_tier_should_be_is_named(name: str, serve_fails: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("")
+    code, message = serve_fails(disk_path=tmp_path)
+    assert code == 2
+    assert "disk_path" in message
+    assert "File exists" in message
+    assert "Traceback" not in message
+
+
 def test_unknown_settings_are_refused_wherever_they_stand(serve_fails: Any, tmp_path: Path) -> None:
     file = tmp_path / "lc.yaml"
     file.write_text("memroy: 1GiB\n")

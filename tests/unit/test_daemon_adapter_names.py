@@ -188,6 +188,26 @@ def test_names_and_what_they_point_to_survive_a_restart_even_of_a_killed_daemon(
         assert again.get(bytes.fromhex(digest)) is not None
 
 
+def test_a_name_given_again_brings_to_disk_what_it_had_no_room_for(
+    daemon: Any, tmp_path: Path, eventually: Callable[..., Any]
+) -> None:
+    """Until then it stays in memory."""
+    running = daemon(memory="8MiB", page_size="4KiB", disk_path=tmp_path / "disk", disk="1MiB")
+    client = running.client()
+    eventually(lambda: running.status()["tiers"]["disk"]["scanned"], "the disk is scanned")
+    paths = [peft(tmp_path / str(number), number, width=20_000) for number in range(2)]  # 640 kB each
+    for number, path in enumerate(paths):
+        client.add_adapter(path, f"name-{number}")
+        client.flush()
+    for number in range(40):
+        client.add_adapter(peft(tmp_path / "others", 100 + number, width=20_000))
+    assert [client.show_adapter(f"name-{number}").tiers[-1] for number in range(2)] == ["disk", "cpu"]  # type: ignore[union-attr]
+    client.remove_adapter("name-0")
+    client.add_adapter(paths[1], "name-1")
+    client.flush()
+    assert client.show_adapter("name-1").tiers == ("cpu", "disk")  # type: ignore[union-attr]
+
+
 # -- removed -----------------------------------------------------------------------------------------------------------
 
 

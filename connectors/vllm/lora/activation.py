@@ -30,7 +30,6 @@ from loracache.peft import PeftFolder
 __all__ = ["Activator", "Order"]
 
 _log = logging.getLogger(__name__)
-_TIMEOUT_S = 30.0
 _LEASE_S = 60.0
 _END_S = 2.0
 _UNFIT = {"", "pool_full", "evicted", "bug"}  # where the folder would fare no better
@@ -49,15 +48,23 @@ class Order:
 
 
 class Activator:
-    """finished(number, cause) is called on this thread once an order; no cause means that the adapter is resident."""
+    """finished(number, cause) is called on this thread once an order; no cause means that the adapter is resident.
+    timeout: seconds to wait for an answer of the daemon.
+    """
 
     def __init__(
-        self, server: str, ensure: Callable[[], None], manager: Any, finished: Callable[[int, str], None]
+        self,
+        server: str,
+        ensure: Callable[[], None],
+        manager: Any,
+        finished: Callable[[int, str], None],
+        timeout: float,
     ) -> None:
         self._manager = manager
         self._pool = manager.pool
         self._recipes = Recipes(manager)
         self._finished = finished
+        self._timeout = timeout
         self._link = WorkerLink(server, "vllm-adapters", ensure, self._pool.pages.device.type)
         self._stream = torch.cuda.Stream() if self._pool.pages.device.type == "cuda" else None
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -114,10 +121,10 @@ class Activator:
             """Only where the lease held until now, the bytes were the adapter's throughout."""
             nonlocal released
             released = True
-            return bool(connection.call(protocol.Release(lease, b""), _TIMEOUT_S).payload[0])
+            return bool(connection.call(protocol.Release(lease, b""), self._timeout).payload[0])
 
         try:
-            reply = connection.call(protocol.Acquire(lease, key, _LEASE_S), _TIMEOUT_S)
+            reply = connection.call(protocol.Acquire(lease, key, _LEASE_S), self._timeout)
             (_, *found), *_ = reply.payload
             if len(found) == 1:
                 return str(found[0])

@@ -31,17 +31,19 @@ class PoolNews:
 
 
 class PoolWorker:
-    """One worker's pool under the scheduler's orders. bound(id, digest) is called when other content serves an id."""
+    """One worker's pool under the scheduler's orders. bound(id, digest) is called when other content serves an id.
+    timeout: see Activator.
+    """
 
     def __init__(
-        self, manager: Any, server: str, ensure: Callable[[], None], bound: Callable[[int, str], None]
+        self, manager: Any, server: str, ensure: Callable[[], None], bound: Callable[[int, str], None], timeout: float
     ) -> None:
         self._manager = manager
         self._bound = bound
         self._lock = threading.Lock()
         self._news = PoolNews()
         self._cuda = manager.pool.pages.device.type == "cuda"
-        self._activator = Activator(server, ensure, manager, self._finished)
+        self._activator = Activator(server, ensure, manager, self._finished, timeout)
         self.facts = PoolFacts(manager.pool.shape, name_mapper(manager.model))
 
     def carry_out(self, orders: AdapterOrders) -> None:
@@ -77,7 +79,7 @@ class PoolWorker:
 
 
 def paged_worker(
-    vllm_config: Any, server: str, ensure: Callable[[], None], bound: Callable[[int, str], None]
+    vllm_config: Any, server: str, ensure: Callable[[], None], bound: Callable[[int, str], None], timeout: float
 ) -> PoolWorker:
     """The worker of the pool that the model was loaded with. Raises ConfigError where it was loaded without one."""
     from loracache.connectors.vllm.lora.manager import pools
@@ -90,4 +92,4 @@ def paged_worker(
             "kv_connector_extra_config: lora_pool is set, but vLLM did not load the plugin 'loracache'; install "
             "loracache into vLLM's environment, and name it in VLLM_PLUGINS where that is set"
         )
-    return PoolWorker(manager, server, ensure, bound)
+    return PoolWorker(manager, server, ensure, bound, timeout)

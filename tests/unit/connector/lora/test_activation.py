@@ -26,10 +26,10 @@ NOWHERE = "unix:///nowhere/loracache.sock"
 class Worker:
     """One worker's pool and its thread. `done` gets (order's number, cause)."""
 
-    def __init__(self, url: str, manager: Any) -> None:
+    def __init__(self, url: str, manager: Any, timeout: float) -> None:
         self.manager, self.pool = manager, manager.pool
         self.done: queue.Queue[tuple[int, str]] = queue.Queue()
-        self.activator = Activator(url, lambda: None, manager, lambda *what: self.done.put(what))
+        self.activator = Activator(url, lambda: None, manager, lambda *what: self.done.put(what), timeout)
         self._numbers = iter(range(1, 1000))
 
     def order(self, digest: str, path: str = "") -> int:
@@ -55,8 +55,11 @@ class Worker:
 def make_worker(make_manager: Any, make_shape: Callable[..., Any]) -> Iterator[Callable[..., Worker]]:
     made: list[Worker] = []
 
-    def make(url: str, pages: int = 100, dtype: torch.dtype = torch.float32, **shape: Any) -> Worker:
-        made.append(Worker(url, make_manager(make_shape(pages, element_bytes=dtype.itemsize, **shape), dtype)))
+    def make(
+        url: str, pages: int = 100, dtype: torch.dtype = torch.float32, timeout: float = 20.0, **shape: Any
+    ) -> Worker:
+        manager = make_manager(make_shape(pages, element_bytes=dtype.itemsize, **shape), dtype)
+        made.append(Worker(url, manager, timeout))
         return made[-1]
 
     yield make
@@ -299,17 +302,16 @@ def test_a_daemon_that_dies_under_a_copy_leaves_the_folder(
     assert worker.load(adapter.digest) == ""
 
 
-def test_a_daemon_that_is_silent_costs_its_time_and_no_more(
-    daemon: Any, make_worker: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activation, "_TIMEOUT_S", 0.2)
+def test_a_daemon_that_is_silent_costs_its_time_and_no_more(daemon: Any, make_worker: Any, make_adapter: Any) -> None:
+    """Of one order, not of each: those after it do not wait for the greeting either."""
     running = daemon()
-    worker = make_worker(running.url)
-    first, second = make_adapter("first"), make_adapter("second")
+    worker = make_worker(running.url, pages=500, timeout=0.2)
+    first, *others = (make_adapter(f"silence {number}") for number in range(12))
     running.client().add_adapter(first.path)
     assert worker.load(first.digest) == ""
     running.send(signal.SIGSTOP)
-    assert worker.load(second.digest, second.path) == ""
+    numbers = {worker.order(adapter.digest, adapter.path) for adapter in others}
+    assert {worker.done.get(timeout=10) for _ in others} == {(number, "") for number in numbers}
     running.send(signal.SIGCONT)
 
 
@@ -322,7 +324,7 @@ def test_orders_are_carried_out_and_answered_once(
     adapter, missing = make_adapter("ordered"), os.urandom(32).hex()
     client.add_adapter(adapter.path)
     manager, bound = make_manager(make_shape(100)), []
-    worker = PoolWorker(manager, url, lambda: None, lambda *what: bound.append(what))
+    worker = PoolWorker(manager, url, lambda: None, lambda *what: bound.append(what), 20.0)
     activated, failed = {}, {}
 
     def all_answered(count: int) -> bool:

@@ -300,7 +300,7 @@ def test_what_was_admitted_is_on_every_worker_s_pages(
     engine.knows(*adapters)
     engine.answers = False
     managers = [make_manager(shape) for shape in engine.shapes]
-    engine.workers = [PoolWorker(manager, url, lambda: None, lambda *_: None) for manager in managers]
+    engine.workers = [PoolWorker(manager, url, lambda: None, lambda *_: None, 20.0) for manager in managers]
     rng, wanted, done, computed = random.Random(3), iter(range(50)), [], {}
 
     def all_ran() -> bool:

@@ -187,7 +187,7 @@ def test_a_copy_under_way_when_all_was_lost_leaves_no_page_behind(
     first, second, shape = make_adapter("first", 4), make_adapter("second", 4), make_shape()
     manager = make_manager(make_shape(shape.cost(shape.place(first.ranks).elements)))
     engine = make_engine(url, manager.pool.shape)
-    worker = PoolWorker(manager, url, lambda: None, lambda *_: None)
+    worker = PoolWorker(manager, url, lambda: None, lambda *_: None, 20.0)
     engine.workers, engine.answers = [worker], False
     engine.arrive("a", lora(first, 1))
     eventually(lambda: engine.step() or engine.orders)
@@ -242,7 +242,7 @@ def test_a_folder_that_changed_while_no_daemon_is_there_is_served_as_it_is(
     """What the id stood for is not to be had any more. vLLM, too, reads the folder when it needs the adapter again."""
     manager = make_manager(make_shape(400))
     engine = make_engine(NOWHERE, manager.pool.shape)
-    worker = PoolWorker(manager, NOWHERE, lambda: None, lambda *_: None)
+    worker = PoolWorker(manager, NOWHERE, lambda: None, lambda *_: None, 20.0)
     engine.workers, engine.answers = [worker], False
     old = make_adapter("as it was", folder="f")
     engine.arrive("a", lora(old))
@@ -277,6 +277,35 @@ def test_a_daemon_that_dies_is_done_without_and_its_successor_is_used(
         eventually(lambda: engine.runs("c"))
         assert client.show_adapter(third.digest) is not None
         assert not engine.failed
+
+
+def test_a_silent_daemon_delays_an_adapter_for_the_patience_and_is_used_again_when_it_wakes(
+    daemon: Any, make_engine: Any, make_manager: Any, make_shape: Any, make_adapter: Any, eventually: Any
+) -> None:
+    running = daemon()
+    manager = make_manager(make_shape(2000))
+    engine = make_engine(running.url, manager.pool.shape, patience=0.3)
+    worker = PoolWorker(manager, running.url, lambda: None, lambda *_: None, 0.3)
+    engine.workers, engine.answers = [worker], False
+    known, *others = (make_adapter(f"in silence {number}") for number in range(8))
+    engine.arrive("known", lora(known, 1))
+    eventually(lambda: engine.runs("known"))
+    engine.end("known")
+    running.send(signal.SIGSTOP)
+    manager.pool.evict(known.digest)
+    engine.report(pools_lost=True)
+    waiting = {f"request {number}": lora(adapter, number) for number, adapter in enumerate([known, *others], 1)}
+    for name, adapter in waiting.items():
+        engine.arrive(name, adapter)
+    eventually(lambda: len([name for name in waiting if engine.runs(name)]) == len(waiting))
+    assert not engine.failed
+    running.send(signal.SIGCONT)
+    eventually(engine.link.begin)
+    engine.arrive("awake", lora(late := make_adapter("after the silence"), 20))
+    eventually(lambda: engine.runs("awake"))
+    with running.client() as client:
+        eventually(lambda: client.show_adapter(late.digest), "the daemon takes it in")
+    worker.close()
 
 
 def test_an_adapter_that_left_the_cache_is_taken_in_again(
