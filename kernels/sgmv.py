@@ -31,8 +31,8 @@ import numpy.typing as npt
 import torch
 
 __all__ = [
-    "A_ADDRESS", "A_FLAT", "B_ADDRESS", "B_FLAT", "PLACE_FIELDS", "RANK", "lora_embedding", "lora_linear", "plan_tiles",
-    "round_up", "tile_rows",
+    "A_ADDRESS", "A_FLAT", "B_ADDRESS", "B_FLAT", "NARROW_TILE", "PLACE_FIELDS", "RANK", "lora_embedding",
+    "lora_linear", "plan_tiles", "round_up", "tile_rows",
 ]  # fmt: skip
 
 RANK, A_ADDRESS, B_ADDRESS, A_FLAT, B_FLAT = range(5)

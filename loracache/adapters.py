@@ -152,22 +152,23 @@ class Packing:
 
 
 class Packed:
-    """A payload, read from the buffers that hold it. Raises UsageError where they hold none."""
+    """A payload, read from the buffers that hold it. header_bytes: what `payload_header` answered before, to be
+    believed rather than what stands there now. Raises UsageError where they hold none.
+    """
 
-    def __init__(self, buffers: Sequence[memoryview]) -> None:
+    def __init__(self, buffers: Sequence[memoryview], header_bytes: bytes | None = None) -> None:
         self._buffers = buffers
+        head = payload_header(buffers) if header_bytes is None else header_bytes
         try:
-            head = _read_at(buffers, 0, 16)
-            length = int.from_bytes(head[8:], "little")
-            if head[:8] != _MAGIC or length > sum(map(len, buffers)):
+            if head[:8] != _MAGIC or len(head) != 16 + int.from_bytes(head[8:16], "little"):
                 raise ValueError("it does not begin as one")
-            header = json.loads(_read_at(buffers, 16, length))
+            header = json.loads(head[16:])
             self.canonical: dict[str, Any] = header["settings"]
             problem = unusable_settings(self.canonical)
             if problem:
                 raise ValueError(problem)
             self.settings = Settings.of(self.canonical)
-            self.tensors = tuple(_places(header["tensors"], 16 + length))
+            self.tensors = tuple(_places(header["tensors"], len(head)))
             if self.tensors[-1].offset + self.tensors[-1].nbytes != sum(map(len, buffers)):
                 raise ValueError("its length is not what its header says")
             self._modules = self._paired()

@@ -87,19 +87,7 @@ class Arena:
 
     def audit(self, held: Iterable[Extent]) -> list[str]:
         """Compare free runs with the extents that are `held`; answers what is wrong, in words."""
-        problems = []
-        page = self.page_size
-        taken = [(offset // page, length // page) for offset, length in held]
-        end = 0
-        for start, pages in sorted([*taken, *self._pages.runs()]):
-            if start != end:
-                problems.append(
-                    f"pages {min(start, end)}..{max(start, end)} are {'held twice' if start < end else 'lost'}"
-                )
-            end = max(end, start + pages)
-        if end != self.size // page:
-            problems.append(f"pages {end}..{self.size // page} are lost")
-        return problems
+        return self._pages.audit((offset // self.page_size, length // self.page_size) for offset, length in held)
 
 
 def _available_memory() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = ["FreePages"]
 
 
@@ -58,6 +60,19 @@ class FreePages:
     def runs(self) -> list[tuple[int, int]]:
         """All free runs in order, for audits."""
         return sorted(self._length.items())
+
+    def audit(self, held: Iterable[tuple[int, int]]) -> list[str]:
+        """Compare what is free with the runs that are `held`; answers what is wrong, in words: nothing where every page
+        is held exactly once or free.
+        """
+        problems, end = [], 0
+        for start, pages in sorted([*held, *self.runs(), (len(self._taken), 0)]):
+            if start != end:
+                problems.append(
+                    f"pages {min(start, end)}..{max(start, end)} are {'held twice' if start < end else 'lost'}"
+                )
+            end = max(end, start + pages)
+        return problems
 
     def _find(self, pages: int) -> int | None:
         own = self._classes[pages.bit_length() - 1]

@@ -1,7 +1,8 @@
 """The thread that copies adapters onto pages: from the arena, or from their folder where no daemon has them.
 
 The worker's main thread hands orders over and collects what is done; the engine's step never waits. An adapter is
-resident only after its bytes agreed with their checksum and the lease they were read under held to the end.
+resident only after the bytes on its pages agreed with their checksum, or, where they were cast or cut on the way, those
+of the arena did and the lease they were read under held to the end.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Activator:
         bad, released = b"", False
 
         def held() -> bool:
-            """Only where the lease held until now, the bytes were the adapter's throughout."""
+            """Whether the lease held until now: only then the bytes were the adapter's throughout."""
             nonlocal released
             released = True
             return bool(connection.call(protocol.Release(lease, b""), self._timeout).payload[0])
@@ -158,10 +159,9 @@ class Activator:
             return "pool_full"
         cause = "bug"
         try:
-            if self._copy(order, resident, recipe, payload) != expected:
-                cause = "checksum"
-            else:
-                cause = "" if held() else "lease_lost"
+            total, proven = self._copy(order, resident, recipe, payload)
+            right = total == expected
+            cause = "" if right and (proven or held()) else "lease_lost" if right else "checksum"
         finally:
             if cause:
                 self._pool.give_back(resident)
@@ -169,18 +169,18 @@ class Activator:
             return cause
         return "" if self._pool.settle(order.digest, resident) else "evicted"
 
-    def _copy(self, order: Order, resident: Resident, recipe: Recipe, payload: list[memoryview]) -> int:
-        """Copies, and answers the payload's checksum."""
+    def _copy(self, order: Order, resident: Resident, recipe: Recipe, payload: list[memoryview]) -> tuple[int, bool]:
+        """Copies; answers a checksum, and whether it is of what is on the pages rather than of the payload."""
         if self._stream is None and recipe.plain is not None and len(payload) == 1:
-            return copy_plain(self._pool, resident, recipe, payload[0])
+            return copy_plain(self._pool, resident, recipe, payload[0]), True
         total = checksum(payload)
         packed = Packed(payload)
         if self._stream is None:
             fill_pages(self._pool, resident, packed, recipe.parts, self._manager.layers)
-            return total
+            return total, False
         with torch.cuda.stream(self._stream):
             if order.after is not None:
                 self._stream.wait_event(order.after)
             fill_pages(self._pool, resident, packed, recipe.parts, self._manager.layers)
         self._stream.synchronize()
-        return total
+        return total, False

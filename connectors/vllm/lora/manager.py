@@ -80,9 +80,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             super()._create_lora_modules()
         finally:
             self._making_layers = False
-        self.layers = [layer for name, layer in self.modules.items() if self._parts(name, layer)]
-        shapes = tuple(self._shape(name, layer) for name, layer in self.modules.items() if self._parts(name, layer))
-        self._make_pool(shapes)
+        paged = [(name, layer, parts) for name, layer in self.modules.items() if (parts := self._parts(name, layer))]
+        self.layers = [layer for _, layer, _ in paged]
+        self._make_pool(tuple(_shape(*each) for each in paged))
 
     def _make_pool(self, modules: tuple[ModuleShape, ...]) -> None:
         dtype = self.lora_config.lora_dtype
@@ -106,19 +106,10 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             row = rows.stop
         _log.info("LoRA pool: %d pages of %d KiB, chunks of %d", pages, page * size >> 10, chunk)
 
-    def _parts(self, name: str, layer: Any) -> list[str]:
+    def _parts(self, name: str, layer: Any) -> tuple[str, ...]:
         """The adapters' modules behind a layer's slices; none where a layer cannot be paged."""
-        parts = self.packed_modules.get(name, [name])
-        return parts if len(parts) == getattr(layer, "n_slices", 1) and hasattr(layer, "lora_a_stacked") else []
-
-    def _shape(self, name: str, layer: Any) -> ModuleShape:
-        parts = tuple(self._parts(name, layer))
-        a, b = layer.lora_a_stacked, layer.lora_b_stacked
-        if isinstance(layer, VocabParallelEmbeddingWithLoRA):
-            return ModuleShape(name, parts, a.shape[1], (b.shape[2],))
-        if isinstance(layer, LogitsProcessorWithLoRA):
-            return ModuleShape(name, parts, a.shape[-1], (b.shape[-2],))
-        return ModuleShape(name, parts, a[0].shape[-1], tuple(each.shape[-2] for each in b))
+        parts = tuple(self.packed_modules.get(name, [name]))
+        return parts if len(parts) == getattr(layer, "n_slices", 1) and hasattr(layer, "lora_a_stacked") else ()
 
     # -- slots ----------
 
@@ -178,6 +169,15 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         for digest in self.pool.digests():
             self.pool.evict(digest)
             self.lost = True
+
+
+def _shape(name: str, layer: Any, parts: tuple[str, ...]) -> ModuleShape:
+    a, b = layer.lora_a_stacked, layer.lora_b_stacked
+    if isinstance(layer, VocabParallelEmbeddingWithLoRA):
+        return ModuleShape(name, parts, a.shape[1], (b.shape[2],))
+    if isinstance(layer, LogitsProcessorWithLoRA):
+        return ModuleShape(name, parts, a.shape[-1], (b.shape[-2],))
+    return ModuleShape(name, parts, a[0].shape[-1], tuple(each.shape[-2] for each in b))
 
 
 class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):

@@ -121,15 +121,7 @@ class PagePool:
     def audit(self) -> list[str]:
         """What is wrong with the books, in words; empty where every page is held exactly once or free."""
         with self._lock:
-            held = [run for adapter in self._resident.values() for run in adapter.runs]
-            problems, end = [], 0
-            for start, pages in sorted([*held, *self._free.runs()]):
-                if start != end:
-                    problems.append(
-                        f"pages {min(start, end)}..{max(start, end)} are {'lost' if start > end else 'held twice'}"
-                    )
-                end = max(end, start + pages)
-        return problems if end == self.shape.pages else [*problems, f"pages {end}..{self.shape.pages} are lost"]
+            return self._free.audit(run for adapter in self._resident.values() for run in adapter.runs)
 
     def _release(self, adapter: Resident) -> None:
         for first, pages in adapter.runs:

@@ -15,7 +15,7 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from loracache.connectors.vllm.lora.layout import ModuleShape
 from loracache.connectors.vllm.lora.pool import PagePool, SlotTables
-from loracache.kernels.sgmv import lora_embedding, lora_linear, plan_tiles, tile_rows
+from loracache.kernels.sgmv import NARROW_TILE, lora_embedding, lora_linear, plan_tiles, tile_rows
 
 __all__ = ["PagedModule", "PagedPunicaWrapper", "page_embedding"]
 
@@ -39,7 +39,7 @@ class _Rows:
 
     def __init__(self, most_rows: int, slots: int, device: torch.device | str) -> None:
         self.order = torch.zeros(most_rows, dtype=torch.int32, device=device)
-        self.tiles = torch.full((-(-most_rows // 16) + slots, 4), -1, dtype=torch.int32, device=device)
+        self.tiles = torch.full((-(-most_rows // NARROW_TILE) + slots, 4), -1, dtype=torch.int32, device=device)
         self._on_cpu = self.order.device.type == "cpu"
         self._all_tiles = self.tiles
 

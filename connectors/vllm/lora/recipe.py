@@ -29,11 +29,12 @@ _KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """parts: the adapter's modules by the model's names. plain: (offset in the payload, bytes, row of the places,
-    column of the address, column of the flat address) of every matrix in the payload's order, where all of them are
-    copied byte by byte; None where rows are cast, cut or lengthened.
+    """header: of the payloads. parts: the adapter's modules by the model's names. plain: (offset in the payload, bytes,
+    row of the places, column of the address, column of the flat address) of every matrix in the payload's order, where
+    all of them are copied byte by byte; None where rows are cast, cut or lengthened.
     """
 
+    header: bytes
     parts: Mapping[str, ModuleWeights]
     placement: Placement
     scales: npt.NDArray[np.float32]
@@ -54,19 +55,19 @@ class Recipes:
         structure = payload_header(payload), sum(map(len, payload))
         recipe = self._known.get(structure)
         if recipe is None:
-            recipe = self._known[structure] = self._make(Packed(payload))
+            recipe = self._known[structure] = self._make(structure[0], Packed(payload, structure[0]))
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         self._known.move_to_end(structure)
         return recipe
 
-    def _make(self, packed: Packed) -> Recipe:
+    def _make(self, header: bytes, packed: Packed) -> Recipe:
         shape = self._pool.shape
         parts = {self._manager.peft_name(name): module for name, module in packed.modules().items()}
         placement = shape.place({part: module.rank for part, module in parts.items()})
         names = [part for module in shape.modules for part in module.parts]
         scales = np.array([parts[part].scaling if part in parts else 0.0 for part in names], dtype=np.float32)
-        return Recipe(parts, placement, scales, None if self._sharded else self._plain(parts))
+        return Recipe(header, parts, placement, scales, None if self._sharded else self._plain(parts))
 
     def _plain(self, parts: Mapping[str, ModuleWeights]) -> tuple[tuple[int, int, int, int, int], ...] | None:
         shape, copies, row = self._pool.shape, [], 0
@@ -85,25 +86,29 @@ class Recipes:
 
 
 def copy_plain(pool: PagePool, adapter: Resident, recipe: Recipe, payload: memoryview) -> int:
-    """Copy a payload that is one buffer onto pages in host memory; answers its checksum. One pass: what was read for
-    the checksum is copied while it is in the processor's cache.
+    """Copy a payload that is one buffer onto pages in host memory; answers the checksum of what is there then, with
+    what stands between: where that is the payload's, the pages hold it, whatever became of the payload meanwhile. One
+    pass: what was copied is read for the checksum while it is in the processor's cache.
     """
     assert recipe.plain is not None
     source, target = np.frombuffer(payload, np.uint8), pool.bytes
     size = pool.shape.element_bytes
     places = adapter.places.tolist()
-    state, at = xxhash.xxh3_64(), 0
+    state, at = xxhash.xxh3_64(recipe.header), len(recipe.header)
     for offset, nbytes, row, address, flat in recipe.plain:
-        end = offset + nbytes
-        state.update(payload[at:end])
-        at = end
-        first = places[row][flat]
+        if at != offset:
+            state.update(payload[at:offset])
+        at = offset + nbytes
+        first = places[row][flat] * size
         if first >= 0:
-            target[first * size : first * size + nbytes] = source[offset:end]
+            copied = target[first : first + nbytes]
+            copied[:] = source[offset:at]
+            state.update(copied)
             continue
         for piece in pool.pieces(adapter, places[row][address], nbytes // size):
-            count = len(piece) * size
-            piece.view(torch.uint8).numpy()[:] = source[offset : offset + count]
-            offset += count
+            copied = piece.view(torch.uint8).numpy()
+            copied[:] = source[offset : offset + len(copied)]
+            state.update(copied)
+            offset += len(copied)
     state.update(payload[at:])
     return int(state.intdigest())

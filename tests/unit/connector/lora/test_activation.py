@@ -193,23 +193,51 @@ def test_a_pool_without_room_takes_nothing(url: str, client: Any, make_worker: A
     assert worker.load(two.digest) == ""
 
 
-def test_what_was_read_under_a_lease_that_ended_is_not_resident(
+@pytest.mark.parametrize(
+    ("dtype", "cause"), [("float32", ""), ("float16", "lease_lost")], ids=["bytes are copied", "numbers are cast"]
+)
+def test_what_was_read_under_a_lease_that_ended_is_resident_only_where_its_pages_prove_it(
     url: str, client: Any, make_worker: Any, make_adapter: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch,
-    eventually: Any,
+    eventually: Any, serves: Any, dtype: str, cause: str,
 ) -> None:  # fmt: skip
     """The pages of the arena may have been another object's by then."""
     monkeypatch.setattr(activation, "_LEASE_S", 0.1)
-    adapter, worker = make_adapter("slowly read"), make_worker(url)
+    adapter, worker = make_adapter(f"slowly read {dtype}", dtype=dtype), make_worker(url, chunk=4)
     client.add_adapter(adapter.path)
     gate.before(worker)
     number = worker.order(adapter.digest)
     assert gate.reached.wait(20)
     eventually(lambda: client.status()["leases"] == 0, "the lease ends")
     gate.opened.set()
-    assert worker.done.get(timeout=20) == (number, "lease_lost")
-    assert worker.is_empty()
+    assert worker.done.get(timeout=20) == (number, cause)
+    assert worker.is_empty() == bool(cause)
     monkeypatch.setattr(activation, "_LEASE_S", 60.0)
+    worker.pool.evict(adapter.digest)
     assert worker.load(adapter.digest) == ""
+    assert serves(worker.pool, worker.pool.get(adapter.digest), adapter)
+
+
+def test_bytes_that_change_while_they_are_copied_are_not_resident(
+    url: str, client: Any, make_worker: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where whoever looked at the payload again would find it whole."""
+    adapter, worker = make_adapter("changes"), make_worker(url, chunk=4)
+    client.add_adapter(adapter.path)
+    copy = activation.copy_plain
+    with client.acquire([bytes.fromhex(adapter.digest)]) as reading:
+        buffer = reading.slots[0].buffers[0]
+        before = bytes(buffer)
+
+        def changed(pool: Any, resident: Any, recipe: Any, payload: Any) -> int:
+            middle = recipe.plain[len(recipe.plain) // 2][0]
+            buffer[middle] ^= 1
+            total = copy(pool, resident, recipe, payload)
+            buffer[:] = before
+            return int(total)
+
+        monkeypatch.setattr(activation, "copy_plain", changed)
+        assert worker.load(adapter.digest) == "checksum"
+        assert worker.is_empty()
 
 
 # -- orders that overlap -----------------------------------------------------------------------------------------------
