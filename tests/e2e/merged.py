@@ -21,7 +21,10 @@ class MergedModel:
     def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self._dtype = dtype
-        self._base = {name: value.detach().to(dtype).float() for name, value in self._model.named_parameters()}
+        self._base = {
+            name: value.detach().to(dtype).to(torch.float32, copy=True)
+            for name, value in self._model.named_parameters()
+        }
 
     def disagreements(self, adapter: Path | None, prompt: list[int], tokens: list[int], rounding: float) -> list[str]:
         """Where `tokens` are not the greedy answer: another token's logit is higher by more than `rounding`."""

@@ -65,16 +65,19 @@ def test_in_bfloat16_tokens_agree_wherever_logits_differ_by_more_than_rounding(
 
 
 def test_workers_of_a_sharded_model_have_a_pool_each(
-    daemon: Any, engine_factory: Any, ask_all: Any, tiny: Path, load: Any
+    daemon: Any, engine_factory: Any, ask_all: Any, tiny: Path, load: Any, host_path: str
 ) -> None:
     serving = daemon(memory="64MiB")
     engine = engine_factory(
-        {"server": serving.url, "lora_pool": "1MiB"}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2,
-        **OPTIONS,
+        {"server": serving.url, "lora_pool": "600KiB"},
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": host_path},
+        tensor_parallel_size=2, worker_extension_cls="pool_extension.PoolExtension", **OPTIONS,
     )  # fmt: skip
     model = load.MergedModel(tiny / "model")
     for tokens, folder, answer in ask_all(engine):
         assert not model.disagreements(folder, tokens, answer, 1e-3)
-    assert serving.status()["counters"]["client.adapter.evict"] > 0
+    state = engine.rpc("pool_state")
+    assert not state["problems"]
+    assert 0 < len(state["resident"]) < len(RANKS)
     engine.close()
     assert serving.status()["leases"] == 0
