@@ -96,15 +96,19 @@ class PoolShape:
     def flatten(self, placement: Placement, page_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """The placement's places with the flat ones filled in, for an adapter on these pages."""
         places = placement.places.copy()
-        places[:, (A_FLAT, B_FLAT)] = -1
-        if len(page_ids):
-            addresses = places[:, (A_ADDRESS, B_ADDRESS)]
-            runs = np.cumsum(np.r_[0, np.diff(page_ids) != 1])  # equal: one behind another in the pool
+        addresses, there = places[:, A_ADDRESS : B_ADDRESS + 1], placement.lengths > 0
+        breaks = np.diff(page_ids) != 1
+        if not len(page_ids):
+            flat: npt.NDArray[np.int64] | int = -1
+        elif not breaks.any():
+            flat = addresses + int(page_ids[0]) * self.page
+        else:
+            runs = np.cumsum(np.r_[0, breaks])  # equal: one behind another in the pool
             first = np.minimum(addresses // self.page, len(page_ids) - 1)
             last = np.minimum((addresses + np.maximum(placement.lengths, 1) - 1) // self.page, len(page_ids) - 1)
-            together = (runs[first] == runs[last]) & (placement.lengths > 0)
+            there &= runs[first] == runs[last]
             flat = page_ids[first].astype(np.int64) * self.page + addresses % self.page
-            places[:, (A_FLAT, B_FLAT)] = np.where(together, flat, -1)
+        places[:, A_FLAT : B_FLAT + 1] = np.where(there, flat, -1)
         return places
 
 

@@ -95,20 +95,21 @@ def copy_plain(pool: PagePool, adapter: Resident, recipe: Recipe, payload: memor
     size = pool.shape.element_bytes
     places = adapter.places.tolist()
     state, at = xxhash.xxh3_64(recipe.header), len(recipe.header)
+    update = state.update
     for offset, nbytes, row, address, flat in recipe.plain:
         if at != offset:
-            state.update(payload[at:offset])
+            update(payload[at:offset])
         at = offset + nbytes
         first = places[row][flat] * size
         if first >= 0:
             copied = target[first : first + nbytes]
             copied[:] = source[offset:at]
-            state.update(copied)
+            update(copied)
             continue
         for piece in pool.pieces(adapter, places[row][address], nbytes // size):
             copied = piece.view(torch.uint8).numpy()
             copied[:] = source[offset : offset + len(copied)]
-            state.update(copied)
+            update(copied)
             offset += len(copied)
-    state.update(payload[at:])
+    update(payload[at:])
     return int(state.intdigest())
