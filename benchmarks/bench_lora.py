@@ -17,9 +17,12 @@ from pathlib import Path
 
 import numpy as np
 from common import Row, daemon, ratio_row, row, work_folder
-from lora_activation import activation_rows
+from lora_activation import activation_rows, make_pool
 from lora_adapters import ADAPTERS, SLOT_BYTES, adapters_folder, zipf
 from lora_engine import LoRAEngine
+
+from loracache.adapters import Packing
+from loracache.peft import PeftFolder
 
 SLOTS = 8
 CLIENTS = 16
@@ -34,11 +37,31 @@ def run(quick: bool) -> list[Row]:
     """See the module's docstring."""
     folder = adapters_folder()
     with work_folder() as work:
-        rows = activation_rows(work, folder, 20 if quick else 100)
+        rows = _memory(folder) + activation_rows(work, folder, 20 if quick else 100)
         with daemon(work, memory="5GiB") as cache:
             rows += _throughput(work, folder, cache.url, 1 if quick else 3)
             rows += _beside_cold(work, folder, cache.url, 100 if quick else 500)
     return rows
+
+
+# -- memory ----------
+
+
+def _memory(folder: Path) -> list[Row]:
+    """64 adapters on pages, against the bytes of their tensors and against a dense slot for each."""
+    pool, own = make_pool(64 * SLOT_BYTES), 0
+    for number in range(64):
+        with PeftFolder(folder / f"a{number}") as peft:
+            packing = Packing(peft)
+            own += sum(tensor.nbytes for tensor in peft.tensors)
+            placement = pool.shape.place(packing.ranks())
+        if pool.reserve(placement, np.zeros(pool.shape.slices, np.float32)) is None:
+            raise RuntimeError("the pool is too small")
+    used = (pool.shape.pages - pool.free_pages) * pool.shape.page * pool.shape.element_bytes
+    return [
+        row("pages of 64 adapters of ranks 8 to 64 / their own bytes", "x", [used / own], at_most=1.05),
+        row("  64 dense slots of rank 64 / pages", "x", [64 * SLOT_BYTES / used]),
+    ]
 
 
 # -- throughput, and what swaps cost ----------

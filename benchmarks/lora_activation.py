@@ -46,7 +46,7 @@ class _Turns:
 
     def __init__(self, server: str, digests: list[str], size: int) -> None:
         self._digests = itertools.cycle(digests)
-        self._pool = _pool()
+        self._pool = make_pool(64 << 20)
         manager = SimpleNamespace(pool=self._pool, layers=[SimpleNamespace(tp_size=1)] * (4 * SPEC.layers))
         manager.peft_name = lambda name: name
         self._done: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -73,8 +73,8 @@ class _Turns:
         return seconds(lambda: np.copyto(self._target, source))
 
 
-def _pool() -> PagePool:
-    """As an engine's for the 190 M model."""
+def make_pool(nbytes: int) -> PagePool:
+    """As an engine's for the 190 M model, in bfloat16."""
     modules = []
     for layer in range(SPEC.layers):
         shapes = {name.rpartition(".")[2]: (name, shape) for name, shape in linear_shapes(SPEC).items()}
@@ -87,5 +87,5 @@ def _pool() -> PagePool:
     chunk = choose_chunk({width for module in modules for width in (module.width, *module.widths)})
     page = choose_page(chunk, sum(len(m.parts) * m.width + sum(m.widths) for m in modules), 2)
     return PagePool(
-        PoolShape(tuple(modules), (64 << 20) // (page * 2), page, chunk, 2, 64), torch.bfloat16, torch.device("cpu")
+        PoolShape(tuple(modules), nbytes // (page * 2), page, chunk, 2, 64), torch.bfloat16, torch.device("cpu")
     )

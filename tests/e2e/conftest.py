@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -51,8 +52,8 @@ ENGINE = {
 
 @pytest.fixture(scope="session")
 def host_path() -> str:
-    """PYTHONPATH of an engine that loads pool_extension.py."""
-    return str(HERE)
+    """PYTHONPATH of an engine that loads pool_extension.py: the one there is, with this folder."""
+    return os.pathsep.join([str(HERE), *map(os.path.abspath, filter(None, sys.path))])
 
 
 @pytest.fixture(scope="session")

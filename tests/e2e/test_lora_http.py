@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from loracache.adapters import adapter_digest
+
 ROUNDING = 1e-3
 
 
@@ -151,8 +153,10 @@ def serves(server: Server, merged: Any, prompts: Callable[[int], list[int]]) -> 
 
 
 def test_lora_modules_given_by_path_go_through_the_cache(
-    server: Server, cache: Any, serves: Any, adapters_of_two: list[Path]
+    server: Server, cache: Any, serves: Any, adapters_of_two: list[Path], eventually: Any
 ) -> None:
+    with cache.client() as client:
+        eventually(lambda: client.show_adapter(adapter_digest(str(adapters_of_two[2]))), "it is fetched ahead")
     serves("base", None)
     serves("static", adapters_of_two[2])
     with cache.client() as client:

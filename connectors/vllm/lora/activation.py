@@ -21,6 +21,7 @@ from loracache import protocol
 from loracache.adapters import Packed, Packing
 from loracache.connectors.vllm.cores import leave_pinned_core
 from loracache.connectors.vllm.lora.filling import fill_pages
+from loracache.connectors.vllm.lora.paths import digest_in
 from loracache.connectors.vllm.lora.pool import Resident
 from loracache.connectors.vllm.lora.recipe import Recipe, Recipes, copy_plain
 from loracache.connectors.vllm.worker_link import WorkerLink
@@ -32,6 +33,7 @@ __all__ = ["Activator", "Order"]
 
 _log = logging.getLogger(__name__)
 _LEASE_S = 60.0
+_FETCHED_S = 10.0  # in the arena at least, after it was fetched ahead
 _END_S = 2.0
 _UNFIT = {"", "pool_full", "evicted", "bug"}  # where the folder would fare no better
 
@@ -68,13 +70,17 @@ class Activator:
         self._timeout = timeout
         self._link = WorkerLink(server, "vllm-adapters", ensure, self._pool.pages.device.type)
         self._stream = torch.cuda.Stream() if self._pool.pages.device.type == "cuda" else None
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loracache-adapters", daemon=True)
         self._thread.start()
 
     def submit(self, order: Order) -> None:
         """Start to copy an adapter in; returns at once."""
         self._orders.put(order)
+
+    def fetch(self, path: str) -> None:
+        """Have the daemon take a folder in, or raise what a path names by its digest, before anybody asks for it."""
+        self._orders.put(path)
 
     def close(self) -> None:
         """End the thread; what is queued is dropped."""
@@ -84,19 +90,36 @@ class Activator:
     def _run(self) -> None:
         leave_pinned_core()
         while (order := self._orders.get()) is not None:
-            cause = "bug"
-            try:
-                cause = self._load(order)
-            except UsageError as error:
-                _log.error("adapter %s cannot be served: %s", order.digest[:12], error)
-                cause = "unusable"
-            except (LoRACacheError, OSError) as error:
-                _log.warning("adapter %s was not loaded: %s", order.digest[:12], error)
-                cause = "unavailable"
-            except Exception:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
-                _log.exception("adapter %s was not loaded", order.digest[:12])
-            self._finished(order.number, cause)
+            if isinstance(order, str):
+                self._fetch(order)
+            else:
+                self._finished(order.number, self._carry_out(order))
         self._link.connection.close()
+
+    def _carry_out(self, order: Order) -> str:
+        """Why the adapter is not resident, or ""."""
+        try:
+            return self._load(order)
+        except UsageError as error:
+            _log.error("adapter %s cannot be served: %s", order.digest[:12], error)
+            return "unusable"
+        except (LoRACacheError, OSError) as error:
+            _log.warning("adapter %s was not loaded: %s", order.digest[:12], error)
+            return "unavailable"
+        except Exception:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
+            _log.exception("adapter %s was not loaded", order.digest[:12])
+            return "bug"
+
+    def _fetch(self, path: str) -> None:
+        digest, connection = digest_in(path), self._link.connection
+        try:
+            if self._link.ready() and digest is not None:
+                key = bytes.fromhex(digest)
+                connection.send(protocol.Prefetch(os.urandom(protocol.LEASE_BYTES), key, _FETCHED_S), answer=False)
+            elif self._link.ready():
+                connection.forget(connection.send(protocol.AdapterAdd(path, "")))
+        except LoRACacheError as error:  # the first request will ask for it, and say what is wrong
+            _log.info("adapter %s is not fetched ahead: %s", path, error)
 
     def _load(self, order: Order) -> str:
         if self._pool.get(order.digest) is not None:

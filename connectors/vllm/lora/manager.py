@@ -38,7 +38,9 @@ pools: dict[str, PagedLoRAModelManager] = {}
 
 
 class PagedLoRAModelManager(LRUCacheLoRAModelManager):
-    """The model's LoRA layers over one PagePool. `ids` says which content (digest) serves an adapter id."""
+    """The model's LoRA layers over one PagePool. `ids` says which content (digest) serves an adapter id; `added` is
+    told of what vLLM was given to serve, by the worker that `fetches_ahead`.
+    """
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         self._making_layers = False
@@ -47,6 +49,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self.dummies: set[int] = set()
         self.lost = False  # what was resident is not any more
         self.pinned_news: dict[int, bool] = {}
+        self.fetches_ahead = vllm_config.parallel_config.rank == 0
+        self.added: Callable[[str], None] = lambda path: None
         self._slot_of: dict[int, str] = {}  # slot -> digest in it
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         pools[vllm_config.kv_transfer_config.engine_id] = self
@@ -200,22 +204,23 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return bool(super().add_dummy_lora(lora_request, rank))
 
     def add_adapter(self, lora_request: Any) -> bool:
-        """Say at once what cannot be served; the copy starts with the first request, and stops nobody. Raises
-        ValueError naming file, tensor and reason."""
-        path = lora_request.lora_path
+        """Say at once what cannot be served, and have it fetched; the copy starts with the first request, and stops
+        nobody. Raises ValueError naming file, tensor and reason."""
+        path, manager = lora_request.lora_path, self._adapter_manager
         if digest_in(path) is not None:
+            manager.added(path)
             return True
         if not os.path.isdir(path):  # a hub's name: vLLM downloads it here, too
             path = get_adapter_absolute_path(path)
         if not os.path.isfile(os.path.join(path, CONFIG)):
             raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
-        manager = self._adapter_manager
         with PeftFolder(path) as folder:
             ranks = {manager.peft_name(name): rank for name, rank in Packing(folder).ranks().items()}
         shape = manager.pool.shape
         pages = shape.pages_of(ranks)
         if pages > shape.pages:
             raise UsageError(f"{path} needs {pages} pages, lora_pool has {shape.pages}; make lora_pool larger")
+        manager.added(path)
         return True
 
     def pin_adapter(self, adapter_id: int) -> bool:

@@ -10,9 +10,12 @@ __all__ = ["model_name", "name_mapper"]
 
 
 def name_mapper(model: Any) -> Any:
-    """How the model renames the modules of checkpoints; None where it does not."""
+    """How the model renames the modules of checkpoints, without what it stacks; None where it does not."""
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+    for without_stacking in ("get_rename_mapper", "get_unstacked_mapper"):  # vLLM 0.29, 0.26
+        if hasattr(mapper, without_stacking):
+            return getattr(mapper, without_stacking)()
+    return mapper
 
 
 def model_name(module: str, mapper: Any) -> str:

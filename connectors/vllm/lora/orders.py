@@ -44,6 +44,8 @@ class PoolWorker:
         self._news = PoolNews()
         self._cuda = manager.pool.pages.device.type == "cuda"
         self._activator = Activator(server, ensure, manager, self._finished, timeout)
+        if manager.fetches_ahead:
+            manager.added = self._activator.fetch
         self.facts = PoolFacts(manager.pool.shape, name_mapper(manager.model))
 
     def carry_out(self, orders: AdapterOrders) -> None:

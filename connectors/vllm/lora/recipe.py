@@ -104,12 +104,12 @@ def copy_plain(pool: PagePool, adapter: Resident, recipe: Recipe, payload: memor
         if first >= 0:
             copied = target[first : first + nbytes]
             copied[:] = source[offset:at]
-            update(copied)
+            update(copied.data)
             continue
         for piece in pool.pieces(adapter, places[row][address], nbytes // size):
             copied = piece.view(torch.uint8).numpy()
             copied[:] = source[offset : offset + len(copied)]
-            update(copied)
+            update(copied.data)
             offset += len(copied)
     update(payload[at:])
     return int(state.intdigest())

@@ -164,6 +164,7 @@ class Manager:
         self.ids: dict[int, str] = {}
         self.lost = False
         self.pinned_news: dict[int, bool] = {}
+        self.fetches_ahead = True
 
     def peft_name(self, module: str) -> str:
         return module

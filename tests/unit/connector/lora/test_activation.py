@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from loracache.connectors.vllm import worker_link
 from loracache.connectors.vllm.lora import activation
 from loracache.connectors.vllm.lora.activation import Activator, Order
 from loracache.connectors.vllm.lora.orders import PoolWorker
+from loracache.connectors.vllm.lora.paths import path_of
 from loracache.connectors.vllm.messages import AdapterOrders
 
 NOWHERE = "unix:///nowhere/loracache.sock"
@@ -341,6 +343,36 @@ def test_a_daemon_that_is_silent_costs_its_time_and_no_more(daemon: Any, make_wo
     numbers = {worker.order(adapter.digest, adapter.path) for adapter in others}
     assert {worker.done.get(timeout=10) for _ in others} == {(number, "") for number in numbers}
     running.send(signal.SIGCONT)
+
+
+# -- ahead of the first request ----------------------------------------------------------------------------------------
+
+
+def test_what_is_fetched_ahead_is_in_the_arena_and_takes_no_page(
+    daemon: Any, make_worker: Any, make_adapter: Any, tmp_path: Path, eventually: Any
+) -> None:
+    running = daemon(disk_path=tmp_path / "disk")
+    client, worker, adapter = running.client(), make_worker(running.url), make_adapter("ahead")
+
+    def tiers() -> tuple[str, ...]:
+        shown = client.show_adapter(adapter.digest)
+        return shown.tiers if shown is not None else ()
+
+    worker.activator.fetch("/nowhere/at/all")
+    worker.activator.fetch(adapter.path)
+    eventually(lambda: tiers() == ("cpu", "disk"), "the folder is taken in")
+    client.evict([bytes.fromhex(adapter.digest)], tiers=["cpu"])
+    worker.activator.fetch(path_of(os.urandom(32).hex()))
+    worker.activator.fetch(path_of(adapter.digest))
+    eventually(lambda: tiers() == ("cpu", "disk"), "it is raised from the disk")
+    assert worker.is_empty()
+    assert worker.load(adapter.digest) == ""
+
+
+def test_without_a_daemon_nothing_is_fetched_ahead_and_orders_go_on(make_worker: Any, make_adapter: Any) -> None:
+    worker, adapter = make_worker(NOWHERE), make_adapter("alone")
+    worker.activator.fetch(adapter.path)
+    assert worker.load(adapter.digest, adapter.path) == ""
 
 
 # -- what the scheduler orders -----------------------------------------------------------------------------------------
