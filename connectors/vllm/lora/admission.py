@@ -272,8 +272,11 @@ class AdapterAdmission:
                 self._read(folder, path)
             return None
         folder.asked = 0
-        if isinstance(payload, str):
-            return payload
+        if isinstance(payload, str):  # it is none that can be served, or there is no room for it: look ourselves
+            _log.warning("%s is not taken into the cache: %s", path, payload)
+            self._link.count("adapter.refused", 1)
+            self._read(folder, path)
+            return None
         return (str(payload[0]), {}) if payload else None
 
     def _read(self, folder: _Folder, path: str) -> None:

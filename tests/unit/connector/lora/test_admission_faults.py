@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
+from loracache import Namespace
 from loracache.connectors.vllm import link as link_module
 from loracache.connectors.vllm import worker_link
 from loracache.connectors.vllm.lora import admission as admission_module
@@ -105,6 +107,33 @@ def test_what_the_model_cannot_adapt_fails_with_the_reason(
     eventually(lambda: client.status()["leases"] == 0, "nobody needs what cannot be used")
     engine.arrive("again", lora(high.digest if by_digest else high, 1))
     eventually(lambda: engine.step() or "again" in engine.failed)
+
+
+def test_what_the_cache_has_no_room_for_is_served_from_its_folder_each_time(
+    daemon: Any, make_engine: Any, make_manager: Any, make_shape: Any, make_adapter: Any, eventually: Any
+) -> None:
+    running = daemon(memory="1MiB", page_size="4KiB")
+    manager = make_manager(make_shape(400))
+    engine = make_engine(running.url, manager.pool.shape)
+    worker = PoolWorker(manager, running.url, lambda: None, lambda *_: None, 20.0)
+    engine.workers, engine.answers = [worker], False
+    adapter, client = make_adapter("without room"), running.client()
+    root = client.register(Namespace("m", "float32", "layout", 16))
+    with contextlib.suppress(ZeroDivisionError), client.reserve(root, [os.urandom(32)], [1 << 20]):
+        for name in ("a", "b"):
+            engine.arrive(name, lora(adapter))
+            eventually(lambda: engine.runs(name))  # noqa: B023
+            engine.end(name)
+            assert client.show_adapter(adapter.digest) is None
+            manager.pool.evict(adapter.digest)
+            engine.report(pools_lost=True)
+        raise ZeroDivisionError  # nothing is committed
+    assert not engine.failed
+    assert engine.link._counts["adapter.refused"] == 2
+    engine.arrive("c", lora(adapter))
+    eventually(lambda: engine.runs("c"))
+    assert client.show_adapter(adapter.digest).tiers[-1] == "cpu"
+    worker.close()
 
 
 # -- copies that fail --------------------------------------------------------------------------------------------------
