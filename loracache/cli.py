@@ -37,6 +37,7 @@ def serve(
     disk_path: Annotated[Path | None, typer.Option(help="Folder of tier disk.", show_default=False)] = None,
     disk: Annotated[str | None, typer.Option(help="Most bytes tier disk may take.", show_default="20GiB")] = None,
     redis: Annotated[str | None, typer.Option(help="URL of tier redis.", show_default=False)] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST, on loopback.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
     page_size: Annotated[str | None, typer.Option(help="Page of the arena.", show_default="64KiB")] = None,
     disk_sync: Annotated[bool | None, typer.Option("--disk-sync", help="fdatasync before a write counts.")] = None,
@@ -51,7 +52,7 @@ def serve(
     from loracache.server.daemon import Daemon
 
     flags: dict[str, Any] = {
-        "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis,
+        "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis, "http": http,
         "page_size": page_size, "disk_sync": disk_sync or None, "drain": drain, "private": private or None,
         "log_level": log_level,
     }  # fmt: skip

@@ -26,13 +26,14 @@ from pydantic import (
 
 from loracache.errors import ConfigError
 
-__all__ = ["Config", "load_config", "parse_size"]
+__all__ = ["Config", "http_address", "load_config", "parse_size"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": factor for unit, factor in list(_UNITS.items()) if unit not in ("", "B")}
 _UNITS |= {f"{unit}IB": 1024**power for power, unit in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _PREFIX = "LORACACHE_"
+_LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "::1"}
 
 
 def parse_size(value: object) -> int:
@@ -51,6 +52,16 @@ def parse_size(value: object) -> int:
     if size >= 1 << 63:
         raise ValueError(f"{value!r} is too large for a size")
     return int(size)
+
+
+def http_address(value: str) -> tuple[str, int]:
+    """(host, port) of "127.0.0.1:9400" or "[::1]:9400"; port 0 takes a free one. Raises ValueError naming the value."""
+    host, _, port = value.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{value!r} is no HOST:PORT; write it like 127.0.0.1:9400")
+    if host not in _LOOPBACK:
+        raise ValueError(f"{value!r} is not on loopback, where there is no TLS; give one of {', '.join(_LOOPBACK)}")
+    return _LOOPBACK[host], int(port)
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -73,6 +84,7 @@ class Config(BaseModel):
     redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
+    http: str | None = Field(None, description="HOST:PORT of REST and metrics, on loopback; without it there are none.")
     policy: Literal["lru"] = Field("lru", description="Eviction policy.")
     drain: float = Field(10.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
@@ -83,6 +95,13 @@ class Config(BaseModel):
     def _page_size(cls, value: int) -> int:
         if value & (value - 1) or not 4096 <= value <= 16 << 20:
             raise ValueError(f"{value} is no power of two from 4 KiB to 16 MiB")
+        return value
+
+    @field_validator("http")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is not None:
+            http_address(value)
         return value
 
     @model_validator(mode="after")

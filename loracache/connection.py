@@ -79,6 +79,11 @@ class Connection:
         """Whether the socket is open, as far as known."""
         return self._socket is not None
 
+    @property
+    def unsent(self) -> bool:
+        """Whether the socket has not taken all yet that was sent; `poll` goes on with it."""
+        return bool(self._unsent)
+
     def fileno(self) -> int:
         """The socket, for a selector. Raises Unavailable where there is none."""
         return self._open().fileno()

@@ -109,6 +109,11 @@ class RunningDaemon:
     def log(self) -> str:
         return self.log_file.read_text()
 
+    @property
+    def http(self) -> str:
+        """Base URL of its REST process."""
+        return f"http://127.0.0.1:{self.log().partition('REST on port ')[2].split()[0]}"
+
     def listens(self) -> bool:
         assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}: {self.log()}"
         return "listening on" in self.log()

@@ -26,11 +26,12 @@ from loracache import __version__, protocol
 from loracache.adapter_names import AdapterNames, SharedNames
 from loracache.arena import Arena
 from loracache.cache import TieredCache
-from loracache.config import Config
+from loracache.config import Config, http_address
 from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
 from loracache.server.adapters import Adapters
 from loracache.server.peers import Peer
+from loracache.server.rest_process import RestProcess
 from loracache.server.session import Served, Session
 from loracache.server.status import cache_status
 from loracache.storage_backends.base import ObjectInfo, StorageBackend
@@ -60,6 +61,7 @@ class Daemon:
         try:
             self._listener = _listen(config.socket, self._stack)
             disk, redis = _disk_backend(config), _redis_backend(config)
+            self._rest = _rest_process(config, self._stack)
             self._namespaces, names = _books(config)
             self.cache = TieredCache(
                 Arena(config.memory, config.page_size),
@@ -98,6 +100,9 @@ class Daemon:
             self._start("disk-scan", self._scan)
         if self.config.private:
             loop.call_later(_PRIVATE_PATIENCE_S, self._end_if_alone)
+        if self._rest is not None:
+            self._rest.start()
+            _log.info("REST on port %d", self._rest.port)
         _log.info("listening on %s", self.config.socket)
         if self.config.private:  # for the engine that waits for it, whatever is logged
             os.write(sys.stdout.fileno(), READY)
@@ -184,6 +189,8 @@ class Daemon:
         while True:
             await asyncio.sleep(_TICK_S)
             self.cache.tick()
+            if self._rest is not None:
+                self._rest.tick()
             gc.collect(1)
 
     def _end_if_alone(self) -> None:
@@ -332,6 +339,14 @@ def _books(config: Config) -> tuple[Namespaces, AdapterNames]:
             f"disk_path: {error.filename!r} cannot be used: {error.strerror}; remove what stands there, or give "
             "another folder"
         ) from None
+
+
+def _rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | None:
+    if config.http is None:
+        return None
+    process = RestProcess(config.socket, *http_address(config.http))
+    stack.callback(process.close)
+    return process
 
 
 def _redis_backend(config: Config) -> StorageBackend | None:

@@ -1,0 +1,90 @@
+"""The daemon's side of REST: takes the port, starts the process that serves it, and starts it again if it dies.
+
+Threading: the event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from loracache.errors import ConfigError
+
+__all__ = ["RestProcess"]
+
+_log = logging.getLogger(__name__)
+_AGAIN_S = 5.0
+_END_S = 10.0
+_BACKLOG = 128
+
+
+class RestProcess:
+    """One daemon's HTTP port. Raises ConfigError where it cannot be had."""
+
+    def __init__(self, path: Path, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._path = path
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._listener.bind((host, port))
+        except OSError as error:
+            self._listener.close()
+            raise ConfigError(
+                f"http={host}:{port} cannot be listened on: {error.strerror}; give another port"
+            ) from None
+        self._listener.listen(_BACKLOG)
+        self.port = int(self._listener.getsockname()[1])
+        self._life: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._next_start = 0.0
+
+    def start(self) -> None:
+        """Start the process."""
+        ours = self._listener.fileno()
+        theirs, self._life = os.pipe()
+        hosts = [f"{name}:{self.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
+        command = [sys.executable, "-m", "loracache.server.rest", str(self._path), ",".join(hosts)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(ours), str(theirs)], pass_fds=[ours, theirs], stdin=subprocess.DEVNULL, env=environment
+            )
+        finally:
+            os.close(theirs)
+        self._next_start = time.monotonic() + _AGAIN_S
+
+    def tick(self) -> None:
+        """Start it again where it died."""
+        if self._process is None or self._process.poll() is None or time.monotonic() < self._next_start:
+            return
+        _log.error("the REST process ended with %d and is started again", self._process.returncode)
+        self._let_go()
+        try:
+            self.start()
+        except OSError as error:
+            _log.error("the REST process cannot be started: %s", error)
+            self._next_start = time.monotonic() + _AGAIN_S
+
+    def close(self) -> None:
+        """End the process and give the port back."""
+        self._let_go()
+        self._listener.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+                return
+            self._process.kill()
+            self._process.wait()
+
+    def _let_go(self) -> None:
+        """Close the pipe that keeps the process alive."""
+        if self._life is not None:
+            os.close(self._life)
+            self._life = None
