@@ -57,7 +57,7 @@ def parse_size(value: object) -> int:
 def http_address(value: str) -> tuple[str, int]:
     """(host, port) of "127.0.0.1:9400" or "[::1]:9400"; port 0 takes a free one. Raises ValueError naming the value."""
     host, _, port = value.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{value!r} is no HOST:PORT; write it like 127.0.0.1:9400")
     if host not in _LOOPBACK:
         raise ValueError(f"{value!r} is not on loopback, where there is no TLS; give one of {', '.join(_LOOPBACK)}")

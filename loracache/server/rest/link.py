@@ -26,30 +26,42 @@ class DaemonLink:
         self._connecting = asyncio.Lock()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._descriptor = -1
+        self._sent = asyncio.Event()  # the socket has taken all there was
+        self._sent.set()
 
     async def call(self, request: protocol.Request, timeout: float | None = None) -> Any:
         """The answer's payload. Raises Unavailable where none comes in time, Rejected where the daemon refuses."""
         limit = self._timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await self._answer(request)
+        except TimeoutError:
+            raise Unavailable(f"the daemon did not answer within {limit:g} s") from None
+
+    def close(self) -> None:
+        """The last call."""
+        self._unwatch()
+        self._connection.close()
+
+    async def _answer(self, request: protocol.Request) -> Any:
         await self._connected()
+        while not self._sent.is_set():
+            await self._sent.wait()
+            await self._connected()
         try:
             number = self._connection.send(request)
         except LoRACacheError:
             self._unwatch()
             raise
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._watch()
+        if self._connection.unsent:
+            self._sent.clear()
+            asyncio.get_running_loop().add_writer(self._descriptor, self._arrived)
         try:
-            return await asyncio.wait_for(future, limit)
-        except TimeoutError:
-            raise Unavailable(f"the daemon did not answer within {limit:g} s") from None
+            return await future
         finally:
             self._waiting.pop(number, None)
             self._connection.forget(number)
-
-    def close(self) -> None:
-        """The last call."""
-        self._unwatch()
-        self._connection.close()
 
     async def _connected(self) -> None:
         async with self._connecting:
@@ -62,12 +74,8 @@ class DaemonLink:
             self._descriptor = self._connection.fileno()
             asyncio.get_running_loop().add_reader(self._descriptor, self._arrived)
 
-    def _watch(self) -> None:
-        """Send on what the socket did not take yet, once it takes more."""
-        if self._connection.unsent and self._descriptor >= 0:
-            asyncio.get_running_loop().add_writer(self._descriptor, self._arrived)
-
     def _unwatch(self) -> None:
+        self._sent.set()
         if self._descriptor >= 0:
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._descriptor)
@@ -92,4 +100,5 @@ class DaemonLink:
         if not self._connection.connected:
             self._unwatch()
         elif not self._connection.unsent:
+            self._sent.set()
             asyncio.get_running_loop().remove_writer(descriptor)
