@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
@@ -200,8 +200,14 @@ def shapes(draw: st.DrawFn) -> tuple[dict[str, Any], list[int]]:
     return weights, draw(st.lists(st.integers(-1, slots - 1), min_size=1, max_size=40))
 
 
+CANCELS_OUT = {
+    "ranks": [[8]], "inputs": 4, "widths": [1], "chunk": 8, "page_elements": 8, "layout": "scattered", "seed": 0,
+}  # fmt: skip
+
+
 @settings(max_examples=60)
 @given(shape=shapes())
+@example(shape=(CANCELS_OUT, [0]))
 def test_any_shape_is_what_float64_says(
     paged: Callable[..., Any], batch_of: Callable[..., Any], shape: tuple[dict[str, Any], list[int]]
 ) -> None:

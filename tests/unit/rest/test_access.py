@@ -26,9 +26,7 @@ def test_every_route_that_changes_something_is_known_here(anybody: httpx.Client)
     assert posts == {*CHANGES, "/v1/lookup"}
 
 
-@pytest.mark.parametrize(
-    "header", ["", "Bearer", "Bearer wrong", "Basic {}", "{}", "Bearer {}x", "Bearer x{}"]
-)
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic {}", "{}", "Bearer {}x", "Bearer x{}"])
 @pytest.mark.parametrize("path", [*CHANGES, "DELETE"])
 def test_changes_need_the_token(
     running: Any, anybody: httpx.Client, client: CacheClient, chain: Callable[[int], list[str]], path: str, header: str
