@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("POST", "/v1/lookup", {"selector": {"keys": ["ab" * 32], "adapter": "a"}}, "body.selector"),
     ("POST", "/v1/lookup", {"selector": {"adapter": ""}}, "body.selector.adapter"),
     ("POST", "/v1/lookup", {"selector": {"adapter": 7}}, "body.selector.adapter"),
+    ("POST", "/v1/lookup", {"selector": {"adapter": "\ud800"}}, "body.selector.adapter"),
     ("POST", "/v1/evict", keys_of("ab" * 32) | {"tiers": ["gpu"]}, "body.tiers.0"),
     ("POST", "/v1/evict", keys_of("ab" * 32) | {"tiers": []}, "body.tiers"),
     ("POST", "/v1/evict", keys_of("ab" * 32) | {"force": True}, "body.force"),
@@ -142,7 +144,7 @@ def test_wrong_fields_are_named_and_nothing_changes(
     operator: httpx.Client, client: CacheClient, method: str, path: str, body: Any, field: str
 ) -> None:
     before = client.status()["tiers"]
-    answer = operator.request(method, path, json=body)
+    answer = operator.request(method, path, content=json.dumps(body), headers={"content-type": "application/json"})
     problem = answer.json()
     assert (answer.status_code, problem["status"]) == (422, 422)
     assert answer.headers["content-type"] == "application/problem+json"
