@@ -1,6 +1,6 @@
 """`make bench`: measure, print what was measured, and keep it in benchmarks/results.
 
-    python benchmarks/run.py                     everything (about a quarter of an hour)
+    python benchmarks/run.py                     everything (about three quarters of an hour)
     python benchmarks/run.py --only disk         one benchmark, or several: --only disk --only redis
     python benchmarks/run.py --quick             few rounds, to see that it works; kept apart from real results
 

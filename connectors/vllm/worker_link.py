@@ -17,7 +17,7 @@ __all__ = ["WorkerLink"]
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _CALL_TIMEOUT_S = 5.0
-_WAITING = 0.2
+_WAITING = 0.2  # of the time, at most, for a daemon that does not greet
 
 
 class WorkerLink:

@@ -46,7 +46,8 @@ class RestProcess:
         self._next_start = 0.0
 
     def start(self) -> None:
-        """Start the process."""
+        """Start the process. Raises OSError."""
+        self._next_start = time.monotonic() + _AGAIN_S
         ours = self._listener.fileno()
         theirs, self._life = os.pipe()
         hosts = [f"{name}:{self.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
@@ -58,7 +59,6 @@ class RestProcess:
             )
         finally:
             os.close(theirs)
-        self._next_start = time.monotonic() + _AGAIN_S
 
     def tick(self) -> None:
         """Start it again where it died."""
@@ -70,7 +70,6 @@ class RestProcess:
             self.start()
         except OSError as error:
             _log.error("the REST process cannot be started: %s", error)
-            self._next_start = time.monotonic() + _AGAIN_S
 
     def close(self) -> None:
         """End the process and give the port back."""

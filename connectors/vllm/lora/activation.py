@@ -113,11 +113,13 @@ class Activator:
     def _fetch(self, path: str) -> None:
         digest, connection = digest_in(path), self._link.connection
         try:
-            if self._link.ready() and digest is not None:
-                key = bytes.fromhex(digest)
-                connection.send(protocol.Prefetch(os.urandom(protocol.LEASE_BYTES), key, _FETCHED_S), answer=False)
-            elif self._link.ready():
+            if not self._link.ready():
+                return
+            if digest is None:
                 connection.forget(connection.send(protocol.AdapterAdd(path, "")))
+            else:
+                lease, key = os.urandom(protocol.LEASE_BYTES), bytes.fromhex(digest)
+                connection.send(protocol.Prefetch(lease, key, _FETCHED_S), answer=False)
         except LoRACacheError as error:  # the first request will ask for it, and say what is wrong
             _log.info("adapter %s is not fetched ahead: %s", path, error)
 
@@ -183,8 +185,12 @@ class Activator:
         cause = "bug"
         try:
             total, proven = self._copy(order, resident, recipe, payload)
-            right = total == expected
-            cause = "" if right and (proven or held()) else "lease_lost" if right else "checksum"
+            if total != expected:
+                cause = "checksum"
+            elif not proven and not held():
+                cause = "lease_lost"
+            else:
+                cause = ""
         finally:
             if cause:
                 self._pool.give_back(resident)

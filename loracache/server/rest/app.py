@@ -10,11 +10,10 @@ from fastapi import FastAPI, Path, Query, Response
 from starlette.exceptions import HTTPException
 
 from loracache import __version__, protocol
-from loracache.errors import LoRACacheError
 from loracache.server.rest import models
 from loracache.server.rest.link import DaemonLink
 from loracache.server.rest.metrics import render
-from loracache.server.rest.problems import install, problem, problems
+from loracache.server.rest.problems import install, problems
 from loracache.tiers import Tier
 
 __all__ = ["make_app"]
@@ -49,12 +48,9 @@ def _health(app: FastAPI, link: DaemonLink) -> None:
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["health"])
-    async def readyz() -> Any:
+    async def readyz() -> dict[str, str]:
         """The daemon answers."""
-        try:
-            await link.call(protocol.Status(), _READY_S)
-        except LoRACacheError as error:
-            return problem(503, str(error), headers={"retry-after": "1"})
+        await link.call(protocol.Status(), _READY_S)
         return {"status": "ok"}
 
     @app.get("/v1/stats", tags=["health"])

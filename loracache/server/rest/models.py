@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-__all__ = ["Adapter", "Adapters", "Changed", "Clear", "Evict", "Found", "Pin", "Pinned", "Selector", "Unpin"]
+from loracache.protocol import MAX_TTL_S
+
+__all__ = ["Adapter", "Adapters", "Changed", "Clear", "Evict", "Found", "Lookup", "Pin", "Pinned", "Selector", "Unpin"]
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LocalTier = Literal["cpu", "disk"]
@@ -51,7 +53,7 @@ class Pin(_Selecting):
     """Keep objects in a tier, and what they depend on with them."""
 
     tier: LocalTier = "cpu"
-    ttl: float | None = Field(None, gt=0, le=3600, description="Seconds; left out, until unpinned.")
+    ttl: float | None = Field(None, gt=0, le=MAX_TTL_S, description="Seconds; left out, until unpinned.")
 
 
 class Unpin(_Selecting):

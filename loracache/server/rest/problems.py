@@ -41,18 +41,18 @@ class Problem(BaseModel):
 
 
 _WHEN = {
-    400: "The request is no HTTP or no JSON", 401: "No token, or one that is not known", 403: "Not from here",
-    404: "There is no such thing", 405: "Not with this method", 413: "The body is too large",
+    401: "No token, or one that is not known", 403: "Not from here",
+    404: "There is no such thing", 413: "The body is too large",
     409: "The daemon refuses", 422: "A field is wrong", 503: "No daemon answers",
 }  # fmt: skip
 
 
+_CONTENT = {_MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For a route's `responses`: the problems it may answer with."""
-    return {
-        status: {"description": _WHEN[status], "content": {_MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
-        for status in statuses
-    }
+    return {status: {"description": _WHEN[status], "content": _CONTENT} for status in statuses}
 
 
 def problem(

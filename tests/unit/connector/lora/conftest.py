@@ -119,6 +119,17 @@ def client(url: str) -> Iterator[Any]:
         yield made
 
 
+@pytest.fixture
+def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who failed is asked again soon, by scheduler and worker."""
+    from loracache.connectors.vllm import link, worker_link
+    from loracache.connectors.vllm.lora import admission
+
+    monkeypatch.setattr(admission, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(link, "_RETRY_S", 0.05)
+    monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Torch's own threads take longer to meet than these matrices to multiply, where others use the cores too."""

@@ -15,26 +15,19 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from loracache import Namespace
-from loracache.connectors.vllm import link as link_module
-from loracache.connectors.vllm import worker_link
 from loracache.connectors.vllm.lora import admission as admission_module
 from loracache.connectors.vllm.lora.orders import PoolWorker
 from loracache.connectors.vllm.lora.paths import path_of
 
 NOWHERE = "unix:///nowhere/loracache.sock"
 
+pytestmark = pytest.mark.usefixtures("fast_retry")
+
 
 def lora(adapter: Any, number: int = 1, **more: Any) -> LoRARequest:
     """By its folder, or by its digest where that is all there is."""
     path = path_of(adapter) if isinstance(adapter, str) else adapter.path
     return LoRARequest(f"adapter {number}", number, path, **more)
-
-
-@pytest.fixture(autouse=True)
-def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "_AGAIN_S", 0.05)
-    monkeypatch.setattr(link_module, "_RETRY_S", 0.05)
-    monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)
 
 
 # -- contents that are not to be had -----------------------------------------------------------------------------------
