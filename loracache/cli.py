@@ -37,6 +37,9 @@ def serve(
     disk_path: Annotated[Path | None, typer.Option(help="Folder of tier disk.", show_default=False)] = None,
     disk: Annotated[str | None, typer.Option(help="Most bytes tier disk may take.", show_default="20GiB")] = None,
     redis: Annotated[str | None, typer.Option(help="URL of tier redis.", show_default=False)] = None,
+    redis_password_file: Annotated[
+        Path | None, typer.Option(help="File with its password.", show_default=False)
+    ] = None,
     http: Annotated[str | None, typer.Option(help="HOST:PORT of REST, on loopback.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
     page_size: Annotated[str | None, typer.Option(help="Page of the arena.", show_default="64KiB")] = None,
@@ -52,9 +55,9 @@ def serve(
     from loracache.server.daemon import Daemon
 
     flags: dict[str, Any] = {
-        "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis, "http": http,
-        "page_size": page_size, "disk_sync": disk_sync or None, "drain": drain, "private": private or None,
-        "log_level": log_level,
+        "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis,
+        "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
+        "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
     }  # fmt: skip
     settings = load_config(flags, config)
     logging.basicConfig(

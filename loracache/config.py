@@ -33,6 +33,8 @@ _UNITS |= {f"{unit}B": factor for unit, factor in list(_UNITS.items()) if unit n
 _UNITS |= {f"{unit}IB": 1024**power for power, unit in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _PREFIX = "LORACACHE_"
+_SEEN = "command line"
+_LOGIN = re.compile(r"://[^/?#]*:.*@|[?&][a-z_]*password=")
 _LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "::1"}
 
 
@@ -79,8 +81,12 @@ class Config(BaseModel):
     disk: Size = Field(20 << 30, description="Most bytes tier disk may take.")
     disk_sync: bool = Field(False, description="Acknowledge a write to disk only after fdatasync.")
     redis: str | None = Field(
-        None, repr=False, description="URL of tier redis: redis://, rediss:// or unix://; without it none."
+        None,
+        repr=False,
+        description="URL of tier redis: redis[s]://, redis[s]+sentinel://, redis[s]+cluster:// or unix://; "
+        "without it none.",
     )
+    redis_password_file: Path | None = Field(None, description="File with the password of Redis alone.")
     redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
@@ -108,6 +114,8 @@ class Config(BaseModel):
     def _whole(self) -> Config:
         if self.memory < 4 * self.page_size:
             raise ValueError(f"memory={self.memory} holds fewer than 4 pages of page_size={self.page_size}")
+        if self.redis_password_file is not None and self.redis is None:
+            raise ValueError("redis_password_file is set and redis is not; give the URL of that Redis as redis")
         return self
 
 
@@ -118,13 +126,18 @@ def load_config(flags: Mapping[str, Any], file: str | os.PathLike[str] | None = 
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    sources = [(f"file {file}", _read_file(file)), ("environment", _environment()), ("command line", dict(flags))]
+    sources = [(f"file {file}", _read_file(file)), ("environment", _environment()), (_SEEN, dict(flags))]
     for name, source in sources:
         for key, value in source.items():
             if value is None:
                 continue
             if key not in Config.model_fields:
                 raise ConfigError(f"unknown key {key!r} in the {name}{_suggestion(key)}; known: {', '.join(_known())}")
+            if name == _SEEN and key == "redis" and _LOGIN.search(str(value)):
+                raise ConfigError(
+                    f"redis on the command line has a password, and a command line can be read by every user; give "
+                    f"redis by {_PREFIX}REDIS or a config file, or the password by redis_password_file"
+                )
             values[key], origin[key] = value, name
     try:
         return Config(**values)

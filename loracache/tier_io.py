@@ -29,9 +29,9 @@ _END_S = 5.0  # what a call that runs is waited for at the end
 class TierIO:
     """One tier's backend, its threads, its failure counters, and whether it is worth asking now.
 
-    After an UNAVAILABLE answer the tier is left alone for a pause that doubles up to 15 s; whatever is asked
-    meanwhile is answered UNAVAILABLE at once. All methods belong to the cache's thread; `post` hands a callable over
-    to it.
+    After an UNAVAILABLE answer that is not about a part of it the tier is left alone for a pause that doubles up to
+    15 s; whatever is asked meanwhile is answered UNAVAILABLE at once. All methods belong to the cache's thread; `post`
+    hands a callable over to it.
     """
 
     def __init__(self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters) -> None:
@@ -122,7 +122,7 @@ class TierIO:
             if result.outcome is Outcome.OK:
                 continue
             if result.outcome is Outcome.UNAVAILABLE:
-                unavailable += 1
+                unavailable += not result.partial
             elif result.outcome is not Outcome.MISS:
                 _log.warning("%s: %s: %s: %s", label, what, result.outcome.value, result.detail)
             if result.outcome is not Outcome.MISS or what == "load":

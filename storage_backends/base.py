@@ -83,11 +83,13 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one item went. `info` is set by `contains` for OK; `detail` says in words what failed, for logs."""
+    """How one item went. `info` is set by `contains` for OK; `detail` says in words what failed, for logs; `partial`
+    says of UNAVAILABLE that other keys can still be reached (one node of a cluster is away)."""
 
     outcome: Outcome
     info: ObjectInfo | None = None
     detail: str = field(default="", compare=False)
+    partial: bool = field(default=False, compare=False)
 
 
 class StorageBackend(ABC):

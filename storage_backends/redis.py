@@ -3,12 +3,13 @@
     <prefix>:{<64 hex digits of the key>}        the header (header.py): whoever finds it may ask for the segments
     <prefix>:{<64 hex digits of the key>}:<i>    payload bytes i * segment_bytes and on
 
-The braces put all of an object into one cluster slot. Redis may evict any of these keys at any time: a missing header
-is a MISS, a missing segment too, and then the rest is deleted. The bytes go between the sockets and the caller's
+The braces put all of an object into one slot of a cluster. Redis may evict any of these keys at any time: a missing
+header is a MISS, a missing segment too, and then the rest is deleted. The bytes go between the sockets and the caller's
 buffers without a copy (resp.py), two segments in flight.
 
-Where the connection is lost (redis_connections.py), the items without an answer are UNAVAILABLE, and the next call
-connects anew. A call waits at most `timeout_s` for a server that went silent. Error replies concern one item each.
+Which server has a key is known to redis_servers.py. Where a connection is lost (redis_connections.py), the items
+without an answer are UNAVAILABLE, and the next call connects anew. A call waits at most `timeout_s` for a server that
+went silent. Error replies concern one item each.
 
 Threading: any number of threads; each call has a connection of its own.
 """
@@ -18,13 +19,16 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loracache.errors import ConfigError
-from loracache.storage_backends import header
+from loracache.storage_backends import header, redis_rights
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, StorageBackend, Transfer
-from loracache.storage_backends.redis_connections import Connections
+from loracache.storage_backends.redis_cluster import Cluster
+from loracache.storage_backends.redis_servers import Call, OneServer, Servers
+from loracache.storage_backends.redis_urls import parse_target
 from loracache.storage_backends.resp import ErrorReply, ProtocolFault, Reply, Wire, command, opening
 from loracache.storage_backends.vectors import head, length, pieces
 
@@ -33,10 +37,11 @@ _LOST = {"MOVED", "ASK", "CLUSTERDOWN", "TRYAGAIN", "LOADING", "READONLY", "MAST
 
 
 class RedisBackend(StorageBackend):
-    """Objects in the Redis at `url` (redis://, rediss:// or unix://), under keys that begin with `prefix`.
+    """Objects in the Redis at `url` (redis_urls.py), under keys that begin with `prefix`.
 
-    timeout_s: how long a call waits for a silent server. segment_bytes: largest value written; what was written with
-    another is read all the same. integrity_key: as in DiskBackend.
+    password_file: holds the password where the URL has none. timeout_s: how long a call waits for a silent server.
+    segment_bytes: largest value written; what was written with another is read all the same. integrity_key: as in
+    DiskBackend.
     Raises ConfigError for settings that cannot work; whether a server answers is asked by `check`.
     """
 
@@ -47,6 +52,7 @@ class RedisBackend(StorageBackend):
         url: str,
         *,
         prefix: str = "loracache",
+        password_file: Path | None = None,
         integrity_key: bytes | None = None,
         timeout_s: float = 2.0,
         segment_bytes: int = 8 << 20,
@@ -58,53 +64,48 @@ class RedisBackend(StorageBackend):
             raise ConfigError(f"redis_timeout_s is {timeout_s}; give the seconds to wait, more than 0")
         if not 0 < segment_bytes <= 512 << 20:
             raise ConfigError(f"redis_segment_bytes is {segment_bytes}; give 1 to {512 << 20}, a value's limit")
+        target = parse_target(url, timeout_s, password_file)
         self._prefix = prefix.encode()
-        self._connections = Connections(url, timeout_s)
+        self._cluster = target.cluster
+        self._servers: Servers = Cluster(target) if target.cluster else OneServer(target)
         self.integrity_key = integrity_key
         self.segment_bytes = segment_bytes
 
     def check(self) -> None:
-        """Raises ConfigError unless the server answers and lets us in."""
-        answers: list[list[Reply] | ErrorReply] = []
-        lost = self._connections.talk(lambda wire: answers.append(self.ask(wire, [bytes(32)])), 0)
-        if lost:
-            raise ConfigError(f"redis {self._connections.place}: {lost}; start that Redis, or correct redis")
-        if isinstance(answers[0], ErrorReply):
-            raise ConfigError(f"redis {self._connections.place}: the server answers {answers[0].text!r}; correct redis")
+        """Raises ConfigError unless a server answers and lets us do all that we need to do."""
+        redis_rights.check(self._servers, self._prefix, cluster=self._cluster)
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
-        if not keys:
-            return []
-        answers: list[list[Reply] | ErrorReply] = []
-        lost = self._connections.talk(lambda wire: answers.append(self.ask(wire, keys)), 0)
-        if lost:
-            return [Result(Outcome.UNAVAILABLE, detail=lost)] * len(keys)
-        if isinstance(answers[0], ErrorReply):
-            return [_refusal(answers[0])] * len(keys)
-        return [_presence(key, raw) for key, raw in zip(keys, answers[0], strict=True)]
+        return self._run(keys, lambda numbers: _Question(self, [keys[number] for number in numbers]))
 
     def load(self, transfers: Sequence[Transfer]) -> list[Result]:
-        return self._run(_Load(self, transfers))
+        keys = [transfer.info.key for transfer in transfers]
+        return self._run(keys, lambda numbers: _Load(self, [transfers[number] for number in numbers]))
 
     def store(self, transfers: Sequence[Transfer]) -> list[Result]:
-        return self._run(_Store(self, transfers))
+        keys = [transfer.info.key for transfer in transfers]
+        return self._run(keys, lambda numbers: _Store(self, [transfers[number] for number in numbers]))
 
     def delete(self, keys: Sequence[bytes]) -> list[Result]:
-        results: list[Result] = []
-        lost = self._connections.talk(lambda wire: results.extend(self._delete(wire, keys)), 0) if keys else ""
-        return results or [Result(Outcome.UNAVAILABLE, detail=lost)] * len(keys)
+        return self._run(keys, lambda numbers: _Removal(self, [keys[number] for number in numbers]))
 
     def scan(self) -> Iterator[ObjectInfo]:
         return iter(())
 
     def close(self) -> None:
-        self._connections.close()
+        self._servers.close()
 
-    def ask(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply] | ErrorReply:
-        """The header values of all `keys` in one round trip."""
+    def ask(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply]:
+        """The header values of all `keys`, or the errors in their place, in one round trip."""
+        if self._cluster:  # a node refuses a command with keys of several slots
+            wire.send([b"".join(command(b"GET", self.header_key(key)) for key in keys)])
+            replies = [wire.reply() for _ in keys]
+            return [None if isinstance(each, ErrorReply) and each.code == "WRONGTYPE" else each for each in replies]
         wire.send([command(b"MGET", *(self.header_key(key) for key in keys))])
         reply = wire.reply()
-        if isinstance(reply, ErrorReply) or (isinstance(reply, list) and len(reply) == len(keys)):
+        if isinstance(reply, ErrorReply):
+            return [reply] * len(keys)
+        if isinstance(reply, list) and len(reply) == len(keys):
             return reply
         raise ProtocolFault("MGET was not answered with one value per key")
 
@@ -128,21 +129,41 @@ class RedisBackend(StorageBackend):
     def segment_key(self, key: bytes, number: int) -> bytes:
         return b"%b:%d" % (self.header_key(key), number)
 
-    def _delete(self, wire: Wire, keys: Sequence[bytes]) -> list[Result]:
-        answer = self.ask(wire, keys)
-        if isinstance(answer, ErrorReply):
-            return [_refusal(answer)] * len(keys)
-        extents = []
-        for key, raw in zip(keys, answer, strict=True):
-            found = _read_header(key, raw)
-            size, segment_bytes = (found.info.size, found.segment_bytes) if isinstance(found, header.Header) else (0, 1)
-            extents.append((key, size, segment_bytes))
-        return [_deletion(reply) for reply in self.unlink(wire, extents)]
+    def _run(self, keys: Sequence[bytes], call: Callable[[Sequence[int]], Call]) -> list[Result]:
+        return self._servers.run(keys, call) if keys else []
 
-    def _run(self, batch: _Batch) -> list[Result]:
-        nbytes = sum(length(transfer.buffers) for transfer in batch.transfers)
-        lost = self._connections.talk(batch.run, nbytes) if batch.transfers else ""
-        return [result or Result(Outcome.UNAVAILABLE, detail=lost) for result in batch.results]
+
+class _Question:
+    """Which of some keys are there."""
+
+    nbytes = 0
+
+    def __init__(self, backend: RedisBackend, keys: Sequence[bytes]) -> None:
+        self.results: list[Result | None] = [None] * len(keys)
+        self._backend = backend
+        self._keys = keys
+
+    def run(self, wire: Wire) -> None:
+        answer = self._backend.ask(wire, self._keys)
+        if wire.finished():  # else the answers may be to another question
+            self.results = [_presence(key, raw) for key, raw in zip(self._keys, answer, strict=True)]
+
+
+class _Removal(_Question):
+    """Removes some keys."""
+
+    def run(self, wire: Wire) -> None:
+        extents = {}
+        for item, (key, raw) in enumerate(zip(self._keys, self._backend.ask(wire, self._keys), strict=True)):
+            if isinstance(raw, ErrorReply):
+                self.results[item] = _refusal(raw)
+                continue
+            found = _read_header(key, raw)
+            extents[item] = (
+                (key, found.info.size, found.segment_bytes) if isinstance(found, header.Header) else (key, 0, 1)
+            )
+        for item, reply in zip(extents, self._backend.unlink(wire, list(extents.values())), strict=True):
+            self.results[item] = _deletion(reply)
 
 
 @dataclass(slots=True)  # not frozen: that would cost a microsecond each
@@ -168,6 +189,10 @@ class _Batch(ABC):
         for item, transfer in enumerate(transfers):
             if fault := header.transfer_fault(transfer):
                 self.results[item] = Result(Outcome.FAILED, detail=fault)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(length(transfer.buffers) for transfer in self.transfers)
 
     @abstractmethod
     def run(self, wire: Wire) -> None:
@@ -219,11 +244,7 @@ class _Load(_Batch):
         self._commands: Iterator[_Command] = iter(())
 
     def run(self, wire: Wire) -> None:
-        answer = self.backend.ask(wire, [transfer.info.key for transfer in self.transfers])
-        if isinstance(answer, ErrorReply):
-            self.results = [result or _refusal(answer) for result in self.results]
-            return
-        self._commands = self._gets(answer)
+        self._commands = self._gets(self.backend.ask(wire, [transfer.info.key for transfer in self.transfers]))
         self.pump(wire)
 
     def _gets(self, raw_headers: Sequence[Reply]) -> Iterator[_Command]:
@@ -243,6 +264,9 @@ class _Load(_Batch):
     def _take_header(self, item: int, raw: Reply) -> header.Header | None:
         """The item's header where it is as expected; else the item has its result."""
         info = self.transfers[item].info
+        if isinstance(raw, ErrorReply):
+            self.results[item] = _refusal(raw)
+            return None
         found = _read_header(info.key, raw)
         if found is None:
             self.results[item] = Result(Outcome.MISS)
@@ -351,6 +375,8 @@ def _read_header(key: bytes, raw: Reply) -> header.Header | str | None:
 
 
 def _presence(key: bytes, raw: Reply) -> Result:
+    if isinstance(raw, ErrorReply):
+        return _refusal(raw)
     found = _read_header(key, raw)
     if isinstance(found, header.Header):
         return Result(Outcome.OK, found.info)

@@ -1,20 +1,22 @@
 """Names of adapters in the Redis, where all machines that share it look them up: one hash, <prefix>:adapters.
 
-Threading: any number of threads; redis-py keeps a pool of connections.
+In a cluster the hash lies on one node, as its slot does. Threading: any number of threads; redis-py keeps a pool of
+connections for each server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from loracache.adapter_names import SharedNames
 from loracache.errors import Unavailable
-from loracache.storage_backends.redis_connections import without_secrets
+from loracache.storage_backends.redis_sentinel import Sentinels
+from loracache.storage_backends.redis_slots import SlotMap, slot_of
+from loracache.storage_backends.redis_urls import Address, Target, parse_target
 
 __all__ = ["RedisNames"]
 
@@ -22,30 +24,83 @@ _T = TypeVar("_T")
 
 
 class RedisNames(SharedNames):
-    """The hash at `url`. A server that is silent is given up after `timeout_s`."""
+    """The hash at `url` (redis_urls.py). A server that is silent is given up after `timeout_s`."""
 
-    def __init__(self, url: str, *, prefix: str = "loracache", timeout_s: float = 1.0) -> None:
+    def __init__(
+        self, url: str, *, prefix: str = "loracache", password_file: Path | None = None, timeout_s: float = 1.0
+    ) -> None:
         self._key = f"{prefix}:adapters"
-        self._place = without_secrets(url)
-        from_url: Callable[..., Any] = redis.Redis.from_url
-        self._redis: Any = from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0), protocol=2
-        )
+        self._target = parse_target(url, timeout_s, password_file)
+        self._owner = _Node(self._target, self._key) if self._target.cluster else _Server(self._target)
 
     def get(self, name: str) -> bytes | None:
-        return cast("bytes | None", self._ask(lambda: self._redis.hget(self._key, name)))
+        return cast("bytes | None", self._ask(lambda server: server.hget(self._key, name)))
 
     def all(self) -> list[bytes]:
-        return list(self._ask(lambda: self._redis.hgetall(self._key)).values())
+        return list(self._ask(lambda server: server.hgetall(self._key)).values())
 
     def put(self, name: str, record: bytes, *, only_new: bool = False) -> None:
-        self._ask(lambda: (self._redis.hsetnx if only_new else self._redis.hset)(self._key, name, record))
+        self._ask(lambda server: (server.hsetnx if only_new else server.hset)(self._key, name, record))
 
     def close(self) -> None:
-        self._redis.close()
+        self._owner.close()
 
-    def _ask(self, work: Callable[[], _T]) -> _T:
-        try:
-            return work()
-        except (redis.RedisError, OSError) as error:
-            raise Unavailable(f"redis {self._place}: {type(error).__name__}: {error}") from None
+    def _ask(self, work: Callable[[Any], _T]) -> _T:
+        for again in (True, False):
+            try:
+                return work(self._owner.client())
+            except (redis.RedisError, OSError) as error:
+                if self._owner.lost(error) and again:
+                    continue
+                said = self._target.said(error).text
+            raise Unavailable(f"redis {self._target.place}: {said}")
+        raise AssertionError
+
+
+class _Server:
+    """The one server, or the service's master, whom every new connection asks the sentinels for."""
+
+    def __init__(self, target: Target) -> None:
+        self._client = target.client_of_master(Sentinels(target)) if target.service else target.client()
+
+    def client(self) -> Any:
+        return self._client
+
+    def lost(self, error: Exception) -> bool:
+        """Takes note of how a question failed; whether it is worth asking again at once."""
+        return False
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class _Node:
+    """The node of a cluster that has the hash."""
+
+    def __init__(self, target: Target, key: str) -> None:
+        self._target = target
+        self._slot = slot_of(key.encode())
+        self._slots = SlotMap(target)
+        self._clients: dict[Address, Any] = {}
+        self._asked = target.hosts[0]
+
+    def client(self) -> Any:
+        (owner,) = self._slots.owners([self._slot])
+        if owner is None:
+            raise redis.ConnectionError(
+                self._slots.lost.text if self._slots.lost else "no node has the slot of the names"
+            )
+        if owner not in self._clients:
+            self._clients = {**self._clients, owner: self._target.client(owner)}
+        self._asked = owner
+        return self._clients[owner]
+
+    def lost(self, error: Exception) -> bool:
+        if isinstance(error, redis.exceptions.MovedError):
+            self._slots.moved([f"MOVED {error.args[0]}"], by=self._asked)
+        self._slots.doubt()
+        return isinstance(error, redis.exceptions.MovedError)
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()

@@ -73,6 +73,7 @@ class Wire:
         self._raw = bytearray(_AHEAD)
         self._ahead = memoryview(self._raw)
         self._start = self._end = 0
+        self.errors: list[ErrorReply] = []  # all that came, whoever they were for
 
     def send(self, parts: Sequence[bytes | memoryview]) -> None:
         """Sends all `parts`, in their order."""
@@ -91,7 +92,7 @@ class Wire:
         if mark == b"+":
             return rest
         if mark == b"-":
-            return ErrorReply(rest.decode("utf-8", "replace"))
+            return self._error(rest)
         if mark == b":":
             return _number(rest)
         if mark == b"$":
@@ -114,7 +115,7 @@ class Wire:
             return wanted
         mark, rest = self._line(len(line))
         if mark == b"-":
-            return ErrorReply(rest.decode("utf-8", "replace"))
+            return self._error(rest)
         size = _number(rest)
         if mark != b"$":
             raise ProtocolFault(f"a bulk reply begins with {mark!r}")
@@ -151,6 +152,11 @@ class Wire:
     def finished(self) -> bool:
         """Whether every byte received was consumed; if not, the peer said more than it was asked."""
         return self._start == self._end
+
+    def _error(self, line: bytes) -> ErrorReply:
+        error = ErrorReply(line.decode("utf-8", "replace"))
+        self.errors.append(error)
+        return error
 
     def _line(self, ahead: int) -> tuple[bytes, bytes]:
         while (stop := self._raw.find(b"\r\n", self._start, self._end)) < 0:

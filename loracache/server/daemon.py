@@ -354,7 +354,12 @@ def _redis_backend(config: Config) -> StorageBackend | None:
         return None
     from loracache.storage_backends.redis import RedisBackend
 
-    backend = RedisBackend(config.redis, prefix=config.redis_prefix, integrity_key=_secret(config))
+    backend = RedisBackend(
+        config.redis,
+        prefix=config.redis_prefix,
+        password_file=config.redis_password_file,
+        integrity_key=_secret(config),
+    )
     backend.check()
     return backend
 
@@ -364,4 +369,4 @@ def _shared_names(config: Config) -> SharedNames | None:
         return None
     from loracache.storage_backends.redis_names import RedisNames
 
-    return RedisNames(config.redis, prefix=config.redis_prefix)
+    return RedisNames(config.redis, prefix=config.redis_prefix, password_file=config.redis_password_file)

@@ -6,12 +6,16 @@ import hashlib
 import itertools
 import mmap
 import random
+import socket
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis as redis_client
 import xxhash
 
 from loracache.storage_backends.base import ALIGNMENT, Kind, ObjectInfo, Outcome, StorageBackend, Transfer, padded
@@ -20,6 +24,7 @@ from loracache.storage_backends.memory import MemoryBackend
 from loracache.storage_backends.redis import RedisBackend
 
 SEGMENT = 256 << 10  # small, so that objects of a test have several
+_numbers = itertools.count()
 
 
 def buffers(size: int, pieces: int) -> list[memoryview]:
@@ -157,7 +162,204 @@ def redis_tier() -> Iterator[Callable[..., RedisBackend]]:
         backend.close()
 
 
-@pytest.fixture(params=["memory", "disk", "disk-synced", "redis", "redis-keyed"])
+class Certificates:
+    """A CA and what it signs, made by openssl in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.ca = self._make("ca", "-subj", "/CN=test CA", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
+        self.stranger = self._make("stranger", "-subj", "/CN=other CA")
+
+    def signed(self, name: str, alternative: str = "DNS:localhost,IP:127.0.0.1", days: int = 2) -> tuple[Path, Path]:
+        """Certificate and key of a server or client known under the `alternative` names; expired where days < 0."""
+        key, request, certificate = (self._folder / f"{name}.{end}" for end in ("key", "csr", "crt"))
+        extensions = self._folder / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={alternative}\n")
+        self._openssl("req", "-newkey", *_CURVE, "-nodes", "-keyout", key, "-out", request, "-subj", "/CN=test")
+        self._openssl(
+            "x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self._folder / "ca.key", "-CAcreateserial",
+            "-days", days, "-extfile", extensions, "-out", certificate,
+        )  # fmt: skip
+        return certificate, key
+
+    def _make(self, name: str, *options: str) -> Path:
+        key, certificate = self._folder / f"{name}.key", self._folder / f"{name}.crt"
+        self._openssl(
+            "req", "-x509", "-newkey", *_CURVE, "-nodes", "-days", 2, "-keyout", key, "-out", certificate, *options
+        )
+        return certificate
+
+    def _openssl(self, *arguments: object) -> None:
+        subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, cwd=self._folder)
+
+
+class NetServer:
+    """A redis-server on loopback ports of its own, with nothing kept on disk; a sentinel where `file` is given."""
+
+    def __init__(self, folder: Path, *options: object, tls: tuple[Path, Path] | None = None, ca: Path | None = None):
+        self.port = free_port()
+        self.tls_port = free_port() if tls else 0
+        self._folder = folder / str(self.port)
+        self._folder.mkdir()
+        self._arguments = ["--port", self.port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", *options]
+        if tls:
+            self._arguments += ["--tls-port", self.tls_port, "--tls-cert-file", tls[0], "--tls-key-file", tls[1]]
+            self._arguments += ["--tls-ca-cert-file", ca]
+        self.redis = redis_client.Redis(port=self.port)
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = ["redis-server", *map(str, self._arguments)]
+        self.process = subprocess.Popen(command, cwd=self._folder, stdout=subprocess.DEVNULL)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, f"redis-server ended with {self.process.returncode}"
+        try:
+            return bool(self.redis.ping())
+        except redis_client.ConnectionError:
+            return False
+
+    def kill(self) -> None:
+        self.redis.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(30)
+
+
+def free_port() -> int:
+    """A port nobody listens on, nor on the one 10000 above, which a cluster's nodes speak among themselves by."""
+    while True:
+        port = _chosen.randrange(20_000, 32_000)  # below the ports of outgoing connections
+        try:
+            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 10_000)):
+                return port
+        except OSError:
+            continue
+
+
+class NetCluster:
+    """Three nodes with a third of the slots each, reached plainly and by TLS."""
+
+    def __init__(self, folder: Path, certificates: Certificates, eventually: Callable[..., Any]) -> None:
+        self._eventually = eventually
+        options = ["--cluster-enabled", "yes", "--cluster-node-timeout", 1000, "--cluster-require-full-coverage", "no"]
+        options += ["--tls-cluster", "yes", "--tls-auth-clients", "no"]
+        pair = certificates.signed("node")
+        self.nodes = [NetServer(folder, *options, tls=pair, ca=certificates.ca) for _ in range(3)]
+        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        self.tls_url = self.url.replace("redis", "rediss", 1) + f"?ssl_ca_certs={certificates.ca}"
+        for plain, tls in ((node.port, node.tls_port) for node in self.nodes):
+            self.tls_url = self.tls_url.replace(f":{plain}", f":{tls}")
+        for number, node in enumerate(self.nodes):
+            eventually(node.answers, "a node answers")
+            node.redis.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            node.redis.execute_command("CLUSTER ADDSLOTS", *range(number * 16384 // 3, (number + 1) * 16384 // 3))
+        for node in self.nodes[1:]:
+            node.redis.execute_command("CLUSTER MEET", "127.0.0.1", self.nodes[0].tls_port)
+        eventually(self.whole, "the cluster is whole")
+
+    def whole(self) -> bool:
+        """Whether every node knows of all slots and nodes."""
+        states = [node.redis.execute_command("CLUSTER INFO") for node in self.nodes]
+        return all(
+            state["cluster_state"] == "ok"
+            and (state["cluster_slots_ok"], state["cluster_known_nodes"]) == ("16384", "3")
+            for state in states
+        )
+
+    def owner(self, slot: int) -> int:
+        """The number of the node that says it has the slot."""
+        for number, node in enumerate(self.nodes):
+            for first, last, (_, port, *_), *_ in node.redis.execute_command("CLUSTER SLOTS"):
+                if first <= slot <= last and port == node.port:
+                    return number
+        raise AssertionError(f"nobody has slot {slot}")
+
+    def move(self, slot: int, to: int) -> None:
+        """Moves a slot and what is in it, as `redis-cli --cluster reshard` does."""
+        source, target = self.nodes[self.owner(slot)].redis, self.nodes[to].redis
+        self.begin_move(slot, to)
+        while keys := source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
+            source.execute_command("MIGRATE", "127.0.0.1", self.nodes[to].tls_port, "", 0, 5000, "KEYS", *keys)
+        for node in (target, source):
+            node.execute_command("CLUSTER SETSLOT", slot, "NODE", self.id(to))
+
+    def begin_move(self, slot: int, to: int) -> None:
+        """From now on the keys of the slot that are not there are asked for at the other node."""
+        source = self.owner(slot)
+        self.nodes[to].redis.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", self.id(source))
+        self.nodes[source].redis.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", self.id(to))
+
+    def end_move(self, slot: int) -> None:
+        """Has a slot stay where it is."""
+        for node in self.nodes:
+            node.redis.execute_command("CLUSTER SETSLOT", slot, "STABLE")
+
+    def id(self, number: int) -> str:
+        return str(self.nodes[number].redis.execute_command("CLUSTER MYID").decode())
+
+    def kill(self) -> None:
+        for node in self.nodes:
+            node.kill()
+
+
+_CURVE = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+_chosen = random.Random()
+
+
+@pytest.fixture(scope="session")
+def net_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def certificates(net_folder: Path) -> Certificates:
+    return Certificates(net_folder)
+
+
+@pytest.fixture(scope="module")
+def net_redis(net_folder: Path, eventually: Callable[..., Any]) -> Iterator[Callable[..., NetServer]]:
+    """net_redis(*options, tls=(certificate, key), ca=file) starts one on loopback; all end with the module."""
+    started: list[NetServer] = []
+
+    def start(*options: object, **tls: Any) -> NetServer:
+        started.append(NetServer(net_folder, *options, **tls))
+        eventually(started[-1].answers, "redis-server answers")
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+class TlsUrl:
+    """A Redis reached by TLS alone, and the URL that trusts it."""
+
+    def __init__(self, server: NetServer, ca: Path) -> None:
+        self.server = server
+        self.url = f"rediss://localhost:{server.tls_port}?ssl_ca_certs={ca}"
+
+
+@pytest.fixture(scope="module")
+def tls_redis(net_redis: Callable[..., NetServer], certificates: Certificates) -> TlsUrl:
+    pair = certificates.signed("server")
+    return TlsUrl(net_redis("--tls-auth-clients", "no", tls=pair, ca=certificates.ca), certificates.ca)
+
+
+@pytest.fixture(scope="module")
+def redis_cluster(net_folder: Path, certificates: Certificates, eventually: Callable[..., Any]) -> Iterator[NetCluster]:
+    """A cluster that the tests of a module share."""
+    cluster = NetCluster(net_folder, certificates, eventually)
+    yield cluster
+    cluster.kill()
+
+
+@pytest.fixture(params=["memory", "disk", "disk-synced", "redis", "redis-keyed", "redis-tls", "redis-cluster"])
 def backend(request: pytest.FixtureRequest) -> StorageBackend:
     """Every backend that keeps the contract, in the flavours that take other paths through the code."""
     name, _, flavour = request.param.partition("-")
@@ -165,6 +367,9 @@ def backend(request: pytest.FixtureRequest) -> StorageBackend:
         return MemoryBackend()
     if name == "disk":
         return request.getfixturevalue("disk")(sync=flavour == "synced")
+    if flavour in ("tls", "cluster"):  # servers that all tests share: each has a prefix of its own
+        shared = request.getfixturevalue("tls_redis" if flavour == "tls" else "redis_cluster")
+        return request.getfixturevalue("redis_tier")(shared.url, prefix=f"test-{next(_numbers)}")
     server = request.getfixturevalue("redis_server")()
     key = b"k" * 32 if flavour == "keyed" else None
     return request.getfixturevalue("redis_tier")(server.url, integrity_key=key)

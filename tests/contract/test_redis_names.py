@@ -147,7 +147,7 @@ def test_a_stopped_server_is_unavailable_in_bounded_time(
     server.send(signal.SIGSTOP)
     try:
         began = time.monotonic()
-        with pytest.raises(Unavailable, match=f"redis unix://{server.socket}.*Timeout"):
+        with pytest.raises(Unavailable, match=f"redis unix://{server.socket}: no answer within"):
             call(names)
         assert 0.3 < time.monotonic() - began < 2.5
     finally:

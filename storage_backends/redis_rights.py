@@ -1,0 +1,61 @@
+"""What the Redis tier must be allowed to do, tried out when the daemon starts.
+
+Every command we use is sent once, about one small key of ours that the last of them removes: a user without the rights
+is told at once, and not by misses. Threading: called once, before the tier is used.
+"""
+
+from __future__ import annotations
+
+from loracache.errors import ConfigError
+from loracache.storage_backends.redis_servers import Servers
+from loracache.storage_backends.resp import ErrorReply, Wire, command
+
+__all__ = ["check"]
+
+_NO_FAULT = {"OOM", "READONLY", "WRONGTYPE", "MISCONF", "NOREPLICAS"}  # passes, or is the key's wrong type on purpose
+_ELSEWHERE = {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN"}  # rights are looked at before
+
+
+def check(servers: Servers, prefix: bytes, *, cluster: bool) -> None:
+    """Raises ConfigError unless a server answers, and each that answers lets us do what we need."""
+    harmless = _NO_FAULT | (_ELSEWHERE if cluster else set())
+    answered = 0
+    refused: dict[str, ErrorReply] = {}
+
+    def work(wire: Wire) -> None:
+        nonlocal answered
+        commands = _commands(prefix)
+        wire.send([b"".join(encoded for _, encoded in commands)])
+        for name, _ in commands:
+            reply = wire.reply()
+            if isinstance(reply, ErrorReply) and reply.code not in harmless:
+                refused[name] = reply
+        answered += 1
+
+    lost = servers.everywhere(work)
+    if lost is not None and not answered:
+        raise ConfigError(f"redis {servers.place}: {lost.text}; {lost.fix}")
+    if refused:
+        name, first = next(iter(refused.items()))
+        raise ConfigError(
+            f"redis {servers.place}: the server answers {first.text!r} to {name}; {_fix(first, refused, prefix)}"
+        )
+
+
+def _fix(first: ErrorReply, refused: dict[str, ErrorReply], prefix: bytes) -> str:
+    if first.code == "NOPERM":
+        rights = " ".join(f"+{name.lower()}" for name in refused)
+        return f"give its user ~{prefix.decode()}:* {rights} (ACL SETUSER)"
+    if first.code in _ELSEWHERE and first.code in ("MOVED", "ASK", "CLUSTERDOWN"):
+        return "it is one node of a cluster: write redis+cluster:// (rediss+cluster://) in redis"
+    return "correct redis"
+
+
+def _commands(prefix: bytes) -> list[tuple[str, bytes]]:
+    """Names and encodings. The hash commands go to what the first of them made no hash: they change nothing."""
+    key = b"%b:{check}" % prefix
+    words = (
+        (b"SET", key, b""), (b"GET", key), (b"MGET", key), (b"HSET", key, b"f", b"v"), (b"HSETNX", key, b"f", b"v"),
+        (b"HGET", key, b"f"), (b"HGETALL", key), (b"UNLINK", key),
+    )  # fmt: skip
+    return [(each[0].decode(), command(*each)) for each in words]
