@@ -13,7 +13,15 @@ from loracache.storage_backends.resp import ErrorReply, Wire, command
 __all__ = ["check"]
 
 _NO_FAULT = {"OOM", "READONLY", "WRONGTYPE", "MISCONF", "NOREPLICAS"}  # passes, or is the key's wrong type on purpose
-_ELSEWHERE = {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN"}  # rights are looked at before
+_ELSEWHERE = {
+    "MOVED",
+    "ASK",
+    "TRYAGAIN",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "CROSSSLOT",
+}  # rights are looked at before
 
 
 def check(servers: Servers, prefix: bytes, *, cluster: bool) -> None:
@@ -46,16 +54,18 @@ def _fix(first: ErrorReply, refused: dict[str, ErrorReply], prefix: bytes) -> st
     if first.code == "NOPERM":
         rights = " ".join(f"+{name.lower()}" for name in refused)
         return f"give its user ~{prefix.decode()}:* {rights} (ACL SETUSER)"
-    if first.code in _ELSEWHERE and first.code in ("MOVED", "ASK", "CLUSTERDOWN"):
+    if first.code in ("MOVED", "CLUSTERDOWN", "CROSSSLOT"):
         return "it is one node of a cluster: write redis+cluster:// (rediss+cluster://) in redis"
     return "correct redis"
 
 
 def _commands(prefix: bytes) -> list[tuple[str, bytes]]:
-    """Names and encodings. The hash commands go to what the first of them made no hash: they change nothing."""
+    """Names and encodings. The hash commands go to what the first of them made no hash: they change nothing. The keys
+    of MGET are of two slots, so that any node of a cluster shows what it is.
+    """
     key = b"%b:{check}" % prefix
     words = (
-        (b"SET", key, b""), (b"GET", key), (b"MGET", key), (b"HSET", key, b"f", b"v"), (b"HSETNX", key, b"f", b"v"),
-        (b"HGET", key, b"f"), (b"HGETALL", key), (b"UNLINK", key),
+        (b"SET", key, b""), (b"GET", key), (b"MGET", key, b"%b:{other}" % prefix), (b"HSET", key, b"f", b"v"),
+        (b"HSETNX", key, b"f", b"v"), (b"HGET", key, b"f"), (b"HGETALL", key), (b"UNLINK", key),
     )  # fmt: skip
     return [(each[0].decode(), command(*each)) for each in words]

@@ -182,6 +182,12 @@ class Certificates:
         )  # fmt: skip
         return certificate, key
 
+    def locked(self, key: Path, password: str) -> Path:
+        """The same key under a password."""
+        locked = key.with_suffix(".locked")
+        self._openssl("pkey", "-in", key, "-aes256", "-passout", f"pass:{password}", "-out", locked)
+        return locked
+
     def _make(self, name: str, *options: str) -> Path:
         key, certificate = self._folder / f"{name}.key", self._folder / f"{name}.crt"
         self._openssl(
@@ -194,18 +200,28 @@ class Certificates:
 
 
 class NetServer:
-    """A redis-server on loopback ports of its own, with nothing kept on disk; a sentinel where `file` is given."""
+    """A redis-server on loopback ports of its own, with nothing kept on disk."""
 
-    def __init__(self, folder: Path, *options: object, tls: tuple[Path, Path] | None = None, ca: Path | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *options: object,
+        tls: tuple[Path, Path] | None = None,
+        ca: Path | None = None,
+        password: str | None = None,
+    ) -> None:
         self.port = free_port()
         self.tls_port = free_port() if tls else 0
         self._folder = folder / str(self.port)
         self._folder.mkdir()
-        self._arguments = ["--port", self.port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", *options]
+        self._arguments = ["--port", self.port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._arguments += ["--repl-diskless-sync-delay", 0, *options]
         if tls:
             self._arguments += ["--tls-port", self.tls_port, "--tls-cert-file", tls[0], "--tls-key-file", tls[1]]
             self._arguments += ["--tls-ca-cert-file", ca]
-        self.redis = redis_client.Redis(port=self.port)
+        if password:
+            self._arguments += ["--requirepass", password, "--masterauth", password]
+        self.redis = redis_client.Redis(port=self.port, password=password)
         self.start()
 
     @property
@@ -254,13 +270,17 @@ class NetCluster:
         self.tls_url = self.url.replace("redis", "rediss", 1) + f"?ssl_ca_certs={certificates.ca}"
         for plain, tls in ((node.port, node.tls_port) for node in self.nodes):
             self.tls_url = self.tls_url.replace(f":{plain}", f":{tls}")
+
+    def join(self) -> NetCluster:
+        """Makes the nodes one cluster."""
         for number, node in enumerate(self.nodes):
-            eventually(node.answers, "a node answers")
+            self._eventually(node.answers, "a node answers")
             node.redis.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
             node.redis.execute_command("CLUSTER ADDSLOTS", *range(number * 16384 // 3, (number + 1) * 16384 // 3))
         for node in self.nodes[1:]:
             node.redis.execute_command("CLUSTER MEET", "127.0.0.1", self.nodes[0].tls_port)
-        eventually(self.whole, "the cluster is whole")
+        self._eventually(self.whole, "the cluster is whole")
+        return self
 
     def whole(self) -> bool:
         """Whether every node knows of all slots and nodes."""
@@ -323,6 +343,12 @@ def certificates(net_folder: Path) -> Certificates:
 
 
 @pytest.fixture(scope="module")
+def port() -> Callable[[], int]:
+    """port() finds one that nobody listens on."""
+    return free_port
+
+
+@pytest.fixture(scope="module")
 def net_redis(net_folder: Path, eventually: Callable[..., Any]) -> Iterator[Callable[..., NetServer]]:
     """net_redis(*options, tls=(certificate, key), ca=file) starts one on loopback; all end with the module."""
     started: list[NetServer] = []
@@ -355,8 +381,10 @@ def tls_redis(net_redis: Callable[..., NetServer], certificates: Certificates) -
 def redis_cluster(net_folder: Path, certificates: Certificates, eventually: Callable[..., Any]) -> Iterator[NetCluster]:
     """A cluster that the tests of a module share."""
     cluster = NetCluster(net_folder, certificates, eventually)
-    yield cluster
-    cluster.kill()
+    try:
+        yield cluster.join()
+    finally:
+        cluster.kill()
 
 
 @pytest.fixture(params=["memory", "disk", "disk-synced", "redis", "redis-keyed", "redis-tls", "redis-cluster"])

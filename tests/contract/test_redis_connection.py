@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -255,39 +254,6 @@ def test_a_url_that_cannot_work_is_refused_without_its_password(url: str) -> Non
 def test_a_setting_that_cannot_work_is_refused_by_name(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"redis_{setting}"):
         RedisBackend("redis://localhost", **{setting: value})
-
-
-def test_bytes_travel_over_tls(
-    server: Any, objects: Any, redis_tier: Callable[..., RedisBackend], short_tmp: Path
-) -> None:
-    key, certificate = short_tmp / "key.pem", short_tmp / "cert.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    )
-    try:
-        subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("needs openssl")
-    with socket.create_server(("localhost", 0)) as probe:
-        port = probe.getsockname()[1]
-    settings = {"tls-cert-file": certificate, "tls-key-file": key, "tls-ca-cert-file": certificate}
-    server.redis.config_set("bind", "127.0.0.1")
-    server.redis.execute_command(
-        "CONFIG", "SET", *(str(part) for pair in settings.items() for part in pair), "tls-auth-clients", "no"
-    )
-    server.redis.config_set("tls-port", port)
-    backend = redis_tier(f"rediss://localhost:{port}?ssl_ca_certs={certificate}", timeout_s=1.0)
-    backend.check()
-    stored = [objects.new(600_000, pieces=5), objects.new(2 << 20)]
-    objects.store(backend, stored)
-    assert all(objects.holds(backend, item) for item in stored)
-    server.send(signal.SIGSTOP)
-    try:
-        began = time.monotonic()
-        assert outcomes(backend.load([objects.empty(item) for item in stored])) == [UNAVAILABLE] * 2
-        assert time.monotonic() - began < 1.8
-    finally:
-        server.send(signal.SIGCONT)
 
 
 def test_closing_a_backend_closes_its_connections(server: Any, objects: Any) -> None:

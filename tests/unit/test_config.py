@@ -215,8 +215,36 @@ def test_secrets_are_not_shown_where_the_file_is_no_yaml(content: str, written: 
     assert "hunter2" not in str(caught.value)
 
 
-def test_secrets_are_not_shown_with_the_configuration() -> None:
-    config = load_config(SOCKET | {"integrity_key": "hunter2" * 4, "redis": "redis://:hunter2@host:6379"})
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2@host",
+        "rediss://user:hunter2@host:1/0",
+        "unix://user:hunter2@/path",
+        "redis://:hun/ter2@host",
+        "redis+sentinel://:hunter2@host,other/service",
+        "redis://host?password=hunter2",
+        "redis+sentinel://host/service?db=1&sentinel_password=hunter2",
+    ],
+)
+def test_a_password_on_the_command_line_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"redis on the command line .* give redis by LORACACHE_REDIS") as caught:
+        load_config(SOCKET | {"redis": url})
+    assert "ter2" not in str(caught.value)
+
+
+def test_a_url_without_a_password_may_stand_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("redis://user@host:1/0", "redis://[::1]:6379", "rediss+cluster://a:1,b:2?ssl_cert_reqs=none"):
+        assert load_config(SOCKET | {"redis": url}).redis == url
+    monkeypatch.setenv("LORACACHE_REDIS", "redis://:hunter2@host")
+    monkeypatch.setenv("LORACACHE_REDIS_PASSWORD_FILE", "/secret")
+    config = load_config(SOCKET)
+    assert (config.redis, config.redis_password_file) == ("redis://:hunter2@host", Path("/secret"))
+
+
+def test_secrets_are_not_shown_with_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORACACHE_REDIS", "redis://:hunter2@host:6379")
+    config = load_config(SOCKET | {"integrity_key": "hunter2" * 4})
     assert "hunter2" not in repr(config) + str(config)
     assert config.integrity_key is not None
     assert config.integrity_key.get_secret_value() == "hunter2" * 4

@@ -1,0 +1,221 @@
+"""The Redis tier behind a real sentinel: the master is found, lost, and found again elsewhere."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as redis_client
+
+from loracache.errors import ConfigError, Unavailable
+from loracache.storage_backends.base import Outcome
+from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis_names import RedisNames
+
+OK, MISS, UNAVAILABLE = Outcome.OK, Outcome.MISS, Outcome.UNAVAILABLE
+SECRET, SENTINEL_SECRET = "s3cr3t", "s3ntin3l"
+DOWN_MS = 400
+
+
+def outcomes(results: list[Any]) -> list[Outcome]:
+    return [result.outcome for result in results]
+
+
+class Watched:
+    """A master, its replica, and the sentinel that watches them; data and sentinel have passwords."""
+
+    def __init__(self, folder: Path, start: Callable[..., Any], port: int, eventually: Callable[..., Any]) -> None:
+        self._eventually = eventually
+        self.master = start(password=SECRET)
+        self.replica = start("--replicaof", f"127.0.0.1 {self.master.port}", password=SECRET)
+        eventually(self.synced, "the replica has all")
+        self.port = port
+        file = folder / f"sentinel-{port}.conf"
+        file.write_text(
+            f"port {port}\nbind 127.0.0.1\nrequirepass {SENTINEL_SECRET}\n"
+            f"sentinel monitor cache 127.0.0.1 {self.master.port} 1\nsentinel auth-pass cache {SECRET}\n"
+            f"sentinel down-after-milliseconds cache {DOWN_MS}\nsentinel failover-timeout cache 3000\n"
+        )
+        command = ["redis-server", str(file), "--sentinel"]
+        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+        self.sentinel = redis_client.Redis(port=port, password=SENTINEL_SECRET)
+        self.url = self.url_of(f"127.0.0.1:{port}")
+
+    def ready(self) -> Watched:
+        self._eventually(self.knows_both, "the sentinel knows master and replica")
+        return self
+
+    def url_of(self, hosts: str) -> str:
+        return f"redis+sentinel://:{SECRET}@{hosts}/cache?sentinel_password={SENTINEL_SECRET}"
+
+    def synced(self) -> bool:
+        return bool(self.replica.redis.info("replication")["master_link_status"] == "up")
+
+    def knows_both(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            (found,) = self.sentinel.sentinel_slaves("cache")
+        except (redis_client.ConnectionError, ValueError):
+            return False
+        return "ok" in str(found["master-link-status"]) and not found["is_disconnected"]
+
+    def ends_failover(self) -> None:
+        """Waits until the replica is the master, for the sentinel as well."""
+
+        def done() -> bool:
+            found = self.sentinel.sentinel_get_master_addr_by_name("cache")
+            return bool(found[1] == self.replica.port and self.replica.redis.info("replication")["role"] == "master")
+
+        self._eventually(done, "the replica is the master", 30)
+
+    def close(self) -> None:
+        self.sentinel.close()
+        self.process.kill()
+        self.process.wait(30)
+
+
+@pytest.fixture
+def watched(
+    short_tmp: Path, net_redis: Callable[..., Any], port: Callable[[], int], eventually: Callable[..., Any]
+) -> Iterator[Watched]:
+    made = Watched(short_tmp, net_redis, port(), eventually)
+    try:
+        yield made.ready()
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def shared(
+    net_folder: Path, net_redis: Callable[..., Any], port: Callable[[], int], eventually: Callable[..., Any]
+) -> Iterator[Watched]:
+    """One whose master stays."""
+    made = Watched(net_folder, net_redis, port(), eventually)
+    try:
+        yield made.ready()
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def tier(watched: Watched, redis_tier: Callable[..., RedisBackend]) -> RedisBackend:
+    backend = redis_tier(watched.url, timeout_s=4.0)
+    backend.check()
+    return backend
+
+
+@pytest.fixture
+def names(watched: Watched) -> Iterator[RedisNames]:
+    made = RedisNames(watched.url, timeout_s=4.0)
+    yield made
+    made.close()
+
+
+def test_after_a_failover_the_next_calls_find_the_new_master(
+    watched: Watched, tier: RedisBackend, names: RedisNames, objects: Any, eventually: Callable[..., Any]
+) -> None:
+    stored = [objects.new(600_000), objects.new(10)]
+    objects.store(tier, stored)
+    names.put("a", b"record")
+    assert watched.master.redis.exists("loracache:adapters") == 1
+    watched.master.redis.wait(1, 5000)
+    watched.sentinel.execute_command("SENTINEL FAILOVER", "cache")
+
+    watched.ends_failover()
+    late = objects.new(300_000)
+
+    def moved() -> bool:
+        """Until the sentinel tells the old master what it is now, it serves those who are connected."""
+        found = outcomes(tier.store([late]))
+        assert set(found) <= {OK, UNAVAILABLE}
+        return found == [OK] and bool(watched.replica.redis.exists(f"loracache:{{{late.info.key.hex()}}}"))
+
+    eventually(moved, "the tier writes to the new master", 30)
+    assert all(objects.holds(tier, item) for item in (*stored, late))
+
+    def put() -> bool:
+        try:
+            names.put("b", b"of b")
+        except Unavailable:
+            return False
+        return bool(watched.replica.redis.hlen("loracache:adapters") == 2)
+
+    eventually(put, "names are written to the new master", 30)
+
+
+def test_a_killed_master_is_unavailable_until_there_is_another(
+    watched: Watched, tier: RedisBackend, names: RedisNames, objects: Any, eventually: Callable[..., Any]
+) -> None:
+    stored = objects.new(600_000)
+    objects.store(tier, [stored])
+    names.put("a", b"record")
+    watched.master.redis.wait(1, 5000)
+    watched.master.kill()
+    assert objects.found(tier, stored) is objects.load(tier, stored) is UNAVAILABLE
+    assert outcomes(tier.store([stored])) == outcomes(tier.delete([stored.info.key])) == [UNAVAILABLE]
+    with pytest.raises(Unavailable, match=r"redis redis\+sentinel://127"):
+        names.get("a")
+    eventually(lambda: objects.found(tier, stored) is OK, "the new master is found", 30)
+    assert objects.holds(tier, stored)
+    assert names.get("a") == b"record"
+
+
+def test_a_master_that_became_a_replica_under_an_open_connection_is_left(
+    watched: Watched, tier: RedisBackend, names: RedisNames, objects: Any
+) -> None:
+    stored = objects.new(600_000)
+    objects.store(tier, [stored])
+    names.put("a", b"record")
+    watched.sentinel.execute_command("SENTINEL REMOVE", "cache")
+    watched.replica.redis.replicaof("NO", "ONE")
+    watched.master.redis.replicaof("127.0.0.1", watched.replica.port)
+    watched.sentinel.execute_command("SENTINEL MONITOR", "cache", "127.0.0.1", watched.replica.port, 1)
+    watched.sentinel.execute_command("SENTINEL SET", "cache", "auth-pass", SECRET)
+    (result,) = tier.store([stored])
+    assert (result.outcome, result.detail[:8]) == (UNAVAILABLE, "READONLY")
+    objects.store(tier, [stored])
+    with pytest.raises(Unavailable):
+        names.put("b", b"record")
+    names.put("b", b"record")
+
+
+def test_a_silent_sentinel_is_passed_over_and_a_silent_master_given_up(
+    watched: Watched, redis_tier: Callable[..., RedisBackend], objects: Any, port: Callable[[], int]
+) -> None:
+    backend = redis_tier(watched.url_of(f"127.0.0.1:{port()},127.0.0.1:{watched.port}"), timeout_s=2.0)
+    objects.store(backend, [objects.new(10)])
+    silent = redis_tier(watched.url, timeout_s=0.5)
+    watched.process.send_signal(signal.SIGSTOP)
+    try:
+        assert outcomes(silent.contains([bytes(32)])) == [UNAVAILABLE]
+        assert outcomes(backend.contains([bytes(32)])) == [MISS]  # who is connected needs no sentinel
+    finally:
+        watched.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("/cache", "/other"), "it watches no service of this name"),
+        ((f":{SECRET}@", f":{SECRET}wrong@"), "correct the user and password"),
+        ((f"sentinel_password={SENTINEL_SECRET}", f"sentinel_password={SENTINEL_SECRET}wrong"), "no master of 'cache'"),
+        ((f"?sentinel_password={SENTINEL_SECRET}", ""), "no master of 'cache'"),
+    ],
+)
+def test_what_is_wrong_with_the_url_is_said_at_the_start_without_secrets(
+    shared: Watched, redis_tier: Callable[..., RedisBackend], change: tuple[str, str], said: str
+) -> None:
+    url = shared.url.replace(*change)
+    with pytest.raises(ConfigError, match=r"redis redis\+sentinel://127") as caught:
+        redis_tier(url).check()
+    names = RedisNames(url)
+    with pytest.raises(Unavailable) as unavailable:
+        names.get("a")
+    names.close()
+    assert said in str(caught.value)
+    for secret in (SECRET, SENTINEL_SECRET):
+        assert secret not in f"{caught.value}{unavailable.value}"
