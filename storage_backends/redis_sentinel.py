@@ -22,7 +22,7 @@ class Sentinels:
         self._share_s = target.timeout_s / 2 / len(target.hosts) / 2  # it may be silent twice: connecting, answering
 
     def master(self) -> Address:
-        """Raises redis.ConnectionError where no sentinel knows a master that is up."""
+        """Raises redis.ConnectionError where no sentinel names one."""
         hosts = self._hosts
         said = []
         for host in hosts:
@@ -31,20 +31,17 @@ class Sentinels:
             except (redis.RedisError, OSError) as error:
                 said.append(f"{host}: {self._target.said(error).text}")
                 continue
-            if found is not None:
-                self._hosts = (host, *(other for other in hosts if other != host))
-                return found
-            said.append(f"{host}: the master is down")
+            self._hosts = (host, *(other for other in hosts if other != host))
+            return found
         raise redis.ConnectionError(f"no master of {self._target.service!r}: {'; '.join(said)}")
 
     def discover_master(self, service: str) -> tuple[str, int]:
         """`master`, under the name by which redis-py's SentinelConnectionPool asks."""
         return self.master()
 
-    def _ask(self, host: Address) -> Address | None:
+    def _ask(self, host: Address) -> Address:
         with self._target.guide(host, self._share_s) as client:
-            state = client.sentinel_masters().get(self._target.service)
-        if state is None:
+            found = client.sentinel_get_master_addr_by_name(self._target.service)
+        if found is None:
             raise redis.ResponseError("it watches no service of this name")
-        up = state["is_master"] and not state["is_sdown"] and not state["is_odown"]
-        return Address(state["ip"], int(state["port"])) if up else None
+        return Address(*found)

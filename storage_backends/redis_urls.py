@@ -44,8 +44,7 @@ _PATHS = {
 _OPTIONS = {"db", "username", "password", "client_name"}
 _TLS_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _TLS_OPTIONS = {
-    *_TLS_FILES, "ssl_password", "ssl_cert_reqs", "ssl_check_hostname", "ssl_min_version", "ssl_ciphers",
-    "ssl_include_verify_flags", "ssl_exclude_verify_flags",
+    *_TLS_FILES, "ssl_password", "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers",
 }  # fmt: skip
 _SENTINEL_OPTIONS = {"sentinel_username", "sentinel_password"}
 _FIX = (

@@ -107,6 +107,22 @@ def test_an_answer_ends_the_doubling_and_waiting_for_writes_does_not(rig_of: Mak
     assert io.available
 
 
+def test_a_part_that_is_away_has_nobody_leave_the_others_alone(rig_of: Make, now: list[float]) -> None:
+    rig = rig_of(redis=True)
+    io = rig.cache.redis.io
+    answer = [Result(Outcome.UNAVAILABLE, partial=True), Result(Outcome.MISS)]
+    io.backend.contains = lambda keys: answer[: len(keys)]
+    for keys in ([KEY, KEY], [KEY]):
+        io.contains(keys, lambda results: None)
+        rig.settle()
+        assert io.available
+    assert rig.cache.counters["failure.redis.unavailable"] == 2
+    answer[:] = [Result(Outcome.UNAVAILABLE)] * 2
+    io.contains([KEY], lambda results: None)
+    rig.settle()
+    assert not io.available
+
+
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
