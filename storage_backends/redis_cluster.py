@@ -51,6 +51,7 @@ class _Node:
     def talk(self, work: Callable[[Wire], object], nbytes: int) -> Lost | None:
         """As `Connections.talk`; at once where the node is being left alone."""
         if not self.available:
+            self._on_lost()  # its replica may have its slots by now
             return self._lost
         lost = self._connections.talk(work, nbytes)
         with self._lock:

@@ -25,15 +25,17 @@ class Sentinels:
         """Raises redis.ConnectionError where no sentinel names one."""
         hosts = self._hosts
         said = []
+        last: Exception | None = None
         for host in hosts:
             try:
                 found = self._ask(host)
             except (redis.RedisError, OSError) as error:
                 said.append(f"{host}: {self._target.said(error).text}")
+                last = error
                 continue
             self._hosts = (host, *(other for other in hosts if other != host))
             return found
-        raise redis.ConnectionError(f"no master of {self._target.service!r}: {'; '.join(said)}")
+        raise redis.ConnectionError(f"no master of {self._target.service!r}: {'; '.join(said)}") from last
 
     def discover_master(self, service: str) -> tuple[str, int]:
         """`master`, under the name by which redis-py's SentinelConnectionPool asks."""

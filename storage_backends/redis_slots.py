@@ -22,7 +22,7 @@ from loracache.storage_backends.redis_urls import Address, Lost, Target
 __all__ = ["SlotMap", "slot_of"]
 
 _MOVED = re.compile(r"MOVED (?P<slot>[0-9]{1,5}) (?P<host>.*):(?P<port>[0-9]{1,5})")
-_AGAIN_S = 0.5  # after nobody could be asked
+_AGAIN_S = 0.5  # between two questions, but after a redirection
 _STEPS = 4  # silent ones that fit into a timeout
 
 
@@ -67,17 +67,20 @@ class SlotMap:
             for match in filter(None, map(_MOVED.fullmatch, told)):
                 if (slot := int(match["slot"])) < len(self._owners):
                     self._owners[slot] = Address(match["host"] or by.host, int(match["port"]))
+            self._not_before = 0.0
         self._in_doubt = True
 
     def _learn(self) -> None:
         if (self._nodes and not self._in_doubt) or time.monotonic() < self._not_before:
             return
-        self._in_doubt = False  # before asking: who doubts meanwhile doubts what we are about to learn
+        self._in_doubt = not self._ask()
+        self._not_before = time.monotonic() + _AGAIN_S
+
+    def _ask(self) -> bool:
+        """Asks node after node; whether one has answered."""
         deadline = time.monotonic() + self._target.timeout_s
         known = dict.fromkeys((*self._nodes, *self._target.hosts))
         for address in sorted(known, key=lambda each: not self._seems_alive(each)):
-            if time.monotonic() > deadline:
-                break
             try:
                 with self._target.guide(address, self._target.timeout_s / _STEPS) as client:
                     answer = client.execute_command("CLUSTER SLOTS")
@@ -85,11 +88,12 @@ class SlotMap:
             except (redis.RedisError, OSError) as error:
                 lost = self._target.said(error)
                 self.lost = Lost(f"{address}: {lost.text}", lost.fix)
-                continue
-            self.lost = None
-            return
-        self._in_doubt = True
-        self._not_before = time.monotonic() + _AGAIN_S
+            else:
+                self.lost = None
+                return True
+            if time.monotonic() > deadline:
+                break
+        return False
 
     def _take(self, ranges: dict[tuple[int, int], dict[str, Any]]) -> None:
         if not ranges:

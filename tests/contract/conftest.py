@@ -219,14 +219,12 @@ class NetServer:
         if tls:
             self._arguments += ["--tls-port", self.tls_port, "--tls-cert-file", tls[0], "--tls-key-file", tls[1]]
             self._arguments += ["--tls-ca-cert-file", ca]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.tls_url = f"rediss://localhost:{self.tls_port}?ssl_ca_certs={ca}"
         if password:
             self._arguments += ["--requirepass", password, "--masterauth", password]
         self.redis = redis_client.Redis(port=self.port, password=password)
         self.start()
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         command = ["redis-server", *map(str, self._arguments)]
@@ -263,9 +261,10 @@ class NetCluster:
     def __init__(self, folder: Path, certificates: Certificates, eventually: Callable[..., Any]) -> None:
         self._eventually = eventually
         options = ["--cluster-enabled", "yes", "--cluster-node-timeout", 1000, "--cluster-require-full-coverage", "no"]
-        options += ["--tls-cluster", "yes", "--tls-auth-clients", "no"]
+        options += ["--tls-cluster", "yes", "--tls-replication", "yes", "--tls-auth-clients", "no"]
         pair = certificates.signed("node")
-        self.nodes = [NetServer(folder, *options, tls=pair, ca=certificates.ca) for _ in range(3)]
+        self.new_node = lambda: NetServer(folder, *options, tls=pair, ca=certificates.ca)
+        self.nodes = [self.new_node() for _ in range(3)]
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
         self.tls_url = self.url.replace("redis", "rediss", 1) + f"?ssl_ca_certs={certificates.ca}"
         for plain, tls in ((node.port, node.tls_port) for node in self.nodes):
@@ -363,18 +362,9 @@ def net_redis(net_folder: Path, eventually: Callable[..., Any]) -> Iterator[Call
         server.kill()
 
 
-class TlsUrl:
-    """A Redis reached by TLS alone, and the URL that trusts it."""
-
-    def __init__(self, server: NetServer, ca: Path) -> None:
-        self.server = server
-        self.url = f"rediss://localhost:{server.tls_port}?ssl_ca_certs={ca}"
-
-
 @pytest.fixture(scope="module")
-def tls_redis(net_redis: Callable[..., NetServer], certificates: Certificates) -> TlsUrl:
-    pair = certificates.signed("server")
-    return TlsUrl(net_redis("--tls-auth-clients", "no", tls=pair, ca=certificates.ca), certificates.ca)
+def tls_redis(net_redis: Callable[..., NetServer], certificates: Certificates) -> NetServer:
+    return net_redis("--tls-auth-clients", "no", tls=certificates.signed("server"), ca=certificates.ca)
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +386,9 @@ def backend(request: pytest.FixtureRequest) -> StorageBackend:
     if name == "disk":
         return request.getfixturevalue("disk")(sync=flavour == "synced")
     if flavour in ("tls", "cluster"):  # servers that all tests share: each has a prefix of its own
-        shared = request.getfixturevalue("tls_redis" if flavour == "tls" else "redis_cluster")
-        return request.getfixturevalue("redis_tier")(shared.url, prefix=f"test-{next(_numbers)}")
+        tls = flavour == "tls"
+        url = request.getfixturevalue("tls_redis").tls_url if tls else request.getfixturevalue("redis_cluster").url
+        return request.getfixturevalue("redis_tier")(url, prefix=f"test-{next(_numbers)}")
     server = request.getfixturevalue("redis_server")()
     key = b"k" * 32 if flavour == "keyed" else None
     return request.getfixturevalue("redis_tier")(server.url, integrity_key=key)

@@ -202,10 +202,12 @@ def test_a_sentinel_and_its_master_are_reached_by_tls(
     certificate, key = certificates.signed("watched")
     master = net_redis("--tls-auth-clients", "no", tls=(certificate, key), ca=certificates.ca)
     file, at = net_folder / "sentinel-tls.conf", port()
-    file.write_text(
-        f"port 0\ntls-port {at}\nbind 127.0.0.1\ntls-replication yes\ntls-auth-clients no\ntls-cert-file {certificate}\n"
-        f"tls-key-file {key}\ntls-ca-cert-file {certificates.ca}\nsentinel monitor cache 127.0.0.1 {master.tls_port} 1\n"
-    )
+    lines = (
+        "port 0", f"tls-port {at}", "bind 127.0.0.1", "tls-replication yes", "tls-auth-clients no",
+        f"tls-cert-file {certificate}", f"tls-key-file {key}", f"tls-ca-cert-file {certificates.ca}",
+        f"sentinel monitor cache 127.0.0.1 {master.tls_port} 1", "",
+    )  # fmt: skip
+    file.write_text("\n".join(lines))
     process = subprocess.Popen(["redis-server", str(file), "--sentinel"], cwd=net_folder, stdout=subprocess.DEVNULL)
     try:
         url = f"rediss+sentinel://127.0.0.1:{at}/cache?ssl_ca_certs={certificates.ca}"
@@ -219,7 +221,7 @@ def test_a_sentinel_and_its_master_are_reached_by_tls(
         names.put("a", b"record")
         assert names.get("a") == b"record"
         names.close()
-        with pytest.raises(ConfigError, match="its certificate is not accepted|no master of 'cache'"):
+        with pytest.raises(ConfigError, match="its certificate is not accepted"):
             redis_tier(url.partition("?")[0]).check()
     finally:
         process.kill()

@@ -54,7 +54,7 @@ def refusal(url: str) -> str:
 
 
 def test_a_server_of_a_ca_that_nobody_named_is_refused(tls_redis: Any, certificates: Any) -> None:
-    port = tls_redis.server.tls_port
+    port = tls_redis.tls_port
     for query in ("", f"?ssl_ca_certs={certificates.stranger}", "?ssl_cert_reqs=optional", "?ssl_cert_reqs="):
         said = refusal(f"rediss://:{SECRET}@localhost:{port}{query}")
         assert f"redis rediss://localhost:{port}: its certificate is not accepted" in said
@@ -128,7 +128,7 @@ def test_a_locked_key_without_its_password_asks_no_terminal(
 ) -> None:
     certificate, key = certificates.signed("locked", "DNS:client")
     locked = certificates.locked(key, SECRET)
-    url = f"{tls_redis.url}&ssl_certfile={certificate}&ssl_keyfile={locked}"
+    url = f"{tls_redis.tls_url}&ssl_certfile={certificate}&ssl_keyfile={locked}"
     with pytest.raises(ConfigError, match="redis rediss://"):
         redis_tier(url).check()
     with pytest.raises(ConfigError, match="redis rediss://") as caught:
@@ -140,10 +140,9 @@ def test_a_locked_key_without_its_password_asks_no_terminal(
 def test_tls_to_a_server_without_it_and_none_to_one_with_it_end_in_words(
     tls_redis: Any, certificates: Any, redis_tier: Callable[..., RedisBackend]
 ) -> None:
-    server = tls_redis.server
     for url in (
-        f"rediss://localhost:{server.port}?ssl_ca_certs={certificates.ca}",
-        f"redis://:{SECRET}@localhost:{server.tls_port}",
+        f"rediss://localhost:{tls_redis.port}?ssl_ca_certs={certificates.ca}",
+        f"redis://:{SECRET}@localhost:{tls_redis.tls_port}",
     ):
         with pytest.raises(ConfigError, match=r"redis redis.*; start that Redis, or correct redis") as caught:
             redis_tier(url, timeout_s=1.0).check()
@@ -153,22 +152,22 @@ def test_tls_to_a_server_without_it_and_none_to_one_with_it_end_in_words(
 def test_a_tls_server_stopped_in_the_middle_is_unavailable_and_back_again(
     tls_redis: Any, objects: Any, redis_tier: Callable[..., RedisBackend]
 ) -> None:
-    backend = redis_tier(tls_redis.url, prefix="stopped", timeout_s=0.5)
+    backend = redis_tier(tls_redis.tls_url, prefix="stopped", timeout_s=0.5)
     stored = [objects.new(1 << 20) for _ in range(4)]
     objects.store(backend, stored)
-    tls_redis.server.process.send_signal(signal.SIGSTOP)
+    tls_redis.process.send_signal(signal.SIGSTOP)
     try:
         assert outcomes(backend.load([objects.empty(item) for item in stored])) == [UNAVAILABLE] * 4
         assert outcomes(backend.store(stored)) == [UNAVAILABLE] * 4
     finally:
-        tls_redis.server.process.send_signal(signal.SIGCONT)
+        tls_redis.process.send_signal(signal.SIGCONT)
     assert all(objects.holds(backend, item) for item in stored)
 
 
 def test_many_threads_over_tls_get_their_own_bytes(
     tls_redis: Any, objects: Any, redis_tier: Callable[..., RedisBackend]
 ) -> None:
-    backend = redis_tier(tls_redis.url, prefix="threads")
+    backend = redis_tier(tls_redis.tls_url, prefix="threads")
     stored = [objects.new(700_000 + number, pieces=4) for number in range(8)]
     objects.store(backend, stored)
     wrong: list[int] = []
@@ -190,15 +189,15 @@ def test_many_threads_over_tls_get_their_own_bytes(
 def test_an_idle_connection_over_tls_that_the_server_closed_is_not_used(
     tls_redis: Any, objects: Any, redis_tier: Callable[..., RedisBackend]
 ) -> None:
-    backend = redis_tier(tls_redis.url, prefix="idle")
+    backend = redis_tier(tls_redis.tls_url, prefix="idle")
     stored = objects.new(10)
     objects.store(backend, [stored])
-    tls_redis.server.redis.client_kill_filter(_type="normal", skipme=True)
+    tls_redis.redis.client_kill_filter(_type="normal", skipme=True)
     assert objects.holds(backend, stored)
 
 
 def test_names_of_adapters_travel_over_tls(tls_redis: Any) -> None:
-    names = RedisNames(tls_redis.url, prefix="names", timeout_s=10)
+    names = RedisNames(tls_redis.tls_url, prefix="names", timeout_s=10)
     names.put("a", b"record")
     assert (names.get("a"), names.all()) == (b"record", [b"record"])
     names.close()
