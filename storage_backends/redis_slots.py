@@ -1,6 +1,6 @@
 """Which node of a Redis cluster has which slot, as the nodes themselves say.
 
-The map is asked for before the first use and again whenever it was found in doubt: a node gone, a slot moved. Nodes are
+The map is asked for before the first use and again when it was found in doubt: a node gone, a slot moved. Nodes are
 asked one after another for about a call's timeout in all, those that seem alive first. Threading: any number of
 threads; one asks, the others wait for its answer.
 """
@@ -22,7 +22,7 @@ from loracache.storage_backends.redis_urls import Address, Lost, Target
 __all__ = ["SlotMap", "slot_of"]
 
 _MOVED = re.compile(r"MOVED (?P<slot>[0-9]{1,5}) (?P<host>.*):(?P<port>[0-9]{1,5})")
-_AGAIN_S = 0.5  # between two questions, but after a redirection
+_AGAIN_S = 0.5  # between two questions
 _STEPS = 4  # silent ones that fit into a timeout
 
 
@@ -67,8 +67,8 @@ class SlotMap:
             for match in filter(None, map(_MOVED.fullmatch, told)):
                 if (slot := int(match["slot"])) < len(self._owners):
                     self._owners[slot] = Address(match["host"] or by.host, int(match["port"]))
-            self._not_before = 0.0
-        self._in_doubt = True
+            self._in_doubt = True
+            self._not_before = time.monotonic() + _AGAIN_S  # other nodes hear of it later than we do
 
     def _learn(self) -> None:
         if (self._nodes and not self._in_doubt) or time.monotonic() < self._not_before:

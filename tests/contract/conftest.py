@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import mmap
+import os
 import random
 import socket
 import subprocess
@@ -247,7 +248,7 @@ class NetServer:
 def free_port() -> int:
     """A port nobody listens on, nor on the one 10000 above, which a cluster's nodes speak among themselves by."""
     while True:
-        port = _chosen.randrange(20_000, 32_000)  # below the ports of outgoing connections
+        port = _chosen.randrange(*_PORTS)
         try:
             with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 10_000)):
                 return port
@@ -328,6 +329,8 @@ class NetCluster:
 
 _CURVE = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
 _chosen = random.Random()
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8  # those beside us choose others
+_PORTS = (10_000 + 1500 * _worker, 11_500 + 1500 * _worker)  # and 10000 above still below those of outgoing connections
 
 
 @pytest.fixture(scope="session")

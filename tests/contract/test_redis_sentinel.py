@@ -157,6 +157,24 @@ def test_a_killed_master_is_unavailable_until_there_is_another(
     assert names.get("a") == b"record"
 
 
+def test_one_connection_that_is_lost_has_all_of_them_ask_anew(
+    watched: Watched, redis_tier: Callable[..., RedisBackend], objects: Any
+) -> None:
+    tier = redis_tier(watched.url, timeout_s=1.0)
+    stored = objects.new(10)
+    objects.store(tier, [stored])
+    watched.replicates()
+    connections = tier._servers
+    assert connections.everywhere(lambda wire: connections.everywhere(lambda other: None)) is None  # there are two now
+    watched.master.process.send_signal(signal.SIGSTOP)
+    try:
+        watched.ends_failover()
+        assert objects.found(tier, stored) is UNAVAILABLE
+        assert objects.found(tier, stored) is OK
+    finally:
+        watched.master.process.send_signal(signal.SIGCONT)
+
+
 def test_a_master_that_became_a_replica_under_an_open_connection_is_left(
     watched: Watched, tier: RedisBackend, names: RedisNames, objects: Any
 ) -> None:
