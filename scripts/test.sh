@@ -4,21 +4,21 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The Redis tests talk to a real server. Skipping them where it is missing would pass for a success.
+# The Redis tests talk to a real server, by TLS too. Skipping them where it is missing would pass for a success.
 need_redis() {
-    command -v redis-server >/dev/null && return
+    command -v redis-server >/dev/null && command -v openssl >/dev/null && return
     local sudo=
     if [[ $(id -u) != 0 ]]; then
         sudo='sudo -n'
     fi
     if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
-        echo 'Installing redis-server, which the Redis tests run against'
+        echo 'Installing redis-server and openssl, which the Redis tests run against'
         if $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-            --no-install-recommends redis-server >/dev/null; then
+            --no-install-recommends redis-server openssl >/dev/null; then
             return
         fi
     fi
-    echo 'The tests need redis-server on PATH, and it could not be installed from here. Install the package redis-server.' >&2
+    echo 'The tests need redis-server and openssl on PATH, and they could not be installed from here. Install these packages.' >&2
     exit 1
 }
 

@@ -238,6 +238,7 @@ def _prepare_tls(settings: dict[str, Any], place: str) -> None:
                 f"redis {place}: {name} {path!r} cannot be read: {error.strerror}; correct redis"
             ) from None
     if settings["ssl_cert_reqs"] == "none":
+        settings["ssl_check_hostname"] = False  # older redis-py leaves the contradiction to OpenSSL
         _log.warning("redis %s: anybody may pose as this server: ssl_cert_reqs=none", place)
     elif not settings["ssl_check_hostname"]:
         _log.warning("redis %s: any server with a valid certificate may pose as it: ssl_check_hostname=no", place)
