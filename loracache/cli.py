@@ -1,4 +1,4 @@
-"""The command line: `loracache serve | status | flush | clear | adapters`.
+"""The command line: `loracache serve | status | flush | clear | adapters | tokens`.
 
 Exit codes: 0 done, 1 the daemon is not there or refused, 2 wrong usage or configuration.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loracache import cli_adapters
+from loracache import cli_adapters, cli_tokens
 from loracache.cli_common import SocketOption, client_of
 from loracache.errors import ConfigError, LoRACacheError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_adapters.app, name="adapters")
+app.add_typer(cli_tokens.app, name="tokens")
 
 
 @app.command()
@@ -37,7 +38,10 @@ def serve(
     disk_path: Annotated[Path | None, typer.Option(help="Folder of tier disk.", show_default=False)] = None,
     disk: Annotated[str | None, typer.Option(help="Most bytes tier disk may take.", show_default="20GiB")] = None,
     redis: Annotated[str | None, typer.Option(help="URL of tier redis.", show_default=False)] = None,
-    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST, on loopback.", show_default=False)] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST.", show_default=False)] = None,
+    http_hosts: Annotated[str | None, typer.Option(help="Names it is called by, with commas.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Its certificate chain, PEM.", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key, PEM.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
     page_size: Annotated[str | None, typer.Option(help="Page of the arena.", show_default="64KiB")] = None,
     disk_sync: Annotated[bool | None, typer.Option("--disk-sync", help="fdatasync before a write counts.")] = None,
@@ -54,7 +58,7 @@ def serve(
     flags: dict[str, Any] = {
         "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis, "http": http,
         "page_size": page_size, "disk_sync": disk_sync or None, "drain": drain, "private": private or None,
-        "log_level": log_level,
+        "log_level": log_level, "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key,
     }  # fmt: skip
     settings = load_config(flags, config)
     logging.basicConfig(

@@ -6,6 +6,7 @@ Every key is documented where it is defined; `docs/configuration.md` is checked 
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -26,14 +27,15 @@ from pydantic import (
 
 from loracache.errors import ConfigError
 
-__all__ = ["Config", "http_address", "load_config", "parse_size"]
+__all__ = ["Config", "http_address", "load_config", "on_loopback", "parse_size"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": factor for unit, factor in list(_UNITS.items()) if unit not in ("", "B")}
 _UNITS |= {f"{unit}IB": 1024**power for power, unit in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _PREFIX = "LORACACHE_"
-_LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "::1"}
+_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z](?:[0-9A-Za-z.-]*[0-9A-Za-z])?")
+_HOST_OF_HEADER = re.compile(rf"(?:{_HOST.pattern})(?::[0-9]{{1,5}})?")
 
 
 def parse_size(value: object) -> int:
@@ -55,13 +57,25 @@ def parse_size(value: object) -> int:
 
 
 def http_address(value: str) -> tuple[str, int]:
-    """(host, port) of "127.0.0.1:9400" or "[::1]:9400"; port 0 takes a free one. Raises ValueError naming the value."""
+    """(host, port) of "127.0.0.1:9400", "[::1]:9400" or "name:9400"; port 0 takes a free one. Raises ValueError naming
+    the value.
+    """
     host, _, port = value.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{value!r} is no HOST:PORT; write it like 127.0.0.1:9400")
-    if host not in _LOOPBACK:
-        raise ValueError(f"{value!r} is not on loopback, where there is no TLS; give one of {', '.join(_LOOPBACK)}")
-    return _LOOPBACK[host], int(port)
+    if not _HOST.fullmatch(host) or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{value!r} is no HOST:PORT; write it like 127.0.0.1:9400 or [::1]:9400")
+    if host.lower() == "localhost":
+        return "127.0.0.1", int(port)
+    if host.startswith("["):
+        return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+    return host.lower(), int(port)
+
+
+def on_loopback(host: str) -> bool:
+    """Whether `http_address` gave an address that this machine alone reaches. A name may lead anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -84,7 +98,12 @@ class Config(BaseModel):
     redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
-    http: str | None = Field(None, description="HOST:PORT of REST and metrics, on loopback; without it there are none.")
+    http: str | None = Field(None, description="HOST:PORT of REST and metrics; without it there are none.")
+    http_hosts: tuple[str, ...] = Field((), description="Names it is called by, besides loopback's: NAME or NAME:PORT.")
+    http_rate: float | None = Field(None, ge=0, le=1e6, description="Most requests a second of one caller; 0: any.")
+    http_upload: Size = Field(4 << 30, description="Most bytes of an uploaded adapter.")
+    tls_cert: Path | None = Field(None, description="Certificate chain of REST (PEM); needed off loopback.")
+    tls_key: Path | None = Field(None, description="Its key (PEM, without a passphrase), which nobody else may read.")
     policy: Literal["lru"] = Field("lru", description="Eviction policy.")
     drain: float = Field(10.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
@@ -103,6 +122,36 @@ class Config(BaseModel):
         if value is not None:
             http_address(value)
         return value
+
+    @field_validator("http_hosts", mode="before")
+    @classmethod
+    def _http_hosts(cls, value: object) -> object:
+        names = [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        if isinstance(names, list | tuple):
+            for name in names:
+                if not isinstance(name, str) or not _HOST_OF_HEADER.fullmatch(name):
+                    raise ValueError(f"{name!r} is no name that a Host header has; write NAME or NAME:PORT")
+        return names
+
+    @field_validator("tls_cert", "tls_key", mode="before")
+    @classmethod
+    def _tls_path(cls, value: object) -> object:
+        if "-----BEGIN" in str(value):
+            raise ValueError("is the content of a file; give the file's path")
+        return value
+
+    @model_validator(mode="after")
+    def _http_whole(self) -> Config:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; give both or none")
+        host = http_address(self.http)[0] if self.http is not None else "127.0.0.1"
+        if on_loopback(host):
+            return self
+        if self.tls_cert is None:
+            raise ValueError(f"http={self.http} is not on loopback and needs TLS; give tls_cert and tls_key")
+        if not self.http_hosts and host in ("0.0.0.0", "::"):
+            raise ValueError(f"http={self.http} is every address; give http_hosts, the names that clients call it by")
+        return self
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
@@ -139,7 +188,8 @@ def _explain(item: Any, values: dict[str, Any], origin: dict[str, str]) -> str:
         return message
     if item["type"] == "missing":
         return f"{key} is not set; give --{key.replace('_', '-')} or {_PREFIX}{key.upper()}"
-    shown = "(secret)" if key in ("integrity_key", "redis") else repr(values.get(key))
+    secret = key in ("integrity_key", "redis") or "-----BEGIN" in str(values.get(key))
+    shown = "(secret)" if secret else repr(values.get(key))
     return f"{key}={shown} ({origin.get(key, 'default')}): {message}"
 
 

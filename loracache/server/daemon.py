@@ -26,7 +26,7 @@ from loracache import __version__, protocol
 from loracache.adapter_names import AdapterNames, SharedNames
 from loracache.arena import Arena
 from loracache.cache import TieredCache
-from loracache.config import Config, http_address
+from loracache.config import Config
 from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
 from loracache.server.adapters import Adapters
@@ -344,7 +344,7 @@ def _books(config: Config) -> tuple[Namespaces, AdapterNames]:
 def _rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | None:
     if config.http is None:
         return None
-    process = RestProcess(config.socket, *http_address(config.http))
+    process = RestProcess(config)
     stack.callback(process.close)
     return process
 

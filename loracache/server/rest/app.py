@@ -11,9 +11,11 @@ from starlette.exceptions import HTTPException
 
 from loracache import __version__, protocol
 from loracache.server.rest import models
+from loracache.server.rest.limits import Limits
 from loracache.server.rest.link import DaemonLink
 from loracache.server.rest.metrics import render
 from loracache.server.rest.problems import install, problems
+from loracache.server.rest.roles import guard, needs
 from loracache.tiers import Tier
 
 __all__ = ["make_app"]
@@ -23,8 +25,8 @@ _CHANGE_S = 60.0
 Name = Annotated[str, Path(min_length=1, max_length=200, description="A name, or a hex digest.")]
 
 
-def make_app(server: str) -> FastAPI:
-    """The application of the daemon at `server` (unix:// URL), without access control (access.py)."""
+def make_app(server: str, limits: Limits | None = None) -> FastAPI:
+    """The application of the daemon at `server` (unix:// URL). Who calls is for `Access` to say, before it."""
     link = DaemonLink(server)
 
     @contextlib.asynccontextmanager
@@ -33,33 +35,34 @@ def make_app(server: str) -> FastAPI:
         link.close()
 
     app = FastAPI(title="LoRACache", version=__version__, lifespan=lifespan, summary="One cache for everything an LLM "
-                  "server reads again: its control API.", responses=problems(403, 503))  # fmt: skip
+                  "server reads again: its control API.", responses=problems(401, 403, 429, 503, 504))  # fmt: skip
     install(app)
     _health(app, link)
     _objects(app, link)
     _adapters(app, link)
+    guard(app, limits or Limits())
     return app
 
 
 def _health(app: FastAPI, link: DaemonLink) -> None:
-    @app.get("/healthz", tags=["health"])
+    @app.get("/healthz", dependencies=[needs("none")], tags=["health"])
     async def healthz() -> dict[str, str]:
         """This process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"])
+    @app.get("/readyz", dependencies=[needs("none")], tags=["health"])
     async def readyz() -> dict[str, str]:
         """The daemon answers."""
         await link.call(protocol.Status(), _READY_S)
         return {"status": "ok"}
 
-    @app.get("/v1/stats", tags=["health"])
+    @app.get("/v1/stats", dependencies=[needs("read")], tags=["health"])
     async def stats() -> dict[str, Any]:
         """Tiers, bytes, objects, leases and all counters, as `loracache status --json`."""
         (status,) = await link.call(protocol.Status())
         return dict(status)
 
-    @app.get("/metrics", tags=["health"], response_class=Response,
+    @app.get("/metrics", dependencies=[needs("read")], tags=["health"], response_class=Response,
              responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
     async def metrics() -> Response:
         """For Prometheus."""
@@ -74,13 +77,13 @@ def _objects(app: FastAPI, link: DaemonLink) -> None:
         assert selector.adapter is not None
         return bytes.fromhex((await _adapter(link, selector.adapter))["digest"])
 
-    @app.post("/v1/lookup", tags=["objects"], responses=problems(404, 413, 422))
+    @app.post("/v1/lookup", dependencies=[needs("read")], tags=["objects"], responses=problems(404, 413, 422))
     async def lookup(body: models.Lookup) -> models.Found:
         """How far a chain is held, and where. Changes nothing, and needs no token."""
         (tiers,) = await link.call(protocol.Lookup(b"", await keys_of(body.selector), 1, 0.0))
         return models.Found(hits=len(tiers), tiers=[Tier(tier).label for tier in tiers])
 
-    @app.post("/v1/evict", tags=["objects"], responses=problems(401, 404, 409, 413, 422))
+    @app.post("/v1/evict", dependencies=[needs("operate")], tags=["objects"], responses=problems(404, 409, 413, 422))
     async def evict(body: models.Evict) -> models.Changed:
         """Remove objects, and what depends on them, from tiers."""
         objects, nbytes, skipped = await link.call(
@@ -88,19 +91,19 @@ def _objects(app: FastAPI, link: DaemonLink) -> None:
         )
         return models.Changed(objects=objects, bytes=nbytes, skipped=skipped)
 
-    @app.post("/v1/pin", tags=["objects"], responses=problems(401, 404, 409, 413, 422))
+    @app.post("/v1/pin", dependencies=[needs("operate")], tags=["objects"], responses=problems(404, 409, 413, 422))
     async def pin(body: models.Pin) -> models.Pinned:
         """Keep objects in a tier."""
         (count,) = await link.call(protocol.Pin(await keys_of(body.selector), body.tier, body.ttl or 0.0))
         return models.Pinned(objects=count)
 
-    @app.post("/v1/unpin", tags=["objects"], responses=problems(401, 404, 409, 413, 422))
+    @app.post("/v1/unpin", dependencies=[needs("operate")], tags=["objects"], responses=problems(404, 409, 413, 422))
     async def unpin(body: models.Unpin) -> models.Pinned:
         """End pins."""
         (count,) = await link.call(protocol.Unpin(await keys_of(body.selector), body.tier))
         return models.Pinned(objects=count)
 
-    @app.post("/v1/clear", tags=["objects"], responses=problems(401, 409, 413, 422))
+    @app.post("/v1/clear", dependencies=[needs("admin")], tags=["objects"], responses=problems(409, 413, 422))
     async def clear(body: models.Clear) -> models.Changed:
         """Remove everything from tiers."""
         objects, nbytes, skipped = await link.call(protocol.Clear([*body.tiers]), _CHANGE_S)
@@ -108,7 +111,7 @@ def _objects(app: FastAPI, link: DaemonLink) -> None:
 
 
 def _adapters(app: FastAPI, link: DaemonLink) -> None:
-    @app.get("/v1/adapters", tags=["adapters"], responses=problems(422))
+    @app.get("/v1/adapters", dependencies=[needs("read")], tags=["adapters"], responses=problems(422))
     async def adapters(
         after: Annotated[str, Query(max_length=200, description="The name before the page's first.")] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -118,12 +121,17 @@ def _adapters(app: FastAPI, link: DaemonLink) -> None:
         more = page[-1]["name"] if page else None
         return models.Adapters(adapters=[models.Adapter(**item) for item in page], next=more)
 
-    @app.get("/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 422))
+    @app.get("/v1/adapters/{name:path}", dependencies=[needs("read")], tags=["adapters"], responses=problems(404, 422))
     async def adapter(name: Name) -> models.Adapter:
         """One adapter, by name or digest."""
         return models.Adapter(**await _adapter(link, name))
 
-    @app.delete("/v1/adapters/{name:path}", tags=["adapters"], responses=problems(401, 404, 409, 422))
+    @app.delete(
+        "/v1/adapters/{name:path}",
+        dependencies=[needs("admin")],
+        tags=["adapters"],
+        responses=problems(404, 409, 422),
+    )
     async def remove(name: Name) -> models.Changed:
         """Forget a name; what no other name points to leaves all tiers with its KV."""
         found = await link.call(protocol.AdapterRemove(name), _CHANGE_S)

@@ -41,9 +41,10 @@ class Problem(BaseModel):
 
 
 _WHEN = {
-    401: "No token, or one that is not known", 403: "Not from here",
-    404: "There is no such thing", 413: "The body is too large",
-    409: "The daemon refuses", 422: "A field is wrong", 503: "No daemon answers",
+    401: "No token, or one that is not known", 403: "Not from here, or not with this token",
+    404: "There is no such thing", 408: "The body did not arrive in time", 413: "The body is too large",
+    409: "The daemon refuses", 422: "A field is wrong", 429: "Too many requests", 503: "No daemon answers",
+    504: "Not done in time",
 }  # fmt: skip
 
 
