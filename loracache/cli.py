@@ -17,6 +17,7 @@ import typer
 from loracache import cli_adapters, cli_tokens
 from loracache.cli_common import SocketOption, client_of
 from loracache.errors import ConfigError, LoRACacheError
+from loracache.operator import ALL_TIERS
 
 __all__ = ["main"]
 
@@ -101,7 +102,7 @@ def clear(
 ) -> None:
     """Remove everything from the tiers named (all, if none is), but for what is leased or pinned."""
     with client_of(socket) as client:
-        objects, nbytes, skipped = client.clear(tiers=tier or ("cpu", "disk", "redis"))
+        objects, nbytes, skipped = client.clear(tiers=tier or ALL_TIERS).counts
     typer.echo(f"removed {objects} objects ({nbytes} bytes), skipped {skipped}")
 
 

@@ -27,7 +27,7 @@ from pydantic import (
 
 from loracache.errors import ConfigError
 
-__all__ = ["Config", "http_address", "load_config", "on_loopback", "parse_size"]
+__all__ = ["Config", "http_address", "load_config", "on_loopback", "parse_size", "shown_config"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": factor for unit, factor in list(_UNITS.items()) if unit not in ("", "B")}
@@ -36,6 +36,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _PREFIX = "LORACACHE_"
 _HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z](?:[0-9A-Za-z.-]*[0-9A-Za-z])?")
 _HOST_OF_HEADER = re.compile(rf"(?:{_HOST.pattern})(?::[0-9]{{1,5}})?")
+_SECRET = ("integrity_key", "redis")
 
 
 def parse_size(value: object) -> int:
@@ -104,6 +105,9 @@ class Config(BaseModel):
     http_upload: Size = Field(4 << 30, description="Most bytes of an uploaded adapter.")
     tls_cert: Path | None = Field(None, description="Certificate chain of REST (PEM); needed off loopback.")
     tls_key: Path | None = Field(None, description="Its key (PEM, without a passphrase), which nobody else may read.")
+    audit_log: Path | None = Field(
+        None, description="File of what operators changed, one JSON object a line; without it the daemon's own log."
+    )
     policy: Literal["lru"] = Field("lru", description="Eviction policy.")
     drain: float = Field(10.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
@@ -181,6 +185,14 @@ def load_config(flags: Mapping[str, Any], file: str | os.PathLike[str] | None = 
         raise ConfigError("; ".join(_explain(item, values, origin) for item in error.errors())) from None
 
 
+def shown_config(config: Config) -> dict[str, Any]:
+    """The settings in plain values for an operator to see; of what may hold a secret only whether it is set."""
+    shown = config.model_dump(mode="json")
+    for key in _SECRET:
+        shown[key] = "(set)" if shown[key] is not None else None
+    return shown
+
+
 def _explain(item: Any, values: dict[str, Any], origin: dict[str, str]) -> str:
     key = str(item["loc"][0]) if item["loc"] else ""
     message = str(item["msg"]).removeprefix("Value error, ")
@@ -188,7 +200,7 @@ def _explain(item: Any, values: dict[str, Any], origin: dict[str, str]) -> str:
         return message
     if item["type"] == "missing":
         return f"{key} is not set; give --{key.replace('_', '-')} or {_PREFIX}{key.upper()}"
-    secret = key in ("integrity_key", "redis") or "-----BEGIN" in str(values.get(key))
+    secret = key in _SECRET or "-----BEGIN" in str(values.get(key))
     shown = "(secret)" if secret else repr(values.get(key))
     return f"{key}={shown} ({origin.get(key, 'default')}): {message}"
 

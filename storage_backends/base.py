@@ -71,6 +71,7 @@ class ObjectInfo:
     namespace: bytes
     size: int
     checksum: int
+    stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Transfer:
 
     info: ObjectInfo
     buffers: Sequence[memoryview]
+    planes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Result:
     outcome: Outcome
     info: ObjectInfo | None = None
     detail: str = field(default="", compare=False)
+    stored: int = 0
 
 
 class StorageBackend(ABC):

@@ -26,10 +26,13 @@ from loracache import __version__, protocol
 from loracache.adapter_names import AdapterNames, SharedNames
 from loracache.arena import Arena
 from loracache.cache import TieredCache
-from loracache.config import Config
+from loracache.config import Config, shown_config
 from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
 from loracache.server.adapters import Adapters
+from loracache.server.audit import Audit
+from loracache.server.control import Control
+from loracache.server.finding import Finder
 from loracache.server.peers import Peer
 from loracache.server.rest_process import RestProcess
 from loracache.server.session import Served, Session
@@ -63,6 +66,8 @@ class Daemon:
             disk, redis = _disk_backend(config), _redis_backend(config)
             self._rest = _rest_process(config, self._stack)
             self._namespaces, names = _books(config)
+            audit = Audit(config.audit_log)
+            self._stack.callback(audit.close)
             self.cache = TieredCache(
                 Arena(config.memory, config.page_size),
                 self._post,
@@ -76,10 +81,13 @@ class Daemon:
             raise
         self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
         self._adapters = Adapters(self.cache, self._namespaces, names, self._post)
+        finder = Finder(self.cache, config.redis_lookup_ms / 1000)
+        self._control = Control(
+            self.cache, self._namespaces, self._adapters, finder, audit, self._post, lambda: shown_config(config)
+        )
         self._served = Served(
-            self.cache, self._namespaces, self._adapters, config.redis_lookup_ms / 1000, self._status,
-            self._session_ended,
-        )  # fmt: skip
+            self.cache, self._namespaces, self._adapters, finder, self._control, self._status, self._session_ended
+        )
         self._owners = itertools.count(1)
         self._instance = os.urandom(16)
         self._stopping = threading.Event()
@@ -122,6 +130,7 @@ class Daemon:
             "socket": str(self.config.socket),
             "connections": len(self._sessions),
             "namespaces": len(self._namespaces),
+            "operations": self._control.operations.running,
         } | cache_status(self.cache)
 
     def _session_ended(self, session: Session) -> None:

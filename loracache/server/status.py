@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_status"]
 
+_RECENT = 50
+
 
 def cache_status(cache: TieredCache) -> dict[str, Any]:
     """Tiers, leases and counters. Bytes are payload bytes unless the name says otherwise."""
@@ -34,9 +36,14 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             "direct_io": bool(getattr(cache.disk.io.backend, "direct", False)),
             "scanned": cache.disk.loaded,
             "available": cache.disk.io.available,
+            "waiting": cache.disk.io.waiting,
         }
     if cache.redis is not None:
-        tiers["redis"] = {"queued_writes": cache.redis.depth, "available": cache.redis.io.available}
+        tiers["redis"] = {
+            "queued_writes": cache.redis.depth,
+            "available": cache.redis.io.available,
+            "waiting": cache.redis.io.waiting,
+        }
     return {
         "tiers": tiers,
         "leases": len(cache.leases),
@@ -46,4 +53,8 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
         "misses": counters.starting("miss."),
         "failures": counters.starting("failure."),
         "counters": counters.all(),
+        "recent_failures": [
+            {"time": event.time, "tier": event.tier, "cause": event.cause, "count": event.count}
+            for event in list(cache.events.failures)[-_RECENT:]
+        ],
     }

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from loracache.errors import LoRACacheError, ProtocolError, Unavailable
+from loracache.errors import LoRACacheError, ProtocolError, Unavailable, Unknown
 
 __all__ = ["Problem", "install", "problem", "problems"]
 
@@ -88,7 +88,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(LoRACacheError)
     async def _ours(request: Request, error: LoRACacheError) -> JSONResponse:
         gone = isinstance(error, Unavailable | ProtocolError)
-        return problem(503 if gone else 409, str(error), headers={"retry-after": "1"} if gone else None)
+        status = 503 if gone else 404 if isinstance(error, Unknown) else 409
+        return problem(status, str(error), headers={"retry-after": "1"} if gone else None)
 
     @app.exception_handler(Exception)
     async def _ours_too(request: Request, error: Exception) -> JSONResponse:

@@ -14,7 +14,7 @@ import pytest
 
 from loracache import CacheClient
 
-CHANGES = ["/v1/evict", "/v1/pin", "/v1/unpin", "/v1/clear"]
+CHANGES = [f"/v1/{verb}" for verb in ["evict", "pin", "unpin", "clear", "admit", "move", "compress", "decompress"]]
 
 
 def test_every_route_that_changes_something_is_known_here(anybody: httpx.Client) -> None:

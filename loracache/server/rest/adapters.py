@@ -1,0 +1,57 @@
+"""Routes of adapters: listed, shown, uploaded, removed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Query
+from starlette.exceptions import HTTPException
+
+from loracache import protocol
+from loracache.server.rest import models
+from loracache.server.rest.link import DaemonLink
+from loracache.server.rest.objects import name_of
+from loracache.server.rest.problems import problems
+from loracache.server.rest.roles import needs
+from loracache.server.rest.tokens import Principal
+
+__all__ = ["add_routes"]
+
+_CHANGE_S = 60.0
+
+Name = Annotated[str, Path(min_length=1, max_length=200, description="A name, or a hex digest.")]
+Admin = Annotated[Principal, needs("admin")]
+
+
+def add_routes(app: FastAPI, link: DaemonLink) -> None:
+    """Put the routes into the application."""
+
+    @app.get("/v1/adapters", dependencies=[needs("read")], tags=["adapters"], responses=problems(422))
+    async def adapters(
+        after: Annotated[str, Query(max_length=200, description="The name before the page's first.")] = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> models.Adapters:
+        """Adapters that have a name, in the order of names."""
+        page = await link.call(protocol.AdapterList(after, limit))
+        more = page[-1]["name"] if page else None
+        return models.Adapters(adapters=[models.Adapter(**item) for item in page], next=more)
+
+    @app.get("/v1/adapters/{name:path}", dependencies=[needs("read")], tags=["adapters"], responses=problems(404, 422))
+    async def adapter(name: Name) -> models.Adapter:
+        """One adapter, by name or digest."""
+        return models.Adapter(**await _adapter(link, name))
+
+    @app.delete("/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 409, 422))
+    async def remove(name: Name, who: Admin) -> models.Changed:
+        """Forget a name; what no other name points to leaves all tiers with its KV."""
+        found = await link.call(protocol.AdapterRemove(name, name_of(who)), _CHANGE_S)
+        if not found:
+            raise HTTPException(404, f"no adapter has the name {name!a}")
+        return models.Changed(objects=found[0], bytes=found[1], skipped=found[2])
+
+
+async def _adapter(link: DaemonLink, name: str) -> dict[str, Any]:
+    found = await link.call(protocol.AdapterShow(name))
+    if not found:
+        raise HTTPException(404, f"no adapter has the name or digest {name!a}")
+    return dict(found[0])
