@@ -105,6 +105,9 @@ class Config(BaseModel):
     http_upload: Size = Field(4 << 30, description="Most bytes of an uploaded adapter.")
     tls_cert: Path | None = Field(None, description="Certificate chain of REST (PEM); needed off loopback.")
     tls_key: Path | None = Field(None, description="Its key (PEM, without a passphrase), which nobody else may read.")
+    traces: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="OTLP/HTTP collector of OpenTelemetry, http://host:4318."
+    )
     audit_log: Path | None = Field(
         None, description="File of what operators changed, one JSON object a line; without it the daemon's own log."
     )

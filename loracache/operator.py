@@ -140,8 +140,8 @@ class Operator:
     def evict(
         self, selection: Selection | Sequence[bytes], *, tiers: Sequence[str] = ALL_TIERS, wait: float = MAX_WAIT_S
     ) -> OperationReport:
-        """Remove objects and their descendants from `tiers`. Those that are leased, pinned, named, or needed by one that
-        is, are skipped."""
+        """Remove objects and their descendants from `tiers`. What is leased, pinned, named, or needed by something that
+        is, is skipped."""
         return self._operation(messages.Evict("", "", _encode(selection), list(tiers), wait))
 
     def clear(self, *, tiers: Sequence[str] = ALL_TIERS, wait: float = MAX_WAIT_S) -> OperationReport:

@@ -16,6 +16,7 @@ from loracache.counters import Counters
 from loracache.events import Events
 from loracache.storage_backends.base import Outcome, Result, StorageBackend, Transfer
 from loracache.tiers import Tier
+from loracache.tracing import span
 from loracache.workers import Workers
 
 __all__ = ["Post", "TierIO"]
@@ -118,7 +119,8 @@ class TierIO:
         def work() -> None:
             started = time.monotonic()
             try:
-                results = call()
+                with span(f"{self.tier.label} {what}", **{"loracache.objects": count}):
+                    results = call()
             except Exception as error:  # noqa: BLE001 - top of a thread: a backend's bug must not lose the waiting request
                 _log.exception("%s: %s failed", self.tier.label, what)
                 results = [Result(Outcome.FAILED, detail=repr(error))] * count

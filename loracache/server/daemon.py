@@ -38,6 +38,8 @@ from loracache.server.rest_process import RestProcess
 from loracache.server.session import Served, Session
 from loracache.server.status import cache_status
 from loracache.storage_backends.base import ObjectInfo, StorageBackend
+from loracache.tiers import Tier
+from loracache.tracing import start_traces, stop_traces
 
 __all__ = ["READY", "Daemon"]
 
@@ -66,6 +68,9 @@ class Daemon:
             disk, redis = _disk_backend(config), _redis_backend(config)
             self._rest = _rest_process(config, self._stack)
             self._namespaces, names = _books(config)
+            if config.traces is not None:
+                start_traces(config.traces, "loracache")
+                self._stack.callback(stop_traces)
             audit = Audit(config.audit_log)
             self._stack.callback(audit.close)
             self.cache = TieredCache(
@@ -123,7 +128,7 @@ class Daemon:
     # -- what sessions need ----------
 
     def _status(self) -> dict[str, Any]:
-        return {
+        said: dict[str, Any] = {
             "version": __version__,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started, 3),
@@ -132,6 +137,8 @@ class Daemon:
             "namespaces": len(self._namespaces),
             "operations": self._control.operations.running,
         } | cache_status(self.cache)
+        said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
+        return said
 
     def _session_ended(self, session: Session) -> None:
         """A connection is gone: its leases end; what it was writing stays out of use until its process is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loracache.keys import LORA_NAMESPACE
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
@@ -12,11 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["cache_status"]
 
 _RECENT = 50
+_HERE = (Tier.CPU, Tier.DISK)
 
 
 def cache_status(cache: TieredCache) -> dict[str, Any]:
     """Tiers, leases and counters. Bytes are payload bytes unless the name says otherwise."""
     index, arena, counters = cache.index, cache.arena, cache.counters
+    adapters = index.spaces.get(LORA_NAMESPACE)
     tiers: dict[str, Any] = {
         "cpu": {
             "objects": index.objects[Tier.CPU],
@@ -46,6 +49,7 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
         }
     return {
         "tiers": tiers,
+        "adapters": {tier.label: adapters.objects[tier] if adapters is not None else 0 for tier in _HERE},
         "leases": len(cache.leases),
         "leased_objects": cache.leases.held_objects,
         "quarantined_bytes": cache.leases.quarantined,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import sys
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -17,6 +18,8 @@ from loracache.server.rest.connections import LimitedConnection
 from loracache.server.rest.limits import Limits, Rates
 from loracache.server.rest.settings import RestSettings
 from loracache.server.rest.tokens import TokenStore
+from loracache.server.rest.upload import remove_leftovers
+from loracache.tracing import start_traces, stop_traces
 
 _KEEP_ALIVE_S = 30
 _MOST_CONNECTIONS = 512
@@ -35,7 +38,12 @@ async def _serve(settings: RestSettings) -> None:
     certificate = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         certificate = Certificate(settings.tls_cert, settings.tls_key)
-    app = make_app(f"unix://{settings.socket}", Limits(upload=settings.upload))
+    if settings.traces is not None:
+        start_traces(settings.traces, "loracache-rest")
+    uploads = Path(settings.uploads) if settings.uploads is not None else None
+    if uploads is not None:
+        remove_leftovers(uploads)
+    app = make_app(f"unix://{settings.socket}", Limits(upload=settings.upload), uploads)
     access = Access(app, settings.hosts, tokens, Rates(settings.rate), open_reading=settings.open_reading)
     config = uvicorn.Config(
         access,
@@ -69,6 +77,7 @@ async def _serve(settings: RestSettings) -> None:
     following = asyncio.create_task(follow_files())
     await server.serve(sockets=[socket.socket(fileno=settings.listener)])
     following.cancel()
+    await asyncio.to_thread(stop_traces)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ Every route is one call of the daemon, or few; nothing is kept here.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -24,8 +26,10 @@ __all__ = ["make_app"]
 _READY_S = 1.0
 
 
-def make_app(server: str, limits: Limits | None = None) -> FastAPI:
-    """The application of the daemon at `server` (unix:// URL). Who calls is for `Access` to say, before it."""
+def make_app(server: str, limits: Limits | None = None, uploads: Path | None = None) -> FastAPI:
+    """The application of the daemon at `server` (unix:// URL). Who calls is for `Access` to say, before it. uploads:
+    where uploaded files stand until they are taken in.
+    """
     link = DaemonLink(server)
 
     @contextlib.asynccontextmanager
@@ -39,7 +43,7 @@ def make_app(server: str, limits: Limits | None = None) -> FastAPI:
     _health(app, link)
     objects.add_routes(app, link)
     listings.add_routes(app, link)
-    adapters.add_routes(app, link)
+    adapters.add_routes(app, link, uploads or Path(tempfile.gettempdir()))
     guard(app, limits or Limits())
     return app
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loracache.server.rest.limits import Limits, limited
 from loracache.server.rest.problems import problem
 from loracache.server.rest.tokens import ANONYMOUS, RANKS, Principal, Role
+from loracache.tracing import span
 
 __all__ = ["Needs", "guard", "needs", "needs_of"]
 
@@ -110,4 +111,5 @@ class _Guard:
             await problem(status, detail, headers=headers)(scope, receive, send)
             return
         need = self._need
-        await limited(self._app, scope, receive, send, self._limits, upload=need.upload, endless=need.endless)
+        with span(f"{scope['method']} {scope['route'].path if 'route' in scope else scope['path']}"):
+            await limited(self._app, scope, receive, send, self._limits, upload=need.upload, endless=need.endless)

@@ -23,6 +23,7 @@ _RATE_OFF_LOOPBACK = 100.0
 class RestSettings(BaseModel):
     """socket: the daemon's. hosts: what the Host header may say. open_reading: reading needs no token. listener, life:
     inherited descriptors: the listening socket, and a pipe whose other end closes with the daemon, however that ends.
+    uploads: the folder for uploaded files; none: the system's for temporary ones. traces: an OTLP collector.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +35,8 @@ class RestSettings(BaseModel):
     tls_key: str | None
     rate: float
     upload: int
+    uploads: str | None
+    traces: str | None
     listener: int
     life: int
 
@@ -52,6 +55,8 @@ def rest_settings(config: Config, port: int, listener: int, life: int) -> RestSe
         tls_key=str(config.tls_key) if config.tls_key else None,
         rate=rate,
         upload=config.http_upload,
+        traces=config.traces,
+        uploads=str(config.disk_path.absolute() / "uploads") if config.disk_path else None,
         listener=listener,
         life=life,
     )

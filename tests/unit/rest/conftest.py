@@ -31,9 +31,9 @@ def rest_is_up() -> Callable[[Any], bool]:
 
 @pytest.fixture(scope="module")
 def running(module_daemon: Any, eventually: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = module_daemon(
-        http="127.0.0.1:0", memory="16MiB", page_size="4KiB", disk_path=tmp_path_factory.mktemp("disk"), disk="64MiB"
-    )
+    disk = tmp_path_factory.mktemp("disk")
+    made = module_daemon(http="127.0.0.1:0", memory="16MiB", page_size="4KiB", disk_path=disk, disk="64MiB")
+    made.disk = disk
     eventually(lambda: up(made), "REST answers")
     return made
 
