@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loracache.server.rest.problems import problem
@@ -88,7 +89,7 @@ async def limited(
     try:
         async with asyncio.timeout(None if endless else limits.seconds) as body.timer:
             await app(scope, body.receive, answer.send)
-    except TimeoutError:
+    except (TimeoutError, ClientDisconnect):  # starlette makes the second of the first, in a stream
         if not (body.timer.expired() or answer.stuck):
             raise
         if answer.started:
