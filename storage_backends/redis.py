@@ -2,10 +2,14 @@
 
     <prefix>:{<64 hex digits of the key>}        the header (header.py): whoever finds it may ask for the segments
     <prefix>:{<64 hex digits of the key>}:<i>    payload bytes i * segment_bytes and on
+    <prefix>:{<64 hex digits of the key>}:<checksum>:<i>    the same of an object's compressed bytes
 
 The braces put all of an object into one cluster slot. Redis may evict any of these keys at any time: a missing header
-is a MISS, a missing segment too, and then the rest is deleted. The bytes go between the sockets and the caller's
-buffers without a copy (resp.py), two segments in flight.
+is a MISS, a missing segment too, and then the rest is deleted. A payload's bytes go between the sockets and the
+caller's buffers without a copy (resp.py), two segments in flight.
+
+An object that is stored again with other `planes` gets other segments, then its new header; the old segments are left
+to expire, so that whoever found the old header still reads them.
 
 Where the connection is lost (redis_connections.py), the items without an answer are UNAVAILABLE, and the next call
 connects anew. A call waits at most `timeout_s` for a server that went silent. Error replies concern one item each.
@@ -22,12 +26,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loracache.errors import ConfigError
-from loracache.storage_backends import header
+from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.redis_connections import Connections
+from loracache.storage_backends.redis_layout import Layout, read_header
 from loracache.storage_backends.resp import ErrorReply, ProtocolFault, Reply, Wire, command, opening
 from loracache.storage_backends.vectors import head, length, pieces
 
+RETIRED_S = 60  # how long segments outlive their header: longer than a load takes that found it
 WINDOW = 2  # commands in flight: with one, Redis waits for us and we for Redis; more gain nothing
 _LOST = {"MOVED", "ASK", "CLUSTERDOWN", "TRYAGAIN", "LOADING", "READONLY", "MASTERDOWN", "NOAUTH", "NOREPLICAS"}
 
@@ -58,7 +64,7 @@ class RedisBackend(StorageBackend):
             raise ConfigError(f"redis_timeout_s is {timeout_s}; give the seconds to wait, more than 0")
         if not 0 < segment_bytes <= 512 << 20:
             raise ConfigError(f"redis_segment_bytes is {segment_bytes}; give 1 to {512 << 20}, a value's limit")
-        self._prefix = prefix.encode()
+        self.layout = Layout(prefix.encode())
         self._connections = Connections(url, timeout_s)
         self.integrity_key = integrity_key
         self.segment_bytes = segment_bytes
@@ -102,42 +108,42 @@ class RedisBackend(StorageBackend):
 
     def ask(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply] | ErrorReply:
         """The header values of all `keys` in one round trip."""
-        wire.send([command(b"MGET", *(self.header_key(key) for key in keys))])
+        wire.send([command(b"MGET", *(self.layout.header_key(key) for key in keys))])
         reply = wire.reply()
         if isinstance(reply, ErrorReply) or (isinstance(reply, list) and len(reply) == len(keys)):
             return reply
         raise ProtocolFault("MGET was not answered with one value per key")
 
-    def unlink(self, wire: Wire, objects: Sequence[tuple[bytes, int, int]]) -> list[Reply]:
-        """Removes (key, size, segment bytes), all in one round trip; per object 1 if its header was there, or 0.
+    def unlink(self, wire: Wire, objects: Sequence[list[bytes]]) -> list[Reply]:
+        """Removes the keys of each object, all in one round trip; per object 1 if its first key was there, or 0.
 
-        Headers go first, so that nobody finds one without its segments.
+        Headers are the first, so that nobody finds one without its segments.
         """
         commands: list[bytes] = []
-        for key, size, segment_bytes in objects:
-            count = -(-size // segment_bytes) or 1
-            commands.append(command(b"UNLINK", self.header_key(key)))
-            commands.append(command(b"UNLINK", *(self.segment_key(key, number) for number in range(count))))
+        for first, *rest in objects:
+            commands.append(command(b"UNLINK", first))
+            commands.append(command(b"UNLINK", *(rest or [first])))
         if commands:
             wire.send([b"".join(commands)])
         return [wire.reply() for _ in commands][::2]
 
-    def header_key(self, key: bytes) -> bytes:
-        return b"%b:{%b}" % (self._prefix, key.hex().encode())
-
-    def segment_key(self, key: bytes, number: int) -> bytes:
-        return b"%b:%d" % (self.header_key(key), number)
+    def retire(self, wire: Wire, segments: Sequence[bytes]) -> None:
+        """Has segments expire that no header names any more."""
+        if segments:
+            wire.send([b"".join(command(b"EXPIRE", segment, b"%d" % RETIRED_S) for segment in segments)])
+        for _ in segments:
+            wire.reply()
 
     def _delete(self, wire: Wire, keys: Sequence[bytes]) -> list[Result]:
         answer = self.ask(wire, keys)
         if isinstance(answer, ErrorReply):
             return [_refusal(answer)] * len(keys)
-        extents = []
+        objects = []
         for key, raw in zip(keys, answer, strict=True):
-            found = _read_header(key, raw)
-            size, segment_bytes = (found.info.size, found.segment_bytes) if isinstance(found, header.Header) else (0, 1)
-            extents.append((key, size, segment_bytes))
-        return [_deletion(reply) for reply in self.unlink(wire, extents)]
+            found = read_header(key, raw)
+            segments = self.layout.held(found) if isinstance(found, header.Header) else []
+            objects.append([self.layout.header_key(key), *segments])
+        return [_deletion(reply) for reply in self.unlink(wire, objects)]
 
     def _run(self, batch: _Batch) -> list[Result]:
         nbytes = sum(length(transfer.buffers) for transfer in batch.transfers)
@@ -147,12 +153,16 @@ class RedisBackend(StorageBackend):
 
 @dataclass(slots=True)  # not frozen: that would cost a microsecond each
 class _Command:
-    """A command on its way: whose it is, what is sent, and the buffers its answer goes to, if it has one."""
+    """A command on its way: whose it is, what is sent, and the buffers its answer goes to, if it has one.
+
+    is_question: it asks for the header that is about to be replaced.
+    """
 
     item: int
     parts: list[bytes | memoryview]
     target: list[memoryview] | None = None
     is_header: bool = False
+    is_question: bool = False
 
 
 class _Batch(ABC):
@@ -164,7 +174,8 @@ class _Batch(ABC):
         self.results: list[Result | None] = [None] * len(transfers)
         self.missing = [0] * len(transfers)  # segments of each item that are not through yet
         self.headers: deque[_Command] = deque()  # ready to be sent
-        self.remains: list[tuple[bytes, int, int]] = []  # what to unlink when all answers are in
+        self.remains: list[list[bytes]] = []  # what to unlink when all answers are in
+        self.retired: list[bytes] = []  # segments to let expire then
         for item, transfer in enumerate(transfers):
             if fault := header.transfer_fault(transfer):
                 self.results[item] = Result(Outcome.FAILED, detail=fault)
@@ -198,6 +209,7 @@ class _Batch(ABC):
             segments -= not sent.is_header
             self.answered(sent, wire.reply() if sent.target is None else wire.reply_into(sent.target))
         self.backend.unlink(wire, self.remains)
+        self.backend.retire(wire, self.retired)
 
     def _upcoming(self) -> list[_Command]:
         segment = self.next_segment()
@@ -205,17 +217,17 @@ class _Batch(ABC):
         self.headers.clear()
         return upcoming
 
-    def fail(self, item: int, outcome: Outcome, detail: str, segment_bytes: int) -> None:
+    def fail(self, item: int, outcome: Outcome, detail: str, segments: Sequence[bytes]) -> None:
         """Gives an item up and has what Redis holds of it removed."""
-        info = self.transfers[item].info
         self.results[item] = Result(outcome, detail=detail)
-        self.remains.append((info.key, info.size, segment_bytes))
+        self.remains.append([self.backend.layout.header_key(self.transfers[item].info.key), *segments])
 
 
 class _Load(_Batch):
     def __init__(self, backend: RedisBackend, transfers: Sequence[Transfer]) -> None:
         super().__init__(backend, transfers)
         self._headers: dict[int, header.Header] = {}
+        self._compressed: dict[int, memoryview] = {}  # of items on their way
         self._commands: Iterator[_Command] = iter(())
 
     def run(self, wire: Wire) -> None:
@@ -231,25 +243,29 @@ class _Load(_Batch):
         for item, (transfer, raw) in enumerate(zip(self.transfers, raw_headers, strict=True)):
             if self.results[item] is not None or (found := self._take_header(item, raw)) is None:
                 continue
-            runs = list(pieces(transfer.buffers, found.info.size, found.segment_bytes))
+            stored, target = found.info.stored, transfer.buffers
+            if stored:
+                target = [self._compressed.setdefault(item, memoryview(bytearray(stored)))]
+            runs = list(pieces(target, stored or found.info.size, found.segment_bytes))
             self.missing[item] = len(runs)
             if not runs:
                 self._prove(item)
-            for number, run in enumerate(runs):
+            for segment, run in zip(self.backend.layout.held(found), runs, strict=True):
                 if self.results[item] is not None:
                     break
-                yield _Command(item, [command(b"GET", self.backend.segment_key(found.info.key, number))], run)
+                yield _Command(item, [command(b"GET", segment)], run)
 
     def _take_header(self, item: int, raw: Reply) -> header.Header | None:
         """The item's header where it is as expected; else the item has its result."""
         info = self.transfers[item].info
-        found = _read_header(info.key, raw)
+        found = read_header(info.key, raw)
         if found is None:
             self.results[item] = Result(Outcome.MISS)
         elif isinstance(found, str):
-            self.fail(item, Outcome.CORRUPT, found, self.backend.segment_bytes)
+            supposed = self.backend.layout.segment_keys(info.key, info.size, self.backend.segment_bytes)
+            self.fail(item, Outcome.CORRUPT, found, supposed)
         elif fault := header.header_fault(found, info):
-            self.fail(item, Outcome.CORRUPT, fault, found.segment_bytes)
+            self.fail(item, Outcome.CORRUPT, fault, self.backend.layout.held(found))
         else:
             self._headers[item] = found
             return found
@@ -262,13 +278,12 @@ class _Load(_Batch):
         item = sent.item
         if self.results[item] is not None:
             return
-        segment_bytes = self._headers[item].segment_bytes
         if reply is None:
-            self.fail(item, Outcome.MISS, "a segment is missing", segment_bytes)
+            self.fail(item, Outcome.MISS, "a segment is missing", self._held(item))
         elif isinstance(reply, ErrorReply) and reply.code != "WRONGTYPE":
             self.results[item] = _refusal(reply)
         elif sent.target is None or reply != length(sent.target):
-            self.fail(item, Outcome.CORRUPT, "a segment has the wrong length or type", segment_bytes)
+            self.fail(item, Outcome.CORRUPT, "a segment has the wrong length or type", self._held(item))
         else:
             self.missing[item] -= 1
             if not self.missing[item]:
@@ -276,17 +291,23 @@ class _Load(_Batch):
 
     def _prove(self, item: int) -> None:
         found, transfer = self._headers[item], self.transfers[item]
-        fault = header.payload_fault(found, head(transfer.buffers, found.info.size), self.backend.integrity_key)
-        if fault:
-            self.fail(item, Outcome.CORRUPT, fault, found.segment_bytes)
+        payload, compressed = head(transfer.buffers, found.info.size), self._compressed.pop(item, None)
+        if fault := header.restore(found, compressed, payload, self.backend.integrity_key):
+            self.fail(item, Outcome.CORRUPT, fault, self._held(item))
         else:
             self.results[item] = Result(Outcome.OK)
+
+    def _held(self, item: int) -> list[bytes]:
+        return self.backend.layout.held(self._headers[item])
 
 
 class _Store(_Batch):
     def __init__(self, backend: RedisBackend, transfers: Sequence[Transfer]) -> None:
         super().__init__(backend, transfers)
         self._segments = self._sets()
+        self._kept: dict[int, codec.Kept] = {}  # of items on their way
+        self._segment_keys: dict[int, list[bytes]] = {}
+        self._replaced: dict[int, list[bytes]] = {}  # the segments of what the items replace
 
     def run(self, wire: Wire) -> None:
         self.pump(wire)
@@ -296,26 +317,30 @@ class _Store(_Batch):
             if self.results[item] is not None:
                 continue
             info = transfer.info
-            if header.payload_checksum(head(transfer.buffers, info.size)) != info.checksum:
+            payload = head(transfer.buffers, info.size)
+            if header.payload_checksum(payload) != info.checksum:
                 detail = "payload does not match its checksum; nothing was stored"
                 self.results[item] = Result(Outcome.CORRUPT, detail=detail)
                 continue
-            runs = list(pieces(transfer.buffers, info.size, self.backend.segment_bytes))
-            self.missing[item] = len(runs)
-            if not runs:
+            kept = codec.keep(payload, transfer.planes, codec.scratch_for(info.size, transfer.planes))
+            nbytes, segment_bytes = kept.stored or info.size, self.backend.segment_bytes
+            names = self.backend.layout.segment_keys(info.key, nbytes, segment_bytes, kept.checksum)
+            self._kept[item], self._segment_keys[item], self.missing[item] = kept, names, len(names)
+            question = command(b"GET", self.backend.layout.header_key(info.key))
+            self.headers.append(_Command(item, [question], is_header=True, is_question=True))
+            if not names:
                 self.headers.append(self._header(item))
-            for number, run in enumerate(runs):
+            for name, run in zip(names, pieces(kept.views, nbytes, segment_bytes), strict=True):
                 if self.results[item] is not None:
                     break
-                start = opening(3, b"SET", self.backend.segment_key(info.key, number)) + b"$%d\r\n" % length(run)
+                start = opening(3, b"SET", name) + b"$%d\r\n" % length(run)
                 yield _Command(item, [start, *run, b"\r\n"])
 
     def _header(self, item: int) -> _Command:
-        info, buffers = self.transfers[item].info, self.transfers[item].buffers
-        raw = header.pack(
-            info, head(buffers, info.size), self.backend.integrity_key, segment_bytes=self.backend.segment_bytes
-        )
-        return _Command(item, [command(b"SET", self.backend.header_key(info.key), raw)], is_header=True)
+        info = self.transfers[item].info
+        kept = self._kept[item]
+        raw = header.pack(info, kept, self.backend.integrity_key, segment_bytes=self.backend.segment_bytes)
+        return _Command(item, [command(b"SET", self.backend.layout.header_key(info.key), raw)], is_header=True)
 
     def next_segment(self) -> _Command | None:
         return next(self._segments, None)
@@ -324,34 +349,36 @@ class _Store(_Batch):
         item = sent.item
         if self.results[item] is not None:
             return
-        if isinstance(reply, ErrorReply):
-            refusal = _refusal(reply)
-            self.fail(item, refusal.outcome, refusal.detail, self.backend.segment_bytes)
+        if sent.is_question:
+            found = read_header(self.transfers[item].info.key, reply)
+            if isinstance(found, header.Header):
+                self._replaced[item] = self.backend.layout.held(found)
+        elif isinstance(reply, ErrorReply):
+            self._refused(item, _refusal(reply))
         elif reply != b"OK":
             raise ProtocolFault("SET was not answered with OK")
         elif sent.is_header:
-            self.results[item] = Result(Outcome.OK)
+            self.results[item] = Result(Outcome.OK, stored=self._kept.pop(item).stored)
+            mine = set(self._segment_keys[item])
+            self.retired += [name for name in self._replaced.get(item, ()) if name not in mine]
         else:
             self.missing[item] -= 1
             if not self.missing[item]:
                 self.headers.append(self._header(item))
 
-
-def _read_header(key: bytes, raw: Reply) -> header.Header | str | None:
-    """The header kept under `key`; None where there is none; in words what is wrong with it where it is bad."""
-    if raw is None:
-        return None
-    try:
-        found = header.unpack(raw if isinstance(raw, bytes) else b"")
-    except header.HeaderError as error:
-        return str(error)
-    if found.info.key != key:
-        return f"header names the object {found.info.key.hex()}"
-    return found if found.segment_bytes else "header names no segment size"
+    def _refused(self, item: int, refusal: Result) -> None:
+        """Leaves what was there before where it is whole still, and else nothing."""
+        mine, before = self._segment_keys[item], self._replaced.get(item)
+        del self._kept[item]
+        if before is None or not set(mine).isdisjoint(before):
+            self.fail(item, refusal.outcome, refusal.detail, mine)
+        else:
+            self.results[item] = refusal
+            self.remains += [mine] if mine else []
 
 
 def _presence(key: bytes, raw: Reply) -> Result:
-    found = _read_header(key, raw)
+    found = read_header(key, raw)
     if isinstance(found, header.Header):
         return Result(Outcome.OK, found.info)
     return Result(Outcome.MISS, detail=found or "")

@@ -20,6 +20,7 @@ from loracache.storage_backends.memory import MemoryBackend
 from loracache.storage_backends.redis import RedisBackend
 
 SEGMENT = 256 << 10  # small, so that objects of a test have several
+_NIBBLES = bytes(byte & 15 for byte in range(256))
 
 
 def buffers(size: int, pieces: int) -> list[memoryview]:
@@ -40,15 +41,36 @@ class Objects:
     def __init__(self) -> None:
         self._random = random.Random(1)
 
-    def new(self, size: int, *, parent: bytes = b"", pieces: int = 1, key: bytes | None = None) -> Transfer:
-        """An object of `size` bytes; what lies behind them in its buffers is noise."""
-        content = self._random.randbytes(padded(size))
+    def new(self, size: int, *, compressible: bool = False, **options: Any) -> Transfer:
+        """An object of `size` bytes; what lies behind them in its buffers is noise.
+
+        compressible: its bytes repeat themselves by half, with 1, 2, 4 and 8 planes, and no two runs of them are alike.
+        """
+        noise = self._random.randbytes(padded(size))
+        return self.of(noise[:size].translate(_NIBBLES) if compressible else noise[:size], noise[size:], **options)
+
+    def keep(self, of: Transfer, planes: int) -> Transfer:
+        """The same object, to be stored in so many planes."""
+        return replace(of, planes=planes)
+
+    def of(
+        self,
+        payload: bytes,
+        behind: bytes = b"",
+        *,
+        parent: bytes = b"",
+        pieces: int = 1,
+        key: bytes | None = None,
+    ) -> Transfer:
+        """An object with this payload."""
+        size = len(payload)
+        content = (payload + behind).ljust(padded(size), b"\0")
         views = buffers(size, pieces)
         start = 0
         for view in views:
             view[:] = content[start : start + view.nbytes]
             start += view.nbytes
-        checksum = xxhash.xxh3_64_intdigest(content[:size])
+        checksum = xxhash.xxh3_64_intdigest(payload)
         key = key or hashlib.sha256(self._random.randbytes(8)).digest()
         kind = Kind.KV if parent else Kind.LORA
         return Transfer(ObjectInfo(key, parent, kind, hashlib.sha256(b"model").digest(), size, checksum), views)
@@ -157,14 +179,14 @@ def redis_tier() -> Iterator[Callable[..., RedisBackend]]:
         backend.close()
 
 
-@pytest.fixture(params=["memory", "disk", "disk-synced", "redis", "redis-keyed"])
+@pytest.fixture(params=["memory", "disk", "disk-synced", "disk-keyed", "redis", "redis-keyed"])
 def backend(request: pytest.FixtureRequest) -> StorageBackend:
     """Every backend that keeps the contract, in the flavours that take other paths through the code."""
     name, _, flavour = request.param.partition("-")
+    key = b"k" * 32 if flavour == "keyed" else None
     if name == "memory":
         return MemoryBackend()
     if name == "disk":
-        return request.getfixturevalue("disk")(sync=flavour == "synced")
+        return request.getfixturevalue("disk")(sync=flavour == "synced", integrity_key=key)
     server = request.getfixturevalue("redis_server")()
-    key = b"k" * 32 if flavour == "keyed" else None
     return request.getfixturevalue("redis_tier")(server.url, integrity_key=key)
