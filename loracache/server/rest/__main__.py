@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ _HEADERS = [  # for browsers: no guessing of types, no frame, no use by other si
     ("cross-origin-resource-policy", "same-origin"),
     ("referrer-policy", "no-referrer"),
 ]
+
+
+_NICE = 10  # on a busy machine what engines wait for goes first
 
 
 async def _serve(settings: RestSettings) -> None:
@@ -81,6 +85,7 @@ async def _serve(settings: RestSettings) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(_NICE)
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
     )
