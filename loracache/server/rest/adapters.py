@@ -52,12 +52,12 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
         """Adapters that have a name, in the order of names."""
         page = await link.call(protocol.AdapterList(after, limit))
         more = page[-1]["name"] if page else None
-        return models.Adapters(adapters=[models.Adapter(**item) for item in page], next=more)
+        return models.Adapters(adapters=[models.Adapter.of(item) for item in page], next=more)
 
     @app.get("/v1/adapters/{name:path}", dependencies=[needs("read")], tags=["adapters"], responses=problems(404, 422))
     async def adapter(name: Name) -> models.Adapter:
         """One adapter, by name or digest."""
-        return models.Adapter(**await _adapter(link, name))
+        return models.Adapter.of(await _adapter(link, name))
 
     @app.put(
         "/v1/adapters/{name:path}", tags=["adapters"], responses=problems(409, 413, 415, 422, 507),
@@ -82,7 +82,7 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
             raise HTTPException(409, str(error).replace(str(folder), "the upload")) from None
         finally:
             await discard(folder)
-        return models.Adapter(**await _adapter(link, name))
+        return models.Adapter.of(await _adapter(link, name))
 
     @app.delete("/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 409, 422))
     async def remove(name: Name, who: Admin) -> models.Changed:

@@ -38,7 +38,7 @@ def make_app(server: str, limits: Limits | None = None, uploads: Path | None = N
         link.close()
 
     app = FastAPI(title="LoRACache", version=__version__, lifespan=lifespan, summary="One cache for everything an LLM "
-                  "server reads again: its control API.", responses=problems(401, 403, 429, 503, 504))  # fmt: skip
+                  "server reads again: its control API.", responses=problems(400, 401, 403, 429, 503, 504))  # fmt: skip
     install(app)
     _health(app, link)
     objects.add_routes(app, link)

@@ -135,6 +135,18 @@ class Clear(_Strict):
     tiers: list[Tier] = Field(list(ALL_TIERS), min_length=1, max_length=3, description="From where.")
 
 
+class Held(BaseModel):
+    """What there is."""
+
+    objects: int
+    bytes: int
+
+    @classmethod
+    def by_tier(cls, counts: dict[str, Any]) -> dict[str, Held]:
+        """From the daemon's pairs."""
+        return {tier: cls(objects=objects, bytes=nbytes) for tier, (objects, nbytes) in counts.items()}
+
+
 class Found(BaseModel):
     """How far what was selected is held."""
 
@@ -144,7 +156,12 @@ class Found(BaseModel):
     tokens: int = Field(description="Leading tokens whose KV is held.")
     namespace: str = Field(description="Where that is, as a hex digest.")
     engines: int = Field(description="Engines that hold the adapter in their own memory.")
-    held: dict[str, tuple[int, int]] = Field(description="Of a model or tenant: objects and bytes, by tier.")
+    held: dict[str, Held] = Field(description="Of a model or tenant: what there is, by tier.")
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Found:
+        """From the daemon's answer."""
+        return cls(**fields | {"held": Held.by_tier(fields["held"])})
 
 
 class Operation(BaseModel):
@@ -190,7 +207,12 @@ class Adapter(BaseModel):
     size: int = Field(description="Bytes; 0 where no tier of this daemon but Redis has it.")
     tiers: list[str]
     engines: int = Field(description="Engines that hold it in their own memory.")
-    kv: dict[str, tuple[int, int]] = Field(description="What depends on it: objects and bytes, by tier.")
+    kv: dict[str, Held] = Field(description="What depends on it, by tier.")
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Adapter:
+        """From the daemon's answer."""
+        return cls(**fields | {"kv": Held.by_tier(fields["kv"])})
 
 
 class Adapters(BaseModel):

@@ -45,7 +45,7 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
     async def lookup(body: models.Lookup, who: Reader) -> models.Found:
         """How far what is selected is held, and where. Changes nothing."""
         (found,) = await link.call(messages.Locate(name_of(who), who.tenant, body.selector.encode()))
-        return models.Found(**found)
+        return models.Found.of(found)
 
     _add_changes(app, link)
     _add_moves(app, link)

@@ -41,7 +41,7 @@ class Problem(BaseModel):
 
 
 _WHEN = {
-    401: "No token, or one that is not known", 403: "Not from here, or not with this token",
+    400: "No HTTP, or no JSON", 401: "No token, or one that is not known", 403: "Not from here, or not with this token",
     404: "There is no such thing", 408: "The body did not arrive in time", 413: "The body is too large",
     409: "The daemon refuses", 422: "A field is wrong", 429: "Too many requests", 503: "No daemon answers",
     415: "Not the type of body that is taken here", 504: "Not done in time", 507: "No room for it",
