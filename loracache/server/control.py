@@ -68,11 +68,11 @@ class Control:
         getattr(self, f"_on_{request.operation}")(request, label, answer)
 
     def audited(self, request: protocol.AdapterAdd | protocol.AdapterRemove, by: str, answer: Answer) -> Answer:
-        """`answer`, noted down."""
+        """`answer`, noted down where something changed."""
 
         def note(result: list[Any] | Exception) -> None:
-            outcome = str(result) if isinstance(result, Exception) else "done" if result else "unknown"
-            self._audit.write(by, request.operation, name=request.name, state=outcome)
+            if result and not isinstance(result, Exception):
+                self._audit.write(by, request.operation, name=request.name)
             answer(result)
 
         return note
