@@ -78,6 +78,7 @@ class Listing:
             "namespace": node.namespace.hex(),
             "parent": parent.key.hex() if parent is not None else "",
             "size": node.size,
+            "checksum": f"{node.checksum:016x}",
             "stored": node.stored or node.size,
             "tiers": [tier.label for tier in _TIERS if node.held_in(tier)],
             "pinned": [tier.label for tier in _TIERS if node.pins >> tier & 1],

@@ -230,6 +230,7 @@ class Object(BaseModel):
     namespace: str
     parent: str = Field(description="The object it depends on; empty where there is none.")
     size: int = Field(description="Bytes of payload.")
+    checksum: str = Field(description="xxh3_64 of the payload, in hex.")
     stored: int = Field(description="Bytes on disk, fewer where it is compressed.")
     tiers: list[str]
     pinned: list[str] = Field(description="Tiers it is pinned in.")
@@ -261,6 +262,7 @@ class TreeNode(BaseModel):
     engines: int = 0
     size: int = 0
     stored: int = 0
+    checksum: str = ""
     tiers: list[str] = []
     pinned: list[str] = []
     leases: int = 0
