@@ -60,7 +60,7 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
         return models.Adapter.of(await _adapter(link, name))
 
     @app.put(
-        "/v1/adapters/{name:path}", tags=["adapters"], responses=problems(409, 413, 415, 422, 507),
+        "/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 409, 413, 415, 422, 507),
         openapi_extra={"requestBody": _UPLOAD},
     )  # fmt: skip
     async def upload(name: Name, request: Request, who: Uploader) -> models.Adapter:

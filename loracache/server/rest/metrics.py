@@ -34,7 +34,7 @@ _COUNTERS = {
     "failures": ("failures", "cause", "Failures on the data path, each of them somebody's miss."),
     "counters": ("events", "name", "Everything that is counted, by its name in `loracache status`."),
 }
-_MOVED = "Payload bytes read from a tier into memory, or written to it; cpu: stored by engines."
+_MOVED = "Payload bytes read from a tier into memory, or written to it; cpu: stored by engines, and adapters taken in."
 
 
 class _Status(Collector):
