@@ -93,18 +93,18 @@ def _add_events(app: FastAPI, link: DaemonLink) -> None:
 
 
 async def _stream(link: DaemonLink, since: int) -> AsyncIterator[str]:
-    yield ": what happens from now on\n\n"  # at once, so that the client knows that it is heard
+    wait = 0.0  # at first, so that what happens after the first line is told
     while True:
-        wait = _EVENTS_WAIT_S
         try:
             since, lost, *found = await link.call(messages.Events("", "", since, _EVENTS, wait), wait + _ANSWER_S)
         except LoRACacheError as error:
             yield f"event: end\ndata: {str(error).splitlines()[0]}\n\n"
             return
+        if not wait:
+            yield ": what happens from now on\n\n"
+            wait = _EVENTS_WAIT_S
         if lost:
             yield f"event: lost\ndata: {lost}\n\n"
         events = [models.Event(**item) for item in found]
-        yield (
-            "".join(f"id: {event.id}\nevent: {event.event}\ndata: {event.model_dump_json()}\n\n" for event in events)
-            or ": nothing new\n\n"
-        )
+        told = [f"id: {event.id}\nevent: {event.event}\ndata: {event.model_dump_json()}\n\n" for event in events]
+        yield "".join(told) or ": nothing new\n\n"
