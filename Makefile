@@ -1,6 +1,6 @@
 # Every target but help and clean makes .venv first; that takes no time when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check check-lint bench clean
+.PHONY: help setup demo test test-vllm check check-lint fuzz bench clean
 
 BIN := .venv/bin
 
@@ -26,6 +26,9 @@ check-lint: setup ## Lint, formatting and types only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: setup ## 20,000 calls of REST made up from its OpenAPI document (minutes)
+	@LORACACHE_FUZZ_CALLS=20000 $(BIN)/pytest tests/stress/test_rest_fuzz.py
 
 bench: setup ## Measure, and print what was measured on what
 	@$(BIN)/python benchmarks/run.py

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from loracache.arena import Arena
 from loracache.counters import Counters
 from loracache.disk_tier import DiskTier
-from loracache.errors import UsageError
+from loracache.events import Events
 from loracache.index import Index, Node
 from loracache.leases import Leases, Writing
+from loracache.pins import Pins
 from loracache.policy import POLICIES
 from loracache.promotion import Promoter
 from loracache.removal import Evicted, Remover
@@ -56,9 +57,10 @@ class TieredCache:
         self.counters = Counters()
         self.index = Index(self._offer, self._idle)
         self.leases = Leases(arena, self.index, clock)
-        self._clock = clock
         self._condemned: dict[Node, list[tuple[int, int]]] = {}
-        self._pin_ends: dict[tuple[Node, Tier], float] = {}
+        self.events = Events()
+        self.index.on_change = self.events.changed
+        self.pins = Pins(self.index, self.events, clock)
         self._promoter = Promoter(arena, self.index, self.counters, self._make_room, self._arrived, self._lost)
         make = POLICIES[policy]
         self._policies = {Tier.CPU: make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))}
@@ -68,13 +70,14 @@ class TieredCache:
         if disk is not None:
             disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.size))
             self._policies[Tier.DISK] = disk_policy
-            io = TierIO(Tier.DISK, disk, post, self.counters)
+            io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
             self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit, self._written)
             self.writers.append(self.disk.writer)
         if redis is not None:
-            io = TierIO(Tier.REDIS, redis, post, self.counters)
+            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events)
             self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
             self.writers.append(self.redis)
+        self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.keeper = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
         self._remover = Remover(
             self.index, post, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
@@ -152,7 +155,8 @@ class TieredCache:
             node = self.index.get(key)
             if node is not None and node.held_in(Tier.CPU):
                 self.counters.add("failure.cpu.corrupt")
-                self._leave_arena(node)
+                self.events.fail(Tier.CPU, "corrupt", key=key)
+                self._leave_arena(node, "corrupt")
 
     # -- writing ----------
 
@@ -218,7 +222,7 @@ class TieredCache:
             self.counters.add("store.refused.no_parent")
             return "no_parent"
         node.extents = item.extents
-        self.index.enter(node, Tier.CPU)
+        self.index.enter(node, Tier.CPU, "stored")
         self.counters.add("store.objects")
         self.counters.add("store.bytes", node.size)
         self._queue_writes(node)
@@ -250,38 +254,30 @@ class TieredCache:
         for tier in (Tier.CPU, Tier.DISK) if node is not None else ():
             self.index.offer(node, tier)  # type: ignore[arg-type]
 
-    def pin(self, keys: Sequence[bytes], tier: Tier, ttl: float | None = None) -> int:
-        """Keep objects in `tier` (and thereby their ancestors) until unpinned or `ttl` seconds have passed. Answers how
-        many of `keys` are in the tier and pinned now."""
-        if tier not in self._policies:
-            raise UsageError(f"cannot pin in tier {tier.label!r}: give cpu or disk")
-        pinned = 0
-        for key in keys:
-            node = self.index.get(key)
-            if node is None or not node.held_in(tier):
-                continue
-            node.pins |= 1 << tier
-            pinned += 1
-            self._pin_ends.pop((node, tier), None)
-            if ttl is not None:
-                self._pin_ends[(node, tier)] = self._clock() + ttl
-        return pinned
+    def evict(
+        self,
+        keys: Sequence[bytes],
+        tiers: Collection[Tier],
+        done: Callable[[Evicted], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Take objects, and their descendants with them, out of `tiers`, as long as that is `wanted`. What is leased or
+        pinned stays, its ancestors with it, and is counted as skipped. `done` is called before this returns, or later
+        where there are many."""
+        self._remover.remove(keys, tiers, done, wanted)
 
-    def unpin(self, keys: Sequence[bytes], tier: Tier) -> int:
-        """End pins; answers how many of `keys` were pinned."""
-        nodes = [node for node in map(self.index.get, keys) if node is not None and node.pins >> tier & 1]
-        for node in nodes:
-            self._unpin(node, tier)
-        return len(nodes)
+    def drop(self, nodes: Sequence[Node], tier: Tier, cause: str) -> Evicted:
+        """Take just these objects, children before parents, out of cpu or disk, as far as they may go."""
+        return self._remover.drop(nodes, tier, cause)
 
-    def evict(self, keys: Sequence[bytes], tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
-        """Take objects, and their descendants with them, out of `tiers`. What is leased or pinned stays, its ancestors
-        with it, and is counted as skipped. `done` is called before this returns, or later where there are many."""
-        self._remover.remove(keys, tiers, done)
-
-    def clear(self, tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
+    def clear(
+        self,
+        tiers: Collection[Tier],
+        done: Callable[[Evicted], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Take everything out of `tiers` (out of Redis: what the index knows of), but for what is leased or pinned."""
-        self._remover.remove_all(tiers, done)
+        self._remover.remove_all(tiers, done, wanted)
 
     def when_flushed(self, done: Callable[[], None]) -> None:
         """Call `done` once everything committed so far is written to the lower tiers or given up, and everything
@@ -302,9 +298,7 @@ class TieredCache:
     def tick(self) -> None:
         """End what is over: leases and pins past their time."""
         self.counters.add("lease.expired", self.leases.expire())
-        now = self._clock()
-        for node, tier in [pin for pin, end in self._pin_ends.items() if end <= now]:
-            self._unpin(node, tier)  # one that left the tier meanwhile lost its pin then
+        self.pins.tick()
         if self.disk is not None:
             self.disk.tick()
         self.pump()
@@ -317,11 +311,6 @@ class TieredCache:
     def _idle(self, node: Node) -> None:
         self.arena.free(self._condemned.pop(node, ()))
 
-    def _unpin(self, node: Node, tier: Tier) -> None:
-        self._pin_ends.pop((node, tier), None)
-        node.pins &= ~(1 << tier)
-        self.index.offer(node, tier)
-
     def _held(self, node: Node) -> bool:
         """Whether the object need not be stored again: a tier has it that can be read now."""
         return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
@@ -332,15 +321,17 @@ class TieredCache:
         """
         while (missing := nbytes - self.arena.free_bytes) > 0:
             victims = self._policies[Tier.CPU].victims(missing, protected)
+            cause = "policy"
             if victims is None:
                 leaf = self._unwritten_leaf(protected)
                 if leaf is None:
                     return False
+                cause = "memory_full"
                 for writer in self.writers:
-                    writer.forget(leaf, "memory_full")
+                    writer.forget(leaf, cause)
                 victims = [leaf]
             for node in victims:
-                self._evict_from_arena(node)
+                self._evict_from_arena(node, cause)
         return True
 
     def _unwritten_leaf(self, protected: set[Node]) -> Node | None:
@@ -352,11 +343,11 @@ class TieredCache:
                     return leaf
         return None
 
-    def _evict_from_arena(self, node: Node) -> None:
-        self.counters.add("evict.cpu")
-        self._leave_arena(node)
+    def _evict_from_arena(self, node: Node, cause: str) -> None:
+        self.counters.add(f"evict.cpu.{cause}")
+        self._leave_arena(node, cause)
 
-    def _leave_arena(self, node: Node) -> None:
+    def _leave_arena(self, node: Node, cause: str) -> None:
         for writer in self.writers:
             writer.forget(node, "evicted")
         extents, node.extents = node.extents, ()
@@ -364,10 +355,10 @@ class TieredCache:
             self._condemned.setdefault(node, []).extend(extents)
         else:
             self.arena.free(extents)
-        self.index.leave(node, Tier.CPU)
+        self.index.leave(node, Tier.CPU, cause)
 
     def _arrived(self, node: Node, source: Tier) -> None:
-        self.index.enter(node, Tier.CPU)
+        self.index.enter(node, Tier.CPU, f"from_{source.label}")
         if source is Tier.DISK and self.disk is not None:
             self.disk.load_ended(node, Outcome.OK)
         elif source is Tier.REDIS and self.disk is not None:

@@ -1,4 +1,4 @@
-"""The command line: `loracache serve | status | flush | clear | adapters`.
+"""The command line: `loracache serve | status | flush | clear | adapters | tokens`.
 
 Exit codes: 0 done, 1 the daemon is not there or refused, 2 wrong usage or configuration.
 """
@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from loracache import cli_adapters
+from loracache import cli_adapters, cli_tokens
 from loracache.cli_common import SocketOption, client_of
 from loracache.errors import ConfigError, LoRACacheError
+from loracache.operator import ALL_TIERS
 
 __all__ = ["main"]
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_adapters.app, name="adapters")
+app.add_typer(cli_tokens.app, name="tokens")
 
 
 @app.command()
@@ -40,7 +42,10 @@ def serve(
     redis_password_file: Annotated[
         Path | None, typer.Option(help="File with its password.", show_default=False)
     ] = None,
-    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST, on loopback.", show_default=False)] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST.", show_default=False)] = None,
+    http_hosts: Annotated[str | None, typer.Option(help="Names it is called by, with commas.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Its certificate chain, PEM.", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key, PEM.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
     page_size: Annotated[str | None, typer.Option(help="Page of the arena.", show_default="64KiB")] = None,
     disk_sync: Annotated[bool | None, typer.Option("--disk-sync", help="fdatasync before a write counts.")] = None,
@@ -58,6 +63,7 @@ def serve(
         "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis,
         "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
         "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
+        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key,
     }  # fmt: skip
     settings = load_config(flags, config)
     logging.basicConfig(
@@ -100,7 +106,7 @@ def clear(
 ) -> None:
     """Remove everything from the tiers named (all, if none is), but for what is leased or pinned."""
     with client_of(socket) as client:
-        objects, nbytes, skipped = client.clear(tiers=tier or ("cpu", "disk", "redis"))
+        objects, nbytes, skipped = client.clear(tiers=tier or ALL_TIERS).counts
     typer.echo(f"removed {objects} objects ({nbytes} bytes), skipped {skipped}")
 
 

@@ -11,16 +11,21 @@ import typer
 from loracache.client import CacheClient
 from loracache.errors import ConfigError
 
-__all__ = ["SocketOption", "client_of"]
+__all__ = ["SocketOption", "client_of", "socket_of"]
 
 SocketOption = Annotated[
     Path | None, typer.Option("--socket", help="Unix socket of the daemon [LORACACHE_SOCKET].", show_default=False)
 ]
 
 
-def client_of(socket: Path | None) -> CacheClient:
-    """A client of the daemon at `socket`, or at LORACACHE_SOCKET. Raises ConfigError where neither is given."""
+def socket_of(socket: Path | None) -> Path:
+    """`socket`, or LORACACHE_SOCKET, as an absolute path. Raises ConfigError where neither is given."""
     path = socket or os.environ.get("LORACACHE_SOCKET")
     if not path:
         raise ConfigError("no daemon is named; give --socket PATH or set LORACACHE_SOCKET")
-    return CacheClient(f"unix://{Path(path).absolute()}", name="cli")
+    return Path(path).absolute()
+
+
+def client_of(socket: Path | None) -> CacheClient:
+    """A client of the daemon at `socket_of(socket)`."""
+    return CacheClient(f"unix://{socket_of(socket)}", name="cli")

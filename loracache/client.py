@@ -17,6 +17,7 @@ from loracache import protocol
 from loracache.connection import Connection, Reply
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
+from loracache.operator import Operator
 from loracache.tiers import Tier
 
 __all__ = ["Adapter", "CacheClient", "Lookup", "Reading", "Reservation", "Slot"]
@@ -116,7 +117,7 @@ class Reservation:
             at += len(buffer)
 
 
-class CacheClient:
+class CacheClient(Operator):
     """A connection to a LoRACache daemon.
 
     >>> with CacheClient("unix:///run/loracache.sock") as cache:
@@ -143,9 +144,10 @@ class CacheClient:
         """Close the connection; its leases end."""
         self.connection.close()
 
-    def register(self, namespace: Namespace) -> bytes:
-        """Make a namespace known to the daemon before objects are stored in it; answers its digest (32 bytes)."""
-        self._call(protocol.Register(namespace.descriptor()))
+    def register(self, namespace: Namespace, names: Sequence[str] = ()) -> bytes:
+        """Make a namespace known to the daemon before objects are stored in it, and what its model is called; answers
+        its digest (32 bytes)."""
+        self._call(protocol.Register(namespace.descriptor(), list(names)))
         return namespace.digest()
 
     def lookup(self, keys: Sequence[bytes], *, group: int = 1) -> Lookup:
@@ -249,37 +251,10 @@ class CacheClient:
                 reading.bad.append(key)
                 raise
 
-    def pin(self, keys: Sequence[bytes], *, tier: str = "cpu", ttl: float | None = None) -> int:
-        """Keep objects in `tier` ("cpu", "disk") until unpinned or for `ttl` seconds, an hour at most; answers how many
-        were there."""
-        if ttl is not None and not 0 < ttl <= protocol.MAX_TTL_S:
-            raise UsageError(
-                f"ttl={ttl} must be seconds, more than 0 and at most {protocol.MAX_TTL_S:.0f}; "
-                "leave it out to pin until unpinned"
-            )
-        (pinned,) = self._call(protocol.Pin(protocol.join_keys(keys), tier, ttl or 0.0))
-        return int(pinned)
-
-    def unpin(self, keys: Sequence[bytes], *, tier: str = "cpu") -> int:
-        """End pins; answers how many there were."""
-        (unpinned,) = self._call(protocol.Unpin(protocol.join_keys(keys), tier))
-        return int(unpinned)
-
-    def evict(self, keys: Sequence[bytes], *, tiers: Sequence[str] = ("cpu", "disk", "redis")) -> tuple[int, int, int]:
-        """Remove objects and their descendants; answers (objects removed, their bytes, objects skipped because leased,
-        pinned or needed by one that is)."""
-        objects, nbytes, skipped = self._call(protocol.Evict(protocol.join_keys(keys), list(tiers)))
-        return objects, nbytes, skipped
-
-    def clear(self, *, tiers: Sequence[str] = ("cpu", "disk", "redis")) -> tuple[int, int, int]:
-        """Remove everything from `tiers` (from Redis: what the daemon knows of); answers as `evict`."""
-        objects, nbytes, skipped = self._call(protocol.Clear(list(tiers)))
-        return objects, nbytes, skipped
-
     def add_adapter(self, path: str, name: str = "", *, timeout: float = 600.0) -> str:
         """Take the PEFT folder at `path` (on the daemon's machine) into the cache and point `name` at it; answers its
         hex digest. Raises Rejected naming file, tensor and reason."""
-        (digest,) = self._call(protocol.AdapterAdd(path, name), timeout)
+        (digest,) = self._call(protocol.AdapterAdd(path, name, ""), timeout)
         return str(digest)
 
     def find_adapter(self, name: str) -> str | None:
@@ -303,7 +278,7 @@ class CacheClient:
     def remove_adapter(self, name: str) -> tuple[int, int, int] | None:
         """Forget a name; what no name points to any more leaves all tiers with its KV. Answers as `evict`, or None
         where nobody knows the name."""
-        found = self._call(protocol.AdapterRemove(name))
+        found = self._call(protocol.AdapterRemove(name, ""))
         return (found[0], found[1], found[2]) if found else None
 
     def flush(self, timeout: float | None = None) -> None:

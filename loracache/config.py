@@ -6,6 +6,7 @@ Every key is documented where it is defined; `docs/configuration.md` is checked 
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from pydantic import (
 
 from loracache.errors import ConfigError
 
-__all__ = ["Config", "http_address", "load_config", "parse_size"]
+__all__ = ["Config", "http_address", "load_config", "on_loopback", "parse_size", "shown_config"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": factor for unit, factor in list(_UNITS.items()) if unit not in ("", "B")}
@@ -35,7 +36,9 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _PREFIX = "LORACACHE_"
 _SEEN = "command line"
 _LOGIN = re.compile(r"://[^/?#]*:.*@|[?&][a-z_]*password=")
-_LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "::1"}
+_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z](?:[0-9A-Za-z.-]*[0-9A-Za-z])?")
+_HOST_OF_HEADER = re.compile(rf"(?:{_HOST.pattern})(?::[0-9]{{1,5}})?")
+_SECRET = ("integrity_key", "redis")
 
 
 def parse_size(value: object) -> int:
@@ -57,13 +60,25 @@ def parse_size(value: object) -> int:
 
 
 def http_address(value: str) -> tuple[str, int]:
-    """(host, port) of "127.0.0.1:9400" or "[::1]:9400"; port 0 takes a free one. Raises ValueError naming the value."""
+    """(host, port) of "127.0.0.1:9400", "[::1]:9400" or "name:9400"; port 0 takes a free one. Raises ValueError naming
+    the value.
+    """
     host, _, port = value.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{value!r} is no HOST:PORT; write it like 127.0.0.1:9400")
-    if host not in _LOOPBACK:
-        raise ValueError(f"{value!r} is not on loopback, where there is no TLS; give one of {', '.join(_LOOPBACK)}")
-    return _LOOPBACK[host], int(port)
+    if not _HOST.fullmatch(host) or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{value!r} is no HOST:PORT; write it like 127.0.0.1:9400 or [::1]:9400")
+    if host.lower() == "localhost":
+        return "127.0.0.1", int(port)
+    if host.startswith("["):
+        return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+    return host.lower(), int(port)
+
+
+def on_loopback(host: str) -> bool:
+    """Whether `http_address` gave an address that this machine alone reaches. A name may lead anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -90,7 +105,18 @@ class Config(BaseModel):
     redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
-    http: str | None = Field(None, description="HOST:PORT of REST and metrics, on loopback; without it there are none.")
+    http: str | None = Field(None, description="HOST:PORT of REST and metrics; without it there are none.")
+    http_hosts: tuple[str, ...] = Field((), description="Names it is called by, besides loopback's: NAME or NAME:PORT.")
+    http_rate: float | None = Field(None, ge=0, le=1e6, description="Most requests a second of one caller; 0: any.")
+    http_upload: Size = Field(4 << 30, description="Most bytes of an uploaded adapter.")
+    tls_cert: Path | None = Field(None, description="Certificate chain of REST (PEM); needed off loopback.")
+    tls_key: Path | None = Field(None, description="Its key (PEM, without a passphrase), which nobody else may read.")
+    traces: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="OTLP/HTTP collector of OpenTelemetry, http://host:4318."
+    )
+    audit_log: Path | None = Field(
+        None, description="File of what operators changed, one JSON object a line; without it the daemon's own log."
+    )
     policy: Literal["lru"] = Field("lru", description="Eviction policy.")
     drain: float = Field(10.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
@@ -109,6 +135,36 @@ class Config(BaseModel):
         if value is not None:
             http_address(value)
         return value
+
+    @field_validator("http_hosts", mode="before")
+    @classmethod
+    def _http_hosts(cls, value: object) -> object:
+        names = [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        if isinstance(names, list | tuple):
+            for name in names:
+                if not isinstance(name, str) or not _HOST_OF_HEADER.fullmatch(name):
+                    raise ValueError(f"{name!r} is no name that a Host header has; write NAME or NAME:PORT")
+        return names
+
+    @field_validator("tls_cert", "tls_key", mode="before")
+    @classmethod
+    def _tls_path(cls, value: object) -> object:
+        if "-----BEGIN" in str(value):
+            raise ValueError("is the content of a file; give the file's path")
+        return value
+
+    @model_validator(mode="after")
+    def _http_whole(self) -> Config:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; give both or none")
+        host = http_address(self.http)[0] if self.http is not None else "127.0.0.1"
+        if on_loopback(host):
+            return self
+        if self.tls_cert is None:
+            raise ValueError(f"http={self.http} is not on loopback and needs TLS; give tls_cert and tls_key")
+        if not self.http_hosts and host in ("0.0.0.0", "::"):
+            raise ValueError(f"http={self.http} is every address; give http_hosts, the names that clients call it by")
+        return self
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
@@ -145,6 +201,14 @@ def load_config(flags: Mapping[str, Any], file: str | os.PathLike[str] | None = 
         raise ConfigError("; ".join(_explain(item, values, origin) for item in error.errors())) from None
 
 
+def shown_config(config: Config) -> dict[str, Any]:
+    """The settings in plain values for an operator to see; of what may hold a secret only whether it is set."""
+    shown = config.model_dump(mode="json")
+    for key in _SECRET:
+        shown[key] = "(set)" if shown[key] is not None else None
+    return shown
+
+
 def _explain(item: Any, values: dict[str, Any], origin: dict[str, str]) -> str:
     key = str(item["loc"][0]) if item["loc"] else ""
     message = str(item["msg"]).removeprefix("Value error, ")
@@ -152,7 +216,8 @@ def _explain(item: Any, values: dict[str, Any], origin: dict[str, str]) -> str:
         return message
     if item["type"] == "missing":
         return f"{key} is not set; give --{key.replace('_', '-')} or {_PREFIX}{key.upper()}"
-    shown = "(secret)" if key in ("integrity_key", "redis") else repr(values.get(key))
+    secret = key in _SECRET or "-----BEGIN" in str(values.get(key))
+    shown = "(secret)" if secret else repr(values.get(key))
     return f"{key}={shown} ({origin.get(key, 'default')}): {message}"
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loracache import protocol
-from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable
+from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable, Unknown
 from loracache.frames import Frames
 from loracache.mapping import map_arena
 
@@ -28,6 +28,7 @@ __all__ = ["Connection", "Reply", "socket_path"]
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_UNSENT = 16 << 20
 _RECEIVE = 1 << 20
+_ERRORS: dict[int, type[Rejected]] = {protocol.ERROR: Rejected, protocol.UNKNOWN: Unknown}
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +310,8 @@ class Connection:
             queue = self._replies.get(number)
             if queue is None:
                 continue
-            queue.append(Rejected(str(payload)) if status == protocol.ERROR else Reply(payload, status == protocol.OK))
+            kind = _ERRORS.get(status)
+            queue.append(kind(str(payload)) if kind is not None else Reply(payload, status == protocol.OK))
 
 
 def _receive_greeting(sock: socket.socket) -> tuple[int, protocol.Greeting]:

@@ -13,7 +13,7 @@ from loracache.arena import Arena
 from loracache.counters import Counters
 from loracache.index import Index, Node
 from loracache.policy import Policy
-from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
 from loracache.tier_io import TierIO
 from loracache.tiers import Tier
 from loracache.write_behind import WriteBehind
@@ -43,6 +43,7 @@ class DiskTier:
         self.used = 0
         self.loaded = False
         self.writer = WriteBehind(io, arena, index, counters, self._refuse, self._written, started=False)
+        self._arena = arena
         self._index = index
         self._counters = counters
         self._policy = policy
@@ -53,7 +54,7 @@ class DiskTier:
 
     def cost(self, node: Node) -> int:
         """Bytes of the budget that a node takes."""
-        return self.io.backend.footprint(node.size)
+        return self.io.backend.footprint(node.stored or node.size)
 
     def queue_write(self, node: Node) -> None:
         """Queue an object of the arena, and before it those ancestors that the disk lacks but the arena has."""
@@ -73,13 +74,13 @@ class DiskTier:
         """Whether the object is safe here, so that it need not be stored anew: it can be read as far as we know."""
         return self.reads(node) and node not in self._unreadable
 
-    def evict(self, nodes: Iterable[Node]) -> None:
+    def evict(self, nodes: Iterable[Node], cause: str) -> None:
         """Remove objects, children before parents."""
         going = {}
         for node in nodes:
             going[node.key] = self.cost(node)
-            self._leave(node)
-        self._counters.add("evict.disk", len(going))
+            self._leave(node, cause)
+        self._counters.add(f"evict.disk.{cause}", len(going))
         self._delete(going)
 
     def load_ended(self, node: Node, outcome: Outcome) -> None:
@@ -89,7 +90,7 @@ class DiskTier:
         if not node.held_in(Tier.DISK):
             return
         if outcome in (Outcome.MISS, Outcome.CORRUPT):
-            self._leave(node)
+            self._leave(node, outcome.value)
         elif outcome is Outcome.FAILED:
             self._unreadable.add(node)
 
@@ -97,7 +98,7 @@ class DiskTier:
         """Remove an object that could not be read, because it was computed anew; its children stay."""
         if node.held_in(Tier.DISK):
             cost = self.cost(node)
-            self._leave(node)
+            self._leave(node, "replaced")
             self._delete({node.key: cost})
 
     def tick(self) -> None:
@@ -110,6 +111,40 @@ class DiskTier:
                 self._no_longer_undeleted(key)
             self._delete(going)
 
+    def rewrite(self, items: Sequence[tuple[Node, int]], done: Callable[[list[tuple[Node, Result]]], None]) -> None:
+        """Keep objects, which are in the arena and here, in another way: (node, its planes). While the new is written
+        the old one still stands, so there must be room for both; what has none answers FULL. `done` is told how each
+        went.
+        """
+        going: list[Node] = []
+        transfers: list[Transfer] = []
+        results: list[tuple[Node, Result]] = []
+        for node, planes in items:
+            room = self.io.backend.footprint(node.size)
+            if not node.held_in(Tier.DISK):
+                results.append((node, Result(Outcome.MISS)))
+            elif not self._make_room(room, {node for node, _ in items}):
+                results.append((node, Result(Outcome.FULL)))
+            else:
+                self.used += room
+                going.append(node)
+                buffers = self._arena.buffers(node.extents, padded(node.size))
+                transfers.append(Transfer(node.info(), buffers, planes))
+
+        def stored(kept: list[Result]) -> None:
+            for node, result in zip(going, kept, strict=True):
+                self.used -= self.io.backend.footprint(node.size)
+                if result.outcome is Outcome.OK and node.held_in(Tier.DISK):  # else a deletion is queued behind us
+                    self.used -= self.cost(node)
+                    node.stored = result.stored
+                    self.used += self.cost(node)
+            done(results + list(zip(going, kept, strict=True)))
+
+        if transfers:
+            self.io.store(transfers, stored)
+        else:
+            done(results)
+
     def adopt(self, infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
         """Enter objects of an earlier run; answers those whose parent is not known yet."""
         waiting = []
@@ -118,7 +153,8 @@ class DiskTier:
             if node is None:
                 waiting.append(info)
             elif not node.held_in(Tier.DISK):
-                self._index.enter(node, Tier.DISK)
+                node.stored = info.stored
+                self._index.enter(node, Tier.DISK, "found")
                 self.used += self.cost(node)
         return waiting
 
@@ -127,7 +163,7 @@ class DiskTier:
         to the limit. Only now are objects written: before, nobody knows how much room there is.
         """
         self._counters.add("disk.orphans", len(orphans))
-        self._delete({info.key: self.io.backend.footprint(info.size) for info in orphans})
+        self._delete({info.key: self.io.backend.footprint(info.stored or info.size) for info in orphans})
         self._make_room(0, ())
         self.loaded = True
         self.writer.start()
@@ -155,7 +191,7 @@ class DiskTier:
             self._delete({node.key: self.cost(node)})
             self._counters.add("write.disk.dropped.no_parent")
             return
-        self._index.enter(node, Tier.DISK)
+        self._index.enter(node, Tier.DISK, "written")
         self.used += self.cost(node)
 
     def _on_disk_or_coming(self, node: Node) -> bool:
@@ -170,13 +206,14 @@ class DiskTier:
         victims = self._policy.victims(excess, protected)
         if victims is None:
             return False
-        self.evict(victims)
+        self.evict(victims, "policy")
         return True
 
-    def _leave(self, node: Node) -> None:
+    def _leave(self, node: Node, cause: str) -> None:
         self.used -= self.cost(node)
+        node.stored = 0
         self._unreadable.discard(node)
-        self._index.leave(node, Tier.DISK)
+        self._index.leave(node, Tier.DISK, cause)
 
     def _delete(self, going: dict[bytes, int]) -> None:
         """Delete (key -> bytes on disk) that nobody finds any more. What cannot be deleted counts until it can."""

@@ -6,6 +6,7 @@
     ├── ProtocolError          a frame is malformed, too large, or of another version
     ├── Unavailable            no daemon answers, or it stopped answering                 (also ConnectionError)
     ├── Rejected               the daemon understood the call and refuses it: names why
+    │   └── Unknown            it names an adapter, model or operation that is not there
     └── LeaseLost              bytes held under a lease may have been reused meanwhile
 
 Failures of a tier (disk full, Redis gone, checksum wrong) are no exceptions: they are counted misses, reported as
@@ -21,6 +22,7 @@ __all__ = [
     "ProtocolError",
     "Rejected",
     "Unavailable",
+    "Unknown",
     "UsageError",
 ]
 
@@ -47,6 +49,10 @@ class Unavailable(LoRACacheError, ConnectionError):
 
 class Rejected(LoRACacheError):
     """The daemon understood the call and refuses it; nothing changed."""
+
+
+class Unknown(Rejected):
+    """What the call names is not there."""
 
 
 class LeaseLost(LoRACacheError):

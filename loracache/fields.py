@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 from loracache.keys import KEY_BYTES
 
-__all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "is_int"]
+__all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "MAX_WAIT_S", "is_int"]
 
 LEASE_BYTES = 16
 MAX_TTL_S = 3600.0
+MAX_WAIT_S = 600.0
 
 _MAX_TEXT = 64 << 10
+_MAX_SHORT = 300
+_DIGEST = re.compile(r"(?:[0-9a-f]{64})?")
 _COUNTER = re.compile(r"[a-z0-9_.]{1,64}")
 
 
@@ -61,6 +64,32 @@ def _texts(value: object) -> str:
     )
 
 
+def _wait(value: object) -> str:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WAIT_S
+    return "" if fits else f"must be seconds from 0 to {MAX_WAIT_S:.0f}"
+
+
+def _selector(value: object) -> str:
+    if not isinstance(value, dict) or not value.keys() <= _SELECTOR.keys():
+        return f"must be a map of {', '.join(_SELECTOR)}"
+    problems = (
+        f"must be valid: its {name} {_SELECTOR[name](item)}" for name, item in value.items() if _SELECTOR[name](item)
+    )
+    return next(problems, "")
+
+
+def _short(value: object) -> str:
+    return "" if isinstance(value, str) and len(value) <= _MAX_SHORT else f"must be a string of at most {_MAX_SHORT}"
+
+
+def _tokens(value: object) -> str:
+    return "" if isinstance(value, bytes) and len(value) % 4 == 0 else "must be bytes, 4 a token"
+
+
+def _salt(value: object) -> str:
+    return "" if isinstance(value, str) and _DIGEST.fullmatch(value) else "must be empty or 64 hexadecimal digits"
+
+
 def _counts(value: object) -> str:
     fits = isinstance(value, dict) and len(value) <= 64 and all(_is_count(*item) for item in value.items())
     return "" if fits else "must map at most 64 names of a-z, 0-9, _ and . to counts"
@@ -70,20 +99,33 @@ def _is_count(name: object, count: object) -> bool:
     return isinstance(name, str) and bool(_COUNTER.fullmatch(name)) and is_int(count) and 0 <= count < 2**32  # type: ignore[operator]
 
 
+_SELECTOR: dict[str, Callable[[object], str]] = {
+    "keys": _keys, "model": _short, "tokens": _tokens, "adapter": _short, "salt": _salt,
+}  # fmt: skip
+
 CHECKS: dict[str, Callable[[object], str]] = {
+    "after": _short,
+    "by": _short,
     "checksums": _unsigned,
     "count": _count,
     "counts": _counts,
     "descriptor": _text,
     "group": _group,
+    "keep": lambda value: "" if isinstance(value, bool) else "must be true or false",
     "keys": _keys,
     "lease": _lease,
     "name": _text,
+    "names": _texts,
     "namespace": lambda value: "" if isinstance(value, bytes) and len(value) == KEY_BYTES else "must be 32 bytes",
     "parents": _keys,
     "path": _text,
+    "scope": _salt,
+    "selector": _selector,
+    "since": lambda value: "" if is_int(value) and 0 <= value < 2**63 else "must be an integer of 63 bits",  # type: ignore[operator]
     "sizes": _unsigned,
+    "source": _text,
     "tier": _text,
     "tiers": _texts,
     "ttl": _ttl,
+    "wait": _wait,
 }

@@ -13,11 +13,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from sortedcontainers import SortedDict, SortedList
+
 from loracache.arena import Extent
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
-__all__ = ["Held", "Index", "Node"]
+__all__ = ["Index", "Node", "Space"]
 
 
 class Node:
@@ -26,12 +28,12 @@ class Node:
     `children[tier]` counts children present in that tier; all children hang in a linked list from `first_child`.
     `leases` counts holds on the extents by clients and by transfers; `present`, `pins` and `offered` (to a policy)
     are bit masks of tiers; `dirty` counts tiers it still waits to be written to; `tick` is its last use by the
-    index's clock.
+    index's clock; `hits` counts lookups that found it; `stored` is what it takes on disk, 0 where that is its size.
     """
 
     __slots__ = (
-        "checksum", "children", "dirty", "extents", "first_child", "key", "kind", "leases", "namespace", "next_sibling",
-        "offered", "parent", "pins", "present", "previous_sibling", "size", "tick",
+        "checksum", "children", "dirty", "extents", "first_child", "hits", "key", "kind", "leases", "namespace",
+        "next_sibling", "offered", "parent", "pins", "present", "previous_sibling", "size", "stored", "tick",
     )  # fmt: skip
 
     def __init__(self, key: bytes, kind: Kind, parent: Node | None) -> None:
@@ -40,6 +42,7 @@ class Node:
         self.parent = parent
         self.namespace = b""
         self.size = 0
+        self.stored = 0
         self.checksum = 0
         self.extents: tuple[Extent, ...] = ()
         self.present = 0
@@ -52,6 +55,12 @@ class Node:
         self.pins = 0
         self.dirty = 0
         self.tick = 0
+        self.hits = 0
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it begins a chain: an adapter, or the first chunk of a prompt."""
+        return self.parent is None or self.parent.kind is Kind.LORA
 
     def held_in(self, tier: Tier) -> bool:
         """Whether `tier` holds the object's bytes."""
@@ -69,8 +78,8 @@ class Index:
     `on_candidate(tier, node)` is called whenever a node may have become a victim, `on_idle(node)` when its last hold
     ends. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
     adapters that an engine serves and the cache does not hold. `kept` are keys of adapters that have a name: such a
-    node stays in the tier `keeper`, and in the arena until it is there. `spaces` counts what each namespace has in
-    each tier.
+    node stays in the tier `keeper`, and in the arena until it is there. `spaces` says what there is of each namespace
+    that has anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every change.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], on_idle: Callable[[Node], None]) -> None:
@@ -81,7 +90,8 @@ class Index:
         self.adapters: set[bytes] = set()
         self.kept: set[bytes] = set()
         self.keeper: Tier | None = None
-        self.spaces: dict[bytes, Held] = {}
+        self.spaces: SortedDict[bytes, Space] = SortedDict()
+        self.on_change: Callable[[Node, Tier, bool, str], None] = lambda node, tier, entered, cause: None
         self.objects = [0, 0, 0, 0]
         self.bytes = [0, 0, 0, 0]
 
@@ -125,9 +135,11 @@ class Index:
             node.namespace, node.size, node.checksum = info.namespace, info.size, info.checksum
         return node
 
-    def enter(self, node: Node, tier: Tier) -> None:
-        """`tier` holds the node's bytes from now on."""
+    def enter(self, node: Node, tier: Tier, cause: str = "") -> None:
+        """`tier` holds the node's bytes from now on. cause: why, for those who watch."""
         assert not node.present >> tier & 1, f"{node.key.hex()} is in {tier.label} already"
+        if not node.present:
+            self._list(node)
         node.present |= 1 << tier
         self._count(node, tier, 1)
         if node.parent is not None:
@@ -136,8 +148,9 @@ class Index:
         self.offer(node, tier)
         if node.key in self.kept and tier is self.keeper:
             self.offer(node, Tier.CPU)
+        self.on_change(node, tier, True, cause)
 
-    def leave(self, node: Node, tier: Tier) -> None:
+    def leave(self, node: Node, tier: Tier, cause: str = "") -> None:
         """`tier` no longer holds the node's bytes; the node goes with its last tier and child."""
         assert node.present >> tier & 1, f"{node.key.hex()} is not in {tier.label}"
         node.present &= ~(1 << tier)
@@ -147,16 +160,32 @@ class Index:
         if parent is not None:
             parent.children[tier] -= 1
             self.offer(parent, tier)
+        if not node.present:
+            self._unlist(node)
+        self.on_change(node, tier, False, cause)
         self.prune(node)
 
     def _count(self, node: Node, tier: Tier, sign: int) -> None:
         self.objects[tier] += sign
         self.bytes[tier] += sign * node.size
-        space = self.spaces.get(node.namespace)
-        if space is None:
-            space = self.spaces[node.namespace] = Held()
+        space = self.spaces[node.namespace]
         space.objects[tier] += sign
         space.bytes[tier] += sign * node.size
+
+    def _list(self, node: Node) -> None:
+        space = self.spaces.get(node.namespace)
+        if space is None:
+            space = self.spaces[node.namespace] = Space()
+        space.keys.add(node.key)
+        if node.is_root:
+            space.roots.add(node.key)
+
+    def _unlist(self, node: Node) -> None:
+        space = self.spaces[node.namespace]
+        space.keys.remove(node.key)
+        space.roots.discard(node.key)
+        if not space.keys:
+            del self.spaces[node.namespace]
 
     def prune(self, node: Node | None) -> None:
         """Forget `node`, and its ancestors after it, where nothing needs them any more."""
@@ -215,7 +244,10 @@ class Index:
             if node is None or not node.present & tiers:
                 break
             node.tick = next(clock)
+            node.hits += 1
             nodes.append(node)
+        if nodes:
+            self.spaces[nodes[0].namespace].hits += len(nodes)
         return nodes
 
     def leaf_below(self, node: Node, tier: Tier) -> Node:
@@ -247,11 +279,16 @@ class Index:
 
 
 @dataclass(slots=True)
-class Held:
-    """What there is of one namespace: objects and bytes by tier."""
+class Space:
+    """What there is of one namespace: objects and bytes by tier, lookups' hits, its keys in their order, and those of
+    them that begin a chain.
+    """
 
     objects: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     bytes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    hits: int = 0
+    keys: SortedList[bytes] = field(default_factory=SortedList)
+    roots: SortedList[bytes] = field(default_factory=SortedList)
 
 
 def _link(parent: Node, child: Node) -> None:

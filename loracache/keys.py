@@ -34,8 +34,9 @@ class Namespace:
     """What makes KV interchangeable. Objects of two namespaces never meet, whatever their tokens.
 
     model: the model identity (see DESIGN). kv_dtype: as the engine stores it, "bfloat16". layout: block shape, order
-    of its dimensions and, on CPUs, the instruction set that packed it. chunk_tokens: tokens of a chunk. adapter: hex
-    digest of the LoRA adapter's content, or "". salt: hex digest of the tenant's salt (`salt_digest`), or "".
+    of its dimensions and, on CPUs, the instruction set that packed it; behind a "#" the shards that make up a chunk,
+    with "|" between them. chunk_tokens: tokens of a chunk. adapter: hex digest of the LoRA adapter's content, or "".
+    salt: hex digest of the tenant's salt (`salt_digest`), or "".
     """
 
     model: str
@@ -72,6 +73,18 @@ class Namespace:
     def digest(self) -> bytes:
         """32 bytes: the root of every chain in this namespace."""
         return hashlib.sha256(b"loracache/namespace\0" + self.descriptor().encode()).digest()
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the parts that a chunk is kept in, each an object; none where a chunk's key is its object's."""
+        names = self.layout.partition("#")[2]
+        return tuple(names.split("|")) if names else ()
+
+    def object_keys(self, tokens: Sequence[int] | TokenArray) -> list[bytes]:
+        """Keys of the objects that hold the KV of `tokens`, chunk by chunk, a chunk's shards side by side."""
+        chunks = chunk_keys(self.digest(), tokens, self.chunk_tokens)
+        shards = self.shards
+        return [object_key(chunk, shard) for chunk in chunks for shard in shards] if shards else chunks
 
     def adapter_key(self) -> bytes:
         """32 bytes of the adapter's digest, or b"" for the base model."""

@@ -5,9 +5,14 @@ Threading: the cache's thread; a descriptor is a few hundred bytes, written once
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from sortedcontainers import SortedDict
 
 from loracache.errors import UsageError
 from loracache.keys import Namespace
@@ -16,20 +21,24 @@ __all__ = ["Namespaces"]
 
 _log = logging.getLogger(__name__)
 _MOST = 1 << 20
+_MOST_NAMES = 16
+_SHORTEST = 8  # digits of an identity that stand for it
 
 
 class Namespaces:
-    """Digest -> Namespace. With a folder, what is registered survives a restart."""
+    """Digest -> Namespace, and what engines call its model. With a folder, what is registered survives a restart."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._known: dict[bytes, Namespace] = {}
-        self._by_adapter: dict[str, list[bytes]] = {}
+        self._by_adapter: SortedDict[str, list[bytes]] = SortedDict()
+        self._by_salt: dict[str, list[bytes]] = {}
+        self._names: dict[str, list[str]] = {}  # of each model identity
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.json"):
                 try:
-                    self._remember(Namespace.parse(path.read_text()))
+                    self._read(path.read_text())
                 except (OSError, UsageError, UnicodeDecodeError) as error:
                     _log.warning("%s is no namespace descriptor and is ignored: %s", path, error)
 
@@ -40,35 +49,87 @@ class Namespaces:
         """The namespace of a digest."""
         return self._known.get(digest)
 
+    def names(self, model: str) -> Sequence[str]:
+        """What engines call the model of an identity."""
+        return self._names.get(model, ())
+
     def adapters(self) -> list[str]:
         """Hex digests of the adapters that any namespace is of."""
         return [adapter for adapter in self._by_adapter if adapter]
 
     def of_adapter(self, adapter: str) -> list[bytes]:
-        """Digests of the namespaces of one adapter (hex digest)."""
-        return self._by_adapter.get(adapter, [])
+        """Digests of the namespaces of one adapter (hex digest; "": of base models)."""
+        found: list[bytes] = self._by_adapter.get(adapter, [])
+        return found
 
-    def register(self, descriptor: str) -> Namespace:
-        """Make a namespace known. Raises UsageError where `descriptor` is not one."""
+    def adapters_from(self, after: str, count: int) -> list[str]:
+        """The next `count` adapters (hex digests) behind `after` that any namespace is of."""
+        return list(itertools.islice(self._by_adapter.irange(after, inclusive=(False, True)), count))
+
+    def matching(self, model: str, adapter: str | None, salt: str | None) -> list[bytes]:
+        """Digests of the namespaces of a model (an identity, its first 8 digits or more, or a name; "": any), an
+        adapter ("": none, None: any) and a tenant's salt digest ("": none, None: any).
+        """
+        if adapter is not None:
+            among: Iterable[bytes] = self.of_adapter(adapter)
+        else:
+            among = self._known if salt is None else self._by_salt.get(salt, ())
+        return [digest for digest in among if self._matches(self._known[digest], model, salt)]
+
+    def _matches(self, namespace: Namespace, model: str, salt: str | None) -> bool:
+        if salt is not None and namespace.salt != salt:
+            return False
+        identity = namespace.model
+        if not model or model == identity or model in self._names.get(identity, ()):
+            return True
+        return len(model) >= _SHORTEST and identity.startswith(model)
+
+    def register(self, descriptor: str, names: Sequence[str] = ()) -> Namespace:
+        """Make a namespace known, and `names` as what its model is called. Raises UsageError where `descriptor` is not
+        one."""
         namespace = Namespace.parse(descriptor)
         digest = namespace.digest()
-        if digest in self._known:
-            return namespace
-        if len(self._known) >= _MOST:
+        fresh = digest not in self._known
+        if fresh and len(self._known) >= _MOST:
             raise UsageError(f"{_MOST} namespaces are registered already; restart with an empty namespaces folder")
-        if self._folder is not None:
-            path = self._folder / f"{digest.hex()}.json"
-            temporary = path.with_suffix(".tmp")
-            try:
-                temporary.write_text(namespace.descriptor())
-                os.replace(temporary, path)
-            except OSError as error:  # a full disk must not stop the cache; the name is lost at the next start
-                _log.warning("namespace %s is not kept: %s", path.name, error)
-        self._remember(namespace)
+        if fresh:
+            self._remember(namespace)
+        if self._name(namespace.model, names) or fresh:
+            self._write(digest, namespace)
         return namespace
+
+    def _name(self, model: str, names: Sequence[str]) -> bool:
+        known = self._names.setdefault(model, []) if names else []
+        new = [name for name in names if name and name not in known][: _MOST_NAMES - len(known)]
+        known += new
+        return bool(new)
 
     def _remember(self, namespace: Namespace) -> None:
         digest = namespace.digest()
-        if digest not in self._known:
-            self._known[digest] = namespace
-            self._by_adapter.setdefault(namespace.adapter, []).append(digest)
+        self._known[digest] = namespace
+        self._by_adapter.setdefault(namespace.adapter, []).append(digest)
+        self._by_salt.setdefault(namespace.salt, []).append(digest)
+
+    def _read(self, text: str) -> None:
+        """A file's content: a descriptor, and the model's names behind it."""
+        descriptor, _, names = text.partition("\n")
+        namespace = Namespace.parse(descriptor)
+        if namespace.digest() not in self._known:
+            self._remember(namespace)
+        try:
+            found = json.loads(names) if names.strip() else []
+        except ValueError:
+            found = []
+        if isinstance(found, list) and all(isinstance(name, str) for name in found):
+            self._name(namespace.model, found)
+
+    def _write(self, digest: bytes, namespace: Namespace) -> None:
+        if self._folder is None:
+            return
+        path = self._folder / f"{digest.hex()}.json"
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_text(f"{namespace.descriptor()}\n{json.dumps(self.names(namespace.model))}\n")
+            os.replace(temporary, path)
+        except OSError as error:  # a full disk must not stop the cache; the name is lost at the next start
+            _log.warning("namespace %s is not kept: %s", path.name, error)

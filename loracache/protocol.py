@@ -2,10 +2,11 @@
 
 The daemon speaks first: a Greeting, with the arena's file descriptor beside it (SCM_RIGHTS). Then the client sends
 requests `[number, operation, field, ...]` and the daemon answers `[number, status, ...]`: OK ends the answer, PART
-announces more to come, ERROR carries a message. Number 0 asks for no answer. Many keys travel as one byte string, 32
-bytes each.
+announces more to come, ERROR carries a message, and so does UNKNOWN: what the request names is not there. Number 0 asks
+for no answer. Many keys travel as one byte string, 32 bytes each.
 
-Pure encoding and checking; used by both sides.
+Here are the operations of the data path; what operators ask for is in control_messages.py. Pure encoding and checking;
+used by both sides.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from loracache.frames import frame
 from loracache.keys import KEY_BYTES
 
 __all__ = [
-    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "SOCKET_PATH_BYTES", "VERSION",
-    "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove", "AdapterShow",
-    "Clear", "Commit", "Evict", "Flush", "Greeting", "Hello", "Lookup", "Pin", "Prefetch", "Register", "Release",
-    "Renew", "Report", "Request", "Reserve", "Resident", "Status", "Unpin", "decode_request", "join_keys", "split_keys",
+    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
+    "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
+    "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Lookup", "Prefetch", "Register", "Release", "Renew",
+    "Report", "Request", "Reserve", "Resident", "Status", "decode_request", "join_keys", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
 NO_PARENT = bytes(KEY_BYTES)
 SOCKET_PATH_BYTES = 107  # what the kernel takes
-OK, PART, ERROR = 0, 1, 2
+OK, PART, ERROR, UNKNOWN = 0, 1, 2, 3
 
 
 def split_keys(blob: bytes) -> list[bytes]:
@@ -72,11 +73,18 @@ class Greeting:
         return cls(*message)
 
 
+OPERATIONS: dict[str, type[Request]] = {}
+
+
 class Request:
     """Base of all requests. A field's name decides how it is checked (fields.py)."""
 
     operation: ClassVar[str]
     __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        if "operation" in vars(cls):
+            OPERATIONS[cls.operation] = cls
 
     def encode(self, number: int) -> bytes:
         """As a frame."""
@@ -93,10 +101,11 @@ class Hello(Request):
 
 @dataclass(frozen=True, slots=True)
 class Register(Request):
-    """Make a namespace known. -> [digest]"""
+    """Make a namespace known, and what its model is called. -> [digest]"""
 
     operation: ClassVar[str] = "register"
     descriptor: str
+    names: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +119,12 @@ class AdapterDigest(Request):
 @dataclass(frozen=True, slots=True)
 class AdapterAdd(Request):
     """Take the PEFT folder at `path` on the daemon's machine into the cache, and point `name` at it ("": no name).
-    -> [hex digest]"""
+    by: who asked, for the audit log. -> [hex digest]"""
 
     operation: ClassVar[str] = "adapter_add"
     path: str
     name: str
+    by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +155,12 @@ class AdapterList(Request):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRemove(Request):
-    """Forget a name; what no name points to any more leaves all tiers with its KV. -> [objects, bytes, skipped], or []
-    where nobody knows the name"""
+    """Forget a name; what no name points to any more leaves all tiers with its KV. by: who asked, for the audit log.
+    -> [objects, bytes, skipped], or [] where nobody knows the name"""
 
     operation: ClassVar[str] = "adapter_remove"
     name: str
+    by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,42 +258,6 @@ class Abort(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class Pin(Request):
-    """Keep objects in a tier. ttl: seconds, 0 for ever. -> [pinned]"""
-
-    operation: ClassVar[str] = "pin"
-    keys: bytes
-    tier: str
-    ttl: float
-
-
-@dataclass(frozen=True, slots=True)
-class Unpin(Request):
-    """End pins. -> [unpinned]"""
-
-    operation: ClassVar[str] = "unpin"
-    keys: bytes
-    tier: str
-
-
-@dataclass(frozen=True, slots=True)
-class Evict(Request):
-    """Remove objects and their descendants from tiers. -> [objects, bytes, skipped]"""
-
-    operation: ClassVar[str] = "evict"
-    keys: bytes
-    tiers: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Clear(Request):
-    """Remove everything from tiers, but for what is leased or pinned. -> [objects, bytes, skipped]"""
-
-    operation: ClassVar[str] = "clear"
-    tiers: list[str]
-
-
-@dataclass(frozen=True, slots=True)
 class Flush(Request):
     """Wait until what is committed by now is written to the lower tiers, and what is evicted deleted there. -> []"""
 
@@ -302,9 +277,6 @@ class Report(Request):
 
     operation: ClassVar[str] = "report"
     counts: dict[str, int]
-
-
-OPERATIONS: dict[str, type[Request]] = {cls.operation: cls for cls in Request.__subclasses__()}
 
 
 def decode_request(message: Any) -> tuple[int, Request]:

@@ -32,10 +32,15 @@ class Evicted:
 
 
 class Remover:
-    """Evicts by key. leave_arena(node) takes one object out of the arena."""
+    """Evicts by key. leave_arena(node, cause) takes one object out of the arena."""
 
     def __init__(
-        self, index: Index, post: Post, leave_arena: Callable[[Node], None], disk: DiskTier | None, redis: TierIO | None
+        self,
+        index: Index,
+        post: Post,
+        leave_arena: Callable[[Node, str], None],
+        disk: DiskTier | None,
+        redis: TierIO | None,
     ) -> None:
         self._index = index
         self._post = post
@@ -43,18 +48,29 @@ class Remover:
         self._disk = disk
         self._redis = redis
 
-    def remove(self, keys: Sequence[bytes], tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
-        """Take `keys` and all their descendants out of `tiers`. The first slice goes at once: where the objects are
-        few, they are gone and `done` was called when this returns.
+    def remove(
+        self,
+        keys: Sequence[bytes],
+        tiers: Collection[Tier],
+        done: Callable[[Evicted], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Take `keys` and all their descendants out of `tiers`, as long as that is `wanted`. The first slice goes at
+        once: where the objects are few, they are gone and `done` was called when this returns.
         """
         if Tier.REDIS in tiers and self._redis is not None:
             self._redis.delete(list(dict.fromkeys(keys)))  # the index does not know all that Redis holds
         roots = [node for node in map(self._index.get, keys) if node is not None]
-        self._run(self._slices(roots), tiers, Evicted(), done)
+        self._run(self._slices(roots), tiers, Evicted(), done, wanted)
 
-    def remove_all(self, tiers: Collection[Tier], done: Callable[[Evicted], None]) -> None:
+    def remove_all(
+        self,
+        tiers: Collection[Tier],
+        done: Callable[[Evicted], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Take everything that is there now out of `tiers` (out of Redis: what the index knows of)."""
-        self._run(self._slices([node for node in self._index if node.parent is None]), tiers, Evicted(), done)
+        self._run(self._slices([node for node in self._index if node.parent is None]), tiers, Evicted(), done, wanted)
 
     def _slices(self, roots: Iterable[Node]) -> Iterator[list[Node]]:
         seen: set[Node] = set()
@@ -67,20 +83,38 @@ class Remover:
         yield part
 
     def _run(
-        self, slices: Iterator[list[Node]], tiers: Collection[Tier], total: Evicted, done: Callable[[Evicted], None]
+        self,
+        slices: Iterator[list[Node]],
+        tiers: Collection[Tier],
+        total: Evicted,
+        done: Callable[[Evicted], None],
+        wanted: Callable[[], bool],
     ) -> None:
         nodes = next(slices)
         if Tier.REDIS in tiers and self._redis is not None and nodes:
             self._redis.delete([node.key for node in nodes])
         if Tier.CPU in tiers:
-            for node in self._going(nodes, Tier.CPU, total):
-                self._leave_arena(node)
-        if Tier.DISK in tiers and self._disk is not None:
-            self._disk.evict(self._going(nodes, Tier.DISK, total))
-        if len(nodes) < _SLICE:  # the last
+            self._drop(nodes, Tier.CPU, total, "asked")
+        if Tier.DISK in tiers:
+            self._drop(nodes, Tier.DISK, total, "asked")
+        if len(nodes) < _SLICE or not wanted():  # the last
             done(total)
         else:
-            self._post(lambda: self._run(slices, tiers, total, done))
+            self._post(lambda: self._run(slices, tiers, total, done, wanted))
+
+    def drop(self, nodes: Sequence[Node], tier: Tier, cause: str) -> Evicted:
+        """Take just these objects, children before parents, out of the arena or the disk, as far as they may go."""
+        total = Evicted()
+        self._drop(nodes, tier, total, cause)
+        return total
+
+    def _drop(self, nodes: Sequence[Node], tier: Tier, total: Evicted, cause: str) -> None:
+        going = self._going(nodes, tier, total)
+        if tier is Tier.CPU:
+            for node in going:
+                self._leave_arena(node, cause)
+        elif self._disk is not None:
+            self._disk.evict(going, cause)
 
     def _going(self, nodes: Sequence[Node], tier: Tier, total: Evicted) -> Iterator[Node]:
         """Those that may go, one by one: a node may when its last child has gone."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from loracache.counters import Counters
+from loracache.events import Events
 from loracache.storage_backends.base import Outcome, Result, StorageBackend, Transfer
 from loracache.tiers import Tier
+from loracache.tracing import span
 from loracache.workers import Workers
 
 __all__ = ["Post", "TierIO"]
@@ -34,8 +37,9 @@ class TierIO:
     hands a callable over to it.
     """
 
-    def __init__(self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters) -> None:
+    def __init__(self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters, events: Events) -> None:
         self.tier = tier
+        self._events = events
         self.backend = backend
         self._post = post
         self._counters = counters
@@ -94,9 +98,16 @@ class TierIO:
         else:
             _log.error("%s: a call hangs; left behind after %g s", self.tier.label, _END_S)
 
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Calls that wait for a thread, by kind."""
+        return {"write": self._writes.waiting, "load": self._loads.waiting, "lookup": self._asks.waiting}
+
     def _run(self, workers: Workers, what: str, count: int, call: Callable[[], list[Result]], done: Done) -> None:
-        def finish(results: list[Result]) -> None:
+        def finish(results: list[Result], seconds: float) -> None:
             self._account(what, results)
+            if count:
+                self._counters.add(f"busy_us.{self.tier.label}.{what}", int(seconds * 1e6))
             done(results)
 
         if not self.available:
@@ -106,18 +117,22 @@ class TierIO:
             return
 
         def work() -> None:
+            started = time.monotonic()
             try:
-                results = call()
+                with span(f"{self.tier.label} {what}", **{"loracache.objects": count}):
+                    results = call()
             except Exception as error:  # noqa: BLE001 - top of a thread: a backend's bug must not lose the waiting request
                 _log.exception("%s: %s failed", self.tier.label, what)
                 results = [Result(Outcome.FAILED, detail=repr(error))] * count
-            self._post(lambda: finish(results))
+            seconds = time.monotonic() - started
+            self._post(lambda: finish(results, seconds))
 
         workers.submit(work)
 
     def _account(self, what: str, results: list[Result]) -> None:
         label = self.tier.label
         unavailable = 0
+        causes: Counter[str] = Counter()
         for result in results:
             if result.outcome is Outcome.OK:
                 continue
@@ -127,6 +142,9 @@ class TierIO:
                 _log.warning("%s: %s: %s: %s", label, what, result.outcome.value, result.detail)
             if result.outcome is not Outcome.MISS or what == "load":
                 self._counters.add(f"failure.{label}.{result.outcome.value}")
+                causes[result.outcome.value] += 1
+        for cause, count in causes.items():
+            self._events.fail(self.tier, cause, count)
         if not unavailable:
             if results:
                 self._pause = _FIRST_PAUSE_S

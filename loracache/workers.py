@@ -24,6 +24,11 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Calls that no thread has taken up yet."""
+        return self._queue.qsize()
+
     def submit(self, work: Callable[[], None]) -> None:
         """Have `work` done, which raises nothing."""
         self._queue.put(work)

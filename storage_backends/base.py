@@ -7,14 +7,18 @@ What the cache guarantees
     - Buffers belong to the caller and stay valid and unmoved for the duration of the call. They are handed over as a
       list of memoryviews (format "B", contiguous) whose addresses and lengths are multiples of 4096 and whose lengths
       add up to `padded(info.size)`; what lies behind the first `info.size` bytes is unspecified.
-    - An object's bytes never change under a key: storing a key twice stores the same bytes twice.
+    - An object's bytes never change under a key: storing a key twice stores the same bytes twice. How they are kept may
+      change: `planes` of the last store decides.
     - `close` is the last call, and comes once.
 
 What a backend owes
     - One result per item, in the order of the items; a bad item never fails the others of its batch.
     - No exception for anything the outside world does (I/O errors, a full device, a lost connection, corrupt bytes):
       those are Outcomes. Exceptions mean a bug, or a ConfigError from the constructor.
-    - Atomicity: an object is found either whole or not at all, whenever the process dies.
+    - Atomicity: an object is found either whole or not at all, whenever the process dies. Storing it again with other
+      `planes` replaces how it is kept in one step: who loads it meanwhile reads the one or the other, whole.
+    - Compression is lossless and shows in `stored` alone: `load` fills the buffers with the payload, however it is kept
+      and whatever `stored` the caller's info says. A backend may keep objects as they are for all `planes`.
     - `load` answers OK only after it checked the bytes against the key, the size and the checksum it stored; on any
       other outcome the content of the buffers is unspecified. It never answers OK for another object's bytes.
     - Every call ends in bounded time.
@@ -63,6 +67,8 @@ class ObjectInfo:
 
     key: 32 bytes. parent: 32 bytes, or b"" for the first chunk of a chain without an adapter. namespace: 32 bytes.
     size: payload bytes. checksum: xxh3_64 of the payload's `size` bytes, an unsigned 64-bit integer.
+    stored: bytes that the payload takes as a backend keeps it compressed, 0 where it is kept as it is. Backends answer
+    with it; in what they are given it binds them to nothing.
     """
 
     key: bytes
@@ -71,24 +77,34 @@ class ObjectInfo:
     namespace: bytes
     size: int
     checksum: int
+    stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One object and the caller's buffers it is read from (store) or written to (load)."""
+    """One object and the caller's buffers it is read from (store) or written to (load).
+
+    planes: how `store` keeps it: 0 as it is; 1, 2, 4 or 8 compressed, after its elements of so many bytes were split
+    into byte planes (codec.py). `load` ignores it.
+    """
 
     info: ObjectInfo
     buffers: Sequence[memoryview]
+    planes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one item went. `info` is set by `contains` for OK; `detail` says in words what failed, for logs; `partial`
-    says of UNAVAILABLE that other keys can still be reached (one node of a cluster is away)."""
+    """How one item went. `info` is set by `contains` for OK; `detail` says in words what failed, for logs.
+
+    stored: set by `store` for OK, as in ObjectInfo: 0 also where compression would not have made the object smaller.
+    partial: of UNAVAILABLE: other keys can still be reached (one node of a cluster is away).
+    """
 
     outcome: Outcome
     info: ObjectInfo | None = None
     detail: str = field(default="", compare=False)
+    stored: int = 0
     partial: bool = field(default=False, compare=False)
 
 
@@ -124,5 +140,5 @@ class StorageBackend(ABC):
         """Finish and release everything. No call follows."""
 
     def footprint(self, size: int) -> int:
-        """Bytes of the tier's budget that an object of `size` payload bytes takes."""
+        """Bytes of the tier's budget that an object takes: `size` is `info.stored or info.size`."""
         return size

@@ -1,6 +1,6 @@
 """The disk tier: one file per object, written and read past the page cache, straight from and to the caller's buffers.
 
-    <path>/objects/ab/<64 hex digits of the key>    header padded to 4096 bytes, then the payload padded to 4096
+    <path>/objects/ab/<64 hex digits of the key>    one object, compressed or as it is (object_files.py)
     <path>/manifest                                 what is there, so that a start reads no headers (manifest.py)
     <path>/tmp/                                     files being written; emptied at start
     <path>/lock                                     flock: one backend per folder
@@ -18,36 +18,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import logging
-import mmap
 import os
-import string
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loracache.errors import ConfigError
 from loracache.storage_backends import header
-from loracache.storage_backends.base import (
-    ALIGNMENT,
-    KEY_BYTES,
-    ObjectInfo,
-    Outcome,
-    Result,
-    StorageBackend,
-    Transfer,
-    padded,
-)
+from loracache.storage_backends.base import ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.manifest import Manifest, parents_first
-from loracache.storage_backends.vectors import head, length, move
+from loracache.storage_backends.object_files import FULL, ObjectFiles, footprint
+from loracache.storage_backends.vectors import head
 
 _log = logging.getLogger(__name__)
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _GONE = {errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN}
-_NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}
-_HEX = frozenset(string.hexdigits.lower())
 
 
 class DiskInUse(ConfigError):
@@ -68,13 +54,9 @@ class DiskBackend(StorageBackend):
     def __init__(self, path: str | Path, *, sync: bool = False, integrity_key: bytes | None = None) -> None:
         header.check_integrity_key(integrity_key)
         self.path = Path(path)
-        self._objects = self.path / "objects"
-        self._tmp = self.path / "tmp"
+        self._files = ObjectFiles(self.path, sync=sync, integrity_key=integrity_key)
         self._sync = sync
-        self._integrity_key = integrity_key
         self._lock = threading.Lock()
-        self._scratch = threading.local()
-        self._serial = itertools.count()
         self._manifest = Manifest(self.path / "manifest", sync=sync)
         self._lock_fd = -1
         self._known: dict[bytes, ObjectInfo] | None = None
@@ -88,15 +70,10 @@ class DiskBackend(StorageBackend):
             ) from error
 
     def _open(self) -> None:
-        for folder in (self._objects, self._tmp):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._take_lock()
-        for number in range(256):
-            (self._objects / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
-        for leftover in os.scandir(self._tmp):
-            os.unlink(leftover.path)
-        self.direct = self._takes_direct()
-        self._flags = os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        self._files.open()
+        self.direct = self._files.direct
         if self._manifest.is_short():
             self._known = self._manifest.read()
 
@@ -119,24 +96,6 @@ class DiskBackend(StorageBackend):
                 f"disk_path {str(self.path)!r} is in use by another LoRACache daemon; stop that one or choose another "
                 "disk_path"
             ) from None
-
-    def _takes_direct(self) -> bool:
-        probe = self._tmp / "probe"
-        try:
-            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_DIRECT, 0o600)
-            try:
-                os.pwritev(fd, [self._header_page()], 0)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            if error.errno in _NO_DIRECT:
-                _log.warning("%s takes no O_DIRECT: disk I/O goes through the page cache", self.path)
-                return False
-            if error.errno not in _FULL:  # a full disk still serves what it holds
-                raise
-        finally:
-            probe.unlink(missing_ok=True)
-        return True
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
         with self._lock:
@@ -187,20 +146,16 @@ class DiskBackend(StorageBackend):
             self._lock_fd = -1
 
     def footprint(self, size: int) -> int:
-        return ALIGNMENT + padded(size)
+        return footprint(size)
 
     def _load_one(self, transfer: Transfer) -> Result:
         info = transfer.info
         if fault := header.transfer_fault(transfer):
             return Result(Outcome.FAILED, detail=fault)
-        page = self._header_page()
+        # The index knows best how the object is kept, but may still have to be read: nobody waits here for that.
+        held = self._known.get(info.key, info) if self._known else info
         try:
-            fd = os.open(self._file(info.key), os.O_RDONLY | self._flags)
-            try:
-                moved = move(os.preadv, fd, [page, *transfer.buffers])
-            finally:
-                os.close(fd)
-            fault = self._read_fault(page, transfer, moved)
+            fault = self._files.read(transfer, held.stored)
             if fault:
                 self._remove(info.key)
         except FileNotFoundError:
@@ -210,71 +165,41 @@ class DiskBackend(StorageBackend):
             return _failure(error)
         return Result(Outcome.CORRUPT, detail=fault) if fault else Result(Outcome.OK)
 
-    def _read_fault(self, page: memoryview, transfer: Transfer, moved: int) -> str:
-        try:
-            found = header.unpack(page[: min(moved, ALIGNMENT)])
-        except header.HeaderError as error:
-            return str(error)
-        if fault := header.header_fault(found, transfer.info):
-            return fault
-        if moved < self.footprint(transfer.info.size):
-            return f"file ends after {moved} bytes"
-        return header.payload_fault(found, head(transfer.buffers, transfer.info.size), self._integrity_key)
-
     def _store_one(self, transfer: Transfer) -> Result:
         info = transfer.info
         if fault := header.transfer_fault(transfer):
             return Result(Outcome.FAILED, detail=fault)
-        payload = head(transfer.buffers, info.size)
-        if header.payload_checksum(payload) != info.checksum:
+        if header.payload_checksum(head(transfer.buffers, info.size)) != info.checksum:
             return Result(Outcome.CORRUPT, detail="payload does not match its checksum; nothing was stored")
-        page = self._header_page()
-        page[:] = header.pack(info, payload, self._integrity_key).ljust(ALIGNMENT, b"\0")
-        fresh = self._tmp / str(next(self._serial))
         try:
-            self._write(fresh, [page, *transfer.buffers])
+            fresh, stored = self._files.write(transfer)
+            info = header.as_stored(info, stored)
             with self._lock:
-                os.rename(fresh, self._file(info.key))
+                self._files.publish(fresh, info.key)
                 self._index[info.key] = info
                 self._manifest.add(info)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
             return _failure(error)
-        return Result(Outcome.OK)
-
-    def _write(self, path: Path, views: list[memoryview]) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._flags, 0o600)
-        try:
-            if move(os.pwritev, fd, views) < length(views):
-                raise OSError(errno.ENOSPC, "short write")
-            if self._sync:
-                os.fdatasync(fd)
-        finally:
-            os.close(fd)  # network file systems report a full device here at the latest
+        return Result(Outcome.OK, stored=stored)
 
     def _sync_folders(self, transfers: Sequence[Transfer], results: list[Result]) -> None:
         """Makes the renames of this batch durable; where that fails, so did the items in that folder."""
         stored = [item for item, result in enumerate(results) if result.outcome is Outcome.OK]
         failures: dict[Path, Result] = {}
-        for folder in {self._file(transfers[item].info.key).parent for item in stored}:
+        for folder in {self._files.file(transfers[item].info.key).parent for item in stored}:
             try:
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                self._files.sync_folder(folder)
             except OSError as error:
                 failures[folder] = _failure(error)
         for item in stored:
-            results[item] = failures.get(self._file(transfers[item].info.key).parent, results[item])
+            results[item] = failures.get(self._files.file(transfers[item].info.key).parent, results[item])
 
     def _remove(self, key: bytes) -> bool:
         """Unlinks an object; whether there was a file. Raises OSError where the file stays."""
         with self._lock:
             was_there = True
             try:
-                os.unlink(self._file(key))
+                os.unlink(self._files.file(key))
             except FileNotFoundError:
                 was_there = False
             self._drop(key)
@@ -284,7 +209,7 @@ class DiskBackend(StorageBackend):
         """Drops an object whose file was seen to be missing, unless it has come back."""
         with self._lock, contextlib.suppress(OSError):
             try:
-                os.stat(self._file(key))
+                os.stat(self._files.file(key))
             except FileNotFoundError:
                 self._drop(key)
 
@@ -296,9 +221,10 @@ class DiskBackend(StorageBackend):
     def _flush_manifest(self) -> None:
         with self._lock:
             try:
-                self._manifest.flush()
                 if self._manifest.wasteful(len(self._index)):
                     self._manifest.compact(self._index)
+                else:
+                    self._manifest.flush()
             except OSError as error:
                 # No item fails for it: what was stored is found by its file, and the records wait for the next flush.
                 _log.warning("manifest of %s not written: %s", self.path, error)
@@ -314,10 +240,10 @@ class DiskBackend(StorageBackend):
         adopted = []
         for number, expected in enumerate(by_folder):
             suspects = expected
-            for key, size in self._listing(number):
+            for key, size in self._files.listing(number):
                 info = self._index.get(key)
                 suspects.discard(key)
-                if info is None or size != self.footprint(info.size):
+                if info is None or size != footprint(info.stored or info.size):
                     suspects.add(key)
             for key in suspects:
                 if (info := self._reconcile(key)) is not None:
@@ -327,72 +253,29 @@ class DiskBackend(StorageBackend):
             _log.info("%s: adopted %d files that the manifest did not know", self.path, len(adopted))
         return adopted
 
-    def _listing(self, number: int) -> Iterator[tuple[bytes, int]]:
-        """Key and size of every object file in a folder; other files are none of ours and stay untouched."""
-        folder = f"{number:02x}"
-        try:
-            with os.scandir(self._objects / folder) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if len(name) != 2 * KEY_BYTES or not name.startswith(folder) or not _HEX.issuperset(name):
-                        continue
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                        yield bytes.fromhex(name), entry.stat(follow_symlinks=False).st_size
-        except OSError as error:
-            _log.warning("%s not listed: %s", self._objects / folder, error)
-
     def _reconcile(self, key: bytes) -> ObjectInfo | None:
         """Brings the index in line with one file: returns it if adopted; a bad file goes, a missing one is dropped."""
         before = self._index.get(key)
         try:
-            found = self._inspect(key)
+            found = self._files.inspect(key)
             with self._lock:
                 if self._index.get(key) is not before:
                     return None  # stored or deleted while we looked
                 if found is None:
                     with contextlib.suppress(FileNotFoundError):
-                        os.unlink(self._file(key))
+                        os.unlink(self._files.file(key))
                     self._drop(key)
                 elif found != before:
                     self._index[key] = found
                     self._manifest.add(found)
                     return found
         except OSError as error:
-            _log.warning("%s not examined: %s", self._file(key), error)
+            _log.warning("%s not examined: %s", self._files.file(key), error)
         return None
-
-    def _inspect(self, key: bytes) -> ObjectInfo | None:
-        """What a file's header says it holds; None where file, header or size are not as they should be."""
-        page = self._header_page()
-        try:
-            fd = os.open(self._file(key), os.O_RDONLY | os.O_NOFOLLOW | self._flags)
-        except FileNotFoundError:
-            return None
-        try:
-            moved = os.preadv(fd, [page], 0)
-            size = os.fstat(fd).st_size
-        finally:
-            os.close(fd)
-        try:
-            info = header.unpack(page[:moved]).info
-        except header.HeaderError:
-            return None
-        return info if info.key == key and size == self.footprint(info.size) else None
-
-    def _file(self, key: bytes) -> Path:
-        name = key.hex()
-        return self._objects / name[:2] / name
-
-    def _header_page(self) -> memoryview:
-        """This thread's own aligned 4096 bytes."""
-        page: memoryview | None = getattr(self._scratch, "page", None)
-        if page is None:
-            page = self._scratch.page = memoryview(mmap.mmap(-1, ALIGNMENT))
-        return page
 
 
 def _failure(error: OSError) -> Result:
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return Result(Outcome.FULL, detail=str(error))
     if error.errno in _GONE:
         return Result(Outcome.UNAVAILABLE, detail=str(error))

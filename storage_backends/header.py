@@ -1,8 +1,9 @@
 """The header that stands before an object on disk and beside it in Redis, and what it proves about the payload.
 
-It names the object (all of its ObjectInfo), carries a CRC of itself, and, where an `integrity_key` is configured, a
-BLAKE2b MAC keyed with it over the header's fields and the payload. Without a key the MAC is zero when written and
-ignored when read: then whoever can write to the tier is trusted. Pure functions, no state.
+It names the object (all of its ObjectInfo), says how its bytes are kept, carries a CRC of itself, and, where an
+`integrity_key` is configured, a BLAKE2b MAC keyed with it over the header's fields and the bytes as they are kept, so
+that nothing is decompressed before it is proven. Without a key the MAC is zero when written and ignored when read: then
+whoever can write to the tier is trusted. Version 1, which knew no compression, is still read. Pure functions, no state.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ import hmac
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 
 from loracache.errors import ConfigError
+from loracache.storage_backends import codec
 from loracache.storage_backends.base import KEY_BYTES, Kind, ObjectInfo, Transfer, padded
+from loracache.storage_backends.codec import CodecError, Kept
 from loracache.storage_backends.vectors import length
 
 MAGIC = b"LoRACach"
-VERSION = 1
+VERSION = 2
 MAC_BYTES = 32
 NO_MAC = bytes(MAC_BYTES)
 
-# magic, version, kind, has a parent, segment bytes, size, checksum, key, parent, namespace
-_FIELDS = struct.Struct("<8sHBBIQQ32s32s32s")
+_MAGIC_VERSION = struct.Struct("<8sH")
+# magic, version, kind, has a parent, segment bytes, size, checksum, key, parent, namespace; from version 2 on: stored,
+# checksum of the stored bytes, planes
+_FIELDS = struct.Struct("<8sHBBIQQ32s32s32sQQB7x")
+_FIELDS_1 = struct.Struct("<8sHBBIQQ32s32s32s")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + MAC_BYTES + _CRC.size
 
@@ -37,11 +43,18 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """An unpacked header. `segment_bytes`: how a payload kept in pieces is cut; 0 where it is kept whole."""
+    """An unpacked header.
+
+    segment_bytes: how an object kept in pieces is cut; 0 where it is kept whole. planes, kept_checksum: as in Kept.
+    fields: the packed fields as they were read, which the MAC covers.
+    """
 
     info: ObjectInfo
-    segment_bytes: int
-    mac: bytes
+    segment_bytes: int = 0
+    planes: int = 0
+    kept_checksum: int = 0
+    mac: bytes = NO_MAC
+    fields: bytes = b""
 
 
 def check_integrity_key(integrity_key: bytes | None) -> None:
@@ -52,32 +65,53 @@ def check_integrity_key(integrity_key: bytes | None) -> None:
         )
 
 
-def pack(
-    info: ObjectInfo, payload: Sequence[memoryview], integrity_key: bytes | None, *, segment_bytes: int = 0
-) -> bytes:
-    """HEADER_BYTES bytes. `payload` is exactly the object's `info.size` bytes."""
-    fields = _pack_fields(info, segment_bytes)
-    body = fields + (_mac(fields, payload, integrity_key) if integrity_key is not None else NO_MAC)
+def pack(info: ObjectInfo, kept: Kept, integrity_key: bytes | None, *, segment_bytes: int = 0) -> bytes:
+    """HEADER_BYTES bytes for an object whose bytes are `kept`, whatever `info.stored` says."""
+    fields = _FIELDS.pack(
+        MAGIC,
+        VERSION,
+        info.kind,
+        bool(info.parent),
+        segment_bytes,
+        info.size,
+        info.checksum,
+        info.key,
+        info.parent,
+        info.namespace,
+        kept.stored,
+        kept.checksum,
+        kept.planes,
+    )
+    body = fields + (_mac(fields, kept.views, integrity_key) if integrity_key is not None else NO_MAC)
     return body + _CRC.pack(zlib.crc32(body))
 
 
 def unpack(raw: bytes | memoryview) -> Header:
-    """Reads a header from the first HEADER_BYTES of `raw`. Raises HeaderError."""
-    if len(raw) < HEADER_BYTES:
+    """Reads a header from the beginning of `raw`. Raises HeaderError."""
+    if len(raw) < _MAGIC_VERSION.size:
         raise HeaderError(f"header has {len(raw)} bytes of {HEADER_BYTES}")
-    body = bytes(raw[: HEADER_BYTES - _CRC.size])
-    magic, version, kind, has_parent, segment_bytes, size, checksum, key, parent, namespace = _FIELDS.unpack_from(body)
+    magic, version = _MAGIC_VERSION.unpack_from(raw)
     if magic != MAGIC:
         raise HeaderError("header does not begin with the magic bytes")
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise HeaderError(f"header is of version {version}, this is version {VERSION}")
-    if _CRC.unpack_from(raw, HEADER_BYTES - _CRC.size)[0] != zlib.crc32(body):
+    layout = _FIELDS if version == VERSION else _FIELDS_1
+    end = layout.size + MAC_BYTES
+    if len(raw) < end + _CRC.size:
+        raise HeaderError(f"header has {len(raw)} bytes of {end + _CRC.size}")
+    body = bytes(raw[:end])
+    if _CRC.unpack_from(raw, end)[0] != zlib.crc32(body):
         raise HeaderError("header CRC does not match")
+    fields = layout.unpack_from(body)
+    _, _, kind, has_parent, segment_bytes, size, checksum, key, parent, namespace, *rest = fields
+    stored, kept_checksum, planes = rest or (0, 0, 0)
+    if planes not in (0, *codec.PLANES) or bool(planes) != bool(stored) or stored >= max(size, 1):
+        raise HeaderError(f"header says that {stored} of {size} bytes are stored, in {planes} planes")
     try:
-        info = ObjectInfo(key, parent if has_parent else b"", Kind(kind), namespace, size, checksum)
+        info = ObjectInfo(key, parent if has_parent else b"", Kind(kind), namespace, size, checksum, stored)
     except ValueError as error:
         raise HeaderError(f"header names an unknown kind {kind}") from error
-    return Header(info, segment_bytes, body[_FIELDS.size :])
+    return Header(info, segment_bytes, planes, kept_checksum, body[layout.size :], body[: layout.size])
 
 
 def payload_checksum(payload: Sequence[memoryview]) -> int:
@@ -102,17 +136,32 @@ def header_fault(header: Header, expected: ObjectInfo) -> str:
     return ""
 
 
-def payload_fault(header: Header, payload: Sequence[memoryview], integrity_key: bytes | None) -> str:
+def payload_fault(header: Header, payload: Sequence[memoryview]) -> str:
     """In words what is wrong with a payload that was read under `header`; empty where nothing is."""
     found = payload_checksum(payload)
     if found != header.info.checksum:
         return f"payload has checksum {found:016x}, its header says {header.info.checksum:016x}"
-    if integrity_key is None:
-        return ""
-    fields = _pack_fields(header.info, header.segment_bytes)
-    if not hmac.compare_digest(header.mac, _mac(fields, payload, integrity_key)):
-        return "MAC does not match the integrity_key"
     return ""
+
+
+def restore(
+    header: Header, compressed: memoryview | None, payload: Sequence[memoryview], integrity_key: bytes | None
+) -> str:
+    """Fills `payload` from what was read under `header`; in words what is wrong with it, empty where nothing is.
+
+    compressed: the `stored` bytes of an object that is kept compressed; None where `payload` itself was read.
+    """
+    kept = payload if compressed is None else [compressed]
+    if integrity_key is not None and not hmac.compare_digest(header.mac, _mac(header.fields, kept, integrity_key)):
+        return "MAC does not match the integrity_key"
+    if compressed is not None:
+        if payload_checksum(kept) != header.kept_checksum:
+            return f"what is stored has not the checksum {header.kept_checksum:016x} of its header"
+        try:
+            codec.decode(compressed, header.planes, payload)
+        except CodecError as error:
+            return str(error)
+    return payload_fault(header, payload)
 
 
 def transfer_fault(transfer: Transfer) -> str:
@@ -122,26 +171,18 @@ def transfer_fault(transfer: Transfer) -> str:
         return f"key, parent, namespace have {len(info.key)}, {len(info.parent)}, {len(info.namespace)} bytes, not 32"
     if info.size < 0 or length(transfer.buffers) != padded(info.size):
         return f"buffers have {length(transfer.buffers)} bytes, {info.size} of payload need {padded(info.size)}"
+    if transfer.planes not in (0, *codec.PLANES):
+        return f"planes is {transfer.planes}; give 0 or one of {codec.PLANES}"
     return ""
 
 
-def _pack_fields(info: ObjectInfo, segment_bytes: int) -> bytes:
-    return _FIELDS.pack(
-        MAGIC,
-        VERSION,
-        info.kind,
-        bool(info.parent),
-        segment_bytes,
-        info.size,
-        info.checksum,
-        info.key,
-        info.parent,
-        info.namespace,
-    )
+def as_stored(info: ObjectInfo, stored: int) -> ObjectInfo:
+    """`info` of an object that takes `stored` bytes."""
+    return info if info.stored == stored else replace(info, stored=stored)
 
 
-def _mac(fields: bytes, payload: Sequence[memoryview], integrity_key: bytes) -> bytes:
+def _mac(fields: bytes, kept: Sequence[memoryview], integrity_key: bytes) -> bytes:
     digest = hashlib.blake2b(fields, key=integrity_key, digest_size=MAC_BYTES)
-    for view in payload:
+    for view in kept:
         digest.update(view)
     return digest.digest()

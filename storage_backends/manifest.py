@@ -16,12 +16,13 @@ from pathlib import Path
 
 from loracache.storage_backends.base import Kind, ObjectInfo
 
-_MAGIC = b"LoRACach manifest v1\n".ljust(32, b"\0")
-# operation, kind, has a parent, unused, size, checksum, key, parent, namespace; a CRC of all that follows
-_FIELDS = struct.Struct("<BBBBQQ32s32s32s")
+_MAGIC = b"LoRACach manifest v2\n".ljust(32, b"\0")
+_MAGIC_1 = b"LoRACach manifest v1\n".ljust(32, b"\0")
+# operation, kind, has a parent, unused, size, checksum, stored, key, parent, namespace; a CRC of all that follows
+_FIELDS = struct.Struct("<BBBBQQQ32s32s32s")
+_FIELDS_1 = struct.Struct("<BBBBQQ32s32s32s")  # knew no compression
 _CRC = struct.Struct("<I")
 RECORD_BYTES = _FIELDS.size + _CRC.size
-_RECORD = struct.Struct(_FIELDS.format + "I")
 _ADD, _DELETE = 1, 2
 _SHORT_BYTES = 1 << 20
 _COMPACT_AT_LEAST = 1024  # a manifest of fewer records is not worth a rewrite
@@ -41,18 +42,23 @@ class Manifest:
     def read(self) -> dict[bytes, ObjectInfo]:
         """What the manifest says is held, in the order of adding; opens it for appending. Raises OSError.
 
-        A file that is missing or is no manifest at all counts as empty and is replaced.
+        A file that is missing or is no manifest at all counts as empty and is replaced. One of version 1 is read and
+        replaced; on a full disk that waits, as what is added does, for a later `compact`.
         """
         try:
             raw = self._path.read_bytes()
         except FileNotFoundError:
             raw = b""
+        if raw.startswith(_MAGIC_1):
+            live = _replay(memoryview(raw)[len(_MAGIC_1) :], _FIELDS_1)
+            with contextlib.suppress(OSError):
+                self.compact(live)
+            return live
         if not raw.startswith(_MAGIC):
             self.compact({})
             return {}
         whole = (len(raw) - len(_MAGIC)) // RECORD_BYTES
-        records = memoryview(raw)[len(_MAGIC) : len(_MAGIC) + whole * RECORD_BYTES]
-        live = _replay(records)
+        live = _replay(memoryview(raw)[len(_MAGIC) :], _FIELDS)
         self._records = whole
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         # A torn record at the end would put all later ones out of step.
@@ -92,7 +98,10 @@ class Manifest:
         self._queue.clear()
 
     def wasteful(self, live: int) -> bool:
-        """Whether more than half of the records are dead, and enough of them for a rewrite to pay."""
+        """Whether more than half of the records are dead, and enough of them for a rewrite to pay; or whether something
+        is queued and there is no manifest to append it to."""
+        if self._fd < 0:
+            return bool(self._queue)
         return self._records >= self._compact_from and self._records > 2 * live
 
     def compact(self, live: Mapping[bytes, ObjectInfo]) -> None:
@@ -149,19 +158,30 @@ def parents_first(objects: Mapping[bytes, ObjectInfo]) -> tuple[list[ObjectInfo]
 
 def _pack(operation: int, info: ObjectInfo) -> bytes:
     body = _FIELDS.pack(
-        operation, info.kind, bool(info.parent), 0, info.size, info.checksum, info.key, info.parent, info.namespace
+        operation,
+        info.kind,
+        bool(info.parent),
+        0,
+        info.size,
+        info.checksum,
+        info.stored,
+        info.key,
+        info.parent,
+        info.namespace,
     )
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def _replay(records: memoryview) -> dict[bytes, ObjectInfo]:
+def _replay(records: memoryview, layout: struct.Struct) -> dict[bytes, ObjectInfo]:
+    """What is held after all whole records. `layout` packs a record's fields, `stored` among them or not."""
     live: dict[bytes, ObjectInfo] = {}
     shared: dict[bytes, bytes] = {}  # one bytes object per parent and namespace instead of one per record
     kinds = {int(kind): kind for kind in Kind}
-    crc32, body = zlib.crc32, _FIELDS.size
-    starts: Iterable[int] = range(0, len(records), RECORD_BYTES)
-    fields = _RECORD.iter_unpack(records)
-    for start, (operation, kind, has_parent, _, size, checksum, key, parent, namespace, crc) in zip(
+    crc32, body, record_bytes = zlib.crc32, layout.size, layout.size + _CRC.size
+    whole = len(records) // record_bytes * record_bytes
+    starts: Iterable[int] = range(0, whole, record_bytes)
+    fields = struct.Struct(layout.format + "I").iter_unpack(records[:whole])
+    for start, (operation, kind, has_parent, _, size, checksum, *stored, key, parent, namespace, crc) in zip(
         starts, fields, strict=True
     ):
         if crc32(records[start : start + body]) != crc or kind not in kinds:
@@ -176,5 +196,6 @@ def _replay(records: memoryview) -> dict[bytes, ObjectInfo]:
             shared.setdefault(namespace, namespace),
             size,
             checksum,
+            *stored,
         )
     return live

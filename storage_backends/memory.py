@@ -1,6 +1,7 @@
 """The reference backend: objects in a dict. Shows the contract at its shortest, and stands in for a tier in tests.
 
-Threading: one lock around the dict; payloads are copied outside of it, which is safe because stored bytes never change.
+Threading: one lock around the dicts; bytes are copied and decompressed outside of it, which is safe because what was
+put there is never written to again.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-from loracache.storage_backends import header
+from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.vectors import head
 
 
 class MemoryBackend(StorageBackend):
-    """Holds at most `capacity` payload bytes (None: no limit); what does not fit answers FULL."""
+    """Holds at most `capacity` bytes as they are kept (None: no limit); what does not fit answers FULL."""
 
     name = "memory"
 
@@ -22,6 +23,7 @@ class MemoryBackend(StorageBackend):
         self._capacity = capacity
         self._used = 0
         self._objects: dict[bytes, tuple[ObjectInfo, bytes]] = {}
+        self._planes: dict[bytes, int] = {}  # of those that are kept compressed
         self._lock = threading.Lock()
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
@@ -52,39 +54,53 @@ class MemoryBackend(StorageBackend):
             return Result(Outcome.FAILED, detail=fault)
         with self._lock:
             entry = self._objects.get(transfer.info.key)
+            planes = self._planes.get(transfer.info.key, 0)
         if entry is None:
             return Result(Outcome.MISS)
-        info, stored = entry
-        payload = memoryview(stored)
-        found = header.Header(info, 0, header.NO_MAC)
-        fault = header.header_fault(found, transfer.info) or header.payload_fault(found, [payload], None)
+        info, kept = entry
+        found = header.Header(info)
+        fault = header.header_fault(found, transfer.info)
+        if not fault:
+            payload = head(transfer.buffers, info.size)
+            if planes:
+                codec.decode(memoryview(kept), planes, payload)
+            else:
+                codec.scatter(kept, payload)
+            fault = header.payload_fault(found, payload)
         if fault:
             self._remove(info.key)
             return Result(Outcome.CORRUPT, detail=fault)
-        for view in head(transfer.buffers, info.size):
-            view[:] = payload[: view.nbytes]
-            payload = payload[view.nbytes :]
         return Result(Outcome.OK)
 
     def _store_one(self, transfer: Transfer) -> Result:
         info = transfer.info
         if fault := header.transfer_fault(transfer):
             return Result(Outcome.FAILED, detail=fault)
-        payload = b"".join(head(transfer.buffers, info.size))
-        if header.payload_checksum([memoryview(payload)]) != info.checksum:
+        payload = head(transfer.buffers, info.size)
+        if header.payload_checksum(payload) != info.checksum:
             return Result(Outcome.CORRUPT, detail="payload does not match its checksum")
+        kept = codec.keep(payload, transfer.planes, codec.scratch_for(info.size, transfer.planes))
+        data = b"".join(kept.views)
         with self._lock:
             replaced = self._objects.get(info.key)
-            used = self._used + info.size - (replaced[0].size if replaced else 0)
+            used = self._used + len(data) - (_kept_bytes(replaced[0]) if replaced else 0)
             if self._capacity is not None and used > self._capacity:
                 return Result(Outcome.FULL, detail=f"capacity is {self._capacity} bytes")
             self._used = used
-            self._objects[info.key] = (info, payload)
-        return Result(Outcome.OK)
+            self._objects[info.key] = (header.as_stored(info, kept.stored), data)
+            self._planes.pop(info.key, None)
+            if kept.planes:
+                self._planes[info.key] = kept.planes
+        return Result(Outcome.OK, stored=kept.stored)
 
     def _remove(self, key: bytes) -> bool:
         with self._lock:
             entry = self._objects.pop(key, None)
+            self._planes.pop(key, None)
             if entry is not None:
-                self._used -= entry[0].size
+                self._used -= _kept_bytes(entry[0])
         return entry is not None
+
+
+def _kept_bytes(info: ObjectInfo) -> int:
+    return info.stored or info.size

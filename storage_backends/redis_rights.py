@@ -66,6 +66,7 @@ def _commands(prefix: bytes) -> list[tuple[str, bytes]]:
     key = b"%b:{check}" % prefix
     words = (
         (b"SET", key, b""), (b"GET", key), (b"MGET", key, b"%b:{other}" % prefix), (b"HSET", key, b"f", b"v"),
-        (b"HSETNX", key, b"f", b"v"), (b"HGET", key, b"f"), (b"HGETALL", key), (b"UNLINK", key),
+        (b"HSETNX", key, b"f", b"v"), (b"HGET", key, b"f"), (b"HGETALL", key), (b"EXPIRE", key, b"60"),
+        (b"UNLINK", key),
     )  # fmt: skip
     return [(each[0].decode(), command(*each)) for each in words]

@@ -71,7 +71,7 @@ class SchedulerLink:
 
     def ask_adapter_add(self, path: str) -> int:
         """Ask for a folder to be taken into the cache."""
-        return self._ask(protocol.AdapterAdd(path, ""))
+        return self._ask(protocol.AdapterAdd(path, "", ""))
 
     def ask_acquire(self, lease: bytes, key: bytes, ttl: float) -> int:
         """Ask for an object to be raised into the arena and held there."""

@@ -84,7 +84,7 @@ class SchedulerSide:
         self._block_size = block_size
         smallest = min(fact.block_bytes for fact in self._facts.values())
         self._chunk_blocks = chunk_blocks(smallest, block_size, self._options.chunk_tokens)
-        self._layout = f"{layouts.pop()}/{'|'.join(sorted(self._facts))}"
+        self._layout = f"{layouts.pop()}#{'|'.join(sorted(self._facts))}"
         self._shards = tuple(sorted(self._facts))
         self._link.begin()
 

@@ -242,7 +242,8 @@ class StoreJob:
 
 class Storer:
     """Copies computed chunks into the arena. finished(job, causes) is called on this thread once per job;
-    may_store(store) says whether the chunks were computed with the adapter they are stored for.
+    may_store(store) says whether the chunks were computed with the adapter they are stored for. names: what the engine
+    calls its model.
     """
 
     def __init__(
@@ -254,12 +255,14 @@ class Storer:
         block_bytes: int,
         may_store: Callable[[Store], bool],
         finished: Callable[[StoreJob, dict[str, int]], None],
+        names: Sequence[str] = (),
     ) -> None:
         self._link = WorkerLink(server, "vllm-store", ensure, copier.device_type)
         self._copier = copier
         self._shard = shard
         self._block_bytes = block_bytes
         self._may_store = may_store
+        self._names = names
         self._finished = finished
         self._jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loracache-store", daemon=True)
@@ -299,7 +302,7 @@ class Storer:
             raise Unavailable("no daemon")
         connection = self._link.connection
         namespace = store.namespace.digest()
-        self._link.register(namespace, store.namespace.descriptor())
+        self._link.register(namespace, store.namespace.descriptor(), self._names)
         keys = [object_key(chunk.key, self._shard) for chunk in store.chunks]
         parents = [object_key(store.parent, self._shard) if store.parent else protocol.NO_PARENT, *keys[:-1]]
         lease = os.urandom(16)

@@ -102,7 +102,7 @@ class WorkerSide:
                 pass  # an engine whose configuration names no living daemon should not start
         self._storer = Storer(
             server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes,
-            self._may_store, self._stored,
+            self._may_store, self._stored, _served_names(self._config),
         )  # fmt: skip
         self._loader = Loader(
             server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes, self._options.load_timeout,
@@ -254,6 +254,12 @@ class WorkerSide:
                 self._failures[f"store.{cause}"] += count
             if not _MAY_BE_STORED_LATER.isdisjoint(causes):
                 self._unstored.add(job.store.request_id)
+
+
+def _served_names(config: VllmConfig) -> list[str]:
+    """What users call the model, for operators who name it."""
+    names = getattr(config.model_config, "served_model_name", None) or []
+    return [str(name) for name in ([names] if isinstance(names, str) else names)]
 
 
 def _platform(config: VllmConfig, spec: object) -> str:

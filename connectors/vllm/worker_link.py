@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from loracache import protocol
 from loracache.connection import Connection
@@ -54,8 +54,8 @@ class WorkerLink:
             prepare_mapping(self.connection.map, self._device_type)
         return True
 
-    def register(self, digest: bytes, descriptor: str) -> None:
-        """Make a namespace known on this daemon once."""
+    def register(self, digest: bytes, descriptor: str, names: Sequence[str]) -> None:
+        """Make a namespace known on this daemon once, and what its model is called."""
         if digest not in self._registered:
-            self.connection.call(protocol.Register(descriptor), _CALL_TIMEOUT_S)
+            self.connection.call(protocol.Register(descriptor, list(names)), _CALL_TIMEOUT_S)
             self._registered.add(digest)

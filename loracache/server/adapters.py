@@ -42,8 +42,8 @@ _PAGE_BYTES = 6 << 20  # of an answer, which is one frame; behind it one more re
 _BESIDES = 700  # bytes of a record, at most, but for its configuration
 _T = TypeVar("_T")
 
-Answer = Callable[["list[Any] | str"], None]
-"""Takes the payload of an answer, or in words why there is none."""
+Answer = Callable[["list[Any] | Exception"], None]
+"""Takes the payload of an answer, or why there is none."""
 
 
 class Adapters:
@@ -140,6 +140,13 @@ class Adapters:
 
         self._run(self._others, work, answer)
 
+    def names(self) -> dict[str, list[str]]:
+        """What is known here of names, by hex digest."""
+        found: dict[str, list[str]] = {}
+        for record in self._names.known().values():
+            found.setdefault(record.digest, []).append(record.name)
+        return found
+
     def close(self) -> None:
         """The last call."""
         self._files.end()
@@ -164,14 +171,14 @@ class Adapters:
 
     def _run(self, workers: Workers, work: Callable[[], list[Any] | None], answer: Answer) -> None:
         def run() -> None:
-            result: list[Any] | str | None
+            result: list[Any] | Exception | None
             try:
                 result = work()
             except LoRACacheError as error:
-                result = str(error)
+                result = error
             except Exception as error:  # noqa: BLE001 - top of a thread: an answer that never comes hangs a client
                 _log.exception("an adapter operation failed")
-                result = repr(error)
+                result = Rejected(repr(error))
             if result is not None:
                 self._post(lambda: answer(result))
 

@@ -26,15 +26,20 @@ from loracache import __version__, protocol
 from loracache.adapter_names import AdapterNames, SharedNames
 from loracache.arena import Arena
 from loracache.cache import TieredCache
-from loracache.config import Config, http_address
+from loracache.config import Config, shown_config
 from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
 from loracache.server.adapters import Adapters
+from loracache.server.audit import Audit
+from loracache.server.control import Control
+from loracache.server.finding import Finder
 from loracache.server.peers import Peer
 from loracache.server.rest_process import RestProcess
 from loracache.server.session import Served, Session
 from loracache.server.status import cache_status
 from loracache.storage_backends.base import ObjectInfo, StorageBackend
+from loracache.tiers import Tier
+from loracache.tracing import start_traces, stop_traces
 
 __all__ = ["READY", "Daemon"]
 
@@ -63,6 +68,11 @@ class Daemon:
             disk, redis = _disk_backend(config), _redis_backend(config)
             self._rest = _rest_process(config, self._stack)
             self._namespaces, names = _books(config)
+            if config.traces is not None:
+                start_traces(config.traces, "loracache")
+                self._stack.callback(stop_traces)
+            audit = Audit(config.audit_log)
+            self._stack.callback(audit.close)
             self.cache = TieredCache(
                 Arena(config.memory, config.page_size),
                 self._post,
@@ -76,10 +86,13 @@ class Daemon:
             raise
         self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
         self._adapters = Adapters(self.cache, self._namespaces, names, self._post)
+        finder = Finder(self.cache, config.redis_lookup_ms / 1000)
+        self._control = Control(
+            self.cache, self._namespaces, self._adapters, finder, audit, self._post, lambda: shown_config(config)
+        )
         self._served = Served(
-            self.cache, self._namespaces, self._adapters, config.redis_lookup_ms / 1000, self._status,
-            self._session_ended,
-        )  # fmt: skip
+            self.cache, self._namespaces, self._adapters, finder, self._control, self._status, self._session_ended
+        )
         self._owners = itertools.count(1)
         self._instance = os.urandom(16)
         self._stopping = threading.Event()
@@ -115,14 +128,17 @@ class Daemon:
     # -- what sessions need ----------
 
     def _status(self) -> dict[str, Any]:
-        return {
+        said: dict[str, Any] = {
             "version": __version__,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started, 3),
             "socket": str(self.config.socket),
             "connections": len(self._sessions),
             "namespaces": len(self._namespaces),
+            "operations": self._control.operations.running,
         } | cache_status(self.cache)
+        said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
+        return said
 
     def _session_ended(self, session: Session) -> None:
         """A connection is gone: its leases end; what it was writing stays out of use until its process is gone."""
@@ -344,7 +360,7 @@ def _books(config: Config) -> tuple[Namespaces, AdapterNames]:
 def _rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | None:
     if config.http is None:
         return None
-    process = RestProcess(config.socket, *http_address(config.http))
+    process = RestProcess(config)
     stack.callback(process.close)
     return process
 

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from loracache.config import Config, http_address
 from loracache.errors import ConfigError
+from loracache.server.rest.settings import check, rest_settings
 
 __all__ = ["RestProcess"]
 
@@ -25,21 +26,13 @@ _BACKLOG = 128
 
 
 class RestProcess:
-    """One daemon's HTTP port. Raises ConfigError where it cannot be had."""
+    """One daemon's HTTP port. Raises ConfigError where it cannot be had, or could not be served safely."""
 
-    def __init__(self, path: Path, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._path = path
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._listener.bind((host, port))
-        except OSError as error:
-            self._listener.close()
-            raise ConfigError(
-                f"http={host}:{port} cannot be listened on: {error.strerror}; give another port"
-            ) from None
-        self._listener.listen(_BACKLOG)
+    def __init__(self, config: Config) -> None:
+        assert config.http is not None
+        check(config)
+        self._config = config
+        self._listener = _listen(config.http)
         self.port = int(self._listener.getsockname()[1])
         self._life: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -50,12 +43,12 @@ class RestProcess:
         self._next_start = time.monotonic() + _AGAIN_S
         ours = self._listener.fileno()
         theirs, self._life = os.pipe()
-        hosts = [f"{name}:{self.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
-        command = [sys.executable, "-m", "loracache.server.rest", str(self._path), ",".join(hosts)]
+        settings = rest_settings(self._config, self.port, ours, theirs).model_dump_json()
+        command = [sys.executable, "-m", "loracache.server.rest", settings]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
         try:
             self._process = subprocess.Popen(
-                [*command, str(ours), str(theirs)], pass_fds=[ours, theirs], stdin=subprocess.DEVNULL, env=environment
+                command, pass_fds=[ours, theirs], stdin=subprocess.DEVNULL, env=environment
             )
         finally:
             os.close(theirs)
@@ -87,3 +80,22 @@ class RestProcess:
         if self._life is not None:
             os.close(self._life)
             self._life = None
+
+
+def _listen(http: str) -> socket.socket:
+    host, port = http_address(http)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"http={http} cannot be listened on: {error.strerror}; give another port") from None
+    return listener

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loracache import protocol
 from loracache.cache import Acquired
-from loracache.errors import LoRACacheError, ProtocolError, UsageError
+from loracache.errors import LoRACacheError, ProtocolError, Unknown, UsageError
 from loracache.frames import Frames, frame
-from loracache.keys import KEY_BYTES
 from loracache.leases import Writing
-from loracache.protocol import ERROR, NO_PARENT, OK, PART, split_keys
-from loracache.removal import Evicted
-from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
+from loracache.protocol import ERROR, NO_PARENT, OK, PART, UNKNOWN, split_keys
+from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
     from loracache.cache import TieredCache
     from loracache.namespaces import Namespaces
     from loracache.server.adapters import Adapters, Answer
+    from loracache.server.control import Control
+    from loracache.server.finding import Finder
     from loracache.server.peers import Peer
 
 __all__ = ["Served", "Session"]
@@ -46,7 +46,8 @@ class Served:
     cache: TieredCache
     namespaces: Namespaces
     adapters: Adapters
-    redis_lookup_s: float
+    finder: Finder
+    control: Control
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
 
@@ -89,6 +90,11 @@ class Session(asyncio.Protocol):
             self._answer(0, ERROR, str(error))
             self.close()
 
+    @property
+    def label(self) -> str:
+        """Who is at the other end, for logs."""
+        return f"{self.name} (pid {self.peer.pid}, uid {self.peer.uid})"
+
     def close(self) -> None:
         """Close after what was answered is sent."""
         if self._transport is not None:
@@ -98,11 +104,15 @@ class Session(asyncio.Protocol):
 
     def _serve(self, number: int, request: protocol.Request) -> None:
         try:
-            getattr(self, f"_on_{request.operation}")(number, request)
+            handler = getattr(self, f"_on_{request.operation}", None)
+            if handler is not None:
+                handler(number, request)
+            else:
+                self._served.control.serve(request, self.label, self._later(number))
         except ProtocolError:
             raise
         except LoRACacheError as error:
-            self._answer(number, ERROR, str(error))
+            self._later(number)(error)
 
     def _answer(self, number: int, status: int, payload: object) -> None:
         if number == 0 and status != ERROR:
@@ -119,7 +129,7 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [])
 
     def _on_register(self, number: int, request: protocol.Register) -> None:
-        namespace = self._served.namespaces.register(request.descriptor)
+        namespace = self._served.namespaces.register(request.descriptor, request.names)
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
         self._answer(number, OK, [namespace.digest()])
@@ -128,7 +138,8 @@ class Session(asyncio.Protocol):
         self._served.adapters.digest(request.path, self._later(number))
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
-        self._served.adapters.add(request.path, request.name, self._later(number))
+        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
+        self._served.adapters.add(request.path, request.name, answer)
 
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
         self._served.adapters.find(request.name, self._later(number))
@@ -140,7 +151,8 @@ class Session(asyncio.Protocol):
         self._served.adapters.page(request.name, request.count, self._later(number))
 
     def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
-        self._served.adapters.remove(request.name, self._later(number))
+        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
+        self._served.adapters.remove(request.name, answer)
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
         engines = self._served.adapters.engines
@@ -150,47 +162,27 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [])
 
     def _later(self, number: int) -> Answer:
-        """Answers `number` with a payload, or with words as an error."""
-        return lambda result: self._answer(number, ERROR if isinstance(result, str) else OK, result)
+        """Answers `number` with a payload, or with the words of an error."""
+
+        def answer(result: list[Any] | Exception) -> None:
+            if isinstance(result, Exception):
+                self._answer(number, UNKNOWN if isinstance(result, Unknown) else ERROR, str(result))
+            else:
+                self._answer(number, OK, result)
+
+        return answer
 
     def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
         keys = split_keys(request.keys)
-        tiers = self._cache.lookup(keys)
-        redis = self._cache.redis
-        if redis is None or len(tiers) == len(keys):
-            self._found(number, request, keys, tiers, "absent")
-        elif redis.io.asked_too_long(self._served.redis_lookup_s):
-            self._found(number, request, keys, tiers, "redis_slow")
-        else:
-            self._ask_redis(number, request, keys, tiers)
+        asked = self._asking
+        asked.add(request.lease)
 
-    def _ask_redis(self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier]) -> None:
-        redis = self._cache.redis
-        assert redis is not None
-        open_still = True
-        self._asking.add(request.lease)
+        def found(tiers: list[Tier], cause: str) -> None:
+            wanted = request.lease in asked
+            asked.discard(request.lease)
+            self._found(number, request, keys, tiers, cause, hold=wanted)
 
-        def finish(more: list[Tier], cause: str) -> None:
-            nonlocal open_still
-            if open_still:
-                open_still = False
-                timer.cancel()
-                wanted = request.lease in self._asking
-                self._asking.discard(request.lease)
-                self._found(number, request, keys, tiers + more, cause, hold=wanted)
-
-        def answered(results: list[Result]) -> None:
-            more = []
-            cause = "absent"
-            for result in results:
-                if result.outcome is not Outcome.OK:
-                    cause = "absent" if result.outcome is Outcome.MISS else f"redis_{result.outcome.value}"
-                    break
-                more.append(Tier.REDIS)
-            finish(more, cause)
-
-        timer = asyncio.get_running_loop().call_later(self._served.redis_lookup_s, finish, [], "redis_slow")
-        redis.io.contains(keys[len(tiers) :], answered)
+        self._served.finder.find(keys, found)
 
     def _found(
         self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str, hold: bool = True
@@ -268,22 +260,6 @@ class Session(asyncio.Protocol):
     def _on_abort(self, number: int, request: protocol.Abort) -> None:
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
-    def _on_pin(self, number: int, request: protocol.Pin) -> None:
-        tier = Tier.named(request.tier)
-        self._answer(number, OK, [self._cache.pin(split_keys(request.keys), tier, request.ttl or None)])
-
-    def _on_unpin(self, number: int, request: protocol.Unpin) -> None:
-        self._answer(number, OK, [self._cache.unpin(split_keys(request.keys), Tier.named(request.tier))])
-
-    def _on_evict(self, number: int, request: protocol.Evict) -> None:
-        self._cache.evict(split_keys(request.keys), _own_tiers(request.tiers), lambda did: self._evicted(number, did))
-
-    def _on_clear(self, number: int, request: protocol.Clear) -> None:
-        self._cache.clear(_own_tiers(request.tiers), lambda did: self._evicted(number, did))
-
-    def _evicted(self, number: int, done: Evicted) -> None:
-        self._answer(number, OK, [done.objects, done.nbytes, done.skipped])
-
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
         self._cache.when_flushed(lambda: self._answer(number, OK, []))
 
@@ -298,13 +274,6 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [])
 
 
-def _own_tiers(labels: list[str]) -> list[Tier]:
-    tiers = [Tier.named(label) for label in labels]
-    if Tier.GPU in tiers:
-        raise UsageError("tier 'gpu' belongs to the engines; give cpu, disk or redis")
-    return tiers
-
-
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
     return [number for extent in extents for number in extent]
 
@@ -314,7 +283,3 @@ def _acquired(item: Acquired) -> list[Any]:
     if node is None:
         return [item.position, item.cause]
     return [item.position, node.size, node.checksum, _extents(node.extents)]
-
-
-_HANDLERS: dict[str, Callable[..., None]] = {name: getattr(Session, f"_on_{name}") for name in protocol.OPERATIONS}
-assert len(NO_PARENT) == KEY_BYTES

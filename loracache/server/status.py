@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loracache.keys import LORA_NAMESPACE
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
@@ -11,10 +12,14 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_status"]
 
+_RECENT = 50
+_HERE = (Tier.CPU, Tier.DISK)
+
 
 def cache_status(cache: TieredCache) -> dict[str, Any]:
     """Tiers, leases and counters. Bytes are payload bytes unless the name says otherwise."""
     index, arena, counters = cache.index, cache.arena, cache.counters
+    adapters = index.spaces.get(LORA_NAMESPACE)
     tiers: dict[str, Any] = {
         "cpu": {
             "objects": index.objects[Tier.CPU],
@@ -34,11 +39,17 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             "direct_io": bool(getattr(cache.disk.io.backend, "direct", False)),
             "scanned": cache.disk.loaded,
             "available": cache.disk.io.available,
+            "waiting": cache.disk.io.waiting,
         }
     if cache.redis is not None:
-        tiers["redis"] = {"queued_writes": cache.redis.depth, "available": cache.redis.io.available}
+        tiers["redis"] = {
+            "queued_writes": cache.redis.depth,
+            "available": cache.redis.io.available,
+            "waiting": cache.redis.io.waiting,
+        }
     return {
         "tiers": tiers,
+        "adapters": {tier.label: adapters.objects[tier] if adapters is not None else 0 for tier in _HERE},
         "leases": len(cache.leases),
         "leased_objects": cache.leases.held_objects,
         "quarantined_bytes": cache.leases.quarantined,
@@ -46,4 +57,8 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
         "misses": counters.starting("miss."),
         "failures": counters.starting("failure."),
         "counters": counters.all(),
+        "recent_failures": [
+            {"time": event.time, "tier": event.tier, "cause": event.cause, "count": event.count}
+            for event in list(cache.events.failures)[-_RECENT:]
+        ],
     }

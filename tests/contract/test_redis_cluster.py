@@ -115,7 +115,7 @@ def test_a_damaged_object_is_corrupt_and_deleted_where_it_lies(cluster: Any, tie
 
 
 def test_a_slot_that_moved_between_two_calls_is_not_noticed(cluster: Any, tier: RedisBackend, objects: Any) -> None:
-    stored = [objects.new(600_000) for _ in range(6)]
+    stored = [objects.keep(objects.new(600_000, compressible=True), planes) for planes in (2, 0, 2, 0, 2, 0)]
     objects.store(tier, stored)
     for call in ("contains", "load", "store", "delete"):
         for item in stored[:2]:
@@ -155,7 +155,7 @@ def test_what_has_left_a_slot_on_its_way_is_unavailable_and_nothing_else_is(
 def test_slots_that_move_under_readers_and_writers_give_nobody_wrong_bytes(
     cluster: Any, tier: RedisBackend, objects: Any
 ) -> None:
-    stored = [objects.new(300_000 + number, pieces=2) for number in range(12)]
+    stored = [objects.new(300_000 + number, compressible=True, pieces=2) for number in range(12)]
     objects.store(tier, stored)
     wrong: list[str] = []
     moved = threading.Event()
@@ -165,7 +165,7 @@ def test_slots_that_move_under_readers_and_writers_give_nobody_wrong_bytes(
         while not moved.is_set() or turn < 3:
             turn += 1
             if number == 0:
-                found = outcomes(tier.store(stored))
+                found = outcomes(tier.store([objects.keep(item, turn % 2) for item in stored]))
             else:
                 targets = [objects.empty(item, pieces=3) for item in stored]
                 found = outcomes(tier.load(targets))
@@ -266,7 +266,7 @@ def test_a_server_of_its_own_is_no_cluster(
 def test_a_user_of_a_cluster_needs_its_rights_on_every_node(
     cluster: Any, redis_tier: Callable[..., RedisBackend], objects: Any, missing: str
 ) -> None:
-    rights = ["get", "mget", "set", "unlink", "hget", "hgetall", "hset", "hsetnx", "cluster|slots"]
+    rights = ["get", "mget", "set", "unlink", "expire", "hget", "hgetall", "hset", "hsetnx", "cluster|slots"]
     url = cluster.url.replace("://", "://cache:s3cr3t@")
     for number, node in enumerate(cluster.nodes):
         commands = [f"+{right}" for right in rights if right != missing or (number == 0 and missing != "cluster|slots")]

@@ -17,7 +17,7 @@ from loracache.storage_backends.redis import RedisBackend
 from loracache.storage_backends.redis_names import RedisNames
 
 SECRET, QUOTED = "0p3n-s3cr3t@/word", "0p3n-s3cr3t%40%2Fword"
-RIGHTS = ["get", "mget", "set", "unlink", "hget", "hgetall", "hset", "hsetnx"]  # as docs/operations.md says
+RIGHTS = ["get", "mget", "set", "unlink", "expire", "hget", "hgetall", "hset", "hsetnx"]  # as docs/operations.md says
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,16 @@ def user(server: Any) -> Callable[..., str]:
 
 
 def test_the_rights_the_manual_names_are_all_that_is_needed(
-    user: Callable[..., str], objects: Any, redis_tier: Callable[..., RedisBackend]
+    user: Callable[..., str], server: Any, objects: Any, redis_tier: Callable[..., RedisBackend]
 ) -> None:
     url = f"unix://cache:{QUOTED}@{user()}"
     backend, names = redis_tier(url), RedisNames(url)
     backend.check()
-    stored = [objects.new(600_000), objects.new(10)]
+    stored = [objects.new(600_000, compressible=True), objects.new(10)]
     objects.store(backend, stored)
+    objects.store(backend, [objects.keep(stored[0], 2)])
     assert all(objects.holds(backend, item) for item in stored)
+    assert sum(server.redis.ttl(key) > 0 for key in server.redis.keys("*")) == 3  # the segments as they were before
     assert objects.load(backend, objects.unmatched(stored[0])) is Outcome.CORRUPT
     backend.delete([item.info.key for item in stored])
     names.put("a", b"record", only_new=True)

@@ -63,6 +63,12 @@ def load() -> Any:
 
 
 @pytest.fixture(scope="session")
+def openai_server() -> Any:
+    """The class Server of openai_server.py."""
+    return _load(HERE / "openai_server.py").Server
+
+
+@pytest.fixture(scope="session")
 def model_maker() -> Any:
     """examples/make_model.py."""
     return _load(HERE.parents[1] / "examples" / "make_model.py")

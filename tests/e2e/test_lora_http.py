@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,82 +13,6 @@ import pytest
 from loracache.adapters import adapter_digest
 
 ROUNDING = 1e-3
-
-
-class Server:
-    """vLLM's OpenAI server on a port of its own."""
-
-    def __init__(self, log: Path, model: Path, transfer: dict[str, Any], *more: str) -> None:
-        self._log = log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name",
-            "base", "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "1024",
-            "--max-num-seqs", "8", "--enable-lora", "--max-loras", "4", "--max-lora-rank", "64",
-            "--kv-transfer-config", json.dumps(transfer), *more,
-        ]  # fmt: skip
-        env = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
-
-    def ready(self) -> bool:
-        assert self.process.poll() is None, self._log.read_text()[-3000:]
-        try:
-            return self.call("/health", None)[0] == 200
-        except OSError:
-            return False
-
-    def call(self, path: str, body: Any) -> tuple[int, Any]:
-        """(status, answer)"""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            data=json.dumps(body).encode() if body is not None else None,
-            headers={"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                text = answer.read()
-                return answer.status, json.loads(text) if text else None
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def complete(self, model: str, tokens: list[int], count: int = 8) -> tuple[int, Any]:
-        """(status, token ids or the error)"""
-        body = {
-            "model": model, "prompt": tokens, "max_tokens": count, "temperature": 0, "ignore_eos": True,
-            "return_token_ids": True,
-        }  # fmt: skip
-        status, answer = self.call("/v1/completions", body)
-        return status, answer["choices"][0]["token_ids"] if status == 200 else answer
-
-    def stream(self, model: str, tokens: list[int], count: int) -> Iterator[list[int]]:
-        """Token ids as they come."""
-        body = {
-            "model": model, "prompt": tokens, "max_tokens": count, "temperature": 0, "ignore_eos": True,
-            "return_token_ids": True, "stream": True,
-        }  # fmt: skip
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    choices = json.loads(line[6:])["choices"]
-                    if choices and choices[0]["token_ids"]:
-                        yield choices[0]["token_ids"]
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +33,15 @@ def cache(module_daemon: Any, module_redis: Any, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def server(
-    cache: Any, tiny: Path, adapters_of_two: list[Path], eventually: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+    cache: Any, tiny: Path, adapters_of_two: list[Path], eventually: Any, openai_server: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Any]:  # fmt: skip
     transfer = {
         "kv_connector": "LoRACacheConnector", "kv_connector_module_path": "loracache.connectors.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"server": cache.daemon.url, "lora_pool": "1MiB"},
     }  # fmt: skip
-    running = Server(
+    running = openai_server(
         tmp_path_factory.mktemp("server") / "log", tiny / "model", transfer, "--lora-modules",
         f"static={adapters_of_two[2]}",
     )  # fmt: skip
@@ -140,7 +58,7 @@ def merged(load: Any, tiny: Path) -> Any:
 
 
 @pytest.fixture
-def serves(server: Server, merged: Any, prompts: Callable[[int], list[int]]) -> Callable[[str, Path | None], None]:
+def serves(server: Any, merged: Any, prompts: Callable[[int], list[int]]) -> Callable[[str, Path | None], None]:
     """serves(name, folder): a request for `name` is answered with that adapter."""
 
     def check(name: str, folder: Path | None) -> None:
@@ -153,7 +71,7 @@ def serves(server: Server, merged: Any, prompts: Callable[[int], list[int]]) -> 
 
 
 def test_lora_modules_given_by_path_go_through_the_cache(
-    server: Server, cache: Any, serves: Any, adapters_of_two: list[Path], eventually: Any
+    server: Any, cache: Any, serves: Any, adapters_of_two: list[Path], eventually: Any
 ) -> None:
     with cache.client() as client:
         eventually(lambda: client.show_adapter(adapter_digest(str(adapters_of_two[2]))), "it is fetched ahead")
@@ -167,7 +85,7 @@ def test_lora_modules_given_by_path_go_through_the_cache(
 
 
 def test_a_name_that_only_the_cache_knows_is_served_and_repointed_between_two_requests(
-    server: Server, cache: Any, serves: Any, adapters_of_two: list[Path]
+    server: Any, cache: Any, serves: Any, adapters_of_two: list[Path]
 ) -> None:
     first, second, *_ = adapters_of_two
     with cache.client() as client:
@@ -182,7 +100,7 @@ def test_a_name_that_only_the_cache_knows_is_served_and_repointed_between_two_re
 
 
 def test_requests_under_way_keep_the_content_they_began_with(
-    server: Server, cache: Any, serves: Any, merged: Any, prompts: Any, adapters_of_two: list[Path]
+    server: Any, cache: Any, serves: Any, merged: Any, prompts: Any, adapters_of_two: list[Path]
 ) -> None:
     first, second, *_ = adapters_of_two
     tokens = prompts(20)
@@ -198,7 +116,7 @@ def test_requests_under_way_keep_the_content_they_began_with(
 
 
 def test_a_name_given_on_another_machine_is_served_from_the_redis_that_they_share(
-    server: Server, cache: Any, module_daemon: Any, serves: Any, model_maker: Any, tmp_path: Path
+    server: Any, cache: Any, module_daemon: Any, serves: Any, model_maker: Any, tmp_path: Path
 ) -> None:
     for number in range(2):
         folder = tmp_path / str(number)
@@ -214,14 +132,14 @@ def test_a_name_given_on_another_machine_is_served_from_the_redis_that_they_shar
             assert client.find_adapter("from/elsewhere") == digest
 
 
-def test_what_is_no_name_is_not_found(server: Server) -> None:
+def test_what_is_no_name_is_not_found(server: Any) -> None:
     for name in ("unheard-of", "../../etc/passwd", "x" * 5000, "loracache:" + "ab" * 32, "\u2603", "a b"):
         assert server.complete(name, [300, 301])[0] in (400, 404), name
     assert server.complete("base", [300, 301])[0] == 200
 
 
 def test_names_survive_the_daemon_and_its_successor_serves_what_they_point_to(
-    server: Server, cache: Any, module_daemon: Any, serves: Any, adapters_of_two: list[Path]
+    server: Any, cache: Any, module_daemon: Any, serves: Any, adapters_of_two: list[Path]
 ) -> None:
     """Last: nobody else's requests fail for it."""
     with cache.daemon.client() as client:

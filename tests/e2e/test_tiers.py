@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loracache.keys import Namespace, chunk_keys, object_key
+from loracache.keys import Namespace
 
 CHUNK = 128
 
@@ -38,15 +38,12 @@ def clear(serving: Any, *tiers: str) -> None:
 
 
 def base_namespace(disk: Path) -> Namespace:
-    found = [Namespace.parse(path.read_text()) for path in (disk / "namespaces").glob("*.json")]
+    found = [Namespace.parse(path.read_text().splitlines()[0]) for path in (disk / "namespaces").glob("*.json")]
     return next(namespace for namespace in found if not namespace.adapter and not namespace.salt)
 
 
 def object_keys(disk: Path, tokens: list[int]) -> list[bytes]:
-    namespace = base_namespace(disk)
-    (shard,) = namespace.layout.split("/", 2)[2].split("|")
-    shard = namespace.layout[namespace.layout.index("pp0of1") :]
-    return [object_key(key, shard) for key in chunk_keys(namespace.digest(), tokens, namespace.chunk_tokens)]
+    return base_namespace(disk).object_keys(tokens)
 
 
 def counters(daemon: Any) -> dict[str, int]:

@@ -100,7 +100,7 @@ def test_a_size_that_can_never_fit_is_refused_and_evicts_nothing(nothing_leaks: 
     rig = nothing_leaks()
     rig.store("a")
     assert rig.reserve("b", size=size) == "too_large"
-    assert rig.count("evict.cpu") == 0
+    assert rig.count("evict.cpu.policy") == 0
 
 
 def test_an_object_may_not_be_its_own_parent(nothing_leaks: Make) -> None:
@@ -174,10 +174,10 @@ def test_eviction_takes_descendants_along_and_reports_what_stays(nothing_leaks: 
 def test_each_object_that_stays_is_counted_once(nothing_leaks: Make) -> None:
     rig = nothing_leaks()
     rig.chain("a", "b", "c")
-    rig.cache.pin([rig.info("c").key], Tier.CPU)
+    rig.cache.pins.pin([rig.info("c").key], Tier.CPU)
     assert rig.evict("a", "b", "c", "a") == (0, 0, 3)
     assert rig.evict("c", "b", "a") == (0, 0, 3)
-    rig.cache.unpin([rig.info("c").key], Tier.CPU)
+    rig.cache.pins.unpin([rig.info("c").key], Tier.CPU)
     assert rig.evict("c", "b", "a") == (3, 3 * PAGE, 0)
 
 
@@ -218,10 +218,10 @@ def test_eviction_of_what_is_nowhere_does_nothing(nothing_leaks: Make) -> None:
 def test_a_pin_keeps_an_object_and_its_ancestors_until_it_ends(nothing_leaks: Make) -> None:
     rig = nothing_leaks(pages=3)
     rig.chain("a", "b")
-    assert rig.cache.pin([rig.info("b").key, rig.info("nobody").key], Tier.CPU) == 1
+    assert rig.cache.pins.pin([rig.info("b").key, rig.info("nobody").key], Tier.CPU) == 1
     assert rig.store("big", size=2 * PAGE) == "full"
     assert rig.evict("b") == (0, 0, 1)
-    assert rig.cache.unpin([rig.info("b").key, rig.info("a").key], Tier.CPU) == 1
+    assert rig.cache.pins.unpin([rig.info("b").key, rig.info("a").key], Tier.CPU) == 1
     assert rig.store("big", size=2 * PAGE) == ""
 
 
@@ -229,13 +229,13 @@ def test_a_pin_ends_with_its_time_and_the_last_word_counts(nothing_leaks: Make) 
     rig = nothing_leaks()
     rig.store("a")
     key = rig.info("a").key
-    rig.cache.pin([key], Tier.CPU, 5.0)
+    rig.cache.pins.pin([key], Tier.CPU, 5.0)
     rig.later(4.9)
     assert rig.evict("a") == (0, 0, 1)
-    rig.cache.pin([key], Tier.CPU)  # now for ever
+    rig.cache.pins.pin([key], Tier.CPU)  # now for ever
     rig.later(100)
     assert rig.evict("a") == (0, 0, 1)
-    rig.cache.pin([key], Tier.CPU, 1.0)
+    rig.cache.pins.pin([key], Tier.CPU, 1.0)
     rig.later(1)
     assert rig.evict("a") == (1, PAGE, 0)
 
@@ -244,7 +244,7 @@ def test_a_disk_pin_keeps_an_object_on_disk_only(nothing_leaks: Make) -> None:
     rig = nothing_leaks(disk=2 * PAGE)
     rig.store("a")
     rig.settle()
-    assert rig.cache.pin([rig.info("a").key], Tier.DISK) == 1
+    assert rig.cache.pins.pin([rig.info("a").key], Tier.DISK) == 1
     assert rig.evict("a", tiers=[Tier.CPU, Tier.DISK]) == (1, PAGE, 1)
     rig.store("b", size=2 * PAGE)
     rig.settle()
@@ -256,7 +256,7 @@ def test_a_disk_pin_keeps_an_object_on_disk_only(nothing_leaks: Make) -> None:
 def test_a_tier_that_keeps_no_promises_takes_no_pins(nothing_leaks: Make, tier: Tier) -> None:
     rig = nothing_leaks(disk=1 << 20, redis=True)
     with pytest.raises(UsageError, match=tier.label):
-        rig.cache.pin([rig.info("a").key], tier)
+        rig.cache.pins.pin([rig.info("a").key], tier)
 
 
 def test_a_read_lease_ends_by_release_by_time_and_with_its_connection(nothing_leaks: Make) -> None:

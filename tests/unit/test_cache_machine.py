@@ -145,11 +145,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(name=names, tier=st.sampled_from([Tier.CPU, Tier.DISK]), ttl=st.sampled_from([None, 3.0, 20.0]))
     def pin(self, name: int, tier: Tier, ttl: float | None) -> None:
-        self.cache.pin([self.rig.info(name).key], tier, ttl)
+        self.cache.pins.pin([self.rig.info(name).key], tier, ttl)
 
     @rule(name=names, tier=st.sampled_from([Tier.CPU, Tier.DISK]))
     def unpin(self, name: int, tier: Tier) -> None:
-        self.cache.unpin([self.rig.info(name).key], tier)
+        self.cache.pins.unpin([self.rig.info(name).key], tier)
 
     @rule(some=st.lists(names, min_size=1, max_size=3), tiers=st.sets(st.sampled_from(list(Tier)[1:]), min_size=1))
     def evict(self, some: list[int], tiers: set[Tier]) -> None:
@@ -297,7 +297,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.flushed == self.flushes
         assert len(self.cache.leases) == self.cache.leases.quarantined == len(self.cache._promoter) == 0
         for tier in (Tier.CPU, Tier.DISK):
-            self.cache.unpin([node.key for node in self.cache.index], tier)
+            self.cache.pins.unpin([node.key for node in self.cache.index], tier)
         self.rig.evict(*range(14), tiers=[Tier.CPU, Tier.DISK])
         self.rig.settle()
         assert self.cache.audit() == []

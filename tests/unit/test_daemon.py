@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient, Namespace, protocol
+from loracache import control_messages as messages
 from loracache.frames import HEADER, MAX_FRAME, Frames, frame
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
@@ -301,23 +302,25 @@ def test_a_refusal_keeps_the_connection(raw: Callable[[], Raw]) -> None:
     connection = raw()
     for number, request in enumerate(
         [
-            protocol.Register("[" * 60_000),
-            protocol.Register("{}"),
+            protocol.Register("[" * 60_000, []),
+            protocol.Register("{}", []),
             protocol.AdapterDigest("/nowhere"),
             protocol.AdapterDigest("a\0b"),
-            protocol.Pin(b"", "gpu", 0.0),
-            protocol.Evict(b"", ["gpu"]),
+            messages.Pin("", "", {"keys": bytes(32)}, "gpu", 0.0, 0.0),
+            messages.Evict("", "", {"keys": bytes(32)}, ["gpu"], 0.0),
+            messages.Evict("", "", {}, ["cpu"], 0.0),
+            messages.Move("", "", {"keys": bytes(32)}, "cpu", "redis", False, 0.0),
             protocol.Reserve(bytes(16), bytes(32), bytes(32), bytes(32), [1, 2], 1.0),
             protocol.Commit(bytes(16), bytes(32), []),
         ],
         start=1,
     ):
         connection.say(request.encode(number))
-        messages: list[Any] = []
-        while not messages:
-            messages = connection.frames.feed(connection.sock.recv(1 << 16))
-        assert messages[0][:2] == [number, protocol.ERROR]
-        assert messages[0][2]
+        heard: list[Any] = []
+        while not heard:
+            heard = connection.frames.feed(connection.sock.recv(1 << 16))
+        assert heard[0][:2] == [number, protocol.ERROR]
+        assert heard[0][2]
 
 
 def test_counts_that_clients_report_are_shown(client: CacheClient) -> None:
@@ -336,10 +339,10 @@ def test_leases_end_with_their_connection(running: Any, client: CacheClient, eve
     other = CacheClient(running.url)
     reading = other.acquire(keys)
     reading.__enter__()
-    assert client.evict(keys, tiers=["cpu"]) == (0, 0, 2)
+    assert client.evict(keys, tiers=["cpu"]).counts == (0, 0, 2)
     other.close()
     eventually(lambda: client.status()["leases"] == 0, "the lease has ended")
-    assert client.evict(keys, tiers=["cpu"])[2] == 0
+    assert client.evict(keys, tiers=["cpu"]).skipped == 0
 
 
 def test_a_reader_whose_lease_is_over_condemns_nothing(client: CacheClient, eventually: Callable[..., Any]) -> None:

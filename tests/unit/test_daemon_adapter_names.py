@@ -84,7 +84,7 @@ def test_more_names_than_a_page_are_all_listed_in_their_order_and_found(daemon: 
     one, other = peft(tmp_path / "one", 1), peft(tmp_path / "other", 2)
     names = [f"tenant-{number % 7}/adapter-{number}" for number in range(1200)]
     digests = {client.add_adapter(path, "a"): path for path in (one, other)}
-    answers = call_all(client, [protocol.AdapterAdd((one, other)[n % 2], name) for n, name in enumerate(names)])
+    answers = call_all(client, [protocol.AdapterAdd((one, other)[n % 2], name, "") for n, name in enumerate(names)])
     wanted = {name: digest for name, (digest,) in zip(names, answers, strict=True)} | {"a": answers[1][0]}
     assert set(wanted.values()) == set(digests)
     listed = list(client.adapters())

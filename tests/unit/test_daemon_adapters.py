@@ -107,7 +107,7 @@ def test_an_added_adapter_is_in_memory_under_its_digest_and_on_disk_once_flushed
     assert client.connection.call(protocol.AdapterDigest(path), 10).payload[0] == digest
     assert client.lookup([key]).tiers == ("cpu",)
     client.flush()
-    assert client.evict([key], tiers=["cpu"])[0] == 1
+    assert client.evict([key], tiers=["cpu"]).objects == 1
     assert client.lookup([key]).tiers == ("disk",)
     with client.acquire([key]) as reading:
         slot = reading.slots[0]
@@ -267,7 +267,7 @@ def test_folders_that_take_long_delay_nobody_else(daemon: Any, tmp_path: Path) -
         f"base_model.model.model.layers.{n}.q_proj.lora_{part}.weight": np.full(shape, number, dtype=np.float32)
         for n in range(6) for part, shape in (("A", (4, 260_000)), ("B", (260_000, 4)))
     }) for number in range(2)]  # fmt: skip
-    numbers = [adding.connection.send(protocol.AdapterAdd(path, Path(path).name)) for path in paths]
+    numbers = [adding.connection.send(protocol.AdapterAdd(path, Path(path).name, "")) for path in paths]
     waits: list[float] = []
     digests: list[str] = []
     while len(digests) < 2:
@@ -372,7 +372,7 @@ def test_a_name_that_moves_on_leaves_its_old_content_to_be_pushed_out(daemon: An
     first, other = client.add_adapter(old, "moving"), client.add_adapter(peft(tmp_path / "2", 2), "other")
     client.flush()
     for digest in (first, other):
-        assert client.evict([bytes.fromhex(digest)], tiers=["disk"])[2] == 1
+        assert client.evict([bytes.fromhex(digest)], tiers=["disk"]).skipped == 1
     second = client.add_adapter(new, "moving")
     client.add_adapter(str(tmp_path / "2"), "other")  # the same again
     client.flush()
@@ -381,7 +381,7 @@ def test_a_name_that_moves_on_leaves_its_old_content_to_be_pushed_out(daemon: An
     assert (tiers_of(client, first), tiers_of(client, second), tiers_of(client, other)) == ((), ("disk",), ("disk",))
     client.add_adapter(old, "moving")
     client.flush()
-    assert client.evict([bytes.fromhex(second)], tiers=["cpu", "disk"])[1:] == (pytest.approx(288_000, rel=0.01), 0)
+    assert client.evict([bytes.fromhex(second)], tiers=["cpu", "disk"]).bytes == pytest.approx(288_000, rel=0.01)
 
 
 def test_a_clear_leaves_what_has_a_name_where_it_is_kept(daemon: Any, tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_clear_leaves_what_has_a_name_where_it_is_kept(daemon: Any, tmp_path: 
         unnamed = client.add_adapter(peft(tmp_path / "unnamed", 2))
         keys = store_kv(client, named, 3)
         client.flush()
-        removed, _, skipped = client.clear()
+        removed, _, skipped = client.clear().counts
         assert (removed, skipped) == ((9, 1) if options else (4, 1))
         assert tiers_of(client, named) == (kept_in,)
         assert tiers_of(client, unnamed) == ()

@@ -32,7 +32,7 @@ def test_the_leaf_of_the_chain_queued_longest_goes_first_and_its_ancestors_are_w
     rig = full_of_two_chains(rig_of, disk=1 << 20)
     assert rig.store("new") == ""
     assert [rig.node(name) is not None for name in "abcdef"] == [True, True, False, True, True, True]
-    assert rig.count("write.disk.dropped.memory_full") == rig.count("evict.cpu") == 1
+    assert rig.count("write.disk.dropped.memory_full") == rig.count("evict.cpu.memory_full") == 1
     rig.settle()
     assert set(rig.disk.held()) == keys(rig, ["x", "y", "a", "b", "d", "e", "f", "new"])
     assert rig.get("c") == "absent"
@@ -74,11 +74,11 @@ def test_what_cannot_get_room_costs_nobody_anything(rig_of: Make, tiers: dict[st
     if how == "leased":
         rig.acquire("c", "f")
     else:
-        rig.cache.pin(list(keys(rig, "cf")), Tier.CPU)
+        rig.cache.pins.pin(list(keys(rig, "cf")), Tier.CPU)
     queued = [writer.depth for writer in rig.cache.writers]
     assert rig.store("new") == "full"
     assert [writer.depth for writer in rig.cache.writers] == queued
-    assert rig.count("evict.cpu") == 0
+    assert rig.count("evict.cpu.policy") == 0
     for tier in ("disk", "redis"):
         assert rig.count(f"write.{tier}.dropped.memory_full") == 0
     rig.settle()

@@ -216,7 +216,7 @@ def test_making_room_for_a_load_does_not_lose_what_is_loaded_beside_it(rig_of: M
     rig.settle()
     rig.evict("a")
     rig.store("x")
-    rig.cache.pin(keys(rig, "x"), Tier.CPU)
+    rig.cache.pins.pin(keys(rig, "x"), Tier.CPU)
     assert len(rig.get("c")) == PAGE  # alone, under a parent that is nowhere
     answers = rig.acquire("a", "b")
     rig.settle()

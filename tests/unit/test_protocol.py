@@ -20,27 +20,42 @@ from loracache.frames import HEADER, MAX_FRAME, Frames, frame
 from loracache.protocol import OPERATIONS, Greeting, decode_request
 
 keys = st.integers(0, 5).flatmap(lambda count: st.binary(min_size=32 * count, max_size=32 * count))
+digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
+selectors = st.fixed_dictionaries({}, optional={
+    "keys": keys, "model": st.text(max_size=20), "tokens": st.just(bytes(8)), "adapter": st.text(max_size=20),
+    "salt": digests,
+})  # fmt: skip
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "after": st.text(max_size=100),
+    "by": st.text(max_size=100),
     "checksums": st.lists(st.integers(0, 2**64 - 1), max_size=5),
     "count": st.integers(1, 10_000),
     "counts": st.dictionaries(st.text("az09._", min_size=1, max_size=64), st.integers(0, 2**32 - 1), max_size=5),
     "descriptor": st.text(max_size=100),
     "group": st.integers(1, 4096),
+    "keep": st.booleans(),
     "keys": keys,
     "lease": st.sampled_from([b"", b"0123456789abcdef"]),
     "name": st.text(max_size=100),
+    "names": st.lists(st.text(max_size=20), max_size=4),
     "namespace": st.binary(min_size=32, max_size=32),
     "parents": keys,
     "path": st.text(max_size=100),
+    "scope": st.just("") | digests,
+    "selector": selectors,
+    "since": st.integers(0, 2**63 - 1),
     "sizes": st.lists(st.integers(0, 2**64 - 1), max_size=5),
+    "source": st.text(max_size=20),
     "tier": st.text(max_size=20),
     "tiers": st.lists(st.text(max_size=20), max_size=4),
     "ttl": st.floats(0, 3600) | st.integers(0, 3600),
+    "wait": st.floats(0, 600) | st.integers(0, 600),
 }
 EXAMPLES: dict[str, Any] = {
     "checksums": [1, 2**64 - 1], "count": 10, "counts": {"a": 1}, "descriptor": "{}", "group": 1, "keys": bytes(64),
     "lease": bytes(16), "name": "x", "namespace": bytes(32), "parents": bytes(64), "path": "/x", "sizes": [1, 2],
-    "tier": "cpu", "tiers": ["cpu"], "ttl": 1.5,
+    "tier": "cpu", "tiers": ["cpu"], "ttl": 1.5, "after": "", "by": "x", "keep": True, "names": ["x"], "scope": "",
+    "selector": {"keys": bytes(32)}, "since": 0, "source": "cpu", "wait": 1.5,
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
@@ -61,7 +76,27 @@ NONSENSE: dict[str, list[Any]] = {
     "group": [0, -1, 4097, 1.0, True, "1"],
     "keys": [None, "x" * 32, bytes(31), [bytes(32)]],
     "lease": [None, "x" * 16, bytes(15), bytes(17)],
+    "after": [None, b"", "x" * 301],
+    "by": [None, b"x", "x" * 301],
+    "keep": [None, 1, "true"],
     "name": [None, b"x", 1],
+    "names": [None, "x", [1]],
+    "scope": [None, "ab", "AB" * 32, b""],
+    "selector": [
+        None,
+        [],
+        {"key": b""},
+        {"keys": bytes(31)},
+        {"tokens": bytes(3)},
+        {"salt": "x"},
+        {"adapter": 1},
+        {1: b""},
+        {"model": "x" * 301},
+        {"model": None},
+    ],
+    "since": [None, -1, 2**63, 1.0, True],
+    "source": [None, 1],
+    "wait": [None, -1, 601, float("nan"), True, "1"],
     "namespace": [None, b"", bytes(33), "x" * 32],
     "parents": [None, bytes(1)],
     "path": [None, b"/x"],

@@ -86,8 +86,8 @@ def test_what_is_leased_or_pinned_in_any_slice_is_skipped_with_its_ancestors(rig
     rig.chain("a", "b", "c")
     rig.settle()
     rig.acquire(1, 24, "c")
-    rig.cache.pin([rig.info(2).key], Tier.CPU)
-    rig.cache.pin([rig.info(3).key], Tier.DISK)
+    rig.cache.pins.pin([rig.info(2).key], Tier.CPU)
+    rig.cache.pins.pin([rig.info(3).key], Tier.DISK)
     answers = clear(rig, Tier.CPU, Tier.DISK)
     rig.answer()
     (done,) = answers
@@ -139,7 +139,7 @@ def test_lower_tiers_are_told_a_slice_at_a_time(rig_of: Make) -> None:
     for backend in (rig.disk, rig.redis):
         assert [len(keys) for keys in backend.deletions] == [SLICE, SLICE, 5]
         assert backend.held() == {}
-    assert rig.count("evict.disk") == 25
+    assert rig.count("evict.disk.asked") == 25
 
 
 def test_a_flush_after_a_clear_waits_for_its_deletions(rig_of: Make) -> None:

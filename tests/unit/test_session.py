@@ -61,7 +61,7 @@ def test_a_lease_released_while_its_lookup_waits_for_redis_is_not_taken_later(wa
     assert answer() == [b"\1"]  # what the arena holds is a hit all the same
     status = client.status()
     assert (status["leases"], status["leased_objects"]) == (0, 0)
-    assert client.evict([held], tiers=["cpu"]) == (1, 100, 0)
+    assert client.evict([held], tiers=["cpu"]).counts == (1, 100, 0)
 
 
 def test_a_lookup_that_waited_for_redis_holds_what_it_found(waiting: Any) -> None:
@@ -70,7 +70,7 @@ def test_a_lookup_that_waited_for_redis_holds_what_it_found(waiting: Any) -> Non
     assert answer() == [b"\1"]
     status = client.status()
     assert (status["leases"], status["leased_objects"]) == (1, 1)
-    assert client.evict([held], tiers=["cpu"]) == (0, 0, 1)
+    assert client.evict([held], tiers=["cpu"]).counts == (0, 0, 1)
     assert client.connection.call(protocol.Release(LEASE, b""), 30).payload == [True]
     assert client.status()["leases"] == 0
 
@@ -141,7 +141,7 @@ def test_a_clear_of_very_many_is_answered_once_and_with_the_whole_sum(daemon: An
     client = daemon(memory="16MiB", page_size="4KiB", disk_path=tmp_path / "disk").client()
     keys = store(client, 1200)
     client.flush()
-    assert client.clear(tiers=["cpu", "disk"]) == (2400, 240_000, 0)
+    assert client.clear(tiers=["cpu", "disk"]).counts == (2400, 240_000, 0)
     assert client.lookup(keys).hits == 0
     client.flush()
     assert not [path for path in (tmp_path / "disk" / "objects").glob("*/*") if path.is_file()]
@@ -151,6 +151,6 @@ def test_a_pipe_in_the_place_of_an_adapter_file_is_refused_and_not_waited_for(da
     client = daemon(memory="4MiB").client()
     os.mkfifo(tmp_path / "adapter_config.json")
     (tmp_path / "adapter_model.safetensors").touch()
-    for request in (protocol.AdapterDigest(str(tmp_path)), protocol.AdapterAdd(str(tmp_path), "")):
+    for request in (protocol.AdapterDigest(str(tmp_path)), protocol.AdapterAdd(str(tmp_path), "", "")):
         with pytest.raises(Rejected, match=r"adapter_config\.json is no regular file"):
             client.connection.call(request, 10)

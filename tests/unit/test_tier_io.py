@@ -14,6 +14,7 @@ import pytest
 
 from loracache import tier_io
 from loracache.counters import Counters
+from loracache.events import Events
 from loracache.storage_backends.base import Outcome, Result
 from loracache.storage_backends.memory import MemoryBackend
 from loracache.tier_io import TierIO
@@ -155,7 +156,7 @@ def hanging() -> Iterator[Hanging]:
 def asked_twice(backend: Hanging) -> tuple[TierIO, deque[Callable[[], None]]]:
     """A tier that hangs in the first of two questions, and what it posts."""
     posted: deque[Callable[[], None]] = deque()
-    io = TierIO(Tier.DISK, backend, posted.append, Counters())
+    io = TierIO(Tier.DISK, backend, posted.append, Counters(), Events())
     for number in range(2):
         io.contains([bytes([number]) * 32], lambda results: None)
     assert backend.inside.wait(50)

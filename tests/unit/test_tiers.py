@@ -132,7 +132,7 @@ def test_the_budget_holds_with_what_is_still_being_written(rig_of: Make) -> None
             rig.step("disk-write")
     rig.settle()
     assert len(rig.disk.held()) == 5
-    assert rig.count("evict.disk") >= 1
+    assert rig.count("evict.disk.policy") >= 1
 
 
 def test_an_object_larger_than_the_budget_is_not_written_and_costs_nobody_a_place(rig_of: Make) -> None:
@@ -142,7 +142,7 @@ def test_an_object_larger_than_the_budget_is_not_written_and_costs_nobody_a_plac
     rig.store("big", size=4 * PAGE)
     rig.settle()
     assert rig.count("write.disk.dropped.full") == 1
-    assert rig.count("evict.disk") == 0
+    assert rig.count("evict.disk.policy") == 0
     assert set(rig.disk.held()) == set(keys(rig, "a"))
 
 

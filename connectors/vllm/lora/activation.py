@@ -116,7 +116,7 @@ class Activator:
             if not self._link.ready():
                 return
             if digest is None:
-                connection.forget(connection.send(protocol.AdapterAdd(path, "")))
+                connection.forget(connection.send(protocol.AdapterAdd(path, "", "")))
             else:
                 lease, key = os.urandom(protocol.LEASE_BYTES), bytes.fromhex(digest)
                 connection.send(protocol.Prefetch(lease, key, _FETCHED_S), answer=False)

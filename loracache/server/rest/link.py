@@ -11,6 +11,7 @@ from typing import Any
 from loracache import protocol
 from loracache.connection import Connection
 from loracache.errors import LoRACacheError, Unavailable
+from loracache.tracing import span
 
 __all__ = ["DaemonLink"]
 
@@ -33,8 +34,9 @@ class DaemonLink:
         """The answer's payload. Raises Unavailable where none comes in time, Rejected where the daemon refuses."""
         limit = self._timeout if timeout is None else timeout
         try:
-            async with asyncio.timeout(limit):
-                return await self._answer(request)
+            with span(f"daemon {request.operation}"):
+                async with asyncio.timeout(limit):
+                    return await self._answer(request)
         except TimeoutError:
             raise Unavailable(f"the daemon did not answer within {limit:g} s") from None
 

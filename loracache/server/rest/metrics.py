@@ -1,11 +1,11 @@
-"""The daemon's status in Prometheus' text format."""
+"""The daemon's status in Prometheus' text format. deploy/grafana.json draws these."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -25,6 +25,7 @@ _GAUGES = {
     "leased_objects": ("leased_objects", "Objects held by leases."),
     "quarantined_bytes": ("quarantined_bytes", "Bytes kept out of use after broken writes."),
     "namespaces": ("namespaces", "Namespaces registered."),
+    "operations": ("operations_running", "Operators' operations under way."),
     "uptime_s": ("uptime_seconds", "Since the daemon started."),
 }
 _COUNTERS = {
@@ -33,6 +34,7 @@ _COUNTERS = {
     "failures": ("failures", "cause", "Failures on the data path, each of them somebody's miss."),
     "counters": ("events", "name", "Everything that is counted, by its name in `loracache status`."),
 }
+_MOVED = "Payload bytes read from a tier into memory, or written to it; cpu: stored by engines, and adapters taken in."
 
 
 class _Status(Collector):
@@ -40,19 +42,64 @@ class _Status(Collector):
         self._status = status
 
     def collect(self) -> Iterable[Metric]:
-        for field, about in _TIER_GAUGES.items():
-            family = GaugeMetricFamily(f"loracache_tier_{field}", about, labels=["tier"])
-            for tier, values in self._status["tiers"].items():
-                if field in values:
-                    family.add_metric([tier], float(values[field]))
-            yield family
-        for field, (name, about) in _GAUGES.items():
-            yield GaugeMetricFamily(f"loracache_{name}", about, value=float(self._status[field]))
+        yield InfoMetricFamily("loracache", "What runs.", value={"version": self._status["version"]})
+        yield from self._gauges()
         for field, (name, label, about) in _COUNTERS.items():
             counter = CounterMetricFamily(f"loracache_{name}", about, labels=[label])
             for key, count in self._status[field].items():
                 counter.add_metric([key], count)
             yield counter
+        yield from self._moved()
+        yield self._evictions()
+
+    def _gauges(self) -> Iterable[Metric]:
+        tiers = self._status["tiers"]
+        for field, about in _TIER_GAUGES.items():
+            family = GaugeMetricFamily(f"loracache_tier_{field}", about, labels=["tier"])
+            for tier, values in tiers.items():
+                if field in values:
+                    family.add_metric([tier], float(values[field]))
+            yield family
+        for field, (name, about) in _GAUGES.items():
+            yield GaugeMetricFamily(f"loracache_{name}", about, value=float(self._status[field]))
+        waiting = GaugeMetricFamily(
+            "loracache_tier_waiting", "Calls that wait for one of the tier's threads.", labels=["tier", "kind"]
+        )
+        for tier, values in tiers.items():
+            for kind, count in values.get("waiting", {}).items():
+                waiting.add_metric([tier, kind], count)
+        yield waiting
+        adapters = GaugeMetricFamily(
+            "loracache_adapters", "Adapters held; gpu: in engines' memory, each counted once.", labels=["tier"]
+        )
+        for tier, count in self._status["adapters"].items():
+            adapters.add_metric([tier], count)
+        yield adapters
+
+    def _moved(self) -> Iterable[Metric]:
+        """Bytes and seconds by tier and direction."""
+        counters: Mapping[str, int] = self._status["counters"]
+        moved = CounterMetricFamily("loracache_transferred_bytes", _MOVED, labels=["tier", "direction"])
+        seconds = CounterMetricFamily(
+            "loracache_busy_seconds", "Seconds that a tier's threads spent in its calls.", labels=["tier", "operation"]
+        )
+        moved.add_metric(["cpu", "write"], counters.get("store.bytes", 0))
+        for tier in ("disk", "redis"):
+            moved.add_metric([tier, "read"], counters.get(f"load.{tier}.bytes", 0))
+            moved.add_metric([tier, "write"], counters.get(f"write.{tier}.bytes", 0))
+            for operation in ("load", "store", "delete", "lookup"):
+                if (spent := counters.get(f"busy_us.{tier}.{operation}")) is not None:
+                    seconds.add_metric([tier, operation], spent / 1e6)
+        return moved, seconds
+
+    def _evictions(self) -> Metric:
+        about = "Objects that left a tier; cause policy: to make room, as the policy chose."
+        family = CounterMetricFamily("loracache_evictions", about, labels=["tier", "cause"])
+        for name, count in self._status["counters"].items():
+            what, _, rest = name.partition(".")
+            if what == "evict" and "." in rest:
+                family.add_metric(rest.split(".", 1), count)
+        return family
 
 
 def render(status: Mapping[str, Any]) -> bytes:

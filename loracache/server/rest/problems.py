@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from loracache.errors import LoRACacheError, ProtocolError, Unavailable
+from loracache.errors import LoRACacheError, ProtocolError, Unavailable, Unknown
 
 __all__ = ["Problem", "install", "problem", "problems"]
 
@@ -41,9 +41,10 @@ class Problem(BaseModel):
 
 
 _WHEN = {
-    401: "No token, or one that is not known", 403: "Not from here",
-    404: "There is no such thing", 413: "The body is too large",
-    409: "The daemon refuses", 422: "A field is wrong", 503: "No daemon answers",
+    400: "No HTTP, or no JSON", 401: "No token, or one that is not known", 403: "Not from here, or not with this token",
+    404: "There is no such thing", 408: "The body did not arrive in time", 413: "The body is too large",
+    409: "The daemon refuses", 422: "A field is wrong", 429: "Too many requests", 503: "No daemon answers",
+    415: "Not the type of body that is taken here", 504: "Not done in time", 507: "No room for it",
 }  # fmt: skip
 
 
@@ -87,7 +88,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(LoRACacheError)
     async def _ours(request: Request, error: LoRACacheError) -> JSONResponse:
         gone = isinstance(error, Unavailable | ProtocolError)
-        return problem(503 if gone else 409, str(error), headers={"retry-after": "1"} if gone else None)
+        status = 503 if gone else 404 if isinstance(error, Unknown) else 409
+        return problem(status, str(error), headers={"retry-after": "1"} if gone else None)
 
     @app.exception_handler(Exception)
     async def _ours_too(request: Request, error: Exception) -> JSONResponse:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +33,9 @@ def rest_is_up() -> Callable[[Any], bool]:
 
 @pytest.fixture(scope="module")
 def running(module_daemon: Any, eventually: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = module_daemon(
-        http="127.0.0.1:0", memory="16MiB", page_size="4KiB", disk_path=tmp_path_factory.mktemp("disk"), disk="64MiB"
-    )
+    disk = tmp_path_factory.mktemp("disk")
+    made = module_daemon(http="127.0.0.1:0", memory="16MiB", page_size="4KiB", disk_path=disk, disk="64MiB")
+    made.disk = disk
     eventually(lambda: up(made), "REST answers")
     return made
 
@@ -92,3 +94,19 @@ def adapter(client: CacheClient, tmp_path: Path) -> Callable[[str], SimpleNamesp
         return SimpleNamespace(name=name, digest=client.add_adapter(str(tmp_path), name))
 
     return add
+
+
+@pytest.fixture(scope="session")
+def loracache() -> Callable[..., tuple[int, str, str]]:
+    """loracache(*arguments, socket=None, stdin=None) runs a command: exit code, standard output, standard error."""
+
+    def run(*arguments: str, socket: Path | None = None, stdin: str | None = None) -> tuple[int, str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
+        named = {"LORACACHE_SOCKET": str(socket)} if socket else {}
+        done = subprocess.run(
+            [sys.executable, "-m", "loracache", *arguments], input=stdin or "", capture_output=True, text=True,
+            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"} | named, timeout=50, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    return run

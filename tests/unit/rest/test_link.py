@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from loracache import control_messages as messages
 from loracache import protocol
 from loracache.errors import ProtocolError, Rejected, Unavailable
 from loracache.server.rest.link import DaemonLink
@@ -45,7 +46,9 @@ def test_refusals_and_nonsense_are_errors_of_their_call_alone(running: Any) -> N
     async def ask() -> list[Any]:
         link = DaemonLink(running.url)
         answers = await asyncio.gather(
-            link.call(protocol.Pin(os.urandom(32), "gpu", 0.0)), link.call(protocol.Flush()), return_exceptions=True
+            link.call(messages.Pin("", "", {"keys": os.urandom(32)}, "gpu", 0.0, 0.0)),
+            link.call(protocol.Flush()),
+            return_exceptions=True,
         )
         await link.call(protocol.Flush())
         link.close()

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from loracache.config import Config
 from loracache.server import rest_process
 
 
@@ -61,13 +62,11 @@ def test_a_silent_daemon_is_not_ready_and_no_request_hangs(daemon: Any, rest_is_
     eventually(lambda: rest_is_up(running))
 
 
-def test_its_environment_holds_no_setting_of_the_daemon(
-    daemon: Any, rest_is_up: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_environment_holds_no_setting_of_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setenv("LORACACHE_INTEGRITY_KEY", "hunter2")
     monkeypatch.setattr(rest_process.subprocess, "Popen", lambda *_, **options: started.append(options))
-    process = rest_process.RestProcess(Path("/tmp/lc.sock"), "127.0.0.1", 0)
+    process = rest_process.RestProcess(Config(socket=tmp_path / "lc.sock", http="127.0.0.1:0"))
     process.start()
     process._process = None
     process.close()
@@ -81,9 +80,9 @@ def test_its_environment_holds_no_setting_of_the_daemon(
         ("9400", "'9400' is no HOST:PORT; write it like 127.0.0.1:9400"),
         ("127.0.0.1:http", "is no HOST:PORT"),
         ("127.0.0.1:70000", "is no HOST:PORT"),
-        ("0.0.0.0:9400", "'0.0.0.0:9400' is not on loopback, where there is no TLS"),
-        ("example.org:9400", "is not on loopback"),
-        ("::1:9400", "is not on loopback"),
+        ("::1:9400", "is no HOST:PORT; write it like 127.0.0.1:9400 or [::1]:9400"),
+        ("[::1::2]:9400", "[::1::2]:9400"),
+        ("a/b:9400", "is no HOST:PORT"),
     ],
 )
 def test_a_port_that_cannot_be_is_refused_at_the_start(serve_fails: Any, http: str, said: str) -> None:

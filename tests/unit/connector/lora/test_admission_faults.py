@@ -233,7 +233,7 @@ def test_patience_is_counted_anew_each_time_a_request_waits(
     eventually(lambda: engine.runs("a"))
     for _ in range(2):
         engine.report(pools_lost=True)
-        eventually(lambda: client.evict([bytes.fromhex(adapter.digest)])[0])
+        eventually(lambda: client.evict([bytes.fromhex(adapter.digest)]).objects)
         engine.preempt("a", lora(adapter.digest))
         eventually(lambda: engine.step() or engine.admission._since)
         client.add_adapter(adapter.path)
@@ -253,7 +253,7 @@ def test_an_adapter_that_left_the_cache_is_taken_in_again(
     eventually(lambda: engine.runs("a"))
     engine.end("a")
     engine.report(pools_lost=True)
-    eventually(lambda: client.evict([bytes.fromhex(adapter.digest)])[0] == 1)
+    eventually(lambda: client.evict([bytes.fromhex(adapter.digest)]).objects == 1)
     engine.arrive("b", lora(adapter))
     eventually(lambda: engine.runs("b"))
     assert client.show_adapter(adapter.digest) is not None

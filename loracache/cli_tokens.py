@@ -1,0 +1,79 @@
+"""`loracache tokens add | list | remove`: who may use REST. Works on the file beside the socket, daemon or not."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from loracache.cli_common import SocketOption, socket_of
+from loracache.errors import ConfigError, Rejected
+from loracache.keys import salt_digest
+from loracache.server.rest.tokens import add_token, read_tokens, remove_token, tokens_path
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Tokens for REST; a running daemon follows within two seconds.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="What logs call it.", show_default=False)]
+
+
+@app.command()
+def add(
+    name: NameArgument,
+    role: Annotated[str, typer.Option(help="read, operate or admin.", show_default=False)],
+    salt: Annotated[
+        str | None,
+        typer.Option(help="The cache_salt of the only tenant it may reach; -: from stdin, where no process list shows "
+                     "it.", show_default=False),
+    ] = None,
+    socket: SocketOption = None,
+) -> None:  # fmt: skip
+    """Make a token and print it, this once: a hash is all that is kept."""
+    if salt == "-":
+        salt = sys.stdin.read().removesuffix("\n")
+    if salt == "":
+        raise ConfigError("the salt is empty, which would be a token for all tenants; leave --salt out for that")
+    if salt is not None and role == "admin":
+        raise ConfigError("an admin's routes are no tenant's; give --role read or operate, or leave --salt out")
+    path = tokens_path(socket_of(socket))
+    try:
+        token = add_token(path, name, role, salt_digest(salt))  # type: ignore[arg-type]
+    except OSError as error:
+        raise Rejected(f"{path} cannot be changed: {error.strerror}") from None
+    typer.echo(token)
+    typer.echo(f"{name}: {role}; the token above is shown this once", err=True)
+
+
+@app.command("list")
+def list_(
+    socket: SocketOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Show names, roles and tenants (digests of their salts); no token can be shown."""
+    path = tokens_path(socket_of(socket))
+    try:
+        tokens = read_tokens(path)
+    except OSError as error:
+        raise Rejected(f"{path} cannot be read: {error.strerror}") from None
+    if as_json:
+        typer.echo(json.dumps([token.model_dump(exclude={"sha256"}) for token in tokens], indent=2))
+        return
+    for token in tokens:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(token.created))
+        typer.echo(f"{token.name:<24} {token.role:<8} {made}  {token.tenant or 'all tenants'}")
+
+
+@app.command()
+def remove(name: NameArgument, socket: SocketOption = None) -> None:
+    """Forget a token; within two seconds nobody can use it."""
+    path = tokens_path(socket_of(socket))
+    try:
+        found = remove_token(path, name)
+    except OSError as error:
+        raise Rejected(f"{path} cannot be changed: {error.strerror}") from None
+    if not found:
+        raise Rejected(f"no token is called {name!r}; see: loracache tokens list")
+    typer.echo(f"removed {name}")

@@ -1,0 +1,122 @@
+"""What operators asked the daemon to do and may take long: how far it is, what came of it, and who asked.
+
+An operation works in steps; between two of them the daemon serves everybody else, and a cancelled one ends. Ended ones
+are remembered for an hour, the last thousand of them. Threading: the cache's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loracache.errors import Unknown
+
+__all__ = ["Operation", "Operations"]
+
+_KEPT = 1000
+_KEPT_S = 3600.0
+
+
+@dataclass(slots=True)
+class Operation:
+    """objects, nbytes: done by now. total: objects named, None where not known yet. saved: bytes that compression took
+    off. causes: why objects were skipped, by count. scope: the tenant's salt digest, "" for the operator's own.
+    """
+
+    id: str
+    verb: str
+    by: str
+    scope: str
+    started: float
+    state: str = "running"
+    ended: float = 0.0
+    total: int | None = None
+    objects: int = 0
+    nbytes: int = 0
+    saved: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
+    error: str = ""
+    waiting: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def running(self) -> bool:
+        """Whether there is more to come."""
+        return self.state == "running"
+
+    def skip(self, cause: str, count: int = 1) -> None:
+        """Count objects that were left as they are."""
+        if count:
+            self.causes[cause] += count
+
+    def describe(self) -> dict[str, Any]:
+        """As users see it."""
+        end = self.ended or time.time()
+        return {
+            "id": self.id, "verb": self.verb, "state": self.state, "started": self.started,
+            "seconds": round(max(0.0, end - self.started), 3), "total": self.total, "objects": self.objects,
+            "bytes": self.nbytes, "saved": self.saved, "skipped": sum(self.causes.values()),
+            "causes": dict(self.causes), "error": self.error,
+        }  # fmt: skip
+
+
+class Operations:
+    """All operations by id. ended(operation) is called with each that ended, for the audit log."""
+
+    def __init__(self, ended: Callable[[Operation], None]) -> None:
+        self._known: OrderedDict[str, Operation] = OrderedDict()
+        self._on_ended = ended
+
+    @property
+    def running(self) -> int:
+        """How many are under way."""
+        return sum(operation.running for operation in self._known.values())
+
+    def begin(self, verb: str, by: str, scope: str) -> Operation:
+        """A new one."""
+        operation = Operation(os.urandom(8).hex(), verb, by, scope, time.time())
+        self._known[operation.id] = operation
+        self._forget()
+        return operation
+
+    def end(self, operation: Operation, error: str = "") -> None:
+        """It is over: done, failed where there is an error, or cancelled before."""
+        if operation.ended:
+            return
+        operation.ended = time.time()
+        operation.error = error
+        if operation.running:
+            operation.state = "failed" if error else "done"
+        waiting, operation.waiting = operation.waiting, []
+        self._on_ended(operation)
+        for call in waiting:
+            call()
+
+    def get(self, id_: str, scope: str) -> Operation:
+        """The one with that id, seen from a tenant. Raises Unknown."""
+        operation = self._known.get(id_)
+        if operation is None or (scope and operation.scope != scope):
+            raise Unknown(f"there is no operation {id_[:40]!a}; those that ended are remembered for an hour")
+        return operation
+
+    def latest(self, scope: str, count: int) -> list[Operation]:
+        """The last begun, the latest first."""
+        seen = [operation for operation in reversed(self._known.values()) if not scope or operation.scope == scope]
+        return seen[:count]
+
+    def cancel(self, id_: str, scope: str) -> Operation:
+        """Have it end before its next step; what is done stays done."""
+        operation = self.get(id_, scope)
+        if operation.running:
+            operation.state = "cancelled"
+        return operation
+
+    def _forget(self) -> None:
+        over = time.time() - _KEPT_S
+        ended = [operation for operation in self._known.values() if operation.ended]
+        for position, operation in enumerate(ended):
+            if len(ended) - position > _KEPT or operation.ended < over:
+                del self._known[operation.id]

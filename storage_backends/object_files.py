@@ -1,0 +1,215 @@
+"""The disk tier's files: where an object's file lies, how it is written, read and looked at. No index, no outcomes.
+
+A file is a page of 4096 bytes with the header, then the bytes as they are kept, padded to 4096. It is written in `tmp/`
+under a name of its own and never changes once it stands in `objects/`. A plain payload moves in one system call with
+its header, straight from and to the caller's buffers; a compressed one goes through memory of the thread.
+
+Threading: any number of threads; each has its own page for headers and its own scratch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import mmap
+import os
+import string
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from loracache.storage_backends import codec, header
+from loracache.storage_backends.base import ALIGNMENT, KEY_BYTES, ObjectInfo, Transfer, padded
+from loracache.storage_backends.vectors import head, length, move
+
+_log = logging.getLogger(__name__)
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}
+_HEX = frozenset(string.hexdigits.lower())
+# Scratch that a thread keeps, as far as it was ever touched: chunks of KV fit, and larger objects take it for one call.
+_KEPT_SCRATCH = 8 << 20
+
+
+def footprint(size: int) -> int:
+    """Bytes of a file whose object takes `size` bytes as it is kept."""
+    return ALIGNMENT + padded(size)
+
+
+class ObjectFiles:
+    """The files below `path`. Every method raises OSError for what the device does."""
+
+    def __init__(self, path: Path, *, sync: bool, integrity_key: bytes | None) -> None:
+        self._objects = path / "objects"
+        self._tmp = path / "tmp"
+        self._sync = sync
+        self._integrity_key = integrity_key
+        self._scratch = threading.local()
+        self._serial = itertools.count()
+
+    def open(self) -> None:
+        """Makes the folders, removes what a crash left unfinished, and sees whether the file system takes O_DIRECT."""
+        self._tmp.mkdir(mode=0o700, exist_ok=True)
+        self._objects.mkdir(mode=0o700, exist_ok=True)
+        for number in range(256):
+            (self._objects / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+        for leftover in os.scandir(self._tmp):
+            os.unlink(leftover.path)
+        self.direct = self._takes_direct()
+        self._flags = os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+
+    def file(self, key: bytes) -> Path:
+        """Where an object lies."""
+        name = key.hex()
+        return self._objects / name[:2] / name
+
+    def read(self, transfer: Transfer, stored: int) -> str:
+        """Fills the transfer's buffers; in words what is wrong with the file, empty where nothing is.
+
+        stored: how the object is thought to be kept. Where the header says otherwise, the same file is read again: it
+        stays open, so that this time its header says the same, whatever replaces it meanwhile.
+        """
+        info = transfer.info
+        page = self._header_page()
+        stored = stored if 0 < stored < info.size else 0
+        fd = os.open(self.file(info.key), os.O_RDONLY | self._flags)
+        try:
+            for _ in range(2):
+                body = [self._body(padded(stored))] if stored else transfer.buffers
+                moved = move(os.preadv, fd, [page, *body])
+                found = header.unpack(page[: min(moved, ALIGNMENT)])
+                if fault := header.header_fault(found, info):
+                    return fault
+                if found.info.stored == stored:
+                    break
+                stored = found.info.stored
+            else:
+                return "the header changes while it is read"
+        except header.HeaderError as error:
+            return str(error)
+        finally:
+            os.close(fd)
+        if moved < footprint(stored or info.size):
+            return f"file ends after {moved} bytes"
+        return header.restore(
+            found, body[0][:stored] if stored else None, head(transfer.buffers, info.size), self._integrity_key
+        )
+
+    def write(self, transfer: Transfer) -> tuple[Path, int]:
+        """Writes an object to a file of its own in `tmp/`; returns that and ObjectInfo.stored. Leaves nothing where it
+        raises."""
+        info = transfer.info
+        # Compressed, it has to save a page at least: files have whole pages.
+        scratch = self._body(max(padded(info.size) - ALIGNMENT, 0) if transfer.planes else 0)
+        kept = codec.keep(head(transfer.buffers, info.size), transfer.planes, scratch)
+        body = transfer.buffers
+        if kept.stored:
+            body = [scratch[: padded(kept.stored)]]
+            body[0][kept.stored :] = bytes(body[0].nbytes - kept.stored)  # the object before it in this scratch
+        page = self._header_page()
+        page[:] = header.pack(info, kept, self._integrity_key).ljust(ALIGNMENT, b"\0")
+        fresh = self._tmp / str(next(self._serial))
+        try:
+            self._write(fresh, [page, *body])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+        return fresh, kept.stored
+
+    def publish(self, fresh: Path, key: bytes) -> None:
+        """Puts a written file in the object's place, in one step; removes it where that fails."""
+        try:
+            os.rename(fresh, self.file(key))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+
+    def inspect(self, key: bytes) -> ObjectInfo | None:
+        """What a file's header says it holds; None where file, header or size are not as they should be."""
+        page = self._header_page()
+        try:
+            fd = os.open(self.file(key), os.O_RDONLY | os.O_NOFOLLOW | self._flags)
+        except FileNotFoundError:
+            return None
+        try:
+            moved = os.preadv(fd, [page], 0)
+            size = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        try:
+            info = header.unpack(page[:moved]).info
+        except header.HeaderError:
+            return None
+        return info if info.key == key and size == footprint(info.stored or info.size) else None
+
+    def listing(self, number: int) -> Iterator[tuple[bytes, int]]:
+        """Key and size of every object file in a folder; other files are none of ours and stay untouched."""
+        folder = f"{number:02x}"
+        try:
+            with os.scandir(self._objects / folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if len(name) != 2 * KEY_BYTES or not name.startswith(folder) or not _HEX.issuperset(name):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        yield bytes.fromhex(name), entry.stat(follow_symlinks=False).st_size
+        except OSError as error:
+            _log.warning("%s not listed: %s", self._objects / folder, error)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Makes the renames into it durable."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _write(self, path: Path, views: list[memoryview]) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._flags, 0o600)
+        try:
+            if move(os.pwritev, fd, views) < length(views):
+                raise OSError(errno.ENOSPC, "short write")
+            if self._sync:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)  # network file systems report a full device here at the latest
+
+    def _takes_direct(self) -> bool:
+        probe = self._tmp / "probe"
+        try:
+            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_DIRECT, 0o600)
+            try:
+                os.pwritev(fd, [self._header_page()], 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno in _NO_DIRECT:
+                _log.warning("%s takes no O_DIRECT: disk I/O goes through the page cache", self._objects.parent)
+                return False
+            if error.errno not in FULL:  # a full disk still serves what it holds
+                raise
+        finally:
+            probe.unlink(missing_ok=True)
+        return True
+
+    def _header_page(self) -> memoryview:
+        """This thread's own aligned 4096 bytes."""
+        page: memoryview | None = getattr(self._scratch, "page", None)
+        if page is None:
+            page = self._scratch.page = memoryview(mmap.mmap(-1, ALIGNMENT))
+        return page
+
+    def _body(self, nbytes: int) -> memoryview:
+        """Aligned memory for this thread's next object, until its next call."""
+        if nbytes == 0:
+            return memoryview(b"")
+        if nbytes > _KEPT_SCRATCH:
+            return memoryview(mmap.mmap(-1, nbytes))
+        body: memoryview | None = getattr(self._scratch, "body", None)
+        if body is None:
+            body = self._scratch.body = memoryview(mmap.mmap(-1, _KEPT_SCRATCH))
+        return body[:nbytes]
