@@ -70,14 +70,14 @@ class Namespaces:
         """Digests of the namespaces of a model (an identity, its first 8 digits or more, or a name; "": any), an
         adapter ("": none, None: any) and a tenant's salt digest ("": none, None: any).
         """
-        if adapter is not None:
-            among: Iterable[bytes] = self.of_adapter(adapter)
+        if salt:  # what this takes says nothing of other tenants
+            among: Iterable[bytes] = self._by_salt.get(salt, ())
         else:
-            among = self._known if salt is None else self._by_salt.get(salt, ())
-        return [digest for digest in among if self._matches(self._known[digest], model, salt)]
+            among = self._known if adapter is None else self.of_adapter(adapter)
+        return [digest for digest in among if self._matches(self._known[digest], model, adapter, salt)]
 
-    def _matches(self, namespace: Namespace, model: str, salt: str | None) -> bool:
-        if salt is not None and namespace.salt != salt:
+    def _matches(self, namespace: Namespace, model: str, adapter: str | None, salt: str | None) -> bool:
+        if (salt is not None and namespace.salt != salt) or (adapter is not None and namespace.adapter != adapter):
             return False
         identity = namespace.model
         if not model or model == identity or model in self._names.get(identity, ()):

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from loracache import __version__
 from loracache.errors import ConfigError
 
 __all__ = ["start_traces", "span", "stop_traces"]
@@ -18,9 +17,9 @@ _provider: Any = None
 _tracer: Any = None
 
 
-def start_traces(endpoint: str, service: str) -> None:
-    """Send spans to the OTLP/HTTP collector at `endpoint` (http://host:4318) from now on, as those of `service`. Raises
-    ConfigError where OpenTelemetry is not installed."""
+def start_traces(endpoint: str, service: str, version: str) -> None:
+    """Send spans to the OTLP/HTTP collector at `endpoint` (http://host:4318) from now on, as those of a service and its
+    version. Raises ConfigError where OpenTelemetry is not installed."""
     global _provider, _tracer
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -29,10 +28,10 @@ def start_traces(endpoint: str, service: str) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise ConfigError("traces needs OpenTelemetry; install loracache[otel], or leave traces out") from None
-    _provider = TracerProvider(resource=Resource.create({"service.name": service, "service.version": __version__}))
+    _provider = TracerProvider(resource=Resource.create({"service.name": service, "service.version": version}))
     exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
     _provider.add_span_processor(BatchSpanProcessor(exporter))
-    _tracer = _provider.get_tracer("loracache", __version__)
+    _tracer = _provider.get_tracer("loracache", version)
 
 
 def stop_traces() -> None:

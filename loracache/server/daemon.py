@@ -69,7 +69,7 @@ class Daemon:
             self._rest = _rest_process(config, self._stack)
             self._namespaces, names = _books(config)
             if config.traces is not None:
-                start_traces(config.traces, "loracache")
+                start_traces(config.traces, "loracache", __version__)
                 self._stack.callback(stop_traces)
             audit = Audit(config.audit_log)
             self._stack.callback(audit.close)

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from loracache import __version__
 from loracache.server.rest.access import Access
 from loracache.server.rest.app import make_app
 from loracache.server.rest.certificate import Certificate
@@ -43,7 +44,7 @@ async def _serve(settings: RestSettings) -> None:
     if settings.tls_cert is not None and settings.tls_key is not None:
         certificate = Certificate(settings.tls_cert, settings.tls_key)
     if settings.traces is not None:
-        start_traces(settings.traces, "loracache-rest")
+        start_traces(settings.traces, "loracache-rest", __version__)
     uploads = Path(settings.uploads) if settings.uploads is not None else None
     if uploads is not None:
         remove_leftovers(uploads)

@@ -90,10 +90,16 @@ def test_every_role_gets_what_it_may_and_nothing_else(
     headers = {"authorization": f"Bearer {tokens[who]}"} if who in tokens else {}
     for method, path, need in routes():
         # A body that is no JSON shows who gets as far as to have it read.
-        answer = anybody.request(
+        with anybody.stream(
             method, re.sub(r"{[^}]*}", "nobody", path), headers=headers | {"content-type": "application/json"},
             content=None if method in ("GET", "DELETE") else b"{",
-        )  # fmt: skip
+        ) as answer:  # fmt: skip
+            if not need.endless or answer.status_code != 200:
+                answer.read()
+        if need.endless and answer.status_code == 200:
+            assert RANKS[role] >= RANKS[need.role]
+            assert not tenant
+            continue
         what = f"{method} {path} by {who}: {answer.text}"
         if need.role == "none" or (RANKS[role] >= RANKS[need.role] and (not tenant or need.tenants)):
             assert answer.status_code not in (401, 403), what
