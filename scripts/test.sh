@@ -4,22 +4,34 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The Redis tests talk to a real server. Skipping them where it is missing would pass for a success.
-need_redis() {
-    command -v redis-server >/dev/null && return
-    local sudo=
+# get WHO PACKAGE...: installs what WHO needs, where that is possible without asking; else it says so, and all ends.
+get() {
+    local who=$1 sudo=
+    shift
     if [[ $(id -u) != 0 ]]; then
         sudo='sudo -n'
     fi
     if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
-        echo 'Installing redis-server, which the Redis tests run against'
+        echo "Installing $*, which $who run against"
         if $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-            --no-install-recommends redis-server >/dev/null; then
+            --no-install-recommends "$@" >/dev/null; then
             return
         fi
     fi
-    echo 'The tests need redis-server on PATH, and it could not be installed from here. Install the package redis-server.' >&2
+    echo "$who need $*, which could not be installed from here. Install what has that name on this machine." >&2
     exit 1
+}
+
+# The Redis tests talk to a real server. Skipping them where it is missing would pass for a success.
+need_redis() {
+    command -v redis-server >/dev/null || get 'The Redis tests' redis-server
+}
+
+# And the dashboard's to a real browser.
+need_chromium() {
+    if ! command -v chromedriver >/dev/null || ! { command -v chromium || command -v google-chrome; } >/dev/null; then
+        get "The dashboard's tests" chromium chromium-driver
+    fi
 }
 
 # A folder with no tests yet is no failure (pytest says 5).
@@ -35,6 +47,7 @@ stage() {
 side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile)
 
 need_redis
+need_chromium
 case ${1:-} in
 fast)
     stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract

@@ -10,25 +10,28 @@ const CAUSES = {
   held: "leased, pinned, named, or needed by what is", absent: "not in that tier", already: "there already",
   stays: "could not leave the tier it was in", not_written: "not written", full: "no room",
 };
+const STATES = { running: "Goes on, see Operations. By now", done: "Done", failed: "Failed", cancelled: "Cancelled" };
 const LOCAL = ["cpu", "disk"];
 const WAIT_S = 5; // after that it goes on under Operations
 const here = () => LOCAL.filter((tier) => tiers.includes(tier));
 
-/** Of each verb: fields; problem(values), where they will not do; says(values, title); path; body(values); which
- *  tiers it is about. */
+/** Of each verb: fields; problem(values), where they will not do; says(values, title); note; about(values): the tiers;
+ *  body(values): of the request; label(values): on the button. */
 const VERBS = {
   pin: {
     fields: () => [choice("tier", "Keep in", here()), number("ttl", "For how many seconds (empty: until unpinned)")],
     problem: ({ ttl }) => (ttl !== null && !(ttl > 0 && ttl <= 3600) ? "Give 1 to 3600 seconds, or none." : ""),
     says: ({ tier, ttl }, title) => `Keeps ${title} in ${tier} ${ttl === null ? "until it is unpinned" :
-      `for ${plural(ttl, "second")}`}. What is not in ${tier} is skipped.`,
+      `for ${plural(ttl, "second")}`}.`,
+    note: "What is not in that tier is skipped.",
     about: ({ tier }) => [tier],
     body: ({ tier, ttl }) => (ttl === null ? { tier } : { tier, ttl }),
     label: () => "Pin",
   },
   unpin: {
     fields: () => [choice("tier", "No longer keep in", here())],
-    says: ({ tier }, title) => `Ends pins of ${title} in ${tier}. It may be evicted from then on.`,
+    says: ({ tier }, title) => `Ends pins of ${title} in ${tier}.`,
+    note: "What was pinned may be evicted from then on.",
     about: ({ tier }) => [tier],
     body: ({ tier }) => ({ tier }),
     label: () => "Unpin",
@@ -36,8 +39,8 @@ const VERBS = {
   evict: {
     fields: () => [boxes("tiers", "From", tiers)],
     problem: (values) => (values.tiers.length ? "" : "Choose one tier at least."),
-    says: (values, title) => `Removes ${title} from ${values.tiers.join(", ") || "no tier"}. What is leased, pinned, ` +
-      "named, or needed by what is, stays and is counted as skipped.",
+    says: (values, title) => `Removes ${title} from ${values.tiers.join(", ") || "no tier"}.`,
+    note: "What is leased, pinned, named, or needed by what is, stays and is counted as skipped.",
     about: (values) => values.tiers,
     body: (values) => ({ tiers: values.tiers }),
     label: (values) => `Evict from ${values.tiers.join(", ")}`,
@@ -99,7 +102,8 @@ class Asked {
     const fields = el("div", { class: "fields", on: { input: () => this.#explain() } },
       ...this.fields.map(({ node }) => node));
     byId("action-body").replaceChildren(fields, this.says, this.about,
-      ...(this.target.caution ? [el("p", { class: "note" }, this.target.caution)] : []), this.wrong);
+      ...[this.verb.note, this.target.caution].filter(Boolean).map((text) => el("p", { class: "note" }, text)),
+      this.wrong);
     setText(byId("action-result"), "");
     byId("action-result").dataset.state = "";
     setHidden(byId("action-confirm"), false);
@@ -133,13 +137,11 @@ class Asked {
     byId("action-confirm").disabled = problem !== "";
     if (!this.#held) return;
     const about = this.verb.about(values);
-    const parts = about.map((tier) => (tier in this.#held || LOCAL.includes(tier) ?
-      `${tier}: ${amount(this.#held[tier] ?? [0, 0])}` : `${tier}: not counted`));
-    const along = this.#below ? about.filter((tier) => tier in this.#below).map((tier) =>
-      `${tier}: ${amount(this.#below[tier])}`) : [];
-    const more = along.length ? ` Along go, ${this.target.whatBelow}: ${along.join("; ")}.` :
-      this.name === "evict" && this.target.whatBelow ? ` Along goes ${this.target.whatBelow}.` : "";
-    setText(this.about, `Now there: ${parts.join("; ")}.${more}`);
+    const parts = (held) => about.map((tier) => (LOCAL.includes(tier) ? `${amount(held[tier] ?? [0, 0])} in ${tier}` :
+      `${tier} does not say`)).join("; ");
+    const along = this.name === "evict" ? this.target.whatBelow : "";
+    const much = this.#below ? `: ${parts(this.#below)}` : "";
+    setText(this.about, `Now there: ${parts(this.#held)}.${along ? ` With it goes ${along}${much}.` : ""}`);
   }
 
   async confirm() {
@@ -180,12 +182,11 @@ class Asked {
 }
 
 /** What came of an operation, in words. */
-export function outcome({ verb, state, objects, bytes: size, skipped, causes, error }) {
+export function outcome({ state, objects, bytes: size, skipped, causes, error }) {
   const sized = size ? `, ${bytes(size)}` : "";
-  const going = state === "running" ? "Goes on, see Operations. By now: " : state === "done" ? "Done: " : `${state}: `;
   const left = Object.entries(causes).map(([cause, many]) => `${many} ${CAUSES[cause] ?? cause.replaceAll("_", " ")}`);
-  return `${verb}. ${going}${plural(objects, "object")}${sized}.${skipped ? ` Skipped ${skipped}: ${left.join("; ")}.` :
-    ""}${error ? ` ${error}` : ""}`;
+  return `${STATES[state] ?? state}: ${plural(objects, "object")}${sized}.${skipped ?
+    ` Skipped ${skipped}: ${left.join("; ")}.` : ""}${error ? ` ${error}` : ""}`;
 }
 
 function choice(name, label, options, selected = 0) {

@@ -7,6 +7,8 @@ const HEIGHT = 168;
 const MARGIN = { left: 62, right: 10, top: 8, bottom: 22 };
 const SPANS_MS = [60_000, 120_000, 300_000, 900_000];
 
+const tidy = (text) => text.replace(/\.0+ /, " ");
+
 /** Ticks of an axis from 0 that reaches `most`, in steps of powers of two. */
 export function byteTicks(most) {
   const step = 2 ** Math.max(8, Math.ceil(Math.log2(Math.max(1, most) / 4)));
@@ -84,7 +86,7 @@ export class Chart {
     this.svg.setAttribute("width", width + MARGIN.left + MARGIN.right);
     this.grid.replaceChildren(...ticks.flatMap((value) => [
       svg("line", { x1: MARGIN.left, x2: MARGIN.left + width, y1: y(value), y2: y(value) }),
-      svg("text", { x: MARGIN.left - 7, y: y(value) + 4, "text-anchor": "end" }, this.label(value)),
+      svg("text", { x: MARGIN.left - 7, y: y(value) + 4, "text-anchor": "end" }, tidy(this.label(value))),
     ]), ...this.#timeLabels(width));
     this.lines.replaceChildren(...this.#series.map((each) => svg("path", { class: `line ${each.class}`,
       d: this.#path(each.points, y) })));

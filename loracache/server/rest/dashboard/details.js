@@ -6,12 +6,15 @@ import { bytes, exact, exactBytes } from "./format.js";
 import { amount, targetsOf } from "./targets.js";
 
 const VERBS = [["pin", "Pin"], ["unpin", "Unpin"], ["evict", "Evict"], ["move", "Move or copy"]];
+const LONG = 40; // characters: a digest
 
 /** owner: see targetsOf. done(): called when something was changed. */
 export function details(node, owner, done) {
   const groups = targetsOf(node, owner);
-  return el("div", { class: "details" }, el("dl", {}, ...facts(node).map(([name, text, title]) =>
-    el("div", {}, el("dt", {}, name), el("dd", { title, data: { fact: name } }, text)))),
+  return el("div", { class: "details" }, el("dl", {}, ...facts(node).map(([name, text, title]) => {
+    const value = el("dd", { title, data: { fact: name } }, text);
+    return el("div", { class: text.length >= LONG ? "long" : null }, el("dt", {}, name), value);
+  })),
   ...groups.map(([label, target]) => buttons(label, target, done)));
 }
 

@@ -17,7 +17,7 @@ export function count(value) {
 export function bytes(value) {
   let power = 0;
   let size = Math.abs(value);
-  while (size >= 999.5 && power < UNITS.length - 1) {
+  while (size >= (power === 0 ? 1024 : 999.5) && power < UNITS.length - 1) { // four digits of bytes, else three
     size /= 1024;
     power += 1;
   }

@@ -10,10 +10,12 @@ const sum = (numbers) => Object.values(numbers).reduce((total, each) => total + 
 export class History {
   #samples = [];
   #last = null;
+  #since = null;
 
   /** Take in statistics as /v1/stats answers them. */
   add(stats, now) {
     const last = this.#last;
+    this.#since ??= now;
     this.#last = { now, uptime: stats.uptime_s, counters: stats.counters, hits: sum(stats.hits),
       misses: sum(stats.misses) };
     // A daemon that was started again counts from nothing: the line has a gap there.
@@ -31,13 +33,9 @@ export class History {
     while (this.#samples.length > MOST || now - this.#samples[0].now > KEPT_MS) this.#samples.shift();
   }
 
-  get length() {
-    return this.#samples.length;
-  }
-
-  /** How long back it goes, in milliseconds. */
+  /** How far back it goes, in milliseconds. */
   span(now) {
-    return this.#samples.length ? now - this.#samples[0].now : 0;
+    return Math.min(KEPT_MS, now - this.#since);
   }
 
   /** Hits and misses of the last `ms`. */

@@ -68,7 +68,8 @@ function card(name) {
   const facts = el("dl", { class: "figures" });
   const values = new Map();
   const root = el("article", { class: `panel card ${name}`, data: { tier: name } },
-    el("header", {}, el("h2", {}, NAMES[name] ?? name), state), meter, facts);
+    el("header", {}, el("h2", {}, NAMES[name] ?? name), state), meter, facts,
+    name === "redis" ? el("p", { class: "note" }, "What it holds, for other machines too, it counts itself.") : "");
   const figure = (label, field, text, title) => {
     if (!values.has(field)) {
       values.set(field, el("dd", { data: { field } }));
@@ -104,7 +105,6 @@ function card(name) {
       figure("populated", "populated_bytes", bytes(said.populated_bytes), exactBytes(said.populated_bytes));
     }
     if (said.direct_io !== undefined) figure("direct I/O", "direct_io", said.direct_io ? "yes" : "no");
-    if (said.limit_bytes === undefined) figure("objects, payload", "unknown", "Redis keeps its own count");
   } };
 }
 
@@ -115,9 +115,9 @@ function showCharts(stats, now) {
   charts.flow.draw(flows.map(([name, counter, look]) => ({ name, class: look, points: history.rateOf(counter) })), now,
     span);
   const { hits, misses } = history.looked(now, RECENT_MS);
-  const over = span ? `last ${duration(Math.min(RECENT_MS, span) / 1000)}` : "just opened";
+  const over = `in the last ${duration(Math.min(RECENT_MS, span) / 1000)}`;
   const asked = hits + misses;
-  setText(byId("hit-summary"), asked ? `${percent(hits / asked)} in the ${over}` : `no lookups in the ${over}`,
+  setText(byId("hit-summary"), asked ? `${percent(hits / asked)} ${over}` : `no lookups ${over}`,
     `${exact(hits)} of ${exact(asked)} keys`);
 }
 

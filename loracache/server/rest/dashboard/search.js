@@ -10,6 +10,7 @@ import { page } from "./tree.js";
 const MOST_ADAPTERS = 50;
 const MOST_PAGES = 5;
 const PAGE = 1000;
+const NAME = /^[A-Za-z0-9][\w.:@+/-]{0,198}$/; // what an adapter can be called
 
 export function setUp(tree) {
   let latest = 0;
@@ -98,13 +99,13 @@ async function adapterNode(digest) {
   return nodes[0]?.digest === digest ? nodes[0] : null;
 }
 
-/** Adapters whose name is `text`, or begins with it. */
+/** Adapters whose name is `text`, or begins with it. They stand in the order of names behind everything that begins
+ *  with the character before text's last one; no name has a "~", which comes behind all that names have. */
 async function byName(text) {
-  const [exact, list] = await Promise.all([
-    known(get(`v1/adapters/${text.split("/").map(encodeURIComponent).join("/")}`)),
-    get(`v1/adapters?${new URLSearchParams({ after: text, limit: MOST_ADAPTERS })}`),
-  ]);
-  const found = [...(exact ? [exact] : []), ...list.adapters.filter(({ name }) => name.startsWith(text))];
+  if (!NAME.test(text)) return [];
+  const after = `${text.slice(0, -1)}${String.fromCharCode(text.charCodeAt(text.length - 1) - 1)}~`;
+  const list = await known(get(`v1/adapters?${new URLSearchParams({ after, limit: MOST_ADAPTERS })}`));
+  const found = list?.adapters.filter(({ name }) => name.startsWith(text)) ?? []; // a tenant's token lists none
   const digests = [...new Set(found.map(({ digest }) => digest))];
   const nodes = await Promise.all(digests.map(adapterNode));
   return nodes.map((node, at) => node ?? fromAdapter(found.find(({ digest }) => digest === digests[at])));
@@ -137,12 +138,12 @@ async function modelHeld(text) {
   return (await known(post("v1/lookup", { selector: { model: text } })))?.held ?? null;
 }
 
-/** null where there is no such thing. */
+/** null where there is no such thing, or none for this token. */
 async function known(answer) {
   try {
     return await answer;
   } catch (problem) {
-    if (problem instanceof Problem && [404, 409, 422].includes(problem.status)) return null;
+    if (problem instanceof Problem && [403, 404, 409, 422].includes(problem.status)) return null;
     throw problem;
   }
 }

@@ -31,7 +31,7 @@ export function targetsOf(node, owner) {
     const name = titleOf(node);
     return [
       ["The adapter", target(`adapter ${name}`, { adapter: node.digest }, { own: each(node), below: kv,
-        whatBelow: "of KV that was computed with it" })],
+        whatBelow: "its KV" })],
       ["Its KV", target(`the KV of adapter ${name}`, kv)],
     ];
   }

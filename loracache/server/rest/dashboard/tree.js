@@ -33,20 +33,24 @@ export class Tree {
     this.#source = { id: "", load: (after, limit) => page("", after, limit), owner: undefined, at: 0 };
   }
 
-  /** Show these nodes at the top; the first of them opened. load(): the nodes, again at each reload. */
+  /** Show these nodes at the top. load(): the nodes, again at each reload. */
   found(load) {
     this.#source = { id: "found", load: async () => ({ nodes: await load(), next: null }), owner: undefined, at: 0 };
   }
 
+  /** Have the details of this node shown, at the next reload. */
   select(id) {
     this.#selected = id;
   }
 
-  /** Everything that is open, as it is now. What was focused is again. Answers how many stand at the top. */
+  /** Show everything that is open as it is now. Answers how many stand at the top. */
   async reload() {
     this.#loads += 1;
     const load = this.#loads;
-    const focused = this.host.contains(document.activeElement) || document.activeElement === document.body;
+    if (this.#shown.size > MOST) { // who looked at that much need not find it open again
+      this.#shown.clear();
+      this.#open.clear();
+    }
     let list;
     try {
       list = await this.#list(this.#source);
@@ -56,10 +60,26 @@ export class Tree {
       return 0;
     }
     if (load !== this.#loads) return 0; // a later one is under way
+    const refocus = this.#focus();
     this.host.replaceChildren(list);
+    refocus();
     setText(byId("tree-note"), `as of ${clock(Date.now() / 1000)}`);
-    if (focused && this.#selected) this.#row(this.#selected)?.querySelector(".name").focus();
     return list.children.length;
+  }
+
+  /** Puts the focus back, when called, onto the button that takes the place of the one that has it now. */
+  #focus() {
+    const active = document.activeElement;
+    if (!this.host.contains(active)) return () => {};
+    const id = active.closest("li")?.dataset.id ?? "";
+    const group = active.closest(".actions")?.getAttribute("aria-label");
+    const button = active.dataset.verb ? `[aria-label="${group}"] [data-verb="${active.dataset.verb}"]` :
+      active.classList.contains("toggle") ? ".toggle" : ".name";
+    return () => {
+      const row = this.#row(id);
+      const next = row?.querySelector(button) ?? row?.querySelector(".name") ?? byId("tree-title");
+      next.focus({ preventScroll: true });
+    };
   }
 
   #row(id) {
@@ -123,7 +143,7 @@ export class Tree {
         ...chips(node)), ...cells(node)), inside);
     const source = { id: node.id, load: (after, limit) => page(node.id, after, limit), owner, at,
       chain: node.kind === "chunk", flat: node.kind === "chunk" && at > 1 && node.children === 1 };
-    toggle.addEventListener("click", () => (this.#open.delete(node.id) ? this.#close(toggle, inside) :
+    toggle.addEventListener("click", () => (this.#open.delete(node.id) ? this.#close(toggle, inside, source) :
       this.#guarded(inside, () => this.#expand(toggle, inside, source))));
     name.addEventListener("click", () => this.#detail(row, node, owner));
     if (this.#selected === node.id) this.#showDetails(row, node, owner);
@@ -155,7 +175,8 @@ export class Tree {
     inside.replaceChildren(list);
   }
 
-  #close(toggle, inside) {
+  #close(toggle, inside, source) {
+    this.#shown.delete(source.id);
     toggle.setAttribute("aria-expanded", "false");
     inside.replaceChildren();
   }
