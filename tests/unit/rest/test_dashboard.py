@@ -50,7 +50,7 @@ def opened(page: Any, id_: str) -> None:
 def test_each_tier_card_shows_what_the_statistics_say(
     page: Any, client: CacheClient, kv: Chain, anybody: httpx.Client
 ) -> None:
-    kv(12)
+    kv(12, size=500_000)
     client.flush()
     page.open()
     stats = anybody.get("/v1/stats").json()

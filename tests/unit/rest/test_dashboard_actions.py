@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from loracache import CacheClient, Namespace
+from loracache.keys import salt_digest
 from loracache.server.rest.tokens import add_token, tokens_path
 
 pytestmark = pytest.mark.timeout(120)
@@ -244,6 +245,29 @@ def test_what_a_token_may_not_is_said_in_words(
     assert held(anybody, key)
 
 
+def test_a_tenants_token_sees_its_own_and_is_told_what_it_does_not(
+    page: Any, running: Any, client: CacheClient, anybody: httpx.Client, eventually: Any
+) -> None:
+    digest = salt_digest("its salt")
+    root = client.register(Namespace("shared", "float16", "layout", 16, salt=digest), ["shared"])
+    with client.reserve(root, [b"t" * 32], [1000]) as reservation:
+        assert reservation.causes == [""]
+    tenant = add_token(tokens_path(running.socket), "tenant", "operate", digest)
+    headers = {"authorization": f"Bearer {tenant}"}
+    eventually(lambda: anybody.get("/v1/tree", headers=headers).status_code == 200, "the token is known")
+    page.allowed = [f"{REFUSED} 403"]
+    page.open(tenant)
+    page.says("#banner", "Not shown to this token: token 'tenant' is a tenant's")
+    opened(page, "base")
+    assert [name.text.splitlines()[0] for name in page.all("li[data-kind=space] .name")] == [
+        f"shared float16, 16 tokens a chunk, tenant {digest[:8]}"
+    ]
+    page.script("document.querySelector('#query').value = 'shared'")
+    page.click("#search [type=submit]")
+    page.says("#model-held", "cpu: 1 object")
+    page.find("#tree > ul > li[data-kind=space]")
+
+
 def test_a_wrong_token_is_asked_for_again(page: Any, token: str) -> None:
     page.open(token)
     page.allowed = [f"{REFUSED} 401"]
@@ -284,7 +308,9 @@ def failures_are_those_of(page: Any, operator: httpx.Client) -> bool:
         "[cell.textContent, cell.title]))"
     )
     told = [[each["tier"], each["cause"].replace("_", " "), str(each["count"])] for each in reversed(said)]
-    return bool(said) and [[text for text, _ in line[1:]] for line in shown] == told
+    times = [line[0][1] for line in shown]  # ISO 8601, to the millisecond
+    newest_first = times == sorted(times, reverse=True) and len(set(times)) > 1
+    return newest_first and [[text for text, _ in line[1:]] for line in shown] == told
 
 
 def test_a_long_operation_is_followed_and_cancelled_and_failures_are_listed(

@@ -39,7 +39,6 @@ async function poll() {
     const ended = await refresh();
     if (mine !== polls) return;
     if (state === "gone" || ended) tree.reload();
-    if (state === "gone") feed.restart();
     since = 0;
     if (state !== "good") become("good", "connected");
   } catch (problem) {
