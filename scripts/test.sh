@@ -4,22 +4,36 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The Redis tests talk to a real server, by TLS too. Skipping them where it is missing would pass for a success.
-need_redis() {
-    command -v redis-server >/dev/null && command -v openssl >/dev/null && return
-    local sudo=
+# get WHO PACKAGE...: installs what WHO needs, where that is possible without asking; else it says so, and all ends.
+get() {
+    local who=$1 sudo=
+    shift
     if [[ $(id -u) != 0 ]]; then
         sudo='sudo -n'
     fi
     if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
-        echo 'Installing redis-server and openssl, which the Redis tests run against'
+        echo "Installing $*, which $who run against"
         if $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-            --no-install-recommends redis-server openssl >/dev/null; then
+            --no-install-recommends "$@" >/dev/null; then
             return
         fi
     fi
-    echo 'The tests need redis-server and openssl on PATH, and they could not be installed from here. Install these packages.' >&2
+    echo "$who need $*, which could not be installed from here. Install what has that name on this machine." >&2
     exit 1
+}
+
+# The Redis tests talk to a real server, by TLS too. Skipping them where it is missing would pass for a success.
+need_redis() {
+    if ! command -v redis-server >/dev/null || ! command -v openssl >/dev/null; then
+        get 'The Redis tests' redis-server openssl
+    fi
+}
+
+# And the dashboard's to a real browser.
+need_chromium() {
+    if ! command -v chromedriver >/dev/null || ! { command -v chromium || command -v google-chrome; } >/dev/null; then
+        get "The dashboard's tests" chromium chromium-driver
+    fi
 }
 
 # A folder with no tests yet is no failure (pytest says 5).
@@ -35,6 +49,7 @@ stage() {
 side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile)
 
 need_redis
+need_chromium
 case ${1:-} in
 fast)
     stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract

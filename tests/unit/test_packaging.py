@@ -66,7 +66,7 @@ def run_installed(installed: Path, code: str) -> list[str]:
 
 
 def modules(folder: Path) -> set[str]:
-    packed = (".py", ".cu", ".cuh", ".typed")
+    packed = (".py", ".cu", ".cuh", ".typed", ".html", ".css", ".js")
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in packed}
 
 

@@ -1,4 +1,5 @@
-"""The application: health and statistics here; the other routes in objects.py, listings.py and adapters.py.
+"""The application: health and statistics here; the other routes in objects.py, listings.py, adapters.py and
+dashboard.py.
 
 Every route is one call of the daemon, or few; nothing is kept here.
 """
@@ -14,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from loracache import __version__, control_messages, protocol
-from loracache.server.rest import adapters, listings, objects
+from loracache.server.rest import adapters, dashboard, listings, objects
 from loracache.server.rest.limits import Limits
 from loracache.server.rest.link import DaemonLink
 from loracache.server.rest.metrics import render
@@ -44,6 +45,7 @@ def make_app(server: str, limits: Limits | None = None, uploads: Path | None = N
     objects.add_routes(app, link)
     listings.add_routes(app, link)
     adapters.add_routes(app, link, uploads or Path(tempfile.gettempdir()))
+    dashboard.add_routes(app)
     guard(app, limits or Limits())
     return app
 

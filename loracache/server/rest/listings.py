@@ -37,6 +37,7 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
         model: Annotated[str, Query(max_length=200, description='A served name or an identity; "*": any.')] = "",
         adapter: Annotated[str | None, Query(max_length=200, description="A name or hex digest.")] = None,
         salt: Annotated[str, Query(max_length=1000, description="A tenant's cache_salt.")] = "",
+        key: Annotated[str, Query(pattern="^[0-9a-f]{64}$", description="Just this object.")] = "",
         tier: Annotated[models.LocalTier | None, Query(description="Those in this tier.")] = None,
         after: After = "",
         limit: Limit = 100,
@@ -48,6 +49,8 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
             selector["adapter"] = adapter
         if salt:
             selector["salt"] = salt_digest(salt)
+        if key:
+            selector["keys"] = bytes.fromhex(key)
         request = messages.Objects("", who.tenant, selector, tier or "", after, limit)
         end, *found = await link.call(request)
         return models.Objects(objects=[models.Object(**item) for item in found], next=end or None)

@@ -1,11 +1,13 @@
-"""Daemons with a REST port."""
+"""Daemons with a REST port, and a browser that looks at their dashboard."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,14 @@ import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 
 from loracache import CacheClient, Namespace
+
+_WAIT_S = 20.0
 
 
 def up(running: Any) -> bool:
@@ -110,3 +118,144 @@ def loracache() -> Callable[..., tuple[int, str, str]]:
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+class Page:
+    """The dashboard of the daemon at `url` in a real browser. `allowed`: words in console errors that a test expects;
+    any other error, and any request to another place, fails it.
+    """
+
+    def __init__(self, driver: Chrome, url: str) -> None:
+        self.driver = driver
+        self.url = url
+        self.allowed: list[str] = []
+        self._requests: list[tuple[str, str]] = []
+
+    def open(self, token: str = "", width: int = 1440, scheme: str = "light") -> None:
+        """As somebody who comes for the first time, or with a token."""
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        wish = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wish})
+        self.driver.get(f"{self.url}/")
+        self.script("sessionStorage.clear(); if (arguments[0]) sessionStorage['loracache.token'] = arguments[0]", token)
+        self.driver.refresh()
+        self.wait(lambda: self.text("#state") == "connected" and self.all("#tree li"), "it is connected")
+
+    def script(self, code: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(code, *arguments)
+
+    def all(self, css: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, css)
+
+    def find(self, css: str) -> WebElement:
+        return self.wait(lambda: self.all(css), f"{css} is there")[0]
+
+    def text(self, css: str) -> str:
+        """Without waiting and in one step: the page may write it again at any time."""
+        return str(self.script("return document.querySelector(arguments[0])?.textContent ?? ''", css))
+
+    def title(self, css: str) -> str:
+        return str(self.script("return document.querySelector(arguments[0])?.title ?? ''", css))
+
+    def click(self, css: str) -> None:
+        self.find(css)
+        self.script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", css)
+        self.find(css).click()
+
+    def wait(self, holds: Callable[[], Any], what: str) -> Any:
+        deadline = time.monotonic() + _WAIT_S
+        while not (found := holds()):
+            assert time.monotonic() < deadline, f"not within {_WAIT_S} s: {what}\n{self.text('main')[:3000]}"
+            time.sleep(0.05)
+        return found
+
+    def says(self, css: str, words: str) -> None:
+        self.wait(lambda: words in self.text(css), f"{css} says {words!r}, not {self.text(css)!r}")
+
+    def requests(self) -> list[tuple[str, str]]:
+        """(method, path) of every request so far."""
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] != "Network.requestWillBeSent":
+                continue
+            request = message["params"]["request"]
+            if message["params"]["documentURL"].startswith(self.url):  # and not the browser's own first page
+                self._requests.append((request["method"], request["url"]))
+        return [(method, where.removeprefix(self.url)) for method, where in self._requests]
+
+    def changes(self) -> list[str]:
+        """Paths of the requests that could have changed something."""
+        return [path for method, path in self.requests() if method != "GET" and path != "/v1/lookup"]
+
+    def check(self) -> None:
+        elsewhere = [path for _, path in self.requests() if not path.startswith(("/", "data:"))]
+        assert not elsewhere
+        said = [entry["message"] for entry in self.driver.get_log("browser")]
+        assert not [line for line in said if not any(word in line for word in self.allowed)]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """A headless Chromium. It is never skipped: scripts/test.sh installs it."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    assert chromium, "install the package chromium"
+    assert chromedriver, "install the package chromium-driver"
+    options = ChromeOptions()
+    options.binary_location = chromium
+    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+    for flag in (*flags, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options=options, service=Service(chromedriver))
+    driver.set_page_load_timeout(_WAIT_S)
+    driver.set_script_timeout(_WAIT_S)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page_of(browser: Chrome) -> Iterator[Callable[[str], Page]]:
+    """page_of(url): a daemon's dashboard, not yet opened."""
+    pages: list[Page] = []
+
+    def make(url: str) -> Page:
+        pages.append(Page(browser, url))
+        return pages[-1]
+
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)  # what an earlier test left
+    yield make
+    for page in pages:
+        page.check()
+    browser.get("about:blank")  # so that nothing polls a daemon that ends
+
+
+@pytest.fixture
+def page(running: Any, page_of: Callable[[str], Page]) -> Page:
+    """The dashboard of the module's daemon, not yet opened."""
+    return page_of(running.http)
+
+
+@pytest.fixture
+def token(running: Any) -> str:
+    """The daemon's own."""
+    return Path(f"{running.socket}.token").read_text().strip()
+
+
+@pytest.fixture
+def kv(client: CacheClient) -> Callable[..., list[str]]:
+    """kv(count, adapter="", model="model"): hex keys of a new chain of objects of 1,000 bytes that depends on it."""
+
+    def store(count: int, adapter: str = "", model: str = "model", size: int = 1000) -> list[str]:
+        root = client.register(Namespace(model, "float16", "layout", 16, adapter), [model])
+        keys = [os.urandom(32) for _ in range(count)]
+        parents = [bytes.fromhex(adapter), *keys[:-1]]
+        with client.reserve(root, keys, [size] * count, parents=parents) as reservation:
+            for position in range(count):
+                reservation.write(position, bytes(size))
+        assert reservation.causes == [""] * count
+        return [key.hex() for key in keys]
+
+    return store

@@ -170,7 +170,7 @@ def test_what_is_no_json_is_refused(operator: httpx.Client, body: bytes) -> None
 
 def test_there_is_nothing_at_other_paths_and_with_other_methods(operator: httpx.Client) -> None:
     for method, path, status in (
-        ("GET", "/", 404), ("GET", "/v1", 404), ("GET", "/v1/adapters/nobody", 404), ("GET", "/v1/evict", 405),
+        ("GET", "/v1", 404), ("GET", "/v1/adapters/nobody", 404), ("GET", "/v1/evict", 405),
         ("PUT", "/v1/clear", 405), ("POST", "/metrics", 405), ("DELETE", "/v1/adapters/..%2F..%2Fetc", 404),
     ):  # fmt: skip
         answer = operator.request(method, path)
