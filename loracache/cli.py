@@ -123,4 +123,4 @@ for _name, _command, _panel in VERBS:
 
 def main() -> None:
     """Entry point of the `loracache` command."""
-    app()
+    app(prog_name="loracache")

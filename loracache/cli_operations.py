@@ -85,7 +85,9 @@ def evict(chosen: Chosen, waiting: Waiting, tier: TiersOption = None, yes: YesOp
     waiting.seconds()
     selection = chosen.selection()
     if is_whole(selection):
-        whose = f"model {selection.model}" if selection.model else "this tenant"
+        named = {"model": selection.model, "adapter": selection.adapter}
+        whose = ", ".join([f"{what} {name}" for what, name in named.items() if name] or ["this tenant"])
+        whose += " (one tenant's)" if selection.model and selection.salt is not None else ""
         _confirm(f"Remove everything of {whose} from {', '.join(tiers)}?", yes, must=True)
     _run(waiting, lambda: messages.Evict("", "", selection.encode(), tiers, 0.0))
 
@@ -270,7 +272,8 @@ class _Progress:
             return
         from loracache.tables import size_text
 
-        of = "" if report.total is None else f" of {report.total} ({_percent(report)} %)"
+        named = report.total is not None and report.verb != "evict"  # which takes along what depends on them
+        of = f" of {report.total} ({_percent(report)} %)" if named else ""
         line = f"{report.verb} {report.id}: {report.objects}{of} objects, {size_text(report.bytes)}"
         line += f", {report.skipped} skipped, {report.seconds:.0f} s"
         sys.stderr.write("\r" + line.ljust(self._width))

@@ -7,6 +7,7 @@ daemon may go and come back meanwhile. Threading: one thread; keys are read wher
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sys
 import time
@@ -35,9 +36,10 @@ _PLAIN_WIDTH = 160
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the daemon said, and when (seconds of this process's clock)."""
+    """What the daemon said, and when (seconds of this process's clock). instance: another after a restart."""
 
     at: float
+    instance: bytes
     status: dict[str, Any]
     operations: list[OperationReport]
 
@@ -65,10 +67,10 @@ def rates(before: Reading | None, now: Reading) -> Rates:
     status = now.status
     old: dict[str, int] = {}
     seconds = max(float(status["uptime_s"]), 1e-3)
-    if before is not None and _life(before) == _life(now):
+    if before is not None and before.instance == now.instance:
         old = before.status["counters"]
         seconds = max(now.at - before.at, 1e-3)
-    grown = {name: (total - old.get(name, 0)) / seconds for name, total in status["counters"].items()}
+    grown: dict[str, float] = {name: (total - old.get(name, 0)) / seconds for name, total in status["counters"].items()}
 
     def of(prefix: str) -> float:
         return sum(value for name, value in grown.items() if name.startswith(prefix))
@@ -112,21 +114,14 @@ def _watch(client: SteeringClient, before: Reading, interval: float) -> None:
             try:
                 shown, before = before, _read(client)
             except (Unavailable, ProtocolError) as error:
-                gone = (
-                    f"gone since {time.time() - before.status['read_at']:.0f} s, waiting for it to come back: {error}"
-                )
+                gone = f"gone for {time.monotonic() - before.at:.0f} s, waiting for it to come back: {error}"
             live.update(_frame(shown, before, gone), refresh=True)
 
 
 def _read(client: SteeringClient) -> Reading:
     status: dict[str, Any] = client.status()
     operations = client.operations(_OPERATIONS)
-    return Reading(time.monotonic(), status | {"read_at": time.time()}, operations)
-
-
-def _life(reading: Reading) -> tuple[int, int]:
-    """What changes when a daemon starts anew: its process, and, as good as always, the time of its start."""
-    return int(reading.status["pid"]), round((reading.status["read_at"] - reading.status["uptime_s"]) / 10)
+    return Reading(time.monotonic(), client.connection.instance, status, operations)
 
 
 def _print_plain(before: Reading, now: Reading) -> None:
@@ -158,7 +153,8 @@ def _keys() -> Iterator[Any]:
         while (left := deadline - time.monotonic()) > 0:
             if not select.select([descriptor], [], [], left)[0]:
                 return False
-            if sys.stdin.read(1) in ("q", "Q", ""):
+            pressed = os.read(descriptor, 64)
+            if not pressed or b"q" in pressed.lower():
                 return True
         return False
 
@@ -203,6 +199,8 @@ def _frame(before: Reading | None, now: Reading, gone: str, plain: bool = False)
 
 
 def _tiers_table(now: Reading, happened: Rates, plain: bool) -> Table:
+    from rich.text import Text
+
     from loracache.tables import size_text
 
     table = _table(plain)
@@ -211,17 +209,18 @@ def _tiers_table(now: Reading, happened: Rates, plain: bool) -> Table:
     for name, tier in now.status["tiers"].items():
         limit = tier.get("limit_bytes", 0)
         used = f"{size_text(tier['used_bytes'])} of {size_text(limit)}" if limit else "-"
-        table.add_row(
+        cells = (
             name,
             _bar(tier["used_bytes"] / limit) if limit else "-",
             used,
-            str(tier.get("objects", "-")),
+            tier.get("objects", "-"),
             size_text(happened.written[name]),
             size_text(happened.read[name]) if name in happened.read else "-",
             f"{happened.evicted[name]:.1f}",
-            str(tier.get("queued_writes", 0) + tier.get("waiting", 0)),
+            tier.get("queued_writes", 0) + sum(tier.get("waiting", {}).values()),
             "ok" if tier.get("available", True) else "left alone after a failure",
         )
+        table.add_row(*(Text(str(cell)) for cell in cells))
     return table
 
 
@@ -245,7 +244,7 @@ def _table(plain: bool) -> Table:
 
 def _bar(share: float) -> str:
     filled = round(min(max(share, 0.0), 1.0) * _BAR)
-    return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:3.0f} %".replace("[", r"\[")
+    return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:3.0f} %"
 
 
 def _percent(share: float | None) -> str:

@@ -49,9 +49,7 @@ class Engine:
     def __init__(self, url: str, key: str = "", timeout: float = 30.0) -> None:
         self._url = _base(url)
         if not key.isascii() or not key.isprintable():
-            raise ConfigError(
-                "the engine's API key must be one line of plain ASCII; see VLLM_API_KEY, --engine-key-file"
-            )
+            raise ConfigError("the engine's API key is not one line of ASCII; see VLLM_API_KEY and --engine-key-file")
         self._key = key
         self._timeout = timeout
         self._opener = urllib.request.build_opener(_NoRedirects)
@@ -71,9 +69,7 @@ class Engine:
     def _served(self, model: str) -> tuple[str, str | None]:
         """(the base model's served name, the adapter's or None)."""
         cards = self._ask("/v1/models").get("data")
-        if not isinstance(cards, list) or not all(
-            isinstance(card, dict) and _is_name(card.get("id")) for card in cards
-        ):
+        if not isinstance(cards, list) or not all(map(_is_card, cards)):
             raise ProtocolError(f"{self._url}/v1/models answered no list of models; is it a vLLM server?")
         parents = {str(card["id"]): card.get("parent") for card in cards}
         bases = [name for name, parent in parents.items() if not parent]
@@ -162,8 +158,12 @@ def _base(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+def _is_card(value: object) -> bool:
+    """Whether it is one of the models that /v1/models lists."""
+    if not isinstance(value, dict):
+        return False
+    name, parent = value.get("id"), value.get("parent")
+    return isinstance(name, str) and bool(name) and (parent is None or isinstance(parent, str))
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
