@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from loracache import cli_adapters, cli_objects, cli_operations, cli_tokens, cli_top
-from loracache.cli_common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, print_json
+from loracache.cli_common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, number, print_json
 from loracache.errors import ConfigError
 
 __all__ = ["main"]
@@ -109,7 +109,10 @@ def status(socket: SocketOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command(rich_help_panel=_CHANGE)
-def flush(socket: SocketOption = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
+def flush(
+    socket: SocketOption = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Seconds to wait.")] = 60.0,
+) -> None:
     """Wait until everything committed by now is written to disk and Redis."""
     if not 0 < timeout <= 86_400:
         raise ConfigError(f"--timeout {timeout} must be seconds, more than 0 and at most 86400")

@@ -11,7 +11,7 @@ import typer
 from loracache.cli_common import JsonOption, SocketOption, client_of, print_json
 from loracache.cli_completion import complete_adapter
 from loracache.client import Adapter, CacheClient
-from loracache.errors import Rejected, Unknown
+from loracache.errors import Rejected, Unknown, UsageError
 
 __all__ = ["app"]
 
@@ -89,7 +89,10 @@ def export_(
             slot = reading.slots[0]
             if slot is None:
                 raise Rejected(f"{name} is in no tier any more ({reading.causes[0]}); add it again")
-            export(Packed([memoryview(slot.tobytes())]), path, adapter.config)
+            try:
+                export(Packed([memoryview(slot.tobytes())]), path, adapter.config)
+            except UsageError as error:  # the command was right; the folder is not
+                raise Rejected(str(error)) from None
     typer.echo(f"{name} -> {path}")
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ from loracache.protocol import Request
 
 __all__ = [
     "EXIT_CODES", "INTERRUPTED", "NOTHING", "PARTLY", "REFUSED", "Commands", "JsonOption", "SocketOption",
-    "SteeringClient", "client_of", "expanded", "print_json", "socket_of",
+    "SteeringClient", "client_of", "expanded", "integer", "number", "print_json",
+    "socket_of",
 ]  # fmt: skip
 
 REFUSED, USAGE, NOTHING, PARTLY, INTERRUPTED, NO_READER = 1, 2, 3, 4, 130, 141
@@ -36,6 +38,25 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SocketOption = Annotated[
     Path | None, typer.Option("--socket", help="Unix socket of the daemon [LORACACHE_SOCKET].", show_default=False)
 ]
+
+
+def number(text: object) -> float:
+    """An option's value as seconds, or typer's error naming it."""
+    try:
+        return float(str(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number of seconds; give one like 2.5") from None
+
+
+def integer(least: int, most: int) -> Callable[[object], int]:
+    """What makes an option's value a whole number of that range, or typer's error naming it."""
+
+    def parse(text: object) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,20}", str(text)) or not least <= int(str(text)) <= most:
+            raise typer.BadParameter(f"{text!r} is no whole number from {least} to {most}")
+        return int(str(text))
+
+    return parse
 
 
 class Commands(TyperGroup):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loracache.cli_common import NOTHING, JsonOption, SocketOption, SteeringClient, client_of, print_json
+from loracache.cli_common import NOTHING, JsonOption, SocketOption, SteeringClient, client_of, integer, print_json
 from loracache.cli_completion import complete_tier
 from loracache.cli_selector import Chosen
 from loracache.errors import ConfigError, Unknown
@@ -24,7 +24,10 @@ __all__ = ["config", "events", "lookup", "objects", "tree"]
 _EVENTS_WAIT_S = 10.0
 _OLDEST = 1  # behind which everything is that the daemon remembers
 
-LimitOption = Annotated[int | None, typer.Option(help="Print so many at most.", min=1, show_default="all")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(parser=integer(1, 2**31), metavar="COUNT", help="Print so many at most.", show_default="all"),
+]
 
 
 def lookup(chosen: Chosen, socket: SocketOption = None, as_json: JsonOption = False) -> None:
@@ -79,7 +82,7 @@ def tree(
     node: Annotated[
         str, typer.Argument(help="base, adapter:NAME, adapter:DIGEST, space:DIGEST or a key.", show_default="the top")
     ] = "",
-    depth: Annotated[int, typer.Option(help="Levels below it.", min=1, max=100_000)] = 2,
+    depth: Annotated[int, typer.Option(parser=integer(1, 100_000), metavar="COUNT", help="Levels below it.")] = 2,
     limit: LimitOption = None,
     socket: SocketOption = None,
     as_json: JsonOption = False,
@@ -99,7 +102,8 @@ def tree(
 
 def events(
     since: Annotated[
-        int | None, typer.Option(help="Behind this event's id.", min=0, max=2**63 - 1, show_default="now")
+        int | None,
+        typer.Option(parser=integer(0, 2**63 - 1), metavar="ID", help="Behind this event.", show_default="now"),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Wait for more, or end with the last.")] = True,
     socket: SocketOption = None,

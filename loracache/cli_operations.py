@@ -23,6 +23,8 @@ from loracache.cli_common import (
     SteeringClient,
     client_of,
     expanded,
+    integer,
+    number,
     print_json,
 )  # fmt: skip
 from loracache.cli_completion import complete_operation, complete_tier
@@ -62,7 +64,10 @@ class Waiting:
 
     socket: SocketOption = None
     wait: Annotated[
-        float | None, typer.Option("--wait", metavar="SECONDS", help="Wait so long at most.", show_default="to the end")
+        float | None,
+        typer.Option(
+            "--wait", metavar="SECONDS", parser=number, help="Wait so long at most.", show_default="to the end"
+        ),
     ] = None
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the operation's id at once.")] = False
     as_json: JsonOption = False
@@ -113,7 +118,8 @@ def pin(
     waiting: Waiting,
     tier: Annotated[str, _tier("cpu or disk.")] = "cpu",
     ttl: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="For how long.", show_default="until unpinned")
+        float | None,
+        typer.Option(metavar="SECONDS", parser=number, help="For how long.", show_default="until unpinned"),
     ] = None,
 ) -> None:
     """Keep objects in a tier, and what they depend on with them."""
@@ -164,7 +170,7 @@ def decompress(chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("dis
 def list_(
     socket: SocketOption = None,
     as_json: JsonOption = False,
-    limit: Annotated[int, typer.Option(help="Most operations.", min=1, max=10_000)] = 100,
+    limit: Annotated[int, typer.Option(parser=integer(1, 10_000), metavar="COUNT", help="Most operations.")] = 100,
 ) -> None:
     """Show the operations begun last, the latest first; those that ended are remembered for an hour."""
     with client_of(socket) as client:
@@ -188,7 +194,8 @@ def show(
     socket: SocketOption = None,
     as_json: JsonOption = False,
     wait: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Wait for its end so long; exit as its verb would.")
+        float | None,
+        typer.Option(metavar="SECONDS", parser=number, help="Wait for its end so long; exit as its verb would."),
     ] = None,
 ) -> None:
     """Show how far an operation is."""

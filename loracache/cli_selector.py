@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loracache.cli_common import number
 from loracache.cli_completion import complete_adapter, complete_model
 from loracache.errors import ConfigError
 from loracache.operator import Selection
@@ -71,7 +72,7 @@ class Chosen:
         Path | None, _option("--engine-key-file", metavar="FILE", about="The engine's API key [VLLM_API_KEY].")
     ] = None
     engine_timeout: Annotated[
-        float, _option("--engine-timeout", metavar="SECONDS", about="For each answer of the engine; 30.")
+        float, _option("--engine-timeout", metavar="SECONDS", parser=number, about="For each answer of the engine; 30.")
     ] = 30.0
 
     @property

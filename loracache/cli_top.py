@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracache.cli_common import SocketOption, SteeringClient, client_of
+from loracache.cli_common import SocketOption, SteeringClient, client_of, number
 from loracache.errors import ConfigError, ProtocolError, Unavailable
 from loracache.operator import OperationReport
 
@@ -87,7 +87,7 @@ def rates(before: Reading | None, now: Reading) -> Rates:
 
 def top(
     socket: SocketOption = None,
-    interval: Annotated[float, typer.Option(metavar="SECONDS", help="Between two frames.")] = 1.0,
+    interval: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Between two frames.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one frame, of one interval, and end.")] = False,
 ) -> None:
     """Watch tiers, hits, throughput, evictions, leases, operations and failures. q or Ctrl-C ends it."""
