@@ -354,6 +354,11 @@ def _confirm(question: str, yes: bool, *, must: bool) -> None:
         if must:
             raise ConfigError(f"{question} Nobody can be asked here; give --yes")
         return
-    if not typer.confirm(question, err=True):
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if not agreed:
         typer.echo("nothing was removed", err=True)
         raise typer.Exit(REFUSED)

@@ -165,7 +165,7 @@ class Chosen:
         found = engine.tokenize(request, "" if self.model in (None, "*") else str(self.model))
         if found.adapter is not None and self.adapter not in (None, found.adapter):
             raise ConfigError(
-                f"--model {self.model!r} is an adapter of the engine, and --adapter {self.adapter!r} another"
+                f"--model {self.model!r} is an adapter of the engine and --adapter says {self.adapter!r}; leave one out"
             )
         adapter = self.adapter if found.adapter is None else found.adapter
         return Selection(model=found.model, tokens=_checked("the prompt", found.tokens), adapter=adapter, salt=salt)

@@ -98,7 +98,7 @@ class Engine:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(path, error) from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise self._silent() from None
@@ -134,7 +134,7 @@ class Engine:
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> Rejected:
         if error.code in (401, 403):
-            key = "does not take the key it was given" if self._key else "wants a key"
+            key = "does not take the key it was given" if self._key else "wants an API key"
             return Rejected(
                 f"the engine at {self._url} {key} ({error.code}); set VLLM_API_KEY or give --engine-key-file"
             )
@@ -153,7 +153,7 @@ def _base(url: str) -> str:
         right = False
     if "@" in url:
         raise ConfigError("--engine has a user or a password in it; set VLLM_API_KEY or give --engine-key-file")
-    if not right or not url.isprintable() or set(url) & set(" ?#"):
+    if not right or not url.isascii() or not url.isprintable() or set(url) & set(" ?#"):
         raise ConfigError(f"--engine {url[:200]!r} is no address of a server; write it like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1")
 
@@ -178,4 +178,5 @@ def _reason(error: urllib.error.HTTPError) -> str:
         text = str(told["message"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
-    return " ".join(text.split())[:300] or str(error.reason)
+    line = " ".join(text.split())[:300] or str(error.reason)
+    return "".join(each if each.isprintable() else "?" for each in line)

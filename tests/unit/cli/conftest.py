@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from loracache import CacheClient, Namespace, chunk_keys
@@ -111,6 +114,22 @@ def prompt(client: CacheClient) -> Callable[..., tuple[list[int], list[bytes]]]:
     return store
 
 
+@pytest.fixture
+def peft(tmp_path: Path) -> Path:
+    """A PEFT folder that is like no other."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    name = "base_model.model.model.layers.0.q_proj.lora_{}.weight"
+    numbers = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    shapes = {"A": (2, 16), "B": (16, 2)}
+    save_file(
+        {name.format(part): numbers.standard_normal(shape).astype(np.float32) for part, shape in shapes.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
 class Process:
     """`loracache ...` as a process, on a terminal of its own where `terminal` is set."""
 
@@ -143,7 +162,7 @@ class Process:
     def end(self, seconds: float = 20.0) -> Done:
         if self._master < 0:
             out, err = self.process.communicate(timeout=seconds)
-            return Done(self.process.returncode, out.decode(), err.decode())
+            return Done(self.process.returncode, (out or b"").decode(), err.decode())
         deadline = time.monotonic() + seconds
         while self._more(deadline - time.monotonic()):
             pass

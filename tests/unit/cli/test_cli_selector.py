@@ -95,6 +95,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no URL": (["--engine", "localhost:8000", "--prompt", "p"], ["'localhost:8000'", "http://127.0.0.1:8000"]),
     "no port": (["--engine", "http://h:x", "--prompt", "p"], ["'http://h:x'"]),
     "no address": (["--engine", "http://[1", "--prompt", "p"], ["'http://[1'"]),
+    "no ASCII": (["--engine", "http://h/größer", "--prompt", "p"], ["is no address of a server"]),
     "file URL": (["--engine", "file:///etc/passwd", "--prompt", "p"], ["is no address of a server"]),
     "engine's timeout": (["--engine", "http://h", "--prompt", "p", "--engine-timeout", "-1"], ["timeout -1.0"]),
     "no key file": (["--engine", "http://h", "--prompt", "p", "--engine-key-file", "/nowhere/k"], ["/nowhere/k"]),

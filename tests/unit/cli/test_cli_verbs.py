@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from loracache import CacheClient
 
@@ -28,19 +25,6 @@ def of_prompt(tokens: list[int], model: str = "model") -> list[str]:
 
 def of_keys(keys: list[bytes]) -> list[str]:
     return [word for key in keys for word in ("--key", key.hex())]
-
-
-def peft(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
-    name = "base_model.model.model.layers.0.q_proj.lora_{}.weight"
-    numbers = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
-    shapes = {"A": (2, 16), "B": (16, 2)}
-    save_file(
-        {name.format(part): numbers.standard_normal(shape).astype(np.float32) for part, shape in shapes.items()},
-        folder / "adapter_model.safetensors",
-    )
-    return folder
 
 
 def columns(table: str) -> list[dict[str, str]]:
@@ -123,8 +107,8 @@ def test_the_tree_goes_from_the_models_to_the_last_chunk(cli: Any, prompt: Any) 
     assert (gone.code, "no object abab" in gone.err) == (NOTHING, True)
 
 
-def test_an_adapters_node_is_found_by_its_name(cli: Any, client: CacheClient, prompt: Any, tmp_path: Path) -> None:
-    digest = client.add_adapter(str(peft(tmp_path / "one")), "team/planted")
+def test_an_adapters_node_is_found_by_its_name(cli: Any, client: CacheClient, prompt: Any, peft: Path) -> None:
+    digest = client.add_adapter(str(peft), "team/planted")
     prompt(2, model="adapted", adapter=digest)
     (space,) = cli("tree", "adapter:team/planted", "--depth", 1, "--json").json
     assert (space["names"], space["objects"]["cpu"]) == (["adapted"], 2)
