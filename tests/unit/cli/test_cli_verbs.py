@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient
+from loracache.cli import app
 
 SIZE = 1500
 DONE, REFUSED, NOTHING, PARTLY = 0, 1, 3, 4
@@ -283,3 +284,11 @@ def test_the_exit_codes_are_in_the_help(cli: Any) -> None:
     help_ = " ".join(cli("--help").out.split())
     for told in ("0 done", "1 the daemon", "2 wrong usage", "3 nothing found", "4 done in part", "130 interrupted"):
         assert told in help_
+
+
+def test_every_verb_is_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "control-api.md").read_text()
+    verbs = [command.name or command.callback.__name__ for command in app.registered_commands]
+    groups = [group.name for group in app.registered_groups]
+    assert {"status", "evict", "operations"} < {*verbs, *groups}
+    assert not [name for name in (*verbs, *groups) if f"`loracache {name}" not in text]
