@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -283,6 +284,7 @@ class _Progress:
         of = f" of {report.total} ({_percent(report)} %)" if named else ""
         line = f"{report.verb} {report.id}: {report.objects}{of} objects, {size_text(report.bytes)}"
         line += f", {report.skipped} skipped, {report.seconds:.0f} s"
+        line = line[: shutil.get_terminal_size().columns - 1]
         sys.stderr.write("\r" + line.ljust(self._width))
         sys.stderr.flush()
         self._width = len(line)
@@ -300,11 +302,13 @@ def _percent(report: OperationReport) -> int:
 
 
 def _print_outcome(report: OperationReport) -> None:
-    from loracache.tables import causes_text
+    from loracache.tables import causes_text, size_text
 
-    text = f"{_DONE[report.verb]} {report.objects} objects ({report.bytes} bytes), skipped {report.skipped}"
+    text = f"{_DONE[report.verb]} {report.objects} objects"
+    text += "" if report.verb in ("pin", "unpin") else f" ({size_text(report.bytes)})"  # which move none
+    text += f", skipped {report.skipped}"
     text += f" ({causes_text(report.causes)})" if report.causes else ""
-    text += f", saved {report.saved} bytes" if report.saved else ""
+    text += f", saved {size_text(report.saved)}" if report.saved else ""
     if report.state != "done":
         text += f"; {report.state}, see: loracache operations show {report.id}"
     typer.echo(text)

@@ -78,8 +78,17 @@ class Chosen:
     @property
     def given(self) -> bool:
         """Whether any option says which objects."""
-        named = (self.key, self.adapter, self.model, self.tokens, self.tokens_file, self.salt, self.engine, self.prompt)
-        return any(each is not None for each in (*named, self.messages)) and self.key != []
+        named = (
+            self.key or None,
+            self.adapter,
+            self.model,
+            self.tokens,
+            self.tokens_file,
+            self.salt,
+            self.engine,
+            self.prompt,
+        )
+        return any(each is not None for each in (*named, self.messages))
 
     def selection(self) -> Selection:
         """What was chosen; asks the engine, where one is given. Raises ConfigError, and what Engine raises."""

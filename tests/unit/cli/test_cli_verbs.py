@@ -11,6 +11,7 @@ import pytest
 
 from loracache import CacheClient
 from loracache.cli import app
+from loracache.tables import size_text
 
 SIZE = 1500
 DONE, REFUSED, NOTHING, PARTLY = 0, 1, 3, 4
@@ -154,7 +155,7 @@ def test_evict_removes_what_is_selected_and_no_more(cli: Any, client: CacheClien
     _, others = prompt(1)
     client.flush()
     done = cli("evict", "--key", keys[1].hex(), "--tier", "cpu")
-    assert (done.code, done.out) == (DONE, f"removed 2 objects ({2 * SIZE} bytes), skipped 0\n")
+    assert (done.code, done.out) == (DONE, "removed 2 objects (2.9 KiB), skipped 0\n")
     assert client.lookup(keys).tiers == ("cpu", "disk", "disk")
     report = cli("evict", *of_prompt(tokens), "--json")
     assert report.code == DONE
@@ -166,9 +167,9 @@ def test_evict_removes_what_is_selected_and_no_more(cli: Any, client: CacheClien
 
 def test_what_is_skipped_is_exit_code_4(cli: Any, client: CacheClient, prompt: Any) -> None:
     _, keys = prompt(2)
-    assert cli("pin", "--key", keys[1].hex()).out == "pinned 1 objects (0 bytes), skipped 0\n"
+    assert cli("pin", "--key", keys[1].hex()).out == "pinned 1 objects, skipped 0\n"
     kept = cli("evict", *of_keys(keys), "--tiers", "cpu")
-    assert (kept.code, kept.out) == (PARTLY, "removed 0 objects (0 bytes), skipped 2 (held 2)\n")
+    assert (kept.code, kept.out) == (PARTLY, "removed 0 objects (0 B), skipped 2 (held 2)\n")
     assert cli("unpin", "--key", keys[1].hex()).code == DONE
     assert cli("evict", *of_keys(keys)).code == DONE
 
@@ -176,7 +177,7 @@ def test_what_is_skipped_is_exit_code_4(cli: Any, client: CacheClient, prompt: A
 def test_pin_of_what_is_not_there_is_exit_code_3_and_of_some_of_it_4(cli: Any, prompt: Any) -> None:
     _, keys = prompt(1)
     missing = cli("pin", "--key", "ab" * 32)
-    assert (missing.code, missing.out) == (NOTHING, "pinned 0 objects (0 bytes), skipped 1 (absent 1)\n")
+    assert (missing.code, missing.out) == (NOTHING, "pinned 0 objects, skipped 1 (absent 1)\n")
     assert cli("pin", *of_keys(keys), "--key", "ab" * 32, "--ttl", 60).code == PARTLY
 
 
@@ -192,9 +193,9 @@ def test_move_copies_with_keep_and_moves_without(cli: Any, client: CacheClient, 
     assert cli("move", "cpu", "disk", *of_prompt(tokens), "--keep").code == DONE
     assert where() == {("cpu", "disk")}
     done = cli("move", "cpu", "disk", *of_prompt(tokens))
-    assert (done.code, done.out) == (DONE, f"moved 2 objects ({2 * SIZE} bytes), skipped 0\n")
+    assert (done.code, done.out) == (DONE, "moved 2 objects (2.9 KiB), skipped 0\n")
     assert where() == {("disk",)}
-    assert cli("admit", *of_prompt(tokens)).out == f"admitted 2 objects ({2 * SIZE} bytes), skipped 0\n"
+    assert cli("admit", *of_prompt(tokens)).out == "admitted 2 objects (2.9 KiB), skipped 0\n"
     again = cli("admit", *of_prompt(tokens))
     assert (again.code, "skipped 2 (already 2)" in again.out) == (DONE, True)  # which is all that was wanted
 
@@ -205,8 +206,8 @@ def test_compress_says_what_it_saved_and_decompress_undoes_it(cli: Any, client: 
     client.flush()
     done = cli("compress", *of_prompt(tokens))
     (report,) = [each for each in client.operations() if each.verb == "compress"]
-    saved = f", saved {report.saved} bytes" if report.saved else ""
-    assert (done.code, done.out) == (DONE, f"compressed 2 objects ({2 * size} bytes), skipped 0{saved}\n")
+    saved = f", saved {size_text(report.saved)}" if report.saved else ""
+    assert (done.code, done.out) == (DONE, f"compressed 2 objects (39.1 KiB), skipped 0{saved}\n")
     assert cli("decompress", *of_prompt(tokens)).code == DONE
     stored = {item["key"]: item["stored"] for item in cli("objects", *of_prompt(tokens), "--json").json}
     assert all(stored[key.hex()] == size for key in keys)
@@ -216,7 +217,7 @@ def test_clear_without_a_terminal_asks_nobody(cli: Any, daemon: Any, prompt: Any
     own = daemon(memory="1MiB", page_size="4KiB")
     prompt(2, of=own.client())
     done = cli("clear", "--tier", "disk,cpu", socket=own.socket)
-    assert (done.code, done.out) == (DONE, f"removed 2 objects ({2 * SIZE} bytes), skipped 0\n")
+    assert (done.code, done.out) == (DONE, "removed 2 objects (2.9 KiB), skipped 0\n")
 
 
 @pytest.mark.parametrize("which", [["--model", "whole"], ["--salt", "whose"], ["--model", "whole", "--salt", "whose"]])
