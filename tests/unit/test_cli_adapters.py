@@ -81,7 +81,7 @@ def run(running: Any) -> Any:
 
 @pytest.fixture
 def fails(running: Any) -> Any:
-    """fails(command, ...) runs it on the daemon, which refuses (with another exit code: code=3); answers its message."""
+    """fails(command, ...) runs it on the daemon, which refuses with exit code `code`; answers its message."""
 
     def made(*arguments: object, code: int = 1) -> str:
         ended, out, err = loracache(*arguments, "--socket", running.socket)
