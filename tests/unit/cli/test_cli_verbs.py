@@ -11,6 +11,7 @@ import pytest
 
 from loracache import CacheClient
 from loracache.cli import app
+from loracache.keys import salt_digest
 from loracache.tables import size_text
 
 SIZE = 1500
@@ -228,6 +229,18 @@ def test_a_whole_model_or_tenant_is_not_removed_without_a_yes(cli: Any, prompt: 
     assert cli("lookup", *which).code == DONE
     assert cli("evict", *which, "--yes").code == DONE
     assert cli("lookup", *which).code == NOTHING
+
+
+def test_tokens_are_made_listed_and_forgotten(cli: Any, short_tmp: Path) -> None:
+    socket = short_tmp / "lc.sock"  # no daemon is needed
+    made = cli("tokens", "add", "grafana", "--role", "read", "--salt", "-", stdin="tenant\n", socket=socket)
+    assert (made.code, len(made.out.split())) == (DONE, 1)
+    (listed,) = cli("tokens", "list", "--json", socket=socket).json
+    assert (listed["name"], listed["role"], listed["tenant"]) == ("grafana", "read", salt_digest("tenant"))
+    assert made.out.strip() not in cli("tokens", "list", socket=socket).out
+    assert cli("tokens", "remove", "grafana", socket=socket).code == DONE
+    again = cli("tokens", "remove", "grafana", socket=socket)
+    assert (again.code, "no token is called 'grafana'" in again.err) == (NOTHING, True)
 
 
 # -- operations --------------------------------------------------------------------------------------------------------
