@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Annotated
 
 import typer
@@ -61,9 +60,10 @@ def list_(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([token.model_dump(exclude={"sha256"}) for token in tokens])
         return
-    for token in tokens:
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(token.created))
-        typer.echo(f"{token.name:<24} {token.role:<8} {made}  {token.tenant or 'all tenants'}")
+    from loracache.tables import print_table, time_text
+
+    rows = ((token.name, token.role, time_text(token.created), token.tenant or "all tenants") for token in tokens)
+    print_table(["name", "role", "made", "tenant"], rows)
 
 
 @app.command()

@@ -78,7 +78,10 @@ class Engine:
         model = model or bases[0]
         if model not in parents:
             known = ", ".join(map(repr, list(parents)[:20]))
-            raise Unknown(f"the engine at {self._url} serves no model {model[:100]!r}; it serves {known}")
+            raise Unknown(
+                f"the engine at {self._url} serves no model {model[:100]!r}; it serves {known}; an adapter that it has "
+                "not loaded yet is given by --adapter"
+            )
         parent = parents[model]
         if not parent:
             return model, None
