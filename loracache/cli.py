@@ -1,38 +1,56 @@
-"""The command line: `loracache serve | status | flush | clear | adapters | tokens`.
+"""The command line: every operation of a daemon as `loracache VERB`. Here is the table of contents.
 
-Exit codes: 0 done, 1 the daemon is not there or refused, 2 wrong usage or configuration.
+cli_objects.py looks, cli_operations.py changes, cli_top.py watches; cli_selector.py has the options that say which
+objects, cli_common.py the exit codes. What a command alone needs is imported when it runs: starting is most of what a
+script waits for.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from loracache import cli_adapters, cli_tokens
-from loracache.cli_common import SocketOption, client_of
-from loracache.errors import ConfigError, LoRACacheError
-from loracache.operator import ALL_TIERS
+from loracache import cli_adapters, cli_objects, cli_operations, cli_tokens, cli_top
+from loracache.cli_common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, number, print_json
+from loracache.errors import ConfigError
 
 __all__ = ["main"]
 
 app = typer.Typer(
     name="loracache",
+    cls=Commands,
     help="One cache for everything an LLM server reads again.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(cli_adapters.app, name="adapters")
-app.add_typer(cli_tokens.app, name="tokens")
+_LOOK, _CHANGE, _MANAGE = "Look", "Change", "Manage"
+VERBS = (
+    ("lookup", cli_objects.lookup, _LOOK),
+    ("objects", cli_objects.objects, _LOOK),
+    ("tree", cli_objects.tree, _LOOK),
+    ("events", cli_objects.events, _LOOK),
+    ("top", cli_top.top, _LOOK),
+    ("config", cli_objects.config, _LOOK),
+    ("admit", cli_operations.admit, _CHANGE),
+    ("evict", cli_operations.evict, _CHANGE),
+    ("pin", cli_operations.pin, _CHANGE),
+    ("unpin", cli_operations.unpin, _CHANGE),
+    ("move", cli_operations.move, _CHANGE),
+    ("compress", cli_operations.compress, _CHANGE),
+    ("decompress", cli_operations.decompress, _CHANGE),
+    ("clear", cli_operations.clear, _CHANGE),
+)
+
+app.add_typer(cli_adapters.app, name="adapters", rich_help_panel=_MANAGE)
+app.add_typer(cli_operations.app, name="operations", rich_help_panel=_MANAGE)
+app.add_typer(cli_tokens.app, name="tokens", rich_help_panel=_MANAGE)
 
 
-@app.command()
+@app.command(rich_help_panel=_MANAGE)
 def serve(
     socket: SocketOption = None,
     memory: Annotated[str | None, typer.Option(help="Arena, tier cpu, e.g. 4GiB.", show_default="4GiB")] = None,
@@ -54,6 +72,10 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Run the cache daemon in the foreground until SIGTERM."""
+    import asyncio
+    import logging
+    import sys
+
     import uvloop
 
     from loracache.config import load_config
@@ -77,46 +99,35 @@ def serve(
         runner.run(main_task())
 
 
-@app.command()
-def status(
-    socket: SocketOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+@app.command(rich_help_panel=_LOOK)
+def status(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """Show tiers, bytes, objects, hits, misses and failures by cause."""
     with client_of(socket) as client:
         answer = client.status()
     if as_json:
-        typer.echo(json.dumps(answer, indent=2))
+        print_json(answer)
         return
     from loracache.tables import print_status
 
     print_status(answer)
 
 
-@app.command()
-def flush(socket: SocketOption = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
+@app.command(rich_help_panel=_CHANGE)
+def flush(
+    socket: SocketOption = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Seconds to wait.")] = 60.0,
+) -> None:
     """Wait until everything committed by now is written to disk and Redis."""
+    if not 0 < timeout <= 86_400:
+        raise ConfigError(f"--timeout {timeout} must be seconds, more than 0 and at most 86400")
     with client_of(socket) as client:
         client.flush(timeout)
 
 
-@app.command()
-def clear(
-    socket: SocketOption = None,
-    tier: Annotated[list[str] | None, typer.Option(help="cpu, disk or redis; may be given more than once.")] = None,
-) -> None:
-    """Remove everything from the tiers named (all, if none is), but for what is leased or pinned."""
-    with client_of(socket) as client:
-        objects, nbytes, skipped = client.clear(tiers=tier or ALL_TIERS).counts
-    typer.echo(f"removed {objects} objects ({nbytes} bytes), skipped {skipped}")
+for _name, _command, _panel in VERBS:
+    app.command(_name, rich_help_panel=_panel)(expanded(_command))
 
 
 def main() -> None:
     """Entry point of the `loracache` command."""
-    try:
-        app()
-    except ConfigError as error:
-        typer.echo(f"loracache: {error}", err=True)
-        sys.exit(2)
-    except LoRACacheError as error:
-        typer.echo(f"loracache: {error}", err=True)
-        sys.exit(1)
+    app(prog_name="loracache")

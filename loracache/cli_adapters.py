@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loracache.adapters import Packed, export
-from loracache.cli_common import SocketOption, client_of
+from loracache.cli_common import JsonOption, SocketOption, client_of, print_json
+from loracache.cli_completion import complete_adapter
 from loracache.client import Adapter, CacheClient
-from loracache.errors import Rejected
+from loracache.errors import Rejected, Unknown, UsageError
 
 __all__ = ["app"]
 
 app = typer.Typer(help="LoRA adapters that the cache knows by name.", no_args_is_help=True)
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-NameArgument = Annotated[str, typer.Argument(help="Name, or digest in hex.", show_default=False)]
+NameArgument = Annotated[
+    str, typer.Argument(help="Name, or digest in hex.", show_default=False, autocompletion=complete_adapter)
+]
 
 
 @app.command()
@@ -41,7 +41,7 @@ def list_(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     with client_of(socket) as client:
         adapters = list(client.adapters())
     if as_json:
-        typer.echo(json.dumps([asdict(adapter) for adapter in adapters], indent=2))
+        print_json([asdict(adapter) for adapter in adapters])
         return
     from loracache.tables import print_adapters
 
@@ -54,7 +54,7 @@ def show(name: NameArgument, socket: SocketOption = None, as_json: JsonOption = 
     with client_of(socket) as client:
         adapter = _known(client, name)
     if as_json:
-        typer.echo(json.dumps(asdict(adapter), indent=2))
+        print_json(asdict(adapter))
         return
     from loracache.tables import print_adapter
 
@@ -63,13 +63,14 @@ def show(name: NameArgument, socket: SocketOption = None, as_json: JsonOption = 
 
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="Its name.", show_default=False)], socket: SocketOption = None
+    name: Annotated[str, typer.Argument(help="Its name.", show_default=False, autocompletion=complete_adapter)],
+    socket: SocketOption = None,
 ) -> None:
     """Forget NAME. Content that no other name points to leaves all tiers, and the KV that depends on it."""
     with client_of(socket) as client:
         done = client.remove_adapter(name)
     if done is None:
-        raise Rejected(f"no adapter is called {name!r}; see: loracache adapters list")
+        raise Unknown(f"no adapter is called {name!r}; see: loracache adapters list")
     typer.echo(f"removed {name}: {done[0]} objects ({done[1]} bytes), skipped {done[2]}")
 
 
@@ -80,18 +81,23 @@ def export_(
     socket: SocketOption = None,
 ) -> None:
     """Write an adapter as a PEFT folder: equal tensors, equal configuration."""
+    from loracache.adapters import Packed, export
+
     with client_of(socket) as client:
         adapter = _known(client, name)
         with client.acquire([bytes.fromhex(adapter.digest)]) as reading:
             slot = reading.slots[0]
             if slot is None:
                 raise Rejected(f"{name} is in no tier any more ({reading.causes[0]}); add it again")
-            export(Packed([memoryview(slot.tobytes())]), path, adapter.config)
+            try:
+                export(Packed([memoryview(slot.tobytes())]), path, adapter.config)
+            except UsageError as error:  # the command was right; the folder is not
+                raise Rejected(str(error)) from None
     typer.echo(f"{name} -> {path}")
 
 
 def _known(client: CacheClient, name: str) -> Adapter:
     adapter = client.show_adapter(name)
     if adapter is None:
-        raise Rejected(f"no adapter is called {name!r}; see: loracache adapters list")
+        raise Unknown(f"no adapter is called {name!r}; see: loracache adapters list")
     return adapter

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from typing import Annotated
 
 import typer
 
-from loracache.cli_common import SocketOption, socket_of
-from loracache.errors import ConfigError, Rejected
+from loracache.cli_common import JsonOption, SocketOption, print_json, socket_of
+from loracache.errors import ConfigError, Rejected, Unknown
 from loracache.keys import salt_digest
-from loracache.server.rest.tokens import add_token, read_tokens, remove_token, tokens_path
 
 __all__ = ["app"]
 
@@ -33,6 +30,8 @@ def add(
     socket: SocketOption = None,
 ) -> None:  # fmt: skip
     """Make a token and print it, this once: a hash is all that is kept."""
+    from loracache.server.rest.tokens import add_token, tokens_path
+
     if salt == "-":
         salt = sys.stdin.read().removesuffix("\n")
     if salt == "":
@@ -49,31 +48,34 @@ def add(
 
 
 @app.command("list")
-def list_(
-    socket: SocketOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+def list_(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """Show names, roles and tenants (digests of their salts); no token can be shown."""
+    from loracache.server.rest.tokens import read_tokens, tokens_path
+
     path = tokens_path(socket_of(socket))
     try:
         tokens = read_tokens(path)
     except OSError as error:
         raise Rejected(f"{path} cannot be read: {error.strerror}") from None
     if as_json:
-        typer.echo(json.dumps([token.model_dump(exclude={"sha256"}) for token in tokens], indent=2))
+        print_json([token.model_dump(exclude={"sha256"}) for token in tokens])
         return
-    for token in tokens:
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(token.created))
-        typer.echo(f"{token.name:<24} {token.role:<8} {made}  {token.tenant or 'all tenants'}")
+    from loracache.tables import print_table, time_text
+
+    rows = ((token.name, token.role, time_text(token.created), token.tenant or "all tenants") for token in tokens)
+    print_table(["name", "role", "made", "tenant"], rows)
 
 
 @app.command()
 def remove(name: NameArgument, socket: SocketOption = None) -> None:
     """Forget a token; within two seconds nobody can use it."""
+    from loracache.server.rest.tokens import remove_token, tokens_path
+
     path = tokens_path(socket_of(socket))
     try:
         found = remove_token(path, name)
     except OSError as error:
         raise Rejected(f"{path} cannot be changed: {error.strerror}") from None
     if not found:
-        raise Rejected(f"no token is called {name!r}; see: loracache tokens list")
+        raise Unknown(f"no token is called {name!r}; see: loracache tokens list")
     typer.echo(f"removed {name}")

@@ -81,11 +81,11 @@ def run(running: Any) -> Any:
 
 @pytest.fixture
 def fails(running: Any) -> Any:
-    """fails(command, ...) runs it on the daemon, which refuses; answers its message."""
+    """fails(command, ...) runs it on the daemon, which refuses with exit code `code`; answers its message."""
 
-    def made(*arguments: object) -> str:
-        code, out, err = loracache(*arguments, "--socket", running.socket)
-        assert (code, out) == (1, "")
+    def made(*arguments: object, code: int = 1) -> str:
+        ended, out, err = loracache(*arguments, "--socket", running.socket)
+        assert (ended, out) == (code, "")
         assert err.startswith("loracache: ")
         assert "Traceback" not in err
         return err
@@ -134,10 +134,9 @@ def test_list_shows_all_names_as_a_table_and_as_json(client: CacheClient, run: A
     assert (adapter["digest"], adapter["tiers"], adapter["engines"]) == (digest, ["gpu", "cpu", "disk"], 1)
     assert adapter["kv"] == {"cpu": [3, 6144], "disk": [3, 6144]}
     assert adapter["config"] == (folder / CONFIG).read_text()
-    (row,) = [line for line in table.splitlines() if " listed " in line]
-    for word in (digest[:12], "gpu, cpu, disk", " 3 ", "6.0 KiB", f"{adapter['size'] / 1024:.1f} KiB"):
+    (row,) = [line for line in table.splitlines() if line.startswith("listed ")]
+    for word in (digest, "gpu, cpu, disk", " 3 ", "6.0 KiB", f"{adapter['size'] / 1024:.1f} KiB"):
         assert word in row
-    assert digest not in table
 
 
 def test_an_empty_cache_lists_nothing(daemon: Any) -> None:
@@ -208,7 +207,7 @@ def test_export_gives_equal_tensors_and_the_same_configuration(
 
 def test_a_name_that_nobody_knows_is_refused_with_what_to_do(fails: Any, tmp_path: Path) -> None:
     for command in (("show", "1" * 64), ("remove", "nobody"), ("export", "nobody", tmp_path / "out")):
-        assert f"no adapter is called {command[1]!r}; see: loracache adapters list" in fails(*command)
+        assert f"no adapter is called {command[1]!r}; see: loracache adapters list" in fails(*command, code=3)
     assert not (tmp_path / "out").exists()
 
 

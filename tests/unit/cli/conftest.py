@@ -1,0 +1,208 @@
+"""`loracache` as its users run it: in this process for the many cases, as a process of its own where that matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from loracache import CacheClient, Namespace, chunk_keys
+from loracache.cli import app
+from loracache.keys import salt_digest
+
+CHUNK, SIZE = 4, 1500
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("LORACACHE_") or name.lower().endswith("_proxy") or name == "VLLM_API_KEY":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def running(module_daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return module_daemon(memory="16MiB", page_size="4KiB", disk_path=tmp_path_factory.mktemp("disk"), disk="64MiB")
+
+
+@pytest.fixture
+def client(running: Any) -> Iterator[CacheClient]:
+    with CacheClient(running.url) as made:
+        yield made
+
+
+class Done:
+    """What a command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def __repr__(self) -> str:
+        return f"{self.code}\n{self.out}\n{self.err}"
+
+
+@pytest.fixture
+def cli(running: Any) -> Callable[..., Done]:
+    """cli("evict", "--key", ..., stdin="") runs it on `running`, or on the daemon at `socket`, without a terminal."""
+
+    def run(*arguments: object, stdin: str | bytes = "", socket: object = None) -> Done:
+        done = CliRunner().invoke(
+            app,
+            list(map(str, arguments)),
+            input=stdin,
+            env={"LORACACHE_SOCKET": str(socket or running.socket), "COLUMNS": "200"},
+            prog_name="loracache",
+        )
+        assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+        return Done(done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def refused(cli: Any) -> Callable[..., str]:
+    """refused("pin", "--ttl", -1) is wrong usage: exit code 2, nothing printed; answers the message, in one line."""
+
+    def run(*arguments: object, **more: Any) -> str:
+        done = cli(*arguments, **more)
+        assert (done.code, done.out) == (2, ""), done
+        return " ".join(done.err.replace("│", " ").split())
+
+    return run
+
+
+@pytest.fixture
+def prompt(client: CacheClient) -> Callable[..., tuple[list[int], list[bytes]]]:
+    """prompt(chunks, model=, adapter=, salt=) stores a prompt's KV; answers its token ids and keys."""
+
+    def store(
+        chunks: int = 3,
+        model: str = "model",
+        adapter: str = "",
+        salt: str | None = None,
+        size: int = SIZE,
+        of: CacheClient = client,
+    ) -> tuple[list[int], list[bytes]]:
+        tokens = [int.from_bytes(os.urandom(3), "little") for _ in range(chunks * CHUNK)]
+        identity = (model.encode().hex() * 64)[:64]
+        root = of.register(
+            Namespace(identity, "bfloat16", "bytes", CHUNK, adapter=adapter, salt=salt_digest(salt)), [model]
+        )
+        keys = chunk_keys(root, tokens, CHUNK)
+        with of.reserve(root, keys, [size] * chunks) as reservation:
+            for position in range(chunks):
+                reservation.write(position, bytes(size))
+        assert reservation.causes == [""] * chunks
+        return tokens, keys
+
+    return store
+
+
+@pytest.fixture
+def peft(tmp_path: Path) -> Path:
+    """A PEFT folder that is like no other."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    name = "base_model.model.model.layers.0.q_proj.lora_{}.weight"
+    numbers = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    shapes = {"A": (2, 16), "B": (16, 2)}
+    save_file(
+        {name.format(part): numbers.standard_normal(shape).astype(np.float32) for part, shape in shapes.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+class Process:
+    """`loracache ...` as a process, on a terminal of its own where `terminal` is set."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], terminal: bool) -> None:
+        command = [sys.executable, "-m", "loracache", *arguments]
+        self.text = ""
+        if terminal:
+            self._master, end = pty.openpty()
+            self.process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environment)
+            os.close(end)
+        else:
+            self._master = -1
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+            )
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def until(self, wanted: str, seconds: float = 20.0) -> str:
+        """All that the terminal showed, once `wanted` is in it."""
+        deadline = time.monotonic() + seconds
+        while wanted not in self.text:
+            assert self._more(deadline - time.monotonic()), f"never said {wanted!r}: {self.text}"
+        return self.text
+
+    def forget(self) -> None:
+        self.text = ""
+
+    def end(self, seconds: float = 20.0) -> Done:
+        if self._master < 0:
+            out, err = self.process.communicate(timeout=seconds)
+            return Done(self.process.returncode, (out or b"").decode(), err.decode())
+        deadline = time.monotonic() + seconds
+        while self._more(deadline - time.monotonic()):
+            pass
+        return Done(self.process.wait(seconds), self.text, "")
+
+    def _more(self, seconds: float) -> bool:
+        if not select.select([self._master], [], [], max(0.0, seconds))[0]:
+            return False
+        try:
+            read = os.read(self._master, 65536)
+        except OSError:  # the last process on the terminal has ended
+            return False
+        self.text += read.decode(errors="replace")
+        return bool(read)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(20)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+        if self._master >= 0:
+            os.close(self._master)
+
+
+@pytest.fixture
+def process(running: Any) -> Iterator[Callable[..., Process]]:
+    """process("top", terminal=True, socket=..., NAME=value) starts one; all end with the test."""
+    started: list[Process] = []
+
+    def start(*arguments: object, terminal: bool = False, socket: object = None, **more: str) -> Process:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
+            "LORACACHE_SOCKET": str(socket or running.socket), "COLUMNS": "160", "LINES": "50", "TERM": "xterm",
+        }  # fmt: skip
+        started.append(Process(list(map(str, arguments)), environment | more, terminal))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
