@@ -37,7 +37,7 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
         model: Annotated[str, Query(max_length=200, description='A served name or an identity; "*": any.')] = "",
         adapter: Annotated[str | None, Query(max_length=200, description="A name or hex digest.")] = None,
         salt: Annotated[str, Query(max_length=1000, description="A tenant's cache_salt.")] = "",
-        key: Annotated[str, Query(pattern="^[0-9a-f]{64}$", description="Just this object.")] = "",
+        key: Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description="Just this object.")] = None,
         tier: Annotated[models.LocalTier | None, Query(description="Those in this tier.")] = None,
         after: After = "",
         limit: Limit = 100,

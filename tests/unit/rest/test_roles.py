@@ -40,7 +40,7 @@ def routes() -> list[tuple[str, str, Needs]]:
 
 
 EXPECTED = {
-    "none": {"GET /healthz", "GET /readyz"},
+    "none": {"GET /healthz", "GET /readyz", "GET /", "GET /assets/{}"},
     "read": {"GET *", "POST /v1/lookup"},
     "operate": {
         "POST /v1/admit", "POST /v1/evict", "POST /v1/pin", "POST /v1/unpin", "POST /v1/move", "POST /v1/compress",

@@ -4,7 +4,7 @@ import { post, Problem } from "./api.js";
 import { byId, el, setHidden, setText } from "./dom.js";
 import { bytes, plural } from "./format.js";
 import { tiers } from "./overview.js";
-import { amount, held } from "./targets.js";
+import { NOTHING, amount, held } from "./targets.js";
 
 const CAUSES = {
   held: "leased, pinned, named, or needed by what is", absent: "not in that tier", already: "there already",
@@ -78,7 +78,7 @@ export function openAction(verb, target) {
 
 class Asked {
   #sent = false;
-  #held = null; // tier -> [objects, bytes]
+  #held = null; // tier -> {objects, bytes}
   #below = null;
   #opener = document.activeElement;
 
@@ -137,7 +137,7 @@ class Asked {
     byId("action-confirm").disabled = problem !== "";
     if (!this.#held) return;
     const about = this.verb.about(values);
-    const parts = (held) => about.map((tier) => (LOCAL.includes(tier) ? `${amount(held[tier] ?? [0, 0])} in ${tier}` :
+    const parts = (held) => about.map((tier) => (LOCAL.includes(tier) ? `${amount(held[tier] ?? NOTHING)} in ${tier}` :
       `${tier} does not say`)).join("; ");
     const along = this.name === "evict" ? this.target.whatBelow : "";
     const much = this.#below ? `: ${parts(this.#below)}` : "";

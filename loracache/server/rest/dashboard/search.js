@@ -113,10 +113,10 @@ async function byName(text) {
 
 /** A node of an adapter that this daemon knows by name alone. */
 function fromAdapter(adapter) {
-  const part = (place) => Object.fromEntries(Object.entries(adapter.kv).map(([tier, held]) => [tier, held[place]]));
+  const part = (what) => Object.fromEntries(Object.entries(adapter.kv).map(([tier, held]) => [tier, held[what]]));
   return { id: `adapter:${adapter.digest}`, kind: "adapter", digest: adapter.digest, names: [adapter.name],
     engines: adapter.engines, size: adapter.size, tiers: adapter.tiers.filter((tier) => tier !== "gpu"), pinned: [],
-    children: 0, hits: 0, objects: part(0), bytes: part(1) };
+    children: 0, hits: 0, objects: part("objects"), bytes: part("bytes") };
 }
 
 /** Namespaces of base models whose name has `text` in it, or whose identity begins with it. */

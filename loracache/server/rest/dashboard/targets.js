@@ -3,7 +3,7 @@
 import { post } from "./api.js";
 import { bytes, plural, shortKey } from "./format.js";
 
-/** title: what dialogs call it. selector: for the API. own: tier -> [objects, bytes] where that is known; else the
+/** title: what dialogs call it. selector: for the API. own: tier -> {objects, bytes} where that is known; else the
  *  daemon is asked. below: a selector of what an eviction takes along, and whatBelow in words. */
 function target(title, selector, { own = null, below = null, whatBelow = "", caution = "" } = {}) {
   return { title, selector, own, below, whatBelow, caution };
@@ -18,7 +18,7 @@ export function titleOf(node) {
   return `chunk ${shortKey(node.key)}`;
 }
 
-const each = (node) => Object.fromEntries(node.tiers.map((tier) => [tier, [1, node.size]]));
+const each = (node) => Object.fromEntries(node.tiers.map((tier) => [tier, { objects: 1, bytes: node.size }]));
 
 /** Groups of buttons for a node of the tree: [label, target]. owner: the digest of the adapter that it belongs to, ""
  *  for a base model, undefined where that is not known. */
@@ -50,9 +50,11 @@ export function modelTarget(name) {
   return target(`all KV of model ${name}, of its adapters too`, { model: name });
 }
 
-/** tier -> [objects, bytes] of a selector of namespaces. */
+/** tier -> {objects, bytes} of a selector of namespaces. */
 export async function held(selector) {
   return (await post("v1/lookup", { selector })).held;
 }
 
-export const amount = ([objects, size]) => `${plural(objects, "object")}, ${bytes(size)}`;
+export const NOTHING = { objects: 0, bytes: 0 };
+
+export const amount = (kept) => `${plural(kept.objects, "object")}, ${bytes(kept.bytes)}`;
