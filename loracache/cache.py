@@ -7,6 +7,7 @@ is handed to that tier's threads, and its result comes back through `post`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,8 +65,8 @@ class TieredCache:
         self._promoter = Promoter(arena, self.index, self.counters, self._make_room, self._arrived, self._lost)
         make = POLICIES[policy]
         self._policies = {Tier.CPU: make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))}
-        # Keys that operations raise out of Redis only to pass through, and those that they take out of a tier now.
-        self.passing: set[bytes] = set()
+        # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
+        self.passing: Counter[bytes] = Counter()
         self.leaving: set[bytes] = set()
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None

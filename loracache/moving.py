@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec
 
 from loracache.cache import Acquired, TieredCache
-from loracache.index import Node
+from loracache.index import Node, parents_first
 from loracache.operations import Operation, guarded
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
 from loracache.tier_io import Post
@@ -104,7 +104,10 @@ class Mover:
         for node in held:
             self._cache.index.unhold(node)
         self._cache.leases.release(_OWNER, self._lease)
-        self._cache.passing.difference_update(self._passing)
+        for key in self._passing:
+            self._cache.passing[key] -= 1
+            if not self._cache.passing[key]:
+                del self._cache.passing[key]
         self._cache.leaving.difference_update(self._leaving)
         self._passing, self._leaving = [], []
 
@@ -192,13 +195,13 @@ class Mover:
                 self._held.sort(key=lambda node: place[node.key])
                 self._then(lambda: self._raised(there, on_disk))
 
-        if self._target is Tier.REDIS:
-            self._passing = keys
-            self._cache.passing.update(keys)
+        if self._target is not Tier.CPU:
+            self._passing = [key for key in keys if key not in there]
+            self._cache.passing.update(self._passing)
         self._cache.acquire(_OWNER, self._lease, keys, _LEASE_S, self._guard(ready))
 
     def _raised(self, there: set[bytes], on_disk: set[bytes]) -> None:
-        nodes = _parents_first([node for node in self._held if node.held_in(Tier.CPU)])
+        nodes = parents_first([node for node in self._held if node.held_in(Tier.CPU)])
         self._operation.skip("corrupt", len(self._held) - len(nodes))  # what a reader reported since it was raised
 
         def written(arrived: list[Node]) -> None:
@@ -318,8 +321,13 @@ class Mover:
         if self._target is Tier.REDIS and redis is not None:
             redis.io.contains(self._leaving, self._guard(asked))
         else:
-            nodes = map(self._cache.index.get, self._leaving)
-            self._depart([node is not None and node.held_in(self._target) for node in nodes])
+            self._depart([self._is_there(key) for key in self._leaving])
+
+    def _is_there(self, key: bytes) -> bool:
+        """Whether the target has it, and not only because another operation passes it through."""
+        node = self._cache.index.get(key)
+        there = node is not None and node.held_in(self._target)
+        return there and not (self._target is Tier.CPU and key in self._cache.passing)
 
     def _stays(self, key: bytes) -> None:
         self._left_over.discard(key)
@@ -378,17 +386,3 @@ class Mover:
             self._cache.events.add("moved", self._target, f"from_{self._source.label}", node)
         self._let_go()
         self._then(self._leave)
-
-
-def _parents_first(nodes: list[Node]) -> list[Node]:
-    """Sorted so that children come behind their parents: keys of whole namespaces come in no order of their chains."""
-    among = set(nodes)
-    found: dict[Node, None] = {}
-    for node in nodes:
-        line = []
-        above: Node | None = node
-        while above is not None and above in among and above not in found:
-            line.append(above)
-            above = above.parent
-        found.update(dict.fromkeys(reversed(line)))
-    return list(found)

@@ -24,12 +24,16 @@ class Operated:
         self.ended: list[Operation] = []
         self.operations = Operations(self.ended.append)
         self.losses: list[str] = []
+        self.asked: set[bytes] = set()  # what somebody evicted from some tier
+        self.damaged: set[bytes] = set()  # what a tier gave up without asking pins or children
         told = self.cache.index.on_change
 
         def changed(node: Any, tier: Tier, entered: bool, cause: str) -> None:
             told(node, tier, entered, cause)
+            if cause in ("corrupt", "miss", "replaced"):
+                self.damaged.add(node.key)
             elsewhere = node.present or (rig.redis is not None and node.key in rig.redis.held())
-            if not entered and cause in ("moved", "passed") and not elsewhere:
+            if not entered and cause in ("moved", "passed") and not elsewhere and node.key not in self.asked:
                 self.losses.append(f"{cause} out of {tier.label}: {node.key.hex()}")
 
         self.cache.index.on_change = changed

@@ -221,6 +221,21 @@ def test_two_moves_of_the_same_objects_in_opposite_directions_lose_nothing(settl
         assert made.held(DISK) | made.held(REDIS) == made.named(*range(6)), f"after {steps} steps"
 
 
+def test_what_is_only_passing_through_the_arena_does_not_count_as_moved_there(settled: Make) -> None:
+    for steps in range(0, 60, 2):
+        made = settled(pages=64, redis=True)
+        made.rig.chain(*range(6))
+        made.rig.settle()
+        made.rig.evict(0)
+        passing = made.begin(range(6), REDIS, source=REDIS, planes=lambda node: 2)
+        for _ in range(steps):
+            made.one_by_one()
+        moving_up = made.begin(range(6), CPU, source=REDIS, keep=False)
+        made.rig.settle()
+        made.check(passing, moving_up)
+        assert made.held(CPU) | made.held(REDIS) == made.named(*range(6)), f"after {steps} steps"
+
+
 # -- in the middle of it -----------------------------------------------------------------------------------------------
 
 
