@@ -161,7 +161,7 @@ def test_a_selector_of_200000_keys_is_worked_through_a_few_hundred_at_a_time(mak
 
 def test_a_namespace_that_empties_meanwhile_ends_the_operation(make_rig: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PART", 3)
-    rig = make_rig(pages=64, disk=LARGE)
+    rig = make_rig(pages=64)
     namespaces = Namespaces(None)
     space = Namespace("model", "float32", "layout", 16)
     namespaces.register(space.descriptor())
