@@ -139,7 +139,9 @@ class Listing:
 
     def _sum(self, id_: str, adapter: str, scope: str) -> dict[str, Any]:
         node = self._index.get(bytes.fromhex(adapter)) if adapter and not scope else None
-        spaces = self._namespaces.matching("", adapter, scope or None)
+        there = self._index.spaces
+        own = self._namespaces.matching("", adapter, scope) if scope else self._namespaces.of_adapter(adapter)
+        spaces = [digest for digest in own if digest in there]
         return {
             "id": id_,
             "kind": "adapter" if adapter else "base",
@@ -147,7 +149,7 @@ class Listing:
             "size": node.size if node is not None else 0,
             "tiers": [tier.label for tier in _TIERS if node is not None and node.held_in(tier)],
             "pinned": [tier.label for tier in _TIERS if node is not None and node.pins >> tier & 1],
-            "children": sum(digest in self._index.spaces for digest in spaces),
+            "children": len(spaces),
         } | self._held(spaces)
 
     def _in(self, digest: bytes, scope: str) -> bool:

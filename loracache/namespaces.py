@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sortedcontainers import SortedDict, SortedList
@@ -85,7 +85,9 @@ class Namespaces:
             lists.append(self.of_adapter(adapter))
         if salt is not None:
             lists.append(self._by_salt.get(salt, ()))
-        among: Iterable[bytes] = sorted(lists, key=len)[0] if lists else self._known
+        if not lists:
+            return list(self._known)
+        among = sorted(lists, key=len)[0]
         return [digest for digest in among if _matches(self._known[digest], models, adapter, salt)]
 
     def _models(self, model: str) -> set[str]:

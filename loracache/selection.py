@@ -85,7 +85,7 @@ class Selected:
 
     def parts(self, index: Index, namespaces: Namespaces, size: int) -> Iterator[list[bytes]]:
         """The keys, each once, at most `size` at a time (none, where a tenant may not see them); of whole namespaces
-        all that is held when their turn comes."""
+        what is held when its turn comes, in the order of keys."""
         seen: set[bytes] = set()
         keys = self.keys()
         while part := list(itertools.islice(keys, size)):
@@ -93,10 +93,13 @@ class Selected:
             seen.update(fresh)
             yield [key for key in fresh if self.shows(index, namespaces, key)]
         for digest in self.spaces:
-            space = index.spaces.get(digest)
-            held = list(space.keys) if space is not None else []
-            for at in range(0, len(held), size):
-                yield held[at : at + size]
+            after = b""
+            while (space := index.spaces.get(digest)) is not None:
+                part = list(itertools.islice(space.keys.irange(after, inclusive=(False, True)), size))
+                if not part:
+                    break
+                after = part[-1]
+                yield part
 
     def shows(self, index: Index, namespaces: Namespaces, key: bytes) -> bool:
         """Whether the tenant that asks may know of one of `keys`."""
