@@ -28,8 +28,8 @@ from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
 PAGE = 4096
-PAGES = 20
-DISK = 12 * PAGE
+PAGES = 14
+DISK = 5 * PAGE
 NAMES = 12
 TIERS = (Tier.CPU, Tier.DISK, Tier.REDIS)
 names = st.integers(0, NAMES - 1)
@@ -104,6 +104,12 @@ class MovingMachine(RuleBasedStateMachine):
     def move(self, some: list[int], source: Tier, to: Tier, keep: bool) -> None:
         if source is not to:
             self.operations.append(self.made.begin(some, to, source=source, keep=keep))
+
+    @rule(source=st.sampled_from(TIERS), to=st.sampled_from(TIERS))
+    def move_all(self, source: Tier, to: Tier) -> None:
+        """Everything, from the first step to the last: more than the arena or the disk holds."""
+        self.move(list(range(NAMES)), source, to, keep=False)
+        self.rig.settle()
 
     @rule(some=selections, to=st.sampled_from(TIERS))
     def admit(self, some: list[int], to: Tier) -> None:
