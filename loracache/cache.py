@@ -7,6 +7,7 @@ is handed to that tier's threads, and its result comes back through `post`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,11 +65,14 @@ class TieredCache:
         self._promoter = Promoter(arena, self.index, self.counters, self._make_room, self._arrived, self._lost)
         make = POLICIES[policy]
         self._policies = {Tier.CPU: make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))}
+        # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
+        self.passing: Counter[bytes] = Counter()
+        self.leaving: set[bytes] = set()
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None
         self.writers: list[WriteBehind] = []
         if disk is not None:
-            disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.size))
+            disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
             self._policies[Tier.DISK] = disk_policy
             io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
             self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit, self._written)
@@ -266,8 +270,9 @@ class TieredCache:
         where there are many."""
         self._remover.remove(keys, tiers, done, wanted)
 
-    def drop(self, nodes: Sequence[Node], tier: Tier, cause: str) -> Evicted:
-        """Take just these objects, children before parents, out of cpu or disk, as far as they may go."""
+    def drop(self, nodes: Iterable[Node], tier: Tier, cause: str) -> Evicted:
+        """Take just these objects, children before parents, out of cpu or disk, as far as they may go. The next is
+        asked for when the one before it has gone."""
         return self._remover.drop(nodes, tier, cause)
 
     def clear(
@@ -361,7 +366,7 @@ class TieredCache:
         self.index.enter(node, Tier.CPU, f"from_{source.label}")
         if source is Tier.DISK and self.disk is not None:
             self.disk.load_ended(node, Outcome.OK)
-        elif source is Tier.REDIS and self.disk is not None:
+        elif source is Tier.REDIS and self.disk is not None and node.key not in self.passing:
             self.disk.queue_write(node)
             self.pump()
 

@@ -119,11 +119,12 @@ class DiskTier:
         going: list[Node] = []
         transfers: list[Transfer] = []
         results: list[tuple[Node, Result]] = []
+        protected = {node for node, _ in items}
         for node, planes in items:
             room = self.io.backend.footprint(node.size)
             if not node.held_in(Tier.DISK):
                 results.append((node, Result(Outcome.MISS)))
-            elif not self._make_room(room, {node for node, _ in items}):
+            elif not self._make_room(room, protected):
                 results.append((node, Result(Outcome.FULL)))
             else:
                 self.used += room
@@ -134,11 +135,14 @@ class DiskTier:
         def stored(kept: list[Result]) -> None:
             for node, result in zip(going, kept, strict=True):
                 self.used -= self.io.backend.footprint(node.size)
-                if result.outcome is Outcome.OK and node.held_in(Tier.DISK):  # else a deletion is queued behind us
+                if result.outcome is Outcome.OK and not node.held_in(Tier.DISK):  # a deletion is queued behind us
+                    result = Result(Outcome.MISS)
+                elif result.outcome is Outcome.OK:
                     self.used -= self.cost(node)
                     node.stored = result.stored
                     self.used += self.cost(node)
-            done(results + list(zip(going, kept, strict=True)))
+                results.append((node, result))
+            done(results)
 
         if transfers:
             self.io.store(transfers, stored)

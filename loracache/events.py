@@ -36,14 +36,16 @@ class Event:
 
 
 class Events:
-    """The ring. `wake` holds callables that are called, once, when the next event comes."""
+    """The ring. `wake` holds callables that are called, once, when the next event comes; who no longer waits takes its
+    own out."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._ring: deque[Event] = deque(maxlen=_KEPT)
         self.failures: deque[Event] = deque(maxlen=_FAILURES_KEPT)
         self.last = int(clock() * 1000)  # numbers grow over restarts, for those who come back with one
-        self.wake: list[Callable[[], None]] = []
+        self._began = self.last
+        self.wake: set[Callable[[], None]] = set()
 
     def changed(self, node: Node, tier: Tier, entered: bool, cause: str) -> None:
         """An object entered or left a tier."""
@@ -60,8 +62,12 @@ class Events:
         self._add(event)
 
     def after(self, number: int, count: int) -> tuple[list[Event], int]:
-        """The next events behind `number`, at most `count`, and how many before them are lost."""
-        if not self._ring or number >= self.last:
+        """The next events behind `number`, at most `count`, and how many before them are lost. Whoever comes with a
+        number of an earlier run begins with this one; what he missed of that is not counted."""
+        if number > self.last:  # an earlier run said more than one event a millisecond
+            number = self._began
+        number = max(number, self._began)
+        if not self._ring or number == self.last:
             return [], 0
         first = self._ring[0].number
         start = max(0, number + 1 - first)
@@ -72,6 +78,6 @@ class Events:
         self.last = event.number
         self._ring.append(event)
         if self.wake:
-            waiting, self.wake = self.wake, []
+            waiting, self.wake = self.wake, set()
             for call in waiting:
                 call()

@@ -19,7 +19,7 @@ from loracache.arena import Extent
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
-__all__ = ["Index", "Node", "Space"]
+__all__ = ["Index", "Node", "Space", "parents_first"]
 
 
 class Node:
@@ -289,6 +289,20 @@ class Space:
     hits: int = 0
     keys: SortedList[bytes] = field(default_factory=SortedList)
     roots: SortedList[bytes] = field(default_factory=SortedList)
+
+
+def parents_first(nodes: list[Node]) -> list[Node]:
+    """Sorted so that children come behind their parents, and else in the order they have."""
+    among = set(nodes)
+    found: dict[Node, None] = {}
+    for node in nodes:
+        line = []
+        above: Node | None = node
+        while above is not None and above in among and above not in found:
+            line.append(above)
+            above = above.parent
+        found.update(dict.fromkeys(reversed(line)))
+    return list(found)
 
 
 def _link(parent: Node, child: Node) -> None:

@@ -5,7 +5,8 @@ Threading: the cache's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from loracache.errors import Unknown, UsageError
@@ -37,37 +38,44 @@ class Listing:
     # -- objects ----------
 
     def objects(self, selected: Selected | None, tier: Tier | None, after: str, count: int, scope: str) -> Page:
-        """The next `count` objects behind `after`; fewer where the page has looked at too many that do not match."""
+        """The next `count` objects behind `after`; fewer where the page has looked at too many that do not match. Those
+        of whole namespaces in the order of digests and keys; those that are named as they are named."""
+        by_keys = selected is not None and (selected.named or selected.chains)
+        places = self._named(selected, after) if selected and by_keys else self._held_in(selected, after, scope)
         found: list[dict[str, Any]] = []
-        for looked, (space, node) in enumerate(self._from(selected, after, scope), start=1):
-            if tier is None or node.held_in(tier):
+        for looked, (place, node) in enumerate(places, start=1):
+            if node is not None and (tier is None or node.held_in(tier)):
                 found.append(self.describe(node))
             if len(found) == count or looked == _LOOKED_AT:
-                return f"{space.hex()}{node.key.hex()}", found
+                return place, found
         return "", found
 
-    def _from(self, selected: Selected | None, after: str, scope: str) -> Iterator[tuple[bytes, Node]]:
+    def _named(self, selected: Selected, after: str) -> Iterator[tuple[str, Node | None]]:
+        if after and not (after.isascii() and after.isdigit()):
+            raise _no_place(after)
+        start = int(after or 0)
+        for position, key in enumerate(selected.keys(start), start=start + 1):
+            node = self._index.get(key)
+            shown = node is not None and node.present and selected.shows(self._index, self._namespaces, key)
+            yield str(position), node if shown else None
+
+    def _held_in(self, selected: Selected | None, after: str, scope: str) -> Iterator[tuple[str, Node | None]]:
         space, key = _place(after)
-        if selected is not None and selected.keys:
-            named = [node for node in map(self._index.get, selected.keys) if node is not None and node.present]
-            for node in sorted(named, key=lambda node: (node.namespace, node.key)):
-                behind = (node.namespace, node.key) > (space, key)
-                if behind and (not scope or visible(node, self._namespaces, scope)):
-                    yield node.namespace, node
-            return
         spaces = self._index.spaces
-        if selected is None and not scope:
-            digests = list(spaces.irange(space))
-        else:
-            digests = sorted(digest for digest in (selected.spaces if selected else ()) if digest >= space)
+        digests: Iterable[bytes] = ()
+        if selected is not None:
+            digests = sorted(digest for digest in selected.spaces if digest >= space)
+        elif not scope:
+            digests = spaces.irange(space)
         for digest in digests:
             held = spaces.get(digest)
             if held is None:
+                yield f"{digest.hex()}{bytes(KEY_BYTES).hex()}", None
                 continue
             for each in held.keys.irange(key if digest == space else None, inclusive=(False, True)):
                 listed = self._index.get(each)
                 assert listed is not None, f"{each.hex()} is listed and not held"
-                yield digest, listed
+                yield f"{digest.hex()}{each.hex()}", listed
 
     def describe(self, node: Node) -> dict[str, Any]:
         """One object, as users see it."""
@@ -94,8 +102,10 @@ class Listing:
         if not under:
             return self._top(after, count, scope)
         kind, _, rest = under.partition(":")
-        if kind == "base" or (kind == "adapter" and _is_key(rest)):
-            return self._spaces(self._namespaces.of_adapter(rest), after, count, scope)
+        if under == "base":
+            return self._spaces("", after, count, scope)
+        if kind == "adapter" and _is_key(rest):
+            return self._spaces(self._known_adapter(rest, scope), after, count, scope)
         if kind == "space" and _is_key(rest):
             return self._roots(bytes.fromhex(rest), after, count, scope)
         if not _is_key(under):
@@ -105,19 +115,34 @@ class Listing:
     def _top(self, after: str, count: int, scope: str) -> Page:
         """The base models, then the adapters: those that are held, and those that any KV is of."""
         found = [] if after else [self._sum("base", "", scope)]
-        start = after.partition(":")[2]
-        digests = self._namespaces.adapters_from(start, count)
-        adapters = self._index.spaces.get(LORA_NAMESPACE)
-        if adapters is not None and not scope:
-            behind = adapters.keys.irange(bytes.fromhex(start) if start else None, inclusive=(False, True))
-            digests += [key.hex() for key, _ in zip(behind, range(count), strict=False)]
+        start = _digest(after, "adapter") if after not in ("", "base") else b""
+        if scope:
+            digests = [each for each in self._adapters_of(scope) if each > start.hex()]
+        else:
+            digests = self._namespaces.adapters_from(start.hex(), count)
+            adapters = self._index.spaces.get(LORA_NAMESPACE)
+            behind = adapters.keys.irange(start, inclusive=(False, True)) if adapters is not None else ()
+            digests += [key.hex() for key in itertools.islice(behind, count)]
         page = sorted(set(digests))[: count - len(found)]
         found += [self._sum(f"adapter:{digest}", digest, scope) for digest in page]
         return (str(found[-1]["id"]) if len(found) == count else ""), found
 
+    def _adapters_of(self, scope: str) -> set[str]:
+        spaces = map(self._namespaces.get, self._namespaces.matching("", None, scope))
+        return {space.adapter for space in spaces if space is not None and space.adapter}
+
+    def _known_adapter(self, digest: str, scope: str) -> str:
+        node = self._index.get(bytes.fromhex(digest)) if not scope else None
+        held = node is not None and node.kind is Kind.LORA
+        if not held and not self._namespaces.matching("", digest, scope or None):
+            raise Unknown(f"nothing is known of adapter:{digest}")
+        return digest
+
     def _sum(self, id_: str, adapter: str, scope: str) -> dict[str, Any]:
         node = self._index.get(bytes.fromhex(adapter)) if adapter and not scope else None
-        spaces = [digest for digest in self._namespaces.of_adapter(adapter) if self._in(digest, scope)]
+        there = self._index.spaces
+        own = self._namespaces.matching("", adapter, scope) if scope else self._namespaces.of_adapter(adapter)
+        spaces = [digest for digest in own if digest in there]
         return {
             "id": id_,
             "kind": "adapter" if adapter else "base",
@@ -125,7 +150,7 @@ class Listing:
             "size": node.size if node is not None else 0,
             "tiers": [tier.label for tier in _TIERS if node is not None and node.held_in(tier)],
             "pinned": [tier.label for tier in _TIERS if node is not None and node.pins >> tier & 1],
-            "children": sum(digest in self._index.spaces for digest in spaces),
+            "children": len(spaces),
         } | self._held(spaces)
 
     def _in(self, digest: bytes, scope: str) -> bool:
@@ -140,27 +165,34 @@ class Listing:
             "hits": sum(space.hits for space in held),
         }
 
-    def _spaces(self, digests: list[bytes], after: str, count: int, scope: str) -> Page:
-        start = after.partition(":")[2]
-        behind = sorted(each for each in digests if each.hex() > start and each in self._index.spaces)
-        found = []
-        for digest in [each for each in behind if self._in(each, scope)][:count]:
-            namespace = self._namespaces.get(digest)
-            assert namespace is not None
-            found.append(
-                {
-                    "id": f"space:{digest.hex()}",
-                    "kind": "space",
-                    "model": namespace.model,
-                    "names": list(self._namespaces.names(namespace.model)),
-                    "kv_dtype": namespace.kv_dtype,
-                    "chunk_tokens": namespace.chunk_tokens,
-                    "salt": namespace.salt,
-                    "children": len(self._index.spaces[digest].roots),
-                }
-                | self._held([digest])
-            )
-        return (str(found[-1]["id"]) if len(found) == count else ""), found
+    def _spaces(self, adapter: str, after: str, count: int, scope: str) -> Page:
+        start = _digest(after, "space") if after else b""
+        if scope:
+            own = self._namespaces.matching("", adapter, scope)
+            behind: Iterable[bytes] = sorted(digest for digest in own if digest > start)
+        else:
+            behind = self._namespaces.of_adapter_from(adapter, start)
+        found: list[dict[str, Any]] = []
+        for looked, digest in enumerate(behind, start=1):
+            if digest in self._index.spaces:
+                found.append(self._space(digest))
+            if len(found) == count or looked == _LOOKED_AT:
+                return f"space:{digest.hex()}", found
+        return "", found
+
+    def _space(self, digest: bytes) -> dict[str, Any]:
+        namespace = self._namespaces.get(digest)
+        assert namespace is not None
+        return {
+            "id": f"space:{digest.hex()}",
+            "kind": "space",
+            "model": namespace.model,
+            "names": list(self._namespaces.names(namespace.model)),
+            "kv_dtype": namespace.kv_dtype,
+            "chunk_tokens": namespace.chunk_tokens,
+            "salt": namespace.salt,
+            "children": len(self._index.spaces[digest].roots),
+        } | self._held([digest])
 
     def _roots(self, digest: bytes, after: str, count: int, scope: str) -> Page:
         space = self._index.spaces.get(digest)
@@ -176,16 +208,17 @@ class Listing:
             raise Unknown(f"no object {key.hex()} is held")
         child = node.first_child
         if after:
-            last = self._index.get(_key(after))
-            if last is None or last.parent is not node:
+            seen = self._index.get(_key(after))
+            if seen is None or seen.parent is not node:
                 raise Unknown(f"{after[:80]} has left the tree; ask for the first page again")
-            child = last.next_sibling
+            child = seen.next_sibling
         found: list[dict[str, Any]] = []
-        while child is not None and len(found) < count:
+        looked, last = 0, after
+        while child is not None and len(found) < count and looked < _LOOKED_AT:
             if child.kind is not Kind.LORA and child.present:
                 found.append(self._chunk(child))
-            last_seen, child = child.key.hex(), child.next_sibling
-        return (last_seen if child is not None else ""), found
+            looked, last, child = looked + 1, child.key.hex(), child.next_sibling
+        return (last if child is not None else ""), found
 
     def _chunk(self, node: Node) -> dict[str, Any]:
         return {"id": node.key.hex()} | self.describe(node) | {"kind": "chunk"}
@@ -200,8 +233,20 @@ def _is_key(text: str) -> bool:
 
 def _key(text: str) -> bytes:
     if not _is_key(text):
-        raise UsageError(f"after={text[:80]!a} is no place in this list; give `next` of the page before")
+        raise _no_place(text)
     return bytes.fromhex(text)
+
+
+def _digest(after: str, kind: str) -> bytes:
+    """Of the node of the tree that a page ended with."""
+    named, _, digest = after.partition(":")
+    if named != kind or not _is_key(digest):
+        raise _no_place(after)
+    return bytes.fromhex(digest)
+
+
+def _no_place(after: str) -> UsageError:
+    return UsageError(f"after={after[:80]!a} is no place in this list; give `next` of the page before")
 
 
 def _place(after: str) -> tuple[bytes, bytes]:
@@ -212,5 +257,5 @@ def _place(after: str) -> tuple[bytes, bytes]:
     except ValueError:
         both = b""
     if len(both) != 2 * KEY_BYTES:
-        raise UsageError(f"after={after[:80]!a} is no place in this list; give `next` of the page before")
+        raise _no_place(after)
     return both[:KEY_BYTES], both[KEY_BYTES:]

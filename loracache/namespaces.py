@@ -9,10 +9,10 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedDict, SortedList
 
 from loracache.errors import UsageError
 from loracache.keys import Namespace
@@ -31,9 +31,11 @@ class Namespaces:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._known: dict[bytes, Namespace] = {}
-        self._by_adapter: SortedDict[str, list[bytes]] = SortedDict()
+        self._by_model: SortedDict[str, list[bytes]] = SortedDict()
+        self._by_adapter: SortedDict[str, SortedList[bytes]] = SortedDict()
         self._by_salt: dict[str, list[bytes]] = {}
         self._names: dict[str, list[str]] = {}  # of each model identity
+        self._called: dict[str, list[str]] = {}  # the identities behind each name
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.json"):
@@ -57,10 +59,15 @@ class Namespaces:
         """Hex digests of the adapters that any namespace is of."""
         return [adapter for adapter in self._by_adapter if adapter]
 
-    def of_adapter(self, adapter: str) -> list[bytes]:
+    def of_adapter(self, adapter: str) -> Sequence[bytes]:
         """Digests of the namespaces of one adapter (hex digest; "": of base models)."""
-        found: list[bytes] = self._by_adapter.get(adapter, [])
+        found: Sequence[bytes] = self._by_adapter.get(adapter, ())
         return found
+
+    def of_adapter_from(self, adapter: str, after: bytes) -> Iterator[bytes]:
+        """The same in their order, from behind one on."""
+        found: SortedList[bytes] | None = self._by_adapter.get(adapter)
+        return iter(()) if found is None else found.irange(after, inclusive=(False, True))
 
     def adapters_from(self, after: str, count: int) -> list[str]:
         """The next `count` adapters (hex digests) behind `after` that any namespace is of."""
@@ -70,19 +77,26 @@ class Namespaces:
         """Digests of the namespaces of a model (an identity, its first 8 digits or more, or a name; "": any), an
         adapter ("": none, None: any) and a tenant's salt digest ("": none, None: any).
         """
-        if salt:  # what this takes says nothing of other tenants
-            among: Iterable[bytes] = self._by_salt.get(salt, ())
-        else:
-            among = self._known if adapter is None else self.of_adapter(adapter)
-        return [digest for digest in among if self._matches(self._known[digest], model, adapter, salt)]
+        models = self._models(model) if model else None
+        lists: list[Sequence[bytes]] = []  # there may be very many namespaces: begin with the fewest
+        if models is not None:
+            lists.append([digest for each in models for digest in self._by_model[each]])
+        if adapter is not None:
+            lists.append(self.of_adapter(adapter))
+        if salt is not None:
+            lists.append(self._by_salt.get(salt, ()))
+        if not lists:
+            return list(self._known)
+        # What a tenant's question takes says nothing of other tenants.
+        among = self._by_salt.get(salt, ()) if salt else min(lists, key=len)
+        return [digest for digest in among if _matches(self._known[digest], models, adapter, salt)]
 
-    def _matches(self, namespace: Namespace, model: str, adapter: str | None, salt: str | None) -> bool:
-        if (salt is not None and namespace.salt != salt) or (adapter is not None and namespace.adapter != adapter):
-            return False
-        identity = namespace.model
-        if not model or model == identity or model in self._names.get(identity, ()):
-            return True
-        return len(model) >= _SHORTEST and identity.startswith(model)
+    def _models(self, model: str) -> set[str]:
+        """The registered identities that `model` stands for."""
+        found = {each for each in (model, *self._called.get(model, ())) if each in self._by_model}
+        if len(model) >= _SHORTEST:
+            found.update(itertools.takewhile(lambda each: each.startswith(model), self._by_model.irange(model)))
+        return found
 
     def register(self, descriptor: str, names: Sequence[str] = ()) -> Namespace:
         """Make a namespace known, and `names` as what its model is called. Raises UsageError where `descriptor` is not
@@ -100,14 +114,17 @@ class Namespaces:
 
     def _name(self, model: str, names: Sequence[str]) -> bool:
         known = self._names.setdefault(model, []) if names else []
-        new = [name for name in names if name and name not in known][: _MOST_NAMES - len(known)]
+        new = [name for name in dict.fromkeys(names) if name and name not in known][: _MOST_NAMES - len(known)]
         known += new
+        for name in new:
+            self._called.setdefault(name, []).append(model)
         return bool(new)
 
     def _remember(self, namespace: Namespace) -> None:
         digest = namespace.digest()
         self._known[digest] = namespace
-        self._by_adapter.setdefault(namespace.adapter, []).append(digest)
+        self._by_model.setdefault(namespace.model, []).append(digest)
+        self._by_adapter.setdefault(namespace.adapter, SortedList()).add(digest)
         self._by_salt.setdefault(namespace.salt, []).append(digest)
 
     def _read(self, text: str) -> None:
@@ -118,7 +135,7 @@ class Namespaces:
             self._remember(namespace)
         try:
             found = json.loads(names) if names.strip() else []
-        except ValueError:
+        except (ValueError, RecursionError):
             found = []
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
             self._name(namespace.model, found)
@@ -133,3 +150,11 @@ class Namespaces:
             os.replace(temporary, path)
         except OSError as error:  # a full disk must not stop the cache; the name is lost at the next start
             _log.warning("namespace %s is not kept: %s", path.name, error)
+
+
+def _matches(namespace: Namespace, models: set[str] | None, adapter: str | None, salt: str | None) -> bool:
+    return (
+        (models is None or namespace.model in models)
+        and (adapter is None or namespace.adapter == adapter)
+        and (salt is None or namespace.salt == salt)
+    )

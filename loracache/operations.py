@@ -6,17 +6,20 @@ are remembered for an hour, the last thousand of them. Threading: the cache's th
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec
 
 from loracache.errors import Unknown
 
-__all__ = ["Operation", "Operations"]
+__all__ = ["Operation", "Operations", "guarded"]
 
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 _KEPT = 1000
 _KEPT_S = 3600.0
 
@@ -63,6 +66,19 @@ class Operation:
         }  # fmt: skip
 
 
+def guarded(step: Callable[_P, None], failed: Callable[[str], None]) -> Callable[_P, None]:
+    """`step`, that calls `failed` where it raises: an operation of which a step fails must end, not hang."""
+
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            step(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - top of a step: nobody above waits for it
+            _log.exception("a step of an operation failed")
+            failed(repr(error))
+
+    return run
+
+
 class Operations:
     """All operations by id. ended(operation) is called with each that ended, for the audit log."""
 
@@ -97,6 +113,7 @@ class Operations:
 
     def get(self, id_: str, scope: str) -> Operation:
         """The one with that id, seen from a tenant. Raises Unknown."""
+        self._forget()
         operation = self._known.get(id_)
         if operation is None or (scope and operation.scope != scope):
             raise Unknown(f"there is no operation {id_[:40]!a}; those that ended are remembered for an hour")
@@ -104,6 +121,7 @@ class Operations:
 
     def latest(self, scope: str, count: int) -> list[Operation]:
         """The last begun, the latest first."""
+        self._forget()
         seen = [operation for operation in reversed(self._known.values()) if not scope or operation.scope == scope]
         return seen[:count]
 
@@ -113,6 +131,17 @@ class Operations:
         if operation.running:
             operation.state = "cancelled"
         return operation
+
+    def stop(self) -> None:
+        """Have all end before their next steps."""
+        for operation in self._known.values():
+            if operation.running:
+                operation.state = "cancelled"
+
+    def end_all(self, error: str) -> None:
+        """No step comes any more."""
+        for operation in list(self._known.values()):
+            self.end(operation, error)
 
     def _forget(self) -> None:
         over = time.time() - _KEPT_S

@@ -29,10 +29,10 @@ class Selection:
     """Which objects: their keys (32 bytes each, in the order of a chain); or an adapter by name or hex digest ("": the
     base model); or a model (served name, identity, its first 8 digits, "*" for any), with token ids of a prompt or
     without; or a tenant's salt. Fields left None do not restrict, but that token ids are of the base model, without a
-    salt, where neither is given.
+    salt, where neither is given. Keys or token ids that are empty stand for nothing.
     """
 
-    keys: Sequence[bytes] = ()
+    keys: Sequence[bytes] | None = None
     model: str = ""
     tokens: Sequence[int] | TokenArray | None = None
     adapter: str | None = None
@@ -41,8 +41,8 @@ class Selection:
     def encode(self) -> dict[str, Any]:
         """As a message's field. Raises UsageError."""
         fields: dict[str, Any] = {}
-        if self.keys:
-            fields["keys"] = protocol.join_keys(self.keys)
+        if self.keys is not None:
+            fields["keys"] = protocol.join_keys(list(dict.fromkeys(self.keys)))
         if self.model:
             fields["model"] = self.model
         if self.tokens is not None:
@@ -113,14 +113,23 @@ class OperationReport:
 
 
 class Operator:
-    """The control calls; CacheClient gives the connection."""
+    """The control calls; CacheClient gives the connection. All raise UsageError for arguments that cannot be meant,
+    Rejected where the daemon refuses, and Unknown (a Rejected) where a model, an adapter or a node of the tree is not
+    there.
+    """
 
     def _call(self, request: protocol.Request, timeout: float | None = None) -> list:  # type: ignore[type-arg]
         raise NotImplementedError
 
+    def _ask(self, request: protocol.Request, timeout: float | None = None) -> list:  # type: ignore[type-arg]
+        """As `_call`, for what the daemon will understand: it closes the connection on nonsense, and its leases end."""
+        if wrong := protocol.fault(request):
+            raise UsageError(wrong)
+        return self._call(request, timeout)
+
     def locate(self, selection: Selection) -> Located:
         """How far what is selected is held, and where."""
-        (found,) = self._call(messages.Locate("", "", selection.encode()))
+        (found,) = self._ask(messages.Locate("", "", selection.encode()))
         return Located.of(found)
 
     def pin(self, selection: Selection | Sequence[bytes], *, tier: str = "cpu", ttl: float | None = None) -> int:
@@ -140,8 +149,8 @@ class Operator:
     def evict(
         self, selection: Selection | Sequence[bytes], *, tiers: Sequence[str] = ALL_TIERS, wait: float = MAX_WAIT_S
     ) -> OperationReport:
-        """Remove objects and their descendants from `tiers`. What is leased, pinned, named, or needed by something that
-        is, is skipped."""
+        """Remove objects and their descendants from `tiers`. Those that are leased, pinned, named, or needed by one
+        that is, are skipped."""
         return self._operation(messages.Evict("", "", _encode(selection), list(tiers), wait))
 
     def clear(self, *, tiers: Sequence[str] = ALL_TIERS, wait: float = MAX_WAIT_S) -> OperationReport:
@@ -184,7 +193,7 @@ class Operator:
 
     def operations(self, count: int = 100) -> list[OperationReport]:
         """The operations begun last, the latest first."""
-        return [OperationReport.of(item) for item in self._call(messages.OperationList("", "", count))]
+        return [OperationReport.of(item) for item in self._ask(messages.OperationList("", "", count))]
 
     def cancel(self, id_: str) -> OperationReport:
         """Have an operation end before its next step."""
@@ -195,7 +204,7 @@ class Operator:
         selector = selection.encode() if selection is not None else {}
         after = ""
         while True:
-            after, *found = self._call(messages.Objects("", "", selector, tier, after, _PAGE))
+            after, *found = self._ask(messages.Objects("", "", selector, tier, after, _PAGE))
             yield from found
             if not after:
                 return
@@ -205,7 +214,7 @@ class Operator:
         chains, chunk by chunk."""
         after = ""
         while True:
-            after, *found = self._call(messages.Tree("", "", under, after, _PAGE))
+            after, *found = self._ask(messages.Tree("", "", under, after, _PAGE))
             yield from found
             if not after:
                 return
@@ -213,17 +222,17 @@ class Operator:
     def events(self, since: int = 0, *, count: int = 1000, wait: float = 10.0) -> tuple[int, int, list[dict[str, Any]]]:
         """(number of the last, how many are lost, the events behind `since`), after at most `wait` seconds. since: 0
         begins now."""
-        last, lost, *found = self._call(messages.Events("", "", since, count, wait), wait + _ANSWER_S)
+        last, lost, *found = self._ask(messages.Events("", "", since, count, wait), wait + _ANSWER_S)
         return last, lost, found
 
     def config(self) -> dict[str, Any]:
         """The daemon's settings; of secrets only whether they are set."""
-        (settings,) = self._call(messages.Config())
+        (settings,) = self._ask(messages.Config())
         return dict(settings)
 
     def _operation(self, request: Any) -> OperationReport:
         wait = getattr(request, "wait", 0.0)
-        (found,) = self._call(request, wait + _ANSWER_S)
+        (found,) = self._ask(request, wait + _ANSWER_S)
         return OperationReport.of(found)
 
 

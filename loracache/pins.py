@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 
 from loracache.errors import UsageError
@@ -22,6 +24,8 @@ class Pins:
         self._events = events
         self._clock = clock
         self._ends: dict[tuple[Node, Tier], float] = {}
+        self._queue: list[tuple[float, int, Node, Tier]] = []  # a heap; what is not in `_ends` any more is stale
+        self._order = itertools.count()
 
     def pin(self, keys: Sequence[bytes], tier: Tier, ttl: float | None = None) -> int:
         """Keep objects in `tier` until unpinned or `ttl` seconds have passed. Answers how many of `keys` are in the
@@ -38,7 +42,8 @@ class Pins:
             pinned += 1
             self._ends.pop((node, tier), None)
             if ttl is not None:
-                self._ends[(node, tier)] = self._clock() + ttl
+                end = self._ends[(node, tier)] = self._clock() + ttl
+                heapq.heappush(self._queue, (end, next(self._order), node, tier))
         return pinned
 
     def unpin(self, keys: Sequence[bytes], tier: Tier) -> int:
@@ -51,8 +56,10 @@ class Pins:
     def tick(self) -> None:
         """End the pins whose time is over."""
         now = self._clock()
-        for node, tier in [pin for pin, end in self._ends.items() if end <= now]:
-            self._unpin(node, tier, "time_over")
+        while self._queue and self._queue[0][0] <= now:
+            end, _, node, tier = heapq.heappop(self._queue)
+            if self._ends.get((node, tier)) == end:
+                self._unpin(node, tier, "time_over")
 
     def _unpin(self, node: Node, tier: Tier, cause: str) -> None:
         self._ends.pop((node, tier), None)

@@ -25,7 +25,7 @@ __all__ = [
     "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
     "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
     "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Lookup", "Prefetch", "Register", "Release", "Renew",
-    "Report", "Request", "Reserve", "Resident", "Status", "decode_request", "join_keys", "split_keys",
+    "Report", "Request", "Reserve", "Resident", "Status", "decode_request", "fault", "join_keys", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
@@ -290,11 +290,19 @@ def decode_request(message: Any) -> tuple[int, Request]:
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if len(values) != len(names):
         raise ProtocolError(f"{operation} takes {len(names)} fields ({', '.join(names)}), not {len(values)}")
-    for name, value in zip(names, values, strict=True):
-        problem = CHECKS[name](value)
-        if problem:
-            raise ProtocolError(f"{operation}: {name} {problem}, not {_shown(value)}")
-    return number, cls(*values)
+    request = cls(*values)
+    if wrong := fault(request):
+        raise ProtocolError(wrong)
+    return number, request
+
+
+def fault(request: Request) -> str:
+    """What is wrong with a request's fields, or ""."""
+    for field in fields(request):  # type: ignore[arg-type]
+        value = getattr(request, field.name)
+        if problem := CHECKS[field.name](value):
+            return f"{request.operation}: {field.name} {problem}, not {_shown(value)}"
+    return ""
 
 
 def _shown(value: object) -> str:

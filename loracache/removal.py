@@ -6,6 +6,7 @@ thread, between whose other calls the slices run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,18 +18,20 @@ from loracache.tiers import Tier
 
 __all__ = ["Evicted", "Remover"]
 
+_log = logging.getLogger(__name__)
 _SLICE = 500  # objects between two looks at the socket: a few milliseconds
 
 
 @dataclass(slots=True)
 class Evicted:
     """What an eviction did: objects and bytes that left, objects skipped because of a lease, a write that reads them, a
-    pin, a name or a kept child.
+    pin, a name or a kept child. error: what ended it before its time, if anything did.
     """
 
     objects: int = 0
     nbytes: int = 0
     skipped: int = 0
+    error: str = ""
 
 
 class Remover:
@@ -70,7 +73,9 @@ class Remover:
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """Take everything that is there now out of `tiers` (out of Redis: what the index knows of)."""
-        self._run(self._slices([node for node in self._index if node.parent is None]), tiers, Evicted(), done, wanted)
+        there = list(self._index)
+        roots = (node for node in there if node.parent is None)  # looked for a slice at a time
+        self._run(self._slices(roots), tiers, Evicted(), done, wanted)
 
     def _slices(self, roots: Iterable[Node]) -> Iterator[list[Node]]:
         seen: set[Node] = set()
@@ -90,25 +95,34 @@ class Remover:
         done: Callable[[Evicted], None],
         wanted: Callable[[], bool],
     ) -> None:
-        nodes = next(slices)
+        nodes: list[Node] = []
+        try:
+            nodes = next(slices)
+            self._remove(nodes, tiers, total)
+        except Exception as error:  # noqa: BLE001 - top of a slice: whoever waits for `done` must not hang
+            _log.exception("an eviction failed")
+            total.error = repr(error)
+        if len(nodes) < _SLICE or total.error or not wanted():  # the last
+            done(total)
+        else:
+            self._post(lambda: self._run(slices, tiers, total, done, wanted))
+
+    def _remove(self, nodes: list[Node], tiers: Collection[Tier], total: Evicted) -> None:
         if Tier.REDIS in tiers and self._redis is not None and nodes:
             self._redis.delete([node.key for node in nodes])
         if Tier.CPU in tiers:
             self._drop(nodes, Tier.CPU, total, "asked")
         if Tier.DISK in tiers:
             self._drop(nodes, Tier.DISK, total, "asked")
-        if len(nodes) < _SLICE or not wanted():  # the last
-            done(total)
-        else:
-            self._post(lambda: self._run(slices, tiers, total, done, wanted))
 
-    def drop(self, nodes: Sequence[Node], tier: Tier, cause: str) -> Evicted:
-        """Take just these objects, children before parents, out of the arena or the disk, as far as they may go."""
+    def drop(self, nodes: Iterable[Node], tier: Tier, cause: str) -> Evicted:
+        """Take just these objects, children before parents, out of the arena or the disk, as far as they may go. The
+        next is asked for when the one before it has gone."""
         total = Evicted()
         self._drop(nodes, tier, total, cause)
         return total
 
-    def _drop(self, nodes: Sequence[Node], tier: Tier, total: Evicted, cause: str) -> None:
+    def _drop(self, nodes: Iterable[Node], tier: Tier, total: Evicted, cause: str) -> None:
         going = self._going(nodes, tier, total)
         if tier is Tier.CPU:
             for node in going:
@@ -116,7 +130,7 @@ class Remover:
         elif self._disk is not None:
             self._disk.evict(going, cause)
 
-    def _going(self, nodes: Sequence[Node], tier: Tier, total: Evicted) -> Iterator[Node]:
+    def _going(self, nodes: Iterable[Node], tier: Tier, total: Evicted) -> Iterator[Node]:
         """Those that may go, one by one: a node may when its last child has gone."""
         for node in nodes:
             if not node.held_in(tier):

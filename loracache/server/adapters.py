@@ -22,6 +22,7 @@ from loracache.errors import LoRACacheError, Rejected, UsageError
 from loracache.keys import LORA_NAMESPACE, checksum
 from loracache.leases import Writing
 from loracache.peft import PeftFolder
+from loracache.removal import Evicted
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
 from loracache.tiers import Tier
 from loracache.workers import Workers
@@ -133,9 +134,11 @@ class Adapters:
                 return [0, 0, 0]
             tiers = (Tier.CPU, Tier.DISK, Tier.REDIS)
             key = bytes.fromhex(record.digest)
-            self._post(
-                lambda: self._cache.evict([key], tiers, lambda did: answer([did.objects, did.nbytes, did.skipped]))
-            )
+
+            def evicted(did: Evicted) -> None:
+                answer(Rejected(did.error) if did.error else [did.objects, did.nbytes, did.skipped])
+
+            self._post(lambda: self._cache.evict([key], tiers, evicted))
             return None
 
         self._run(self._others, work, answer)

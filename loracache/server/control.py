@@ -6,16 +6,17 @@ Threading: the event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from loracache import control_messages as messages
 from loracache import protocol
-from loracache.errors import LoRACacheError, Unknown, UsageError
+from loracache.errors import LoRACacheError, Rejected, Unknown, UsageError
 from loracache.index import Node
 from loracache.listing import Listing
 from loracache.moving import Mover
-from loracache.operations import Operation, Operations
+from loracache.operations import Operation, Operations, guarded
 from loracache.removal import Evicted
 from loracache.selection import Selected, Selector, select
 from loracache.server.locating import Locator
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Control"]
 
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 _PART = 500  # keys of one step: a few milliseconds
 _PLANES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _ADAPTER_PLANES = 2  # most are bfloat16; another width compresses less, and is as lossless
@@ -59,13 +62,21 @@ class Control:
         self._post = post
         self._settings = settings
         self._listing = Listing(cache.index, namespaces)
-        self._locator = Locator(cache, namespaces, adapters, finder)
+        self._locator = Locator(cache, namespaces, adapters, finder, post)
         self._about: dict[str, dict[str, Any]] = {}  # of running operations: what the audit log says of them
         self.operations = Operations(self._ended)
 
     def serve(self, request: protocol.Request, label: str, answer: Answer) -> None:
         """Answer a request of the connection called `label`. Raises LoRACacheError for one that cannot be served."""
         getattr(self, f"_on_{request.operation}")(request, label, answer)
+
+    def stop(self) -> None:
+        """The daemon drains: no operation begins another step."""
+        self.operations.stop()
+
+    def close(self) -> None:
+        """Nothing comes back from the tiers any more; the audit log takes the last lines."""
+        self.operations.end_all("the daemon ended")
 
     def audited(self, request: protocol.AdapterAdd | protocol.AdapterRemove, by: str, answer: Answer) -> Answer:
         """`answer`, noted down where something changed."""
@@ -102,7 +113,10 @@ class Control:
 
             def evicted(did: Evicted) -> None:
                 _count(operation, did)
-                self._post(step)
+                if did.error:
+                    self.operations.end(operation, did.error)
+                else:
+                    self._post(self._guard(operation, step))
 
             step()
 
@@ -116,9 +130,9 @@ class Control:
 
         def cleared(did: Evicted) -> None:
             _count(operation, did)
-            self.operations.end(operation)
+            self.operations.end(operation, did.error)
 
-        self._cache.clear(tiers, cleared, lambda: operation.running)
+        self._guard(operation, self._cache.clear)(tiers, cleared, lambda: operation.running)
         self._answer(operation, request.wait, answer)
 
     def _on_admit(self, request: messages.Admit, label: str, answer: Answer) -> None:
@@ -163,6 +177,8 @@ class Control:
 
     def _on_objects(self, request: messages.Objects, label: str, answer: Answer) -> None:
         tier = Tier.named(request.tier) if request.tier else None
+        if tier in (Tier.GPU, Tier.REDIS):
+            raise UsageError(f"tier {request.tier!r} keeps its own books; list cpu or disk")
 
         def page(selected: Selected | None) -> None:
             end, found = self._listing.objects(selected, tier, request.after, request.count, request.scope)
@@ -185,28 +201,28 @@ class Control:
     def _on_events(self, request: messages.Events, label: str, answer: Answer) -> None:
         events = self._cache.events
         since = request.since or events.last
+        loop = asyncio.get_running_loop()
         answered = False
 
-        def look() -> None:
+        def look(last: bool) -> None:
             nonlocal answered
             if answered:
                 return
             found, lost = events.after(since, request.count)
-            if found or loop.time() >= deadline:
+            if found or last:
                 answered = True
                 timer.cancel()
+                events.wake.discard(wake)
                 end = found[-1].number if found else min(since, events.last)
                 answer([end, lost, *([_event(each) for each in found])])
             else:
-                events.wake.append(wake)  # what comes in one go is answered in one go
+                events.wake.add(wake)
 
         def wake() -> None:
-            loop.call_soon(look)
+            loop.call_soon(look, False)  # what comes in one go is answered in one go
 
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + request.wait
-        timer = loop.call_at(deadline, look)
-        look()
+        timer = loop.call_later(request.wait, look, True)
+        look(not request.wait)
 
     def _on_config(self, request: messages.Config, label: str, answer: Answer) -> None:
         answer([self._settings()])
@@ -225,7 +241,7 @@ class Control:
                 changed = change(keys)
                 operation.objects += changed
                 operation.skip("absent", len(keys) - changed)
-                self._post(step)
+                self._post(self._guard(operation, step))
 
             step()
 
@@ -233,21 +249,25 @@ class Control:
 
     def _move(self, request: Any, label: str, answer: Answer, target: Tier, **options: Any) -> None:
         def work(operation: Operation, parts: Parts) -> None:
-            Mover(
-                self._cache, self._post, operation, parts, target, lambda: self.operations.end(operation), **options
-            ).start()
+            def done(error: str) -> None:
+                self.operations.end(operation, error)
+
+            Mover(self._cache, self._post, operation, parts, target, done, **options).start()
 
         self._begin(request, label, answer, work)
 
     def _begin(self, request: Any, label: str, answer: Answer, work: Callable[[Operation, Parts], None]) -> None:
         def selected(found: Selected) -> None:
             operation = self._new(request, label, request.selector)
-            if not found.spaces:
-                operation.total = len(found.keys)
-            work(operation, found.parts(self._cache.index, self._namespaces, _PART))
+            operation.total = found.total
+            parts = found.parts(self._cache.index, self._namespaces, _PART)
+            self._guard(operation, work)(operation, parts)
             self._answer(operation, request.wait, answer)
 
         self._select(request, selected, answer)
+
+    def _guard(self, operation: Operation, step: Callable[_P, None]) -> Callable[_P, None]:
+        return guarded(step, lambda error: self.operations.end(operation, error))
 
     def _new(self, request: Any, label: str, selector: Mapping[str, Any]) -> Operation:
         operation = self.operations.begin(request.operation, request.by or label, request.scope)
@@ -257,7 +277,7 @@ class Control:
 
     def _answer(self, operation: Operation, wait: float, answer: Answer) -> None:
         """After the operation's end, or after `wait` seconds."""
-        if not operation.running or not wait:
+        if operation.ended or not wait:  # a cancelled one has its last step before it
             answer([operation.describe()])
             return
         answered = False
@@ -290,6 +310,9 @@ class Control:
                 then(select(Selector(**fields | {"adapter": digest}), self._namespaces, request.scope))
             except LoRACacheError as error:
                 answer(error)
+            except Exception as error:  # noqa: BLE001 - top of a callback: an answer that never comes hangs a client
+                _log.exception("%s failed", request.operation)
+                answer(Rejected(repr(error)))
 
         def found(result: list[Any] | Exception) -> None:
             if isinstance(result, Exception):

@@ -256,6 +256,7 @@ class Daemon:
     async def _drain(self) -> None:
         for session in list(self._sessions):
             session.close()
+        self._control.stop()
         flushed = asyncio.Event()
         self.cache.pump()
         self.cache.when_flushed(flushed.set)
@@ -278,6 +279,7 @@ class Daemon:
         self._adapters.close()
         for writer in self.cache.writers:
             writer.io.close()
+        self._control.close()
         self._stack.close()
         _log.info("ended")
         if self.config.private:  # named after one engine: nobody comes back to them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from loracache.selection import Chain, Selected, visible
+from loracache.selection import Chain, Selected
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loracache.namespaces import Namespaces
     from loracache.server.adapters import Adapters, Answer
     from loracache.server.finding import Finder
+    from loracache.tier_io import Post
 
 __all__ = ["Locator"]
 
@@ -22,18 +23,21 @@ _TIERS = (Tier.CPU, Tier.DISK)
 class Locator:
     """Looks for chains, keys, and what whole namespaces hold."""
 
-    def __init__(self, cache: TieredCache, namespaces: Namespaces, adapters: Adapters, finder: Finder) -> None:
+    def __init__(
+        self, cache: TieredCache, namespaces: Namespaces, adapters: Adapters, finder: Finder, post: Post
+    ) -> None:
         self._cache = cache
         self._namespaces = namespaces
         self._adapters = adapters
         self._finder = finder
+        self._post = post
 
     def locate(self, selected: Selected, answer: Answer) -> None:
         """Answers [a map]: of tokens the longest chain that any namespace holds; of keys their leading run; of whole
         namespaces what they hold."""
         if selected.chains:
             self._best_chain(list(selected.chains), answer)
-        elif selected.keys:
+        elif selected.named:
             self._keys(selected, answer)
         else:
             answer([_found([], 0) | {"held": self._held(selected)}])
@@ -48,29 +52,27 @@ class Locator:
             def found(tiers: list[Tier], cause: str) -> None:
                 nonlocal best
                 chunks = [max(tiers[at : at + group]) for at in range(0, len(tiers) // group * group, group)]
-                here = _found(chunks, len(chain.keys) // group) | {
+                here = _found(chunks, len(chain) // group) | {
                     "tokens": len(chunks) * chain.namespace.chunk_tokens,
                     "namespace": chain.namespace.digest().hex(),
                 }
                 if not best or here["tokens"] > best["tokens"]:
                     best = here
                 if chains:
-                    look()
+                    self._post(look)  # not at once: there may be more than a stack is deep, and each takes its time
                 else:
                     answer([best])
 
-            self._finder.find(chain.keys, found)
+            self._finder.find(chain.keys(), found)
 
         look()
 
     def _keys(self, selected: Selected, answer: Answer) -> None:
-        keys = list(selected.keys)
-        if selected.scope and not selected.ours:
-            own = (visible(self._cache.index.get(key), self._namespaces, selected.scope) for key in keys)
-            keys = [key for key, mine in zip(keys, itertools.takewhile(bool, own), strict=False) if mine]
+        index, namespaces = self._cache.index, self._namespaces
+        keys = list(itertools.takewhile(lambda key: selected.shows(index, namespaces, key), selected.keys()))
 
         def found(tiers: list[Tier], cause: str) -> None:
-            told = _found(tiers, len(selected.keys))
+            told = _found(tiers, selected.total or 0)
             if len(keys) == 1 and self._adapters.engines[keys[0]] and not selected.scope:
                 told |= {"tiers": [Tier.GPU.label], "hits": 1, "engines": self._adapters.engines[keys[0]]}
             answer([told])

@@ -1,0 +1,115 @@
+"""Operations: how they end, who may see them, how long they are remembered."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loracache import operations as module
+from loracache.errors import Unknown
+from loracache.operations import Operation, Operations, guarded
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> Any:
+    clock = SimpleNamespace(at=1_000_000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock.at))
+    return clock
+
+
+def made() -> tuple[Operations, list[Operation]]:
+    ended: list[Operation] = []
+    return Operations(ended.append), ended
+
+
+def test_one_that_ends_says_so_once_to_all_who_wait() -> None:
+    operations, ended = made()
+    operation = operations.begin("evict", "me", "")
+    called: list[str] = []
+    operation.waiting += [lambda: called.append("first"), lambda: called.append("second")]
+    assert (operation.running, operations.running) == (True, 1)
+    operations.end(operation)
+    operations.end(operation, "too late")
+    assert (called, ended, operation.state, operation.error) == (["first", "second"], [operation], "done", "")
+    assert (operation.running, operations.running) == (False, 0)
+
+
+def test_one_that_fails_says_why() -> None:
+    operations, _ = made()
+    operation = operations.begin("evict", "me", "")
+    guarded(lambda: 1 / 0, lambda error: operations.end(operation, error))()
+    assert operation.state == "failed"
+    assert "ZeroDivisionError" in operation.describe()["error"]
+
+
+def test_a_cancelled_one_stays_cancelled_and_ends_with_its_last_step() -> None:
+    operations, ended = made()
+    operation = operations.begin("evict", "me", "")
+    assert operations.cancel(operation.id, "") is operation
+    assert (operation.state, operation.running, ended) == ("cancelled", False, [])
+    operations.cancel(operation.id, "")
+    operations.end(operation)
+    assert (operation.state, ended) == ("cancelled", [operation])
+    done = operations.begin("evict", "me", "")
+    operations.end(done)
+    assert operations.cancel(done.id, "").state == "done"
+
+
+def test_a_description_counts_what_was_done_and_what_was_not(now: Any) -> None:
+    operations, _ = made()
+    operation = operations.begin("move", "me", "")
+    operation.objects, operation.nbytes, operation.saved, operation.total = 3, 300, 20, 9
+    operation.skip("absent", 4)
+    operation.skip("held")
+    operation.skip("never", 0)
+    now.at += 2.5
+    told = operation.describe()
+    assert told == {
+        "id": operation.id, "verb": "move", "state": "running", "started": 1_000_000.0, "seconds": 2.5, "total": 9,
+        "objects": 3, "bytes": 300, "saved": 20, "skipped": 5, "causes": {"absent": 4, "held": 1}, "error": "",
+    }  # fmt: skip
+    operations.end(operation)
+    now.at += 100
+    assert operation.describe()["seconds"] == 2.5
+
+
+def test_a_tenant_sees_its_own_only() -> None:
+    operations, _ = made()
+    ours, theirs, free = (operations.begin("evict", "me", scope) for scope in ("a", "b", ""))
+    assert operations.get(ours.id, "a") is ours
+    for other in (theirs, free):
+        for see in (operations.get, operations.cancel):
+            with pytest.raises(Unknown, match="no operation"):
+                see(other.id, "a")
+    assert theirs.running
+    assert operations.latest("a", 10) == [ours]
+    assert operations.latest("", 2) == [free, theirs]
+    with pytest.raises(Unknown, match="remembered for an hour"):
+        operations.get("nobody", "")
+
+
+def test_what_ended_is_remembered_for_an_hour_and_what_runs_for_as_long_as_it_does(now: Any) -> None:
+    operations, _ = made()
+    old, running = operations.begin("evict", "me", ""), operations.begin("evict", "me", "")
+    operations.end(old)
+    now.at += 3599
+    assert operations.get(old.id, "") is old
+    now.at += 2
+    assert operations.latest("", 10) == [running]
+    with pytest.raises(Unknown):
+        operations.get(old.id, "")
+    assert operations.get(running.id, "") is running
+
+
+def test_the_last_thousand_that_ended_are_remembered() -> None:
+    operations, _ = made()
+    running = operations.begin("evict", "me", "")
+    begun = []
+    for _ in range(1100):
+        begun.append(operations.begin("evict", "me", ""))
+        operations.end(begun[-1])
+    assert operations.latest("", 5000) == [*begun[:-1001:-1], running]
+    with pytest.raises(Unknown):
+        operations.get(begun[0].id, "")
