@@ -130,21 +130,18 @@ def test_every_change_is_noted_with_who_made_it_and_without_tokens_or_salts(runn
     client.cancel(client.operations()[0].id)
     with pytest.raises(Rejected):
         client.add_adapter("/nowhere", "name")
-    assert client.remove_adapter("nobody") is None
+    assert client.remove_adapter("nobody") is None  # nor does this change anything
     client.locate(prompt)
     list(client.objects())
     audit = short_tmp / "audit"
     told = lines(audit)
-    assert [line["verb"] for line in told] == [
-        "pin", "unpin", "admit", "move", "evict", "clear", "cancel", "adapter_add", "adapter_remove",
-    ]  # fmt: skip
+    assert [line["verb"] for line in told] == ["pin", "unpin", "admit", "move", "evict", "clear", "cancel"]
     assert {line["by"] for line in told} == {f"script (pid {os.getpid()}, uid {os.getuid()})"}
     pin, unpin, _, move, evict, *_ = told
     assert (pin["tokens"], pin["model"], pin["tier"], pin["objects"]) == (48, "served", "cpu", 3)
     assert (unpin["keys"], unpin["first_key"]) == (3, keys[0].hex())
     assert (move["source"], move["tier"], move["state"], move["bytes"]) == ("cpu", "disk", "done", 300)
     assert (evict["salt"], evict["tiers"]) == (salt_digest("hunter2"), ["cpu", "disk", "redis"])
-    assert "nowhere" in told[-2]["state"]
     text = audit.read_text()
     assert "hunter2" not in text
     assert not any(str(token) in text for token in tokens)

@@ -3,9 +3,7 @@ may."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,7 +172,7 @@ def test_an_adapter_and_its_kv_are_two_things(
     assert "adapter act/on in cpu" in page.text(".says")
     assert agree(page) == "Done: 1 object."
     assert held(anybody, keys[0])["pinned"] == []  # type: ignore[index]
-    assert page.text(".details [data-fact='pinned in']") == "cpu"
+    page.says(".details [data-fact='pinned in']", "cpu")
 
     ask(page, "evict", '[aria-label="Its KV"]')
     assert "the KV of adapter act/on" in page.text(".says")
@@ -303,43 +301,3 @@ def test_events_come_as_they_happen_and_a_pause_misses_none(
     for _ in range(2):
         kv(120, model="events")
     page.wait(lambda: len(page.all("#events tbody tr")) == 100, "a bounded list")
-
-
-def failures_are_those_of(page: Any, operator: httpx.Client) -> bool:
-    said = operator.get("/v1/stats").json()["recent_failures"]
-    shown = page.script(
-        "return [...document.querySelectorAll('#failures tbody tr')].map((row) => [...row.cells].map((cell) => "
-        "[cell.textContent, cell.title]))"
-    )
-    told = [[each["tier"], each["cause"].replace("_", " "), str(each["count"])] for each in reversed(said)]
-    times = [line[0][1] for line in shown]  # ISO 8601, to the millisecond
-    newest_first = times == sorted(times, reverse=True) and len(set(times)) > 1
-    return newest_first and [[text for text, _ in line[1:]] for line in shown] == told
-
-
-def test_a_long_operation_is_followed_and_cancelled_and_failures_are_listed(
-    page_of: Any, daemon: Any, redis_server: Any, rest_is_up: Any, eventually: Any, tmp_path: Path
-) -> None:
-    server = redis_server()
-    running = daemon(http="127.0.0.1:0", memory="16MiB", disk_path=tmp_path, disk="64MiB", redis=server.url)
-    eventually(lambda: rest_is_up(running))
-    page = page_of(running.http)
-    token = Path(f"{running.socket}.token").read_text().strip()
-    client = running.client()
-    root = client.register(Namespace("slow", "float16", "layout", 16), ["slow"])
-    keys = [bytes([number]) * 32 for number in range(200)]
-    with client.reserve(root, keys, [1000] * 200) as reservation:
-        assert reservation.causes == [""] * 200
-    client.flush()
-    page.open(token)
-    server.send(signal.SIGSTOP)
-    with httpx.Client(base_url=running.http, headers={"authorization": f"Bearer {token}"}) as operator:
-        body = {"selector": {"model": "slow"}, "source": "cpu", "tier": "redis", "keep": True}
-        started = operator.post("/v1/move", json=body).json()
-        item = f'#operations li[data-operation="{started["id"]}"]'
-        page.says(f"{item} .badge", "running")
-        page.click(f"{item} button")
-        page.says(f"{item} .badge", "cancelled")
-        assert operator.get(f"/v1/operations/{started['id']}").json()["state"] == "cancelled"
-        page.wait(lambda: failures_are_those_of(page, operator), "the failures, the newest first")
-        server.send(signal.SIGCONT)
