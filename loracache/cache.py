@@ -96,7 +96,8 @@ class TieredCache:
         tiers = 1 << Tier.CPU
         if self.disk is not None and self.disk.io.available:
             tiers |= 1 << Tier.DISK
-        return [Tier.CPU if node.held_in(Tier.CPU) else Tier.DISK for node in self.index.leading(keys, tiers)]
+        cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
+        return [cpu if node.present & in_cpu else disk for node in self.index.leading(keys, tiers)]
 
     def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
         """Keep those of `keys` that are in the arena there until the lease ends."""

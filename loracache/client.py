@@ -18,7 +18,7 @@ from loracache.connection import Connection, Reply
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.operator import Operator
-from loracache.tiers import Tier
+from loracache.tiers import labels
 
 __all__ = ["Adapter", "CacheClient", "Lookup", "Reading", "Reservation", "Slot"]
 
@@ -153,7 +153,7 @@ class CacheClient(Operator):
     def lookup(self, keys: Sequence[bytes], *, group: int = 1) -> Lookup:
         """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together."""
         (tiers,) = self._call(protocol.Lookup(b"", protocol.join_keys(keys), group, 0.0))
-        return Lookup(tuple(Tier(tier).label for tier in tiers))
+        return Lookup(labels(tiers))
 
     @contextlib.contextmanager
     def reserve(

@@ -6,7 +6,7 @@ import enum
 
 from loracache.errors import UsageError
 
-__all__ = ["Tier"]
+__all__ = ["Tier", "labels"]
 
 
 class Tier(enum.IntEnum):
@@ -29,3 +29,11 @@ class Tier(enum.IntEnum):
             return cls[label.upper()]
         except KeyError:
             raise UsageError(f"unknown tier {label[:40]!r}; give one of {', '.join(t.label for t in cls)}") from None
+
+
+_LABELS = tuple(tier.label for tier in Tier)
+
+
+def labels(tiers: bytes) -> tuple[str, ...]:
+    """The names of tiers, one byte each. Raises IndexError where one is none."""
+    return tuple([_LABELS[tier] for tier in tiers])  # a list first: half the time of a generator

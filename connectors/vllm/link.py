@@ -15,7 +15,7 @@ from loracache import protocol
 from loracache.connection import Connection
 from loracache.connectors.vllm.outage import Outage
 from loracache.errors import LoRACacheError, Rejected
-from loracache.tiers import Tier
+from loracache.tiers import labels
 
 __all__ = ["SchedulerLink"]
 
@@ -58,7 +58,7 @@ class SchedulerLink:
         done, payload = self._answer(number)
         if not done:
             return None
-        return tuple(Tier(tier).label for tier in payload[0]) if payload else ()
+        return labels(payload[0]) if payload else ()
 
     def ask_adapter(self, path: str) -> int | None:
         """Ask for an adapter's digest; None where it could not be asked."""

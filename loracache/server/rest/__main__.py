@@ -35,7 +35,7 @@ _HEADERS = [  # for browsers: no guessing of types, no frame, no use by other si
 ]
 
 
-_NICE = 10  # on a busy machine what engines wait for goes first
+_NICE = 15  # on a busy machine what engines wait for goes first
 
 
 async def _serve(settings: RestSettings) -> None:
