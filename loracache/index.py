@@ -260,22 +260,24 @@ class Index:
             node = child
         return node
 
-    def subtree(self, root: Node, seen: set[Node]) -> list[Node]:
+    def below(self, root: Node, seen: set[Node]) -> Iterator[Node]:
         """`root` and all its descendants, children before parents, but for those in `seen`, and what is below them.
-        Adds to `seen` what it answers.
+        Adds to `seen` what it answers. Between two answers the tree may change: what came below a node that was looked
+        at already is not among them.
         """
         if root in seen:
-            return []
-        found = [root]
-        for node in found:  # grows while it is walked: parents before children
-            seen.add(node)
-            child = node.first_child
-            while child is not None:
-                if child not in seen:
-                    found.append(child)
-                child = child.next_sibling
-        found.reverse()
-        return found
+            return
+        seen.add(root)
+        path = [(root, iter(_children(root)))]
+        while path:
+            node, children = path[-1]
+            child = next(children, None)
+            if child is None:
+                path.pop()
+                yield node
+            elif child not in seen:
+                seen.add(child)
+                path.append((child, iter(_children(child))))
 
 
 @dataclass(slots=True)
@@ -303,6 +305,15 @@ def parents_first(nodes: list[Node]) -> list[Node]:
             above = above.parent
         found.update(dict.fromkeys(reversed(line)))
     return list(found)
+
+
+def _children(node: Node) -> list[Node]:
+    children = []
+    child = node.first_child
+    while child is not None:
+        children.append(child)
+        child = child.next_sibling
+    return children
 
 
 def _link(parent: Node, child: Node) -> None:

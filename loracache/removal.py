@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from loracache.disk_tier import DiskTier
 from loracache.index import Index, Node
-from loracache.storage_backends.base import Kind
 from loracache.tier_io import Post, TierIO
 from loracache.tiers import Tier
 
@@ -80,11 +79,12 @@ class Remover:
     def _slices(self, roots: Iterable[Node]) -> Iterator[list[Node]]:
         seen: set[Node] = set()
         part: list[Node] = []
-        for root in _narrow(roots):
-            part += self._index.subtree(root, seen)
-            if len(part) >= _SLICE:
-                yield part
-                part = []
+        for root in roots:
+            for node in self._index.below(root, seen):
+                part.append(node)
+                if len(part) == _SLICE:
+                    yield part
+                    part = []
         yield part
 
     def _run(
@@ -141,16 +141,3 @@ class Remover:
             total.objects += 1
             total.nbytes += node.size
             yield node
-
-
-def _narrow(roots: Iterable[Node]) -> Iterator[Node]:
-    """The same roots, but an adapter's chains one by one and before the adapter itself: there may be very many."""
-    for root in roots:
-        if root.kind is Kind.LORA:
-            children = []
-            child = root.first_child
-            while child is not None:
-                children.append(child)
-                child = child.next_sibling
-            yield from children
-        yield root

@@ -127,7 +127,7 @@ class IndexMachine(RuleBasedStateMachine):
     def subtrees_have_children_before_parents(self, data: st.DataObject) -> None:
         roots = [self.some(data), self.some(data), self.some(data)]
         seen: set[Node] = set()
-        order = [node for root in roots for node in self.index.subtree(root, seen)]
+        order = [node for root in roots for node in self.index.below(root, seen)]
         assert seen == set(order)
         assert len(order) == len(set(order))
         assert set(order) == {node for node in self.index if set(roots) & set(ancestors(node))}

@@ -69,15 +69,30 @@ def test_few_are_gone_and_done_was_called_when_the_call_returns(rig_of: Make) ->
     assert not rig.posted
 
 
-def test_the_evicted_key_of_a_chain_takes_all_its_descendants_along_in_one_slice(rig_of: Make) -> None:
-    """A chain is never cut between two slices: its children would hold on to what has gone."""
+def test_a_long_chain_goes_slice_by_slice_from_its_end(rig_of: Make) -> None:
     rig = rig_of(pages=64)
     rig.chain(*range(3 * SLICE))
     answers: list[Evicted] = []
     rig.cache.evict([rig.info(0).key], [Tier.CPU], answers.append)
-    assert rig.cache.index.objects[Tier.CPU] == 0
+    keys = [rig.info(number).key for number in range(3 * SLICE)]
+    assert len(rig.cache.lookup(keys)) == rig.cache.index.objects[Tier.CPU] == 2 * SLICE
     rig.answer()
     assert answers == [Evicted(3 * SLICE, 3 * SLICE * PAGE, 0)]
+    assert len(rig.cache.index) == 0
+
+
+def test_one_chunk_with_many_descendants_keeps_nobody_waiting(rig_of: Make) -> None:
+    rig = rig_of(pages=64)
+    assert rig.store("prompt") == ""
+    for name in range(35):
+        assert rig.store(name, "prompt") == ""
+    answers: list[Evicted] = []
+    rig.cache.evict([rig.info("prompt").key], [Tier.CPU], answers.append)
+    assert rig.cache.index.objects[Tier.CPU] == 36 - SLICE
+    assert rig.store("meanwhile", "prompt") == ""
+    rig.answer()
+    assert answers == [Evicted(35, 35 * PAGE, 1)]  # the prompt is needed by what came meanwhile
+    assert rig.cache.lookup([rig.info("prompt").key, rig.info("meanwhile").key]) == [Tier.CPU] * 2
 
 
 def test_what_is_leased_or_pinned_in_any_slice_is_skipped_with_its_ancestors(rig_of: Make) -> None:
