@@ -16,7 +16,7 @@ from typing import Any, ParamSpec
 
 from loracache.errors import Unknown
 
-__all__ = ["Operation", "Operations", "guarded"]
+__all__ = ["Operation", "Operations", "Turns", "guarded"]
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -149,3 +149,31 @@ class Operations:
         for position, operation in enumerate(ended):
             if len(ended) - position > _KEPT or operation.ended < over:
                 del self._known[operation.id]
+
+
+class Turns:
+    """Lets `most` operations work at once; the others wait, the first come first."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._waiting: OrderedDict[str, Callable[[], None]] = OrderedDict()
+
+    def take(self, operation: Operation, start: Callable[[], None]) -> None:
+        """Call `start` when it is the operation's turn; it ends with `give_back`."""
+        if self._free:
+            self._free -= 1
+            start()
+        else:
+            self._waiting[operation.id] = start
+
+    def leave(self, operation: Operation) -> bool:
+        """Whether the operation was waiting still; it no longer is."""
+        return self._waiting.pop(operation.id, None) is not None
+
+    def give_back(self) -> None:
+        """An operation is over: the next."""
+        if self._waiting:
+            _, start = self._waiting.popitem(last=False)
+            start()
+        else:
+            self._free += 1

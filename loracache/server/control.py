@@ -16,7 +16,7 @@ from loracache.errors import LoRACacheError, Rejected, Unknown, UsageError
 from loracache.index import Node
 from loracache.listing import Listing
 from loracache.moving import Mover
-from loracache.operations import Operation, Operations, guarded
+from loracache.operations import Operation, Operations, Turns, guarded
 from loracache.removal import Evicted
 from loracache.selection import Selected, Selector, select
 from loracache.server.locating import Locator
@@ -35,6 +35,7 @@ __all__ = ["Control"]
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
+_MOVES_AT_ONCE = 2  # each holds a slice of the arena
 _PART = 500  # keys of one step: a few milliseconds
 _PLANES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _ADAPTER_PLANES = 2  # most are bfloat16; another width compresses less, and is as lossless
@@ -65,6 +66,7 @@ class Control:
         self._locator = Locator(cache, namespaces, adapters, finder, post)
         self._about: dict[str, dict[str, Any]] = {}  # of running operations: what the audit log says of them
         self.operations = Operations(self._ended)
+        self._turns = Turns(_MOVES_AT_ONCE)
 
     def serve(self, request: protocol.Request, label: str, answer: Answer) -> None:
         """Answer a request of the connection called `label`. Raises LoRACacheError for one that cannot be served."""
@@ -168,6 +170,8 @@ class Control:
     def _on_cancel(self, request: messages.Cancel, label: str, answer: Answer) -> None:
         operation = self.operations.cancel(request.name, request.scope)
         self._audit.write(request.by or label, "cancel", operation=operation.id, state=operation.state)
+        if self._turns.leave(operation):
+            self.operations.end(operation)
         answer([operation.describe()])
 
     # -- reading ----------
@@ -251,8 +255,10 @@ class Control:
         def work(operation: Operation, parts: Parts) -> None:
             def done(error: str) -> None:
                 self.operations.end(operation, error)
+                self._post(self._turns.give_back)
 
-            Mover(self._cache, self._post, operation, parts, target, done, **options).start()
+            mover = Mover(self._cache, self._post, operation, parts, target, done, **options)
+            self._turns.take(operation, mover.start)
 
         self._begin(request, label, answer, work)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from loracache import Namespace
 from loracache import operations as module
 from loracache.errors import Unknown
-from loracache.operations import Operation, Operations, guarded
+from loracache.operations import Operation, Operations, Turns, guarded
 
 
 @pytest.fixture
@@ -113,3 +115,39 @@ def test_the_last_thousand_that_ended_are_remembered() -> None:
     assert operations.latest("", 5000) == [*begun[:-1001:-1], running]
     with pytest.raises(Unknown):
         operations.get(begun[0].id, "")
+
+
+def test_few_work_at_once_and_the_others_wait_in_their_order() -> None:
+    operations, turns = Operations(lambda operation: None), Turns(2)
+    begun: list[str] = []
+    made = [operations.begin(f"move {number}", "", "") for number in range(5)]
+    for operation in made:
+        turns.take(operation, lambda verb=operation.verb: begun.append(verb))  # type: ignore[misc]
+    assert begun == ["move 0", "move 1"]
+    assert turns.leave(made[3])
+    assert not turns.leave(made[3])
+    assert not turns.leave(made[0])
+    turns.give_back()
+    turns.give_back()
+    assert begun == ["move 0", "move 1", "move 2", "move 4"]
+    turns.give_back()
+    turns.give_back()
+    turns.take(operations.begin("late", "", ""), lambda: begun.append("late"))
+    assert begun[-1] == "late"
+
+
+def test_many_moves_at_once_all_come_to_their_end(daemon: Any, short_tmp: Path) -> None:
+    client = daemon(memory="1MiB", page_size="4KiB", disk_path=short_tmp / "disk", disk="64MiB").client()
+    root = client.register(Namespace("model", "float32", "layout", 16))
+    keys = [bytes([number]) * 32 for number in range(100)]
+    with client.reserve(root, keys, [4000] * 100) as reservation:
+        assert reservation.causes == [""] * 100
+    client.flush()
+    client.evict(keys, tiers=["cpu"])
+    begun = [client.admit(keys, wait=0.0) for _ in range(15)] + [client.compress(keys, wait=0.0) for _ in range(15)]
+    cancelled = {client.cancel(begun[number].id).id for number in (20, 25)}
+    for report in begun:
+        ended = client.operation(report.id, wait=60.0)
+        assert ended.state == ("cancelled" if ended.id in cancelled else "done"), ended
+    assert client.lookup(keys).hits == 100
+    assert client.status()["leases"] == 0
