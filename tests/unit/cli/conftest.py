@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -130,6 +131,11 @@ def peft(tmp_path: Path) -> Path:
     return folder
 
 
+def _hear_ctrl_c() -> None:
+    """As in a shell: whoever runs the tests in the background has SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Process:
     """`loracache ...` as a process, on a terminal of its own where `terminal` is set."""
 
@@ -138,7 +144,10 @@ class Process:
         self.text = ""
         if terminal:
             self._master, end = pty.openpty()
-            self.process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environment)
+            self.process = subprocess.Popen(
+                command, stdin=end, stdout=end, stderr=end, env=environment,
+                preexec_fn=_hear_ctrl_c,  # noqa: PLW1509 - one call, which takes no lock
+            )  # fmt: skip
             os.close(end)
         else:
             self._master = -1

@@ -48,7 +48,8 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "verb", [["objects"], ["objects", "--json"], ["events", "--no-follow"], ["tree", "--depth", "9"]]
+    "verb",
+    [["objects"], ["objects", "--json"], ["events", "--no-follow"], ["tree", "--depth", "300", "--limit", "1000"]],
 )
 def test_a_reader_that_goes_away_ends_it_quietly(process: Any, prompt: Any, verb: list[str]) -> None:
     for _ in range(8):
