@@ -15,9 +15,23 @@ from typing import Any
 
 import httpx
 import numpy as np
-from common import Daemon, Row, aligned_buffer, commit_objects, daemon, namespace, ratio_row, row, seconds, work_folder
+from common import (
+    Daemon,
+    Row,
+    aligned_buffer,
+    commit_objects,
+    daemon,
+    interleaved,
+    namespace,
+    ratio_row,
+    row,
+    seconds,
+    work_folder,
+)
 
-from loracache import CacheClient
+from loracache import CacheClient, Namespace
+from loracache.keys import salt_digest
+from loracache.server.rest.tokens import add_token, tokens_path
 
 CHUNKS, CLIENTS = 500, 8
 OBJECTS = 200_000
@@ -27,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 def run(quick: bool) -> list[Row]:
     """Lookups first, then pages."""
     with work_folder() as folder:
-        return _lookups(folder, quick) + _pages(folder, 20_000 if quick else OBJECTS)
+        return _lookups(folder, quick) + _tells(folder, quick) + _pages(folder, 20_000 if quick else OBJECTS)
 
 
 def _free_port() -> int:
@@ -136,6 +150,44 @@ def _per_second(running: Daemon, port: int, body: bytes, length_s: int) -> float
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# -- what the time of an answer tells ----------
+
+
+def _tells(folder: Path, quick: bool) -> list[Row]:
+    """A tenant asks for objects of another tenant, and for some that nobody has."""
+    calls = 300 if quick else 3000
+    with _serving(folder, memory="64MiB", page_size=4096) as (running, client, http):
+        other = Namespace("ab" * 32, "float32", "benchmark", 16, salt=salt_digest("other"))
+        keys = [os.urandom(32) for _ in range(100)]
+        with client.reserve(client.register(other), keys, [4096] * 100):
+            pass
+        token = add_token(tokens_path(running.socket), "tenant", "operate", salt_digest("own"))
+        headers = {"authorization": f"Bearer {token}"}
+        while http.get("/v1/objects", headers=headers).status_code != 200:
+            time.sleep(0.1)
+        bodies = [{"selector": {"keys": [key.hex()]}} for key in (keys[50], os.urandom(32))]
+
+        def ask(body: dict[str, Any]) -> float:
+            return seconds(lambda: http.post("/v1/lookup", json=body, headers=headers).raise_for_status())
+
+        times = interleaved(calls, {"theirs": lambda: ask(bodies[0]), "nobodys": lambda: ask(bodies[1])}, warm_up=50)
+    differences = [1e6 * (a - b) for a, b in zip(times["theirs"], times["nobodys"], strict=True)]
+    low, high = _interval(differences)
+    return [
+        Row(
+            "lookup of another tenant's object - of nobody's: median of pairs", "us", float(np.median(differences)),
+            (low, high), calls, "0 within its 95 % interval", low <= 0 <= high, "95 % interval of the median",
+        )
+    ]  # fmt: skip
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    """95 % confidence interval of the median, by resampling (percentile bootstrap)."""
+    picked = np.random.default_rng(0).choice(values, size=(2000, len(values)))
+    low, high = np.percentile(np.median(picked, axis=1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 # -- pages ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -218,6 +219,9 @@ def test_operations_are_listed_shown_and_cancelled(world: SimpleNamespace, promp
 
 
 def test_health_statistics_metrics_and_settings(world: SimpleNamespace) -> None:
+    page = world.call("GET", "/")
+    for asset in re.findall(r'(?:src|href)="/?(assets/[^"]+)"', page):
+        assert world.call("GET", f"/{asset}", "/assets/{name}")
     assert world.call("GET", "/healthz") == world.call("GET", "/readyz") == {"status": "ok"}
     stats = world.call("GET", "/v1/stats")
     assert stats["tiers"]["cpu"]["objects"] > 0
