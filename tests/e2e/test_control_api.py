@@ -77,6 +77,9 @@ class Calls:
         self.made.add(("GET", "/v1/events"))
         return seen
 
+    def close(self) -> None:
+        self._client.close()
+
     def document(self) -> set[tuple[str, str]]:
         paths = self._client.get("/openapi.json").json()["paths"]
         return {(method.upper(), path) for path, methods in paths.items() for method in methods}
@@ -106,11 +109,10 @@ def world(
     }  # fmt: skip
     more = ("--no-enable-prefix-caching",)
     server = openai_server(tmp_path_factory.mktemp("server") / "log", tiny / "model", transfer, *more)
-    traffic = None
+    traffic = calls = None
     try:
         eventually(server.ready, "the server answers", 180)
-        token = Path(f"{daemon.socket}.token").read_text().strip()
-        calls = Calls(daemon.http, token)
+        calls = Calls(daemon.http, Path(f"{daemon.socket}.token").read_text().strip())
         traffic = Traffic(server, [("base", [seed * 7 % 500 + n % 300 for n in range(600)]) for seed in range(3)])
         eventually(lambda: traffic.answered >= 3, "traffic flows", 60)
         yield SimpleNamespace(daemon=daemon, server=server, call=calls, traffic=traffic)
@@ -118,6 +120,8 @@ def world(
         if traffic is not None:
             traffic.end()
         server.close()
+        if calls is not None:
+            calls.close()
 
 
 @pytest.fixture(autouse=True)
