@@ -61,7 +61,7 @@ class Held:
     def evict(self, keys: Sequence[bytes]) -> float:
         """Seconds to evict objects, per object."""
         started = time.perf_counter()
-        objects, _, _ = self.client.evict(keys)
+        objects = self.client.evict(keys).objects
         spent = (time.perf_counter() - started) / BATCH
         assert objects == BATCH
         return spent
