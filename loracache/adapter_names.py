@@ -25,19 +25,19 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from loracache.errors import Unavailable, UsageError
+from loracache.keys import is_digest
 
 __all__ = ["AdapterNames", "NameRecord", "SharedNames", "check_name"]
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.:@+/-]{0,199}", re.ASCII)
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _END_OF_TIME = 2.0**36  # seconds; a clock that shows more is none
 _PAUSE_S = 1.0  # a Redis that failed is not asked again before that
 
 
 def check_name(name: str) -> None:
     """Raises UsageError where `name` cannot be an adapter's."""
-    if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name) or ".." in name:
+    if not _NAME.fullmatch(name) or is_digest(name) or ".." in name:
         raise UsageError(
             f"{name[:210]!a} cannot be an adapter's name: 1 to 200 of letters, digits and _ . : @ + / -, beginning "
             f"with a letter or digit, without '..', and not a digest"
@@ -71,7 +71,7 @@ class NameRecord:
             check_name(record.name)
             if tuple(map(type, astuple(record))) != (str, str, str, float, int) or not 0 <= record.added < _END_OF_TIME:
                 raise ValueError("its fields are not those of a record")
-            if record.digest and not _DIGEST.fullmatch(record.digest):
+            if record.digest and not is_digest(record.digest):
                 raise ValueError("its digest is none")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no record of a name: {error}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from loracache.keys import KEY_BYTES
+from loracache.keys import KEY_BYTES, is_digest
 
 __all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "MAX_WAIT_S", "is_int"]
 
@@ -17,7 +17,6 @@ MAX_WAIT_S = 600.0
 
 _MAX_TEXT = 64 << 10
 _MAX_SHORT = 300
-_DIGEST = re.compile(r"(?:[0-9a-f]{64})?")
 _COUNTER = re.compile(r"[a-z0-9_.]{1,64}")
 
 
@@ -87,7 +86,8 @@ def _tokens(value: object) -> str:
 
 
 def _salt(value: object) -> str:
-    return "" if isinstance(value, str) and _DIGEST.fullmatch(value) else "must be empty or 64 hexadecimal digits"
+    fits = isinstance(value, str) and (not value or is_digest(value))
+    return "" if fits else "must be empty or 64 hexadecimal digits"
 
 
 def _counts(value: object) -> str:

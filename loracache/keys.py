@@ -19,14 +19,19 @@ import xxhash
 from loracache.errors import UsageError
 
 __all__ = [
-    "KEY_BYTES", "LORA_NAMESPACE", "Media", "Namespace", "checksum", "chunk_keys", "object_key", "salt_digest",
-    "token_array",
+    "KEY_BYTES", "LORA_NAMESPACE", "Media", "Namespace", "checksum", "chunk_keys", "is_digest", "object_key",
+    "salt_digest", "token_array",
 ]  # fmt: skip
 
 KEY_BYTES = 32
 LORA_NAMESPACE = hashlib.sha256(b"loracache/adapters").digest()  # of all adapters: their digest is all their name
 TokenArray = npt.NDArray[np.int32]
-_HEX = re.compile(r"(?:[0-9a-f]{64})?")
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def is_digest(text: str) -> bool:
+    """Whether it is 32 bytes as lower-case hex."""
+    return _HEX.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class Namespace:
         if self.chunk_tokens <= 0:
             raise UsageError(f"chunk_tokens must be positive, not {self.chunk_tokens}")
         for name in ("adapter", "salt"):
-            if not _HEX.fullmatch(getattr(self, name)):
+            if getattr(self, name) != "" and not is_digest(getattr(self, name)):
                 raise UsageError(f"{name} must be empty or 64 hexadecimal digits, not {getattr(self, name)!r}")
 
     def descriptor(self) -> str:

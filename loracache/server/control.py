@@ -14,6 +14,7 @@ from loracache import control_messages as messages
 from loracache import protocol
 from loracache.errors import LoRACacheError, Rejected, Unknown, UsageError
 from loracache.index import Node
+from loracache.keys import is_digest
 from loracache.listing import Listing
 from loracache.moving import Mover
 from loracache.operations import Operation, Operations, Turns, guarded
@@ -333,9 +334,9 @@ class Control:
         def known(result: list[Any] | Exception) -> None:
             found([name] if isinstance(result, list) and result else result)
 
-        if not name or (_is_digest(name) and (request.scope or len(fields) > 1)):
+        if not name or (is_digest(name) and (request.scope or len(fields) > 1)):
             go(name)
-        elif _is_digest(name):
+        elif is_digest(name):
             self._adapters.show(name, known)
         else:
             self._adapters.find(name, found)
@@ -392,7 +393,3 @@ def _event(event: Any) -> dict[str, Any]:
         "id": event.number, "time": event.time, "event": event.what, "tier": event.tier, "cause": event.cause,
         "key": event.key.hex(), "namespace": event.namespace.hex(), "bytes": event.nbytes, "count": event.count,
     }  # fmt: skip
-
-
-def _is_digest(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")

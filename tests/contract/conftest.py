@@ -21,6 +21,7 @@ from loracache.storage_backends.base import ALIGNMENT, Kind, ObjectInfo, Outcome
 from loracache.storage_backends.disk import DiskBackend
 from loracache.storage_backends.memory import MemoryBackend
 from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis_names import RedisNames
 
 SEGMENT = 256 << 10  # small, so that objects of a test have several
 _numbers = itertools.count()
@@ -241,6 +242,20 @@ def redis_cluster(net_folder: Path, certificates: Any, eventually: Callable[...,
         yield cluster.join()
     finally:
         cluster.kill()
+
+
+@pytest.fixture
+def names_at() -> Iterator[Callable[..., RedisNames]]:
+    """names_at(url, **options) makes one; all are closed at the end."""
+    opened: list[RedisNames] = []
+
+    def make(url: str, **options: Any) -> RedisNames:
+        opened.append(RedisNames(url, **{"timeout_s": 10.0} | options))
+        return opened[-1]
+
+    yield make
+    for names in opened:
+        names.close()
 
 
 @pytest.fixture(params=["unix", "tls", "cluster"])

@@ -42,19 +42,6 @@ def tier(cluster: Any, redis_tier: Callable[..., RedisBackend]) -> RedisBackend:
     return backend
 
 
-@pytest.fixture
-def names_at() -> Iterator[Callable[..., RedisNames]]:
-    opened: list[RedisNames] = []
-
-    def make(url: str, **options: Any) -> RedisNames:
-        opened.append(RedisNames(url, **{"timeout_s": 10.0} | options))
-        return opened[-1]
-
-    yield make
-    for names in opened:
-        names.close()
-
-
 def of_node(cluster: Any, items: list[Transfer], number: int) -> list[bool]:
     """For each object whether the node has its slot."""
     return [cluster.owner(slot(item)) == number for item in items]

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,6 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.fixture
 def server(redis_server: Callable[[], Any]) -> Any:
     return redis_server()
-
-
-@pytest.fixture
-def names_at() -> Iterator[Callable[..., RedisNames]]:
-    """names_at(url, **options) makes one; all are closed at the end."""
-    opened: list[RedisNames] = []
-
-    def make(url: str, **options: Any) -> RedisNames:
-        opened.append(RedisNames(url, **{"timeout_s": 10.0} | options))
-        return opened[-1]
-
-    yield make
-    for names in opened:
-        names.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 
 from loracache import control_messages as messages
 from loracache.errors import LoRACacheError
-from loracache.keys import salt_digest
+from loracache.operator import Selection
 from loracache.server.rest import models
 from loracache.server.rest.link import DaemonLink
 from loracache.server.rest.problems import problems
@@ -44,14 +44,9 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
     ) -> models.Objects:
         """Objects that cpu or disk hold, namespace by namespace in the order of keys; with a model or adapter, of
         those."""
-        selector: dict[str, Any] = {"model": model} if model else {}
-        if adapter is not None:
-            selector["adapter"] = adapter
-        if salt:
-            selector["salt"] = salt_digest(salt)
-        if key:
-            selector["keys"] = bytes.fromhex(key)
-        request = messages.Objects("", who.tenant, selector, tier or "", after, limit)
+        keys = [bytes.fromhex(key)] if key else None
+        selected = Selection(keys=keys, model=model, adapter=adapter, salt=salt or None)
+        request = messages.Objects("", who.tenant, selected.encode(), tier or "", after, limit)
         end, *found = await link.call(request)
         return models.Objects(objects=[models.Object(**item) for item in found], next=end or None)
 

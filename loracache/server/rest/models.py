@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from loracache.keys import salt_digest, token_array
+from loracache.operator import Selection
 from loracache.protocol import MAX_TTL_S
 
 __all__ = [
@@ -62,17 +62,10 @@ class Selector(_Strict):
 
     def encode(self) -> dict[str, Any]:
         """As a message's field."""
-        fields: dict[str, Any] = {}
-        if self.keys is not None:
+        selection = Selection(model=self.model or "", tokens=self.tokens, adapter=self.adapter, salt=self.salt)
+        fields = selection.encode()
+        if self.keys is not None:  # each as often as it is given: a lookup answers for every one
             fields["keys"] = bytes.fromhex("".join(self.keys))
-        if self.adapter is not None:
-            fields["adapter"] = self.adapter
-        if self.model is not None:
-            fields["model"] = self.model
-        if self.tokens is not None:
-            fields["tokens"] = token_array(self.tokens).tobytes()
-        if self.salt is not None:
-            fields["salt"] = salt_digest(self.salt)
         return fields
 
 
