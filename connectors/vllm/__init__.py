@@ -8,6 +8,7 @@ What vLLM loads:
 The scheduler's side, in EngineCore:
     scheduler.py    looks up, plans loads and stores, keeps leases
     requests.py     what it remembers of one request
+    namespace.py    in which namespace a request's KV is
     link.py         its connection, which is never waited for
     identity.py     which model this is
     hit_sources.py  our tiers in vLLM's hit metrics

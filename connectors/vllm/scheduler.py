@@ -7,7 +7,6 @@ when the scheduler asks, and an answer that is late is done without.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,11 @@ from loracache.connectors.vllm.adapters import ServedAdapters
 from loracache.connectors.vllm.geometry import chunk_blocks
 from loracache.connectors.vllm.link import SchedulerLink
 from loracache.connectors.vllm.lora.admission import AdapterAdmission
-from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.messages import ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.namespace import EngineNamespace
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.requests import RequestState, is_cacheable, uses_draft_kv, wants_reading
-from loracache.keys import Namespace, object_key, salt_digest
+from loracache.keys import object_key
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,9 +39,7 @@ class SchedulerSide:
     def __init__(self, vllm_config: VllmConfig, options: Options, identity: str, link: SchedulerLink) -> None:
         self._config = vllm_config
         self._options = options
-        self._identity = identity
         self._link = link
-        self._epoch = ""
         self._off = False
         self._block_size = vllm_config.cache_config.block_size
         self._drops_last_block = uses_draft_kv(vllm_config)
@@ -49,11 +47,11 @@ class SchedulerSide:
         self._may_store = bool(vllm_config.kv_transfer_config.is_kv_producer)
         self._facts: dict[str, Facts] = {}
         self._shards: tuple[str, ...] = ()
-        self._layout = ""
         self._chunk_blocks = 1
         self._requests: dict[str, RequestState] = {}
         ask = (lambda path: None) if options.lora_pool else link.ask_adapter
         self._adapters = ServedAdapters(ask, link.answer_adapter)
+        self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
         self._plan = StepPlan(step=0)
         self._step = 0
@@ -84,7 +82,8 @@ class SchedulerSide:
         self._block_size = block_size
         smallest = min(fact.block_bytes for fact in self._facts.values())
         self._chunk_blocks = chunk_blocks(smallest, block_size, self._options.chunk_tokens)
-        self._layout = f"{layouts.pop()}#{'|'.join(sorted(self._facts))}"
+        self._namespace.layout = f"{layouts.pop()}#{'|'.join(sorted(self._facts))}"
+        self._namespace.chunk_tokens = self._chunk_tokens
         self._shards = tuple(sorted(self._facts))
         self._link.begin()
 
@@ -238,7 +237,7 @@ class SchedulerSide:
 
     def reset(self) -> bool:
         """The weights changed in place: from now on this engine's KV is another model's. Nobody else's is cleared."""
-        self._epoch = f"#{os.urandom(8).hex()}"
+        self._namespace.begin_epoch()
         for request_id, state in self._requests.items():
             state.cacheable = False
             if state.loading or state.loaded:
@@ -284,7 +283,7 @@ class SchedulerSide:
 
     def _advance(self, state: RequestState) -> bool:
         """Take the request's question one step further; True once its answer is there."""
-        if not state.cacheable or not self._name(state):
+        if not state.cacheable or not self._namespace.settle(state):
             return False
         self._extend_keys(state)
         if state.answered_at is not None:
@@ -306,33 +305,6 @@ class SchedulerSide:
         state.answer(self._slowest_of_shards(tiers))
         return True
 
-    def _name(self, state: RequestState) -> bool:
-        """Settle the request's namespace; False while its adapter's content is not known."""
-        if state.namespace is not None:
-            return True
-        request = state.request
-        digest = ""
-        if request.lora_request is not None:
-            known, found = self._adapters.digest(request.lora_request)
-            if not known:
-                return False
-            if found is None:
-                state.cacheable = False
-                return False
-            digest = found
-            state.adapter = AdapterBinding(request.lora_request.lora_int_id, digest)
-        cache_dtype = self._config.cache_config.cache_dtype
-        dtype = str(self._config.model_config.dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
-        state.namespace = Namespace(
-            model=self._identity + self._epoch,
-            kv_dtype=dtype,
-            layout=self._layout,
-            chunk_tokens=self._chunk_tokens,
-            adapter=digest,
-            salt=salt_digest(request.cache_salt),
-        )
-        return True
-
     def _extend_keys(self, state: RequestState) -> None:
         if state.namespace is not None:
             state.extend_keys(state.namespace, self._chunk_tokens)
@@ -347,7 +319,7 @@ class SchedulerSide:
 
     def _plan_store(self, state: RequestState, computed_tokens: int) -> None:
         """Plan to store what is computed and confirmed: whole chunks beyond those that are held or planned already."""
-        if not self._may_store or not self._name(state):
+        if not self._may_store or not self._namespace.settle(state):
             return
         if state.adapter is not None and not self._adapters.serves(state.adapter.lora_int_id, state.adapter.digest):
             state.cacheable = False

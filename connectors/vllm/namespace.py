@@ -1,0 +1,61 @@
+"""In which namespace a request's KV is: what this engine computes with, and for whom."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from loracache.connectors.vllm.adapters import ServedAdapters
+from loracache.connectors.vllm.messages import AdapterBinding
+from loracache.connectors.vllm.requests import RequestState
+from loracache.keys import Namespace, salt_digest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["EngineNamespace"]
+
+
+class EngineNamespace:
+    """The namespaces of one engine. identity: of its model. layout and chunk_tokens are set once the workers' facts are
+    known.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, identity: str, adapters: ServedAdapters) -> None:
+        self._config = vllm_config
+        self._identity = identity
+        self._adapters = adapters
+        self._epoch = ""
+        self.layout = ""
+        self.chunk_tokens = 0
+
+    def begin_epoch(self) -> None:
+        """The weights changed in place: what is computed from now on is another model's, and nobody else's."""
+        self._epoch = f"#{os.urandom(8).hex()}"
+
+    def settle(self, state: RequestState) -> bool:
+        """Settle a request's namespace and adapter; False while its adapter's content is not known."""
+        if state.namespace is not None:
+            return True
+        request = state.request
+        digest = ""
+        if request.lora_request is not None:
+            known, found = self._adapters.digest(request.lora_request)
+            if not known:
+                return False
+            if found is None:
+                state.cacheable = False
+                return False
+            digest = found
+            state.adapter = AdapterBinding(request.lora_request.lora_int_id, digest)
+        cache_dtype = self._config.cache_config.cache_dtype
+        dtype = str(self._config.model_config.dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
+        state.namespace = Namespace(
+            model=self._identity + self._epoch,
+            kv_dtype=dtype,
+            layout=self.layout,
+            chunk_tokens=self.chunk_tokens,
+            adapter=digest,
+            salt=salt_digest(request.cache_salt),
+        )
+        return True
