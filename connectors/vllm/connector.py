@@ -23,9 +23,11 @@ from loracache.connectors.vllm.geometry import uncacheable
 from loracache.connectors.vllm.hit_sources import hits_by_source
 from loracache.connectors.vllm.identity import model_identity
 from loracache.connectors.vllm.link import SchedulerLink
+from loracache.connectors.vllm.lora import plugin
 from loracache.connectors.vllm.messages import Facts, StepPlan, WorkerNews
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import private_server
+from loracache.connectors.vllm.releases import unknown_release
 from loracache.connectors.vllm.scheduler import SchedulerSide
 from loracache.connectors.vllm.worker import WorkerSide
 from loracache.errors import ConfigError
@@ -59,6 +61,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
                 f"{vllm_config.parallel_config.nnodes} nodes; start `loracache serve` on "
                 f"each node and give its socket as server"
             )
+        _check_release(options, role)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         problem = uncacheable(vllm_config, kv_cache_config)
@@ -124,15 +127,23 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to wait for, and no place to start stores: up to vLLM 0.30, steps that compute nothing skip it."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Starts this step's stores, which run behind the engine while their blocks are held. (stores done, loads
-        done), each request once.
+        """(stores done, loads done), each request once. Takes this step's stores on, so that their requests do not
+        count as done, but starts none: a drafter may run after this.
         """
         assert self._worker is not None
         plan = self._connector_metadata
         if isinstance(plan, StepPlan):
-            self._worker.start_stores(plan)
+            self._worker.take_stores(plan)
         stored, loaded = self._worker.take_finished(finished_req_ids)
         return stored or None, loaded or None
+
+    def clear_connector_metadata(self) -> None:
+        """The end of every step, in every release, after `wait_for_save` and `get_finished` in either order: starts
+        this step's stores, which run behind the engine while their blocks are held.
+        """
+        super().clear_connector_metadata()
+        if self._worker is not None:
+            self._worker.start_stores()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of the loads just reported that hold no valid KV."""
@@ -220,6 +231,16 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         known = [fact for fact in facts if isinstance(fact, Facts)]
         if known and not self._scheduler.on:
             self._scheduler.set_facts(known, self._num_block_tokens)
+
+
+def _check_release(options: Options, role: KVConnectorRole) -> None:
+    """A release that nobody has tried may cache: how KV lies is read from its tensors. It may not have a pool."""
+    why = plugin.problem() if options.lora_pool else ""
+    if why:
+        raise ConfigError(f"kv_connector_extra_config: lora_pool is set, but {why}; leave lora_pool out")
+    unknown = unknown_release()
+    if unknown and role is KVConnectorRole.SCHEDULER:
+        _log.warning("%s; its KV is cached all the same", unknown)
 
 
 def _log_as_vllm_does() -> None:

@@ -220,7 +220,7 @@ class Loader:
 class StoreJob:
     """A store on its way. `cancel` returns only when no byte of its blocks will be read any more."""
 
-    def __init__(self, store: Store, after: Any) -> None:
+    def __init__(self, store: Store, after: Any = None) -> None:
         self.store = store
         self.after = after  # a CUDA event: the blocks are written once it has happened
         self._lock = threading.Lock()

@@ -57,6 +57,7 @@ class WorkerSide:
         self._done_loads: dict[str, list[int]] = {}
         self._failures: Counter[str] = Counter()
         self._storing: dict[str, set[StoreJob]] = {}
+        self._to_start: list[StoreJob] = []
         self._awaited: set[str] = set()
         self._not_yet_run: dict[str, Load] = {}  # planned, under way or done, but not computed upon
         self._collected: set[str] = set()  # those of them that vLLM was told are done
@@ -132,18 +133,27 @@ class WorkerSide:
         for load in plan.loads:
             self._loader.submit(load, after)
 
-    def start_stores(self, plan: StepPlan) -> None:
-        """Start this step's stores: their blocks were computed by earlier steps, and this one is submitted."""
+    def take_stores(self, plan: StepPlan) -> None:
+        """Take this step's stores on: from now on their requests have stores under way."""
         for request_id in plan.first_runs:
             self._forget_load(request_id)
         self._awaited |= plan.await_stores
         if self._storer is None:
             return
-        after = torch.cuda.current_stream().record_event() if self._cuda and plan.stores else None
         for store in plan.stores:
-            job = StoreJob(store, after)
+            job = StoreJob(store)
+            self._to_start.append(job)
             with self._lock:
                 self._storing.setdefault(store.request_id, set()).add(job)
+
+    def start_stores(self) -> None:
+        """Start what was taken on: its blocks were computed by earlier steps, and this one is submitted with its
+        drafts."""
+        jobs, self._to_start = self._to_start, []
+        after = torch.cuda.current_stream().record_event() if self._cuda and jobs else None
+        for job in jobs:
+            assert self._storer is not None
+            job.after = after
             self._storer.submit(job)
 
     def take_finished(self, ended: Set[str] = frozenset()) -> tuple[set[str], set[str]]:

@@ -14,6 +14,7 @@ import torch
 
 from loracache.connectors.vllm.lora.activation import Activator, Order
 from loracache.connectors.vllm.lora.names import name_mapper
+from loracache.connectors.vllm.lora.plugin import problem
 from loracache.connectors.vllm.messages import AdapterOrders, PoolFacts
 from loracache.errors import ConfigError
 
@@ -91,7 +92,6 @@ def paged_worker(
     manager = pools.get(vllm_config.kv_transfer_config.engine_id)
     if manager is None:
         raise ConfigError(
-            "kv_connector_extra_config: lora_pool is set, but vLLM did not load the plugin 'loracache'; install "
-            "loracache into vLLM's environment, and name it in VLLM_PLUGINS where that is set"
+            f"kv_connector_extra_config: lora_pool is set, but {problem() or 'vLLM loaded the model without it'}"
         )
     return PoolWorker(manager, server, ensure, bound, timeout)

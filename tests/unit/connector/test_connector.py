@@ -6,6 +6,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import pytest
+
 from loracache.connectors.vllm.connector import LoRACacheConnector, _log_as_vllm_does
 from loracache.connectors.vllm.messages import StepPlan
 
@@ -87,21 +89,39 @@ class Worker:
     def start_loads(self, plan: StepPlan) -> None:
         self.asked.append(("loads", plan))
 
-    def start_stores(self, plan: StepPlan) -> None:
-        self.asked.append(("stores", plan))
+    def take_stores(self, plan: StepPlan) -> None:
+        self.asked.append(("take stores", plan))
+
+    def start_stores(self) -> None:
+        self.asked.append("start stores")
 
     def take_finished(self, ended: set[str]) -> tuple[set[str], set[str]]:
         self.asked.append(("finished", ended))
         return {"stored"}, set()
 
 
-def test_a_step_that_computes_nothing_starts_its_stores_too() -> None:
-    """Up to vLLM 0.30 wait_for_save is not called in it, and the plan may be the last one of a request."""
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(["save", "finished"], id="without drafts"),
+        pytest.param(["finished", "drafter", "save"], id="with drafts (0.33, and vLLM's first model runner before)"),
+        pytest.param(["finished"], id="a step that computes nothing (up to 0.30)"),
+    ],
+)
+def test_stores_start_at_the_end_of_a_step_whatever_comes_last_in_it(step: list[str]) -> None:
+    """And before their requests are asked for they are taken on: the plan may be the last one of a request."""
     connector = object.__new__(LoRACacheConnector)
     worker, plan = Worker(), StepPlan(step=1, await_stores={"a"})
     connector._worker = worker  # type: ignore[assignment]
     connector.bind_connector_metadata(plan)
     connector.start_load_kv(None)  # type: ignore[arg-type]
-    assert connector.get_finished({"b"}) == ({"stored"}, None)
+    for each in step:
+        if each == "save":
+            connector.wait_for_save()
+        elif each == "finished":
+            assert connector.get_finished({"b"}) == ({"stored"}, None)
+        worker.asked.append(each)
     connector.clear_connector_metadata()
-    assert worker.asked == [("loads", plan), ("stores", plan), ("finished", {"b"})]
+    told = [("loads", plan), *step, "start stores"]
+    at = told.index("finished")
+    assert worker.asked == [*told[:at], ("take stores", plan), ("finished", {"b"}), *told[at:]]

@@ -82,7 +82,8 @@ def step(side: WorkerSide, number: int, **plan: Any) -> None:
     whole = StepPlan(step=number, **plan)
     side.handle_preemptions(whole)
     side.start_loads(whole)
-    side.start_stores(whole)
+    side.take_stores(whole)
+    side.start_stores()
 
 
 def finished(side: WorkerSide, eventually: Any, ended: Set[str] = frozenset()) -> tuple[set[str], set[str]]:
@@ -205,7 +206,8 @@ def test_an_adapter_changed_between_load_and_first_run_fails_the_load_in_that_st
     side.handle_preemptions(plan)
     serve(side, 1, NEW)  # before this step computes
     side.start_loads(plan)
-    side.start_stores(plan)
+    side.take_stores(plan)
+    side.start_stores()
     assert side.take_finished() == (set(), set())
     assert side.take_load_errors() == {5}
     news = side.take_news()

@@ -1,0 +1,37 @@
+"""Which releases of vLLM we know, and what is done about the others. Light: imports nothing of vLLM but its version.
+
+The plugin stays out of an engine it does not know; the connector, which reads how KV lies from the tensors it is given,
+warns and goes on; `lora_pool` stands in the place of vLLM's own LoRA code and is refused.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["NEWEST", "OLDEST", "unknown_release", "vllm_version"]
+
+OLDEST = (0, 26)
+NEWEST = (0, 33)
+
+
+def vllm_version() -> str:
+    """What vLLM says it is; "unknown" where it cannot say."""
+    try:
+        from vllm.version import __version__
+    except ImportError:
+        return "unknown"
+    return str(__version__)
+
+
+def unknown_release() -> str:
+    """Why this vLLM is none that we know, or ""."""
+    version = vllm_version()
+    match = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(match[1]), int(match[2])) if match else None
+    if release is not None and OLDEST <= release <= NEWEST:
+        return ""
+    return f"vLLM {version} is none of the releases that loracache knows ({_name(OLDEST)} to {_name(NEWEST)})"
+
+
+def _name(release: tuple[int, int]) -> str:
+    return f"{release[0]}.{release[1]}"
