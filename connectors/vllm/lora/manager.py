@@ -33,6 +33,16 @@ __all__ = ["PagedLoRAModelManager", "PagedWorkerLoRAManager", "pools"]
 
 _log = logging.getLogger(__name__)
 
+# Layers of vLLM whose slices are one module of adapters each. Others look into their weights in ways of their own.
+_LAYERS = frozenset(
+    f"{kind}WithLoRA"
+    for kind in (
+        "VocabParallelEmbedding", "LogitsProcessor", "ReplicatedLinear", "ColumnParallelLinear", "RowParallelLinear",
+        "MergedColumnParallelLinear", "QKVParallelLinear", "MergedQKVParallelLinear",
+        "MergedColumnParallelLinearVariableSlice",
+    )
+)  # fmt: skip
+
 pools: dict[str, PagedLoRAModelManager] = {}
 """The manager of each engine's worker in this process, by engine id: where the connector finds it."""
 
@@ -62,7 +72,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def peft_name(self, module: str) -> str:
         """The model's name of a module as adapters call it."""
-        return model_name(module, name_mapper(self.model))
+        return model_name(module, self.names)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         import vllm.lora.model_manager as module
@@ -84,7 +94,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             super()._create_lora_modules()
         finally:
             self._making_layers = False
-        paged = [(name, layer, parts) for name, layer in self.modules.items() if (parts := self._parts(name, layer))]
+        paged = [(name, layer, self._parts(name, layer)) for name, layer in self.modules.items()]
         self.layers = [layer for _, layer, _ in paged]
         self._make_pool(tuple(_shape(*each) for each in paged))
 
@@ -99,6 +109,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         if pages < 1:
             raise ConfigError(f"lora_pool={self._pool_bytes} bytes hold no page of {page * size}; make it larger")
         self.pool = PagePool(shape, dtype, self.device)
+        self.names = name_mapper(self.model, (part for module in modules for part in module.parts))
         self.tables = SlotTables(self.lora_slots, shape, self.device)
         row = 0
         for module, layer in zip(modules, self.layers, strict=True):
@@ -111,9 +122,15 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         _log.info("LoRA pool: %d pages of %d KiB, chunks of %d", pages, page * size >> 10, chunk)
 
     def _parts(self, name: str, layer: Any) -> tuple[str, ...]:
-        """The adapters' modules behind a layer's slices; none where a layer cannot be paged."""
+        """The adapters' modules behind a layer's slices. Raises ConfigError where a layer cannot be paged: with its
+        dense tensors empty it could not even run without an adapter."""
         parts = tuple(self.packed_modules.get(name, [name]))
-        return parts if len(parts) == getattr(layer, "n_slices", 1) and hasattr(layer, "lora_a_stacked") else ()
+        if type(layer).__name__ not in _LAYERS or len(parts) != getattr(layer, "n_slices", 1):
+            raise ConfigError(
+                f"lora_pool does not serve layers like this model's {name!r} ({type(layer).__name__}, of {len(parts)} "
+                f"modules); leave lora_pool out"
+            )
+        return parts
 
     # -- slots ----------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -9,15 +11,42 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 __all__ = ["model_name", "name_mapper"]
 
 
-def name_mapper(model: Any) -> Any:
-    """How the model renames the modules of checkpoints, without what it stacks; None where it does not."""
+@dataclass(frozen=True, slots=True)
+class _TextNames:
+    """The names of a multimodal model. Adapters that were trained on its language model alone do not say where it is
+    mounted. mapper: how the model renames modules, or None. prefix: of the language model. modules: all that there are.
+    """
+
+    mapper: Any
+    prefix: str
+    modules: frozenset[str]
+
+    def mounted(self, name: str) -> str:
+        """`name`, or where the language model's module of that name is."""
+        if name not in self.modules:
+            for text_name in (name, name.removeprefix("model.")):
+                if self.prefix + text_name in self.modules:
+                    return self.prefix + text_name
+        return name
+
+
+def name_mapper(model: Any, modules: Iterable[str] = ()) -> Any:
+    """How the model renames the modules of checkpoints, without what it stacks; None where it does not. modules: the
+    model's names of those that adapters can have weights for."""
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
     for without_stacking in ("get_rename_mapper", "get_unstacked_mapper"):  # vLLM 0.29, 0.26
         if hasattr(mapper, without_stacking):
-            return getattr(mapper, without_stacking)()
+            mapper = getattr(mapper, without_stacking)()
+            break
+    if getattr(model, "supports_multimodal", False) and hasattr(model, "get_mm_mapping"):
+        (prefix,) = model.get_mm_mapping().language_model
+        return _TextNames(mapper, prefix.rstrip(".") + ".", frozenset(modules))
     return mapper
 
 
 def model_name(module: str, mapper: Any) -> str:
-    """The model's name of a module as adapters call it."""
-    return str(parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0])
+    """The model's name of a module as adapters call it. mapper: of `name_mapper`."""
+    text = mapper if isinstance(mapper, _TextNames) else None
+    renames = text.mapper if text is not None else mapper
+    name = str(parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", renames)[0])
+    return text.mounted(name) if text is not None else name

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from loracache.connectors.vllm.lora.activation import Activator, Order
-from loracache.connectors.vllm.lora.names import name_mapper
 from loracache.connectors.vllm.lora.plugin import problem
 from loracache.connectors.vllm.messages import AdapterOrders, PoolFacts
 from loracache.errors import ConfigError
@@ -47,7 +46,7 @@ class PoolWorker:
         self._activator = Activator(server, ensure, manager, self._finished, timeout)
         if manager.fetches_ahead:
             manager.added = self._activator.fetch
-        self.facts = PoolFacts(manager.pool.shape, name_mapper(manager.model))
+        self.facts = PoolFacts(manager.pool.shape, manager.names)
 
     def carry_out(self, orders: AdapterOrders) -> None:
         """Free pages, start copies, and let ids be served by other content."""

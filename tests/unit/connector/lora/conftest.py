@@ -171,7 +171,7 @@ class Manager:
 
         self.pool = PagePool(shape, dtype or torch.float32, torch.device("cpu"))
         self.layers = [SimpleNamespace() for _ in shape.modules]
-        self.model = SimpleNamespace()
+        self.names = None
         self.ids: dict[int, str] = {}
         self.lost = False
         self.pinned_news: dict[int, bool] = {}
