@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +138,29 @@ def test_what_is_no_name_is_not_found(server: Any) -> None:
     for name in ("unheard-of", "../../etc/passwd", "x" * 5000, "loracache:" + "ab" * 32, "\u2603", "a b"):
         assert server.complete(name, [300, 301])[0] in (400, 404), name
     assert server.complete("base", [300, 301])[0] == 200
+
+
+def test_a_frozen_daemon_stops_no_request_for_a_name_that_was_served_before(
+    server: Any, cache: Any, serves: Any, adapters_of_two: list[Path], prompts: Any
+) -> None:
+    first, second, *_ = adapters_of_two
+    with cache.client() as client:
+        client.add_adapter(str(first), "frozen")
+        serves("frozen", first)
+        cache.daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            with ThreadPoolExecutor(8) as pool:
+                names = ["frozen", "base", "static", "unheard-of"] * 4
+                found = list(pool.map(lambda name: server.complete(name, prompts(20))[0], names))
+            assert time.monotonic() - began < 10
+            assert found == [200, 200, 200, 404] * 4
+            serves("frozen", first)
+        finally:
+            cache.daemon.process.send_signal(signal.SIGCONT)
+        client.add_adapter(str(second), "frozen")
+        time.sleep(4)  # by then its return is noticed
+        serves("frozen", second)
 
 
 def test_names_survive_the_daemon_and_its_successor_serves_what_they_point_to(

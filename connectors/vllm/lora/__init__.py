@@ -16,6 +16,7 @@ The workers' side:
 
 The front end:
     resolver.py     model=NAME, for names that only the cache knows
+    questions.py    asks the daemon what a name stands for
 
 plugin.py puts these in the place of vLLM's own, for engines that set lora_pool, and touches no other.
 """

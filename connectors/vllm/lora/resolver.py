@@ -3,22 +3,21 @@
 vLLM remembers for ever what a name stands for. Names of the cache may be re-pointed at any time, so each request asks
 the daemon anew (a fraction of a millisecond), and another content becomes another adapter for the engine: another id,
 and a path that holds the digest, so that vLLM's prefix cache tells the two apart. Requests under way keep the old one.
+While no daemon answers a name stands for what it stood for last, and nobody waits (questions.py).
 
-Threading: the front end's event loop; the daemon is asked on threads.
+Threading: the front end's event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 from contextvars import ContextVar
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from loracache.client import CacheClient
 from loracache.connectors.vllm.lora.paths import digest_in, path_of
+from loracache.connectors.vllm.lora.questions import NameQuestions
 from loracache.connectors.vllm.options import own_options
 from loracache.connectors.vllm.private import private_server
 from loracache.errors import LoRACacheError, Unavailable
@@ -26,16 +25,15 @@ from loracache.errors import LoRACacheError, Unavailable
 __all__ = ["resolve_names_through_the_cache"]
 
 _log = logging.getLogger(__name__)
-_TIMEOUT_S = 1.0
 _asked: ContextVar[str] = ContextVar("asked", default="")
 
 
-def resolve_names_through_the_cache(models: Any) -> None:
+def resolve_names_through_the_cache(models: Any) -> NameQuestions:
     """Give an OpenAIServingModels the cache's names beside its own. vLLM asks it for names it does not know where
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING is set."""
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING is set. Answers what asks the daemon, for whoever wants to close it."""
     config = models.engine_client.vllm_config
     server = own_options(config).server or private_server(config.kv_transfer_config.engine_id)
-    names = _Names(server)
+    questions = NameQuestions(server)
     stock = models.resolve_lora
     models.lora_requests = requests = _Requests(models.lora_requests)
 
@@ -44,21 +42,28 @@ def resolve_names_through_the_cache(models: Any) -> None:
         if known is not None and digest_in(known.lora_path) is None:
             return known  # given to vLLM by path
         try:
-            digest = await asyncio.to_thread(names.find, lora_name)
+            digest = await questions.digest(lora_name)
         except LoRACacheError as error:
-            _log.warning("the name %s is taken for what it was: %s", lora_name, error)
+            known = requests.get(lora_name)
             digest = digest_in(known.lora_path) if known is not None else None
+            if digest is None:  # vLLM answers as for any name it does not know: it may be one, or not
+                _log.warning("the name %.200r is not known here, and cannot be asked for: %s", lora_name, error)
+            elif not isinstance(error, Unavailable):
+                _log.warning("the name %s is taken for what it was: %s", lora_name, error)
         if digest is None:
             requests.pop(lora_name, None)
             return await stock(lora_name)
-        if known is None or digest_in(known.lora_path) != digest:
-            known = LoRARequest(lora_name, models.lora_id_counter.inc(1), path_of(digest))
-            await models.engine_client.add_lora(known)
-            requests[lora_name] = known
+        async with models.lora_resolver_lock[lora_name]:
+            known = requests.get(lora_name)
+            if known is None or digest_in(known.lora_path) != digest:
+                known = LoRARequest(lora_name, models.lora_id_counter.inc(1), path_of(digest))
+                await models.engine_client.add_lora(known)
+                requests[lora_name] = known
         _asked.set(lora_name)
         return known
 
     models.resolve_lora = resolve
+    return questions
 
 
 class _Requests(dict[str, LoRARequest]):
@@ -68,22 +73,3 @@ class _Requests(dict[str, LoRARequest]):
     def __contains__(self, name: object) -> bool:
         known = self.get(name)  # type: ignore[call-overload]
         return known is not None and (digest_in(known.lora_path) is None or _asked.get() == name)
-
-
-class _Names:
-    """What the daemon says of names; called on any thread."""
-
-    def __init__(self, server: str) -> None:
-        self._server = server
-        self._lock = threading.Lock()
-        self._client: CacheClient | None = None
-
-    def find(self, name: str) -> str | None:
-        """The digest that a name points to now. Raises LoRACacheError where nobody can say."""
-        with self._lock:
-            if self._client is None:
-                self._client = CacheClient(self._server, timeout=_TIMEOUT_S, name="vllm-names")
-            try:
-                return self._client.find_adapter(name)
-            except Unavailable:  # a daemon that was started anew is noticed only by asking
-                return self._client.find_adapter(name)
