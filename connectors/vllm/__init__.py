@@ -24,6 +24,7 @@ Both:
     adapters.py     which adapter content a lora_int_id stands for
     geometry.py     shards, chunk sizes, what can be cached at all
     private.py      the daemon of an engine that names none
+    reports.py      carries what workers tell, heard once each
     releases.py     which releases of vLLM we know
     outage.py       says once that the daemon is gone, and once that it is back
     worker_link.py  a worker thread's connection

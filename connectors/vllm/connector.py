@@ -24,10 +24,11 @@ from loracache.connectors.vllm.hit_sources import hits_by_source
 from loracache.connectors.vllm.identity import model_identity
 from loracache.connectors.vllm.link import SchedulerLink
 from loracache.connectors.vllm.lora import plugin
-from loracache.connectors.vllm.messages import Facts, StepPlan, WorkerNews
+from loracache.connectors.vllm.messages import Facts, StepPlan
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import private_server
 from loracache.connectors.vllm.releases import unknown_release
+from loracache.connectors.vllm.reports import Inbox, Outbox
 from loracache.connectors.vllm.scheduler import SchedulerSide
 from loracache.connectors.vllm.worker import WorkerSide
 from loracache.errors import ConfigError
@@ -64,6 +65,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         _check_release(options, role)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._outbox, self._inbox = Outbox(), Inbox()
         problem = uncacheable(vllm_config, kv_cache_config)
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(vllm_config, kv_cache_config, options, problem)
@@ -153,7 +155,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What the scheduler's side should know."""
         assert self._worker is not None
-        return self._worker.take_news()
+        return self._outbox.report(self._worker.take_news())
 
     # -- scheduler ----------
 
@@ -201,8 +203,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' results."""
         assert self._scheduler is not None
-        news = connector_output.kv_connector_worker_meta
-        if isinstance(news, WorkerNews):
+        news = self._inbox.news(connector_output.kv_connector_worker_meta)
+        if news is not None:
             if news.facts:
                 self._take_facts(news.facts)
             self._scheduler.take_news(news)
