@@ -37,7 +37,16 @@ _GONE = {errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDO
 
 
 class DiskInUse(ConfigError):
-    """Another backend uses the folder now."""
+    """Another backend uses the folder now. owner: who that says it is, in words, or ""."""
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self.owner = owner
+        _, _, server = owner.partition(" at ")
+        use = f"give server={server!r} to use that one, or stop it" if server else "stop that one"
+        super().__init__(
+            f"disk_path {str(path)!r} is in use by {'the' if owner else 'another'} LoRACache {owner or 'daemon'}; "
+            f"{use}, or choose another disk_path"
+        )
 
 
 class DiskBackend(StorageBackend):
@@ -45,17 +54,21 @@ class DiskBackend(StorageBackend):
 
     sync: store answers OK only once the object would survive a crash of the machine, not just of the process.
     integrity_key: 16 to 64 bytes; objects then carry a MAC, and what lacks the right one is CORRUPT.
+    owner: what another backend that finds the folder in use is told of who uses it, "NAME at ADDRESS".
     direct: whether the file system takes O_DIRECT; where it does not, I/O goes through the page cache.
     Raises ConfigError for a folder that cannot be used or that another backend uses.
     """
 
     name = "disk"
 
-    def __init__(self, path: str | Path, *, sync: bool = False, integrity_key: bytes | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, sync: bool = False, integrity_key: bytes | None = None, owner: str = ""
+    ) -> None:
         header.check_integrity_key(integrity_key)
         self.path = Path(path)
         self._files = ObjectFiles(self.path, sync=sync, integrity_key=integrity_key)
         self._sync = sync
+        self._owner = owner
         self._lock = threading.Lock()
         self._manifest = Manifest(self.path / "manifest", sync=sync)
         self._lock_fd = -1
@@ -90,12 +103,13 @@ class DiskBackend(StorageBackend):
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = os.pread(self._lock_fd, 1000, 0).decode(errors="replace").strip()
             os.close(self._lock_fd)
             self._lock_fd = -1
-            raise DiskInUse(
-                f"disk_path {str(self.path)!r} is in use by another LoRACache daemon; stop that one or choose another "
-                "disk_path"
-            ) from None
+            raise DiskInUse(self.path, owner) from None
+        with contextlib.suppress(OSError):  # on a full disk nobody is told
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, f"{self._owner}\n".encode(), 0)
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
         with self._lock:

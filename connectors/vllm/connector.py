@@ -75,7 +75,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
                 'kv_load_failure_policy is "fail": a chunk that cannot be loaded fails its request; set "recompute"'
             )
         self._num_block_tokens = 0 if problem else kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._link = SchedulerLink(options.server or private_server(transfer.engine_id))
+        self._link = SchedulerLink(options.server or private_server(transfer.engine_id, options.disk_path))
         identity = "" if problem else model_identity(vllm_config, options.model_id)
         self._scheduler = SchedulerSide(vllm_config, options, identity, self._link)
         if problem:

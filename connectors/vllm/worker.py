@@ -73,7 +73,9 @@ class WorkerSide:
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learn the layout, connect to the daemon and start the transfer threads."""
-        server = self._options.server or private_server(self._config.kv_transfer_config.engine_id)
+        server = self._options.server or private_server(
+            self._config.kv_transfer_config.engine_id, self._options.disk_path
+        )
         ensure = (lambda: None) if self._options.server else (lambda: ensure_private_daemon(server, self._options))
         problem = self._problem
         if self._options.lora_pool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import gc
 import itertools
 import logging
@@ -23,21 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from loracache import __version__, protocol
-from loracache.adapter_names import AdapterNames, SharedNames
 from loracache.arena import Arena
 from loracache.cache import TieredCache
 from loracache.config import Config, shown_config
-from loracache.errors import ConfigError
-from loracache.namespaces import Namespaces
 from loracache.server.adapters import Adapters
 from loracache.server.audit import Audit
 from loracache.server.control import Control
 from loracache.server.finding import Finder
+from loracache.server.listening import listen, unlink_unless_locked
+from loracache.server.parts import books, disk_backend, redis_backend, rest_process
 from loracache.server.peers import Peer
-from loracache.server.rest_process import RestProcess
 from loracache.server.session import Served, Session
 from loracache.server.status import cache_status
-from loracache.storage_backends.base import ObjectInfo, StorageBackend
+from loracache.storage_backends.base import ObjectInfo
 from loracache.tiers import Tier
 from loracache.tracing import start_traces, stop_traces
 
@@ -50,7 +47,6 @@ _TICK_S = 0.25
 _ACCEPT_PAUSE_S = 1.0
 _SCAN_SLICE = 500  # objects entered between two looks at the socket: a few milliseconds
 _LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
-_DISK_PATIENCE_S = 10.0  # how long a private daemon waits for the one of the engine before it to leave the folder
 _PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
 
 
@@ -64,10 +60,10 @@ class Daemon:
         self._sessions: set[Session] = set()
         self._stack = contextlib.ExitStack()
         try:
-            self._listener = _listen(config.socket, self._stack)
-            disk, redis = _disk_backend(config), _redis_backend(config)
-            self._rest = _rest_process(config, self._stack)
-            self._namespaces, names = _books(config)
+            self._listener = listen(config.socket, self._stack, private=config.private)
+            disk, redis = disk_backend(config), redis_backend(config)
+            self._rest = rest_process(config, self._stack)
+            self._namespaces, names = books(config)
             if config.traces is not None:
                 start_traces(config.traces, "loracache", __version__)
                 self._stack.callback(stop_traces)
@@ -121,6 +117,7 @@ class Daemon:
             os.write(sys.stdout.fileno(), READY)
         await self._ended.wait()
         loop.remove_reader(self._listener.fileno())
+        self._listener.close()  # whoever comes from now on is told at once, and a private daemon's successor waits
         ticking.cancel()
         await self._drain()
         self._close()
@@ -210,7 +207,11 @@ class Daemon:
             gc.collect(1)
 
     def _end_if_alone(self) -> None:
-        if not any(session.name for session in self._sessions):  # who never said who it is, is no client
+        if any(session.name for session in self._sessions):
+            return
+        if any(session.age < _LINGER_S for session in self._sessions) and self._loop is not None:
+            self._loop.call_later(_LINGER_S, self._end_if_alone)
+        else:  # who did not say who it is by now, is no client
             self._ended.set()
 
     def _populate(self) -> None:
@@ -282,109 +283,6 @@ class Daemon:
         self._control.close()
         self._stack.close()
         _log.info("ended")
-        if self.config.private:  # named after one engine: nobody comes back to them
-            for suffix in (".lock", ".start", ".log"):
-                _unlink(Path(f"{self.config.socket}{suffix}"))
-
-
-def _listen(path: Path, stack: contextlib.ExitStack) -> socket.socket:
-    """The listening socket, under a lock that tells a running daemon from a stale socket file."""
-    if len(os.fsencode(path)) > protocol.SOCKET_PATH_BYTES:
-        raise ConfigError(
-            f"socket={str(path)!r} is longer than the {protocol.SOCKET_PATH_BYTES} bytes a unix socket's path may have"
-        )
-    try:
-        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"socket={str(path)!r}: another daemon serves it; stop that one or give --socket another path"
-            ) from None
-        if path.exists() and not path.is_socket():
-            raise ConfigError(f"socket={str(path)!r} is no socket and stays as it is; give --socket another path")
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stack.callback(listener.close)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        old = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(old)
-    except OSError as error:
-        raise ConfigError(
-            f"socket={str(path)!r} cannot be made: {error.strerror}; give --socket a writable path"
-        ) from None
-    stack.callback(_unlink, path)
-    listener.listen(128)
-    listener.setblocking(False)
-    return listener
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-def _secret(config: Config) -> bytes | None:
-    return config.integrity_key.get_secret_value().encode() if config.integrity_key is not None else None
-
-
-def _disk_backend(config: Config) -> StorageBackend | None:
-    if config.disk_path is None:
-        return None
-    from loracache.storage_backends.disk import DiskBackend, DiskInUse
-
-    deadline = time.monotonic() + (_DISK_PATIENCE_S if config.private else 0)
-    while True:
-        try:
-            return DiskBackend(config.disk_path, sync=config.disk_sync, integrity_key=_secret(config))
-        except DiskInUse:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
-
-
-def _books(config: Config) -> tuple[Namespaces, AdapterNames]:
-    """What is kept beside the disk tier, where there is one."""
-    folders = [config.disk_path / name if config.disk_path else None for name in ("namespaces", "adapters")]
-    try:
-        return Namespaces(folders[0]), AdapterNames(folders[1], _shared_names(config), _secret(config))
-    except OSError as error:
-        raise ConfigError(
-            f"disk_path: {error.filename!r} cannot be used: {error.strerror}; remove what stands there, or give "
-            "another folder"
-        ) from None
-
-
-def _rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | None:
-    if config.http is None:
-        return None
-    process = RestProcess(config)
-    stack.callback(process.close)
-    return process
-
-
-def _redis_backend(config: Config) -> StorageBackend | None:
-    if config.redis is None:
-        return None
-    from loracache.storage_backends.redis import RedisBackend
-
-    backend = RedisBackend(
-        config.redis,
-        prefix=config.redis_prefix,
-        password_file=config.redis_password_file,
-        integrity_key=_secret(config),
-    )
-    backend.check()
-    return backend
-
-
-def _shared_names(config: Config) -> SharedNames | None:
-    if config.redis is None:
-        return None
-    from loracache.storage_backends.redis_names import RedisNames
-
-    return RedisNames(config.redis, prefix=config.redis_prefix, password_file=config.redis_password_file)
+        if self.config.private:  # unless an engine is starting the next one
+            start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in (".start", ".log", ".settings"))
+            unlink_unless_locked(start, others)

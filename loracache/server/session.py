@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -59,6 +60,7 @@ class Session(asyncio.Protocol):
         self.owner = owner
         self.peer = peer
         self.name = ""
+        self._since = time.monotonic()
         self._served = served
         self._cache = served.cache
         self._frames = Frames()
@@ -89,6 +91,11 @@ class Session(asyncio.Protocol):
             _log.warning("connection %d (%s, pid %d): %s", self.owner, self.name, self.peer.pid, error)
             self._answer(0, ERROR, str(error))
             self.close()
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was accepted."""
+        return time.monotonic() - self._since
 
     @property
     def label(self) -> str:

@@ -59,7 +59,7 @@ def test_a_second_daemon_on_the_disk_folder_is_refused(running: Any, serve_fails
     code, message = serve_fails(disk_path=disk_path)
     assert code == 2
     assert "disk_path" in message
-    assert "in use by another LoRACache daemon" in message
+    assert f"in use by the LoRACache daemon at {running.url}; give server='{running.url}' to use that one" in message
 
 
 @pytest.mark.parametrize(

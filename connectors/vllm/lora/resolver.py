@@ -32,8 +32,8 @@ def resolve_names_through_the_cache(models: Any) -> NameQuestions:
     """Give an OpenAIServingModels the cache's names beside its own. vLLM asks it for names it does not know where
     VLLM_ALLOW_RUNTIME_LORA_UPDATING is set. Answers what asks the daemon, for whoever wants to close it."""
     config = models.engine_client.vllm_config
-    server = own_options(config).server or private_server(config.kv_transfer_config.engine_id)
-    questions = NameQuestions(server)
+    options = own_options(config)
+    questions = NameQuestions(options.server or private_server(config.kv_transfer_config.engine_id, options.disk_path))
     stock = models.resolve_lora
     models.lora_requests = requests = _Requests(models.lora_requests)
 

@@ -12,12 +12,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loracache import CacheClient
+from loracache import CacheClient, Namespace
 from loracache.connection import socket_path
 from loracache.connectors.vllm import private
 from loracache.connectors.vllm.options import Options
@@ -25,6 +26,15 @@ from loracache.connectors.vllm.private import ensure_private_daemon, private_ser
 from loracache.errors import ConfigError
 
 SMALL = Options(memory="16MiB")
+
+
+def store(client: CacheClient, count: int) -> list[bytes]:
+    namespace = Namespace("model", "float32", "layout", 16)
+    keys = [os.urandom(32) for _ in range(count)]
+    with client.reserve(client.register(namespace), keys, [5000] * count) as reservation:
+        for number in range(count):
+            reservation.write(number, os.urandom(5000))
+    return keys
 
 
 @pytest.fixture
@@ -73,6 +83,109 @@ def test_where_the_runtime_folder_is_too_deep_the_address_is_in_the_temporary_on
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR"):
         private_server("e")
+
+
+def test_engines_that_name_one_folder_have_one_address_and_others_their_own(home: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "deep" / "cache", tmp_path / "other"
+    address = private_server("one", str(folder))
+    (tmp_path / "link").symlink_to(folder)
+    assert private_server("two_dp1", str(tmp_path / "link")) == address
+    assert private_server("three", os.path.relpath(folder)) == address
+    assert private_server("one", str(other)) != address
+    assert private_server("one") not in (address, private_server("two"))
+    other.joinpath("file").write_text("")
+    assert private_server("one", str(other / "file" / "below")) == private_server("two", str(other / "file" / "below"))
+
+
+def test_data_parallel_ranks_and_the_front_end_have_one_address(home: Path) -> None:
+    """vLLM adds the rank to the id where the engine runs, and not in the front end."""
+    assert {private_server(f"e{suffix}") for suffix in ("", "_dp0", "_dp11", "_dp1_dp1")} == {private_server("e")}
+    assert private_server("e_dp") != private_server("e")
+
+
+def test_engines_that_start_at_once_on_one_folder_share_its_daemon(home: Path, tmp_path: Path) -> None:
+    options = Options(memory="16MiB", disk_path=str(tmp_path / "disk"), disk="64MiB")
+    clients: list[CacheClient] = []
+
+    def start(rank: int) -> None:
+        server = private_server(f"engine_dp{rank}", options.disk_path)
+        ensure_private_daemon(server, options)
+        clients.append(CacheClient(server))
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(clients) == 4
+    (pid,) = {int(str(client.status()["pid"])) for client in clients}
+    assert processes(home) == [pid]
+    for client in clients:
+        client.close()
+
+
+def test_an_engine_that_starts_while_the_daemon_before_it_ends_waits_for_it(
+    home: Path, tmp_path: Path, redis_server: Any, eventually: Any
+) -> None:
+    redis = redis_server()
+    options = Options(memory="16MiB", disk_path=str(tmp_path / "disk"), redis=f"unix://{redis.socket}")
+    server = private_server("one", options.disk_path)
+    ensure_private_daemon(server, options)
+    with CacheClient(server) as client:
+        before = client.status()["pid"]
+        redis.send(signal.SIGSTOP)  # what is queued for it makes the end take its time
+        keys = list(store(client, 20))
+    stopped = Path(socket_path(server))
+    eventually(lambda: not private._bound(stopped), "the daemon takes no more clients", 10)
+    assert processes(home) == [before]
+    redis.send(signal.SIGCONT)
+    ensure_private_daemon(server, options)
+    with CacheClient(server) as client:
+        assert client.status()["pid"] != before
+        eventually(lambda: client.lookup(keys).hits == 20, "what it saved is found")
+    eventually(lambda: not processes(home), "the next daemon ends", 30)
+    assert not list(stopped.parent.glob("*"))
+
+
+def test_the_sizes_of_the_first_engine_hold_and_the_second_is_told(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Options(memory="16MiB", disk_path=str(tmp_path), disk="1GiB")
+    server = private_server("one", first.disk_path)
+    ensure_private_daemon(server, first)
+    with CacheClient(server):
+        ensure_private_daemon(server, replace(first, memory="16384KiB", disk="1024MiB"))
+        assert not caplog.records
+        ensure_private_daemon(server, replace(first, memory="32MiB"))
+        assert "runs with memory=16MiB, and memory=32MiB is asked for here" in caplog.text
+
+
+def test_an_engine_with_another_redis_is_not_given_to_the_folders_daemon(
+    home: Path, tmp_path: Path, redis_server: Any
+) -> None:
+    first = Options(memory="16MiB", disk_path=str(tmp_path), redis=f"unix://{redis_server().socket}")
+    server = private_server("one", first.disk_path)
+    ensure_private_daemon(server, first)
+    with CacheClient(server):
+        ensure_private_daemon(server, replace(first, redis=first.redis.replace("://", "://:changed-password@")))
+        with pytest.raises(ConfigError, match=r"redis is another one .* or this one another disk_path") as caught:
+            ensure_private_daemon(server, replace(first, redis="redis://:hunter2@elsewhere"))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_folder_of_a_daemon_that_was_started_by_hand_is_refused_with_its_address(
+    home: Path, tmp_path: Path, daemon: Any
+) -> None:
+    serving = daemon(disk_path=tmp_path / "disk")
+    began = time.monotonic()
+    with pytest.raises(
+        ConfigError, match=rf"in use by the LoRACache daemon at {serving.url}; give server='{serving.url}'"
+    ):
+        ensure_private_daemon(
+            private_server("one", str(tmp_path / "disk")), Options(memory="16MiB", disk_path=str(tmp_path / "disk"))
+        )
+    assert time.monotonic() - began < 8
+    assert processes(home) == [serving.process.pid]
 
 
 def test_many_at_once_start_one_daemon_that_ends_with_its_last_client(home: Path, eventually: Any) -> None:
