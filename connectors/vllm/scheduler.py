@@ -179,6 +179,8 @@ class SchedulerSide:
         state.load_tiers = state.hits[first // per_chunk : -(-end // per_chunk)]
         state.blocks = list(block_ids)
         self._plan.loads.append(Load(request.request_id, tuple(chunks), state.adapter, per_chunk))
+        if not state.cacheable:  # since it was asked for; vLLM waits for it all the same
+            self._plan.void.add(request.request_id)
         slow = [chunk.key for chunk, tier in zip(chunks, state.load_tiers, strict=True) if tier != "cpu"]
         if slow:
             self._link.prefetch(state.lease, self._object_keys(slow), _LEASE_TTL_S)

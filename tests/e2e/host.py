@@ -27,8 +27,13 @@ async def generate(engine, command):
     started = time.perf_counter()
     first = None
     output = None
-    async for output in engine.generate(prompt, params, command["id"], lora_request=request):  # noqa: B007
-        first = first or time.perf_counter() - started
+    try:
+        async for output in engine.generate(prompt, params, command["id"], lora_request=request):  # noqa: B007
+            first = first or time.perf_counter() - started
+    except Exception as error:
+        if type(error).__name__ != "GenerationError":
+            raise
+        return {"reason": "error"}  # vLLM 0.33 raises what earlier ones answer
     return {
         "tokens": list(output.outputs[0].token_ids),
         "cached": output.num_cached_tokens,

@@ -97,7 +97,10 @@ class _Patcher(importlib.abc.MetaPathFinder):
                 load(module)
                 _apply(patch, module)
 
-            loader.exec_module = exec_module  # type: ignore[method-assign]
+            try:
+                loader.exec_module = exec_module  # type: ignore[method-assign]
+            except AttributeError as error:
+                _failed(f"{fullname} is imported in a way of its own", error)
         return spec
 
 

@@ -127,6 +127,18 @@ def test_a_load_that_was_planned_and_not_sent_is_void_after_a_reset(driver: Any,
     assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
 
 
+def test_a_load_that_vllm_put_off_across_a_reset_is_void(driver: Any, make_request: Any) -> None:
+    """0.33 may make room for a load some steps after it was answered how far one reaches."""
+    request = make_request("a", 64)
+    driver.hold(request, ["cpu"] * 2)
+    assert driver.arrive(request) == (64, True)
+    driver.side.reset()
+    driver.step()
+    driver.side.planned_load(request, [1, 2, 3, 4], 64)
+    plan = driver.step()
+    assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
+
+
 def test_a_load_that_is_done_and_not_computed_upon_is_void_after_a_reset(driver: Any, make_request: Any) -> None:
     loading(driver, make_request)
     driver.side.finished_loading({"a"}, set())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -149,6 +150,31 @@ def test_a_module_that_is_not_what_we_know_is_left_as_it_is(
     assert "module_of_another_vllm" in record.getMessage()
     plugin._registered = True
     assert "module_of_another_vllm" in plugin.problem()
+
+
+def test_a_module_whose_loader_cannot_be_told_is_imported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loader:
+        __slots__ = ()
+
+        def create_module(self, spec: Any) -> None:
+            return None
+
+        def exec_module(self, module: Any) -> None:
+            module.kept = True
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any, target: Any = None) -> Any:
+            return importlib.machinery.ModuleSpec(name, Loader()) if name == "frozen_module" else None
+
+    sys.meta_path.insert(0, Finder)
+    sys.meta_path.insert(0, plugin._Patcher({"frozen_module": plugin._patch_worker}))
+    try:
+        assert importlib.import_module("frozen_module").kept
+    finally:
+        sys.modules.pop("frozen_module", None)
+    plugin._registered = True
+    assert "frozen_module" in plugin.problem()
 
 
 def test_engines_that_ask_for_nothing_get_vllms_own_managers_whatever_their_configuration(patched: Any) -> None:
