@@ -6,12 +6,14 @@ Threading: the event loop.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from loracache.config import Config, http_address
 from loracache.errors import ConfigError
@@ -23,6 +25,7 @@ _log = logging.getLogger(__name__)
 _AGAIN_S = 5.0
 _END_S = 10.0
 _BACKLOG = 128
+_PORT_PATIENCE_S = 5.0
 
 
 class RestProcess:
@@ -82,6 +85,19 @@ class RestProcess:
             self._life = None
 
 
+def _bind(listener: socket.socket, address: Any) -> None:
+    """The REST process of a daemon that was killed holds the port until it has noticed. Raises OSError."""
+    deadline = time.monotonic() + _PORT_PATIENCE_S
+    while True:
+        try:
+            listener.bind(address)
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
 def _listen(http: str) -> socket.socket:
     host, port = http_address(http)
     try:
@@ -91,7 +107,7 @@ def _listen(http: str) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+            _bind(listener, address)
             listener.listen(_BACKLOG)
         except OSError:
             listener.close()
