@@ -42,7 +42,13 @@ class RestProcess:
         self._next_start = 0.0
 
     def start(self) -> None:
-        """Start the process. Raises OSError."""
+        """Start the process; where that cannot be done now, `tick` tries again."""
+        try:
+            self._start()
+        except OSError as error:
+            _log.error("the REST process cannot be started: %s", error)
+
+    def _start(self) -> None:
         self._next_start = time.monotonic() + _AGAIN_S
         ours = self._listener.fileno()
         theirs, self._life = os.pipe()
@@ -58,14 +64,12 @@ class RestProcess:
 
     def tick(self) -> None:
         """Start it again where it died."""
-        if self._process is None or self._process.poll() is None or time.monotonic() < self._next_start:
+        if time.monotonic() < self._next_start or (self._process is not None and self._process.poll() is None):
             return
-        _log.error("the REST process ended with %d and is started again", self._process.returncode)
+        if self._process is not None:
+            _log.error("the REST process ended with %d and is started again", self._process.returncode)
         self._let_go()
-        try:
-            self.start()
-        except OSError as error:
-            _log.error("the REST process cannot be started: %s", error)
+        self.start()
 
     def close(self) -> None:
         """End the process and give the port back."""
