@@ -110,16 +110,28 @@ class AdapterNames:
         self._lock = threading.Lock()
         self._known: dict[str, NameRecord] = {}
         self._left_alone_until = 0.0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.json"):
-                try:
-                    record = NameRecord.decode(path.read_bytes(), integrity_key)
-                    if path != self._path(record.name):
-                        raise ValueError(f"it is the record of {record.name} in another's place")
-                    self._known[record.name] = record
-                except (OSError, ValueError) as error:
-                    _log.warning("%s is ignored: %s", path, error)
+        self.read()
+
+    def read(self) -> None:
+        """Learn what the folder holds and is not known better. One that cannot be reached now holds nothing. Raises
+        OSError for what is no folder of ours.
+        """
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError):
+            raise
+        except OSError as error:
+            _log.warning("names are not kept in %s for now: %s", self._folder, error.strerror)
+        for path in self._folder.glob("*.json"):
+            try:
+                record = NameRecord.decode(path.read_bytes(), self._key)
+                if path != self._path(record.name):
+                    raise ValueError(f"it is the record of {record.name} in another's place")
+                self._remember(record, None)
+            except (OSError, ValueError) as error:
+                _log.warning("%s is ignored: %s", path, error)
 
     @property
     def waits(self) -> bool:
@@ -225,6 +237,7 @@ class AdapterNames:
             return None
         path = self._path(record.name).with_suffix(f".{threading.get_ident()}.tmp")
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             path.write_bytes(record.encode(self._key))
         except OSError as error:
             raise Unavailable(f"the name {record.name} cannot be kept in {self._folder}: {error}") from None

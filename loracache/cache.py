@@ -307,6 +307,8 @@ class TieredCache:
         self.pins.tick()
         if self.disk is not None:
             self.disk.tick()
+        for writer in self.writers:
+            writer.io.tick()
         self.pump()
 
     # -- inside ----------

@@ -201,7 +201,7 @@ def _frame(before: Reading | None, now: Reading, gone: str, plain: bool = False)
 def _tiers_table(now: Reading, happened: Rates, plain: bool) -> Table:
     from rich.text import Text
 
-    from loracache.tables import size_text
+    from loracache.tables import size_text, tier_state
 
     table = _table(plain)
     for name in ("tier", "fill", "used of limit", "objects", "in/s", "out/s", "evicted/s", "queued", "state"):
@@ -218,7 +218,7 @@ def _tiers_table(now: Reading, happened: Rates, plain: bool) -> Table:
             size_text(happened.read[name]) if name in happened.read else "-",
             f"{happened.evicted[name]:.1f}",
             tier.get("queued_writes", 0) + sum(tier.get("waiting", {}).values()),
-            "ok" if tier.get("available", True) else "left alone after a failure",
+            tier_state(tier),
         )
         table.add_row(*(Text(str(cell)) for cell in cells))
     return table

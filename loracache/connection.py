@@ -2,13 +2,12 @@
 
 Never blocks but in `connect`, `greeted`, `wait` and `call`, and there for a bounded time: a request that the socket
 does not take at once waits in a buffer, and a daemon that stopped reading is given up as unavailable. One thread a
-connection.
+connection; only the end of the mapping, where the daemon hangs up, comes from another (hangups.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import select
 import socket
@@ -18,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loracache import protocol
+from loracache import hangups, protocol
 from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable, Unknown
 from loracache.frames import Frames
-from loracache.mapping import map_arena
+from loracache.mapping import ArenaMap, map_arena
 
 __all__ = ["Connection", "Reply", "socket_path"]
 
@@ -63,7 +62,7 @@ class Connection:
         self._unsent = bytearray()
         self._number = 0
         self._replies: dict[int, deque[Reply | Rejected]] = {}
-        self.map: mmap.mmap | None = None
+        self.map: ArenaMap | None = None  # none without a connection
         self.instance = b""
         self._farewell = ""
         self._joining: socket.socket | None = None  # connected, not greeted yet
@@ -77,8 +76,8 @@ class Connection:
 
     @property
     def connected(self) -> bool:
-        """Whether the socket is open, as far as known."""
-        return self._socket is not None
+        """Whether the daemon is there, as far as known."""
+        return self._socket is not None and self.map is not None
 
     @property
     def unsent(self) -> bool:
@@ -145,6 +144,7 @@ class Connection:
             os.close(fd)
         self.instance = greeting.instance
         self._socket = sock
+        hangups.watch(sock.fileno(), self._hung_up)
         self._frames = Frames()
         self._replies.clear()
         self._unsent.clear()
@@ -165,11 +165,18 @@ class Connection:
             self._broken.append(lease)
 
     def close(self) -> None:
-        """Close the socket; the mapping stays for those who still use it."""
+        """Close the socket and let go of the mapping; it stays while others use it, or a view of it."""
         for sock in (self._socket, self._joining):
             if sock is not None:
+                hangups.forget(sock.fileno())
                 sock.close()
-        self._socket = self._joining = None
+        self._socket = self._joining = self.map = None
+
+    def _hung_up(self) -> ArenaMap | None:
+        """The daemon is gone, and the arena is nobody's: do not keep its memory until somebody asks again. Called on a
+        thread of its own."""
+        arena, self.map = self.map, None
+        return arena
 
     def send(self, request: protocol.Request, *, answer: bool = True) -> int:
         """Send a request; answers its number, for `take` and `wait`. Where the connection is gone and no answer is
@@ -249,9 +256,10 @@ class Connection:
 
     def buffers(self, extents: Sequence[int], size: int) -> list[memoryview]:
         """Views of the first `size` bytes of extents given as [offset, length, offset, length, ...]."""
-        if self.map is None:
-            raise Unavailable("the arena is not mapped")
-        view = memoryview(self.map)
+        arena = self.map
+        if arena is None:
+            raise Unavailable(f"the daemon at {self._path} is gone, and its arena with it")
+        view = memoryview(arena)
         views = []
         for offset, length in zip(extents[::2], extents[1::2], strict=True):
             views.append(view[offset : offset + min(length, size)])

@@ -36,13 +36,25 @@ class Namespaces:
         self._by_salt: dict[str, list[bytes]] = {}
         self._names: dict[str, list[str]] = {}  # of each model identity
         self._called: dict[str, list[str]] = {}  # the identities behind each name
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.json"):
-                try:
-                    self._read(path.read_text())
-                except (OSError, UsageError, UnicodeDecodeError) as error:
-                    _log.warning("%s is no namespace descriptor and is ignored: %s", path, error)
+        self.read()
+
+    def read(self) -> None:
+        """Learn what the folder holds. One that cannot be reached now holds nothing. Raises OSError for what is no
+        folder of ours.
+        """
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError):
+            raise
+        except OSError as error:
+            _log.warning("namespaces are not kept in %s for now: %s", self._folder, error.strerror)
+        for path in self._folder.glob("*.json"):
+            try:
+                self._read(path.read_text())
+            except (OSError, UsageError, UnicodeDecodeError) as error:
+                _log.warning("%s is no namespace descriptor and is ignored: %s", path, error)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -146,6 +158,7 @@ class Namespaces:
         path = self._folder / f"{digest.hex()}.json"
         temporary = path.with_suffix(".tmp")
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text(f"{namespace.descriptor()}\n{json.dumps(self.names(namespace.model))}\n")
             os.replace(temporary, path)
         except OSError as error:  # a full disk must not stop the cache; the name is lost at the next start

@@ -13,7 +13,7 @@ from loracache.client import Adapter
 
 __all__ = [
     "causes_text", "on_terminal", "print_adapter", "print_adapters", "print_status", "print_table", "print_values",
-    "shown", "size_text", "time_text",
+    "shown", "size_text", "tier_state", "time_text",
 ]  # fmt: skip
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -85,6 +85,15 @@ def print_values(values: Iterable[tuple[str, object]]) -> None:
         sys.stdout.write(f"{name:<{width}}  {value}".rstrip() + "\n")
 
 
+def tier_state(tier: dict[str, Any]) -> str:
+    """How much a tier is in use, in two words."""
+    if not tier.get("available", True):
+        return "not in use"
+    if not tier.get("writable", True):
+        return "read only"
+    return "in part" if tier.get("reason") else "ok"
+
+
 def print_status(status: dict[str, Any]) -> None:
     """The answer of `CacheClient.status` on standard output."""
     sys.stdout.write(
@@ -95,10 +104,13 @@ def print_status(status: dict[str, Any]) -> None:
     for name, tier in status["tiers"].items():
         used = f"{size_text(tier['used_bytes'])} of {size_text(tier['limit_bytes'])}" if "limit_bytes" in tier else "-"
         size = size_text(tier["bytes"]) if "bytes" in tier else "-"
-        state = "ok" if tier.get("available", True) else "left alone after a failure"
+        state = tier_state(tier)
         queued = tier.get("queued_writes", "-")
         rows.append((name, tier.get("objects", "-"), size, used, status["hits"].get(name, 0), queued, state))
     print_table(["tier", ">objects", ">bytes", ">used of limit", ">hits", ">to write", "state"], rows)
+    for name, tier in status["tiers"].items():
+        if tier.get("reason"):
+            sys.stdout.write(f"{name}: {tier['reason']}\n")
     for title in ("misses", "failures"):
         sys.stdout.write(f"{title}: {causes_text(status[title])}\n")
 

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from loracache.counters import Counters
+from loracache.errors import ConfigError
 from loracache.events import Events
-from loracache.storage_backends.base import Outcome, Result, StorageBackend, Transfer
+from loracache.storage_backends.base import Outcome, Result, Standing, StorageBackend, Transfer
 from loracache.tiers import Tier
 from loracache.tracing import span
 from loracache.workers import Workers
@@ -26,6 +27,7 @@ Done = Callable[[list[Result]], None]
 
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+_LOOK_AGAIN_S = 2.0  # at a backend that cannot do all it should
 _END_S = 5.0  # what a call that runs is waited for at the end
 
 
@@ -33,8 +35,11 @@ class TierIO:
     """One tier's backend, its threads, its failure counters, and whether it is worth asking now.
 
     After an UNAVAILABLE answer that is not about a part of it the tier is left alone for a pause that doubles up to
-    15 s; whatever is asked meanwhile is answered UNAVAILABLE at once. All methods belong to the cache's thread; `post`
-    hands a callable over to it.
+    15 s; whatever is asked meanwhile is answered UNAVAILABLE at once. What the backend says that it cannot do is not
+    asked of it either, until it says that it can: `tick` looks. All methods belong to the cache's thread; `post` hands
+    a callable over to it.
+
+    standing: what the backend can do as far as known.
     """
 
     def __init__(self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters, events: Events) -> None:
@@ -50,11 +55,67 @@ class TierIO:
         self._paused_until = 0.0
         self._pause = _FIRST_PAUSE_S
         self._asked_at: list[float] = []
+        self.standing = Standing()
+        self._trouble = ""
+        self._looking = False
+        self._next_look = 0.0
 
     @property
     def available(self) -> bool:
-        """Whether the tier is not being left alone after a failure."""
-        return time.monotonic() >= self._paused_until
+        """Whether the tier can be read, and is not being left alone after a failure."""
+        return self.standing.reads and time.monotonic() >= self._paused_until
+
+    @property
+    def writable(self) -> bool:
+        """Whether the tier takes anything now."""
+        return self.standing.writes and self.available
+
+    @property
+    def reason(self) -> str:
+        """Why the tier does less than it should, or ""."""
+        return self.standing.reason or self._trouble
+
+    def stand(self, standing: Standing) -> None:
+        """Take note of what the backend can do, and say so once."""
+        before, self.standing = self.standing, standing
+        label = self.tier.label
+        if standing.reason and standing.reason != before.reason:
+            does = (
+                "in use, but" if standing.writes else "is read, and takes nothing" if standing.reads else "not in use"
+            )
+            _log.warning("%s: %s: %s", label, does, standing.reason)
+        elif before.reason and not standing.reason:
+            _log.info("%s: in full use again", label)
+        if standing.reads and not before.reads:
+            self._paused_until = 0.0
+        if not standing.reason and self.available:
+            self._trouble = ""
+
+    def tick(self) -> None:
+        """Look again at a backend that cannot do all that it should."""
+        now = time.monotonic()
+        if not self.reason or self._looking or now < self._next_look:
+            return
+        self._looking = True
+
+        def look() -> None:
+            standing = self._look()
+            self._post(lambda: looked(standing))
+
+        def looked(standing: Standing) -> None:
+            self._looking = False
+            self._next_look = time.monotonic() + _LOOK_AGAIN_S
+            self.stand(standing)
+
+        self._asks.submit(look)
+
+    def _look(self) -> Standing:
+        try:
+            return self.backend.check()
+        except ConfigError as error:  # the daemon serves: what it lacks is shown
+            return Standing(reads=False, writes=False, reason=str(error))
+        except Exception as error:  # noqa: BLE001 - top of a thread: it must be looked at again
+            return Standing(reads=False, writes=False, reason=f"its check failed: {error!r}")
 
     def asked_too_long(self, limit_s: float) -> bool:
         """Whether a question is still unanswered after `limit_s`: asking more would only queue behind it."""
@@ -110,8 +171,8 @@ class TierIO:
                 self._counters.add(f"busy_us.{self.tier.label}.{what}", int(seconds * 1e6))
             done(results)
 
-        if not self.available:
-            refused = Result(Outcome.UNAVAILABLE, detail="left alone after a failure")
+        if not self.available or (count and workers is self._writes and not self.standing.writes):
+            refused = Result(Outcome.UNAVAILABLE, detail=self.reason or "left alone after a failure")
             self._counters.add(f"failure.{self.tier.label}.{refused.outcome.value}", count)
             self._post(lambda: done([refused] * count))
             return
@@ -138,6 +199,7 @@ class TierIO:
                 continue
             if result.outcome is Outcome.UNAVAILABLE:
                 unavailable += not result.partial
+                self._trouble = result.detail or "no answer"
             elif result.outcome is not Outcome.MISS:
                 _log.warning("%s: %s: %s: %s", label, what, result.outcome.value, result.detail)
             if result.outcome is not Outcome.MISS or what == "load":
@@ -148,6 +210,8 @@ class TierIO:
         if not unavailable:
             if results:
                 self._pause = _FIRST_PAUSE_S
+                if not any(result.outcome is Outcome.UNAVAILABLE for result in results):
+                    self._trouble = ""
         elif self.available:
             _log.warning("%s: unavailable (%s); left alone for %.1f s", label, results[-1].detail, self._pause)
             self._paused_until = time.monotonic() + self._pause

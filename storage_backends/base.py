@@ -1,7 +1,8 @@
 """The interface of a storage backend, and the contract every backend keeps.
 
 A backend holds immutable objects under 32-byte keys and knows nothing of trees, leases or policies: which object enters
-or leaves is the cache's decision. Six methods, all batched, all blocking.
+or leaves is the cache's decision. Six methods, all batched, all blocking; and `check`, for those that may be out of
+reach.
 
 What the cache guarantees
     - Buffers belong to the caller and stay valid and unmoved for the duration of the call. They are handed over as a
@@ -98,7 +99,8 @@ class Result:
     """How one item went. `info` is set by `contains` for OK; `detail` says in words what failed, for logs.
 
     stored: set by `store` for OK, as in ObjectInfo: 0 also where compression would not have made the object smaller.
-    partial: of UNAVAILABLE: other keys can still be reached (one node of a cluster is away).
+    partial: of UNAVAILABLE: other keys can still be reached (one node of a cluster is away), or these be read (a disk
+    that takes no writes).
     """
 
     outcome: Outcome
@@ -106,6 +108,15 @@ class Result:
     detail: str = field(default="", compare=False)
     stored: int = 0
     partial: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a backend can do now. reason: in words why not all of it, and what to do."""
+
+    reads: bool = True
+    writes: bool = True
+    reason: str = ""
 
 
 class StorageBackend(ABC):
@@ -138,6 +149,12 @@ class StorageBackend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Finish and release everything. No call follows."""
+
+    def check(self) -> Standing:
+        """Look what the backend can do, and bring back what can be: a cache starts with what it has, and looks again
+        while that is not all. Blocks as the others do. Raises ConfigError for what no waiting will mend.
+        """
+        return Standing()
 
     def footprint(self, size: int) -> int:
         """Bytes of the tier's budget that an object takes: `size` is `info.stored or info.size`."""

@@ -26,14 +26,15 @@ from pathlib import Path
 
 from loracache.errors import ConfigError
 from loracache.storage_backends import header
-from loracache.storage_backends.base import ObjectInfo, Outcome, Result, StorageBackend, Transfer
+from loracache.storage_backends.base import ObjectInfo, Outcome, Result, Standing, StorageBackend, Transfer
 from loracache.storage_backends.manifest import Manifest, parents_first
-from loracache.storage_backends.object_files import FULL, ObjectFiles, footprint
+from loracache.storage_backends.object_files import FULL, UNWRITABLE, ObjectFiles, footprint
 from loracache.storage_backends.vectors import head
 
 _log = logging.getLogger(__name__)
 
 _GONE = {errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN}
+_MAY_PASS = _GONE | UNWRITABLE | {errno.EIO}  # of a folder that cannot be opened now; all else is its user's mistake
 
 
 class DiskInUse(ConfigError):
@@ -55,6 +56,8 @@ class DiskBackend(StorageBackend):
     sync: store answers OK only once the object would survive a crash of the machine, not just of the process.
     integrity_key: 16 to 64 bytes; objects then carry a MAC, and what lacks the right one is CORRUPT.
     owner: what another backend that finds the folder in use is told of who uses it, "NAME at ADDRESS".
+    A folder that cannot be written is read, and one that cannot be reached now answers UNAVAILABLE, until `check` finds
+    that it can.
     direct: whether the file system takes O_DIRECT; where it does not, I/O goes through the page cache.
     Raises ConfigError for a folder that cannot be used or that another backend uses.
     """
@@ -73,22 +76,46 @@ class DiskBackend(StorageBackend):
         self._manifest = Manifest(self.path / "manifest", sync=sync)
         self._lock_fd = -1
         self._known: dict[bytes, ObjectInfo] | None = None
+        self._unwritable = ""
+        self._unreachable = self._open()
+
+    def check(self) -> Standing:
+        if self._unreachable:
+            self._unreachable = self._open()
+        elif self._unwritable or os.statvfs(self.path).f_flag & os.ST_RDONLY:
+            if self._lock_fd < 0:
+                self._take_lock()
+            self._unwritable = self._files.open()
+            self._flush_manifest()
+        if self._unreachable:
+            reason = f"disk_path {str(self.path)!r} cannot be reached: {self._unreachable}"
+            return Standing(reads=False, writes=False, reason=reason)
+        if self._unwritable:
+            reason = f"disk_path {str(self.path)!r} cannot be written: {self._unwritable}"
+            return Standing(writes=False, reason=reason)
+        return Standing()
+
+    @property
+    def direct(self) -> bool:
+        return self._files.direct
+
+    def _open(self) -> str:
+        """In words why the folder cannot be opened now, empty where it is. Raises ConfigError."""
         try:
-            self._open()
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._take_lock()
+            self._unwritable = self._files.open()
         except OSError as error:
-            self.close()
+            self._release()
+            if error.errno in _MAY_PASS:
+                return error.strerror or str(error)
             raise ConfigError(
                 f"disk_path {str(self.path)!r} cannot be used: {error.strerror or error}; give a folder that this "
                 "process may create and write"
             ) from error
-
-    def _open(self) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._take_lock()
-        self._files.open()
-        self.direct = self._files.direct
         if self._manifest.is_short():
             self._known = self._manifest.read()
+        return ""
 
     @property
     def _index(self) -> dict[bytes, ObjectInfo]:
@@ -99,29 +126,43 @@ class DiskBackend(StorageBackend):
         return self._known
 
     def _take_lock(self) -> None:
-        self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = self.path / "lock"
+        try:
+            self._lock_fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            try:
+                self._lock_fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return  # nobody writes here yet, for nobody can
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.pread(self._lock_fd, 1000, 0).decode(errors="replace").strip()
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+            self._release()
             raise DiskInUse(self.path, owner) from None
         with contextlib.suppress(OSError):  # on a full disk nobody is told
             os.ftruncate(self._lock_fd, 0)
             os.pwrite(self._lock_fd, f"{self._owner}\n".encode(), 0)
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
+        if self._unreachable:
+            return self._out_of_reach(len(keys))
         with self._lock:
             held = [self._index.get(key) for key in keys]
         return [Result(Outcome.OK, info) if info else Result(Outcome.MISS) for info in held]
 
     def load(self, transfers: Sequence[Transfer]) -> list[Result]:
+        if self._unreachable:
+            return self._out_of_reach(len(transfers))
         results = [self._load_one(transfer) for transfer in transfers]
         self._flush_manifest()
         return results
 
     def store(self, transfers: Sequence[Transfer]) -> list[Result]:
+        if self._unreachable:
+            return self._out_of_reach(len(transfers))
         results = [self._store_one(transfer) for transfer in transfers]
         if self._sync:
             self._sync_folders(transfers, results)
@@ -129,6 +170,8 @@ class DiskBackend(StorageBackend):
         return results
 
     def delete(self, keys: Sequence[bytes]) -> list[Result]:
+        if self._unreachable:
+            return self._out_of_reach(len(keys))
         results = []
         for key in keys:
             try:
@@ -145,6 +188,8 @@ class DiskBackend(StorageBackend):
 
         Objects whose parents the manifest does not know come last: a parent may be among the adopted files.
         """
+        if self._unreachable:
+            return
         with self._lock:
             known = dict(self._index)
         rooted, hanging = parents_first(known)
@@ -155,12 +200,18 @@ class DiskBackend(StorageBackend):
 
     def close(self) -> None:
         self._manifest.close()
+        self._release()
+
+    def _release(self) -> None:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
     def footprint(self, size: int) -> int:
         return footprint(size)
+
+    def _out_of_reach(self, count: int) -> list[Result]:
+        return [Result(Outcome.UNAVAILABLE, detail=self._unreachable)] * count
 
     def _load_one(self, transfer: Transfer) -> Result:
         info = transfer.info
@@ -233,6 +284,8 @@ class DiskBackend(StorageBackend):
             self._manifest.delete(info)
 
     def _flush_manifest(self) -> None:
+        if self._unwritable:
+            return
         with self._lock:
             try:
                 if self._manifest.wasteful(len(self._index)):
@@ -291,6 +344,8 @@ class DiskBackend(StorageBackend):
 def _failure(error: OSError) -> Result:
     if error.errno in FULL:
         return Result(Outcome.FULL, detail=str(error))
+    if error.errno == errno.EROFS:
+        return Result(Outcome.UNAVAILABLE, detail=str(error), partial=True)
     if error.errno in _GONE:
         return Result(Outcome.UNAVAILABLE, detail=str(error))
     return Result(Outcome.FAILED, detail=str(error))

@@ -8,6 +8,7 @@ Records have a fixed size and a CRC of their own. Threading: none here, the call
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import struct
 import zlib
@@ -15,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loracache.storage_backends.base import Kind, ObjectInfo
+
+_log = logging.getLogger(__name__)
 
 _MAGIC = b"LoRACach manifest v2\n".ljust(32, b"\0")
 _MAGIC_1 = b"LoRACach manifest v1\n".ljust(32, b"\0")
@@ -40,14 +43,18 @@ class Manifest:
         self._fd = -1
 
     def read(self) -> dict[bytes, ObjectInfo]:
-        """What the manifest says is held, in the order of adding; opens it for appending. Raises OSError.
+        """What the manifest says is held, in the order of adding; opens it for appending.
 
-        A file that is missing or is no manifest at all counts as empty and is replaced. One of version 1 is read and
-        replaced; on a full disk that waits, as what is added does, for a later `compact`.
+        A file that is missing, cannot be read or is no manifest at all counts as empty and is replaced. One of version
+        1 is read and replaced; on a full disk or one that takes no writes that waits, as what is added does, for a
+        later `compact`.
         """
         try:
             raw = self._path.read_bytes()
         except FileNotFoundError:
+            raw = b""
+        except OSError as error:
+            _log.warning("%s cannot be read (%s): the files are looked at instead", self._path, error.strerror)
             raw = b""
         if raw.startswith(_MAGIC_1):
             live = _replay(memoryview(raw)[len(_MAGIC_1) :], _FIELDS_1)
@@ -55,22 +62,31 @@ class Manifest:
                 self.compact(live)
             return live
         if not raw.startswith(_MAGIC):
-            self.compact({})
+            with contextlib.suppress(OSError):
+                self.compact({})
             return {}
         whole = (len(raw) - len(_MAGIC)) // RECORD_BYTES
         live = _replay(memoryview(raw)[len(_MAGIC) :], _FIELDS)
         self._records = whole
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        # A torn record at the end would put all later ones out of step.
-        os.ftruncate(self._fd, len(_MAGIC) + whole * RECORD_BYTES)
-        if self.wasteful(len(live)):
-            with contextlib.suppress(OSError):  # a full disk is no reason not to start: the long manifest serves
+        with contextlib.suppress(OSError):  # a disk that is full, or read only, is no reason not to start
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            try:
+                # A torn record at the end would put all later ones out of step.
+                os.ftruncate(fd, len(_MAGIC) + whole * RECORD_BYTES)
+            except OSError:
+                os.close(fd)
+                raise
+            self._fd = fd
+            if self.wasteful(len(live)):
                 self.compact(live)
         return live
 
     def is_short(self) -> bool:
         """Whether reading it takes no time worth putting off."""
-        return not self._path.exists() or self._path.stat().st_size < _SHORT_BYTES
+        try:
+            return self._path.stat().st_size < _SHORT_BYTES
+        except OSError:
+            return True
 
     def add(self, info: ObjectInfo) -> None:
         """Queues the record that `info` is held."""

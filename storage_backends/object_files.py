@@ -27,6 +27,7 @@ from loracache.storage_backends.vectors import head, length, move
 _log = logging.getLogger(__name__)
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
+UNWRITABLE = FULL | {errno.EROFS}
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}
 _HEX = frozenset(string.hexdigits.lower())
 # Scratch that a thread keeps, as far as it was ever touched: chunks of KV fit, and larger objects take it for one call.
@@ -48,17 +49,28 @@ class ObjectFiles:
         self._integrity_key = integrity_key
         self._scratch = threading.local()
         self._serial = itertools.count()
+        self.direct = False
+        self._flags = os.O_CLOEXEC
 
-    def open(self) -> None:
-        """Makes the folders, removes what a crash left unfinished, and sees whether the file system takes O_DIRECT."""
-        self._tmp.mkdir(mode=0o700, exist_ok=True)
-        self._objects.mkdir(mode=0o700, exist_ok=True)
-        for number in range(256):
-            (self._objects / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
-        for leftover in os.scandir(self._tmp):
-            os.unlink(leftover.path)
-        self.direct = self._takes_direct()
+    def open(self) -> str:
+        """Makes the folders, removes what a crash left unfinished, and sees whether the file system takes O_DIRECT. In
+        words why nothing can be written, empty where it can: what is there is read all the same. While it could not, no
+        file is being written, and this may be called again.
+        """
+        try:
+            self._tmp.mkdir(mode=0o700, exist_ok=True)
+            self._objects.mkdir(mode=0o700, exist_ok=True)
+            for number in range(256):
+                (self._objects / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+            for leftover in os.scandir(self._tmp):
+                os.unlink(leftover.path)
+            self.direct = self._takes_direct()
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            return os.strerror(error.errno)
         self._flags = os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        return ""
 
     def file(self, key: bytes) -> Path:
         """Where an object lies."""
@@ -157,6 +169,8 @@ class ObjectFiles:
                         continue
                     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                         yield bytes.fromhex(name), entry.stat(follow_symlinks=False).st_size
+        except FileNotFoundError:  # of a folder that could not be written when it was made
+            return
         except OSError as error:
             _log.warning("%s not listed: %s", self._objects / folder, error)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from loracache.errors import ConfigError
 from loracache.storage_backends import header, redis_rights
-from loracache.storage_backends.base import ObjectInfo, Outcome, Result, StorageBackend, Transfer
+from loracache.storage_backends.base import ObjectInfo, Outcome, Result, Standing, StorageBackend, Transfer
 from loracache.storage_backends.redis_batches import Load, Store, refusal
 from loracache.storage_backends.redis_cluster import Cluster
 from loracache.storage_backends.redis_layout import Layout, read_header
@@ -72,9 +72,11 @@ class RedisBackend(StorageBackend):
         self.integrity_key = integrity_key
         self.segment_bytes = segment_bytes
 
-    def check(self) -> None:
-        """Raises ConfigError unless a server answers and lets us do all that we need to do."""
-        redis_rights.check(self._servers, self.layout.prefix, cluster=self._cluster)
+    def check(self) -> Standing:
+        """Whether a server answers and lets us do all that we need to do. Raises ConfigError for a wrong login and
+        other settings that cannot work.
+        """
+        return redis_rights.check(self._servers, self.layout.prefix, cluster=self._cluster)
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
         return self._run(keys, lambda numbers: _Question(self, [keys[number] for number in numbers]))

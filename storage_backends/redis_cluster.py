@@ -58,7 +58,7 @@ class _Node:
             if lost is None:
                 self._pause = _FIRST_PAUSE_S
             elif self.available:
-                lost = self._lost = Lost(f"{self.address}: {lost.text}", lost.fix)
+                lost = self._lost = replace(lost, text=f"{self.address}: {lost.text}")
                 _log.warning("redis %s: %s; left alone for %.1f s", self._place, lost.text, self._pause)
                 self._paused_until = time.monotonic() + self._pause
                 self._pause = min(self._pause * 2, _LONGEST_PAUSE_S)

@@ -1,12 +1,13 @@
-"""What the Redis tier must be allowed to do, tried out when the daemon starts.
+"""What the Redis tier must be allowed to do, tried out when the daemon starts, and again while something is amiss.
 
 Every command we use is sent once, about one small key of ours that the last of them removes: a user without the rights
-is told at once, and not by misses. Threading: called once, before the tier is used.
+is told at once, and not by misses. What the rights suffice for is used. Threading: any thread, one call at a time.
 """
 
 from __future__ import annotations
 
 from loracache.errors import ConfigError
+from loracache.storage_backends.base import Standing
 from loracache.storage_backends.redis_servers import Servers
 from loracache.storage_backends.resp import ErrorReply, Wire, command
 
@@ -22,10 +23,11 @@ _ELSEWHERE = {
     "MASTERDOWN",
     "CROSSSLOT",
 }  # rights are looked at before
+_OTHER_SETTINGS = {"NOAUTH", "WRONGPASS", "MOVED", "CLUSTERDOWN", "CROSSSLOT"}
 
 
-def check(servers: Servers, prefix: bytes, *, cluster: bool) -> None:
-    """Raises ConfigError unless a server answers, and each that answers lets us do what we need."""
+def check(servers: Servers, prefix: bytes, *, cluster: bool) -> Standing:
+    """What a server lets us do, where one answers. Raises ConfigError where one refuses our settings."""
     harmless = _NO_FAULT | (_ELSEWHERE if cluster else set())
     answered = 0
     refused: dict[str, ErrorReply] = {}
@@ -42,18 +44,28 @@ def check(servers: Servers, prefix: bytes, *, cluster: bool) -> None:
 
     lost = servers.everywhere(work)
     if lost is not None and not answered:
-        raise ConfigError(f"redis {servers.place}: {lost.text}; {lost.fix}")
-    if refused:
-        name, first = next(iter(refused.items()))
-        raise ConfigError(
-            f"redis {servers.place}: the server answers {first.text!r} to {name}; {_fix(first, refused, prefix)}"
-        )
+        said = f"redis {servers.place}: {lost.text}; {lost.fix}"
+        if lost.refused:
+            raise ConfigError(said)
+        return Standing(reads=False, writes=False, reason=said)
+    if not refused:
+        return Standing()
+    name, first = next(iter(refused.items()))
+    said = f"redis {servers.place}: the server answers {first.text!r} to {name}; {_fix(first, refused, prefix)}"
+    if first.code in _OTHER_SETTINGS:
+        raise ConfigError(said)
+    if first.code in _ELSEWHERE:
+        return Standing(reads=False, writes=False, reason=said)
+    reading = {"GET"} if cluster else {"GET", "MGET"}
+    return Standing(refused.keys().isdisjoint(reading), refused.keys().isdisjoint({"GET", "SET"}), said)
 
 
 def _fix(first: ErrorReply, refused: dict[str, ErrorReply], prefix: bytes) -> str:
     if first.code == "NOPERM":
         rights = " ".join(f"+{name.lower()}" for name in refused)
         return f"give its user ~{prefix.decode()}:* {rights} (ACL SETUSER)"
+    if first.code in ("LOADING", "MASTERDOWN", "TRYAGAIN"):
+        return "it is asked again"
     if first.code in ("MOVED", "CLUSTERDOWN", "CROSSSLOT"):
         return "it is one node of a cluster: write redis+cluster:// (rediss+cluster://) in redis"
     return "correct redis"

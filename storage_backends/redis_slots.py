@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -87,7 +88,7 @@ class SlotMap:
                 self._take(parse_cluster_slots(answer, current_host=address.host))
             except (redis.RedisError, OSError) as error:
                 lost = self._target.said(error)
-                self.lost = Lost(f"{address}: {lost.text}", lost.fix)
+                self.lost = replace(lost, text=f"{address}: {lost.text}")
             else:
                 self.lost = None
                 return True

@@ -55,6 +55,14 @@ _FIX = (
 _START, _LOGIN = "start that Redis, or correct redis", "correct the user and password of redis, or the user's rights"
 _TRUST = "give its CA's certificate in redis (?ssl_ca_certs=FILE) and the host by the name the certificate is for"
 
+_ANSWERS = (redis.AuthenticationError, redis.ResponseError, ssl.SSLError)
+# Answers that may become others: of a server that starts or changes its role, and rights, which others give.
+_PASSING = (
+    redis.BusyLoadingError, redis.ReadOnlyError, redis.exceptions.NoPermissionError, redis.exceptions.MasterDownError,
+    redis.exceptions.ClusterDownError, redis.exceptions.TryAgainError,
+    ssl.SSLEOFError, ssl.SSLZeroReturnError,
+)  # fmt: skip
+
 _log = logging.getLogger(__name__)
 
 
@@ -80,10 +88,12 @@ class Connection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """How a server was lost and what can be done, in words that hold no secret."""
+    """How a server was lost and what can be done, in words that hold no secret. refused: by what it answered to our
+    settings, so that waiting does not help."""
 
     text: str
     fix: str = _START
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -130,13 +140,18 @@ class Target:
         """An error of a connection in words."""
         if isinstance(error, (BlockingIOError, TimeoutError, redis.TimeoutError)):
             return Lost(f"no answer within {self.timeout_s} s")
+        chain: list[BaseException] = []
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
-                return Lost(f"its certificate is not accepted: {cause.verify_message}", _TRUST)
+                return Lost(f"its certificate is not accepted: {cause.verify_message}", _TRUST, refused=True)
+            chain.append(cause)
             cause = cause.__cause__ or cause.__context__
-        refused = isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError))
-        return Lost(f"{type(error).__name__}: {self.hide(str(error))}", _LOGIN if refused else _START)
+        login = any(isinstance(each, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) for each in chain)
+        answer = any(isinstance(each, _ANSWERS) for each in chain)
+        passing = any(isinstance(each, _PASSING) for each in chain)
+        text = f"{type(error).__name__}: {self.hide(str(error))}"
+        return Lost(text, _LOGIN if login else _START, refused=answer and not passing)
 
     def hide(self, text: str) -> str:
         """`text` without our secrets. A server that does not know AUTH quotes what came with it, cut somewhere."""

@@ -321,7 +321,7 @@ class Storer:
                 lease, protocol.join_keys([key for key, _ in written]), [total for _, total in written]
             )
             answer = connection.call(commit, _CALL_TIMEOUT_S).payload
-        except LoRACacheError:
+        except BaseException:  # of a copier, too: else the extents stay reserved for as long as the lease
             connection.abort(lease)
             raise
         for cause in answer:

@@ -50,8 +50,9 @@ class WorkerLink:
             return False
         self.outage.over()
         self._registered.clear()
-        if self.connection.map is not None:
-            prepare_mapping(self.connection.map, self._device_type)
+        arena = self.connection.map
+        if arena is not None:
+            prepare_mapping(arena, self._device_type)
         return True
 
     def register(self, digest: bytes, descriptor: str, names: Sequence[str]) -> None:

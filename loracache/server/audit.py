@@ -5,6 +5,7 @@ Names and counts only: no token ids, no secrets. Threading: the event loop; a li
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,12 +17,14 @@ from loracache.errors import ConfigError
 
 __all__ = ["Audit"]
 
+_MAY_PASS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _log = logging.getLogger("loracache.audit")
 
 
 class Audit:
     """Appends to the file at `path` (made with mode 0600, and made again where it was rotated away), or to the daemon's
-    own log where there is none. Raises ConfigError for a file that cannot be written.
+    own log where there is none. Raises ConfigError for a file that is no place for it; a disk that is full or takes no
+    writes is tried again with each line.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -32,9 +35,11 @@ class Audit:
             try:
                 self._open(path)
             except OSError as error:
-                raise ConfigError(
-                    f"audit_log={str(path)!r} cannot be written: {error.strerror}; give another file"
-                ) from None
+                if error.errno not in _MAY_PASS:
+                    raise ConfigError(
+                        f"audit_log={str(path)!r} cannot be written: {error.strerror}; give another file"
+                    ) from None
+                _log.warning("the audit log %s cannot be written now: %s; its lines go here", path, error.strerror)
 
     def write(self, by: str, verb: str, **facts: Any) -> None:
         """One line. What cannot be written goes to the daemon's log, and nothing fails for it."""

@@ -63,7 +63,7 @@ class Daemon:
             self._listener = listen(config.socket, self._stack, private=config.private)
             disk, redis = disk_backend(config), redis_backend(config)
             self._rest = rest_process(config, self._stack)
-            self._namespaces, names = books(config)
+            self._namespaces, self._names = books(config)
             if config.traces is not None:
                 start_traces(config.traces, "loracache", __version__)
                 self._stack.callback(stop_traces)
@@ -77,11 +77,13 @@ class Daemon:
                 redis=redis,
                 policy=config.policy,
             )
+            for writer in self.cache.writers:  # what is out of reach is used once it is there
+                writer.io.stand(writer.io.backend.check())
         except BaseException:
             self._stack.close()
             raise
         self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
-        self._adapters = Adapters(self.cache, self._namespaces, names, self._post)
+        self._adapters = Adapters(self.cache, self._namespaces, self._names, self._post)
         finder = Finder(self.cache, config.redis_lookup_ms / 1000)
         self._control = Control(
             self.cache, self._namespaces, self._adapters, finder, audit, self._post, lambda: shown_config(config)
@@ -230,6 +232,12 @@ class Daemon:
             orphans.extend(disk.adopt(infos))
             idle.set()
 
+        if not disk.io.standing.reads:
+            self._post(disk.writer.start)  # what is asked of it is refused, and nobody waits
+            while not disk.io.standing.reads:
+                if self._stopping.wait(_TICK_S):
+                    return
+            self._post(self._read_books)
         try:
             objects = disk.io.backend.scan()
             while infos := list(itertools.islice(objects, _SCAN_SLICE)):
@@ -243,6 +251,15 @@ class Daemon:
         except OSError as error:
             _log.error("the disk tier cannot be read and starts empty: %s", error)
         self._post(lambda: self._scanned(orphans))
+
+    def _read_books(self) -> None:
+        """Of a disk that was out of reach when the daemon started."""
+        try:
+            self._namespaces.read()
+            self._names.read()
+        except OSError as error:
+            _log.error("namespaces and names beside the disk tier cannot be read: %s", error)
+        self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
 
     def _scanned(self, orphans: list[ObjectInfo]) -> None:
         assert self.cache.disk is not None

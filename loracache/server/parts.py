@@ -41,14 +41,12 @@ def redis_backend(config: Config) -> StorageBackend | None:
         return None
     from loracache.storage_backends.redis import RedisBackend
 
-    backend = RedisBackend(
+    return RedisBackend(
         config.redis,
         prefix=config.redis_prefix,
         password_file=config.redis_password_file,
         integrity_key=_secret(config),
     )
-    backend.check()
-    return backend
 
 
 def books(config: Config) -> tuple[Namespaces, AdapterNames]:

@@ -6,12 +6,14 @@ Threading: the event loop.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from loracache.config import Config, http_address
 from loracache.errors import ConfigError
@@ -23,6 +25,7 @@ _log = logging.getLogger(__name__)
 _AGAIN_S = 5.0
 _END_S = 10.0
 _BACKLOG = 128
+_PORT_PATIENCE_S = 5.0
 
 
 class RestProcess:
@@ -39,7 +42,13 @@ class RestProcess:
         self._next_start = 0.0
 
     def start(self) -> None:
-        """Start the process. Raises OSError."""
+        """Start the process; where that cannot be done now, `tick` tries again."""
+        try:
+            self._start()
+        except OSError as error:
+            _log.error("the REST process cannot be started: %s", error)
+
+    def _start(self) -> None:
         self._next_start = time.monotonic() + _AGAIN_S
         ours = self._listener.fileno()
         theirs, self._life = os.pipe()
@@ -55,14 +64,12 @@ class RestProcess:
 
     def tick(self) -> None:
         """Start it again where it died."""
-        if self._process is None or self._process.poll() is None or time.monotonic() < self._next_start:
+        if time.monotonic() < self._next_start or (self._process is not None and self._process.poll() is None):
             return
-        _log.error("the REST process ended with %d and is started again", self._process.returncode)
+        if self._process is not None:
+            _log.error("the REST process ended with %d and is started again", self._process.returncode)
         self._let_go()
-        try:
-            self.start()
-        except OSError as error:
-            _log.error("the REST process cannot be started: %s", error)
+        self.start()
 
     def close(self) -> None:
         """End the process and give the port back."""
@@ -82,6 +89,19 @@ class RestProcess:
             self._life = None
 
 
+def _bind(listener: socket.socket, address: Any) -> None:
+    """The REST process of a daemon that was killed holds the port until it has noticed. Raises OSError."""
+    deadline = time.monotonic() + _PORT_PATIENCE_S
+    while True:
+        try:
+            listener.bind(address)
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
 def _listen(http: str) -> socket.socket:
     host, port = http_address(http)
     try:
@@ -91,7 +111,7 @@ def _listen(http: str) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+            _bind(listener, address)
             listener.listen(_BACKLOG)
         except OSError:
             listener.close()

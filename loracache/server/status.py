@@ -9,6 +9,7 @@ from loracache.tiers import Tier
 
 if TYPE_CHECKING:
     from loracache.cache import TieredCache
+    from loracache.tier_io import TierIO
 
 __all__ = ["cache_status"]
 
@@ -38,15 +39,9 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             "queued_writes": cache.disk.writer.depth,
             "direct_io": bool(getattr(cache.disk.io.backend, "direct", False)),
             "scanned": cache.disk.loaded,
-            "available": cache.disk.io.available,
-            "waiting": cache.disk.io.waiting,
-        }
+        } | _use(cache.disk.io)
     if cache.redis is not None:
-        tiers["redis"] = {
-            "queued_writes": cache.redis.depth,
-            "available": cache.redis.io.available,
-            "waiting": cache.redis.io.waiting,
-        }
+        tiers["redis"] = {"queued_writes": cache.redis.depth} | _use(cache.redis.io)
     return {
         "tiers": tiers,
         "adapters": {tier.label: adapters.objects[tier] if adapters is not None else 0 for tier in _HERE},
@@ -62,3 +57,8 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             for event in list(cache.events.failures)[-_RECENT:]
         ],
     }
+
+
+def _use(io: TierIO) -> dict[str, Any]:
+    """Whether a tier is read and written now, and if not, why."""
+    return {"available": io.available, "writable": io.writable, "reason": io.reason, "waiting": io.waiting}

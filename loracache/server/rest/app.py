@@ -21,6 +21,7 @@ from loracache.server.rest.link import DaemonLink
 from loracache.server.rest.metrics import render
 from loracache.server.rest.problems import install, problems
 from loracache.server.rest.roles import guard, needs
+from loracache.tables import tier_state
 
 __all__ = ["make_app"]
 
@@ -58,9 +59,11 @@ def _health(app: FastAPI, link: DaemonLink) -> None:
 
     @app.get("/readyz", dependencies=[needs("none")], tags=["health"])
     async def readyz() -> dict[str, str]:
-        """The daemon answers."""
-        await link.call(protocol.Status(), _READY_S)
-        return {"status": "ok"}
+        """The daemon answers; of tiers that do less than they should, how much they do. Why says `/v1/stats`."""
+        (status,) = await link.call(protocol.Status(), _READY_S)
+        return {"status": "ok"} | {
+            name: tier_state(tier) for name, tier in status["tiers"].items() if tier_state(tier) != "ok"
+        }
 
     @app.get("/v1/stats", dependencies=[needs("read")], tags=["health"])
     async def stats() -> dict[str, Any]:

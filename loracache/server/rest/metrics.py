@@ -18,6 +18,7 @@ _TIER_GAUGES = {
     "limit_bytes": "Most bytes the tier may take.",
     "queued_writes": "Objects that still have to be written.",
     "available": "Whether the tier is used now.",
+    "writable": "Whether the tier takes anything now.",
 }
 _GAUGES = {
     "connections": ("connections", "Clients connected."),

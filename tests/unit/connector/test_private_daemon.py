@@ -188,6 +188,14 @@ def test_a_folder_of_a_daemon_that_was_started_by_hand_is_refused_with_its_addre
     assert processes(home) == [serving.process.pid]
 
 
+def test_an_engine_starts_while_its_redis_is_down(home: Path) -> None:
+    server = private_server("engine")
+    ensure_private_daemon(server, Options(memory="16MiB", redis=f"unix://{home}/nothing.sock"))
+    with CacheClient(server) as client:
+        keys = store(client, 3)
+        assert client.lookup(keys).hits == 3
+
+
 def test_many_at_once_start_one_daemon_that_ends_with_its_last_client(home: Path, eventually: Any) -> None:
     server = private_server("shared")
     clients: list[CacheClient] = []

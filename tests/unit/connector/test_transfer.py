@@ -193,6 +193,20 @@ def test_past_its_deadline_a_load_has_failed_and_nothing_comes_late(daemon: Any,
     assert running.status()["leases"] == 0
 
 
+def test_a_store_whose_copy_fails_gives_its_memory_back_at_once(
+    daemon: Any, make_worker: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = daemon()
+    worker = make_worker(running.url)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("CUDA error: invalid argument")
+
+    monkeypatch.setattr(worker.storer._copier, "gather", fails)
+    assert worker.store((0, (1, 2))) == {"bug": 1}
+    eventually(lambda: running.status()["tiers"]["cpu"]["used_bytes"] == 0, "nothing is reserved", 5)
+
+
 def test_a_lease_that_ended_meanwhile_fails_the_whole_load(
     daemon: Any, make_worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -306,7 +306,7 @@ def in_page(page: Any, code: str, *arguments: Any) -> Any:
     )  # fmt: skip
 
 
-def test_a_tier_that_is_left_alone_or_scanned_is_said_to_be(page: Any, anybody: httpx.Client) -> None:
+def test_a_tier_that_is_not_in_use_or_scanned_is_said_to_be(page: Any, anybody: httpx.Client) -> None:
     page.open()
     stats = anybody.get("/v1/stats").json()
     stats["tiers"]["redis"]["available"] = False
@@ -317,7 +317,7 @@ def test_a_tier_that_is_left_alone_or_scanned_is_said_to_be(page: Any, anybody: 
         "return ['cpu', 'disk', 'redis'].map(badge)",
         stats,
     )  # fmt: skip
-    assert shown == ["available", "being scanned", "left alone"]
+    assert shown == ["available", "being scanned", "not in use"]
 
 
 def test_hours_of_statistics_keep_fifteen_minutes_and_a_restart_is_a_gap(page: Any) -> None:

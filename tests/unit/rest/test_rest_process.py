@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def test_it_ends_with_its_daemon(daemon: Any, rest_is_up: Any, eventually: Any, 
     eventually(lambda: is_gone(pid))
     with socket.socket() as free:
         free.bind(("127.0.0.1", int(running.http.rpartition(":")[2])))
+
+
+def test_the_next_daemon_waits_for_the_port_of_a_killed_one(daemon: Any, rest_is_up: Any, eventually: Any) -> None:
+    running = daemon(http="127.0.0.1:0")
+    eventually(lambda: rest_is_up(running))
+    address, pid = running.http.removeprefix("http://"), process_of(running)
+    os.kill(pid, signal.SIGSTOP)  # it takes its time to notice
+    running.stop(signal.SIGKILL)
+    threading.Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
+    again = daemon(http=address)
+    eventually(lambda: rest_is_up(again))
 
 
 def test_a_silent_daemon_is_not_ready_and_no_request_hangs(daemon: Any, rest_is_up: Any, eventually: Any) -> None:

@@ -80,9 +80,10 @@ function card(name) {
   return { root, show: (said) => {
     const there = said.available !== false;
     const scanning = said.scanned === false;
-    setText(state, scanning ? "being scanned" : there ? "available" : "left alone",
-      there ? "" : "Its calls failed; it is asked again after a pause.");
-    state.dataset.state = !there ? "bad" : scanning ? "waiting" : "good";
+    const readOnly = said.writable === false;
+    setText(state, !there ? "not in use" : scanning ? "being scanned" : readOnly ? "read only" : "available",
+      said.reason ?? "");
+    state.dataset.state = !there ? "bad" : scanning || readOnly ? "waiting" : "good";
     setHidden(meter, !said.limit_bytes);
     if (said.limit_bytes) {
       const part = said.used_bytes / said.limit_bytes;
