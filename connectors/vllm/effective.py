@@ -21,7 +21,15 @@ from typing import Any, get_args, get_type_hints
 from loracache.connectors.vllm.not_counted import ENVIRONMENT_NOT_COUNTED, NOT_COUNTED
 from loracache.errors import UsageError
 
-__all__ = ["canonical", "config_classes", "counted_environment", "counted_fields", "hf_values", "options_table"]
+__all__ = [
+    "canonical",
+    "config_classes",
+    "counted_environment",
+    "counted_fields",
+    "default_of",
+    "hf_values",
+    "options_table",
+]
 
 # Whether such a part is there at all changes nothing: its fields say what does.
 _PRESENCE_FREE = {"lora_config"}
@@ -42,7 +50,7 @@ def counted_fields(config: object) -> dict[str, Any]:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         if field.name in skipped or not hasattr(config, field.name):
             continue
-        value, default = getattr(config, field.name), _default(field)
+        value, default = getattr(config, field.name), default_of(field)
         if _is_config(value):
             inner = counted_fields(value)
             if inner or (default is None and field.name not in _PRESENCE_FREE):
@@ -159,7 +167,7 @@ def _names(each: type) -> list[str]:
 def _leaves(hint: Any) -> Iterator[type]:
     """Configuration classes in a type hint."""
     inner = get_args(hint)
-    if not inner and isinstance(hint, type) and hint.__module__.startswith("vllm.") and _has_fields(hint):
+    if not inner and isinstance(hint, type) and hint.__module__.startswith("vllm.config") and _has_fields(hint):
         yield hint
     for each in inner:
         yield from _leaves(each)
@@ -186,7 +194,7 @@ def _differs(owner: str, name: str, value: object, default: object) -> bool:
     return canonical(value, f"{owner}.{name}") != canonical(default, f"{owner}.{name}")
 
 
-def _default(field: Any) -> object:
+def default_of(field: Any) -> object:
     """A field's default; vLLM's classes are pydantic's, whose defaults may hide one level down."""
     default, factory = field.default, field.default_factory
     if default is dataclasses.MISSING and factory is dataclasses.MISSING:

@@ -107,9 +107,10 @@ def _configuration(vllm_config: VllmConfig) -> dict[str, Any]:
     if lora is not None and lora.lora_dtype != model.dtype:
         parts["lora_dtype"] = canonical(lora.lora_dtype, "lora_dtype")
     draft = _draft(vllm_config)
-    if draft is not None:
-        # draft_model_config is among the counted fields; its own values are not a dataclass's.
-        parts["draft"] = [counted_fields(vllm_config.speculative_config), _model(draft)]
+    if draft is None:
+        parts["config"].pop("speculative_config", None)
+    else:
+        parts["draft"] = _model(draft)
     return parts
 
 

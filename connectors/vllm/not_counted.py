@@ -17,13 +17,12 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
         "where data lies": "offload_config",
         "part of the layout": "device_config",
         "sampling and output": "structured_outputs_config reasoning_config watermark_config aux_output_config",
-        "watching": "observability_config logging_config profiler_config kv_events_config",
+        "watching": "observability_config logging_config profiler_config kv_events_config watchdog_config",
         "moves data": "kv_transfer_config ec_transfer_config ec_manager_config weight_transfer_config",
         "made from what counts": "quant_config",
         "kernels and graphs": "optimization_level performance_mode",
         "such models are not cached": "mamba_config",
         "of a run": "instance_id shutdown_timeout",
-        "counts apart, below": "speculative_config",
     },
     "ModelConfig": {
         "the weights' content counts": "model model_weights revision seed word_embeddings_untied_by_checkpoint",
@@ -56,7 +55,7 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
         "part of the namespace": "cache_dtype",
         "how much fits": "gpu_memory_utilization num_gpu_blocks_override num_gpu_blocks num_cpu_blocks "
         "kv_cache_memory_bytes kv_cache_size_tokens kv_cache_max_concurrency swap_space cpu_offload_gb "
-        "kv_offloading_size kv_offloading_backend",
+        "kv_offloading_size kv_offloading_backend simple_cpu_offload_num_blocks",
         "what the engine keeps itself": "enable_prefix_caching prefix_caching_hash_algo prefix_match_unit "
         "prefix_cache_retention_interval cache_hit_alignment_tokens",
         "such models are not cached": "is_attention_free mamba_page_size_padded skip_page_size_padded "
@@ -74,10 +73,10 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
         "enable_batch_sharded_sampling enable_ep_weight_filter enable_eplb eplb_config expert_placement_strategy "
         "max_parallel_loading_workers disable_custom_all_reduce enable_shm_tensor_arena enable_elastic_ep "
         "elastic_ep_max_dp_size enable_dbo ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold "
-        "disable_nccl_for_dp_synchronization num_redundant_experts",
+        "disable_nccl_for_dp_synchronization",
         "processes": "ray_workers_use_nsight ray_runtime_env placement_group distributed_executor_backend "
         "worker_extension_cls numa_bind numa_bind_nodes numa_bind_cpus distributed_timeout_seconds "
-        "cpu_distributed_timeout_seconds enable_fault_tolerance fault_tolerance_config sd_worker_cls",
+        "cpu_distributed_timeout_seconds enable_fault_tolerance fault_tolerance_config",
         "context parallel KV is not cached": "prefill_context_parallel_size decode_context_parallel_size "
         "dcp_kv_cache_interleave_size dcp_comm_backend dcp_q_replicate cp_kv_cache_interleave_size "
         "_allow_auto_resolve_cp_interleave_size",
@@ -89,14 +88,14 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
     "AttentionConfig": {
         "kernels and graphs": "backend backend_per_kind minimax_m3_msa_decode_backend flash_attn_version "
         "flash_attn_max_num_splits_for_cuda_graph tokenspeed_mla_min_split_kv tq_max_kv_splits_for_cuda_graph "
-        "use_trtllm_attention mla_prefill_backend use_trtllm_ragged_deepseek_prefill use_cudnn_prefill "
-        "disable_flashinfer_prefill sparse_mla_force_mqa sparse_mla_prefill_workspace_factor flex_attn_block_m "
-        "flex_attn_block_n flex_attn_q_block_size flex_attn_kv_block_size use_prefill_decode_attention",
+        "use_trtllm_attention mla_prefill_backend trtllm_ragged_backend indexer_tp_shard_min_rows "
+        "minimax_m3_indexer_cp sparse_mla_force_mqa sparse_mla_prefill_workspace_factor flex_attn_block_m "
+        "flex_attn_block_n flex_attn_q_block_size flex_attn_kv_block_size",
     },
     "EngramConfig": {"where data lies": "cpu_offload embedding_across_dp dp_shared_memory use_thp"},
     "KernelConfig": {
         "kernels and graphs": "ir_op_priority enable_flashinfer_autotune enable_rocm_segmented_attn_autotune "
-        "enable_cutedsl_warmup enable_jit_warmup sparse_indexer_topk_backend",
+        "enable_cutedsl_warmup enable_jit_warmup sparse_indexer_topk_backend monokernel",
     },
     "LoRAConfig": {
         "keys hold the adapter's content": "max_lora_rank max_loras max_cpu_loras max_lora_cls_labels default_mm_loras",
@@ -110,10 +109,11 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
         "the engine's own": "target_model_config target_parallel_config",
         "kernels and graphs": "enforce_eager moe_backend attention_backend disable_padded_drafter_batch "
         "use_local_argmax_reduction",
-        "which drafts are tried and taken": "prompt_lookup_max prompt_lookup_min disable_by_batch_size "
+        "which drafts are tried and taken": "prompt_lookup_max prompt_lookup_min "
         "num_speculative_tokens_per_batch_size suffix_decoding_max_tree_depth suffix_decoding_max_cached_requests "
         "suffix_decoding_max_spec_factor suffix_decoding_min_token_prob rejection_sample_method "
-        "synthetic_acceptance_rates synthetic_acceptance_length enable_adaptive_verification draft_sample_method",
+        "synthetic_acceptance_rates synthetic_acceptance_length enable_adaptive_verification draft_sample_method "
+        "fly_window_size fly_entropy_threshold fly_entropy_top_k",
     },
     "CompilationConfig": {
         "kernels and graphs": "mode backend custom_ops ir_enable_torch_wrap splitting_ops compile_mm_encoder "
@@ -121,8 +121,7 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
         "encoder_cudagraph_max_frames_per_batch cudagraph_decoder_replay decoder_replay_cudagraph_capture_sizes "
         "decoder_replay_trim_threshold compile_sizes compile_ranges_endpoints inductor_compile_config cudagraph_mode "
         "cudagraph_num_of_warmups cudagraph_capture_sizes cudagraph_copy_inputs cudagraph_specialize_lora "
-        "use_inductor_graph_partition pass_config max_cudagraph_capture_size dynamic_shapes_config fast_moe_cold_start "
-        "compile_ranges_split_points use_inductor evaluate_guards",
+        "use_inductor_graph_partition pass_config max_cudagraph_capture_size dynamic_shapes_config fast_moe_cold_start",
         "of a run": "debug_dump_path cache_dir compile_cache_save_format local_cache_dir enabled_custom_ops "
         "disabled_custom_ops traced_files compilation_time encoder_compilation_time static_forward_context "
         "static_all_moe_layers bs_to_padded_graph_size",
