@@ -6,7 +6,19 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from vllm.config import CacheConfig, ModelConfig, VllmConfig
+from vllm.config import (
+    AttentionConfig,
+    CacheConfig,
+    CompilationConfig,
+    KernelConfig,
+    LoadConfig,
+    LoRAConfig,
+    ModelConfig,
+    MultiModalConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.config.utils import config
 
 from loracache.connectors.vllm.effective import config_classes, counted_fields, default_of, options_table
@@ -60,7 +72,13 @@ def test_a_field_that_nobody_has_heard_of_counts_unless_it_is_its_default() -> N
     assert counted_fields(changed)["kv_magic"] == "more"
 
 
-@pytest.mark.parametrize("owner", [CacheConfig, ModelConfig, VllmConfig], ids=lambda owner: owner.__name__)
+OWNERS = [
+    VllmConfig, ModelConfig, MultiModalConfig, CacheConfig, ParallelConfig, LoadConfig, AttentionConfig, KernelConfig,
+    LoRAConfig, SpeculativeConfig, CompilationConfig,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=lambda owner: owner.__name__)
 def test_each_plain_field_counts_or_is_listed(owner: type) -> None:
     """Change one field after the other: the counted ones change what comes out, the listed ones do not."""
     changed = object.__new__(owner)

@@ -150,6 +150,22 @@ def test_two_online_quantisations_of_one_checkpoint_differ(folder: Path) -> None
     assert len(found) == len(kinds)
 
 
+def test_a_draft_model_counts_like_the_model(folder: Path) -> None:
+    def drafted(draft: Path, **more: Any) -> str:
+        speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2} | more
+        return identity(folder, "mine", speculative_config=speculative)
+
+    other = changed(folder, intermediate_size=128)
+    trained = changed(folder)
+    file = trained / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][101] += 1
+    save_file(tensors, file)
+    found = [identity(folder, "mine"), drafted(folder), drafted(other), drafted(trained)]
+    assert len(set(found)) == 4
+    assert drafted(changed(folder), rejection_sample_method="block") == drafted(folder)
+
+
 def test_rows_of_a_weight_count(folder: Path) -> None:
     """Surgery on rows that no sample of a tensor's bytes would meet."""
     found = [identity(folder)]
