@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracache.connectors.vllm.cores import leave_pinned_core
 from loracache.connectors.vllm.effective import canonical, counted_environment, counted_fields, hf_values
-from loracache.connectors.vllm.weights import DigestCache, Weights, content_digest, find_weights
+from loracache.connectors.vllm.weight_files import DigestCache, Weights, content_digest, find_weights
 from loracache.errors import UsageError
 
 if TYPE_CHECKING:

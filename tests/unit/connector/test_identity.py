@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from loracache.connectors.vllm import weights as weights_module
+from loracache.connectors.vllm import weight_files
 from loracache.connectors.vllm.identity import ModelIdentity, model_identity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,7 +34,7 @@ ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of digests of this test's own, and files that were there before the engine started."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights_module, "_process_start_ns", lambda: time.time_ns() + 60_000_000_000)
+    monkeypatch.setattr(weight_files, "_process_start_ns", lambda: time.time_ns() + 60_000_000_000)
     return tmp_path / "cache" / "loracache" / "weights"
 
 
@@ -168,26 +168,27 @@ def test_a_draft_model_counts_like_the_model(folder: Path) -> None:
 
 def test_rows_of_a_weight_count(folder: Path) -> None:
     """Surgery on rows that no sample of a tensor's bytes would meet."""
-    found = [identity(folder)]
+    made = config(folder)
+    found = [model_identity(made)]
     file = folder / "model.safetensors"
     for name, rows in (("model.embed_tokens.weight", (101, 102)), ("model.layers.0.self_attn.k_proj.weight", (20, 21))):
         tensors = load_file(file)
         for row in rows:
             tensors[name][row] += 1
         save_file(tensors, file)
-        found.append(identity(folder))
+        found.append(model_identity(made))
     assert len(set(found)) == 3
 
 
 def test_every_byte_of_other_formats_counts(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
-    found = set()
+    made, found = config(folder), set()
     for at in (0, 50_003, 99_999):
         data = bytearray(100_000)
         data[at] = 1
         file.write_bytes(data)
-        found.add(identity(folder))
+        found.add(model_identity(made))
     assert len(found) == 3
 
 
@@ -218,20 +219,22 @@ def test_max_model_len_counts_where_the_rope_depends_on_it(folder: Path) -> None
      "modeling_mine.py", "model.safetensors.index.json", "a file nobody knows.json"],
 )  # fmt: skip
 def test_files_that_say_how_to_compute_count(folder: Path, name: str) -> None:
-    found = [identity(folder, "mine")]
+    made = config(folder)
+    found = [model_identity(made, "mine")]
     for text in ('{"a": 1}', '{"a": 2}'):
         (folder / name).write_text(text)
-        found.append(identity(folder, "mine"))
+        found.append(model_identity(made, "mine"))
     assert len(set(found)) == 3
 
 
 def test_variables_of_the_environment_that_change_numbers_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = identity(folder)
+    made = config(folder)
+    plain = model_identity(made)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", "5678")
-    assert identity(folder) == plain
+    assert model_identity(made) == plain
     monkeypatch.setenv("VLLM_FLOAT32_MATMUL_PRECISION", "medium")
-    assert identity(folder) != plain
+    assert model_identity(made) != plain
 
 
 def test_dummy_weights_are_their_seed(folder: Path) -> None:
@@ -278,14 +281,14 @@ def test_files_that_changed_since_the_engine_started_share_with_nobody(
 ) -> None:
     """The engine may have loaded what was there before."""
     monkeypatch.undo()
-    assert weights_module._process_start_ns() <= time.time_ns()
+    assert weight_files._process_start_ns() <= time.time_ns()
     assert "changed since the engine started" in private(caplog, lambda: identity(folder))
 
 
 def test_a_file_that_changes_while_it_is_read_shares_with_nobody(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Cache(weights_module.DigestCache):
+    class Cache(weight_files.DigestCache):
         def get(self, state: Any) -> str:
             (folder / "model.safetensors").write_bytes(os.urandom(100))
             return super().get(state)
@@ -308,7 +311,7 @@ def test_a_value_without_a_meaning_outside_this_process_shares_with_nobody(
 def test_the_identity_is_unknown_while_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
 
-    class Slow(weights_module.DigestCache):
+    class Slow(weight_files.DigestCache):
         def get(self, state: Any) -> str:
             go.wait(10)
             return super().get(state)
@@ -326,8 +329,8 @@ def test_digests_are_remembered_by_the_files_identity(folder: Path, own_cache: P
     assert not list(own_cache.iterdir())  # written a moment ago: it could change once more and keep its times
     old = time.time() - 3600
     os.utime(file, (old, old))
-    state = weights_module.FileState.of(file)
-    cache = weights_module.DigestCache()
+    state = weight_files.FileState.of(file)
+    cache = weight_files.DigestCache()
     cache.put(state, "ab" * 32)
     assert [path.stat().st_mode & 0o777 for path in [own_cache]] == [0o700]
     remembered = identity(folder)
@@ -338,11 +341,11 @@ def test_digests_are_remembered_by_the_files_identity(folder: Path, own_cache: P
 @pytest.mark.parametrize("mode", [0o500, 0o777], ids=["unwritable", "open to others"])
 def test_a_folder_that_cannot_be_trusted_holds_no_digests(folder: Path, own_cache: Path, mode: int) -> None:
     own_cache.mkdir(parents=True)
-    state = weights_module.FileState.of(folder / "model.safetensors")
-    weights_module.DigestCache().put(state, "ab" * 32)
+    state = weight_files.FileState.of(folder / "model.safetensors")
+    weight_files.DigestCache().put(state, "ab" * 32)
     own_cache.chmod(mode)
     if mode == 0o777:
-        assert weights_module.DigestCache().get(state) == ""
+        assert weight_files.DigestCache().get(state) == ""
     assert identity(folder) == identity(folder)
     own_cache.chmod(0o700)
-    assert weights_module.DigestCache().get(state) == "ab" * 32
+    assert weight_files.DigestCache().get(state) == "ab" * 32
