@@ -71,7 +71,7 @@ class Weights:
 
     name: str
     files: tuple[tuple[Path, FileState], ...] = ()
-    settings: tuple[Path, ...] = ()
+    settings: tuple[tuple[Path, FileState], ...] = ()
 
 
 def find_weights(model: ModelConfig, load_config: Any, model_id: str = "") -> Weights:
@@ -94,16 +94,16 @@ def find_weights(model: ModelConfig, load_config: Any, model_id: str = "") -> We
     else:
         commit = getattr(model.hf_config, "_commit_hash", None)
     if model_id:
-        return Weights(f"model_id:{model_id}", settings=tuple(settings))
+        return Weights(f"model_id:{model_id}", settings=_states(path, settings))
     if load_format == "dummy":
-        return Weights(f"dummy:{model.seed}", settings=tuple(settings))
+        return Weights(f"dummy:{model.seed}", settings=_states(path, settings))
     if load_format not in _LOCAL_FORMATS or getattr(model, "model_weights", None):
         raise UsageError(f"load_format {load_format} takes weights from elsewhere")
     if commit:
         return Weights(f"hub:{commit}")
     if not files:
         raise UsageError("they are no files that can be read")
-    return Weights("", tuple((file, _unchanged_since_start(path, file)) for file in files), tuple(settings))
+    return Weights("", _states(path, files), _states(path, settings))
 
 
 def content_digest(weights: Weights, cache: DigestCache, stop: threading.Event) -> str:
@@ -111,8 +111,10 @@ def content_digest(weights: Weights, cache: DigestCache, stop: threading.Event) 
     `stop` was set, OSError where one cannot be read.
     """
     settings = hashlib.sha256()
-    for file in weights.settings:
+    for file, state in weights.settings:
         content = file.read_bytes()
+        if FileState.of(file) != state:
+            raise UsageError(f"{file.name} changed while it was read")
         settings.update(f"{file.name}\0{len(content)}\0".encode() + content)
     beside = f"+{settings.hexdigest()}" if weights.settings else ""
     if weights.name:
@@ -221,6 +223,10 @@ class _Reader:
         if began - max(after.mtime_ns, after.ctime_ns) > _FRESH_NS:
             self._cache.put(after, digest.hexdigest())
         return digest.hexdigest()
+
+
+def _states(model: Path, files: list[Path]) -> tuple[tuple[Path, FileState], ...]:
+    return tuple((file, _unchanged_since_start(model, file)) for file in files)
 
 
 def _unchanged_since_start(model: Path, file: Path) -> FileState:

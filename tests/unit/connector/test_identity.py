@@ -124,7 +124,6 @@ def test_neither_path_nor_file_name_counts(folder: Path, tmp_path: Path) -> None
         {"hf_overrides": ROPE},
         {"kv_cache_dtype_skip_layers": ["0"]},
         {"disable_sliding_window": True},
-        {"model_impl": "transformers"},
         {"additional_config": {"mine": 1}},
         {"attention_config": {"use_prefill_query_quantization": True}},
         {"load_format": "dummy"},
@@ -280,9 +279,12 @@ def test_files_that_changed_since_the_engine_started_share_with_nobody(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine may have loaded what was there before."""
+    (folder / "preprocessor_config.json").write_text("{}")
     monkeypatch.undo()
     assert weight_files._process_start_ns() <= time.time_ns()
-    assert "changed since the engine started" in private(caplog, lambda: identity(folder))
+    made = config(folder)
+    assert "model.safetensors changed since the engine started" in private(caplog, lambda: model_identity(made))
+    assert "preprocessor_config.json changed" in private(caplog, lambda: model_identity(made, "mine"))
 
 
 def test_a_file_that_changes_while_it_is_read_shares_with_nobody(
