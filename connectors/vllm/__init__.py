@@ -10,7 +10,7 @@ The scheduler's side, in EngineCore:
     requests.py     what it remembers of one request
     namespace.py    in which namespace a request's KV is
     link.py         its connection, which is never waited for
-    identity.py     which model this is
+    identity.py     which model this is, from its configuration (effective.py, not_counted.py) and weight_files.py
     hit_sources.py  our tiers in vLLM's hit metrics
 
 The workers' side:

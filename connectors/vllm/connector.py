@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from loracache.connectors.vllm.geometry import uncacheable
 from loracache.connectors.vllm.hit_sources import hits_by_source
-from loracache.connectors.vllm.identity import model_identity
+from loracache.connectors.vllm.identity import ModelIdentity
 from loracache.connectors.vllm.link import SchedulerLink
 from loracache.connectors.vllm.lora import plugin
 from loracache.connectors.vllm.messages import Facts, StepPlan
@@ -66,6 +66,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._outbox, self._inbox = Outbox(), Inbox()
+        self._identity: ModelIdentity | None = None
         problem = uncacheable(vllm_config, kv_cache_config)
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(vllm_config, kv_cache_config, options, problem)
@@ -76,7 +77,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._num_block_tokens = 0 if problem else kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._link = SchedulerLink(options.server or private_server(transfer.engine_id, options.disk_path))
-        identity = "" if problem else model_identity(vllm_config, options.model_id)
+        self._identity = None if problem else ModelIdentity(vllm_config, options.model_id)
+        identity = self._identity.value if self._identity is not None else lambda: None
         self._scheduler = SchedulerSide(vllm_config, options, identity, self._link)
         if problem:
             self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
@@ -90,6 +92,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Finish stores, give leases back."""
+        if self._identity is not None:
+            self._identity.close()
         for side in (self._scheduler, self._worker):
             if side is not None:
                 side.close()

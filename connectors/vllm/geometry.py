@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loracache.errors import ConfigError
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["chunk_blocks", "shard_name", "uncacheable"]
+__all__ = ["chunk_blocks", "joint_layout", "shard_name", "uncacheable"]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -45,6 +46,18 @@ def shard_name(config: VllmConfig, layers: list[str]) -> str:
     return f"{stage}/{len(layers)}layers/heads{heads}of{total}"
 
 
+def joint_layout(layouts: Mapping[str, str]) -> str:
+    """One text for the layouts of all shards, or "" where workers order bytes differently. Stages of a pipeline may
+    have layers of the same kinds in another sequence (layout.py).
+    """
+    different = set(layouts.values())
+    if len(different) == 1:
+        return f"{different.pop()}#{'|'.join(sorted(layouts))}"
+    if len({layout.partition("@")[0] for layout in different}) != 1:
+        return ""
+    return "|".join(f"{layout}#{shard}" for shard, layout in sorted(layouts.items()))
+
+
 def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     """Why this model's KV cannot be cached exactly, or ""."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
@@ -61,10 +74,39 @@ def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
             each, FullAttentionSpec
         ):
             return f"its KV is of kind {type(each).__name__}; full attention can be cached"
+        if getattr(each, "non_causal", False):
+            return "its attention is not causal: KV of a prefix depends on what follows"
+    problem = _cannot_continue(config)
+    if problem:
+        return problem
     parallel = config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} is {getattr(parallel, name)}; context parallel KV is not cached"
     if config.model_config.is_encoder_decoder:
         return "it is an encoder-decoder model"
+    return ""
+
+
+def _cannot_continue(config: VllmConfig) -> str:
+    """Why KV of a prefix must not be built upon, or "". Asks what vLLM asks before it turns its own prefix cache off
+    by itself; where its answer is not kept, what it leaves behind: both ways to continue a context switched off, which
+    no user needs to do.
+    """
+    model, cache = config.model_config, getattr(config, "cache_config", None)
+    if not getattr(model, "is_prefix_caching_supported", True):
+        return "vLLM supports no prefix caching for it"
+    if getattr(cache, "calculate_kv_scales", False):
+        return "calculate_kv_scales is set: the scales of its KV depend on the engine's first batch"
+    if getattr(cache, "enable_prefix_caching", True):
+        return ""
+    if not getattr(config.scheduler_config, "enable_chunked_prefill", True):
+        return (
+            "prefix caching and chunked prefill are both off, as vLLM has them where attention cannot continue a "
+            "context (MLA on a CPU without AMX); turn one on if you turned them off"
+        )
+    from vllm import envs
+
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        return "prefix caching is off and VLLM_BATCH_INVARIANT set; some attention is invariant without a prefix only"
     return ""

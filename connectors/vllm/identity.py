@@ -1,6 +1,7 @@
 """Which model an engine computes with: its effective configuration and a digest of its weights' content.
 
-Two engines with the same identity compute the same KV for the same tokens. Nothing here depends on paths or names.
+Two engines with the same identity compute the same KV for the same tokens, but for rounding. Nothing here depends on
+paths or names. The weights are read in the background; until that is done the identity is not known.
 """
 
 from __future__ import annotations
@@ -9,99 +10,144 @@ import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import Iterator
-from pathlib import Path
+import threading
 from typing import TYPE_CHECKING, Any
+
+from loracache.connectors.vllm.cores import leave_pinned_core
+from loracache.connectors.vllm.effective import canonical, counted_environment, counted_fields, hf_values
+from loracache.connectors.vllm.weight_files import DigestCache, Weights, content_digest, find_weights
+from loracache.errors import UsageError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-__all__ = ["model_identity", "weights_digest"]
+__all__ = ["ModelIdentity", "model_identity"]
 
 _log = logging.getLogger(__name__)
-_SAMPLE = 4096
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-# Keys of a model's configuration that do not change what it computes.
-_IGNORED = {"_name_or_path", "transformers_version", "architectures_name", "use_cache", "torch_dtype", "dtype"}
+# Rope types whose angles depend on max_model_len; models whose attention scale does.
+_LENGTH_ROPES = {"longrope"}
+_LENGTH_MODELS = {"llama4", "llama4_text"}
+# Drafts of the prompt's own tokens: they have no KV.
+_NO_DRAFT_MODEL = {"ngram", "ngram_gpu", "suffix"}
+
+
+class ModelIdentity:
+    """An engine's identity, found in the background. What cannot be told from others gets one of its own, shared with
+    nobody, not even with the next run of this engine; the log says why.
+
+    The configuration is taken at once: engines change theirs while they run.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model_id: str = "") -> None:
+        self._value: str | None = None
+        self._stop = threading.Event()
+        self._name = vllm_config.model_config.model
+        try:
+            self._parts: dict[str, Any] = _configuration(vllm_config)
+            self._weights: dict[str, Weights] = _weights(vllm_config, model_id)
+        except (OSError, UsageError) as error:
+            self._value = self._private(error)
+            return
+        self._thread = threading.Thread(target=self._find, name="loracache-identity", daemon=True)
+        self._thread.start()
+
+    def value(self) -> str | None:
+        """64 hexadecimal digits, or None while it is not known."""
+        return self._value
+
+    def wait(self) -> str:
+        """The same, once it is known."""
+        if self._value is None:
+            self._thread.join()
+        assert self._value is not None
+        return self._value
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._stop.set()
+
+    def _find(self) -> None:
+        leave_pinned_core()
+        try:
+            cache = DigestCache()
+            for part, weights in self._weights.items():
+                self._parts[part] = content_digest(weights, cache, self._stop)
+            text = json.dumps(self._parts, sort_keys=True)
+            self._value = hashlib.sha256(b"loracache/model 2\0" + text.encode()).hexdigest()
+        except (OSError, UsageError) as error:
+            self._value = self._private(error)
+        except Exception as error:  # noqa: BLE001  the top of a thread
+            _log.exception("the model's identity could not be found")
+            self._value = self._private(error)
+
+    def _private(self, reason: object) -> str:
+        if not self._stop.is_set():
+            _log.warning(
+                "%s cannot be told from other models, so this run shares its KV with nobody: %s. Where it is the "
+                "weights, set model_id to name them",
+                self._name,
+                reason,
+            )
+        return hashlib.sha256(b"loracache/model of this run\0" + os.urandom(32)).hexdigest()
 
 
 def model_identity(vllm_config: VllmConfig, model_id: str = "") -> str:
-    """64 hexadecimal digits. `model_id`, where the user gives one, stands for configuration and weights alike; the
-    engine's dtype and quantisation always count.
-    """
+    """The identity, waited for."""
+    return ModelIdentity(vllm_config, model_id).wait()
+
+
+def _configuration(vllm_config: VllmConfig) -> dict[str, Any]:
     model = vllm_config.model_config
-    parts: dict[str, Any] = {"dtype": str(model.dtype), "quantization": model.quantization}
-    if model_id:
-        parts["model_id"] = model_id
+    parts: dict[str, Any] = {
+        "config": counted_fields(vllm_config),
+        "environment": counted_environment(),
+        "model": _model(model),
+    }
+    lora = vllm_config.lora_config
+    if lora is not None and lora.lora_dtype != model.dtype:
+        parts["lora_dtype"] = canonical(lora.lora_dtype, "lora_dtype")
+    draft = _draft(vllm_config)
+    if draft is None:
+        parts["config"].pop("speculative_config", None)
     else:
-        parts["config"] = _config(model)
-        parts["weights"] = weights_digest(model, vllm_config.load_config.load_format)
-    speculative: Any = getattr(vllm_config, "speculative_config", None)
-    draft = getattr(speculative, "draft_model_config", None)
-    if draft is not None and draft is not model:
-        parts["draft"] = [
-            speculative.method,
-            _config(draft),
-            weights_digest(draft, vllm_config.load_config.load_format),
-        ]
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(b"loracache/model\0" + text.encode()).hexdigest()
+        parts["draft"] = _model(draft)
+    return parts
 
 
-def weights_digest(model: ModelConfig, load_format: object) -> str:
-    """What tells these weights from others of the same shape.
-
-    Dummy weights are random by their seed; a hub snapshot is its commit; files are their headers, sizes and, for every
-    tensor of a safetensors file (elsewhere: every 64 MiB), bytes from its beginning, middle and end. Weights that none
-    of this tells apart share with nobody, not even with the next run of this engine.
-    """
-    if str(getattr(load_format, "value", load_format)) == "dummy":
-        return f"dummy:{model.seed}"
-    path = Path(model.model)
-    if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
-        return f"hub:{path.name}"
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if _WEIGHTS.fullmatch(file.name))
-    else:
-        files = [path] if path.is_file() else []
-        commit = _hub_commit(model)
-        if not files and commit is not None:
-            return f"hub:{commit}"
-    if not files:
-        _log.warning("the weights of %s cannot be told from others; set model_id to share their KV", model.model)
-        return f"unknown:{os.urandom(16).hex()}"
-    state = hashlib.sha256()
-    for file in files:
-        with open(file, "rb", buffering=0) as handle:
-            size = os.fstat(handle.fileno()).st_size
-            state.update(size.to_bytes(8, "little"))
-            for offset, length in _samples(handle.fileno(), file.suffix, size):
-                state.update(os.pread(handle.fileno(), length, offset))
-    return f"files:{state.hexdigest()}"
+def _weights(vllm_config: VllmConfig, model_id: str) -> dict[str, Weights]:
+    found = {"weights": find_weights(vllm_config.model_config, vllm_config.load_config, model_id)}
+    draft = _draft(vllm_config)
+    if draft is not None:
+        load = getattr(vllm_config.speculative_config, "draft_load_config", None) or vllm_config.load_config
+        found["draft_weights"] = find_weights(draft, load)
+    return found
 
 
-def _config(model: ModelConfig) -> dict[str, Any]:
-    config = model.hf_config.to_dict()
-    return {key: value for key, value in config.items() if key not in _IGNORED}
+def _model(model: ModelConfig) -> dict[str, Any]:
+    """What a ModelConfig says beyond its fields: the Hugging Face configuration after overrides, and the length where
+    vLLM chooses the rope's factors or an attention scale by it."""
+    values = {"hf_config": hf_values(model.hf_config)}
+    text = model.hf_text_config
+    if text is not model.hf_config:
+        values["hf_text_config"] = hf_values(text)
+    ropes = _rope_types(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
+    if ropes & _LENGTH_ROPES or text.model_type in _LENGTH_MODELS:
+        values["max_model_len"] = model.max_model_len
+    return values
 
 
-def _hub_commit(model: ModelConfig) -> str | None:
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    return commit if isinstance(commit, str) else None
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """All types in rope parameters, which may be nested by kind of layer."""
+    found = {str(parameters[key]) for key in ("rope_type", "type") if key in parameters}
+    for value in parameters.values():
+        if isinstance(value, dict):
+            found |= _rope_types(value)
+    return found
 
 
-def _samples(fd: int, suffix: str, size: int) -> Iterator[tuple[int, int]]:
-    if suffix == ".safetensors":
-        start = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
-        header = json.loads(os.pread(fd, start - 8, 8))
-        yield 0, start
-        ranges = [entry["data_offsets"] for name, entry in sorted(header.items()) if name != "__metadata__"]
-        spans = [(start + first, end - first) for first, end in ranges]
-    else:
-        step = 64 << 20
-        spans = [(offset, min(step, size - offset)) for offset in range(0, size, step)]
-    for offset, length in spans:
-        for at in (offset, offset + length // 2, offset + max(0, length - _SAMPLE)):
-            yield at, min(_SAMPLE, offset + length - at)
+def _draft(vllm_config: VllmConfig) -> ModelConfig | None:
+    speculative: Any = vllm_config.speculative_config
+    if speculative is None or speculative.method in _NO_DRAFT_MODEL:
+        return None
+    draft: ModelConfig | None = speculative.draft_model_config
+    return draft

@@ -7,6 +7,7 @@ into the namespace, and engines of another order never meet.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ class KVLayout:
     """The KV cache of one worker as rows of words.
 
     rows: for each layer an int64 tensor (blocks, words of a block), a strided view of the engine's memory. order: the
-    physical order of a block's dimensions, for the namespace. block_bytes: bytes of a block over all layers.
+    physical order of a block's dimensions and the dtype, for the namespace; where layers differ, every kind and
+    a digest of which layer is which ("N16.H.C128:bfloat16+N16.H.C128:uint8@3f1c..."). block_bytes: bytes of a block
+    over all layers.
     """
 
     rows: tuple[torch.Tensor, ...]
@@ -40,18 +43,25 @@ def read_layout(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> KVLay
     manager's): then that many rows make a block.
     """
     rows = []
-    orders: dict[str, None] = {}
+    orders = []
     for name, tensor in kv_caches.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
             raise UsageError(f"the KV cache of {name} is no single tensor of blocks")
         if num_blocks <= 0 or not tensor.numel() or tensor.shape[0] % num_blocks:
             raise UsageError(f"the KV cache of {name} has {tensor.shape[0]} rows for {num_blocks} blocks")
         rows.append(_rows(name, tensor, tensor.shape[0] // num_blocks))
-        orders[_order(tensor)] = None
+        orders.append(_order(tensor))
     if not rows:
         raise UsageError("the engine registered no KV cache")
     block_bytes = sum(layer.shape[1] * _WORD for layer in rows)
-    return KVLayout(tuple(rows), "+".join(orders), block_bytes)
+    return KVLayout(tuple(rows), _joined(orders), block_bytes)
+
+
+def _joined(orders: list[str]) -> str:
+    kinds = sorted(set(orders))
+    if len(kinds) == 1:
+        return kinds[0]
+    return f"{'+'.join(kinds)}@{hashlib.sha256(' '.join(orders).encode()).hexdigest()[:16]}"
 
 
 def _rows(name: str, tensor: torch.Tensor, per_block: int) -> torch.Tensor:
@@ -81,7 +91,9 @@ def _rows(name: str, tensor: torch.Tensor, per_block: int) -> torch.Tensor:
 
 def _order(tensor: torch.Tensor) -> str:
     """The block's dimensions from the slowest to the fastest, with all sizes but the number of KV heads (dimension 1: a
-    shard's own) where there are four: "N128.H.C128"."""
+    shard's own) where there are four, and its dtype:
+    "N128.H.C128:bfloat16"."""
     names = "BHNC" if tensor.dim() == 4 else "BNC" if tensor.dim() == 3 else "BXYZUVW"
     dims = sorted(range(1, tensor.dim()), key=lambda dim: -tensor.stride(dim))
-    return ".".join(names[dim] if names[dim] == "H" else f"{names[dim]}{tensor.shape[dim]}" for dim in dims)
+    order = ".".join(names[dim] if names[dim] == "H" else f"{names[dim]}{tensor.shape[dim]}" for dim in dims)
+    return f"{order}:{str(tensor.dtype).removeprefix('torch.')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.adapters import ServedAdapters
@@ -17,11 +18,11 @@ __all__ = ["EngineNamespace"]
 
 
 class EngineNamespace:
-    """The namespaces of one engine. identity: of its model. layout and chunk_tokens are set once the workers' facts are
-    known.
+    """The namespaces of one engine. identity: tells its model's, None while it is not known. layout and chunk_tokens
+    are set once the workers' facts are known.
     """
 
-    def __init__(self, vllm_config: VllmConfig, identity: str, adapters: ServedAdapters) -> None:
+    def __init__(self, vllm_config: VllmConfig, identity: Callable[[], str | None], adapters: ServedAdapters) -> None:
         self._config = vllm_config
         self._identity = identity
         self._adapters = adapters
@@ -29,14 +30,22 @@ class EngineNamespace:
         self.layout = ""
         self.chunk_tokens = 0
 
+    @property
+    def known(self) -> bool:
+        """Whether the model's identity is known; until then no request is settled."""
+        return self._identity() is not None
+
     def begin_epoch(self) -> None:
         """The weights changed in place: what is computed from now on is another model's, and nobody else's."""
         self._epoch = f"#{os.urandom(8).hex()}"
 
     def settle(self, state: RequestState) -> bool:
-        """Settle a request's namespace and adapter; False while its adapter's content is not known."""
+        """Settle a request's namespace and adapter; False while the model's or its adapter's content is not known."""
         if state.namespace is not None:
             return True
+        identity = self._identity()
+        if identity is None:
+            return False
         request = state.request
         digest = ""
         if request.lora_request is not None:
@@ -51,7 +60,7 @@ class EngineNamespace:
         cache_dtype = self._config.cache_config.cache_dtype
         dtype = str(self._config.model_config.dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
         state.namespace = Namespace(
-            model=self._identity + self._epoch,
+            model=identity + self._epoch,
             kv_dtype=dtype,
             layout=self.layout,
             chunk_tokens=self.chunk_tokens,

@@ -21,8 +21,8 @@ class Options:
     """Settings of one engine's connector.
 
     server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a
-    size), disk_path, disk (a size) and redis (a URL) from here. model_id: names the model where its files are not to
-    be looked at. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout:
+    size), disk_path, disk (a size) and redis (a URL) from here. model_id: names the model's weights where they
+    are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout:
     seconds after which a load is given up and recomputed. lookup_wait: seconds for which a request may be parked for
     the answer to its lookup. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's
     own matter.

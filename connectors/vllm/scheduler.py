@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.adapters import ServedAdapters
-from loracache.connectors.vllm.geometry import chunk_blocks
+from loracache.connectors.vllm.geometry import chunk_blocks, joint_layout
 from loracache.connectors.vllm.link import SchedulerLink
 from loracache.connectors.vllm.lora.admission import AdapterAdmission
 from loracache.connectors.vllm.messages import ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
@@ -36,7 +37,9 @@ _STALE_S = 10.0  # an answer older than this is asked for again
 class SchedulerSide:
     """Plans for one engine. Off until the workers' facts are known, and for good where they name a problem."""
 
-    def __init__(self, vllm_config: VllmConfig, options: Options, identity: str, link: SchedulerLink) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, options: Options, identity: Callable[[], str | None], link: SchedulerLink
+    ) -> None:
         self._config = vllm_config
         self._options = options
         self._link = link
@@ -74,15 +77,16 @@ class SchedulerSide:
                 _log.warning("LoRACache is off for this model: %s", fact.problem)
                 return
             self._facts[fact.shard] = fact
-        layouts = {fact.layout for fact in self._facts.values()}
-        if len(layouts) != 1:
+        layout = joint_layout({shard: fact.layout for shard, fact in self._facts.items()})
+        if not layout:
             self._off = True
-            _log.warning("LoRACache is off for this model: its workers lay out KV differently: %s", sorted(layouts))
+            layouts = sorted({fact.layout for fact in self._facts.values()})
+            _log.warning("LoRACache is off for this model: its workers lay out KV differently: %s", layouts)
             return
         self._block_size = block_size
         smallest = min(fact.block_bytes for fact in self._facts.values())
         self._chunk_blocks = chunk_blocks(smallest, block_size, self._options.chunk_tokens)
-        self._namespace.layout = f"{layouts.pop()}#{'|'.join(sorted(self._facts))}"
+        self._namespace.layout = layout
         self._namespace.chunk_tokens = self._chunk_tokens
         self._shards = tuple(sorted(self._facts))
         self._link.begin()
@@ -127,6 +131,8 @@ class SchedulerSide:
             and getattr(request.lora_request, "load_inplace", False)
         ):
             self._adapters.renew(request.lora_request)
+        if state.cacheable and not self._namespace.known:
+            self._link.count("identity.pending", 1)
         self._advance(state)
 
     def matched_tokens(self, request: Request, num_computed: int) -> tuple[int | None, bool]:
@@ -140,7 +146,7 @@ class SchedulerSide:
             self.on_new_request(request)
             state = self._requests[request.request_id]
         state.local_tokens = num_computed
-        if not state.cacheable or not state.reads:
+        if not state.cacheable or not state.reads or not self._namespace.known:
             return 0, False
         if (
             request.lora_request is not None

@@ -113,7 +113,7 @@ class Driver:
         from loracache.connectors.vllm.scheduler import SchedulerSide
 
         self.link = link
-        self.side = SchedulerSide(config, Options(chunk_tokens=CHUNK, **options), "m" * 64, link)
+        self.side = SchedulerSide(config, Options(chunk_tokens=CHUNK, **options), lambda: "m" * 64, link)
         self.side.set_facts([Facts(shard, "cpu/H.N.C", 4096) for shard in shards], BLOCK)
         self._shards = shards
 

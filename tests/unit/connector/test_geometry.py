@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import platform
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1 import kv_cache_interface as specs
 
-from loracache.connectors.vllm.geometry import chunk_blocks, uncacheable
+from loracache.connectors.vllm.geometry import chunk_blocks, joint_layout, uncacheable
 from loracache.errors import ConfigError
 
 MIB = 1 << 20
@@ -83,3 +87,72 @@ def test_so_are_context_parallel_and_encoder_decoder_models(make_config: Any) ->
     parallel = SimpleNamespace(prefill_context_parallel_size=2)
     assert "prefill_context_parallel_size is 2" in reason(make_config, FULL, parallel_config=parallel)
     assert "encoder-decoder" in reason(make_config, FULL, model_config__is_encoder_decoder=True)
+
+
+def test_workers_with_layers_of_the_same_kinds_join_and_no_others() -> None:
+    uniform = {"a": "cpu/A", "b": "cpu/A"}
+    assert joint_layout(uniform) == "cpu/A#a|b"
+    stages = {"a": "cpu/A+B@12", "b": "cpu/A+B@34"}
+    swapped = {"a": "cpu/A+B@34", "b": "cpu/A+B@12"}
+    assert joint_layout(stages) != joint_layout(swapped) != ""
+    assert joint_layout({"a": "cpu/A", "b": "cpu/B"}) == joint_layout({"a": "cpu/A+B@12", "b": "cpu/A"}) == ""
+
+
+OFF = {"cache_config__enable_prefix_caching": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ""),
+        (OFF, ""),  # the user's wish
+        (OFF | {"scheduler_config": SimpleNamespace(enable_chunked_prefill=False)}, "both off"),
+        ({"scheduler_config": SimpleNamespace(enable_chunked_prefill=False)}, ""),
+        ({"model_config__is_prefix_caching_supported": False}, "supports no prefix caching"),
+        ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
+    ],
+)
+def test_what_vllm_continues_from_no_context_is_refused(
+    make_config: Any, config: dict[str, Any], expected: str
+) -> None:
+    given = {"scheduler_config": SimpleNamespace(enable_chunked_prefill=True)} | config
+    found = reason(make_config, FULL, **given)
+    assert expected in found
+    assert bool(found) == bool(expected)
+
+
+def test_batch_invariance_without_prefix_caching_is_refused(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some attention kernels switch the prefix cache off for it (vLLM's attention.py)."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    scheduler = SimpleNamespace(enable_chunked_prefill=True)
+    assert "VLLM_BATCH_INVARIANT" in reason(make_config, FULL, scheduler_config=scheduler, **OFF)
+    assert reason(make_config, FULL, scheduler_config=scheduler) == ""
+
+
+def test_attention_that_is_not_causal_is_refused(make_config: Any) -> None:
+    assert "not causal" in reason(make_config, specs.FullAttentionSpec(**ATTENTION, non_causal=True))
+
+
+MLA = {
+    "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 64, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 320, "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32, "q_lora_rank": None, "n_routed_experts": 2,
+    "max_position_embeddings": 1024, "first_k_dense_replace": 1, "moe_layer_freq": 1, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_mla_is_refused_where_vllm_turns_its_prefix_cache_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool
+) -> None:
+    """The configuration as vLLM's CPU platform leaves it, with AMX and without."""
+    (tmp_path / "config.json").write_text(json.dumps(MLA))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    config = EngineArgs(
+        model=str(tmp_path), dtype="float32", max_model_len=512, skip_tokenizer_init=True
+    ).create_engine_config()
+    assert config.model_config.use_mla
+    spec = specs.MLAAttentionSpec(**ATTENTION)
+    groups = [specs.KVCacheGroupSpec(["layer"], spec)]
+    found = uncacheable(config, specs.KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=groups))
+    assert found == "" if amx and platform.machine() == "x86_64" else "MLA on a CPU without AMX" in found

@@ -135,11 +135,26 @@ def test_a_block_has_the_bytes_of_all_its_layers(make: Callable[[int], Caches]) 
 
 def test_the_order_tells_physical_orders_apart_and_nothing_else() -> None:
     orders = {make.__name__: read_layout(make(4), 4).order for make in MAKERS[:6]}
-    assert orders["heads_first"] == orders["with_offset"] == orders["block_outermost"] == "H.N4.C16"
-    assert orders["tokens_first"] == orders["one_buffer"] == "N4.H.C16"
-    assert orders["latent"] == "N4.C24"
+    assert orders["heads_first"] == orders["with_offset"] == orders["block_outermost"] == "H.N4.C16:bfloat16"
+    assert orders["tokens_first"] == orders["one_buffer"] == "N4.H.C16:bfloat16"
+    assert orders["latent"] == "N4.C24:bfloat16"
     assert read_layout(heads_first(9), 9).order == orders["heads_first"]
     assert "+" in read_layout(mixed(4), 4).order
+
+
+def test_dtypes_of_layers_and_which_layer_has_which_are_part_of_the_order() -> None:
+    """As with --kv-cache-dtype-skip-layers: the same sizes and counts, other layers quantised."""
+
+    def order(*dtypes: torch.dtype) -> str:
+        return read_layout(named([torch.zeros(8, HEADS, TOKENS, CONTENT, dtype=dtype) for dtype in dtypes]), 8).order
+
+    wide, narrow = torch.bfloat16, torch.uint8
+    found = {
+        order(wide, narrow), order(narrow, wide), order(wide, wide), order(narrow, narrow),
+        order(wide, wide, narrow), order(torch.float16, torch.float16),
+    }  # fmt: skip
+    assert len(found) == 6
+    assert order(wide, wide) == order(wide, wide, wide)  # how many layers there are is in a shard's name
 
 
 def test_the_number_of_heads_is_a_shards_own_affair() -> None:

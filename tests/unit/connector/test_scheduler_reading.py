@@ -173,7 +173,7 @@ def test_what_is_no_function_of_its_tokens_stays_out(driver: Any, make_request: 
 
 def test_shards_of_different_sizes_cut_the_same_chunks(make_config: Any, make_request: Any, link: Any) -> None:
     """Pipeline stages with 17 and 16 layers: the smallest decides, and the plan tells the workers."""
-    side = scheduler.SchedulerSide(make_config(), Options(), "m" * 64, link)
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
     side.set_facts([Facts("stage0", "x", 600 << 10), Facts("stage1", "x", 300 << 10)], BLOCK)
     request = make_request("a", 4 * BLOCK)
     side.on_new_request(request)
@@ -253,15 +253,33 @@ def test_a_daemon_that_never_was_costs_no_exception(make_driver: Any, make_reque
 
 
 def test_off_until_the_workers_have_spoken(make_driver: Any, make_request: Any, link: Any, make_config: Any) -> None:
-    side = scheduler.SchedulerSide(make_config(), Options(), "m" * 64, link)
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
     request = make_request("a", 64)
     side.on_new_request(request)
     assert side.matched_tokens(request, 0) == OFF
     side.set_facts([Facts("a", "x", 4096), Facts("b", "y", 4096)], BLOCK)
     assert not side.on  # workers that lay out KV differently
-    side = scheduler.SchedulerSide(make_config(), Options(), "m" * 64, link)
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
     side.set_facts([Facts("", "", 0, "no reason")], BLOCK)
     assert not side.on
+
+
+def test_requests_are_computed_while_the_models_identity_is_not_known(
+    make_config: Any, make_request: Any, link: Any
+) -> None:
+    """Nobody waits for it; what such a request computed is stored once it is known."""
+    known: list[str] = []
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: known[0] if known else None, link)
+    side.set_facts([Facts("a", "x", 1 << 20)], BLOCK)
+    request = make_request("a", 64)
+    side.on_new_request(request)
+    assert side.matched_tokens(request, 0) == OFF
+    assert not link.lookups
+    assert link.counts == {"identity.pending": 1}
+    known.append("m" * 64)
+    side.on_new_request(make_request("b", 64))
+    assert len(link.lookups) == 1
+    assert link.counts == {"identity.pending": 1}
 
 
 @pytest.mark.parametrize(("may_load", "may_store"), [(False, True), (True, False)])

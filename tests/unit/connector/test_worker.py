@@ -139,7 +139,7 @@ def test_loads_are_reported_once_with_the_blocks_that_failed(daemon: Any, make_s
 def test_facts_and_failures_are_news_once(daemon: Any, make_side: Any) -> None:
     side = make_side(daemon().url)
     news = side.take_news()
-    assert news.facts == [side.facts] == [Facts("all", "cpu-test/H.N16.C16", 2 * 16 * 16 * 4)]
+    assert news.facts == [side.facts] == [Facts("all", "cpu-test/H.N16.C16:float32", 2 * 16 * 16 * 4)]
     assert side.take_news() is None
 
 
