@@ -26,6 +26,7 @@ from loracache.connectors.vllm.link import SchedulerLink
 from loracache.connectors.vllm.messages import Facts, StepPlan, WorkerNews
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import private_server
+from loracache.connectors.vllm.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler import SchedulerSide
 from loracache.connectors.vllm.worker import WorkerSide
 from loracache.errors import ConfigError
@@ -73,6 +74,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._link = SchedulerLink(options.server or private_server(transfer.engine_id))
         identity = "" if problem else model_identity(vllm_config, options.model_id)
         self._scheduler = SchedulerSide(vllm_config, options, identity, self._link)
+        hook_scheduler_class()
         if problem:
             self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
 
@@ -95,6 +97,21 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         """See WorkerSide."""
         assert self._worker is not None
         self._worker.register_kv_caches(kv_caches)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Nothing is copied to or from blocks whose memory sleep has taken away."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """Before sleep (vLLM 0.33): the memory of the KV caches goes."""
+        assert self._worker is not None
+        self._worker.leave_blocks()
+
+    def restore_kv_caches(self) -> None:
+        """After wake-up: it is back, at the same addresses."""
+        assert self._worker is not None
+        self._worker.return_to_blocks()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What the scheduler needs to know of this worker."""
@@ -190,6 +207,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' results."""
         assert self._scheduler is not None
+        self._scheduler.held.stored(connector_output.finished_sending or ())
         news = connector_output.kv_connector_worker_meta
         if isinstance(news, WorkerNews):
             if news.facts:
@@ -210,10 +228,26 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         """The same with several KV cache groups; more than one is never cached."""
         return self.request_finished(request, block_ids[0] if len(block_ids) == 1 else [])
 
-    def reset_cache(self) -> bool | None:
-        """Weights changed in place: start a namespace of our own."""
+    def has_pending_block_frees(self) -> bool:
+        """Whether finished requests' blocks will be free soon: vLLM then waits and preempts nobody."""
         assert self._scheduler is not None
-        return self._scheduler.reset()
+        return self._scheduler.held.pending
+
+    def reset_cache(self) -> bool | None:
+        """Part of a reset, a pause or a sleep, none of which makes KV of these weights wrong: it stays."""
+        assert self._scheduler is not None
+        self._scheduler.check_weights()
+        return True
+
+    def before_prefix_cache_reset(self, manager: Any) -> None:
+        """vLLM is about to forget its own KV and needs all blocks free (resets.py)."""
+        if self._scheduler is not None and manager is not None:
+            self._scheduler.held.free(manager)
+
+    def after_prefix_cache_reset(self) -> None:
+        """It has (resets.py)."""
+        if self._scheduler is not None:
+            self._scheduler.prefix_cache_reset()
 
     def _take_facts(self, facts: Iterable[object]) -> None:
         assert self._scheduler is not None

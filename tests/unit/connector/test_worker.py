@@ -323,7 +323,7 @@ def test_a_void_load_that_was_reported_fails_in_that_very_step(
     step(side, 3, void={"a", "nobody"}, first_runs=first_runs)
     assert side.take_finished() == (set(), set())  # reported before
     assert side.take_load_errors() == {5}
-    assert side.take_news().failures == {"load.reset": 1}
+    assert side.take_news().failures == {"load.weights_changed": 1}
     step(side, 4, first_runs={"a"})
     assert side.take_load_errors() == set()
     assert not side._void
@@ -359,7 +359,7 @@ def test_a_void_load_under_way_fails_whole_with_its_end(daemon: Any, make_side: 
     reported: set[str] = set()
     eventually(lambda: reported.update(side.take_finished()[1]) or len(reported) == 2)
     assert side.take_load_errors() == {5, 6}  # though its bytes arrived
-    assert side.take_news().failures == {"load.reset": 1}
+    assert side.take_news().failures == {"load.weights_changed": 1}
 
 
 def test_a_load_planned_and_void_in_one_step_fails_whole(daemon: Any, make_side: Any, eventually: Any) -> None:
