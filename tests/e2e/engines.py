@@ -132,6 +132,13 @@ class Engine:
         answer = self._wait(call, 60)
         assert "error" not in answer, answer["error"]
 
+    def sleep(self, level: int = 1) -> None:
+        """Sleep and wake up. On a CPU vLLM only pauses and clears its caches."""
+        call = next(self._calls)
+        self._send({"op": "sleep", "call": call, "level": level})
+        answer = self._wait(call, 60)
+        assert "error" not in answer, answer["error"]
+
     def add_lora(self, lora: Adapter) -> str:
         """Why vLLM would not take it, or ""."""
         call = next(self._calls)

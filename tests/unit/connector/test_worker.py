@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm import worker as worker_module
 from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
-from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.worker import WorkerSide
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
@@ -25,25 +23,6 @@ from loracache.keys import Namespace
 BLOCKS = 8
 NAMESPACE = Namespace("m" * 64, "float32", "cpu/H.N.C", 16)
 OLD, NEW = "a" * 64, "b" * 64
-
-
-@pytest.fixture
-def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Callable[..., WorkerSide]]:
-    monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
-    monkeypatch.setattr(worker_module, "_platform", lambda config, spec: "cpu-test")
-    made: list[WorkerSide] = []
-
-    def make(url: str, *, problem: str = "", tensors: dict[str, Any] | None = None, **options: Any) -> WorkerSide:
-        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, head_size=8))
-        kv_cache = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
-        side = WorkerSide(make_config(), kv_cache, Options(server=url, chunk_tokens=16, **options), problem)
-        made.append(side)
-        side.register_kv_caches(tensors or {"layer": torch.rand(BLOCKS, 2, 16, 16)})
-        return side
-
-    yield make
-    for side in made:
-        side.close()
 
 
 def chunk(key: bytes, *blocks: int) -> ChunkBlocks:
