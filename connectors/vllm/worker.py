@@ -256,6 +256,8 @@ class WorkerSide:
         """KV that these requests load, or have loaded and not computed upon, is wrong: where a load is done this is
         reported in this very step, where it is under way with its end.
         """
+        with self._lock:
+            request_ids = request_ids - self._void  # what failed before was, or will be, reported for that
         for request_id in request_ids:
             blocks = self._not_yet_run[request_id].blocks
             with self._lock:

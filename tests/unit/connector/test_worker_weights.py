@@ -73,9 +73,13 @@ def test_a_change_between_load_and_first_run_fails_the_load_in_the_next_step(
     step(side, 2, loads=[load("a", key, 5)])
     eventually(lambda: side.take_finished()[1], "the load ends")
     assert side.take_load_errors() == set()
-    reload(side)
-    step(side, 3, first_runs={"a"})
+    known = reload(side)
+    step(side, 3)
     assert side.take_load_errors() == {5}
+    # The scheduler heard of it meanwhile. By now the blocks are computed, and they are not wrong again.
+    step(side, 4, weights=known, void={"a"}, first_runs={"a"})
+    assert side.take_load_errors() == set()
+    assert side.take_news().failures == {"load.weights_changed": 1}
 
 
 def test_what_a_look_finds_counts_for_the_plan_that_asked_for_it(
@@ -164,4 +168,5 @@ def test_loads_under_way_and_not_computed_upon_fail_when_the_kv_cache_sleeps(
     running.send(signal.SIGCONT)
     eventually(lambda: side.take_finished()[1], "the load ends")
     assert side.take_load_errors() == {5, 6}
-    assert side.take_news().failures["load.asleep"] == 2
+    side.leave_blocks()  # said twice in vLLM 0.33
+    assert side.take_news().failures == {"load.asleep": 2}
