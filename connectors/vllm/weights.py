@@ -71,10 +71,11 @@ class WeightsWatch:
         if self._worker is worker:
             return
         self._worker = worker
-        for model in self._models():
-            load = getattr(model, "load_weights", None)
-            if load is not None:
-                model.load_weights = _changing(load)
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # `_look` says what it cannot do
+            for model in self._models():
+                load = getattr(model, "load_weights", None)
+                if load is not None:
+                    model.load_weights = _changing(load)
         self._fingerprint = self._look()
         self._outdated = False
 
@@ -210,10 +211,8 @@ def worker_class(config: VllmConfig) -> type | None:
 
 
 def hook_worker_class(cls: type, extension: str = "") -> None:
-    """Hook what replaces weights, once a class. extension: the qualified name of what users mix into it."""
-    if _MARK in vars(cls):
-        return
-    setattr(cls, _MARK, True)
+    """Hook what replaces weights, each method once. extension: the qualified name of what users mix into the class."""
+    hooked = vars(cls).get(_MARK, frozenset())
     hooks: dict[str, Callable[[Any, str, Callable[[], Any], tuple[Any, ...], dict[str, Any]], Any]] = {
         **dict.fromkeys(_CHANGES, _hook_change),
         **dict.fromkeys(_SESSION, _hook_session),
@@ -225,8 +224,9 @@ def hook_worker_class(cls: type, extension: str = "") -> None:
     }
     for name, hook in hooks.items():
         original = getattr(cls, name, None)
-        if original is not None:
+        if original is not None and name not in hooked:
             setattr(cls, name, _hooked(original, name, hook))
+    setattr(cls, _MARK, hooked | {name for name in hooks if hasattr(cls, name)})
 
 
 def _methods_of(cls: type, extension: str) -> list[str]:

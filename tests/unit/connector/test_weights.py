@@ -216,6 +216,31 @@ def test_a_model_that_cannot_be_looked_at_changes_with_every_reset() -> None:
     assert not watch.believes({})
 
 
+def test_a_worker_whose_model_is_somewhere_else_starts_all_the_same() -> None:
+    watch = WeightsWatch(0, lambda: None, lambda: None, lambda: None)
+    watch.bind(object())
+
+    class Runner:
+        def get_model(self) -> Any:
+            raise AttributeError("moved")
+
+    class Worker:
+        model_runner = Runner()
+
+    watch.bind(Worker())
+    watch.begin_step(1, check=True)
+    assert not watch.believes({})
+
+
+def test_the_installed_vllm_has_what_is_hooked() -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    for name in ("reload_weights", "update_weights", "start_weight_update", "finish_weight_update", "apply_model"):
+        assert callable(getattr(CPUWorker, name)), name
+    for name in ("load_model", "compile_or_warm_up_model", "sleep", "wake_up"):
+        assert callable(getattr(CPUWorker, name)), name
+
+
 # -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
