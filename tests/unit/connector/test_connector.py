@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 from loracache.connectors.vllm.connector import LoRACacheConnector, _log_as_vllm_does
 from loracache.connectors.vllm.messages import StepPlan
@@ -105,3 +107,42 @@ def test_a_step_that_computes_nothing_starts_its_stores_too() -> None:
     assert connector.get_finished({"b"}) == ({"stored"}, None)
     connector.clear_connector_metadata()
     assert worker.asked == [("loads", plan), ("stores", plan), ("finished", {"b"})]
+
+
+def bare_connector(**sides: Any) -> Any:
+    connector = LoRACacheConnector.__new__(LoRACacheConnector)
+    connector._scheduler, connector._worker = sides.get("scheduler"), sides.get("worker")
+    return connector
+
+
+def test_sleep_reaches_the_worker() -> None:
+    """By the names that vLLM 0.33 calls."""
+    seen: list[str] = []
+    worker = SimpleNamespace(leave_blocks=lambda: seen.append("leave"), return_to_blocks=lambda: seen.append("return"))
+    connector = bare_connector(worker=worker)
+    connector.unregister_kv_caches()
+    connector.restore_kv_caches()
+    assert seen == ["leave", "return"]
+    assert LoRACacheConnector.supports_sleep_mode(None)
+
+
+def test_resets_and_waiting_blocks_reach_the_scheduler() -> None:
+    seen: list[Any] = []
+    held = SimpleNamespace(pending=True, free=seen.append, stored=lambda ids: seen.append(sorted(ids)))
+    scheduler = SimpleNamespace(
+        held=held,
+        check_weights=lambda: seen.append("check"),
+        prefix_cache_reset=lambda: seen.append("reset"),
+    )
+    connector = bare_connector(scheduler=scheduler)
+    assert connector.has_pending_block_frees()
+    connector.before_prefix_cache_reset("manager")
+    connector.before_prefix_cache_reset(None)  # beside another connector
+    connector.after_prefix_cache_reset()
+    assert connector.reset_cache() is True
+    connector.update_connector_output(
+        SimpleNamespace(
+            finished_sending={"b", "a"}, finished_recving=None, invalid_block_ids=None, kv_connector_worker_meta=None
+        )
+    )
+    assert seen == ["manager", "reset", "check", ["a", "b"]]
