@@ -57,7 +57,7 @@ def start_engine(
 
 def settle(engine: EngineProcess, client: CacheClient | None) -> None:
     """Wait for the stores of what was computed, and empty vLLM's own prefix cache."""
-    engine.reset_prefix_cache()  # refused until the stores let go of their blocks
+    engine.reset_prefix_cache()  # waits for the stores
     if client is not None:
         client.flush(60)
 

@@ -148,7 +148,7 @@ def warm_up(engine: EngineProcess, who: dict[str, Adapter | None], name: str) ->
 
 def settle(engine: EngineProcess) -> None:
     """Wait until what was computed is stored and written to disk, then empty vLLM's own prefix cache."""
-    engine.reset_prefix_cache()  # waits for the stores, which hold blocks
+    engine.reset_prefix_cache()  # waits for the stores
     with CacheClient(engine.server, name="demo") as client:
         client.flush(60)
 

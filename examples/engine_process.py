@@ -122,12 +122,9 @@ class EngineProcess:
         return Answer(answer["tokens"], answer["cached"], answer["ttft"])
 
     def reset_prefix_cache(self) -> None:
-        """Have vLLM forget its own cached blocks, so that only LoRACache can answer."""
-        deadline = time.monotonic() + 30
-        while not self._call("reset")["done"]:  # refused while blocks are in use: a store may still hold some
-            if time.monotonic() > deadline:
-                raise EngineError("vLLM refuses to reset its prefix cache: its blocks stay in use")
-            time.sleep(0.05)
+        """Wait for the stores, and have vLLM forget its own cached blocks, so that only LoRACache can answer."""
+        if not self._call("reset")["done"]:
+            raise EngineError("vLLM refuses to reset its prefix cache: its blocks stay in use")
 
     def close(self) -> None:
         """Shut the engine down; its private daemon writes to disk what is not there yet and ends by itself. Twice
@@ -227,6 +224,8 @@ async def _serve(arguments: dict[str, Any], answers: Any) -> None:
             if command["op"] == "ask":
                 answer(await _ask(engine, command, number))
             else:
+                await engine.pause_generation(mode="wait", clear_cache=False)  # until nothing is on its way any more
+                await engine.resume_generation()
                 answer({"done": bool(await engine.reset_prefix_cache())})
         except (RuntimeError, ValueError) as error:
             answer({"error": repr(error)})

@@ -29,6 +29,7 @@ from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import private_server
 from loracache.connectors.vllm.releases import unknown_release
 from loracache.connectors.vllm.reports import Inbox, Outbox
+from loracache.connectors.vllm.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler import SchedulerSide
 from loracache.connectors.vllm.worker import WorkerSide
 from loracache.errors import ConfigError
@@ -80,6 +81,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._identity = None if problem else ModelIdentity(vllm_config, options.model_id)
         identity = self._identity.value if self._identity is not None else lambda: None
         self._scheduler = SchedulerSide(vllm_config, options, identity, self._link)
+        hook_scheduler_class()
         if problem:
             self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
 
@@ -104,6 +106,21 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         """See WorkerSide."""
         assert self._worker is not None
         self._worker.register_kv_caches(kv_caches)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Nothing is copied to or from blocks whose memory sleep has taken away."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """Before sleep (vLLM 0.33): the memory of the KV caches goes."""
+        assert self._worker is not None
+        self._worker.leave_blocks()
+
+    def restore_kv_caches(self) -> None:
+        """After wake-up: it is back, at the same addresses."""
+        assert self._worker is not None
+        self._worker.return_to_blocks()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What the scheduler needs to know of this worker."""
@@ -207,6 +224,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' results."""
         assert self._scheduler is not None
+        self._scheduler.held.stored(connector_output.finished_sending or ())
         news = self._inbox.news(connector_output.kv_connector_worker_meta)
         if news is not None:
             if news.facts:
@@ -227,10 +245,26 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         """The same with several KV cache groups; more than one is never cached."""
         return self.request_finished(request, block_ids[0] if len(block_ids) == 1 else [])
 
-    def reset_cache(self) -> bool | None:
-        """Weights changed in place: start a namespace of our own."""
+    def has_pending_block_frees(self) -> bool:
+        """Whether finished requests' blocks will be free soon: vLLM then waits and preempts nobody."""
         assert self._scheduler is not None
-        return self._scheduler.reset()
+        return self._scheduler.held.pending
+
+    def reset_cache(self) -> bool | None:
+        """Part of a reset, a pause or a sleep, none of which makes KV of these weights wrong: it stays."""
+        assert self._scheduler is not None
+        self._scheduler.check_weights()
+        return True
+
+    def before_prefix_cache_reset(self, manager: Any) -> None:
+        """vLLM is about to forget its own KV and needs all blocks free (resets.py)."""
+        if self._scheduler is not None and manager is not None:
+            self._scheduler.held.free(manager)
+
+    def after_prefix_cache_reset(self) -> None:
+        """It has (resets.py)."""
+        if self._scheduler is not None:
+            self._scheduler.prefix_cache_reset()
 
     def _take_facts(self, facts: Iterable[object]) -> None:
         assert self._scheduler is not None

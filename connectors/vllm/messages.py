@@ -81,7 +81,9 @@ class StepPlan(KVConnectorMetadata):
 
     await_stores: requests whose blocks are freed when their stores are done. preempted: requests whose blocks may be
     overwritten in this step. first_runs: loaded requests that compute for the first time in this step. void: requests
-    whose load is of weights that the engine no longer has.
+    whose load is of weights that the engine no longer has. freed: finished requests whose blocks may be overwritten
+    once their stores are over. weights: each worker's version by rank, as far as the scheduler knows (0 where it is not
+    named). check_weights: look whether they are the same still.
     """
 
     step: int
@@ -91,6 +93,9 @@ class StepPlan(KVConnectorMetadata):
     preempted: set[str] = field(default_factory=set)
     first_runs: set[str] = field(default_factory=set)
     void: set[str] = field(default_factory=set)
+    freed: set[str] = field(default_factory=set)
+    weights: dict[int, int] = field(default_factory=dict)
+    check_weights: bool = False
     adapters: AdapterOrders = field(default_factory=AdapterOrders)
 
 
@@ -122,7 +127,8 @@ class WorkerNews(KVConnectorWorkerMetadata):
     """What workers tell the scheduler after a step: adapters as really loaded (hex digest, "" for unknown), failures by
     cause, requests whose chunks did not all reach the cache and may at another try, and facts until the scheduler has
     them. activated: orders done -> by how many workers; not_activated: orders that failed -> why; pools_lost: nothing
-    is on any page any more; pinned: adapter ids that may not be evicted, or may again."""
+    is on any page any more; pinned: adapter ids that may not be evicted, or may again; weights: rank -> (version, the
+    last step computed with those before), where they changed."""
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
@@ -132,6 +138,7 @@ class WorkerNews(KVConnectorWorkerMetadata):
     not_activated: dict[int, str] = field(default_factory=dict)
     pools_lost: bool = False
     pinned: dict[int, bool] = field(default_factory=dict)
+    weights: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
         """Workers of one engine read the same adapter files; where they saw different content, nobody is believed."""
@@ -148,4 +155,5 @@ class WorkerNews(KVConnectorWorkerMetadata):
         return WorkerNews(
             adapters, failures, self.unstored | other.unstored, self.facts + other.facts, activated,
             self.not_activated | other.not_activated, self.pools_lost or other.pools_lost, self.pinned | other.pinned,
+            self.weights | other.weights,
         )  # fmt: skip

@@ -78,6 +78,18 @@ class RequestState:
         self.parked_since = None
         self.answered_at = time.monotonic()
 
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing of it was computed, loaded or promised to be."""
+        return self.first_step is None and not (self.loading or self.loaded or self.hits or self.stored)
+
+    def begin_anew(self) -> None:
+        """Its KV will be in another namespace than was thought."""
+        self.namespace = None
+        self.chunk_keys = []
+        self.question = 0
+        self.answered_at = None
+
     def offer_again(self, after: float) -> None:
         """Chunks of it are not where they were thought to be: offer all of them, but not before `after` (monotonic)."""
         self.stored = 0

@@ -19,6 +19,7 @@ from loracache.connectors.vllm.messages import ChunkBlocks, Facts, Load, StepPla
 from loracache.connectors.vllm.namespace import EngineNamespace
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.requests import RequestState, is_cacheable, uses_draft_kv, wants_reading
+from loracache.connectors.vllm.resets import HeldBlocks, KnownWeights
 from loracache.keys import object_key
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class SchedulerSide:
         self._adapters = ServedAdapters(ask, link.answer_adapter)
         self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
+        self.held = HeldBlocks()
+        self._weights = KnownWeights()
         self._plan = StepPlan(step=0)
         self._step = 0
 
@@ -95,6 +98,8 @@ class SchedulerSide:
         """Learn what adapters the workers really loaded and what they could not store, and pass their failures on to
         the daemon's counters."""
         self.admission.take_news(news)
+        if self._weights.take_news(news.weights):
+            self._weights_changed()
         for adapter, digest in news.adapters.items():
             self._adapters.correct(adapter, digest)
         for cause, count in news.failures.items():
@@ -146,6 +151,8 @@ class SchedulerSide:
             self.on_new_request(request)
             state = self._requests[request.request_id]
         state.local_tokens = num_computed
+        if num_computed and not self._weights.trust_local_prefix:
+            state.cacheable = False
         if not state.cacheable or not state.reads or not self._namespace.known:
             return 0, False
         if (
@@ -184,9 +191,9 @@ class SchedulerSide:
         state.loading = True
         state.load_tiers = state.hits[first // per_chunk : -(-end // per_chunk)]
         state.blocks = list(block_ids)
-        self._plan.loads.append(Load(request.request_id, tuple(chunks), state.adapter, per_chunk))
-        if not state.cacheable:  # since it was asked for; vLLM waits for it all the same
+        if not state.cacheable:  # since it was promised, the weights have changed
             self._plan.void.add(request.request_id)
+        self._plan.loads.append(Load(request.request_id, tuple(chunks), state.adapter, per_chunk))
         slow = [chunk.key for chunk, tier in zip(chunks, state.load_tiers, strict=True) if tier != "cpu"]
         if slow:
             self._link.prefetch(state.lease, self._object_keys(slow), _LEASE_TTL_S)
@@ -212,6 +219,7 @@ class SchedulerSide:
         if not state.has_stored:  # else blocks may be read still, whatever was learnt about the request meanwhile
             return False
         self._plan.await_stores.add(request.request_id)
+        self.held.hold(request)
         return True
 
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
@@ -220,6 +228,8 @@ class SchedulerSide:
         plan = self._plan
         plan.step = self._step
         plan.adapters = self.admission.take_orders()
+        plan.weights = dict(self._weights.versions)
+        plan.freed = self.held.take_freed()
         preempted = getattr(output, "preempted_req_ids", None)
         plan.preempted = set(preempted) if preempted is not None else self._preempted()
         for request_id in plan.preempted:  # first: a reset preempts and schedules again in one step
@@ -243,20 +253,34 @@ class SchedulerSide:
         self._link.flush_counts()
         return plan
 
-    def reset(self) -> bool:
-        """The weights changed in place: from now on this engine's KV is another model's. Nobody else's is cleared."""
-        self._namespace.begin_epoch()
-        for request_id, state in self._requests.items():
-            state.cacheable = False
-            if state.loading or state.loaded:
-                self._plan.void.add(request_id)
-        return True
+    def check_weights(self) -> None:
+        """They may have been changed in place: let the workers look before anything more is loaded or stored."""
+        self._plan.check_weights = True
+
+    def prefix_cache_reset(self) -> None:
+        """vLLM forgot the KV in its own blocks."""
+        self._weights.prefix_cache_reset(self._step)
+        self.check_weights()
 
     def close(self) -> None:
         """Give the leases back."""
         self._link.close()
 
     # -- inside ----------
+
+    def _weights_changed(self) -> None:
+        """From now on this engine's KV is another model's. Nobody else's is cleared."""
+        self._namespace.begin_epoch()
+        self._plan.stores.clear()
+        for request_id, state in self._requests.items():
+            if state.is_fresh:
+                self._drop_lease(state)
+                self._link.forget(state.question)
+                state.begin_anew()
+                continue
+            state.cacheable = False
+            if state.loading or state.loaded:
+                self._plan.void.add(request_id)
 
     @property
     def _chunk_tokens(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch
 
 from loracache.client import CacheClient
 from loracache.connectors.vllm.adapters import LoadedAdapters
+from loracache.connectors.vllm.gate import GatedCopier
 from loracache.connectors.vllm.geometry import chunk_blocks, shard_name
 from loracache.connectors.vllm.layout import read_layout
 from loracache.connectors.vllm.lora.orders import PoolNews, PoolWorker, paged_worker
@@ -23,8 +25,8 @@ from loracache.connectors.vllm.messages import Facts, Load, StepPlan, Store, Wor
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import ensure_private_daemon, private_server
 from loracache.connectors.vllm.transfer import Loader, StoreJob, Storer
+from loracache.connectors.vllm.weights import WeightsWatch
 from loracache.errors import UsageError
-from loracache.kernels.page_copy import PageCopier
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,6 +36,7 @@ __all__ = ["WorkerSide"]
 
 _log = logging.getLogger(__name__)
 _MAY_BE_STORED_LATER = {"unavailable", "lease_lost", "no_parent"}
+_STORES_PATIENCE_S = 2.0  # for the stores of blocks that the next step may overwrite
 
 
 class WorkerSide:
@@ -51,9 +54,15 @@ class WorkerSide:
         self._cuda = False
         self._adapters = LoadedAdapters(self._adapter_changed)
         self._pool: PoolWorker | None = None
+        self._copiers: list[GatedCopier] = []
+        rank = getattr(vllm_config.parallel_config, "rank", 0)
+        self.weights = WeightsWatch(rank, self._weights_changed, self.leave_blocks, self.return_to_blocks)
+        if not problem:
+            self.weights.install(vllm_config)
         if vllm_config.lora_config is not None and not options.lora_pool:
             self._adapters.install()
         self._lock = threading.Lock()
+        self._job_done = threading.Condition(self._lock)
         self._done_loads: dict[str, list[int]] = {}
         self._failures: Counter[str] = Counter()
         self._storing: dict[str, set[StoreJob]] = {}
@@ -103,17 +112,19 @@ class WorkerSide:
         if self._options.server:  # a private one would end with this client
             with CacheClient(server, name="vllm-start"):
                 pass  # an engine whose configuration names no living daemon should not start
+        self._copiers = [GatedCopier(layout.rows) for _ in range(2)]
         self._storer = Storer(
-            server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes,
+            server, ensure, self._copiers[0], self._facts.shard, layout.block_bytes,
             self._may_store, self._stored, _served_names(self._config),
         )  # fmt: skip
         self._loader = Loader(
-            server, ensure, PageCopier(layout.rows), self._facts.shard, layout.block_bytes, self._options.load_timeout,
+            server, ensure, self._copiers[1], self._facts.shard, layout.block_bytes, self._options.load_timeout,
             self._may_load, self._loaded,
         )  # fmt: skip
 
     def handle_preemptions(self, plan: StepPlan) -> None:
         """Before anything of this step is computed: let go of blocks that may be overwritten in it."""
+        self.weights.begin_step(plan.step, check=plan.check_weights)
         self._adapters.step = plan.step
         if self._pool is not None:
             self._pool.carry_out(plan.adapters)
@@ -122,6 +133,9 @@ class WorkerSide:
                 jobs = list(self._storing.get(request_id, ()))
             for job in jobs:
                 job.cancel()
+        if plan.freed:
+            self._start(self._take(plan, [store for store in plan.stores if store.request_id in plan.freed]))
+            self._end_stores(plan.freed)
 
     def start_loads(self, plan: StepPlan) -> None:
         """Start this step's loads."""
@@ -130,7 +144,10 @@ class WorkerSide:
         self._not_yet_run.update((load.request_id, load) for load in plan.loads)
         with self._lock:
             self._void.difference_update(load.request_id for load in plan.loads)
-        self._fail_loads(plan.void & self._not_yet_run.keys(), "reset")
+        void = plan.void & self._not_yet_run.keys()
+        if not self.weights.believes(plan.weights):
+            void |= {load.request_id for load in plan.loads}
+        self._fail_loads(void, "weights_changed")
         after = torch.cuda.current_stream().record_event() if self._cuda and plan.loads else None
         for load in plan.loads:
             self._loader.submit(load, after)
@@ -140,23 +157,13 @@ class WorkerSide:
         for request_id in plan.first_runs:
             self._forget_load(request_id)
         self._awaited |= plan.await_stores
-        if self._storer is None:
-            return
-        for store in plan.stores:
-            job = StoreJob(store)
-            self._to_start.append(job)
-            with self._lock:
-                self._storing.setdefault(store.request_id, set()).add(job)
+        self._to_start += self._take(plan, [store for store in plan.stores if store.request_id not in plan.freed])
 
     def start_stores(self) -> None:
         """Start what was taken on: its blocks were computed by earlier steps, and this one is submitted with its
         drafts."""
         jobs, self._to_start = self._to_start, []
-        after = torch.cuda.current_stream().record_event() if self._cuda and jobs else None
-        for job in jobs:
-            assert self._storer is not None
-            job.after = after
-            self._storer.submit(job)
+        self._start(jobs)
 
     def take_finished(self, ended: Set[str] = frozenset()) -> tuple[set[str], set[str]]:
         """(requests whose stores are done and were awaited, requests whose load is done), each once. ended: requests
@@ -188,13 +195,29 @@ class WorkerSide:
         facts = [self._facts] if self._facts is not None and not self._facts_sent else []
         self._facts_sent = True
         adapters = self._adapters.take_news()
+        weights = self.weights.take_news()
         pool = self._pool.take_news() if self._pool is not None else None
-        if not (failures or facts or adapters or pool):
+        if not (failures or facts or adapters or pool or weights):
             return None
         pool = pool or PoolNews()
         return WorkerNews(
-            adapters, dict(failures), unstored, facts, pool.activated, pool.not_activated, pool.lost, pool.pinned
-        )
+            adapters, dict(failures), unstored, facts, pool.activated, pool.not_activated, pool.lost, pool.pinned,
+            weights,
+        )  # fmt: skip
+
+    def leave_blocks(self) -> None:
+        """The KV cache's memory is about to go: finish stores, fail loads, and touch no block any more."""
+        with self._lock:
+            storing = set(self._storing)
+        self._end_stores(storing)
+        for copier in self._copiers:
+            copier.shut()
+        self._fail_loads(set(self._not_yet_run), "asleep")
+
+    def return_to_blocks(self) -> None:
+        """It is back, at the same addresses."""
+        for copier in self._copiers:
+            copier.reopen()
 
     def close(self) -> None:
         """End the threads; what is queued for storing is finished first."""
@@ -204,6 +227,40 @@ class WorkerSide:
             self._loader.close()
         if self._pool is not None:
             self._pool.close()
+
+    def _take(self, plan: StepPlan, stores: list[Store]) -> list[StoreJob]:
+        """Jobs for these stores; their requests have stores under way from now on."""
+        if self._storer is None or not stores:
+            return []
+        if not self.weights.believes(plan.weights):
+            with self._lock:
+                self._failures["store.weights_changed"] += sum(len(store.chunks) for store in stores)
+            return []
+        jobs = [StoreJob(store) for store in stores]
+        with self._lock:
+            for job in jobs:
+                self._storing.setdefault(job.store.request_id, set()).add(job)
+        return jobs
+
+    def _start(self, jobs: list[StoreJob]) -> None:
+        after = torch.cuda.current_stream().record_event() if self._cuda and jobs else None
+        for job in jobs:
+            assert self._storer is not None
+            job.after = after
+            self._storer.submit(job)
+
+    def _end_stores(self, request_ids: Set[str]) -> None:
+        """Their blocks will be written to: let their stores end, or cancel them."""
+        deadline = time.monotonic() + _STORES_PATIENCE_S
+        with self._job_done:
+            self._job_done.wait_for(lambda: request_ids.isdisjoint(self._storing), deadline - time.monotonic())
+            late = [job for request_id in request_ids for job in self._storing.get(request_id, ())]
+        for job in late:
+            job.cancel()
+
+    def _weights_changed(self) -> None:
+        """What is loaded, or was and is not computed upon, is of the weights before."""
+        self._fail_loads(set(self._not_yet_run), "weights_changed")
 
     def _forget_load(self, request_id: str) -> None:
         self._not_yet_run.pop(request_id, None)
@@ -215,6 +272,8 @@ class WorkerSide:
         """KV that these requests load, or have loaded and not computed upon, is wrong: where a load is done this is
         reported in this very step, where it is under way with its end.
         """
+        with self._lock:
+            request_ids = request_ids - self._void  # what failed before was, or will be, reported for that
         for request_id in request_ids:
             blocks = self._not_yet_run[request_id].blocks
             with self._lock:
@@ -262,6 +321,7 @@ class WorkerSide:
             jobs.discard(job)
             if not jobs:
                 del self._storing[job.store.request_id]
+                self._job_done.notify_all()
             for cause, count in causes.items():
                 self._failures[f"store.{cause}"] += count
             if not _MAY_BE_STORED_LATER.isdisjoint(causes):

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,12 +120,24 @@ class Engine:
         """Wait until all that was computed is stored (only then are its blocks free) and written to every tier. What
         the engine's own prefix cache holds is forgotten.
         """
-        deadline = time.monotonic() + 30
-        while not self.reset():
-            assert time.monotonic() < deadline, "blocks stay in use"
-            time.sleep(0.005)
+        self.pause(mode="wait", clear=False)
+        assert self.reset()
         with daemon.client() as client:
             client.flush()
+
+    def pause(self, *, mode: str = "abort", clear: bool = True) -> None:
+        """Pause and resume; with "wait" only once nothing is on its way any more."""
+        call = next(self._calls)
+        self._send({"op": "pause", "call": call, "mode": mode, "clear": clear})
+        answer = self._wait(call, 60)
+        assert "error" not in answer, answer["error"]
+
+    def sleep(self, level: int = 1) -> None:
+        """Sleep and wake up. On a CPU vLLM only pauses and clears its caches."""
+        call = next(self._calls)
+        self._send({"op": "sleep", "call": call, "level": level})
+        answer = self._wait(call, 60)
+        assert "error" not in answer, answer["error"]
 
     def add_lora(self, lora: Adapter) -> str:
         """Why vLLM would not take it, or ""."""
@@ -140,11 +151,13 @@ class Engine:
         self._send({"op": "pin_lora", "call": call, "id": adapter})
         return str(self._wait(call, 60).get("error", ""))
 
-    def rpc(self, method: str) -> Any:
+    def rpc(self, method: str, **arguments: Any) -> Any:
         """What a method of the (first) worker answers."""
         call = next(self._calls)
-        self._send({"op": "rpc", "call": call, "method": method})
-        return self._wait(call, 60)["done"][0]
+        self._send({"op": "rpc", "call": call, "method": method, "kwargs": arguments})
+        answer = self._wait(call, 60)
+        assert "error" not in answer, answer["error"]
+        return answer["done"][0]
 
     def signal_all(self, number: int) -> None:
         """Signal every process of the engine."""

@@ -66,7 +66,13 @@ async def serve(arguments, answers):
                     )
                     answer["done"] = bool(done)
                 case "rpc":
-                    answer["done"] = await engine.collective_rpc(command["method"])
+                    answer["done"] = await engine.collective_rpc(command["method"], kwargs=command.get("kwargs"))
+                case "sleep":
+                    await engine.sleep(command["level"])
+                    await engine.wake_up()
+                case "pause":
+                    await engine.pause_generation(mode=command["mode"], clear_cache=command["clear"])
+                    await engine.resume_generation()
                 case "pin_lora":
                     answer["done"] = await engine.pin_lora(command["id"])
                 case "add_lora":

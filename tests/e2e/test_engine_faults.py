@@ -125,7 +125,7 @@ def test_the_private_daemon_lives_and_dies_with_its_engine(
     assert engine.ask(longer).tokens == once.tokens
 
     def hits() -> bool:
-        forgotten = engine.reset()  # refused while blocks wait for their stores
+        forgotten = engine.reset()
         return bool(forgotten and engine.ask(longer).cached >= 640 and answers(socket))
 
     eventually(hits, "the next private daemon serves the disk", 60)

@@ -4,6 +4,7 @@ one.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,9 +16,11 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def pair(module_daemon: Any, engine_factory: Any) -> Iterator[SimpleNamespace]:
+def pair(
+    module_daemon: Any, engine_factory: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
     """Two engines that hold one adapter at a time, so that a second one pushes the first out."""
-    daemon = module_daemon(memory="256MiB")
+    daemon = module_daemon(memory="256MiB", disk_path=tmp_path_factory.mktemp("disk"), disk="1GiB")
     tight = {"max_loras": 1, "max_cpu_loras": 1}
     cached = engine_factory({"server": daemon.url}, **tight)
     stock = engine_factory(None, **tight)
@@ -95,3 +98,114 @@ def test_load_inplace_rebinds_the_id(
     again, _ = both(pair, tokens, lora=mine)
     assert again.cached == 384
     assert again.tokens == new.tokens
+
+
+# -- weights replaced in place -----------------------------------------------------------------------------------------
+
+HELD = 512  # of a prompt of 600 tokens
+
+
+@pytest.fixture(scope="module")
+def trained(pair: Any, engine_factory: Any, host_path: str) -> Iterator[Any]:
+    """An engine that gets other weights while it runs, with vLLM's own prefix cache."""
+    engine = engine_factory(
+        {"server": pair.daemon.url},
+        {"PYTHONPATH": host_path},
+        enable_prefix_caching=True,
+        enable_lora=False,
+        worker_extension_cls="weights_extension.WeightsExtension",
+    )
+    yield engine
+    engine.close()
+
+
+def oracle(engine: Any, tokens: list[int]) -> list[int]:
+    """The answer to a request that can hit nothing: its salt was never used before."""
+    return list(engine.ask(tokens, salt=os.urandom(8).hex()).tokens)
+
+
+def test_a_reset_right_after_an_answer_succeeds_and_nothing_is_lost(
+    pair: Any, trained: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    asked = [prompts(600) for _ in range(10)]
+    done = []
+    for tokens in asked:
+        trained.ask(tokens)
+        done.append(trained.reset())
+    assert done == [True] * 10
+    trained.settle(pair.daemon)
+    assert [trained.ask(tokens).cached for tokens in asked] == [HELD] * 10
+
+
+def test_pause_sleep_and_reset_keep_the_cache(pair: Any, trained: Any, prompts: Callable[[int], list[int]]) -> None:
+    before = prompts(600)
+    cold = trained.ask(before)
+    for forget in (trained.pause, trained.sleep, lambda: trained.reset(connector=True)):
+        trained.settle(pair.daemon)
+        forget()
+        again = trained.ask(before)
+        assert (again.cached, again.tokens) == (HELD, cold.tokens)
+        after = prompts(600)
+        cold_after = trained.ask(after)
+        trained.settle(pair.daemon)
+        elsewhere = pair.cached.ask(after)  # what is stored from then on is everybody's
+        assert (elsewhere.cached, elsewhere.tokens) == (HELD, cold_after.tokens)
+
+
+def test_weights_reloaded_from_elsewhere_meet_no_kv_of_others(
+    pair: Any, trained: Any, prompts: Callable[[int], list[int]], model_maker: Any, tmp_path: Path
+) -> None:
+    """With vLLM's plain `reset_prefix_cache()`, which says nothing to connectors."""
+    model_maker.main([str(tmp_path), "--preset", "tiny", "--seed", "99"])
+    tokens, fresh = prompts(600), prompts(600)
+    old = trained.ask(tokens)
+    trained.settle(pair.daemon)
+    trained.rpc("reload_weights", weights_path=str(tmp_path / "model"))
+    assert trained.reset()
+    new = trained.ask(tokens)
+    assert new.tokens == oracle(trained, tokens) != old.tokens
+
+    trained.ask(fresh)
+    trained.settle(pair.daemon)
+    again = trained.ask(fresh)  # the new weights have a cache of their own
+    assert (again.cached, again.tokens) == (HELD, oracle(trained, fresh))
+    for tiers in ((), ("cpu",)):  # nobody else is served from it, from memory or from disk
+        with pair.daemon.client() as client:
+            client.flush()
+            if tiers:
+                client.clear(tiers=tiers)
+        theirs = pair.cached.ask(tokens)
+        assert (theirs.cached, theirs.tokens) == (HELD, old.tokens)
+    theirs = pair.cached.ask(fresh)
+    assert (theirs.cached, theirs.tokens) == (0, pair.stock.ask(fresh).tokens)
+
+
+def test_weights_changed_by_users_code_are_noticed(
+    pair: Any, trained: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    tokens = prompts(600)
+    old = trained.ask(tokens)
+    trained.settle(pair.daemon)
+    trained.rpc("scale_embedding", by=-1.5)
+    assert trained.reset(connector=True)
+    new = trained.ask(tokens)
+    assert new.tokens == oracle(trained, tokens) != old.tokens
+    assert trained.rpc("fingerprint_seconds") < 1
+
+
+def test_kv_of_old_weights_in_vllms_own_prefix_cache_is_not_stored_for_the_new(
+    pair: Any, trained: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    """Nobody reset it: vLLM goes on with it, and its answers are its own affair."""
+    tokens = prompts(600)
+    trained.ask(tokens)
+    trained.settle(pair.daemon)
+    trained.ask(tokens)  # vLLM holds it, too
+    trained.rpc("scale_embedding", by=0.5)
+    trained.ask(prompts(200))  # whose step tells
+    assert trained.ask(tokens + prompts(200)).cached >= HELD
+    trained.settle(pair.daemon)  # resets
+    right = trained.ask(tokens)
+    assert (right.cached, right.tokens) == (0, oracle(trained, tokens))
+    trained.settle(pair.daemon)
+    assert trained.ask(tokens).cached == HELD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
 BLOCK = 16
+BLOCKS = 8
 CHUNK = 2 * BLOCK
 
 
@@ -204,3 +205,29 @@ def make_request() -> Callable[..., Any]:
         return request
 
     return make
+
+
+@pytest.fixture
+def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Callable[..., Any]]:
+    """make_side(url, ...) is a WorkerSide with `BLOCKS` blocks of 16 tokens, each of 2048 bytes."""
+    import torch
+
+    from loracache.connectors.vllm import worker as worker_module
+    from loracache.connectors.vllm.options import Options
+    from loracache.connectors.vllm.worker import WorkerSide
+
+    monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
+    monkeypatch.setattr(worker_module, "_platform", lambda config, spec: "cpu-test")
+    made: list[Any] = []
+
+    def make(url: str, *, problem: str = "", tensors: dict[str, Any] | None = None, **options: Any) -> Any:
+        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, head_size=8))
+        kv_cache = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
+        side = WorkerSide(make_config(), kv_cache, Options(server=url, chunk_tokens=16, **options), problem)
+        made.append(side)
+        side.register_kv_caches(tensors or {"layer": torch.rand(BLOCKS, 2, 16, 16)})
+        return side
+
+    yield make
+    for side in made:
+        side.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -125,3 +127,42 @@ def test_stores_start_at_the_end_of_a_step_whatever_comes_last_in_it(step: list[
     told = [("loads", plan), *step, "start stores"]
     at = told.index("finished")
     assert worker.asked == [*told[:at], ("take stores", plan), ("finished", {"b"}), *told[at:]]
+
+
+def bare_connector(**sides: Any) -> Any:
+    connector = LoRACacheConnector.__new__(LoRACacheConnector)
+    connector._scheduler, connector._worker = sides.get("scheduler"), sides.get("worker")
+    return connector
+
+
+def test_sleep_reaches_the_worker() -> None:
+    """By the names that vLLM 0.33 calls."""
+    seen: list[str] = []
+    worker = SimpleNamespace(leave_blocks=lambda: seen.append("leave"), return_to_blocks=lambda: seen.append("return"))
+    connector = bare_connector(worker=worker)
+    connector.unregister_kv_caches()
+    connector.restore_kv_caches()
+    assert seen == ["leave", "return"]
+    assert LoRACacheConnector.supports_sleep_mode(None)
+
+
+def test_resets_and_waiting_blocks_reach_the_scheduler() -> None:
+    seen: list[Any] = []
+    held = SimpleNamespace(pending=True, free=seen.append, stored=lambda ids: seen.append(sorted(ids)))
+    scheduler = SimpleNamespace(
+        held=held,
+        check_weights=lambda: seen.append("check"),
+        prefix_cache_reset=lambda: seen.append("reset"),
+    )
+    connector = bare_connector(scheduler=scheduler)
+    assert connector.has_pending_block_frees()
+    connector.before_prefix_cache_reset("manager")
+    connector.before_prefix_cache_reset(None)  # beside another connector
+    connector.after_prefix_cache_reset()
+    assert connector.reset_cache() is True
+    connector.update_connector_output(
+        SimpleNamespace(
+            finished_sending={"b", "a"}, finished_recving=None, invalid_block_ids=None, kv_connector_worker_meta=None
+        )
+    )
+    assert seen == ["manager", "reset", "check", ["a", "b"]]

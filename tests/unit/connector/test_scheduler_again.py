@@ -109,20 +109,22 @@ def test_others_are_stored_without_delay(driver: Any, make_request: Any, now: li
 
 # -- weights changed in place ------------------------------------------------------------------------------------------
 
+CHANGED = WorkerNews(weights={0: (2, 1)})
 
-def test_a_load_under_way_is_void_after_a_reset(driver: Any, make_request: Any) -> None:
+
+def test_a_load_under_way_is_void_after_a_change(driver: Any, make_request: Any) -> None:
     loading(driver, make_request)
-    driver.side.reset()
+    driver.side.take_news(CHANGED)
     assert driver.step().void == {"a"}
     assert driver.step().void == set()  # said once
 
 
-def test_a_load_that_was_planned_and_not_sent_is_void_after_a_reset(driver: Any, make_request: Any) -> None:
+def test_a_load_that_was_planned_and_not_sent_is_void_after_a_change(driver: Any, make_request: Any) -> None:
     request = make_request("a", 2 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
     driver.arrive(request)
     driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
-    driver.side.reset()
+    driver.side.take_news(CHANGED)
     plan = driver.step()
     assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
 
@@ -132,34 +134,34 @@ def test_a_load_that_vllm_put_off_across_a_reset_is_void(driver: Any, make_reque
     request = make_request("a", 64)
     driver.hold(request, ["cpu"] * 2)
     assert driver.arrive(request) == (64, True)
-    driver.side.reset()
+    driver.side.take_news(CHANGED)
     driver.step()
     driver.side.planned_load(request, [1, 2, 3, 4], 64)
     plan = driver.step()
     assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
 
 
-def test_a_load_that_is_done_and_not_computed_upon_is_void_after_a_reset(driver: Any, make_request: Any) -> None:
+def test_a_load_that_is_done_and_not_computed_upon_is_void_after_a_change(driver: Any, make_request: Any) -> None:
     loading(driver, make_request)
     driver.side.finished_loading({"a"}, set())
-    driver.side.reset()
+    driver.side.take_news(CHANGED)
     assert driver.step().void == {"a"}
 
 
-def test_what_has_run_or_never_loaded_is_not_void_after_a_reset(driver: Any, make_request: Any) -> None:
+def test_what_has_run_or_never_loaded_is_not_void_after_a_change(driver: Any, make_request: Any) -> None:
     ran = loading(driver, make_request)
     driver.side.finished_loading({"a"}, set())
     assert driver.step({ran: [0, 1, 2, 3]}).first_runs == {"a"}
     running(driver, make_request, "b", chunks=1)
     ended = loading(driver, make_request, "c")
     driver.side.finished(ended, [0, 1, 2, 3])
-    driver.side.reset()
+    driver.side.take_news(CHANGED)
     assert driver.step().void == set()
 
 
-def test_a_request_that_comes_after_a_reset_loads_and_stores_as_ever(driver: Any, make_request: Any) -> None:
+def test_a_request_that_comes_after_a_change_loads_and_stores_as_ever(driver: Any, make_request: Any) -> None:
     old = loading(driver, make_request)
-    driver.side.reset()
+    driver.side.take_news(CHANGED)
     driver.side.finished(old, [0, 1, 2, 3])
     assert driver.step().void == {"a"}
     loading(driver, make_request)  # under the same id, with keys of its own

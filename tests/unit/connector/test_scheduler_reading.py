@@ -12,7 +12,7 @@ from vllm import PoolingParams, SamplingParams
 
 from loracache.connectors.vllm import scheduler
 from loracache.connectors.vllm.link import SchedulerLink
-from loracache.connectors.vllm.messages import Facts
+from loracache.connectors.vllm.messages import Facts, WorkerNews
 from loracache.connectors.vllm.options import Options
 
 BLOCK, CHUNK = 16, 32
@@ -213,18 +213,19 @@ def test_placeholders_of_images_do_not_stand_for_one_another(driver: Any, make_r
 
 def test_tenants_and_models_do_not_meet(driver: Any, make_request: Any) -> None:
     keys = {driver.keys(make_request("a", CHUNK, cache_salt=salt))[0] for salt in (None, "one", "two")}
-    assert driver.side.reset() is True  # weights changed in place
+    driver.side.take_news(WorkerNews(weights={0: (2, 1)}))  # weights changed in place
     keys |= {driver.keys(make_request("a", CHUNK))[0]}
-    assert driver.side.reset() is True
+    driver.side.take_news(WorkerNews(weights={0: (4, 1)}))
     keys |= {driver.keys(make_request("a", CHUNK))[0]}
     assert len(keys) == 5
 
 
-def test_requests_from_before_a_reset_are_neither_loaded_nor_stored(driver: Any, make_request: Any) -> None:
+def test_requests_from_before_a_change_of_weights_are_neither_loaded_nor_stored(driver: Any, make_request: Any) -> None:
     request = make_request("a", 64)
     driver.hold(request, ["cpu", "cpu"])
     driver.side.on_new_request(request)
-    driver.side.reset()
+    driver.arrive(request)
+    driver.side.take_news(WorkerNews(weights={0: (2, 1)}))
     assert driver.side.matched_tokens(request, 0) == OFF
     driver.step({request: [0, 1, 2, 3]})
     request.num_computed_tokens = 64

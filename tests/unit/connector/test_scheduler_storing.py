@@ -168,7 +168,7 @@ def test_stores_under_way_hold_the_blocks_whatever_is_learnt_meanwhile(driver: A
     driver.arrive(request)
     compute(driver, request, [0, 1, 2, 3], CHUNK)
     assert stored(driver.step(more={request: []})) == [(0, 1)]
-    driver.side.reset()
+    driver.side.take_news(WorkerNews(weights={0: (2, 1)}))
     request.num_computed_tokens = 2 * CHUNK
     assert driver.side.finished(request, [0, 1, 2, 3]) is True
     plan = driver.step()

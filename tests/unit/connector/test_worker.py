@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm import worker as worker_module
 from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
-from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.worker import WorkerSide
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
@@ -25,25 +23,6 @@ from loracache.keys import Namespace
 BLOCKS = 8
 NAMESPACE = Namespace("m" * 64, "float32", "cpu/H.N.C", 16)
 OLD, NEW = "a" * 64, "b" * 64
-
-
-@pytest.fixture
-def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Callable[..., WorkerSide]]:
-    monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
-    monkeypatch.setattr(worker_module, "_platform", lambda config, spec: "cpu-test")
-    made: list[WorkerSide] = []
-
-    def make(url: str, *, problem: str = "", tensors: dict[str, Any] | None = None, **options: Any) -> WorkerSide:
-        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, head_size=8))
-        kv_cache = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
-        side = WorkerSide(make_config(), kv_cache, Options(server=url, chunk_tokens=16, **options), problem)
-        made.append(side)
-        side.register_kv_caches(tensors or {"layer": torch.rand(BLOCKS, 2, 16, 16)})
-        return side
-
-    yield make
-    for side in made:
-        side.close()
 
 
 def chunk(key: bytes, *blocks: int) -> ChunkBlocks:
@@ -325,7 +304,7 @@ def test_a_void_load_that_was_reported_fails_in_that_very_step(
     step(side, 3, void={"a", "nobody"}, first_runs=first_runs)
     assert side.take_finished() == (set(), set())  # reported before
     assert side.take_load_errors() == {5}
-    assert side.take_news().failures == {"load.reset": 1}
+    assert side.take_news().failures == {"load.weights_changed": 1}
     step(side, 4, first_runs={"a"})
     assert side.take_load_errors() == set()
     assert not side._void
@@ -361,7 +340,7 @@ def test_a_void_load_under_way_fails_whole_with_its_end(daemon: Any, make_side: 
     reported: set[str] = set()
     eventually(lambda: reported.update(side.take_finished()[1]) or len(reported) == 2)
     assert side.take_load_errors() == {5, 6}  # though its bytes arrived
-    assert side.take_news().failures == {"load.reset": 1}
+    assert side.take_news().failures == {"load.weights_changed": 1}
 
 
 def test_a_load_planned_and_void_in_one_step_fails_whole(daemon: Any, make_side: Any, eventually: Any) -> None:
