@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.adapters import ServedAdapters
+from loracache.connectors.vllm.media import MediaContents
 from loracache.connectors.vllm.messages import AdapterBinding
 from loracache.connectors.vllm.requests import RequestState
 from loracache.keys import Namespace, salt_digest
@@ -25,6 +26,7 @@ class EngineNamespace:
         self._config = vllm_config
         self._identity = identity
         self._adapters = adapters
+        self._media = MediaContents()
         self._epoch = ""
         self.layout = ""
         self.chunk_tokens = 0
@@ -34,7 +36,9 @@ class EngineNamespace:
         self._epoch = f"#{os.urandom(8).hex()}"
 
     def settle(self, state: RequestState) -> bool:
-        """Settle a request's namespace and adapter; False while its adapter's content is not known."""
+        """Settle a request's media, namespace and adapter; False while the content of one is not known."""
+        if not self._settle_media(state):
+            return False
         if state.namespace is not None:
             return True
         request = state.request
@@ -58,4 +62,18 @@ class EngineNamespace:
             adapter=digest,
             salt=salt_digest(request.cache_salt),
         )
+        return True
+
+    def _settle_media(self, state: RequestState) -> bool:
+        features = state.request.mm_features
+        if not features:
+            return True
+        if state.media is None:
+            state.media = self._media.ask(features)
+        if not state.media.done():
+            return False
+        media = state.media.result()
+        if media is None or self._media.doubted(media):
+            state.cacheable = False
+            return False
         return True
