@@ -14,6 +14,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from loracache.connectors.vllm.lora.reload import forget_orders, tell_of_reloads
+
 __all__ = ["register"]
 
 _registered = False
@@ -30,6 +32,7 @@ def register() -> None:
     patches = {
         "vllm.v1.worker.lora_model_runner_mixin": _patch_worker,
         "vllm.v1.core.sched.scheduler": _patch_scheduler,
+        "vllm.v1.engine.core": tell_of_reloads,
         "vllm.entrypoints.openai.models.serving": _patch_front_end,
     }
     for name in [name for name in patches if name in sys.modules]:
@@ -97,10 +100,13 @@ def _patch_front_end(module: Any) -> None:
     stock = module.OpenAIServingModels.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        from loracache.connectors.vllm.options import pool_bytes
+        from loracache.connectors.vllm.options import is_ours, pool_bytes
 
         stock(self, *args, **kwargs)
-        if pool_bytes(getattr(self.engine_client, "vllm_config", None)):
+        config = getattr(self.engine_client, "vllm_config", None)
+        if is_ours(config):
+            forget_orders(self)
+        if pool_bytes(config):
             from loracache.connectors.vllm.lora.resolver import resolve_names_through_the_cache
 
             resolve_names_through_the_cache(self)
