@@ -68,6 +68,9 @@ class EngineNamespace:
         features = state.request.mm_features
         if not features:
             return True
+        if getattr(self._config, "ec_transfer_config", None) is not None:
+            state.cacheable = False  # another engine's encoder outputs, found by whatever identifier
+            return False
         if state.media is None:
             state.media = self._media.ask(features)
         if not state.media.done():

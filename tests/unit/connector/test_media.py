@@ -135,6 +135,16 @@ def test_what_cannot_be_hashed_is_not_cached(data: Any) -> None:
     assert contents.doubted(known)
 
 
+def test_encoder_outputs_of_another_engine_are_not_cached(
+    make_driver: Any, make_config: Any, make_request: Any
+) -> None:
+    """They are found by identifier, whatever the data beside it says."""
+    driver = make_driver(make_config(ec_transfer_config=object()))
+    for features, cacheable in (([image(1)], False), ([], True)):
+        driver.side.on_new_request(make_request("a", 3 * CHUNK, mm_features=features))
+        assert driver.side._requests.pop("a").cacheable == cacheable
+
+
 def test_a_failure_of_hashing_is_no_failure_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     from loracache.connectors.vllm import media
 
