@@ -17,6 +17,13 @@ async def generate(engine, command):
     prompt = TokensPrompt(prompt_token_ids=command["tokens"])
     if command.get("salt"):
         prompt["cache_salt"] = command["salt"]
+    if command.get("audio") is not None:
+        import numpy as np
+
+        noise = np.random.RandomState(command["audio"]).randn(32000).astype("float32")
+        prompt["multi_modal_data"] = {"audio": [(noise, 16000)]}
+        if command.get("uuid"):
+            prompt["multi_modal_uuids"] = {"audio": [command["uuid"]]}
     params = SamplingParams(temperature=0, max_tokens=command.get("max_tokens", 8), ignore_eos=True)
     # Set afterwards, it escapes the rule of SamplingParams that such a request reads no cache: the connector must see.
     params.prompt_logprobs = command.get("prompt_logprobs")
