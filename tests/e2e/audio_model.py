@@ -18,6 +18,9 @@ from transformers import (
 
 WORDS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 VOCABULARY = 512
+GAINS = {  # as in examples/make_model.py: what the model answers depends on every token, and here on every sound
+    "q_proj": 1.8, "k_proj": 1.8, "v_proj": 3.0, "embed_tokens": 8.0, "lm_head": 3.0, "linear": 3.0,
+}  # fmt: skip
 AUDIO, BOS, EOS = range(VOCABULARY - len(WORDS), VOCABULARY)
 
 
@@ -43,10 +46,8 @@ def make_audio_model(folder: Path, model_maker: Any) -> None:
     model = Qwen2AudioForConditionalGeneration(config).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "embed_tokens" in name or name.startswith("lm_head"):
-                weight.normal_()
-            elif weight.ndim >= 2 and "position" not in name:
-                weight.normal_(std=1.5 / weight[0].numel() ** 0.5)
+            if "position" not in name and weight.ndim >= 2:
+                weight.normal_(std=GAINS.get(name.rsplit(".", 2)[-2], 1.0) / weight[0].numel() ** 0.5)
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     renamed = {name.replace("language_model.model.model.", "language_model.model."): weights[name] for name in weights}

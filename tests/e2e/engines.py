@@ -86,7 +86,7 @@ class Engine:
         audio: int | None = None,
         uuid: str = "",
     ) -> int:
-        """Send a request; `result` waits for its answer. audio: which noise its audio is, uuid: what it is called."""
+        """Send a request; `result` waits for its answer. audio: which tune its audio is, uuid: what it is called."""
         call = next(self._calls)
         self._send(
             {

@@ -20,8 +20,9 @@ async def generate(engine, command):
     if command.get("audio") is not None:
         import numpy as np
 
-        noise = np.random.RandomState(command["audio"]).randn(32000).astype("float32")
-        prompt["multi_modal_data"] = {"audio": [(noise, 16000)]}
+        pitches = np.random.RandomState(command["audio"]).uniform(100, 4000, 32000 // 800).repeat(800)
+        tune = np.sin(np.cumsum(pitches) * 2 * np.pi / 16000).astype("float32")
+        prompt["multi_modal_data"] = {"audio": [(tune, 16000)]}
         if command.get("uuid"):
             prompt["multi_modal_uuids"] = {"audio": [command["uuid"]]}
     params = SamplingParams(temperature=0, max_tokens=command.get("max_tokens", 8), ignore_eos=True)
