@@ -98,7 +98,8 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """An image or the like inside a prompt: its content's identifier, and the tokens it stands for."""
+    """An image or the like inside a prompt, and the tokens it stands for. identifier: of its content, the same on every
+    machine; never a name that a caller or an engine made up."""
 
     identifier: str
     offset: int

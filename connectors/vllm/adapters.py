@@ -2,8 +2,8 @@
 
 vLLM keeps the weights first loaded under an id, whatever path or files a later request names. So KV is keyed by what
 the engine serves for the id: the scheduler binds an id to the digest of the files it first sees for it; the worker
-hashes what it really loads and its word wins. Where the content behind an id or behind a (name, path) changed, vLLM's
-own prefix cache may still hold KV of the old one, so prefixes it found itself are no longer stored or built upon.
+hashes what it really loads and its word wins. Workers number the contents that an id has served: that number is in what
+vLLM's own blocks are keyed by (blocks.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loracache.adapters import AdapterDigests
@@ -19,6 +19,8 @@ from loracache.errors import UsageError
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+    from loracache.connectors.vllm.messages import Prefix
 
 __all__ = ["LoadedAdapters", "ServedAdapters"]
 
@@ -33,8 +35,6 @@ class ServedAdapters:
         self._answer = answer
         self._digests: dict[int, str | None] = {}
         self._asked: dict[int, int] = {}
-        self._by_name: dict[tuple[str, str], str] = {}
-        self._untrusted: set[tuple[str, str]] = set()
 
     def digest(self, request: LoRARequest) -> tuple[bool, str | None]:
         """(known by now, the digest; None where its content cannot be known). Asks the daemon at the first sight of
@@ -68,25 +68,16 @@ class ServedAdapters:
         self._digests[adapter] = digest or None
         if old is not None and old != digest:
             _log.info("adapter id %d now serves content %s", adapter, digest[:12] or "unknown")
-            self._untrusted.update(name for name, known in self._by_name.items() if known == old)
 
     def serves(self, adapter: int, digest: str) -> bool:
         """Whether the id still stands for this content."""
         return self._digests.get(adapter) == digest
 
-    def trusts_local_prefix(self, request: LoRARequest) -> bool:
-        """Whether KV that the engine's own prefix cache holds for this adapter is of the content it serves now."""
-        return (request.lora_name, request.lora_path) not in self._untrusted
-
     def _bind(self, request: LoRARequest, digest: str | None) -> tuple[bool, str | None]:
         first = request.lora_int_id not in self._digests
         self._digests[request.lora_int_id] = digest
-        name = (request.lora_name, request.lora_path)
         if digest is None and first:
             _log.warning("adapter %s has no local folder; its KV is not cached", request.lora_name)
-        elif digest is not None and self._by_name.setdefault(name, digest) != digest:
-            self._untrusted.add(name)
-            self._by_name[name] = digest
         return True, digest
 
 
@@ -100,6 +91,7 @@ class LoadedAdapters:
         self._changed = changed
         self._lock = threading.Lock()
         self._loaded: dict[int, tuple[str, int]] = {}  # id -> (digest or "", first step that may use it)
+        self._contents: dict[int, int] = {}  # id -> how many contents it has served
         self._news: dict[int, str] = {}
         self.step = 0
 
@@ -130,11 +122,21 @@ class LoadedAdapters:
             entry = self._loaded.get(adapter)
         return entry is not None and entry[0] == digest and entry[1] <= first_step
 
-    def take_news(self) -> dict[int, str]:
-        """Ids loaded since the last call."""
+    def stale_blocks(self, prefixes: Sequence[Prefix]) -> set[int]:
+        """Blocks of these prefixes that were not computed with what their adapters' ids serve now."""
+        with self._lock:
+            return {
+                block
+                for prefix in prefixes
+                if max(prefix.content, 1) != self._contents.get(prefix.lora_int_id, 1)
+                for block in prefix.blocks
+            }
+
+    def take_news(self) -> tuple[dict[int, str], dict[int, int]]:
+        """(digests of the ids loaded since the last call, how many contents each of them has served)"""
         with self._lock:
             news, self._news = self._news, {}
-        return news
+            return news, {adapter: self._contents[adapter] for adapter in news}
 
     def _content(self, request: LoRARequest) -> str:
         if not os.path.isdir(request.lora_path):
@@ -153,6 +155,8 @@ class LoadedAdapters:
                 self._loaded[adapter] = (digest, 0)
             elif old[0] != digest:
                 self._loaded[adapter] = (digest, self.step + 1)
+            if old is None or old[0] != digest or not digest:
+                self._contents[adapter] = self._contents.get(adapter, 0) + 1
             self._news[adapter] = digest
         if old is None or old[0] != digest:
             self._changed(adapter)

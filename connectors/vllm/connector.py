@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -194,6 +195,11 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Take vLLM's way to end a request with an error (lora/plugin.py)."""
         if self._scheduler is not None:
             self._scheduler.admission.fail = fail
+
+    def adapter_reloaded(self, lora_request: LoRARequest) -> None:
+        """An adapter was loaded in place, by an order to the engine (lora/reload.py)."""
+        if self._scheduler is not None:
+            self._scheduler.adapter_reloaded(lora_request)
 
     def on_new_request(self, request: Request) -> None:
         """Send the lookup."""

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from loracache.connectors.vllm.lora.layout import PoolShape
 from loracache.keys import Namespace
 
-__all__ = ["AdapterBinding", "ChunkBlocks", "Facts", "Load", "StepPlan", "Store", "WorkerNews"]
+__all__ = ["AdapterBinding", "ChunkBlocks", "Facts", "Load", "Prefix", "StepPlan", "Store", "WorkerNews"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,16 @@ class Store:
     first_step: int
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Blocks that a request has from the engine's own prefix cache, and which of the contents that its adapter's id has
+    served they were computed with (0: no worker has told of any)."""
+
+    lora_int_id: int
+    content: int
+    blocks: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class AdapterOrders:
     """What the workers do with their pools, in this order. evict: digests whose pages are free from now on. load:
@@ -83,7 +93,8 @@ class StepPlan(KVConnectorMetadata):
     overwritten in this step. first_runs: loaded requests that compute for the first time in this step. void: requests
     whose load is of weights that the engine no longer has. freed: finished requests whose blocks may be overwritten
     once their stores are over. weights: each worker's version by rank, as far as the scheduler knows (0 where it is not
-    named). check_weights: look whether they are the same still.
+    named). check_weights: look whether they are the same still. prefixes: of the requests with an adapter that start
+    now.
     """
 
     step: int
@@ -97,6 +108,7 @@ class StepPlan(KVConnectorMetadata):
     weights: dict[int, int] = field(default_factory=dict)
     check_weights: bool = False
     adapters: AdapterOrders = field(default_factory=AdapterOrders)
+    prefixes: list[Prefix] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +140,7 @@ class WorkerNews(KVConnectorWorkerMetadata):
     cause, requests whose chunks did not all reach the cache and may at another try, and facts until the scheduler has
     them. activated: orders done -> by how many workers; not_activated: orders that failed -> why; pools_lost: nothing
     is on any page any more; pinned: adapter ids that may not be evicted, or may again; weights: rank -> (version, the
-    last step computed with those before), where they changed."""
+    last step computed with those before), where they changed; contents: how many contents an adapter id has served."""
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
@@ -139,6 +151,7 @@ class WorkerNews(KVConnectorWorkerMetadata):
     pools_lost: bool = False
     pinned: dict[int, bool] = field(default_factory=dict)
     weights: dict[int, tuple[int, int]] = field(default_factory=dict)
+    contents: dict[int, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
         """Workers of one engine read the same adapter files; where they saw different content, nobody is believed."""
@@ -149,11 +162,14 @@ class WorkerNews(KVConnectorWorkerMetadata):
         failures = dict(self.failures)
         for cause, count in other.failures.items():
             failures[cause] = failures.get(cause, 0) + count
+        contents = dict(self.contents)
+        for adapter, number in other.contents.items():
+            contents[adapter] = max(number, contents.get(adapter, 0))
         activated = dict(self.activated)
         for order, count in other.activated.items():
             activated[order] = activated.get(order, 0) + count
         return WorkerNews(
             adapters, failures, self.unstored | other.unstored, self.facts + other.facts, activated,
             self.not_activated | other.not_activated, self.pools_lost or other.pools_lost, self.pinned | other.pinned,
-            self.weights | other.weights,
+            self.weights | other.weights, contents,
         )  # fmt: skip

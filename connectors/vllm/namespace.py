@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.adapters import ServedAdapters
+from loracache.connectors.vllm.media import MediaContents
 from loracache.connectors.vllm.messages import AdapterBinding
 from loracache.connectors.vllm.requests import RequestState
 from loracache.keys import Namespace, salt_digest
@@ -26,6 +27,7 @@ class EngineNamespace:
         self._config = vllm_config
         self._identity = identity
         self._adapters = adapters
+        self._media = MediaContents()
         self._epoch = ""
         self.layout = ""
         self.chunk_tokens = 0
@@ -40,7 +42,10 @@ class EngineNamespace:
         self._epoch = f"#{os.urandom(8).hex()}"
 
     def settle(self, state: RequestState) -> bool:
-        """Settle a request's namespace and adapter; False while the model's or its adapter's content is not known."""
+        """Settle a request's media, namespace and adapter; False while the content of one, or of the model, is not
+        known."""
+        if not self._settle_media(state):
+            return False
         if state.namespace is not None:
             return True
         identity = self._identity()
@@ -67,4 +72,21 @@ class EngineNamespace:
             adapter=digest,
             salt=salt_digest(request.cache_salt),
         )
+        return True
+
+    def _settle_media(self, state: RequestState) -> bool:
+        features = state.request.mm_features
+        if not features:
+            return True
+        if getattr(self._config, "ec_transfer_config", None) is not None:
+            state.cacheable = False  # another engine's encoder outputs, found by whatever identifier
+            return False
+        if state.media is None:
+            state.media = self._media.ask(features)
+        if not state.media.done():
+            return False
+        media = state.media.result()
+        if media is None or self._media.doubted(media):
+            state.cacheable = False
+            return False
         return True

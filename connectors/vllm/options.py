@@ -10,7 +10,7 @@ from loracache.config import parse_size
 from loracache.connection import socket_path
 from loracache.errors import ConfigError
 
-__all__ = ["Options", "own_options", "pool_bytes"]
+__all__ = ["Options", "is_ours", "own_options", "pool_bytes"]
 
 _CONNECTOR = "LoRACacheConnector"
 _DAEMON_KEYS = ("memory", "disk_path", "disk", "redis")
@@ -89,7 +89,13 @@ def own_options(vllm_config: Any) -> Options:
     """The options of an engine's connector where that is ours, also inside a MultiConnector; else the defaults. Raises
     ConfigError."""
     transfer = getattr(vllm_config, "kv_transfer_config", None)
-    return Options.parse(dict(_own_extra(transfer))) if transfer is not None else Options()
+    return Options.parse(dict(_own_extra(transfer) or {})) if transfer is not None else Options()
+
+
+def is_ours(vllm_config: Any) -> bool:
+    """Whether an engine has our connector, alone or inside a MultiConnector."""
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    return transfer is not None and _own_extra(transfer) is not None
 
 
 def pool_bytes(vllm_config: Any) -> int:
@@ -98,11 +104,11 @@ def pool_bytes(vllm_config: Any) -> int:
     return parse_size(options.lora_pool) if options.lora_pool else 0
 
 
-def _own_extra(transfer: Any) -> dict[str, Any]:
-    """Our part of the configuration: the connector's own, or ours inside a MultiConnector's."""
+def _own_extra(transfer: Any) -> dict[str, Any] | None:
+    """Our part of the configuration: the connector's own, or ours inside a MultiConnector's; None where neither is."""
     extra: dict[str, Any] = transfer.kv_connector_extra_config or {}
     if transfer.kv_connector == _CONNECTOR:
         return extra
     inner = extra.get("connectors", ()) if transfer.kv_connector == "MultiConnector" else ()
     found = [one.get("kv_connector_extra_config") or {} for one in inner if one.get("kv_connector") == _CONNECTOR]
-    return found[0] if found else {}
+    return found[0] if found else None

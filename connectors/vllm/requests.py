@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,14 +25,15 @@ class RequestState:
     cacheable: its KV may be stored and loaded. reads: and is wanted to be loaded. chunk_keys: keys of its whole chunks,
     grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered. blocks: the engine's blocks, in
     order. stored: chunks offered to the store so far; the next are offered after store_after (monotonic seconds).
-    local_tokens: what the engine's own prefix cache held. loading: vLLM waits for its load. loaded: its load is done
-    and it has not computed since.
+    local_tokens: what the engine's own prefix cache held. content: which of its adapter's contents that is of
+    (blocks.py). media: what its images and the like are (media.py). loading: vLLM waits for its load. loaded: its load
+    is done and it has not computed since.
     """
 
     __slots__ = (
-        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "first_step", "has_stored", "hits", "lease",
-        "leased", "load_tiers", "loaded", "loading", "local_tokens", "namespace", "parked_since", "question", "reads",
-        "request", "store_after", "stored",
+        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "content", "first_step", "has_stored", "hits",
+        "lease", "leased", "load_tiers", "loaded", "loading", "local_tokens", "media", "namespace", "parked_since",
+        "question", "reads", "request", "store_after", "stored",
     )  # fmt: skip
 
     def __init__(self, request: Request, *, cacheable: bool, reads: bool) -> None:
@@ -53,6 +55,8 @@ class RequestState:
         self.has_stored = False
         self.first_step: int | None = None
         self.local_tokens = 0
+        self.content = 0
+        self.media: Future[tuple[Media, ...] | None] | None = None
         self.load_tiers: tuple[str, ...] = ()
         self.loading = False
         self.loaded = False
@@ -64,10 +68,7 @@ class RequestState:
         if end <= start:
             return
         tokens = np.fromiter(self.request.all_token_ids[start:end], dtype="<i4", count=end - start)
-        media = [
-            Media(feature.identifier, feature.mm_position.offset, feature.mm_position.length)
-            for feature in self.request.mm_features or ()
-        ]
+        media = (self.media.result() if self.media is not None else None) or ()
         parent = self.chunk_keys[-1] if self.chunk_keys else namespace.digest()
         self.chunk_keys += chunk_keys(parent, tokens, chunk_tokens, start=start, media=media)
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.adapters import ServedAdapters
+from loracache.connectors.vllm.blocks import BlockKeys
 from loracache.connectors.vllm.geometry import chunk_blocks, joint_layout
 from loracache.connectors.vllm.link import SchedulerLink
 from loracache.connectors.vllm.lora.admission import AdapterAdmission
-from loracache.connectors.vllm.messages import ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.messages import ChunkBlocks, Facts, Load, Prefix, StepPlan, Store, WorkerNews
 from loracache.connectors.vllm.namespace import EngineNamespace
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.requests import RequestState, is_cacheable, uses_draft_kv, wants_reading
@@ -24,6 +25,7 @@ from loracache.keys import object_key
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -55,6 +57,7 @@ class SchedulerSide:
         self._requests: dict[str, RequestState] = {}
         ask = (lambda path: None) if options.lora_pool else link.ask_adapter
         self._adapters = ServedAdapters(ask, link.answer_adapter)
+        self._blocks = BlockKeys(bool(getattr(vllm_config.lora_config, "enable_tower_connector_lora", False)))
         self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
         self.held = HeldBlocks()
@@ -102,6 +105,10 @@ class SchedulerSide:
             self._weights_changed()
         for adapter, digest in news.adapters.items():
             self._adapters.correct(adapter, digest)
+        changed = self._blocks.learn(news.contents)
+        for state in self._requests.values() if changed else ():
+            if not state.blocks and state.request.lora_request and state.request.lora_request.lora_int_id in changed:
+                state.content = self._blocks.key(state.request)
         for cause, count in news.failures.items():
             self._link.count(cause, count)
         for request_id in news.unstored & self._requests.keys():
@@ -125,11 +132,13 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Send the question; nobody waits for its answer."""
         self.admission.on_new_request(request)
+        content = self._blocks.key(request)
         if not self.on:
             return
         state = self._requests[request.request_id] = RequestState(
             request, cacheable=is_cacheable(request), reads=self._may_load and wants_reading(request)
         )
+        state.content = content
         if (
             state.cacheable
             and request.lora_request is not None
@@ -139,6 +148,11 @@ class SchedulerSide:
         if state.cacheable and not self._namespace.known:
             self._link.count("identity.pending", 1)
         self._advance(state)
+
+    def adapter_reloaded(self, lora_request: LoRARequest) -> None:
+        """An adapter's id may serve another content from now on."""
+        self._adapters.renew(lora_request)
+        self.admission.renew(lora_request)
 
     def matched_tokens(self, request: Request, num_computed: int) -> tuple[int | None, bool]:
         """How many tokens beyond `num_computed` can be loaded; None to be asked again in a moment."""
@@ -154,13 +168,6 @@ class SchedulerSide:
         if num_computed and not self._weights.trust_local_prefix:
             state.cacheable = False
         if not state.cacheable or not state.reads or not self._namespace.known:
-            return 0, False
-        if (
-            request.lora_request is not None
-            and num_computed
-            and not self._adapters.trusts_local_prefix(request.lora_request)
-        ):
-            state.cacheable = False
             return 0, False
         if state.answered_at is not None and time.monotonic() - state.answered_at > _STALE_S:
             state.answered_at = None
@@ -239,6 +246,8 @@ class SchedulerSide:
                     self._drop_lease(state)
                     self._link.forget(state.question)
                 state.preempted()
+                if not state.blocks:
+                    state.content = self._blocks.key(state.request)
         for new in output.scheduled_new_reqs:
             self._scheduled(new.req_id, list(new.block_ids[0]) if new.block_ids else [], replace=True)
         cached = output.scheduled_cached_reqs
@@ -293,6 +302,9 @@ class SchedulerSide:
         state.blocks = blocks if replace else state.blocks + blocks
         if state.first_step is None:
             state.first_step = self._step
+            held = tuple(state.blocks[: state.local_tokens // self._block_size])
+            if held and state.request.lora_request is not None:
+                self._plan.prefixes.append(Prefix(state.request.lora_request.lora_int_id, state.content, held))
         if state.loaded:
             state.loaded = False
             self._plan.first_runs.add(request_id)
@@ -357,13 +369,6 @@ class SchedulerSide:
             state.cacheable = False
             return
         request = state.request
-        if (
-            request.lora_request is not None
-            and state.local_tokens
-            and not self._adapters.trusts_local_prefix(request.lora_request)
-        ):
-            state.cacheable = False
-            return
         confirmed = min(computed_tokens, request.num_tokens, len(state.blocks) * self._block_size)
         if self._drops_last_block:
             confirmed -= self._block_size

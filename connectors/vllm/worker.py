@@ -21,7 +21,7 @@ from loracache.connectors.vllm.gate import GatedCopier
 from loracache.connectors.vllm.geometry import chunk_blocks, shard_name
 from loracache.connectors.vllm.layout import read_layout
 from loracache.connectors.vllm.lora.orders import PoolNews, PoolWorker, paged_worker
-from loracache.connectors.vllm.messages import Facts, Load, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.messages import Facts, Load, Prefix, StepPlan, Store, WorkerNews
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import ensure_private_daemon, private_server
 from loracache.connectors.vllm.transfer import Loader, StoreJob, Storer
@@ -73,6 +73,7 @@ class WorkerSide:
         self._ended: set[str] = set()  # those that ended first
         self._void: set[str] = set()  # those of them that must not be computed upon
         self._load_errors: set[int] = set()
+        self._prefixes: list[Prefix] = []
         self._unstored: set[str] = set()
 
     @property
@@ -126,6 +127,7 @@ class WorkerSide:
         """Before anything of this step is computed: let go of blocks that may be overwritten in it."""
         self.weights.begin_step(plan.step, check=plan.check_weights)
         self._adapters.step = plan.step
+        self._prefixes += plan.prefixes
         if self._pool is not None:
             self._pool.carry_out(plan.adapters)
         for request_id in plan.preempted:
@@ -183,9 +185,16 @@ class WorkerSide:
         return stored, set(loads)
 
     def take_load_errors(self) -> set[int]:
-        """Blocks that hold no valid KV although a load was planned for them."""
+        """Blocks that hold no valid KV although a load was planned for them, or although the engine's own prefix cache
+        has them: of an adapter whose content was replaced, perhaps in this very step.
+        """
         errors, self._load_errors = self._load_errors, set()
-        return errors
+        stale = self._adapters.stale_blocks(self._prefixes)
+        if stale:
+            with self._lock:
+                self._failures["prefix.adapter_changed"] += 1
+        self._prefixes = []
+        return errors | stale
 
     def take_news(self) -> WorkerNews | None:
         """What the scheduler does not know yet."""
@@ -194,7 +203,7 @@ class WorkerSide:
             unstored, self._unstored = self._unstored, set()
         facts = [self._facts] if self._facts is not None and not self._facts_sent else []
         self._facts_sent = True
-        adapters = self._adapters.take_news()
+        adapters, contents = self._adapters.take_news()
         weights = self.weights.take_news()
         pool = self._pool.take_news() if self._pool is not None else None
         if not (failures or facts or adapters or pool or weights):
@@ -202,7 +211,7 @@ class WorkerSide:
         pool = pool or PoolNews()
         return WorkerNews(
             adapters, dict(failures), unstored, facts, pool.activated, pool.not_activated, pool.lost, pool.pinned,
-            weights,
+            weights, contents,
         )  # fmt: skip
 
     def leave_blocks(self) -> None:

@@ -63,6 +63,12 @@ def load() -> Any:
 
 
 @pytest.fixture(scope="session")
+def audio_model() -> Any:
+    """The module audio_model.py."""
+    return _load(HERE / "audio_model.py")
+
+
+@pytest.fixture(scope="session")
 def openai_server() -> Any:
     """The class Server of openai_server.py."""
     return _load(HERE / "openai_server.py").Server

@@ -82,14 +82,16 @@ class Engine:
         salt: str = "",
         max_tokens: int = 8,
         prompt_logprobs: int | None = None,
+        audio: int | None = None,
+        uuid: str = "",
     ) -> int:
-        """Send a request; `result` waits for its answer."""
+        """Send a request; `result` waits for its answer. audio: which tune its audio is, uuid: what it is called."""
         call = next(self._calls)
         self._send(
             {
                 "op": "generate", "call": call, "id": f"r{call}", "tokens": tokens, "salt": salt,
                 "max_tokens": max_tokens,
-                "lora": vars(lora) if lora else None, "prompt_logprobs": prompt_logprobs,
+                "lora": vars(lora) if lora else None, "prompt_logprobs": prompt_logprobs, "audio": audio, "uuid": uuid,
             }
         )  # fmt: skip
         return call

@@ -17,6 +17,14 @@ async def generate(engine, command):
     prompt = TokensPrompt(prompt_token_ids=command["tokens"])
     if command.get("salt"):
         prompt["cache_salt"] = command["salt"]
+    if command.get("audio") is not None:
+        import numpy as np
+
+        pitches = np.random.RandomState(command["audio"]).uniform(100, 4000, 32000 // 800).repeat(800)
+        tune = np.sin(np.cumsum(pitches) * 2 * np.pi / 16000).astype("float32")
+        prompt["multi_modal_data"] = {"audio": [(tune, 16000)]}
+        if command.get("uuid"):
+            prompt["multi_modal_uuids"] = {"audio": [command["uuid"]]}
     params = SamplingParams(temperature=0, max_tokens=command.get("max_tokens", 8), ignore_eos=True)
     # Set afterwards, it escapes the rule of SamplingParams that such a request reads no cache: the connector must see.
     params.prompt_logprobs = command.get("prompt_logprobs")

@@ -50,7 +50,8 @@ class Server:
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read()
-                return answer.status, json.loads(text) if text else None
+                is_json = "json" in (answer.headers.get("Content-Type") or "")
+                return answer.status, json.loads(text) if text and is_json else text.decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 

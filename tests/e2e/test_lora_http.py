@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -132,6 +133,44 @@ def test_a_name_given_on_another_machine_is_served_from_the_redis_that_they_shar
         serves("from/elsewhere", kept)
         with cache.client() as client:
             assert client.find_adapter("from/elsewhere") == digest
+
+
+def test_a_folder_is_served_as_it_was_when_it_was_loaded_last(
+    server: Any, merged: Any, prompts: Callable[[int], list[int]], adapters_of_two: list[Path], tmp_path: Path
+) -> None:
+    """The same tokens all the time: whatever vLLM's own prefix cache has of them must not be taken for the new."""
+    first, second, third, fourth = adapters_of_two
+    folder = Path(shutil.copytree(first, tmp_path / "changing"))
+    tokens = prompts(400)
+
+    def load(**more: Any) -> None:
+        answer = server.call("/v1/load_lora_adapter", {"lora_name": "changing", "lora_path": str(folder)} | more)
+        assert answer[0] == 200, answer
+
+    def put(source: Path) -> None:
+        for file in source.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+    def check(content: Path) -> None:
+        for _ in range(2):
+            status, answer = server.complete("changing", tokens)
+            assert status == 200, answer
+            assert not merged.disagreements(content, tokens, answer, ROUNDING)
+
+    load()
+    check(first)
+    put(second)
+    check(first)  # nobody asked for the new content
+    load(load_inplace=True)
+    check(second)
+    put(third)
+    check(second)  # and nobody did again
+    server.call("/v1/unload_lora_adapter", {"lora_name": "changing"})
+    load()
+    check(third)
+    put(fourth)
+    load(load_inplace=True)
+    check(fourth)
 
 
 def test_what_is_no_name_is_not_found(server: Any) -> None:

@@ -19,10 +19,12 @@ import pytest
 def pair(
     module_daemon: Any, engine_factory: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
-    """Two engines that hold one adapter at a time, so that a second one pushes the first out."""
+    """Two engines that hold one adapter at a time, so that a second one pushes the first out. The one with the cache
+    has vLLM's own prefix cache too; the stock one must not, because that serves KV of weights that were replaced.
+    """
     daemon = module_daemon(memory="256MiB", disk_path=tmp_path_factory.mktemp("disk"), disk="1GiB")
     tight = {"max_loras": 1, "max_cpu_loras": 1}
-    cached = engine_factory({"server": daemon.url}, **tight)
+    cached = engine_factory({"server": daemon.url}, enable_prefix_caching=True, **tight)
     stock = engine_factory(None, **tight)
     yield SimpleNamespace(cached=cached, stock=stock, daemon=daemon)
     cached.close()
@@ -41,9 +43,11 @@ def overwrite(folder: Path, source: str) -> None:
         (folder / name).write_bytes((Path(source) / name).read_bytes())
 
 
-def both(pair: Any, tokens: list[int], **options: Any) -> tuple[Any, Any]:
+def both(pair: Any, tokens: list[int], *, settle: bool = True, **options: Any) -> tuple[Any, Any]:
+    """Ask both. settle: all is stored, and the engine's own prefix cache forgotten."""
     answers = pair.cached.ask(tokens, **options), pair.stock.ask(tokens, **options)
-    pair.cached.settle(pair.daemon)
+    if settle:
+        pair.cached.settle(pair.daemon)
     assert answers[0].tokens == answers[1].tokens
     return answers
 
@@ -124,6 +128,12 @@ def oracle(engine: Any, tokens: list[int]) -> list[int]:
     return list(engine.ask(tokens, salt=os.urandom(8).hex()).tokens)
 
 
+def elsewhere(pair: Any, tokens: list[int]) -> Any:
+    """What another engine answers, which has forgotten its own KV."""
+    assert pair.cached.reset()
+    return pair.cached.ask(tokens)
+
+
 def test_a_reset_right_after_an_answer_succeeds_and_nothing_is_lost(
     pair: Any, trained: Any, prompts: Callable[[int], list[int]]
 ) -> None:
@@ -148,8 +158,8 @@ def test_pause_sleep_and_reset_keep_the_cache(pair: Any, trained: Any, prompts: 
         after = prompts(600)
         cold_after = trained.ask(after)
         trained.settle(pair.daemon)
-        elsewhere = pair.cached.ask(after)  # what is stored from then on is everybody's
-        assert (elsewhere.cached, elsewhere.tokens) == (HELD, cold_after.tokens)
+        theirs = elsewhere(pair, after)  # what is stored from then on is everybody's
+        assert (theirs.cached, theirs.tokens) == (HELD, cold_after.tokens)
 
 
 def test_weights_reloaded_from_elsewhere_meet_no_kv_of_others(
@@ -174,9 +184,9 @@ def test_weights_reloaded_from_elsewhere_meet_no_kv_of_others(
             client.flush()
             if tiers:
                 client.clear(tiers=tiers)
-        theirs = pair.cached.ask(tokens)
+        theirs = elsewhere(pair, tokens)
         assert (theirs.cached, theirs.tokens) == (HELD, old.tokens)
-    theirs = pair.cached.ask(fresh)
+    theirs = elsewhere(pair, fresh)
     assert (theirs.cached, theirs.tokens) == (0, pair.stock.ask(fresh).tokens)
 
 
@@ -209,3 +219,79 @@ def test_kv_of_old_weights_in_vllms_own_prefix_cache_is_not_stored_for_the_new(
     assert (right.cached, right.tokens) == (0, oracle(trained, tokens))
     trained.settle(pair.daemon)
     assert trained.ask(tokens).cached == HELD
+
+
+# -- with what vLLM's own prefix cache holds ----------
+
+
+def test_vllms_prefix_cache_serves_nothing_of_weights_that_load_inplace_replaced(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], folder: Path
+) -> None:
+    tokens = prompts(500)
+    mine = replace(adapters["a"], name="replaced", id=70, path=str(folder))
+    old, _ = both(pair, tokens, lora=mine, settle=False)
+    assert both(pair, tokens, lora=mine, settle=False)[0].cached >= 384  # by vLLM's own hashes
+    for source in ("b", "a", "b"):
+        overwrite(folder, adapters[source].path)
+        for engine in (pair.cached, pair.stock):
+            assert not engine.add_lora(replace(mine, inplace=True))
+        new, _ = both(pair, tokens, lora=mine, settle=False)
+        assert (new.tokens == old.tokens) == (source == "a")
+        assert both(pair, tokens, lora=mine, settle=False)[0].cached >= 384
+
+
+def test_vllms_prefix_cache_serves_nothing_of_files_that_were_overwritten_and_loaded_again(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], folder: Path
+) -> None:
+    """The scheduler cannot know it: the worker loads them in the very step that builds on the old prefix."""
+    tokens = prompts(500)
+    mine = replace(adapters["a"], name="overwritten", id=71, path=str(folder))
+    old, _ = both(pair, tokens, lora=mine, settle=False)
+    overwrite(folder, adapters["b"].path)
+    both(pair, prompts(200), lora=adapters["c"], settle=False)  # pushes the adapter out
+    new, _ = both(pair, tokens, lora=mine, settle=False)
+    assert new.tokens != old.tokens
+    again, _ = both(pair, tokens, lora=mine, settle=False)
+    assert again.tokens == new.tokens
+
+
+def test_vllms_prefix_cache_serves_nothing_of_another_adapter_of_the_same_name_and_folder(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], folder: Path
+) -> None:
+    """What a front end does that unloads an adapter and loads the changed folder: another id."""
+    tokens = prompts(500)
+    mine = replace(adapters["a"], name="again", id=72, path=str(folder))
+    old, _ = both(pair, tokens, lora=mine, settle=False)
+    overwrite(folder, adapters["b"].path)
+    new, _ = both(pair, tokens, lora=replace(mine, id=73), settle=False)
+    assert new.tokens != old.tokens
+    assert both(pair, tokens, lora=replace(mine, id=73), settle=False)[0].cached >= 384
+
+
+def test_a_request_that_runs_while_its_adapter_is_replaced_leaves_nothing_behind(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], folder: Path
+) -> None:
+    tokens = prompts(500)
+    mine = replace(adapters["a"], name="running", id=74, path=str(folder))
+    running = pair.cached.start(tokens, lora=mine, max_tokens=400)
+    while not pair.cached.ask(prompts(20), lora=mine).tokens:  # it is under way
+        pass
+    overwrite(folder, adapters["b"].path)
+    for engine in (pair.cached, pair.stock):
+        assert not engine.add_lora(replace(mine, inplace=True))
+    both(pair, tokens, lora=mine, settle=False)
+    assert len(pair.cached.result(running).tokens) == 400
+    both(pair, tokens, lora=mine, settle=False)
+    pair.cached.settle(pair.daemon)
+    both(pair, tokens, lora=mine, settle=False)
+
+
+def test_an_adapter_that_every_request_loads_in_place_is_answered_by_its_files_of_now(
+    pair: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], folder: Path
+) -> None:
+    tokens = prompts(500)
+    mine = replace(adapters["a"], name="every", id=75, path=str(folder), inplace=True)
+    for source in ("a", "b", "a"):
+        overwrite(folder, adapters[source].path)
+        for _ in range(2):
+            both(pair, tokens, lora=mine, settle=False)

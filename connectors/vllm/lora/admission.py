@@ -110,10 +110,15 @@ class AdapterAdmission:
         if adapter is None or not self._pools:
             return
         if getattr(adapter, "load_inplace", False):
-            self._ids.pop(adapter.lora_int_id, None)
+            self.renew(adapter)
         digest = self._digest(request.request_id, adapter)
         if digest is not None and digest not in self._ledger:
             self._fetch(self._adapters[digest])
+
+    def renew(self, adapter: LoRARequest) -> None:
+        """The engine was told to load this id anew: its folder is looked at again."""
+        self._ids.pop(adapter.lora_int_id, None)
+        self._folders.pop(adapter.lora_path, None)
 
     def admit(self, request: Request) -> bool:
         """Whether the request's adapter is on all workers' pages, and stays there until the request ends."""

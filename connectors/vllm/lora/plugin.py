@@ -18,6 +18,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from loracache.connectors.vllm.lora.reload import forget_orders, tell_of_reloads
 from loracache.connectors.vllm.releases import unknown_release, vllm_version
 from loracache.errors import ConfigError
 
@@ -45,6 +46,7 @@ def register() -> None:
     patches = {
         "vllm.v1.worker.lora_model_runner_mixin": _patch_worker,
         "vllm.v1.core.sched.scheduler": _patch_scheduler,
+        "vllm.v1.engine.core": tell_of_reloads,
         "vllm.entrypoints.openai.models.serving": _patch_front_end,
     }
     for name in [name for name in patches if name in sys.modules]:
@@ -188,7 +190,15 @@ def _patch_front_end(module: Any) -> None:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
-        if not _wants_pool(getattr(getattr(self, "engine_client", None), "vllm_config", None)):
+        config = getattr(getattr(self, "engine_client", None), "vllm_config", None)
+        try:
+            from loracache.connectors.vllm.options import is_ours
+
+            if is_ours(config):
+                forget_orders(self)
+        except (ImportError, AttributeError, TypeError) as error:
+            _failed("how adapters are loaded in place is not what we know", error)
+        if not _wants_pool(config):
             return
         try:
             from loracache.connectors.vllm.lora.resolver import resolve_names_through_the_cache

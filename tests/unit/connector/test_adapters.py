@@ -14,6 +14,7 @@ from vllm.lora import worker_manager
 from vllm.lora.request import LoRARequest
 
 from loracache.connectors.vllm.adapters import LoadedAdapters, ServedAdapters
+from loracache.connectors.vllm.messages import Prefix
 
 X, Y = "a" * 64, "b" * 64
 
@@ -92,7 +93,6 @@ def test_the_workers_word_wins(source: Daemon, served: ServedAdapters, tmp_path:
     served.digest(request(tmp_path))
     served.correct(1, Y)
     assert served.digest(request(tmp_path)) == (True, Y)
-    assert not served.trusts_local_prefix(request(tmp_path))
     served.correct(1, "")
     assert served.digest(request(tmp_path)) == (True, None)
 
@@ -106,25 +106,21 @@ def test_a_worker_that_answers_before_the_daemon_is_believed(
     served.correct(1, Y)
     source.answers = True
     assert served.digest(request(tmp_path)) == (True, Y)
-    assert served.trusts_local_prefix(request(tmp_path))  # nothing else was ever served by that name
 
 
 @pytest.mark.parametrize("daemon_is_late", [False, True])
-def test_after_a_name_was_repointed_local_prefixes_are_not_trusted(
+def test_another_id_of_the_same_name_is_asked_for_anew(
     source: Daemon, served: ServedAdapters, tmp_path: Path, daemon_is_late: bool
 ) -> None:
     source.digests[str(tmp_path)] = X
     served.digest(request(tmp_path, 1))
-    assert served.trusts_local_prefix(request(tmp_path, 1))
     source.digests[str(tmp_path)] = Y
     if daemon_is_late:
         source.answers = False
         served.digest(request(tmp_path, 2))
         served.correct(2, Y)
     assert served.digest(request(tmp_path, 2)) == (True, Y)
-    assert not served.trusts_local_prefix(request(tmp_path, 2))
-    assert not served.trusts_local_prefix(request(tmp_path, 1))
-    assert served.trusts_local_prefix(request(tmp_path, 3, "another"))
+    assert served.digest(request(tmp_path, 1)) == (True, X)
 
 
 def test_load_inplace_asks_anew(source: Daemon, served: ServedAdapters, tmp_path: Path) -> None:
@@ -134,7 +130,6 @@ def test_load_inplace_asks_anew(source: Daemon, served: ServedAdapters, tmp_path
     served.renew(request(tmp_path))
     assert not served.serves(1, X)
     assert served.digest(request(tmp_path)) == (True, Y)
-    assert not served.trusts_local_prefix(request(tmp_path))
 
 
 # -- the worker ----------
@@ -165,12 +160,12 @@ def test_what_was_loaded_is_known_and_news_once(loader: Any, tmp_path: Path) -> 
     assert loader.load(request(write(tmp_path / "x", 1), 1)) == "model"
     loaded = loader.adapters.digest(1)
     assert len(loaded) == 64
-    assert loader.adapters.take_news() == {1: loaded}
-    assert loader.adapters.take_news() == {}
+    assert loader.adapters.take_news() == ({1: loaded}, {1: 1})
+    assert loader.adapters.take_news() == ({}, {})
     assert loader.changed == [1]
     loader.load(request(tmp_path / "x", 1))  # evicted and loaded again: the same
     assert loader.changed == [1]
-    assert loader.adapters.take_news() == {1: loaded}
+    assert loader.adapters.take_news() == ({1: loaded}, {1: 1})
 
 
 def test_files_that_change_while_they_are_loaded_are_unknown_content(loader: Any, tmp_path: Path) -> None:
@@ -178,7 +173,7 @@ def test_files_that_change_while_they_are_loaded_are_unknown_content(loader: Any
     loader.during = lambda: write(folder, 2)
     loader.load(request(folder))
     assert loader.adapters.digest(1) == ""
-    assert loader.adapters.take_news() == {1: ""}
+    assert loader.adapters.take_news() == ({1: ""}, {1: 1})
 
 
 @pytest.mark.parametrize("path", ["hub/name", "empty folder"])
@@ -213,3 +208,26 @@ def test_only_requests_that_began_after_a_change_were_computed_with_it(loader: A
     assert [loader.adapters.computed_with(1, second, step) for step in (1, 7, 8)] == [False, False, True]
     assert not loader.adapters.computed_with(1, first, 8)
     assert loader.changed == [1, 1]
+
+
+def test_contents_of_an_id_are_numbered_and_blocks_of_another_number_are_stale(loader: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", 1)
+    prefixes = [Prefix(1, number, (10 * number, 10 * number + 1)) for number in range(4)]
+    assert loader.adapters.stale_blocks(prefixes[:2]) == set()  # nothing is loaded: it will be the first
+    loader.load(request(folder))
+    loader.load(request(folder))
+    assert loader.adapters.take_news()[1] == {1: 1}
+    assert loader.adapters.stale_blocks(prefixes) == {20, 21, 30, 31}
+    loader.load(request(write(folder, 2)))
+    assert loader.adapters.take_news()[1] == {1: 2}
+    assert loader.adapters.stale_blocks(prefixes) == {0, 1, 10, 11, 30, 31}
+    loader.load(request(write(folder, 1)))  # what it was before is another number: requests ran in between
+    assert loader.adapters.take_news()[1] == {1: 3}
+    loader.load(request(write(tmp_path / "y", 1), 2))
+    assert loader.adapters.take_news()[1] == {2: 1}
+
+
+def test_each_load_of_unknown_content_is_another_content(loader: Any) -> None:
+    for number in (1, 2, 3):
+        loader.load(request("hub/name"))
+        assert loader.adapters.take_news() == ({1: ""}, {1: number})

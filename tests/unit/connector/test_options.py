@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from loracache.connectors.vllm.options import Options
+from loracache.connectors.vllm.options import Options, is_ours
 from loracache.errors import ConfigError
 
 
@@ -50,3 +51,15 @@ def test_a_wrong_setting_is_named_with_its_fix(extra: dict[str, Any], words: lis
     assert str(caught.value).startswith("kv_connector_extra_config: ") or "server=" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_an_engine_is_ours_alone_and_inside_a_multiconnector() -> None:
+    def config(name: str, **extra: object) -> SimpleNamespace:
+        return SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra))
+
+    assert is_ours(config("LoRACacheConnector"))
+    assert is_ours(config("MultiConnector", connectors=[{"kv_connector": "X"}, {"kv_connector": "LoRACacheConnector"}]))
+    assert not is_ours(config("MultiConnector", connectors=[{"kv_connector": "X"}]))
+    assert not is_ours(config("NixlConnector"))
+    assert not is_ours(SimpleNamespace(kv_transfer_config=None))
+    assert not is_ours(None)

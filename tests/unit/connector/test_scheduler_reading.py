@@ -197,20 +197,6 @@ def test_a_request_that_must_not_read_takes_no_lease_but_is_stored(driver: Any, 
     assert len(driver.step(more={request: []}).stores) == 1
 
 
-def test_placeholders_of_images_do_not_stand_for_one_another(driver: Any, make_request: Any) -> None:
-    def feature(identifier: str, offset: int) -> Any:
-        return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=8))
-
-    plain = driver.keys(make_request("a", 3 * CHUNK))
-    cat, dog, later = (
-        driver.keys(make_request("a", 3 * CHUNK, mm_features=[feature(name, offset)]))
-        for name, offset in [("cat", CHUNK + 4), ("dog", CHUNK + 4), ("cat", CHUNK + 5)]
-    )
-    assert plain[0] == cat[0] == dog[0] == later[0]
-    assert len({plain[1], cat[1], dog[1], later[1]}) == 4
-    assert len({plain[2], cat[2], dog[2], later[2]}) == 4
-
-
 def test_tenants_and_models_do_not_meet(driver: Any, make_request: Any) -> None:
     keys = {driver.keys(make_request("a", CHUNK, cache_salt=salt))[0] for salt in (None, "one", "two")}
     driver.side.take_news(WorkerNews(weights={0: (2, 1)}))  # weights changed in place
