@@ -54,7 +54,7 @@ def _memory(folder: Path) -> list[Row]:
         with PeftFolder(folder / f"a{number}") as peft:
             packing = Packing(peft)
             own += sum(tensor.nbytes for tensor in peft.tensors)
-            placement = pool.shape.place(packing.ranks())
+            placement = pool.shape.fit(packing.sizes())
         if pool.reserve(placement, np.zeros(pool.shape.slices, np.float32)) is None:
             raise RuntimeError("the pool is too small")
     used = (pool.shape.pages - pool.free_pages) * pool.shape.page * pool.shape.element_bytes

@@ -28,8 +28,8 @@ from loracache.errors import UsageError
 from loracache.peft import CONFIG, DTYPE_BYTES, WEIGHTS, PeftFolder, Settings, is_finite, module_of, unusable_settings
 
 __all__ = [
-    "AdapterDigests", "Identity", "ModuleWeights", "Packed", "Packing", "StoredTensor", "adapter_digest", "export",
-    "folder_identity", "payload_header",
+    "AdapterDigests", "Identity", "ModuleSize", "ModuleWeights", "Packed", "Packing", "StoredTensor", "adapter_digest",
+    "export", "folder_identity", "payload_header",
 ]  # fmt: skip
 
 Identity = tuple[int, ...]
@@ -105,6 +105,15 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleSize:
+    """The shapes of a module's two matrices as PEFT has them: A is (rank, inputs), B is (outputs, rank)."""
+
+    rank: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleWeights:
     """The two matrices of a module, stored as (rank, in) and (rank, out)."""
 
@@ -112,6 +121,11 @@ class ModuleWeights:
     scaling: float
     a: StoredTensor
     b: StoredTensor
+
+    @property
+    def size(self) -> ModuleSize:
+        """Its shapes, as the payload's header has them."""
+        return ModuleSize(self.rank, self.a.shape[1], self.b.shape[0])
 
 
 class Packing:
@@ -127,10 +141,14 @@ class Packing:
         self._stored = list(_places(tensors, len(self._head)))
         self.size = self._stored[-1].offset + self._stored[-1].nbytes
 
-    def ranks(self) -> dict[str, int]:
-        """The rank of every module, by PEFT's name without "base_model.model."."""
+    def sizes(self) -> dict[str, ModuleSize]:
+        """The shapes of every module, by PEFT's name without "base_model.model."."""
         named = {module_of(tensor.name): tensor.shape for tensor in self._stored}
-        return {module: shape[0] for (module, part), shape in named.items() if part == "A"}
+        return {
+            module: ModuleSize(shape[0], shape[1], named[module, "B"][0])
+            for (module, part), shape in named.items()
+            if part == "A"
+        }
 
     def write(self, buffers: Sequence[memoryview]) -> str:
         """Write the payload into `buffers` (together `size` bytes); answers the digest of what was written. Raises

@@ -83,8 +83,6 @@ def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} is {getattr(parallel, name)}; context parallel KV is not cached"
-    if config.model_config.is_encoder_decoder:
-        return "it is an encoder-decoder model"
     return ""
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +190,29 @@ def with_ends(folder: Path, source: Path, spec: Any) -> Path:
     save_file(weights, folder / "adapter_model.safetensors")
     configure(folder, target_modules=[*config["target_modules"], "embed_tokens", "lm_head"])
     return folder
+
+
+def test_adapters_of_another_base_are_refused_with_both_shapes_and_harm_nobody(
+    pooled: Any, prompts: Any, model_maker: Any, tmp_path: Path, load: Any
+) -> None:
+    spec = model_maker.PRESETS["tiny"]
+    neighbour, tokens = pooled.adapters[6], prompts(24)
+    before = pooled.engine.ask(tokens, lora=neighbour)
+    check(pooled, tokens, neighbour, before)
+    model_maker.make_adapter(tmp_path / "wider", replace(spec, hidden=2 * spec.hidden), rank=64)
+    model_maker.make_adapter(tmp_path / "narrower", replace(spec, hidden=spec.hidden // 2), rank=8)
+    model_maker.make_adapter(tmp_path / "plain", spec, rank=8)
+    with_ends(tmp_path / "resized", tmp_path / "plain", replace(spec, vocab=spec.vocab + 8))
+    for number, (name, width) in enumerate(
+        {"wider": 2 * spec.hidden, "narrower": spec.hidden // 2, "resized": spec.vocab + 8}.items()
+    ):
+        bad = load.Adapter(name, 930 + number, str(tmp_path / name))
+        said = pooled.engine.add_lora(bad)
+        assert f"{width})" in said or f"({width}," in said, said
+        assert "this model needs" in said
+        assert pooled.engine.result(pooled.engine.start(prompts(8), lora=bad)).reason == "error"
+    assert pooled.engine.ask(tokens, lora=neighbour, salt="again").tokens == before.tokens
+    assert not audit(pooled)["problems"]
 
 
 def test_adapters_of_embeddings_and_of_the_head_work(

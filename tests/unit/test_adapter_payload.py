@@ -203,7 +203,7 @@ def test_a_payload_is_the_same_in_one_piece_and_scattered(
     assert memory.count(0xAA) == payload.count(0xAA) + gap * (len(views) // 2 + 1), "written outside of the extents"
     packed = Packed(views)
     assert packed.modules() == unpack(payload).modules()
-    assert packing.ranks() == {name: module.rank for name, module in packed.modules().items()}
+    assert packing.sizes() == {name: module.size for name, module in packed.modules().items()}
     assert {it.name: packed.original(it) for it in packed.tensors} == {
         name: it.bits.tobytes() for name, it in TENSORS.items()
     }

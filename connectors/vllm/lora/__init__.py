@@ -2,6 +2,7 @@
 
 The scheduler's side:
     admission.py    which content a request's adapter is, fetching it, when the request may run
+    folders.py      what is in the folders that adapters are asked for by
     ledger.py       who may have pages, in which order
     paths.py        how a path names an adapter that only the cache knows
 

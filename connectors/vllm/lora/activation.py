@@ -70,6 +70,7 @@ class Activator:
         self._timeout = timeout
         self._link = WorkerLink(server, "vllm-adapters", ensure, self._pool.pages.device.type)
         self._stream = torch.cuda.Stream() if self._pool.pages.device.type == "cuda" else None
+        self._failed: dict[str, str] = {}  # digest -> the bug that its last copy failed of
         self._orders: queue.SimpleQueue[Order | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loracache-adapters", daemon=True)
         self._thread.start()
@@ -93,7 +94,10 @@ class Activator:
             if isinstance(order, str):
                 self._fetch(order)
             else:
-                self._finished(order.number, self._carry_out(order))
+                cause = self._carry_out(order)
+                if not cause:
+                    self._failed.pop(order.digest, None)
+                self._finished(order.number, cause)
         self._link.connection.close()
 
     def _carry_out(self, order: Order) -> str:
@@ -106,8 +110,10 @@ class Activator:
         except (LoRACacheError, OSError) as error:
             _log.warning("adapter %s was not loaded: %s", order.digest[:12], error)
             return "unavailable"
-        except Exception:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
-            _log.exception("adapter %s was not loaded", order.digest[:12])
+        except Exception as error:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
+            if self._failed.get(order.digest) != repr(error):  # it will be tried again
+                _log.exception("adapter %s was not loaded", order.digest[:12])
+            self._failed[order.digest] = repr(error)
             return "bug"
 
     def _fetch(self, path: str) -> None:
@@ -122,6 +128,8 @@ class Activator:
                 connection.send(protocol.Prefetch(lease, key, _FETCHED_S), answer=False)
         except LoRACacheError as error:  # the first request will ask for it, and say what is wrong
             _log.info("adapter %s is not fetched ahead: %s", path, error)
+        except Exception:  # noqa: BLE001 - top of the thread, which others wait for
+            _log.exception("adapter %s is not fetched ahead", path)
 
     def _load(self, order: Order) -> str:
         if self._pool.get(order.digest) is not None:

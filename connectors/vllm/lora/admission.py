@@ -2,29 +2,29 @@
 
 A request waits until its adapter is on the pages of every worker, and the others run on. Nothing here waits: the
 daemon is asked when a request arrives, and its answers are looked for when vLLM asks whether the request can run.
-While no daemon answers, an adapter that has a folder is read from there, on a thread of its own.
+While no daemon answers, an adapter that has a folder is read from there, on a thread of its own (folders.py).
+
+No request waits for ever. It waits for pages as long as others run on them; for a content that cannot be had or copied
+in, however it is asked for, as long as its patience.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.lora.utils import get_adapter_absolute_path
-
-from loracache.adapters import Packed, Packing, adapter_digest
+from loracache.adapters import ModuleSize, Packed
 from loracache.connectors.vllm.link import SchedulerLink
+from loracache.connectors.vllm.lora.folders import Folders
 from loracache.connectors.vllm.lora.ledger import Answer, PageLedger
 from loracache.connectors.vllm.lora.names import model_name
 from loracache.connectors.vllm.lora.paths import digest_in
 from loracache.connectors.vllm.messages import AdapterOrders, PoolFacts, WorkerNews
 from loracache.errors import LoRACacheError, UsageError
-from loracache.peft import PeftFolder
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -36,13 +36,14 @@ _log = logging.getLogger(__name__)
 _LEASE_S = 30.0
 _AGAIN_S = 0.5
 _RESIDENT_S = 0.2
+_MOST_FAILURES = 8
 
 
 @dataclass(slots=True)
 class _Adapter:
     """One content. path: a folder that holds it, or "". costs: pages by worker, once known. here: it can be copied in
     now. asked: the number of the question that fetches it, since: when it was asked. order: the number of the last
-    order to copy it in, ready: how many workers have done so.
+    order to copy it in, ready: how many workers have done so. failures: copies in a row that failed.
     """
 
     digest: str
@@ -55,26 +56,24 @@ class _Adapter:
     next_try: float = 0.0
     order: int = 0
     ready: int = 0
+    failures: int = 0
     problem: str = ""
 
 
 @dataclass(slots=True)
-class _Folder:
-    """A folder whose content is asked for: of the daemon, or, while none answers, of a thread of our own. place: where
-    it is, "" while that is not known (a name on a hub has to be downloaded). read: what the thread found.
-    """
+class _Wait:
+    """A request's wait for a content that nobody has, or that could not be copied in. since: monotonic. cause: of the
+    last copy that failed. over: it was given up."""
 
-    place: str = ""
-    asked: int = 0
-    since: float = 0.0
-    reading: bool = False
-    read: list[tuple[str, dict[str, int]] | str] = field(default_factory=list)
+    since: float
+    cause: str = ""
+    over: bool = False
 
 
 class AdapterAdmission:
     """Admission of one engine's requests: of all, unless a pool is `wanted`. bound(id, digest) is called when it
     is known what serves an adapter id; `fail` takes the ids of requests that can never run, where there is a way to
-    tell vLLM. patience: seconds for which a request waits for a content that nobody has.
+    tell vLLM. patience: seconds for which a request waits for a content that nobody has, or cannot be copied in.
     """
 
     def __init__(self, link: SchedulerLink, patience: float, bound: Callable[[int, str], None], wanted: bool) -> None:
@@ -85,9 +84,9 @@ class AdapterAdmission:
         self._pools: list[PoolFacts] = []
         self._ledger = PageLedger(())
         self._ids: dict[int, str] = {}
-        self._folders: dict[str, _Folder] = {}
+        self._folders = Folders(link, patience)
         self._adapters: dict[str, _Adapter] = {}
-        self._since: dict[str, float] = {}  # request -> when it first waited for a content that nobody has
+        self._waits: dict[str, _Wait] = {}
         self._waited: set[str] = set()
         self._running: dict[str, int] = {}  # request -> adapter id, from admission to its end
         self._orders = AdapterOrders()
@@ -118,7 +117,7 @@ class AdapterAdmission:
     def renew(self, adapter: LoRARequest) -> None:
         """The engine was told to load this id anew: its folder is looked at again."""
         self._ids.pop(adapter.lora_int_id, None)
-        self._folders.pop(adapter.lora_path, None)
+        self._folders.forget(adapter.lora_path)
 
     def admit(self, request: Request) -> bool:
         """Whether the request's adapter is on all workers' pages, and stays there until the request ends."""
@@ -129,26 +128,30 @@ class AdapterAdmission:
         if not admitted:
             self._waited.add(request.request_id)
             return False
-        self._since.pop(request.request_id, None)
+        self._waits.pop(request.request_id, None)
         if request.request_id not in self._running:
             self._link.count("adapter.miss" if request.request_id in self._waited else "adapter.hit", 1)
             self._running[request.request_id] = adapter.lora_int_id
         return True
 
     def _admit(self, request: Request, adapter: LoRARequest) -> bool:
+        wait = self._waits.get(request.request_id)
+        if wait is not None and wait.cause and time.monotonic() - wait.since > self._patience:
+            self._give_up(request.request_id, adapter.lora_name, f"it could not be copied in ({wait.cause})")
+            return False
         digest = self._digest(request.request_id, adapter)
         if digest is None:
             return False
         found = self._adapters[digest]
         if not (digest in self._ledger or self._fetch(found)):
-            self._complain(request.request_id, found)
+            self._complain(request.request_id, adapter.lora_name, found)
             return False
         assert found.costs is not None
         answer, victims = self._ledger.ask(request.request_id, digest, found.costs, time.monotonic())
         if answer is Answer.NEVER:
-            _log.error("adapter %s needs %s pages, the pool has %s: make lora_pool larger", adapter.lora_name,
-                       max(found.costs), min(pool.shape.pages for pool in self._pools))  # fmt: skip
-            self.fail(request.request_id)
+            pages = min(pool.shape.pages for pool in self._pools)
+            why = f"it needs {max(found.costs)} pages, the pool has {pages}: make lora_pool larger"
+            self._give_up(request.request_id, adapter.lora_name, why)
         if answer is Answer.GIVEN:
             self._orders.evict += victims
             self._last_order += 1
@@ -178,7 +181,7 @@ class AdapterAdmission:
     def end(self, request_id: str) -> None:
         """A request is over."""
         self._ledger.end(request_id)
-        self._since.pop(request_id, None)
+        self._waits.pop(request_id, None)
         self._running.pop(request_id, None)
         self._waited.discard(request_id)
 
@@ -190,19 +193,13 @@ class AdapterAdmission:
             if found is not None:
                 found.ready += count
                 if found.ready >= len(self._pools):
+                    found.failures = 0
                     self._let_go(found)
         for order, cause in news.not_activated.items():
             self._link.count(f"adapter.{cause}", 1)
             found = under_way.get(order)
             if found is not None and found.digest in self._ledger:
-                self._ledger.drop(found.digest)
-                self._orders.evict.append(found.digest)  # some workers may have it
-                self._let_go(found)
-                found.next_try = time.monotonic() + _AGAIN_S
-                if cause == "changed":
-                    self._forget_ids(found)
-                if cause == "unusable":
-                    found.problem = "the engine cannot use it; its log says why"
+                self._failed(found, cause)
         if news.pools_lost:
             for digest in self._ledger.adapters():
                 self._ledger.drop(digest)
@@ -210,6 +207,20 @@ class AdapterAdmission:
         for adapter, pinned in news.pinned.items():
             if adapter in self._told:
                 self._ledger.pin(self._told[adapter], pinned)
+
+    def _failed(self, found: _Adapter, cause: str) -> None:
+        """A copy failed: nobody has pages of it any more, and the next try is later each time."""
+        now = time.monotonic()
+        for request in self._ledger.drop(found.digest):
+            self._waits.setdefault(request, _Wait(now)).cause = cause
+        self._orders.evict.append(found.digest)  # some workers may have it
+        self._let_go(found)
+        found.next_try = now + min(_AGAIN_S * 2**found.failures, max(_AGAIN_S, self._patience / 4))
+        found.failures = min(found.failures + 1, _MOST_FAILURES)
+        if cause == "changed":
+            self._forget_ids(found)
+        if cause == "unusable":
+            found.problem = "the engine cannot use it; its log says why"
 
     def take_orders(self) -> AdapterOrders:
         """What the workers do in the next step."""
@@ -232,20 +243,16 @@ class AdapterAdmission:
         named = digest_in(adapter.lora_path)
         if named is not None:
             return self._bind(adapter.lora_int_id, named, "")
-        folder = self._folders.setdefault(adapter.lora_path, _Folder())
-        answer = self._ask_folder(folder, adapter.lora_path)
-        if answer is None:
+        content = self._folders.ask(adapter.lora_path)
+        if content is None:
             return None
-        place = self._folders.pop(adapter.lora_path).place
-        if isinstance(answer, str):
-            _log.error("adapter %s cannot be served: %s", adapter.lora_name, answer)
-            self.fail(request_id)
+        if isinstance(content, str):
+            self._give_up(request_id, adapter.lora_name, content)
             return None
-        digest, ranks = answer
-        self._bind(adapter.lora_int_id, digest, place)
-        if ranks:
-            self._price(self._adapters[digest], ranks)
-        return digest
+        self._bind(adapter.lora_int_id, content.digest, content.place)
+        if content.sizes:
+            self._price(self._adapters[content.digest], content.sizes)
+        return content.digest
 
     def _bind(self, adapter: int, digest: str, path: str) -> str:
         self._ids[adapter] = digest
@@ -253,40 +260,6 @@ class AdapterAdmission:
         found.path = path or found.path
         self._bound(adapter, digest)
         return digest
-
-    def _ask_folder(self, folder: _Folder, path: str) -> tuple[str, dict[str, int]] | str | None:
-        """(digest, ranks by module where they are known), why the folder cannot be served, or None while neither is
-        known."""
-        if folder.reading:
-            if not folder.read:
-                return None
-            folder.reading = False
-            return folder.read.pop()
-        if not folder.place and os.path.isdir(path):
-            folder.place = path
-        if not folder.asked:
-            if folder.place and (self._link.connected or self._link.begin()):
-                folder.asked, folder.since = self._link.ask_adapter_add(folder.place), time.monotonic()
-            if not folder.asked:
-                self._read(folder, path)
-            return None
-        done, payload = self._link.answer(folder.asked)
-        if not done:
-            if time.monotonic() - folder.since > self._patience:  # the daemon is there, but silent
-                folder.asked = 0
-                self._read(folder, path)
-            return None
-        folder.asked = 0
-        if isinstance(payload, str):  # it is none that can be served, or there is no room for it: look ourselves
-            _log.warning("%s is not taken into the cache: %s", path, payload)
-            self._link.count("adapter.refused", 1)
-            self._read(folder, path)
-            return None
-        return (str(payload[0]), {}) if payload else None
-
-    def _read(self, folder: _Folder, path: str) -> None:
-        folder.reading = True
-        threading.Thread(target=_read_folder, args=(path, folder), daemon=True).start()
 
     # -- fetching ----------
 
@@ -314,7 +287,6 @@ class AdapterAdmission:
             found.next_try = now + _AGAIN_S
             found.here = bool(found.path) and found.costs is not None  # the workers read the folder
             if found.path and not found.here:
-                self._folders.setdefault(found.path, _Folder())
                 self._forget_ids(found)
         return found.here
 
@@ -328,7 +300,7 @@ class AdapterAdmission:
                 return
             size, _, extents = rest
             modules = Packed(self._link.buffers(extents, size)).modules()
-            self._price(found, {name: module.rank for name, module in modules.items()})
+            self._price(found, {name: module.size for name, module in modules.items()})
         except (LoRACacheError, ValueError, TypeError) as error:
             _log.warning("adapter %s: %s", found.digest[:12], error)
 
@@ -337,12 +309,15 @@ class AdapterAdmission:
         for adapter in [adapter for adapter, digest in self._ids.items() if digest == found.digest]:
             del self._ids[adapter]
 
-    def _price(self, found: _Adapter, ranks: dict[str, int]) -> None:
+    def _price(self, found: _Adapter, sizes: Mapping[str, ModuleSize]) -> None:
+        """Pages on every worker, each of which may have other modules, or other parts of the same."""
         try:
-            found.costs = tuple(
-                pool.shape.pages_of({model_name(name, pool.mapper): rank for name, rank in ranks.items()})
+            placements = [
+                pool.shape.fit({model_name(name, pool.mapper): size for name, size in sizes.items()})
                 for pool in self._pools
-            )
+            ]
+            costs = zip(self._pools, placements, strict=True)
+            found.costs = tuple(pool.shape.cost(placement.elements) for pool, placement in costs)
             found.here = True
         except UsageError as error:
             found.problem = str(error)
@@ -356,23 +331,17 @@ class AdapterAdmission:
 
     # -- requests ----------
 
-    def _complain(self, request_id: str, found: _Adapter) -> None:
+    def _complain(self, request_id: str, name: str, found: _Adapter) -> None:
         """Give a request up whose adapter nobody has, after a while, or at once where nothing will help."""
         now = time.monotonic()
-        since = self._since.setdefault(request_id, now)
+        since = self._waits.setdefault(request_id, _Wait(now)).since
         if found.problem or (now - since > self._patience and not found.asked and not found.path):
-            _log.error("adapter %s: %s", found.digest[:12], found.problem or "no tier has it, and there is no folder")
-            self.fail(request_id)
+            self._give_up(request_id, name, found.problem or "no tier has it, and there is no folder")
 
-
-def _read_folder(path: str, folder: _Folder) -> None:
-    """What the daemon would have done, as far as it is needed; and before that find the folder, as vLLM does."""
-    try:
-        folder.place = folder.place or get_adapter_absolute_path(path)
-        with PeftFolder(folder.place) as peft:
-            ranks = Packing(peft).ranks()
-        folder.read.append((adapter_digest(folder.place), ranks))
-    except LoRACacheError as error:
-        folder.read.append(str(error))
-    except Exception as error:  # noqa: BLE001 - top of the thread: an answer that never comes hangs a request
-        folder.read.append(repr(error))
+    def _give_up(self, request_id: str, name: str, why: str) -> None:
+        """End a request with an error; the log says why, once."""
+        wait = self._waits.setdefault(request_id, _Wait(time.monotonic()))
+        if not wait.over:
+            _log.error("adapter %s cannot be served: %s", name, why)
+        wait.over = True
+        self.fail(request_id)

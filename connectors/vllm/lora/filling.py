@@ -15,7 +15,8 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from loracache.adapters import ModuleWeights, Packed, StoredTensor
 from loracache.connectors.vllm.lora.pool import PagePool, Resident
-from loracache.kernels.sgmv import A_ADDRESS, B_ADDRESS, round_up
+from loracache.errors import UsageError
+from loracache.kernels.sgmv import RANK, round_up
 
 __all__ = ["DTYPES", "fill_pages"]
 
@@ -27,7 +28,8 @@ def fill_pages(
     pool: PagePool, adapter: Resident, packed: Packed, parts: Mapping[str, ModuleWeights], layers: Sequence[Any]
 ) -> None:
     """Copy all matrices. parts: the adapter's modules by the model's names. layers: vLLM's LoRA layers, one for each of
-    the pool's modules; they know which columns are this worker's.
+    the pool's modules; they know which columns are this worker's. Raises UsageError where a matrix has not the shape
+    that its place is for; nothing beside the adapter's pages is ever touched.
     """
     row = 0
     for module, layer in zip(pool.shape.modules, layers, strict=True):
@@ -38,10 +40,10 @@ def fill_pages(
             # Embeddings and heads have no shards: vLLM gathers before it adds, and every worker has them whole.
             if isinstance(layer, BaseLinearLayerWithLoRA) and layer.tp_size > 1:
                 a, b = _shard(layer, a, b)
-            for number, (rows_a, rows_b) in enumerate(zip(a, b, strict=True), row):
+            for number, (rows_a, rows_b, out) in enumerate(zip(a, b, module.widths, strict=True), row):
                 if rows_a is not None and rows_b is not None:
-                    _write(pool, adapter, int(adapter.places[number, A_ADDRESS]), rows_a)
-                    _write(pool, adapter, int(adapter.places[number, B_ADDRESS]), rows_b)
+                    _write(pool, adapter, (number, 0), module.width, rows_a)
+                    _write(pool, adapter, (number, 1), out, rows_b)
         row += len(module.parts)
 
 
@@ -63,11 +65,13 @@ def _shard(layer: Any, a: list[Any], b: list[Any]) -> tuple[list[Any], list[Any]
     return a, [each.t() if each is not None else None for each in turned]
 
 
-def _write(pool: PagePool, adapter: Resident, address: int, rows: torch.Tensor) -> None:
-    rank, width = rows.shape
-    row = round_up(width, pool.shape.chunk)
+def _write(pool: PagePool, adapter: Resident, place: tuple[int, int], width: int, rows: torch.Tensor) -> None:
+    """place: slice and matrix. width: of a row on this worker."""
+    rank, row = int(adapter.places[place[0], RANK]), round_up(width, pool.shape.chunk)
+    if rows.shape != (rank, width):
+        raise UsageError(f"a matrix of shape {tuple(rows.shape)} has no place that is for {(rank, width)}")
+    pieces = pool.matrix(adapter, *place)
     source = rows.to(pool.pages.dtype)
-    pieces = pool.pieces(adapter, address, rank * row)
     if len(pieces) == 1:
         _copy(pieces[0].view(rank, row)[:, :width], source)
         return
@@ -80,8 +84,13 @@ def _write(pool: PagePool, adapter: Resident, address: int, rows: torch.Tensor) 
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    if target.device.type != "cpu":
-        target.copy_(source, non_blocking=True)
-        return
+    (_copy_in_host_memory if target.device.type == "cpu" else _copy_to_device)(target, source)
+
+
+def _copy_to_device(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _copy_in_host_memory(target: torch.Tensor, source: torch.Tensor) -> None:
     words = _WORDS[target.element_size()]  # by numpy, which starts no threads beside those that compute
     np.copyto(target.view(words).numpy(), source.view(words).numpy())

@@ -1,21 +1,24 @@
 """Where an adapter's matrices stand in its pages, and how many pages that takes. Pure; numpy only.
 
+What does not fit the model's modules is refused here, before it is given any page.
+
 An adapter's address space holds, module after module, the A of all its slices and then their B, each as rank rows
 (kernels/sgmv.py says how they are addressed). What an adapter does not adapt takes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from loracache.adapters import ModuleSize
 from loracache.errors import UsageError
 from loracache.kernels.sgmv import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, PLACE_FIELDS, RANK, round_up
 
-__all__ = ["ModuleShape", "Placement", "PoolShape", "choose_chunk", "choose_page"]
+__all__ = ["ModuleShape", "Placement", "PoolShape", "choose_chunk", "choose_page", "is_within"]
 
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 64
 _MOST_PAGE, _LEAST_PAGE = 64 << 10, 4 << 10
@@ -25,13 +28,21 @@ _WASTE = 0.01  # of a row, that rounding it up to chunks may add
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
     """One module of the model that adapters may adapt. parts: names of the modules that its slices are called in
-    adapters, in order. width: elements of a row of A on this worker. widths: of a row of B, by slice.
+    adapters, in order. width: elements of a row of A on this worker. widths: of a row of B, by slice. inputs, outputs:
+    the same in the whole model, whose shapes adapters have; 0 and () where this worker has all of the module.
     """
 
     name: str
     parts: tuple[str, ...]
     width: int
     widths: tuple[int, ...]
+    inputs: int = 0
+    outputs: tuple[int, ...] = ()
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) in the whole model, by part."""
+        outputs = self.outputs or self.widths
+        return {part: (self.inputs or self.width, out) for part, out in zip(self.parts, outputs, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,9 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
-    """A worker's pool and what it is for. chunk and page in elements; a page holds whole chunks."""
+    """A worker's pool and what it is for. chunk and page in elements; a page holds whole chunks. elsewhere: modules of
+    the model that are on other stages of a pipeline; what an adapter has for them, and for what is in them, is theirs.
+    """
 
     modules: tuple[ModuleShape, ...]
     pages: int
@@ -54,18 +67,35 @@ class PoolShape:
     chunk: int
     element_bytes: int
     most_rank: int
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def slices(self) -> int:
         """Of all modules together: the rows of `Placement.places`."""
         return sum(len(module.parts) for module in self.modules)
 
+    def fit(self, sizes: Mapping[str, ModuleSize]) -> Placement:
+        """Where an adapter of these shapes (by part) goes. Raises UsageError naming a part whose shapes are not those
+        of the model, and as `place`."""
+        placement = self.place({part: size.rank for part, size in sizes.items()})
+        for module in self.modules:
+            for part, (inputs, outputs) in module.sizes().items():
+                size = sizes.get(part)
+                if size is not None and (size.inputs, size.outputs) != (inputs, outputs):
+                    rank = size.rank
+                    raise UsageError(
+                        f"module {part!r} of the adapter has lora_A ({rank}, {size.inputs}) and lora_B "
+                        f"({size.outputs}, {rank}), this model needs ({rank}, {inputs}) and ({outputs}, {rank}): it "
+                        f"was trained for another base model"
+                    )
+        return placement
+
     def place(self, ranks: Mapping[str, int]) -> Placement:
         """Where an adapter with these ranks (by part) goes. Raises UsageError naming a part that the model has not, or
         a rank that the engine does not allow."""
-        unknown = ranks.keys() - {part for module in self.modules for part in module.parts}
-        if unknown:
-            raise UsageError(f"module {min(unknown)!r} of the adapter is none that this model can adapt")
+        nobodys = [part for part in ranks.keys() - self.parts() if not is_within(part, self.elsewhere)]
+        if nobodys:
+            raise UsageError(f"module {min(nobodys)!r} of the adapter is none that this model can adapt")
         places = np.zeros((self.slices, PLACE_FIELDS), dtype=np.int64)
         lengths = np.zeros((self.slices, 2), dtype=np.int64)
         row = end = 0
@@ -84,6 +114,10 @@ class PoolShape:
                 end += int(lengths[number, 1])
             row += count
         return Placement(places, lengths, end)
+
+    def parts(self) -> frozenset[str]:
+        """All modules, as adapters call them, that this worker has pages for."""
+        return frozenset(part for module in self.modules for part in module.parts)
 
     def cost(self, elements: int) -> int:
         """Pages of an address space."""
@@ -110,6 +144,11 @@ class PoolShape:
             flat = page_ids[first].astype(np.int64) * self.page + addresses % self.page
         places[:, A_FLAT : B_FLAT + 1] = np.where(there, flat, -1)
         return places
+
+
+def is_within(part: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of these, or inside one."""
+    return any(part == module or part.startswith(f"{module}.") for module in modules)
 
 
 def choose_chunk(widths: set[int]) -> int:

@@ -18,6 +18,8 @@ from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWith
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from loracache.adapters import Packing
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape, choose_chunk, choose_page
@@ -105,11 +107,13 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         chunk = choose_chunk(widths)
         page = choose_page(chunk, sum(len(m.parts) * m.width + sum(m.widths) for m in modules), size)
         pages = self._pool_bytes // (page * size)
-        shape = PoolShape(modules, pages, page, chunk, size, int(self.lora_config.max_lora_rank))
+        shape = PoolShape(
+            modules, pages, page, chunk, size, int(self.lora_config.max_lora_rank), _elsewhere(self.model)
+        )
         if pages < 1:
             raise ConfigError(f"lora_pool={self._pool_bytes} bytes hold no page of {page * size}; make it larger")
         self.pool = PagePool(shape, dtype, self.device)
-        self.names = name_mapper(self.model, (part for module in modules for part in module.parts))
+        self.names = name_mapper(self.model, shape.parts(), shape.elsewhere)
         self.tables = SlotTables(self.lora_slots, shape, self.device)
         row = 0
         for module, layer in zip(modules, self.layers, strict=True):
@@ -198,7 +202,24 @@ def _shape(name: str, layer: Any, parts: tuple[str, ...]) -> ModuleShape:
         return ModuleShape(name, parts, a.shape[1], (b.shape[2],))
     if isinstance(layer, LogitsProcessorWithLoRA):
         return ModuleShape(name, parts, a.shape[-1], (b.shape[-2],))
-    return ModuleShape(name, parts, a[0].shape[-1], tuple(each.shape[-2] for each in b))
+    widths = tuple(each.shape[-2] for each in b)
+    inputs, outputs = whole_sizes(layer) if layer.tp_size > 1 else (0, ())
+    return ModuleShape(name, parts, a[0].shape[-1], widths, inputs, outputs)
+
+
+def whole_sizes(layer: Any) -> tuple[int, tuple[int, ...]]:
+    """Elements of a row of A, and of a row of B by slice, of a linear layer in the whole model, as its adapters have
+    them: before tensor parallelism cuts rows, and without the copies of KV heads that it makes."""
+    base = layer.base_layer
+    if isinstance(base, QKVParallelLinear):
+        queries, keys = base.total_num_heads * base.head_size, base.total_num_kv_heads * base.head_size
+        return base.input_size, (queries, keys, keys) if layer.n_slices == 3 else (queries + 2 * keys,)
+    return base.input_size, tuple(base.output_sizes) if layer.n_slices > 1 else (base.output_size,)
+
+
+def _elsewhere(model: Any) -> tuple[str, ...]:
+    """Modules that are on other stages of a pipeline."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, PPMissingLayer))
 
 
 class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
@@ -232,9 +253,12 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         if not os.path.isfile(os.path.join(path, CONFIG)):
             raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
         with PeftFolder(path) as folder:
-            ranks = {manager.peft_name(name): rank for name, rank in Packing(folder).ranks().items()}
+            sizes = {manager.peft_name(name): size for name, size in Packing(folder).sizes().items()}
         shape = manager.pool.shape
-        pages = shape.pages_of(ranks)
+        try:
+            pages = shape.cost(shape.fit(sizes).elements)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
         if pages > shape.pages:
             raise UsageError(f"{path} needs {pages} pages, lora_pool has {shape.pages}; make lora_pool larger")
         manager.added(path)

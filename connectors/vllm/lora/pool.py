@@ -3,6 +3,9 @@
 An adapter is resident from the moment its last byte is on its pages until it is evicted. A slot is a row of the
 tables: an adapter of the current batch. Being resident costs pages, having a slot costs a row.
 
+What is copied in reaches the pages through `matrix` alone: views of one matrix of an adapter that holds its pages, as
+long as its placement says. So a copy cannot touch another adapter's pages, whatever the payload it comes from claims.
+
 Threading: `reserve` and `settle` are called by the thread that copies adapters in, everything else by the worker's
 main thread; `_lock` guards the free pages and who is resident.
 """
@@ -17,17 +20,20 @@ import numpy.typing as npt
 import torch
 
 from loracache.connectors.vllm.lora.layout import Placement, PoolShape
+from loracache.errors import UsageError
 from loracache.free_pages import FreePages
-from loracache.kernels.sgmv import PLACE_FIELDS
+from loracache.kernels.sgmv import A_ADDRESS, PLACE_FIELDS
 
 __all__ = ["PagePool", "Resident", "SlotTables"]
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """An adapter on its pages. runs: (first page, pages). page_ids, places, scales: a row of the tables."""
+    """An adapter on its pages. runs: (first page, pages). lengths: elements of the A and the B of every slice.
+    page_ids, places, scales: a row of the tables."""
 
     runs: tuple[tuple[int, int], ...]
+    lengths: tuple[tuple[int, int], ...]
     page_ids: torch.Tensor
     places: torch.Tensor
     scales: torch.Tensor
@@ -44,6 +50,7 @@ class PagePool:
         self._free = FreePages(shape.pages)
         self._lock = threading.Lock()
         self._resident: dict[str, Resident] = {}
+        self._reserved: dict[int, Resident] = {}  # all that have pages, by id()
         self._wanted: set[str] = set()
 
     @property
@@ -71,8 +78,11 @@ class PagePool:
         runs.sort()
         ids = np.concatenate([np.arange(first, first + pages) for first, pages in runs] or [np.empty(0, np.int64)])
         ids = ids.astype(np.int32)
-        places = self.shape.flatten(placement, ids)
-        return Resident(tuple(runs), torch.from_numpy(ids), torch.from_numpy(places), torch.from_numpy(scales))
+        places = torch.from_numpy(self.shape.flatten(placement, ids))
+        lengths = tuple((a, b) for a, b in placement.lengths.tolist())
+        adapter = Resident(tuple(runs), lengths, torch.from_numpy(ids), places, torch.from_numpy(scales))
+        self._reserved[id(adapter)] = adapter
+        return adapter
 
     def want(self, digest: str) -> None:
         """The adapter is to be copied in, until it is evicted."""
@@ -101,9 +111,25 @@ class PagePool:
             if adapter is not None:
                 self._release(adapter)
 
-    def pieces(self, adapter: Resident, address: int, elements: int) -> list[torch.Tensor]:
-        """Views of the pages that hold `elements` of an adapter's address space from `address` on, in order."""
+    def matrix(self, adapter: Resident, row: int, matrix: int) -> list[torch.Tensor]:
+        """Views of the pages that hold A (`matrix` 0) or B (1) of slice `row` of an adapter, in order. Raises
+        UsageError where the adapter has no pages (any more), or no room for it on them."""
+        if not self.holds(adapter):
+            raise UsageError("an adapter was to be copied to pages that are not its own")
+        if matrix not in (0, 1):
+            raise UsageError(f"an adapter's slice has matrices 0 and 1, not {matrix}")
+        return self._pieces(adapter, int(adapter.places[row, A_ADDRESS + matrix]), adapter.lengths[row][matrix])
+
+    def holds(self, adapter: Resident) -> bool:
+        """Whether these pages are the adapter's."""
+        return self._reserved.get(id(adapter)) is adapter
+
+    def _pieces(self, adapter: Resident, address: int, elements: int) -> list[torch.Tensor]:
+        """Views of the pages that hold `elements` of an adapter's address space from `address` on."""
         page, found = self.shape.page, []
+        if address < 0 or address + elements > len(adapter.page_ids) * page:
+            own = len(adapter.page_ids)
+            raise UsageError(f"{elements} elements from {address} on are not on an adapter's own {own} pages")
         flat = self.pages.view(-1)
         while elements:
             number, at = divmod(address, page)
@@ -124,6 +150,7 @@ class PagePool:
             return self._free.audit(run for adapter in self._resident.values() for run in adapter.runs)
 
     def _release(self, adapter: Resident) -> None:
+        del self._reserved[id(adapter)]
         for first, pages in adapter.runs:
             self._free.release(first, pages)
 

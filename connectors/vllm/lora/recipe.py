@@ -20,7 +20,8 @@ from loracache.adapters import ModuleWeights, Packed, payload_header
 from loracache.connectors.vllm.lora.filling import DTYPES
 from loracache.connectors.vllm.lora.layout import Placement
 from loracache.connectors.vllm.lora.pool import PagePool, Resident
-from loracache.kernels.sgmv import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, round_up
+from loracache.errors import UsageError
+from loracache.kernels.sgmv import A_FLAT, round_up
 
 __all__ = ["Recipe", "Recipes", "copy_plain"]
 
@@ -30,15 +31,15 @@ _KEPT = 64
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """header: of the payloads. parts: the adapter's modules by the model's names. plain: (offset in the payload, bytes,
-    row of the places, column of the address, column of the flat address) of every matrix in the payload's order, where
-    all of them are copied byte by byte; None where rows are cast, cut or lengthened.
+    slice, matrix) of every matrix in the payload's order, where all of them are copied byte by byte; None where rows
+    are cast, cut or lengthened.
     """
 
     header: bytes
     parts: Mapping[str, ModuleWeights]
     placement: Placement
     scales: npt.NDArray[np.float32]
-    plain: tuple[tuple[int, int, int, int, int], ...] | None
+    plain: tuple[tuple[int, int, int, int], ...] | None
 
 
 class Recipes:
@@ -64,23 +65,22 @@ class Recipes:
     def _make(self, header: bytes, packed: Packed) -> Recipe:
         shape = self._pool.shape
         parts = {self._manager.peft_name(name): module for name, module in packed.modules().items()}
-        placement = shape.place({part: module.rank for part, module in parts.items()})
+        placement = shape.fit({part: module.size for part, module in parts.items()})
         names = [part for module in shape.modules for part in module.parts]
         scales = np.array([parts[part].scaling if part in parts else 0.0 for part in names], dtype=np.float32)
         return Recipe(header, parts, placement, scales, None if self._sharded else self._plain(parts))
 
-    def _plain(self, parts: Mapping[str, ModuleWeights]) -> tuple[tuple[int, int, int, int, int], ...] | None:
+    def _plain(self, parts: Mapping[str, ModuleWeights]) -> tuple[tuple[int, int, int, int], ...] | None:
         shape, copies, row = self._pool.shape, [], 0
         for module in shape.modules:
             for part, out in zip(module.parts, module.widths, strict=True):
                 found = parts.get(part)
-                for tensor, width, columns in (
-                    (found.a, module.width, (A_ADDRESS, A_FLAT)), (found.b, out, (B_ADDRESS, B_FLAT)),
-                ) if found is not None else ():  # fmt: skip
+                matrices = [(found.a, module.width), (found.b, out)] if found is not None else []
+                for matrix, (tensor, width) in enumerate(matrices):
                     same = DTYPES[tensor.dtype] is self._pool.pages.dtype
                     if not same or round_up(width, shape.chunk) != width:
                         return None
-                    copies.append((tensor.offset, tensor.nbytes, row, *columns))
+                    copies.append((tensor.offset, tensor.nbytes, row, matrix))
                 row += 1
         return tuple(sorted(copies))
 
@@ -88,25 +88,30 @@ class Recipes:
 def copy_plain(pool: PagePool, adapter: Resident, recipe: Recipe, payload: memoryview) -> int:
     """Copy a payload that is one buffer onto pages in host memory; answers the checksum of what is there then, with
     what stands between: where that is the payload's, the pages hold it, whatever became of the payload meanwhile. One
-    pass: what was copied is read for the checksum while it is in the processor's cache.
+    pass: what was copied is read for the checksum while it is in the processor's cache. Raises UsageError where a
+    matrix is not as long as its place; nothing beside the adapter's pages is ever touched.
     """
     assert recipe.plain is not None
+    if not pool.holds(adapter):
+        raise UsageError("an adapter was to be copied to pages that are not its own")
     source, target = np.frombuffer(payload, np.uint8), pool.bytes
     size = pool.shape.element_bytes
     places = adapter.places.tolist()
     state, at = xxhash.xxh3_64(recipe.header), len(recipe.header)
     update = state.update
-    for offset, nbytes, row, address, flat in recipe.plain:
+    for offset, nbytes, row, matrix in recipe.plain:
+        if nbytes != adapter.lengths[row][matrix] * size:
+            raise UsageError(f"{nbytes} bytes have no place that is for {adapter.lengths[row][matrix] * size}")
         if at != offset:
             update(payload[at:offset])
         at = offset + nbytes
-        first = places[row][flat] * size
+        first = places[row][A_FLAT + matrix] * size
         if first >= 0:
             copied = target[first : first + nbytes]
             copied[:] = source[offset:at]
             update(copied.data)
             continue
-        for piece in pool.pieces(adapter, places[row][address], nbytes // size):
+        for piece in pool.matrix(adapter, row, matrix):
             copied = piece.view(torch.uint8).numpy()
             copied[:] = source[offset : offset + len(copied)]
             update(copied.data)

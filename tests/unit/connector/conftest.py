@@ -86,9 +86,7 @@ def engine_config(**changes: Any) -> SimpleNamespace:
     """The parts of a VllmConfig that the connector reads. changes: dotted names with __ for the dots."""
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=BLOCK, cache_dtype="auto"),
-        model_config=SimpleNamespace(
-            dtype="torch.bfloat16", use_mla=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: 2
-        ),
+        model_config=SimpleNamespace(dtype="torch.bfloat16", use_mla=False, get_total_num_kv_heads=lambda: 2),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1, pipeline_parallel_size=1, decode_context_parallel_size=1
         ),

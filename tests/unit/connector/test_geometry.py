@@ -81,12 +81,11 @@ def test_several_groups_are_refused(make_config: Any) -> None:
     assert "0 KV cache groups (none)" in reason(make_config)
 
 
-def test_so_are_context_parallel_and_encoder_decoder_models(make_config: Any) -> None:
+def test_so_are_context_parallel_models(make_config: Any) -> None:
     parallel = SimpleNamespace(decode_context_parallel_size=2)
     assert "decode_context_parallel_size is 2" in reason(make_config, FULL, parallel_config=parallel)
     parallel = SimpleNamespace(prefill_context_parallel_size=2)
     assert "prefill_context_parallel_size is 2" in reason(make_config, FULL, parallel_config=parallel)
-    assert "encoder-decoder" in reason(make_config, FULL, model_config__is_encoder_decoder=True)
 
 
 def test_workers_with_layers_of_the_same_kinds_join_and_no_others() -> None:

@@ -44,7 +44,7 @@ def test_a_content_that_nobody_has_is_given_up_after_a_while_and_the_others_run(
     eventually(lambda: engine.step() or engine.failed)
     assert time.monotonic() - started >= 0.4
     assert engine.failed == ["nobody has it"]
-    assert f"adapter {missing[:12]}: no tier has it, and there is no folder" in caplog.text
+    assert "adapter adapter 1 cannot be served: no tier has it, and there is no folder" in caplog.text
     assert len(engine.orders) == 1
     eventually(lambda: client.status()["leases"] == 0, "a question that found nothing leaves no lease")
 
@@ -235,7 +235,7 @@ def test_patience_is_counted_anew_each_time_a_request_waits(
         engine.report(pools_lost=True)
         eventually(lambda: client.evict([bytes.fromhex(adapter.digest)]).objects)
         engine.preempt("a", lora(adapter.digest))
-        eventually(lambda: engine.step() or engine.admission._since)
+        eventually(lambda: engine.step() or engine.admission._waits)
         client.add_adapter(adapter.path)
         eventually(lambda: engine.runs("a"))
         ran += 60.0
