@@ -224,7 +224,7 @@ class Connection:
             if isinstance(reply, Rejected):
                 raise reply
             return reply
-        if not self.connected or queue is None:
+        if self._socket is None or queue is None:  # one that hung up may have said something that is still to be read
             self._replies.pop(number, None)
             raise self._ended()
         return None
