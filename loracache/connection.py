@@ -190,7 +190,7 @@ class Connection:
         self._number += 1
         self._replies[self._number] = deque()
         self._write(request.encode(self._number))
-        if not self.connected:
+        if self._socket is None:
             raise self._ended()
         return self._number
 
