@@ -110,6 +110,7 @@ class AdapterNames:
         self._lock = threading.Lock()
         self._known: dict[str, NameRecord] = {}
         self._left_alone_until = 0.0
+        self._unmade = False  # the folder, so far
         self.read()
 
     def read(self) -> None:
@@ -123,6 +124,7 @@ class AdapterNames:
         except (FileExistsError, NotADirectoryError, PermissionError):
             raise
         except OSError as error:
+            self._unmade = True
             _log.warning("names are not kept in %s for now: %s", self._folder, error.strerror)
         for path in self._folder.glob("*.json"):
             try:
@@ -237,7 +239,9 @@ class AdapterNames:
             return None
         path = self._path(record.name).with_suffix(f".{threading.get_ident()}.tmp")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._unmade:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._unmade = False
             path.write_bytes(record.encode(self._key))
         except OSError as error:
             raise Unavailable(f"the name {record.name} cannot be kept in {self._folder}: {error}") from None

@@ -190,7 +190,7 @@ class Connection:
         self._number += 1
         self._replies[self._number] = deque()
         self._write(request.encode(self._number))
-        if not self.connected:
+        if self._socket is None:
             raise self._ended()
         return self._number
 
@@ -224,7 +224,7 @@ class Connection:
             if isinstance(reply, Rejected):
                 raise reply
             return reply
-        if not self.connected or queue is None:
+        if self._socket is None or queue is None:  # one that hung up may have said something that is still to be read
             self._replies.pop(number, None)
             raise self._ended()
         return None

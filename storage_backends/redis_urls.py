@@ -55,12 +55,11 @@ _FIX = (
 _START, _LOGIN = "start that Redis, or correct redis", "correct the user and password of redis, or the user's rights"
 _TRUST = "give its CA's certificate in redis (?ssl_ca_certs=FILE) and the host by the name the certificate is for"
 
-_ANSWERS = (redis.AuthenticationError, redis.ResponseError, ssl.SSLError)
+_ANSWERS = (redis.AuthenticationError, redis.ResponseError)
 # Answers that may become others: of a server that starts or changes its role, and rights, which others give.
 _PASSING = (
     redis.BusyLoadingError, redis.ReadOnlyError, redis.exceptions.NoPermissionError, redis.exceptions.MasterDownError,
     redis.exceptions.ClusterDownError, redis.exceptions.TryAgainError,
-    ssl.SSLEOFError, ssl.SSLZeroReturnError,
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -148,7 +147,7 @@ class Target:
             chain.append(cause)
             cause = cause.__cause__ or cause.__context__
         login = any(isinstance(each, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) for each in chain)
-        answer = any(isinstance(each, _ANSWERS) for each in chain)
+        answer = any(isinstance(each, _ANSWERS) or _own_key(each) for each in chain)
         passing = any(isinstance(each, _PASSING) for each in chain)
         text = f"{type(error).__name__}: {self.hide(str(error))}"
         return Lost(text, _LOGIN if login else _START, refused=answer and not passing)
@@ -202,6 +201,12 @@ def parse_target(url: str, timeout_s: float, password_file: Path | None = None) 
     if issubclass(kind, SSLConnection):
         _prepare_tls(settings, place)
     return Target(place, hosts, service, mode == "cluster", timeout_s, kind, settings, sentinel_login)
+
+
+def _own_key(error: BaseException) -> bool:
+    """Whether it is our certificate or key that cannot be used. What ends a handshake has a reason, and may as well be
+    seen as a connection that is closed: that depends on who is faster."""
+    return type(error) is ssl.SSLError and error.reason is None
 
 
 def _hosts(text: str, port: int) -> tuple[Address, ...] | None:

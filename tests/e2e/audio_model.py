@@ -19,7 +19,7 @@ from transformers import (
 WORDS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 VOCABULARY = 512
 GAINS = {  # as in examples/make_model.py: what the model answers depends on every token, and here on every sound
-    "q_proj": 1.8, "k_proj": 1.8, "v_proj": 3.0, "embed_tokens": 8.0, "lm_head": 3.0, "linear": 3.0,
+    "q_proj": 1.8, "k_proj": 1.8, "v_proj": 3.0, "embed_tokens": 11.3, "lm_head": 3.0, "linear": 3.0,
 }  # fmt: skip
 AUDIO, BOS, EOS = range(VOCABULARY - len(WORDS), VOCABULARY)
 
@@ -32,7 +32,7 @@ def make_audio_model(folder: Path, model_maker: Any) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": list(WORDS)})
     config = Qwen2AudioConfig(
         text_config={
-            "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
             "max_position_embeddings": 4096, "tie_word_embeddings": False,
         },
