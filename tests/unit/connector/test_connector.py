@@ -12,6 +12,7 @@ import pytest
 
 from loracache.connectors.vllm.connector import LoRACacheConnector, _log_as_vllm_does
 from loracache.connectors.vllm.messages import StepPlan
+from loracache.connectors.vllm.reports import Inbox
 
 
 class Kept(logging.Handler):
@@ -132,6 +133,7 @@ def test_stores_start_at_the_end_of_a_step_whatever_comes_last_in_it(step: list[
 def bare_connector(**sides: Any) -> Any:
     connector = LoRACacheConnector.__new__(LoRACacheConnector)
     connector._scheduler, connector._worker = sides.get("scheduler"), sides.get("worker")
+    connector._inbox = Inbox()
     return connector
 
 

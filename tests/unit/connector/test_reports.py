@@ -13,6 +13,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from loracache.connectors.vllm.connector import LoRACacheConnector
 from loracache.connectors.vllm.messages import WorkerNews
 from loracache.connectors.vllm.reports import Inbox, Outbox, Reports
+from loracache.connectors.vllm.resets import HeldBlocks
 
 
 def test_reports_that_come_again_are_heard_once() -> None:
@@ -61,7 +62,7 @@ def test_the_scheduler_hears_what_a_step_with_a_failed_worker_left_behind_once()
     connector: Any = object.__new__(LoRACacheConnector)
     heard: list[WorkerNews] = []
     connector._inbox = Inbox()
-    connector._scheduler = SimpleNamespace(take_news=heard.append)
+    connector._scheduler = SimpleNamespace(take_news=heard.append, held=HeldBlocks())
     workers = [Outbox(), Outbox()]
     aggregator = KVOutputAggregator(expected_finished_count=2)
     kept = outputs(workers[0].report(WorkerNews(activated={1: 1}, failures={"load.lost": 2})))

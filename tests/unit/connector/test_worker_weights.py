@@ -29,7 +29,8 @@ def step(side: WorkerSide, number: int, **plan: Any) -> None:
     whole = StepPlan(step=number, **plan)
     side.handle_preemptions(whole)
     side.start_loads(whole)
-    side.start_stores(whole)
+    side.take_stores(whole)
+    side.start_stores()
 
 
 def idle(side: WorkerSide, eventually: Any) -> None:
@@ -106,7 +107,8 @@ def test_stores_of_freed_blocks_end_before_the_step_computes(daemon: Any, make_s
     assert not side._storing
     assert running.status()["tiers"]["cpu"]["objects"] == 20
     side.start_loads(plan)
-    side.start_stores(plan)
+    side.take_stores(plan)
+    side.start_stores()
     assert not side._storing  # none is stored twice
     assert side.take_finished() == ({"a"}, set())
 
