@@ -37,6 +37,7 @@ _LEASE_S = 30.0
 _AGAIN_S = 0.5
 _RESIDENT_S = 0.2
 _MOST_FAILURES = 8
+_FOLDER_PATIENCES = 4  # a daemon that is silent takes up to three before the folder is read
 
 
 @dataclass(slots=True)
@@ -335,8 +336,10 @@ class AdapterAdmission:
         """Give a request up whose adapter nobody has, after a while, or at once where nothing will help."""
         now = time.monotonic()
         since = self._waits.setdefault(request_id, _Wait(now)).since
-        if found.problem or (now - since > self._patience and not found.asked and not found.path):
-            self._give_up(request_id, name, found.problem or "no tier has it, and there is no folder")
+        patience = self._patience * (_FOLDER_PATIENCES if found.path else 1)
+        if found.problem or (now - since > patience and not found.asked):
+            nobody = "its folder leaves the cache again and again" if found.path else "and there is no folder"
+            self._give_up(request_id, name, found.problem or f"no tier has it, {nobody}")
 
     def _give_up(self, request_id: str, name: str, why: str) -> None:
         """End a request with an error; the log says why, once."""

@@ -107,9 +107,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         chunk = choose_chunk(widths)
         page = choose_page(chunk, sum(len(m.parts) * m.width + sum(m.widths) for m in modules), size)
         pages = self._pool_bytes // (page * size)
-        shape = PoolShape(
-            modules, pages, page, chunk, size, int(self.lora_config.max_lora_rank), _elsewhere(self.model)
-        )
+        shape = PoolShape(modules, pages, page, chunk, size, int(self.lora_config.max_lora_rank), elsewhere(self.model))
         if pages < 1:
             raise ConfigError(f"lora_pool={self._pool_bytes} bytes hold no page of {page * size}; make it larger")
         self.pool = PagePool(shape, dtype, self.device)
@@ -217,7 +215,7 @@ def whole_sizes(layer: Any) -> tuple[int, tuple[int, ...]]:
     return base.input_size, tuple(base.output_sizes) if layer.n_slices > 1 else (base.output_size,)
 
 
-def _elsewhere(model: Any) -> tuple[str, ...]:
+def elsewhere(model: Any) -> tuple[str, ...]:
     """Modules that are on other stages of a pipeline."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, PPMissingLayer))
 

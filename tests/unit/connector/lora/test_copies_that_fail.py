@@ -105,6 +105,20 @@ def test_a_request_that_waits_for_pages_of_running_ones_is_never_given_up(
     eventually(lambda: engine.runs("b"))
 
 
+def test_a_folder_that_leaves_the_cache_again_and_again_ends_its_request(
+    url: str, make_engine: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    """The daemon takes it in each time, and has not got it when it is asked for."""
+    engine = make_engine(url, patience=0.1)
+    answer = engine.link.answer
+    monkeypatch.setattr(engine.link, "ask_acquire", lambda *arguments: -1)
+    monkeypatch.setattr(
+        engine.link, "answer", lambda number: (True, [[0, "unknown"]]) if number == -1 else answer(number)
+    )
+    engine.arrive("a", LoRARequest("a", 1, make_adapter("leaves").path))
+    eventually(lambda: engine.step() or engine.failed == ["a"])
+
+
 def test_a_folder_that_is_never_read_ends_its_request(
     tmp_path: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any, make_adapter: Any
 ) -> None:

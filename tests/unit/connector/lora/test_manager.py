@@ -6,9 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm.lora.layers as layers
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.models.utils import PPMissingLayer
 
-from loracache.connectors.vllm.lora.manager import PagedLoRAModelManager
+from loracache.connectors.vllm.lora.manager import PagedLoRAModelManager, elsewhere, whole_sizes
 from loracache.errors import ConfigError
 
 
@@ -53,3 +56,31 @@ def test_the_layers_we_take_are_called_so_by_this_vllm(manager: Any) -> None:
         dense = sharded or name.startswith(("Base", "FusedMoE", "Step5")) or "Classification" in name
         if not dense:
             assert manager._parts("a.o_proj", layer(name, 1)) == ("a.o_proj",)
+
+
+def linear(kind: type = SimpleNamespace, **fields: Any) -> Any:
+    made = kind.__new__(kind)
+    if kind is not SimpleNamespace:
+        torch.nn.Module.__init__(made)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_sizes_in_the_whole_model_are_those_before_workers_cut_and_copied() -> None:
+    """Four workers; two KV heads, each on two of them."""
+    qkv = linear(QKVParallelLinear, input_size=64, total_num_heads=8, total_num_kv_heads=2, head_size=16,
+                 output_sizes=[128, 64, 64], output_size=256)  # fmt: skip
+    assert whole_sizes(SimpleNamespace(base_layer=qkv, n_slices=3)) == (64, (128, 32, 32))
+    assert whole_sizes(SimpleNamespace(base_layer=qkv, n_slices=1)) == (64, (192,))
+    gate_up = linear(input_size=64, output_sizes=[96, 96], output_size=192)
+    assert whole_sizes(SimpleNamespace(base_layer=gate_up, n_slices=2)) == (64, (96, 96))
+    down = linear(input_size=96, output_size=64)
+    assert whole_sizes(SimpleNamespace(base_layer=down, n_slices=1)) == (96, (64,))
+
+
+def test_modules_of_other_pipeline_stages_are_known_as_such() -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([PPMissingLayer(), torch.nn.Linear(2, 2)])
+    model.lm_head = PPMissingLayer()
+    assert elsewhere(model) == ("layers.0", "lm_head")
