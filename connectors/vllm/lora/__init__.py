@@ -15,9 +15,12 @@ The workers' side:
     manager.py      vLLM's LoRA managers on the pool
     punica.py       what vLLM's LoRA layers call
 
+    names.py        what the model calls the modules of adapters
+
 The front end:
     resolver.py     model=NAME, for names that only the cache knows
     questions.py    asks the daemon what a name stands for
+    reload.py       load_inplace, carried out once
 
 plugin.py puts these in the place of vLLM's own, for engines that set lora_pool, and touches no other.
 """
