@@ -103,14 +103,18 @@ def test_failures_are_listed_the_newest_first(
     eventually(lambda: rest_is_up(running))
     page = page_of(running.http)
     page.open()
-    server.kill()
     client = running.client()
 
-    def failed_twice() -> bool:
+    def failures(count: int) -> bool:
         client.lookup([bytes(32)])
         said: Any = client.status()["recent_failures"]
-        return len(said) > 1
+        return len(said) == count
 
-    eventually(failed_twice, "Redis is asked again after a pause", 30)
+    server.kill()
+    eventually(lambda: failures(1), "Redis is gone", 30)
+    server.start()
+    eventually(lambda: not client.status()["tiers"]["redis"]["reason"], "Redis is in use again", 30)
+    server.kill()
+    eventually(lambda: failures(2), "Redis is gone once more", 30)
     with httpx.Client(base_url=running.http) as anybody:
         page.wait(lambda: failures_are_those_of(page, anybody), "the failures, the newest first")
