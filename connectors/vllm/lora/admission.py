@@ -144,6 +144,7 @@ class AdapterAdmission:
         if digest is None:
             return False
         found = self._adapters[digest]
+        self._ledger.let_go_but(request.request_id, digest)  # of an id that stands for another content now
         if not (digest in self._ledger or self._fetch(found)):
             self._complain(request.request_id, adapter.lora_name, found)
             return False
