@@ -9,6 +9,9 @@ The scheduler's side, in EngineCore:
     scheduler.py    looks up, plans loads and stores, keeps leases
     requests.py     what it remembers of one request
     namespace.py    in which namespace a request's KV is
+    media.py        what images and the like are, by their content
+    blocks.py       what vLLM's own blocks are keyed by where an adapter was replaced
+    resets.py       what changed weights and resets of vLLM's prefix cache mean for it
     link.py         its connection, which is never waited for
     identity.py     which model this is, from its configuration (effective.py, not_counted.py) and weight_files.py
     hit_sources.py  our tiers in vLLM's hit metrics
@@ -16,6 +19,8 @@ The scheduler's side, in EngineCore:
 The workers' side:
     worker.py       carries plans out, reports what came of them
     transfer.py     the threads that load and store
+    weights.py      notices weights that are replaced in place, by hooks and fingerprint.py
+    gate.py         keeps copies away from a KV cache that sleeps
     layout.py       how the registered tensors lie in memory
     pinned.py       makes the mapped arena fast to copy from and to
     cores.py        where our threads run beside a CPU worker
