@@ -123,14 +123,15 @@ class LoadedAdapters:
         return entry is not None and entry[0] == digest and entry[1] <= first_step
 
     def stale_blocks(self, prefixes: Sequence[Prefix]) -> set[int]:
-        """Blocks of these prefixes that were not computed with what their adapters' ids serve now."""
+        """Blocks of these prefixes that were not computed with what their adapters' ids serve now. Requests that begin
+        upon them in this step are not taken to be computed with that either, whatever they say that they are.
+        """
         with self._lock:
-            return {
-                block
-                for prefix in prefixes
-                if max(prefix.content, 1) != self._contents.get(prefix.lora_int_id, 1)
-                for block in prefix.blocks
-            }
+            stale = [each for each in prefixes if max(each.content, 1) != self._contents.get(each.lora_int_id, 1)]
+            for each in stale:
+                if each.lora_int_id in self._loaded:
+                    self._loaded[each.lora_int_id] = (self._loaded[each.lora_int_id][0], self.step + 1)
+            return {block for prefix in stale for block in prefix.blocks}
 
     def take_news(self) -> tuple[dict[int, str], dict[int, int]]:
         """(digests of the ids loaded since the last call, how many contents each of them has served)"""

@@ -14,6 +14,7 @@ from loracache.keys import Namespace, salt_digest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.request import Request
 
 __all__ = ["EngineNamespace"]
 
@@ -40,6 +41,11 @@ class EngineNamespace:
     def begin_epoch(self) -> None:
         """The weights changed in place: what is computed from now on is another model's, and nobody else's."""
         self._epoch = f"#{os.urandom(8).hex()}"
+
+    def learn_media(self, request: Request) -> None:
+        """A request that is not cached leaves encoder outputs in the engine all the same, under whatever names."""
+        if request.mm_features:
+            self._media.ask(request.mm_features)
 
     def settle(self, state: RequestState) -> bool:
         """Settle a request's media, namespace and adapter; False while the content of one, or of the model, is not

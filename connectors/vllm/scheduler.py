@@ -139,6 +139,8 @@ class SchedulerSide:
             request, cacheable=is_cacheable(request), reads=self._may_load and wants_reading(request)
         )
         state.content = content
+        if not state.cacheable:
+            self._namespace.learn_media(request)
         if (
             state.cacheable
             and request.lora_request is not None

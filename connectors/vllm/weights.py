@@ -230,11 +230,12 @@ def hook_worker_class(cls: type, extension: str = "") -> None:
 
 
 def _methods_of(cls: type, extension: str) -> list[str]:
+    """What the mixed in class brings, its own bases' methods too."""
     short = extension.rpartition(".")[2]
+    mixed_in = next((base for base in cls.__mro__ if short and base.__name__ == short), object)
     return [
         name
-        for base in cls.__mro__
-        if short and base.__name__ == short
+        for base in mixed_in.__mro__[:-1]
         for name, value in vars(base).items()
         if callable(value) and not name.startswith("__") and not isinstance(value, (staticmethod, classmethod))
     ]

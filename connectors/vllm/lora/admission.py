@@ -144,9 +144,12 @@ class AdapterAdmission:
         if digest is None:
             return False
         found = self._adapters[digest]
+        self._ledger.let_go_but(request.request_id, digest)  # of an id that stands for another content now
         if not (digest in self._ledger or self._fetch(found)):
             self._complain(request.request_id, adapter.lora_name, found)
             return False
+        if wait is not None and not wait.cause:  # it waited for what is here now; what comes is another wait
+            del self._waits[request.request_id]
         assert found.costs is not None
         answer, victims = self._ledger.ask(request.request_id, digest, found.costs, time.monotonic())
         if answer is Answer.NEVER:

@@ -106,6 +106,14 @@ class PageLedger:
         if self._head is not None and self._head[0] == request:
             self._head = None
 
+    def let_go_but(self, request: str, digest: str) -> None:
+        """A request that does not run wants this adapter alone: what it held before is of no use to it."""
+        for other in self._held.get(request, set()) - {digest}:
+            entry = self._entries[other]
+            entry.holders.discard(request)
+            entry.used = next(self._clock)
+            self._held[request].discard(other)
+
     def pin(self, digest: str, pinned: bool) -> None:
         """Keep an adapter that has pages, or let it go like any other."""
         if digest in self._entries:

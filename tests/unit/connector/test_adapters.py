@@ -227,6 +227,20 @@ def test_contents_of_an_id_are_numbered_and_blocks_of_another_number_are_stale(l
     assert loader.adapters.take_news()[1] == {2: 1}
 
 
+def test_what_began_upon_stale_blocks_was_not_computed_with_the_new_content(loader: Any, tmp_path: Path) -> None:
+    """Loaded in place between steps 6 and 7; in step 7 a request begins that was hashed before anybody knew."""
+    folder = write(tmp_path / "x", 1)
+    loader.load(request(folder))
+    loader.adapters.step = 6
+    loader.load(request(write(folder, 2)))
+    second = loader.adapters.digest(1)
+    loader.adapters.step = 7
+    assert loader.adapters.stale_blocks([Prefix(2, 1, (5,))]) == set()
+    assert loader.adapters.computed_with(1, second, 7)
+    assert loader.adapters.stale_blocks([Prefix(1, 1, (8, 9))]) == {8, 9}
+    assert [loader.adapters.computed_with(1, second, step) for step in (7, 8)] == [False, True]
+
+
 def test_each_load_of_unknown_content_is_another_content(loader: Any) -> None:
     for number in (1, 2, 3):
         loader.load(request("hub/name"))

@@ -79,6 +79,16 @@ def test_a_name_that_two_images_share_is_believed_for_neither(keys_of: Any) -> N
     assert keys_of(image(3, identifier="y"))
 
 
+def test_a_request_that_is_not_cached_puts_its_images_names_in_doubt_too(
+    driver: Any, make_request: Any, keys_of: Any
+) -> None:
+    """The engine keeps the encoder outputs of all requests."""
+    first = make_request("streams", 3 * CHUNK, mm_features=[image(2.0, identifier="shared")], resumable=True)
+    driver.side.on_new_request(first)
+    assert keys_of(image(1.0, identifier="shared")) is None
+    assert keys_of(image(3.0, identifier="its own")) is not None
+
+
 def test_a_request_under_way_is_stored_no_more_once_its_image_is_in_doubt(
     driver: Any, make_request: Any, keys_of: Any, eventually: Any
 ) -> None:

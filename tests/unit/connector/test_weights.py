@@ -35,9 +35,13 @@ class Runner:
 
 
 def make_worker() -> Any:
-    """A worker of a class of its own, as vLLM's is named, with a method that users mixed in."""
+    """A worker of a class of its own, as vLLM's is named, with methods that users mixed in, an inherited one too."""
 
-    class Mixin:
+    class Base:
+        def push_from_afar(self: Any) -> None:
+            self.model_runner.model.second.weight.data.add_(1)
+
+    class Mixin(Base):
         def push(self: Any) -> None:
             self.model_runner.model.second.weight.data.add_(1)
 
@@ -160,11 +164,14 @@ def test_whoever_calls_the_models_load_weights_changes_them(worker: Any, watch: 
     assert settled(watch)
 
 
-def test_what_a_mixed_in_method_changed_is_seen_before_the_next_step(worker: Any, watch: WeightsWatch) -> None:
+@pytest.mark.parametrize("method", ["push", "push_from_afar"])
+def test_what_a_mixed_in_method_changed_is_seen_before_the_next_step(
+    worker: Any, watch: WeightsWatch, method: str
+) -> None:
     worker.peek()
     watch.begin_step(2, check=False)
     assert watch.believes({})
-    worker.push()
+    getattr(worker, method)()
     watch.begin_step(3, check=False)
     assert not watch.believes({})
     assert watch.take_news() == {3: (watch.version, 2)}

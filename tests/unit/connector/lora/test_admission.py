@@ -270,6 +270,27 @@ def test_an_adapter_loaded_in_place_serves_new_requests_and_those_that_run(
     eventually(lambda: engine.runs("third"))
 
 
+@pytest.mark.parametrize("preempted", [False, True])
+def test_who_waits_keeps_no_pages_of_a_content_that_was_replaced(
+    url: str, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any, preempted: bool
+) -> None:
+    """The pool has room for one: a request that held on to what its id stood for would wait for itself."""
+    old, new, shape = make_adapter("given first", 4), make_adapter("given then", 4), make_shape()
+    engine = make_engine(url, make_shape(shape.cost(shape.place(old.ranks).elements)))
+    engine.knows(old, new)
+    engine.answers = preempted
+    engine.arrive("waits", lora(old))
+    eventually(lambda: engine.runs("waits") if preempted else engine.step() or engine.orders)
+    engine.admission.renew(lora(new, load_inplace=True))
+    if preempted:
+        engine.preempt("waits", lora(new))
+    else:
+        engine.waiting[0].lora_request = lora(new)
+    engine.answers = True
+    eventually(lambda: engine.runs("waits"), "it gets its pages")
+    assert engine.running["waits"] == new.digest
+
+
 def test_a_folder_whose_content_changed_is_loaded_in_place(
     url: str, make_engine: Any, make_adapter: Any, eventually: Any
 ) -> None:

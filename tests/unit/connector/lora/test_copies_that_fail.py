@@ -168,3 +168,26 @@ def test_a_pipeline_s_stages_admit_one_adapter(
     sizes = {part: ModuleSize(a.shape[0], a.shape[1], b.shape[0]) for part, (a, b) in adapter.matrices.items()}
     assert costs == tuple(stage.cost(stage.fit(sizes).elements) for stage in stages)
     assert sum(costs) <= whole.cost(whole.fit(sizes).elements) + 1
+
+
+def test_patience_with_copies_begins_with_the_first_that_fails(
+    url: str, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any
+) -> None:
+    """Waiting for the daemon, and for pages that others run on, is not counted."""
+    runs, waits, shape = make_adapter("has the pages", 4), make_adapter("waits for them", 4), make_shape()
+    engine = make_engine(url, make_shape(shape.cost(shape.place(runs.ranks).elements)), patience=1.0)
+    engine.knows(runs, waits)
+    engine.arrive("runs", LoRARequest("runs", 1, runs.path))
+    eventually(lambda: engine.runs("runs"))
+    engine.arrive("waits", LoRARequest("waits", 2, waits.path))
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        engine.step()
+        time.sleep(0.01)
+    engine.answers = False
+    engine.end("runs")
+    eventually(lambda: engine.step() or len(engine.orders) == 2)
+    engine.report(not_activated={2: "lease_lost"})
+    engine.answers = True
+    eventually(lambda: engine.runs("waits") or engine.failed)
+    assert not engine.failed
