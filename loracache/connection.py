@@ -105,7 +105,10 @@ class Connection:
     def begin(self) -> None:
         """Start to connect; `greeted` says when that is done. Does not wait. Raises Unavailable."""
         self.close()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise Unavailable(f"no socket can be opened for the daemon at {self._path}: {error.strerror}") from None
         try:
             sock.connect(self._path)
         except OSError as error:
@@ -140,6 +143,12 @@ class Connection:
         try:
             if self.map is None or greeting.instance != self.instance:
                 self.map = map_arena(fd, greeting.arena_size, greeting.instance)
+        except OSError as error:
+            sock.close()
+            raise Unavailable(
+                f"the arena of {greeting.arena_size} bytes of the daemon at {self._path} cannot be mapped: "
+                f"{error.strerror}"
+            ) from None
         finally:
             os.close(fd)
         self.instance = greeting.instance

@@ -32,7 +32,8 @@ class _Watch:
     def add(self, descriptor: int, hung_up: Callable[[], Any]) -> None:
         with self._lock:
             self._watched[descriptor] = weakref.WeakMethod(hung_up)
-            self._epoll.register(descriptor, select.EPOLLRDHUP)
+            # Once: a socket closed behind our back, which a forked child still has, could never be unregistered.
+            self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="loracache-hangups", daemon=True)
                 self._thread.start()

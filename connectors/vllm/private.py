@@ -70,9 +70,19 @@ def _folder_name(disk_path: str) -> str:
 
 def ensure_private_daemon(server: str, options: Options) -> None:
     """Start the daemon at `server` unless it runs; one that is ending is waited for. Raises ConfigError with what the
-    daemon said where it does not start, and where the running one works for another Redis.
+    daemon said where it does not start, where its files cannot be made, and where the running one works for another
+    Redis.
     """
-    path = Path(server.removeprefix("unix://"))
+    try:
+        _ensure(Path(server.removeprefix("unix://")), server, options)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"the private daemon at {server} cannot be started: {error}; "
+            "set XDG_RUNTIME_DIR to a folder that can be written and has room"
+        ) from error
+
+
+def _ensure(path: Path, server: str, options: Options) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.parent.stat().st_uid != os.getuid():
         raise ConfigError(f"{path.parent} belongs to another user; remove it or set XDG_RUNTIME_DIR")

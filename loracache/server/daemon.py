@@ -298,8 +298,8 @@ class Daemon:
         for writer in self.cache.writers:
             writer.io.close()
         self._control.close()
-        self._stack.close()
-        _log.info("ended")
-        if self.config.private:  # unless an engine is starting the next one
+        if self.config.private:  # unless an engine is starting the next one, which waits for the socket's lock
             start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in (".start", ".log", ".settings"))
             unlink_unless_locked(start, others)
+        self._stack.close()
+        _log.info("ended")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -109,6 +110,35 @@ def test_where_nobody_listens_the_message_says_how_to_start_one(short_tmp: Path,
         dead.close()
     with pytest.raises(Unavailable, match=rf"no LoRACache daemon answers at {path}.*loracache serve --socket {path}"):
         CacheClient(f"unix://{path}")
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "what"),
+    [
+        ("socket.socket", errno.EMFILE, "no socket can be opened"),
+        ("map_arena", errno.ENOMEM, "cannot be mapped"),
+        ("map_arena", errno.EMFILE, "cannot be mapped"),
+    ],
+)
+def test_a_process_without_room_for_a_connection_is_told_and_may_try_again(
+    server: Any, monkeypatch: Any, fails: str, error: int, what: str
+) -> None:
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        until_closed(sock)
+
+    def refuse(*_: object) -> Any:
+        raise OSError(error, os.strerror(error))
+
+    connection = Connection(server(handler), name="test")
+    with monkeypatch.context() as patched:
+        patched.setattr(f"loracache.connection.{fails}", refuse)
+        with pytest.raises(Unavailable, match=f"{what}.*: {os.strerror(error)}"):
+            connection.connect()
+        assert not connection.connected
+    connection.connect()
+    assert connection.connected
+    connection.close()
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,23 @@ def test_a_listener_is_not_kept_and_an_error_of_one_costs_no_other(eventually: A
         ours.close()
 
 
+def test_a_socket_that_a_child_still_has_and_nobody_closed_here_keeps_no_thread_busy(monkeypatch: Any) -> None:
+    listener = Listener()
+    ours, theirs = socket.socketpair()
+    in_the_child = os.dup(ours.fileno())
+    hangups.watch(ours.fileno(), listener.hung_up)
+    del listener
+    ours.close()
+    theirs.close()
+    time.sleep(0.1)
+    polls: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(hangups._watch, "_fire", polls.append)
+        time.sleep(0.2)
+    os.close(in_the_child)
+    assert not polls
+
+
 def test_a_forked_childs_connections_are_not_its_parents(daemon: Any, eventually: Any) -> None:
     serving = daemon()
     client = serving.client()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from loracache.connection import socket_path
 from loracache.connectors.vllm import private
 from loracache.connectors.vllm.options import Options
 from loracache.connectors.vllm.private import ensure_private_daemon, private_server
+from loracache.connectors.vllm.worker_link import WorkerLink
 from loracache.errors import ConfigError
 
 SMALL = Options(memory="16MiB")
@@ -304,6 +306,22 @@ def test_what_the_daemon_said_is_what_the_engine_says(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"did not start.*redis"):
         ensure_private_daemon(private_server("broken"), Options(memory="16MiB", redis="nonsense://host"))
     assert not processes(home)
+
+
+@pytest.mark.parametrize("full", ["write_text", "open", "mkdir"])
+def test_a_runtime_folder_that_takes_no_files_is_said_as_what_it_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    server = private_server("engine")
+    link = WorkerLink(server, "test", lambda: ensure_private_daemon(server, SMALL), "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, full, refuse)
+        with pytest.raises(ConfigError, match=r"engine.sock cannot be started: .*No space left.*XDG_RUNTIME_DIR"):
+            ensure_private_daemon(server, SMALL)
+        assert not link.ready()  # an engine that runs goes on without
 
 
 def test_a_folder_of_somebody_else_is_not_trusted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
