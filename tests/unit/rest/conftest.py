@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -161,7 +162,15 @@ class Page:
     def click(self, css: str) -> None:
         self.find(css)
         self.script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", css)
-        self.find(css).click()
+        self.wait(lambda: self._clicked(css), f"{css} is clicked")
+
+    def _clicked(self, css: str) -> bool:
+        """False where the page wrote the element again between looking for it and the click."""
+        try:
+            self.find(css).click()
+        except StaleElementReferenceException:
+            return False
+        return True
 
     def wait(self, holds: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + _WAIT_S
