@@ -211,7 +211,7 @@ async def _serve(arguments: dict[str, Any], answers: Any) -> None:
     if transfer is not None and "server" not in transfer.kv_connector_extra_config:
         from loracache.connectors.vllm.private import private_server
 
-        server = private_server(transfer.engine_id)
+        server = private_server(transfer.engine_id, transfer.kv_connector_extra_config.get("disk_path", ""))
     answer({"server": server})
     loop = asyncio.get_running_loop()
     number = 0

@@ -112,7 +112,7 @@ def _private_server(engine: Any) -> str:
         return ""
     from loracache.connectors.vllm.private import private_server
 
-    return str(private_server(transfer.engine_id))
+    return str(private_server(transfer.engine_id, transfer.kv_connector_extra_config.get("disk_path", "")))
 
 
 async def _run(engine: Any, folder: str, load: dict[str, Any]) -> dict[str, Any]:
