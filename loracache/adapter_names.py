@@ -25,6 +25,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from loracache.errors import Unavailable, UsageError
+from loracache.folder import make_folder
 from loracache.keys import is_digest
 
 __all__ = ["AdapterNames", "NameRecord", "SharedNames", "check_name"]
@@ -119,13 +120,10 @@ class AdapterNames:
         """
         if self._folder is None:
             return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError):
-            raise
-        except OSError as error:
-            self._unmade = True
-            _log.warning("names are not kept in %s for now: %s", self._folder, error.strerror)
+        problem = make_folder(self._folder)
+        self._unmade = bool(problem)
+        if problem:
+            _log.warning("names are not kept in %s for now: %s", self._folder, problem)
         for path in self._folder.glob("*.json"):
             try:
                 record = NameRecord.decode(path.read_bytes(), self._key)

@@ -15,6 +15,7 @@ from pathlib import Path
 from sortedcontainers import SortedDict, SortedList
 
 from loracache.errors import UsageError
+from loracache.folder import make_folder
 from loracache.keys import Namespace
 
 __all__ = ["Namespaces"]
@@ -44,12 +45,9 @@ class Namespaces:
         """
         if self._folder is None:
             return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError):
-            raise
-        except OSError as error:
-            _log.warning("namespaces are not kept in %s for now: %s", self._folder, error.strerror)
+        problem = make_folder(self._folder)
+        if problem:
+            _log.warning("namespaces are not kept in %s for now: %s", self._folder, problem)
         for path in self._folder.glob("*.json"):
             try:
                 self._read(path.read_text())

@@ -30,6 +30,7 @@ Both:
     geometry.py     shards, chunk sizes, what can be cached at all
     private.py      the daemon of an engine that names none
     reports.py      carries what workers tell, heard once each
+    connectors_of.py  a scheduler's connectors, for patches of vLLM
     releases.py     which releases of vLLM we know
     outage.py       says once that the daemon is gone, and once that it is back
     worker_link.py  a worker thread's connection

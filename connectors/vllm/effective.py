@@ -109,8 +109,9 @@ def canonical(value: object, where: str, depth: int = 0) -> Any:
     return _object(value, where, depth)
 
 
-def config_classes() -> dict[str, tuple[str, ...]]:
-    """Names of all configuration classes reachable from VllmConfig, with their fields."""
+def config_classes(counted: bool = False) -> dict[str, tuple[str, ...]]:
+    """Names of all configuration classes reachable from VllmConfig, with their fields; of those only that fields which
+    count lead to where `counted` is set."""
     from vllm.config import VllmConfig
 
     found: dict[str, tuple[str, ...]] = {}
@@ -119,19 +120,19 @@ def config_classes() -> dict[str, tuple[str, ...]]:
         each = waiting.pop(0)
         if each.__name__ in found:
             continue
-        found[each.__name__] = tuple(field.name for field in dataclasses.fields(each))
-        hints = get_type_hints(each)
-        waiting += [leaf for field in dataclasses.fields(each) for leaf in _leaves(hints[field.name])]
+        fields = found[each.__name__] = tuple(field.name for field in dataclasses.fields(each))
+        hints, skipped = get_type_hints(each), _not_counted(each.__name__) if counted else frozenset()
+        waiting += [leaf for name in fields if name not in skipped for leaf in _leaves(hints[name])]
     return found
 
 
 def options_table() -> str:
     """The table of docs/vllm.md: which fields of the installed vLLM's configuration count."""
     lines = ["| class | in the identity where not the default | not in it |", "|---|---|---|"]
-    unreached = _unreached()
+    reached = config_classes(counted=True)
     for name, fields in config_classes().items():
         skipped = _not_counted(name)
-        if name in unreached:
+        if name not in reached:
             lines.append(f"| {name} | none | {', '.join(fields)} |")
             continue
         counted = ", ".join(field for field in fields if field not in skipped)
@@ -144,37 +145,18 @@ def options_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _unreached() -> set[str]:
-    """Classes that lie below fields that do not count only."""
-    from vllm.config import VllmConfig
-
-    reached: set[str] = set()
-    waiting: list[type] = [VllmConfig]
-    while waiting:
-        each = waiting.pop()
-        if each.__name__ in reached:
-            continue
-        reached.add(each.__name__)
-        hints, skipped = get_type_hints(each), _not_counted(each.__name__)
-        waiting += [leaf for name in _names(each) if name not in skipped for leaf in _leaves(hints[name])]
-    return set(config_classes()) - reached
-
-
-def _names(each: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(each)]
-
-
 def _leaves(hint: Any) -> Iterator[type]:
     """Configuration classes in a type hint."""
     inner = get_args(hint)
-    if not inner and isinstance(hint, type) and hint.__module__.startswith("vllm.config") and _has_fields(hint):
+    if (
+        not inner
+        and isinstance(hint, type)
+        and hint.__module__.startswith("vllm.config")
+        and dataclasses.is_dataclass(hint)
+    ):
         yield hint
     for each in inner:
         yield from _leaves(each)
-
-
-def _has_fields(each: type) -> bool:
-    return dataclasses.is_dataclass(each)
 
 
 @cache

@@ -1,21 +1,23 @@
-"""Keeps copies away from the KV cache while its memory is gone: vLLM's sleep unmaps it."""
+"""Gates that copies of blocks pass: shut for one store when its blocks are needed, and for all copies while the KV
+cache's memory is gone (vLLM's sleep unmaps it).
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
 
-__all__ = ["GatedCopier"]
+__all__ = ["Gate", "GatedCopier"]
 
 
-class GatedCopier(PageCopier):
-    """A PageCopier that can be shut, from any thread. Copies of a shut one raise Unavailable."""
+class Gate:
+    """Lets one copy pass at a time, and none once it is shut. Shut and opened from any thread."""
 
-    def __init__(self, layers: Any) -> None:
-        super().__init__(layers)
+    def __init__(self) -> None:
         self._copying = threading.Lock()
         self._open = True
 
@@ -26,11 +28,25 @@ class GatedCopier(PageCopier):
             pass
 
     def reopen(self) -> None:
-        """The memory is there again."""
+        """Copies may pass again."""
         self._open = True
 
-    def _run(self, *arguments: Any, **options: Any) -> None:
+    def run(self, copy: Callable[[], None]) -> bool:
+        """Run `copy`, for which `shut` waits. False where the gate is shut, or was meanwhile."""
         with self._copying:
-            if not self._open:
-                raise Unavailable("the engine's KV cache is asleep")
-            super()._run(*arguments, **options)
+            if self._open:
+                copy()
+            return self._open
+
+
+class GatedCopier(PageCopier):
+    """A PageCopier behind a gate. Copies raise Unavailable where it is shut."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__(layers)
+        self.gate = Gate()
+
+    def _run(self, *arguments: Any, **options: Any) -> None:
+        run = super()._run
+        if not self.gate.run(lambda: run(*arguments, **options)):
+            raise Unavailable("the engine's KV cache is asleep")

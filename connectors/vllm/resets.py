@@ -11,6 +11,8 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from loracache.connectors.vllm.connectors_of import connectors_of
+
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
@@ -93,15 +95,15 @@ def hook_scheduler_class() -> None:
 
     @functools.wraps(original)
     def reset_prefix_cache(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        connector = getattr(scheduler, "connector", None)
         manager = getattr(scheduler, "kv_cache_manager", None)
-        for one in [connector, *getattr(connector, "_connectors", ())]:
+        connectors = connectors_of(scheduler)
+        for one in connectors:
             before = getattr(one, "before_prefix_cache_reset", None)
             if before is not None:
                 # Inside a MultiConnector others may be reading the same blocks: they stay.
-                before(manager if one is connector else None)
+                before(manager if one is connectors[0] else None)
         done = original(scheduler, *args, **kwargs)
-        for one in [connector, *getattr(connector, "_connectors", ())]:
+        for one in connectors:
             after = getattr(one, "after_prefix_cache_reset", None)
             if after is not None and done:
                 after()

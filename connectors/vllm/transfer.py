@@ -21,6 +21,7 @@ from typing import Any
 from loracache import protocol
 from loracache.connection import Reply
 from loracache.connectors.vllm.cores import leave_pinned_core
+from loracache.connectors.vllm.gate import Gate
 from loracache.connectors.vllm.messages import Load, Store
 from loracache.connectors.vllm.worker_link import WorkerLink
 from loracache.errors import LoRACacheError, Rejected, Unavailable
@@ -218,26 +219,12 @@ class Loader:
 
 
 class StoreJob:
-    """A store on its way. `cancel` returns only when no byte of its blocks will be read any more."""
+    """A store on its way. Shutting its gate gives it up: no byte of its blocks is read any more when that returns."""
 
     def __init__(self, store: Store, after: Any = None) -> None:
         self.store = store
         self.after = after  # a CUDA event: the blocks are written once it has happened
-        self._lock = threading.Lock()
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """Give the store up; blocks for the copy of one chunk at most."""
-        self._cancelled = True  # before waiting: the lock is not fair, and the next copy could begin first
-        with self._lock:
-            pass
-
-    def run_unless_cancelled(self, copy: Callable[[], None]) -> bool:
-        """Run `copy`, during which `cancel` waits. False where the job is cancelled."""
-        with self._lock:
-            if not self._cancelled:
-                copy()
-            return not self._cancelled
+        self.gate = Gate()
 
 
 class Storer:
@@ -339,7 +326,7 @@ class Storer:
                 continue
             blocks = chunk.blocks
             payload = self._link.connection.buffers(item, self._block_bytes * len(blocks))
-            if not job.run_unless_cancelled(lambda: self._copier.gather(blocks, payload, job.after)):  # noqa: B023
+            if not job.gate.run(lambda: self._copier.gather(blocks, payload, job.after)):  # noqa: B023
                 causes["cancelled"] = causes.get("cancelled", 0) + 1
                 return []
             written.append((key, checksum(payload)))

@@ -134,7 +134,7 @@ class WorkerSide:
             with self._lock:
                 jobs = list(self._storing.get(request_id, ()))
             for job in jobs:
-                job.cancel()
+                job.gate.shut()
         if plan.freed:
             self._start(self._take(plan, [store for store in plan.stores if store.request_id in plan.freed]))
             self._end_stores(plan.freed)
@@ -220,13 +220,13 @@ class WorkerSide:
             storing = set(self._storing)
         self._end_stores(storing)
         for copier in self._copiers:
-            copier.shut()
+            copier.gate.shut()
         self._fail_loads(set(self._not_yet_run), "asleep")
 
     def return_to_blocks(self) -> None:
         """It is back, at the same addresses."""
         for copier in self._copiers:
-            copier.reopen()
+            copier.gate.reopen()
 
     def close(self) -> None:
         """End the threads; what is queued for storing is finished first."""
@@ -265,7 +265,7 @@ class WorkerSide:
             self._job_done.wait_for(lambda: request_ids.isdisjoint(self._storing), deadline - time.monotonic())
             late = [job for request_id in request_ids for job in self._storing.get(request_id, ())]
         for job in late:
-            job.cancel()
+            job.gate.shut()
 
     def _weights_changed(self) -> None:
         """What is loaded, or was and is not computed upon, is of the weights before."""

@@ -18,6 +18,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from loracache.connectors.vllm.connectors_of import connectors_of
 from loracache.connectors.vllm.lora.reload import forget_orders, tell_of_reloads
 from loracache.connectors.vllm.releases import unknown_release, vllm_version
 from loracache.errors import ConfigError
@@ -148,9 +149,7 @@ def _patch_scheduler(module: Any) -> None:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
-        connector: Any = getattr(self, "connector", None)
-        connectors: list[Any] = [connector, *getattr(connector, "_connectors", ())]
-        takers = [each for each in connectors if hasattr(each, "fail_requests_through")]
+        takers = [each for each in connectors_of(self) if hasattr(each, "fail_requests_through")]
         if takers and isinstance(getattr(self, "grammar_compile_error_reqs", None), set | dict):
             for taker in takers:
                 taker.fail_requests_through(_failer(self))

@@ -114,15 +114,15 @@ class PagePool:
     def matrix(self, adapter: Resident, row: int, matrix: int) -> list[torch.Tensor]:
         """Views of the pages that hold A (`matrix` 0) or B (1) of slice `row` of an adapter, in order. Raises
         UsageError where the adapter has no pages (any more), or no room for it on them."""
-        if not self.holds(adapter):
-            raise UsageError("an adapter was to be copied to pages that are not its own")
+        self.check_holds(adapter)
         if matrix not in (0, 1):
             raise UsageError(f"an adapter's slice has matrices 0 and 1, not {matrix}")
         return self._pieces(adapter, int(adapter.places[row, A_ADDRESS + matrix]), adapter.lengths[row][matrix])
 
-    def holds(self, adapter: Resident) -> bool:
-        """Whether these pages are the adapter's."""
-        return self._reserved.get(id(adapter)) is adapter
+    def check_holds(self, adapter: Resident) -> None:
+        """Raises UsageError where the adapter has no pages (any more)."""
+        if self._reserved.get(id(adapter)) is not adapter:
+            raise UsageError("an adapter was to be copied to pages that are not its own")
 
     def _pieces(self, adapter: Resident, address: int, elements: int) -> list[torch.Tensor]:
         """Views of the pages that hold `elements` of an adapter's address space from `address` on."""

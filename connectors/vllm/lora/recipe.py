@@ -92,8 +92,7 @@ def copy_plain(pool: PagePool, adapter: Resident, recipe: Recipe, payload: memor
     matrix is not as long as its place; nothing beside the adapter's pages is ever touched.
     """
     assert recipe.plain is not None
-    if not pool.holds(adapter):
-        raise UsageError("an adapter was to be copied to pages that are not its own")
+    pool.check_holds(adapter)
     source, target = np.frombuffer(payload, np.uint8), pool.bytes
     size = pool.shape.element_bytes
     places = adapter.places.tolist()

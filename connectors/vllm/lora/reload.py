@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from loracache.connectors.vllm.connectors_of import connectors_of
+
 __all__ = ["forget_orders", "tell_of_reloads"]
 
 
@@ -37,8 +39,7 @@ def tell_of_reloads(module: Any) -> None:
     @functools.wraps(stock)  # vLLM reads from its signature what to make of a message's arguments
     def add_lora(self: Any, lora_request: Any) -> Any:
         added = stock(self, lora_request)
-        connector = getattr(getattr(self, "scheduler", None), "connector", None)
-        for each in [connector, *getattr(connector, "_connectors", ())] if lora_request.load_inplace else ():
+        for each in connectors_of(getattr(self, "scheduler", None)) if lora_request.load_inplace else ():
             if hasattr(each, "adapter_reloaded"):
                 each.adapter_reloaded(lora_request)
         return added

@@ -49,12 +49,8 @@ def test_a_reset_of_caches_keeps_the_cache_and_lets_the_workers_look(driver: Any
     assert driver.keys(make_request("k", 2 * CHUNK)) == before
 
 
-def test_stores_planned_and_not_sent_when_the_news_comes_are_dropped(driver: Any, make_request: Any) -> None:
-    request = make_request("a", 2 * CHUNK)
-    driver.arrive(request)
-    driver.step({request: [0, 1, 2, 3]})
-    request.num_computed_tokens = 2 * CHUNK
-    assert driver.side.finished(request, [0, 1, 2, 3]) is True
+@pytest.mark.usefixtures("finished")
+def test_stores_planned_and_not_sent_when_the_news_comes_are_dropped(driver: Any) -> None:
     change(driver)
     plan = driver.step()
     assert (plan.stores, plan.await_stores) == ([], {"a"})

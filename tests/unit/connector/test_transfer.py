@@ -293,11 +293,11 @@ def test_after_cancel_no_byte_of_the_blocks_is_read(daemon: Any, make_worker: An
 
     monkeypatch.setattr(worker.storer._copier, "gather", watched)
     job, later = worker.store_job((0, (0, 1)), (1, (2, 3))), worker.store_job((0, (4, 5)))
-    later.cancel()
+    later.gate.shut()
     worker.storer.submit(job)
     worker.storer.submit(later)
     assert inside.wait(5)
-    canceller = threading.Thread(target=job.cancel)
+    canceller = threading.Thread(target=job.gate.shut)
     canceller.start()
     canceller.join(0.1)
     assert canceller.is_alive()  # a copy is under way: its blocks may not be given away yet
