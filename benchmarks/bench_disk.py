@@ -34,7 +34,7 @@ from common import (
 
 from loracache.keys import checksum
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer
-from loracache.storage_backends.disk import DiskBackend
+from loracache.storage_backends.disk.backend import DiskBackend
 
 OBJECT_BYTES, OBJECTS = 4 * MIB, 31
 HEADER_BYTES = 4096

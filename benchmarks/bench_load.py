@@ -27,10 +27,10 @@ from common import (
 )
 
 from loracache import CacheClient
-from loracache.connectors.vllm.layout import read_layout
-from loracache.connectors.vllm.messages import ChunkBlocks, Load
-from loracache.connectors.vllm.pinned import prepare_mapping
-from loracache.connectors.vllm.transfer import Loader
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
+from loracache.connectors.vllm.link.pinned import prepare_mapping
+from loracache.connectors.vllm.worker.layout import read_layout
+from loracache.connectors.vllm.worker.transfer import Loader
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import checksum, object_key
 

@@ -21,8 +21,8 @@ from lora_activation import activation_rows, make_pool
 from lora_adapters import ADAPTERS, SLOT_BYTES, adapters_folder, zipf
 from lora_engine import LoRAEngine
 
-from loracache.adapters import Packing
-from loracache.peft import PeftFolder
+from loracache.adapters.payload import Packing
+from loracache.adapters.peft import PeftFolder
 
 SLOTS = 8
 CLIENTS = 16

@@ -35,7 +35,7 @@ from common import (
 
 from loracache.keys import checksum
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer
-from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis.backend import RedisBackend
 
 NBYTES = 64 * MIB
 WINDOW = 2

@@ -31,7 +31,7 @@ from common import (
 
 from loracache import CacheClient, Namespace
 from loracache.keys import salt_digest
-from loracache.server.rest.tokens import add_token, tokens_path
+from loracache.rest.tokens import add_token, tokens_path
 
 CHUNKS, CLIENTS = 500, 8
 OBJECTS = 200_000

@@ -17,7 +17,7 @@ from common import MIB, Daemon, Row, aligned_buffer, commit_objects, daemon, fre
 from loracache import CacheClient
 from loracache.keys import checksum
 from loracache.storage_backends.base import Kind, ObjectInfo, Transfer
-from loracache.storage_backends.disk import DiskBackend
+from loracache.storage_backends.disk.backend import DiskBackend
 
 PAGE, PAYLOAD = 4096, 1024
 FEW, MANY = 1_000, 200_000

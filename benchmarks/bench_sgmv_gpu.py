@@ -30,7 +30,7 @@ import triton
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from loracache.kernels import sgmv_triton
-from loracache.kernels.sgmv import A_ADDRESS, B_ADDRESS, PLACE_FIELDS, RANK, plan_tiles, round_up, tile_rows
+from loracache.kernels.tables import A_ADDRESS, B_ADDRESS, PLACE_FIELDS, RANK, plan_tiles, round_up, tile_rows
 
 SHAPES = {
     "qkv": (4096, (4096, 1024, 1024)),

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from loracache import CacheClient, protocol
+from loracache import CacheClient
 from loracache.errors import Unavailable
 from loracache.keys import Namespace, checksum
+from loracache.wire import protocol
 
 __all__ = [
     "MIB", "Daemon", "Row", "acquire_objects", "aligned_buffer", "bootstrap_ratio", "commit_objects", "daemon",

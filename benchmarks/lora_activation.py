@@ -13,9 +13,9 @@ from common import Row, aligned_buffer, daemon, interleaved, ratio_row, row, sec
 from lora_adapters import RANKS, SPEC
 from make_model import linear_shapes
 
-from loracache.connectors.vllm.lora.activation import Activator, Order
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape, choose_chunk, choose_page
-from loracache.connectors.vllm.lora.pool import PagePool
+from loracache.connectors.vllm.worker.lora.activation import Activator, Order
+from loracache.connectors.vllm.worker.lora.pool import PagePool
 
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 

@@ -14,7 +14,7 @@ import vllm.lora.model_manager as model_manager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.v1.worker.gpu_worker import Worker
 
-from loracache.kernels.sgmv import plan_tiles
+from loracache.kernels.tables import plan_tiles
 
 steps: list[float] = []
 swaps: list[float] = []

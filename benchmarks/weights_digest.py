@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from loracache.connectors.vllm.weight_files import DigestCache, FileState, Weights, content_digest
+from loracache.connectors.vllm.identity.weight_files import DigestCache, FileState, Weights, content_digest
 
 if __name__ == "__main__":
     files = tuple((Path(name), FileState.of(Path(name))) for name in sys.argv[1:])

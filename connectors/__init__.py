@@ -1,1 +1,4 @@
-"""Connectors: what plugs LoRACache into serving engines."""
+"""Connectors: what plugs LoRACache into serving engines.
+
+May import: nothing of ours
+"""

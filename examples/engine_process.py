@@ -209,7 +209,7 @@ async def _serve(arguments: dict[str, Any], answers: Any) -> None:
     transfer = engine.vllm_config.kv_transfer_config
     server = ""
     if transfer is not None and "server" not in transfer.kv_connector_extra_config:
-        from loracache.connectors.vllm.private import private_server
+        from loracache.connectors.vllm.common.private import private_server
 
         server = private_server(transfer.engine_id, transfer.kv_connector_extra_config.get("disk_path", ""))
     answer({"server": server})

@@ -110,7 +110,7 @@ def _private_server(engine: Any) -> str:
     transfer = engine.vllm_config.kv_transfer_config
     if transfer is None or "server" in transfer.kv_connector_extra_config:
         return ""
-    from loracache.connectors.vllm.private import private_server
+    from loracache.connectors.vllm.common.private import private_server
 
     return str(private_server(transfer.engine_id, transfer.kv_connector_extra_config.get("disk_path", "")))
 

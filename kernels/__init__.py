@@ -1,1 +1,5 @@
-"""Copy kernels that move pages between engine memory and the arena. Imports nothing of ours."""
+"""Kernels: copies of pages between engine memory and the arena, and SGMV over paged LoRA weights.
+
+May import: nothing of ours
+Threads: the caller's, on the caller's stream.
+"""

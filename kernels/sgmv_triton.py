@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from loracache.kernels.sgmv import A_ADDRESS, B_ADDRESS, NARROW_TILE, PLACE_FIELDS, RANK, round_up, tile_rows
+from loracache.kernels.tables import A_ADDRESS, B_ADDRESS, NARROW_TILE, PLACE_FIELDS, RANK, round_up, tile_rows
 
 __all__ = ["lora_embedding", "lora_linear"]
 

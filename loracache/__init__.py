@@ -10,7 +10,7 @@ __all__ = ["CacheClient", "Namespace", "__version__", "chunk_keys", "object_key"
 def __getattr__(name: str) -> object:
     """Load the client on first use: `import loracache` alone stays cheap."""
     if name == "CacheClient":
-        from loracache.client import CacheClient
+        from loracache.client.client import CacheClient
 
         return CacheClient
     if name in ("Namespace", "chunk_keys", "object_key"):

@@ -1,6 +1,6 @@
 """`python -m loracache` is `loracache`."""
 
-from loracache.cli import main
+from loracache.cli.app import main
 
 if __name__ == "__main__":
     main()

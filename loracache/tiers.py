@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from loracache.errors import UsageError
 
-__all__ = ["Tier", "labels"]
+__all__ = ["Tier", "labels", "tier_state"]
 
 
 class Tier(enum.IntEnum):
@@ -37,3 +38,12 @@ _LABELS = tuple(tier.label for tier in Tier)
 def labels(tiers: bytes) -> tuple[str, ...]:
     """The names of tiers, one byte each. Raises IndexError where one is none."""
     return tuple([_LABELS[tier] for tier in tiers])  # a list first: half the time of a generator
+
+
+def tier_state(tier: dict[str, Any]) -> str:
+    """How much a tier is in use, in two words, from its part of a daemon's status."""
+    if not tier.get("available", True):
+        return "not in use"
+    if not tier.get("writable", True):
+        return "read only"
+    return "in part" if tier.get("reason") else "ok"

@@ -19,19 +19,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from loracache.connectors.vllm.geometry import uncacheable
+from loracache.connectors.vllm.common.geometry import uncacheable
+from loracache.connectors.vllm.common.messages import Facts, StepPlan
+from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.common.patches import problem
+from loracache.connectors.vllm.common.private import private_server
+from loracache.connectors.vllm.common.releases import unknown_release
+from loracache.connectors.vllm.common.reports import Inbox, Outbox
 from loracache.connectors.vllm.hit_sources import hits_by_source
-from loracache.connectors.vllm.identity import ModelIdentity
-from loracache.connectors.vllm.link import SchedulerLink
-from loracache.connectors.vllm.lora import plugin
-from loracache.connectors.vllm.messages import Facts, StepPlan
-from loracache.connectors.vllm.options import Options
-from loracache.connectors.vllm.private import private_server
-from loracache.connectors.vllm.releases import unknown_release
-from loracache.connectors.vllm.reports import Inbox, Outbox
-from loracache.connectors.vllm.resets import hook_scheduler_class
-from loracache.connectors.vllm.scheduler import SchedulerSide
-from loracache.connectors.vllm.worker import WorkerSide
+from loracache.connectors.vllm.identity.model import ModelIdentity
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler.resets import hook_scheduler_class
+from loracache.connectors.vllm.scheduler.side import SchedulerSide
+from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._take_facts(metadata.values())
 
     def fail_requests_through(self, fail: Callable[[str], None]) -> None:
-        """Take vLLM's way to end a request with an error (lora/plugin.py)."""
+        """Take vLLM's way to end a request with an error (plugin.py)."""
         if self._scheduler is not None:
             self._scheduler.admission.fail = fail
 
@@ -281,7 +281,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
 
 def _check_release(options: Options, role: KVConnectorRole) -> None:
     """A release that nobody has tried may cache: how KV lies is read from its tensors. It may not have a pool."""
-    why = plugin.problem() if options.lora_pool else ""
+    why = problem() if options.lora_pool else ""
     if why:
         raise ConfigError(f"kv_connector_extra_config: lora_pool is set, but {why}; leave lora_pool out")
     unknown = unknown_release()

@@ -18,10 +18,10 @@ import pytest
 import xxhash
 
 from loracache.storage_backends.base import ALIGNMENT, Kind, ObjectInfo, Outcome, StorageBackend, Transfer, padded
-from loracache.storage_backends.disk import DiskBackend
+from loracache.storage_backends.disk.backend import DiskBackend
 from loracache.storage_backends.memory import MemoryBackend
-from loracache.storage_backends.redis import RedisBackend
-from loracache.storage_backends.redis_names import RedisNames
+from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.names import RedisNames
 
 SEGMENT = 256 << 10  # small, so that objects of a test have several
 _numbers = itertools.count()

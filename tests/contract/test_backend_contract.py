@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend, Transfer
-from loracache.storage_backends.disk import DiskBackend
+from loracache.storage_backends.disk.backend import DiskBackend
 from loracache.storage_backends.memory import MemoryBackend
-from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis.backend import RedisBackend
 
 OK, MISS, CORRUPT, FAILED = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FAILED
 SIZES = [0, 1, 4095, 4096, 4097, 256 << 10, (256 << 10) + 1, (1 << 20) + 1, 3 << 20]

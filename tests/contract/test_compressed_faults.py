@@ -13,11 +13,13 @@ import pytest
 import xxhash
 import zstandard
 
-from loracache.storage_backends import codec, header, manifest
+from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ALIGNMENT, Outcome, Transfer, padded
 from loracache.storage_backends.codec import Kept
-from loracache.storage_backends.disk import DiskBackend
-from loracache.storage_backends.redis import RETIRED_S, RedisBackend
+from loracache.storage_backends.disk import manifest
+from loracache.storage_backends.disk.backend import DiskBackend
+from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.commands import RETIRED_S
 
 OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
 KEY = b"k" * 32

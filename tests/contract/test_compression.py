@@ -17,7 +17,7 @@ import pytest
 from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend, Transfer
 from loracache.storage_backends.codec import PLANES
 from loracache.storage_backends.memory import MemoryBackend
-from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis.backend import RedisBackend
 
 OK, MISS, FAILED = Outcome.OK, Outcome.MISS, Outcome.FAILED
 SIZES = [0, 1, 4095, 4096, 9001, (1 << 20) + 3, 5 << 20]
@@ -155,8 +155,8 @@ REWRITE_FOR_EVER = """
 import itertools, mmap, random, sys
 import xxhash
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Transfer, padded
-from loracache.storage_backends.disk import DiskBackend
-from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.disk.backend import DiskBackend
+from loracache.storage_backends.redis.backend import RedisBackend
 which, where, seed, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 backend = DiskBackend(where) if which == "disk" else RedisBackend(where, segment_bytes=1 << 18)
 content = bytes(byte & 15 for byte in random.Random(seed).randbytes(size))

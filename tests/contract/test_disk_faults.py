@@ -17,7 +17,7 @@ from loracache.errors import ConfigError
 from loracache.storage_backends import header
 from loracache.storage_backends.base import Outcome, Transfer
 from loracache.storage_backends.codec import Kept
-from loracache.storage_backends.disk import DiskBackend
+from loracache.storage_backends.disk.backend import DiskBackend
 
 OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
 MANIFEST_HEADER = 32
@@ -97,7 +97,7 @@ def test_no_space_and_no_quota_are_full(
     def refuse(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("loracache.storage_backends.disk.os.pwritev", refuse)
+    monkeypatch.setattr("loracache.storage_backends.disk.backend.os.pwritev", refuse)
     (result,) = backend.store([stored])
     assert result.outcome is FULL
     assert os.strerror(code) in result.detail
@@ -114,8 +114,8 @@ def test_short_reads_and_writes_are_carried_on(disk: Any, objects: Any, monkeypa
     def read_little(fd: int, views: list[memoryview], offset: int) -> int:
         return read(fd, [views[0][:8192]], offset)
 
-    monkeypatch.setattr("loracache.storage_backends.disk.os.pwritev", write_little)
-    monkeypatch.setattr("loracache.storage_backends.disk.os.preadv", read_little)
+    monkeypatch.setattr("loracache.storage_backends.disk.backend.os.pwritev", write_little)
+    monkeypatch.setattr("loracache.storage_backends.disk.backend.os.preadv", read_little)
     objects.store(backend, [stored])
     assert objects.holds(backend, stored)
 
@@ -129,7 +129,7 @@ def test_a_write_that_ends_early_is_full_and_not_taken_for_whole(
     def write_once(fd: int, views: list[memoryview], offset: int) -> int:
         return 0 if offset else write(fd, [views[0][:8192]], offset)
 
-    monkeypatch.setattr("loracache.storage_backends.disk.os.pwritev", write_once)
+    monkeypatch.setattr("loracache.storage_backends.disk.backend.os.pwritev", write_once)
     assert [result.outcome for result in backend.store([stored])] == [FULL]
     assert folder.files() == []
 
@@ -142,7 +142,7 @@ def test_a_read_error_fails_and_deletes_nothing(disk: Any, objects: Any, monkeyp
         raise OSError(errno.EIO, "refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracache.storage_backends.disk.os.preadv", refuse)
+        patch.setattr("loracache.storage_backends.disk.backend.os.preadv", refuse)
         assert objects.load(backend, stored) is Outcome.FAILED
     assert objects.holds(backend, stored)
 

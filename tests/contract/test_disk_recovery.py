@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from loracache.storage_backends import manifest
 from loracache.storage_backends.base import Outcome
-from loracache.storage_backends.disk import DiskBackend
+from loracache.storage_backends.disk import manifest
+from loracache.storage_backends.disk.backend import DiskBackend
 
 OK, MISS = Outcome.OK, Outcome.MISS
 MANIFEST_HEADER = 32
@@ -181,7 +181,7 @@ def test_an_unwritable_manifest_fails_no_item_and_catches_up(
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, "refused")
 
-    monkeypatch.setattr("loracache.storage_backends.manifest.os.write", refuse)
+    monkeypatch.setattr("loracache.storage_backends.disk.manifest.os.write", refuse)
     objects.store(backend, [first])
     monkeypatch.undo()
     objects.store(backend, [second])

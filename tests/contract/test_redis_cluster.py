@@ -12,9 +12,9 @@ import pytest
 
 from loracache.errors import ConfigError, Unavailable
 from loracache.storage_backends.base import Outcome, Transfer
-from loracache.storage_backends.redis import RedisBackend
-from loracache.storage_backends.redis_names import RedisNames
-from loracache.storage_backends.redis_slots import slot_of
+from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.names import RedisNames
+from loracache.storage_backends.redis.slots import slot_of
 
 OK, MISS, UNAVAILABLE = Outcome.OK, Outcome.MISS, Outcome.UNAVAILABLE
 

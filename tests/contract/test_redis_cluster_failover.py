@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from loracache.errors import Unavailable
-from loracache.storage_backends import redis_cluster as redis_cluster_module
 from loracache.storage_backends.base import Outcome
-from loracache.storage_backends.redis import RedisBackend
-from loracache.storage_backends.redis_names import RedisNames
-from loracache.storage_backends.redis_slots import slot_of
+from loracache.storage_backends.redis import cluster as redis_cluster_module
+from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.names import RedisNames
+from loracache.storage_backends.redis.slots import slot_of
 
 OK, UNAVAILABLE = Outcome.OK, Outcome.UNAVAILABLE
 

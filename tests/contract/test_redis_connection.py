@@ -16,7 +16,7 @@ import pytest
 
 from loracache.errors import ConfigError
 from loracache.storage_backends.base import Outcome
-from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis.backend import RedisBackend
 
 OK, MISS, FULL, UNAVAILABLE = Outcome.OK, Outcome.MISS, Outcome.FULL, Outcome.UNAVAILABLE
 SECRET = "s3cr3t@word"

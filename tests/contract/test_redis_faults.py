@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loracache.storage_backends.base import Outcome, Transfer
-from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis.backend import RedisBackend
 
 OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
 

@@ -14,8 +14,8 @@ import pytest
 
 from loracache.errors import ConfigError, Unavailable
 from loracache.storage_backends.base import Outcome, Standing
-from loracache.storage_backends.redis import RedisBackend
-from loracache.storage_backends.redis_names import RedisNames
+from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.names import RedisNames
 
 SECRET, QUOTED = "0p3n-s3cr3t@/word", "0p3n-s3cr3t%40%2Fword"
 RIGHTS = ["get", "mget", "set", "unlink", "expire", "hget", "hgetall", "hset", "hsetnx"]  # as docs/operations.md says

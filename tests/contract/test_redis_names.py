@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from loracache.adapter_names import AdapterNames
+from loracache.adapters.names import AdapterNames
 from loracache.errors import Unavailable
-from loracache.storage_backends.redis_names import RedisNames
+from loracache.storage_backends.redis.names import RedisNames
 
 SECRET, QUOTED = "s3cr3t@word", "s3cr3t%40word"
 HASH = "loracache:adapters"

@@ -13,8 +13,8 @@ import redis as redis_client
 
 from loracache.errors import ConfigError, Unavailable
 from loracache.storage_backends.base import Outcome
-from loracache.storage_backends.redis import RedisBackend
-from loracache.storage_backends.redis_names import RedisNames
+from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.names import RedisNames
 
 OK, MISS, UNAVAILABLE = Outcome.OK, Outcome.MISS, Outcome.UNAVAILABLE
 SECRET, SENTINEL_SECRET = "s3cr3t", "s3ntin3l"

@@ -16,8 +16,8 @@ import pytest
 
 from loracache.errors import ConfigError, Unavailable
 from loracache.storage_backends.base import Outcome
-from loracache.storage_backends.redis import RedisBackend
-from loracache.storage_backends.redis_names import RedisNames
+from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.names import RedisNames
 
 OK, UNAVAILABLE = Outcome.OK, Outcome.UNAVAILABLE
 SECRET = "s3cr3t"
@@ -130,7 +130,7 @@ def test_a_file_that_is_not_there_is_named(name: str) -> None:
 AT_A_TERMINAL = """
 import fcntl, pty, sys, termios
 from loracache.errors import ConfigError
-from loracache.storage_backends.redis import RedisBackend
+from loracache.storage_backends.redis.backend import RedisBackend
 fcntl.ioctl(pty.openpty()[1], termios.TIOCSCTTY, 0)
 try:
     RedisBackend(sys.argv[1]).check()

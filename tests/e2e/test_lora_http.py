@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loracache.adapters import adapter_digest
+from loracache.adapters.payload import adapter_digest
 
 ROUNDING = 1e-3
 

@@ -19,7 +19,7 @@ class WeightsExtension:
         """How long a look at the weights takes."""
         import time
 
-        from loracache.connectors.vllm.fingerprint import weights_fingerprint
+        from loracache.connectors.vllm.worker.fingerprint import weights_fingerprint
 
         started = time.perf_counter()
         weights_fingerprint([self.model_runner.get_model()])

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from loracache import CacheClient, Namespace, protocol
+from loracache import CacheClient, Namespace
 from loracache.errors import Unavailable
+from loracache.wire import protocol
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
 MIB = 1 << 20

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from loracache import tier_io
-from loracache.arena import Arena
-from loracache.cache import Acquired, TieredCache
-from loracache.index import Node
+from loracache.cache.eviction import Evicted
+from loracache.cache.state.arena import Arena
+from loracache.cache.state.index import Node
+from loracache.cache.state.leases import Writing
+from loracache.cache.tier import io as tier_io
+from loracache.cache.tiered import Acquired, TieredCache
 from loracache.keys import checksum
-from loracache.leases import Writing
-from loracache.removal import Evicted
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.memory import MemoryBackend
 from loracache.tiers import Tier

@@ -3,92 +3,99 @@
 from __future__ import annotations
 
 import ast
-import functools
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import pytest
+import rooms  # scripts/rooms.py
 
 ROOT = Path(__file__).parents[2]
-HOUSES = ("connectors", "storage_backends", "kernels")
-CODE = ("loracache", *HOUSES, "examples", "benchmarks", "tests")
+CODE = ("loracache", "connectors", "storage_backends", "kernels", "examples", "benchmarks", "scripts", "tests")
 FILE_LINES, FUNCTION_LINES = 400, 60
-COMMON = {"errors", "config", "keys"}
 GPU_LIBRARIES = {"torch", "vllm", "cupy", "cupyx", "triton", "transformers", "lmcache"}
 BANNED_IMPORTS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
 BANNED_CALLS = {"eval", "exec"}
 
-# Whatever the importer reaches, through any number of modules, is never one of these rooms.
-NEVER_REACHES = {
-    "storage_backends": {"index", "cache", "arena", "policy", "client", "server", "cli"},
-    "client": {"index", "cache", "arena", "policy", "server", "cli", "storage_backends"},
-    "cache": {"client", "server", "cli"},
-    "index": {"cache", "client", "server", "cli"},
-    "arena": {"cache", "index", "policy", "client", "server", "cli"},
-    "policy": {"cache", "client", "server", "cli"},
-    "server": {"cli"},
+# All that each room may lead to, through any number of modules; no more and no less. "vllm" is connectors.vllm. A new
+# arrow is a decision: write it here, and in the "May import" line of the room's __init__.
+REACHES = {
+    "loracache": "client errors keys mapping tiers wire",
+    "adapters": "errors folder keys",
+    "cache": "cache.policy cache.state cache.tier errors free_pages mapping storage_backends tiers tracing",
+    "cache.policy": "cache.state errors free_pages mapping storage_backends tiers",
+    "cache.state": "errors free_pages mapping storage_backends tiers",
+    "cache.tier": "cache.policy cache.state errors free_pages mapping storage_backends tiers tracing",
+    "cli": (
+        "adapters cache cache.policy cache.state cache.tier client config control daemon errors folder "
+        "free_pages keys loracache mapping namespaces rest storage_backends storage_backends.disk "
+        "storage_backends.redis tiers tracing wire"
+    ),
+    "client": "errors keys mapping tiers wire",
+    "config": "errors",
+    "connectors": "",
+    "vllm": (
+        "adapters client config errors free_pages kernels keys mapping tiers vllm.common vllm.frontend "
+        "vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora vllm.worker vllm.worker.lora "
+        "wire"
+    ),
+    "vllm.common": "adapters client config errors kernels keys mapping vllm.lora wire",
+    "vllm.frontend": "client config errors keys mapping vllm.common vllm.lora wire",
+    "vllm.identity": "errors vllm.common",
+    "vllm.link": "client errors keys mapping tiers wire",
+    "vllm.lora": "adapters errors kernels",
+    "vllm.scheduler": (
+        "adapters client config errors kernels keys mapping tiers vllm.common vllm.link vllm.lora "
+        "vllm.scheduler.lora wire"
+    ),
+    "vllm.scheduler.lora": "adapters client errors kernels keys mapping tiers vllm.common vllm.link vllm.lora wire",
+    "vllm.worker": (
+        "adapters client config errors free_pages kernels keys mapping tiers vllm.common vllm.link vllm.lora "
+        "vllm.worker.lora wire"
+    ),
+    "vllm.worker.lora": (
+        "adapters client config errors free_pages kernels keys mapping vllm.common vllm.link vllm.lora wire"
+    ),
+    "control": (
+        "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys mapping namespaces "
+        "storage_backends tiers tracing wire"
+    ),
+    "daemon": (
+        "adapters cache cache.policy cache.state cache.tier client config control errors folder free_pages "
+        "keys loracache mapping namespaces rest storage_backends storage_backends.disk storage_backends.redis "
+        "tiers tracing wire"
+    ),
+    "errors": "",
+    "folder": "",
+    "free_pages": "",
+    "kernels": "",
+    "keys": "errors",
+    "mapping": "",
+    "namespaces": "errors folder keys",
+    "rest": "adapters client config errors folder keys loracache mapping tiers tracing wire",
+    "storage_backends": "errors",
+    "storage_backends.disk": "errors storage_backends",
+    "storage_backends.redis": "adapters errors folder keys storage_backends",
+    "tiers": "errors",
+    "tracing": "errors",
+    "wire": "errors keys",
 }
 
 
-@functools.cache
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), filename=str(path))
+house = rooms.House.read(ROOT)
+parse = rooms.parse
 
 
-@functools.cache
-def sources() -> dict[str, Path]:
-    """Our modules by dotted name, each once: the symlinks in loracache/ are not followed."""
-    found = {}
-    for top in ("loracache", *HOUSES):
-        for path in sorted((ROOT / top).rglob("*.py")):
-            relative = path.relative_to(ROOT)
-            if top == "loracache" and relative.parts[1] in HOUSES:
-                continue
-            name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            found[name if top == "loracache" else f"loracache.{name}"] = path
-    return found
+def modules_of(room: str) -> list[str]:
+    return [module for module in house.sources if house.room(module) == room]
 
 
-def room(module: str) -> str:
-    """The part after "loracache.": "server" for loracache.server.rest, "" for loracache itself."""
+def top(module: str) -> str:
+    """The part after "loracache."."""
     return module.partition(".")[2].partition(".")[0]
 
 
-def absolute(module: str, node: ast.ImportFrom) -> str:
-    if not node.level:
-        return node.module or ""
-    package = module.split(".") if sources()[module].name == "__init__.py" else module.split(".")[:-1]
-    return ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
-
-
-def imports(module: str) -> Iterator[str]:
-    """Dotted names that `module` imports anywhere, inside functions and under TYPE_CHECKING too."""
-    for node in ast.walk(parse(sources()[module])):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            origin = absolute(module, node)
-            for alias in node.names:
-                name = f"{origin}.{alias.name}"
-                yield name if name in sources() else origin
-
-
-@functools.cache
-def arrows() -> dict[str, frozenset[str]]:
-    """Module -> modules of ours that it imports."""
-    return {module: frozenset(set(imports(module)) & sources().keys() - {module}) for module in sources()}
-
-
-def reached(start: str) -> dict[str, str]:
-    """Every module that `start` leads to, and through which one it was found."""
-    found, waiting = {start: ""}, [start]
-    while waiting:
-        current = waiting.pop()
-        for target in arrows()[current]:
-            if target not in found:
-                found[target] = current
-                waiting.append(target)
-    return found
+def short(room: str) -> str:
+    return room.replace("connectors.vllm", "vllm") or "loracache"
 
 
 def everything() -> list[Path]:
@@ -96,56 +103,75 @@ def everything() -> list[Path]:
     return sorted({path.resolve() for path in found})
 
 
-@pytest.mark.parametrize("importer", sorted(NEVER_REACHES))
-def test_arrows_run_one_way(importer: str) -> None:
-    for module in sources():
-        if room(module) != importer:
+@pytest.mark.parametrize("room", sorted(house.rooms))
+def test_a_room_leads_where_the_list_says_and_nowhere_else(room: str) -> None:
+    if room == "__main__":
+        return
+    found: dict[str, str] = {}
+    for module in modules_of(room):
+        for target in house.reach(module):
+            found.setdefault(short(house.room(target)), f"{module} -> ... -> {target}")
+    found.pop(short(room), None)
+    allowed = set(REACHES.get(short(room), "").split())
+    assert not (wrong := {name: way for name, way in found.items() if name not in allowed}), f"{room} leads to {wrong}"
+    assert not allowed - found.keys(), f"{room} no longer leads to {allowed - found.keys()}: take that off the list"
+
+
+def test_every_room_says_what_it_is_for_what_it_may_import_and_its_threads() -> None:
+    ground = rooms.ground(house)
+    for room, targets in house.rooms.items():
+        if room in ground or not room:
             continue
-        found = reached(module)
-        wrong = [f"{name} (through {by})" for name, by in found.items() if room(name) in NEVER_REACHES[importer]]
-        assert not wrong, f"{module} reaches {wrong}"
+        lines = (rooms.ast.get_docstring(parse(house.sources[f"loracache.{room}"])) or "").splitlines()
+        text = " ".join(" ".join(lines).split())
+        assert len(lines) <= 10, f"{room}: say it shorter"
+        said = re.search(r"May import: ([\w., ]+?)(?: Threads:|$)", text)
+        assert said, f"{room}/__init__.py does not say what it may import"
+        listed = set() if said[1] == "nothing of ours" else set(said[1].rstrip(".").split(", "))
+        assert listed == targets - {""}, f"{room}/__init__.py: it imports {sorted(targets - {''})}"
+        assert "Threads: " in text or room == "connectors", f"{room}/__init__.py does not say which threads come there"
 
 
-def test_connectors_use_the_client_and_the_kernels_only() -> None:
-    # The client's side of the socket, what reads adapters, and the allocator: nothing that holds cached state.
-    client_side = {"client", "connection", "protocol", "mapping", "tiers", "adapters", "peft", "free_pages"}
-    allowed = {"", "kernels", "connectors", *client_side, *COMMON}
-    for module in sources():
-        if room(module) == "connectors":
-            wrong = [target for target in arrows()[module] if room(target) not in allowed]
-            assert not wrong, f"{module} imports {wrong}; connectors talk to the daemon as its clients"
+def test_no_room_and_no_module_leads_to_itself() -> None:
+    assert rooms.circles(house.rooms) == []
+    assert rooms.circles(house.arrows) == []
+
+
+def test_arrows_are_read_from_functions_type_checking_and_relative_imports(tmp_path: Path) -> None:
+    (tmp_path / "loracache" / "one").mkdir(parents=True)
+    for name in ("loracache/__init__.py", "loracache/one/__init__.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "loracache" / "one" / "a.py").write_text("def f():\n    from loracache.two import b\n")
+    (tmp_path / "loracache" / "two.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .one import a\n"
+    )
+    small = rooms.House.read(tmp_path)
+    assert rooms.circles(small.arrows) == [["loracache.one.a", "loracache.two"]]
+    assert small.rooms["two"] == {"one"}
 
 
 def test_kernels_import_nothing_of_ours() -> None:
-    for module in sources():
-        if room(module) == "kernels":
-            wrong = [name for name in imports(module) if name.split(".")[0] == "loracache" and room(name) != "kernels"]
+    for module in house.sources:
+        if top(module) == "kernels":
+            ours = [name for name in house.imports(module) if name.split(".")[0] == "loracache"]
+            wrong = [name for name in ours if top(name) != "kernels"]
             assert not wrong, f"{module} imports {wrong}"
 
 
 def test_loracache_itself_knows_neither_connectors_nor_kernels_nor_gpu_libraries() -> None:
-    for module in sources():
-        if room(module) in {"connectors", "kernels"}:
+    for module in house.sources:
+        if top(module) in {"connectors", "kernels"}:
             continue
-        for name in imports(module):
-            assert room(name) not in {"connectors", "kernels"} or not name.startswith("loracache."), f"{module}: {name}"
-            if room(module) != "storage_backends":
+        for name in house.imports(module):
+            assert top(name) not in {"connectors", "kernels"} or not name.startswith("loracache."), f"{module}: {name}"
+            if top(module) != "storage_backends":
                 assert name.split(".")[0] not in GPU_LIBRARIES, f"{module} imports {name}"
 
 
 def test_our_code_is_imported_under_loracache_only() -> None:
-    for module in sources():
-        wrong = [name for name in imports(module) if name.split(".")[0] in HOUSES]
+    for module in house.sources:
+        wrong = [name for name in house.imports(module) if name.split(".")[0] in rooms.HOUSES]
         assert not wrong, f"{module} imports {wrong}; write loracache.{wrong[0] if wrong else ''}"
-
-
-def test_no_room_imports_itself_through_another() -> None:
-    for module in sources():
-        for target in arrows()[module]:
-            if room(target) == room(module) or not room(module):
-                continue
-            back = [name for name in reached(target) if room(name) == room(module)]
-            assert not back, f"{module} -> {target} -> ... -> {back[0] if back else ''}"
 
 
 def test_files_stay_readable_in_one_sitting() -> None:

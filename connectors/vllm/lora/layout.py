@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loracache.adapters import ModuleSize
+from loracache.adapters.payload import ModuleSize
 from loracache.errors import UsageError
-from loracache.kernels.sgmv import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, PLACE_FIELDS, RANK, round_up
+from loracache.kernels.tables import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, PLACE_FIELDS, RANK, round_up
 
 __all__ = ["ModuleShape", "Placement", "PoolShape", "choose_chunk", "choose_page", "is_within"]
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from loracache import CacheClient, Namespace, chunk_keys
-from loracache.cli import app
+from loracache.cli.app import app
 from loracache.keys import salt_digest
 
 CHUNK, SIZE = 4, 1500

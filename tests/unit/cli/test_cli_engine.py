@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient
-from loracache.engine_tokens import Engine
+from loracache.cli.engine_tokens import Engine
 from loracache.errors import ProtocolError, Unavailable
 
 
@@ -228,7 +228,7 @@ def test_an_answer_that_drips_ends_with_the_timeout(engine: Engines) -> None:
 
 
 def test_an_endless_answer_is_not_kept(engine: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loracache.engine_tokens._MOST_BYTES", 1000)
+    monkeypatch.setattr("loracache.cli.engine_tokens._MOST_BYTES", 1000)
     engine.answers["/tokenize"] = lambda handler: send(handler, b" " * 2000)
     with pytest.raises(ProtocolError, match="more than"):
         Engine(engine.url).tokenize({"prompt": "Hello"})

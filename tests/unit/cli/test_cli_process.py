@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loracache import CacheClient
-from loracache.cli import app
+from loracache.cli.app import app
 
 HEAVY = ("torch", "vllm", "fastapi", "uvicorn", "redis", "safetensors", "urllib.request")
 
@@ -30,7 +30,7 @@ def test_status_imports_nothing_heavy(running: Any) -> None:
     code = f"""
 import sys
 sys.argv = ["loracache", "status", "--json", "--socket", {str(running.socket)!r}]
-from loracache.cli import main
+from loracache.cli.app import main
 try:
     main()
 finally:
@@ -204,7 +204,7 @@ def test_a_tab_without_a_daemon_is_silent(daemon: Any, short_tmp: Path, monkeypa
         assert offered("loracache evict --tier ", socket) == ["cpu", "disk", "redis"]
     silent = daemon(memory="1MiB")
     silent.send(signal.SIGSTOP)
-    monkeypatch.setattr("loracache.cli_completion._PATIENCE_S", 0.05)
+    monkeypatch.setattr("loracache.cli.completion._PATIENCE_S", 0.05)
     began = time.monotonic()
     assert offered("loracache evict --model ", silent.socket) == []
     assert time.monotonic() - began < 1.0  # a client would wait for two seconds

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient
-from loracache.cli_top import Reading, rates
+from loracache.cli.top import Reading, rates
 
 
 def reading(at: float, instance: bytes = b"one", uptime: float = 100.0, **counters: int) -> Reading:

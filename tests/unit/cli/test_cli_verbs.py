@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient
-from loracache.cli import app
+from loracache.cli.app import app
+from loracache.cli.tables import size_text
 from loracache.keys import salt_digest
-from loracache.tables import size_text
 
 SIZE = 1500
 DONE, REFUSED, NOTHING, PARTLY = 0, 1, 3, 4

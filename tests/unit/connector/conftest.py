@@ -108,9 +108,9 @@ class Driver:
     """A SchedulerSide, driven the way vLLM's scheduler drives it."""
 
     def __init__(self, link: Any, config: Any, shards: Sequence[str], **options: Any) -> None:
-        from loracache.connectors.vllm.messages import Facts
-        from loracache.connectors.vllm.options import Options
-        from loracache.connectors.vllm.scheduler import SchedulerSide
+        from loracache.connectors.vllm.common.messages import Facts
+        from loracache.connectors.vllm.common.options import Options
+        from loracache.connectors.vllm.scheduler.side import SchedulerSide
 
         self.link = link
         self.side = SchedulerSide(config, Options(chunk_tokens=CHUNK, **options), lambda: "m" * 64, link)
@@ -221,9 +221,9 @@ def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Cal
     """make_side(url, ...) is a WorkerSide with `BLOCKS` blocks of 16 tokens, each of 2048 bytes."""
     import torch
 
-    from loracache.connectors.vllm import worker as worker_module
-    from loracache.connectors.vllm.options import Options
-    from loracache.connectors.vllm.worker import WorkerSide
+    from loracache.connectors.vllm.common.options import Options
+    from loracache.connectors.vllm.worker import side as worker_module
+    from loracache.connectors.vllm.worker.side import WorkerSide
 
     monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
     monkeypatch.setattr(worker_module, "_platform", lambda config, spec: "cpu-test")

@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 from vllm.lora import worker_manager
 from vllm.lora.request import LoRARequest
 
-from loracache.connectors.vllm.adapters import LoadedAdapters, ServedAdapters
-from loracache.connectors.vllm.messages import Prefix
+from loracache.connectors.vllm.common.messages import Prefix
+from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
+from loracache.connectors.vllm.worker.adapters import LoadedAdapters
 
 X, Y = "a" * 64, "b" * 64
 

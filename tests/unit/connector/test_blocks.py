@@ -11,9 +11,9 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
-from loracache.connectors.vllm.blocks import BlockKeys
+from loracache.connectors.vllm.common.messages import WorkerNews
 from loracache.connectors.vllm.lora.paths import path_of
-from loracache.connectors.vllm.messages import WorkerNews
+from loracache.connectors.vllm.scheduler.blocks import BlockKeys
 
 BLOCK = 16
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from loracache.connectors.vllm.common.messages import StepPlan
+from loracache.connectors.vllm.common.reports import Inbox
 from loracache.connectors.vllm.connector import LoRACacheConnector, _log_as_vllm_does
-from loracache.connectors.vllm.messages import StepPlan
-from loracache.connectors.vllm.reports import Inbox
 
 
 class Kept(logging.Handler):
@@ -51,7 +51,7 @@ def test_what_it_logs_is_shown_as_vllm_shows_its_own() -> None:
         theirs.setLevel(logging.INFO)
         for _ in range(2):  # the scheduler's side and the worker's may be in one process
             _log_as_vllm_does()
-        below = logging.getLogger("loracache.connectors.vllm.scheduler")
+        below = logging.getLogger("loracache.connectors.vllm.scheduler.side")
         below.info("shown")
         below.debug("not shown")
         assert [handler.messages for handler in handlers] == [["shown"], ["shown"]]

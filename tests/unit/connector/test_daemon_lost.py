@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm import pinned
-from loracache.connectors.vllm.layout import read_layout
-from loracache.connectors.vllm.link import SchedulerLink
-from loracache.connectors.vllm.transfer import Loader, Storer
-from loracache.connectors.vllm.worker_link import WorkerLink
+from loracache.connectors.vllm.link import pinned
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.link.worker import WorkerLink
+from loracache.connectors.vllm.worker.layout import read_layout
+from loracache.connectors.vllm.worker.transfer import Loader, Storer
 from loracache.kernels.page_copy import PageCopier
 
 

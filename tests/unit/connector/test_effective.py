@@ -21,8 +21,8 @@ from vllm.config import (
 )
 from vllm.config.utils import config
 
-from loracache.connectors.vllm.effective import config_classes, counted_fields, default_of, options_table
-from loracache.connectors.vllm.not_counted import NOT_COUNTED
+from loracache.connectors.vllm.identity.effective import config_classes, counted_fields, default_of, options_table
+from loracache.connectors.vllm.identity.not_counted import NOT_COUNTED
 
 DOCS = Path(__file__).parents[3] / "docs" / "vllm.md"
 # Of releases other than the one that the tests run on.

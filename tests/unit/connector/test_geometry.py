@@ -13,7 +13,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1 import kv_cache_interface as specs
 
-from loracache.connectors.vllm.geometry import chunk_blocks, joint_layout, uncacheable
+from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, uncacheable
 from loracache.errors import ConfigError
 
 MIB = 1 << 20

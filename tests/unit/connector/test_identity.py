@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from loracache.connectors.vllm import weight_files
-from loracache.connectors.vllm.identity import ModelIdentity, model_identity
+from loracache.connectors.vllm.identity import weight_files
+from loracache.connectors.vllm.identity.model import ModelIdentity, model_identity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LLAMA = {
@@ -295,7 +295,7 @@ def test_a_file_that_changes_while_it_is_read_shares_with_nobody(
             (folder / "model.safetensors").write_bytes(os.urandom(100))
             return super().get(state)
 
-    monkeypatch.setattr("loracache.connectors.vllm.identity.DigestCache", Cache)
+    monkeypatch.setattr("loracache.connectors.vllm.identity.model.DigestCache", Cache)
     assert "changed while it was read" in private(caplog, lambda: identity(folder))
 
 
@@ -318,7 +318,7 @@ def test_the_identity_is_unknown_while_weights_are_read(folder: Path, monkeypatc
             go.wait(10)
             return super().get(state)
 
-    monkeypatch.setattr("loracache.connectors.vllm.identity.DigestCache", Slow)
+    monkeypatch.setattr("loracache.connectors.vllm.identity.model.DigestCache", Slow)
     found = ModelIdentity(config(folder))
     assert found.value() is None
     go.set()

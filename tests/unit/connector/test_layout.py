@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracache.connectors.vllm.layout import read_layout
+from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.errors import UsageError
 from loracache.kernels.page_copy import PageCopier
 

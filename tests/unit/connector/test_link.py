@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from loracache.connectors.vllm import link as link_module
-from loracache.connectors.vllm.link import SchedulerLink
+from loracache.connectors.vllm.link import scheduler as link_module
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
 KEYS = [bytes([number]) * 32 for number in range(4)]
 LEASE = bytes(16)
@@ -108,7 +108,7 @@ def test_an_outage_is_said_once_and_so_is_its_end(
     daemon: Any, eventually: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_module, "_RETRY_S", 0.0)
-    caplog.set_level(logging.INFO, "loracache.connectors.vllm.link")
+    caplog.set_level(logging.INFO, "loracache.connectors.vllm.link.scheduler")
     running = daemon()
     link = SchedulerLink(running.url)
     eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 30.0), "it is connected")

@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
-from loracache.connectors.vllm.media import MediaContents, item_content
+from loracache.connectors.vllm.scheduler.media import MediaContents, item_content
 
 CHUNK = 32
 
@@ -106,7 +106,7 @@ def test_a_request_waits_for_its_hash_and_is_stored_then(
 ) -> None:
     from threading import Event
 
-    from loracache.connectors.vllm import media
+    from loracache.connectors.vllm.scheduler import media
 
     go, hash_item = Event(), media.item_content
     monkeypatch.setattr(media, "item_content", lambda *item: go.wait(10) and hash_item(*item))
@@ -156,14 +156,14 @@ def test_encoder_outputs_of_another_engine_are_not_cached(
 
 
 def test_a_failure_of_hashing_is_no_failure_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loracache.connectors.vllm import media
+    from loracache.connectors.vllm.scheduler import media
 
     monkeypatch.setattr(media, "item_content", lambda *item: 1 / 0)
     assert MediaContents().ask([image(1)]).result(10) is None
 
 
 def test_an_item_that_the_engine_keeps_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loracache.connectors.vllm import media
+    from loracache.connectors.vllm.scheduler import media
 
     calls, hash_item = [], media.item_content
     monkeypatch.setattr(media, "item_content", lambda *item: calls.append("call") or hash_item(*item))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loracache.connectors.vllm.options import Options, is_ours
+from loracache.connectors.vllm.common.options import Options, is_ours
 from loracache.errors import ConfigError
 
 

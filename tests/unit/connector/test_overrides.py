@@ -13,8 +13,8 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from loracache.connectors.vllm.connector import LoRACacheConnector
-from loracache.connectors.vllm.lora.manager import PagedLoRAModelManager, PagedWorkerLoRAManager
-from loracache.connectors.vllm.lora.punica import PagedPunicaWrapper
+from loracache.connectors.vllm.worker.lora.manager import PagedLoRAModelManager, PagedWorkerLoRAManager
+from loracache.connectors.vllm.worker.lora.punica import PagedPunicaWrapper
 
 OURS = [
     (LoRACacheConnector, KVConnectorBase_V1),

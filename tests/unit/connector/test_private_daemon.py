@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient, Namespace
-from loracache.connection import socket_path
-from loracache.connectors.vllm import private
-from loracache.connectors.vllm.options import Options
-from loracache.connectors.vllm.private import ensure_private_daemon, private_server
-from loracache.connectors.vllm.worker_link import WorkerLink
+from loracache.client.connection import socket_path
+from loracache.connectors.vllm.common import private
+from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.common.private import ensure_private_daemon, private_server
+from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.errors import ConfigError
 
 SMALL = Options(memory="16MiB")

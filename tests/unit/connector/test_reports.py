@@ -10,10 +10,10 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
+from loracache.connectors.vllm.common.messages import WorkerNews
+from loracache.connectors.vllm.common.reports import Inbox, Outbox, Reports
 from loracache.connectors.vllm.connector import LoRACacheConnector
-from loracache.connectors.vllm.messages import WorkerNews
-from loracache.connectors.vllm.reports import Inbox, Outbox, Reports
-from loracache.connectors.vllm.resets import HeldBlocks
+from loracache.connectors.vllm.scheduler.resets import HeldBlocks
 
 
 def test_reports_that_come_again_are_heard_once() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loracache.connectors.vllm import scheduler
-from loracache.connectors.vllm.messages import WorkerNews
+from loracache.connectors.vllm.common.messages import WorkerNews
+from loracache.connectors.vllm.scheduler import side as scheduler
 
 BLOCK, CHUNK = 16, 32
 

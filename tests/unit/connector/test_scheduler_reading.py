@@ -10,10 +10,10 @@ import pytest
 import torch
 from vllm import PoolingParams, SamplingParams
 
-from loracache.connectors.vllm import scheduler
-from loracache.connectors.vllm.link import SchedulerLink
-from loracache.connectors.vllm.messages import Facts, WorkerNews
-from loracache.connectors.vllm.options import Options
+from loracache.connectors.vllm.common.messages import Facts, WorkerNews
+from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler import side as scheduler
 
 BLOCK, CHUNK = 16, 32
 OFF = (0, False)

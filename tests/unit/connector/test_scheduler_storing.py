@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from loracache.connectors.vllm.messages import WorkerNews
+from loracache.connectors.vllm.common.messages import WorkerNews
 
 BLOCK, CHUNK = 16, 32
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from loracache.connectors.vllm.messages import WorkerNews
-from loracache.connectors.vllm.resets import HeldBlocks, hook_scheduler_class
+from loracache.connectors.vllm.common.messages import WorkerNews
+from loracache.connectors.vllm.scheduler.resets import HeldBlocks, hook_scheduler_class
 
 BLOCK, CHUNK = 16, 32
 

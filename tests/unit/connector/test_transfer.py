@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm import transfer, worker_link
-from loracache.connectors.vllm.layout import read_layout
-from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Load, Store
-from loracache.connectors.vllm.transfer import Loader, StoreJob, Storer
+from loracache.connectors.vllm.common.messages import AdapterBinding, ChunkBlocks, Load, Store
+from loracache.connectors.vllm.link import worker as worker_link
+from loracache.connectors.vllm.worker import transfer
+from loracache.connectors.vllm.worker.layout import read_layout
+from loracache.connectors.vllm.worker.transfer import Loader, StoreJob, Storer
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace, object_key
 

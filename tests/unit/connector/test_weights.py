@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from loracache.connectors.vllm.fingerprint import weights_fingerprint
-from loracache.connectors.vllm.resets import KnownWeights
-from loracache.connectors.vllm.weights import WeightsWatch, hook_worker_class
+from loracache.connectors.vllm.scheduler.resets import KnownWeights
+from loracache.connectors.vllm.worker.fingerprint import weights_fingerprint
+from loracache.connectors.vllm.worker.weights import WeightsWatch, hook_worker_class
 
 
 class Model(nn.Module):
@@ -91,7 +91,7 @@ def worker() -> Any:
 
 @pytest.fixture
 def watch(worker: Any, monkeypatch: pytest.MonkeyPatch) -> WeightsWatch:
-    from loracache.connectors.vllm import weights
+    from loracache.connectors.vllm.worker import weights
 
     monkeypatch.setattr(weights, "_watches", set())
     watch = WeightsWatch(
@@ -191,7 +191,7 @@ def test_what_was_changed_past_all_hooks_is_seen_after_a_reset(worker: Any, watc
 def test_sleep_keeps_the_weights_and_looks_at_none_until_they_are_back(
     worker: Any, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loracache.connectors.vllm import weights
+    from loracache.connectors.vllm.worker import weights
 
     worker.sleep(1)
     assert worker.seen == ["slept", ("asleep", 1)]  # blocks are left before their memory goes

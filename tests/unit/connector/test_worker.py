@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm.messages import AdapterBinding, ChunkBlocks, Facts, Load, StepPlan, Store, WorkerNews
-from loracache.connectors.vllm.worker import WorkerSide
+from loracache.connectors.vllm.common.messages import (
+    AdapterBinding,
+    ChunkBlocks,
+    Facts,
+    Load,
+    StepPlan,
+    Store,
+    WorkerNews,
+)
+from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loracache.connectors.vllm import worker as worker_module
-from loracache.connectors.vllm.messages import ChunkBlocks, Load, StepPlan, Store
-from loracache.connectors.vllm.worker import WorkerSide
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Load, StepPlan, Store
+from loracache.connectors.vllm.worker import side as worker_module
+from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.keys import Namespace
 
 NAMESPACE = Namespace("m" * 64, "float32", "cpu/H.N.C", 16)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loracache.moving import Mover
-from loracache.operations import Operation, Operations
+from loracache.control.jobs import Operation, Operations
+from loracache.control.transfer import Mover
 from loracache.storage_backends.base import Outcome, Result, Transfer
 from loracache.tiers import Tier
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from loracache import Namespace
+from loracache.client.control import Selection
+from loracache.control.audit import Audit
 from loracache.errors import ConfigError, Rejected
 from loracache.keys import salt_digest
-from loracache.operator import Selection
-from loracache.server.audit import Audit
 
 SPACE = Namespace("model", "float32", "layout", 16, salt=salt_digest("hunter2"))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from loracache import events as module
-from loracache.events import Events
-from loracache.index import Node
+from loracache.cache.state import events as module
+from loracache.cache.state.events import Events
+from loracache.cache.state.index import Node
 from loracache.storage_backends.base import Kind, Outcome
 from loracache.tiers import Tier
 

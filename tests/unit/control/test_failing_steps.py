@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from loracache import control_messages as messages
-from loracache.cache import TieredCache
+from loracache.cache.state.events import Events
+from loracache.cache.tiered import TieredCache
+from loracache.control import service as module
+from loracache.control.audit import Audit
+from loracache.control.service import Control
 from loracache.errors import LoRACacheError
-from loracache.events import Events
 from loracache.keys import Namespace
 from loracache.namespaces import Namespaces
-from loracache.server import control as module
-from loracache.server.audit import Audit
-from loracache.server.control import Control
 from loracache.tiers import Tier
+from loracache.wire import control_messages as messages
 
 LARGE = 1 << 20
 CPU, DISK, REDIS = Tier.CPU, Tier.DISK, Tier.REDIS

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from loracache import listing
+from loracache.cache.state.index import Index
+from loracache.control import listing
+from loracache.control.listing import Listing
+from loracache.control.selection import Selected, Selector, select
 from loracache.errors import Unknown, UsageError
-from loracache.index import Index
 from loracache.keys import LORA_NAMESPACE, Namespace
-from loracache.listing import Listing
 from loracache.namespaces import Namespaces
-from loracache.selection import Selected, Selector, select
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loracache import moving
+from loracache.control import transfer as moving
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 

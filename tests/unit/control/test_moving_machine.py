@@ -22,8 +22,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from loracache import moving, tier_io
-from loracache.operations import Operation
+from loracache.cache.tier import io as tier_io
+from loracache.control import transfer as moving
+from loracache.control.jobs import Operation
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from loracache import Namespace
-from loracache import operations as module
+from loracache.control import jobs as module
+from loracache.control.jobs import Operation, Operations, Turns, guarded
 from loracache.errors import Unknown
-from loracache.operations import Operation, Operations, Turns, guarded
 
 
 @pytest.fixture

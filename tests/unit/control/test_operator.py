@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient, Namespace
+from loracache.client.control import Selection
 from loracache.errors import LoRACacheError, Rejected, Unknown, UsageError
 from loracache.keys import salt_digest
-from loracache.operator import Selection
 
 MODEL = "0123456789abcdef" * 4
 PLAIN = Namespace(MODEL, "float32", "layout", 16)
@@ -264,7 +264,7 @@ def test_tenants_and_models_are_told_apart(client: CacheClient, put: Put) -> Non
 
 
 def test_lists_page_through_everything(client: CacheClient, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loracache.operator._PAGE", 7)
+    monkeypatch.setattr("loracache.client.control._PAGE", 7)
     keys = put(30)[0] + put(20, SALTED)[0]
     assert sorted(item["key"] for item in client.objects()) == sorted(key.hex() for key in keys)
     assert [item["key"] for item in client.objects(Selection(keys=keys * 2))] == [key.hex() for key in keys]

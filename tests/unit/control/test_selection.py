@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loracache.cache.state.index import Index
+from loracache.control.selection import Selected, Selector, select
 from loracache.errors import Unknown, UsageError
-from loracache.index import Index
 from loracache.keys import LORA_NAMESPACE, Namespace, chunk_keys, object_key
 from loracache.namespaces import Namespaces
-from loracache.selection import Selected, Selector, select
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 

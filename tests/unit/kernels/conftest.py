@@ -49,7 +49,7 @@ class PagedWeights:
     def __post_init__(self) -> None:
         import torch
 
-        from loracache.kernels.sgmv import PLACE_FIELDS
+        from loracache.kernels.tables import PLACE_FIELDS
 
         self.generator = torch.Generator().manual_seed(self.seed)
         slots, slices = len(self.ranks), len(self.widths)
@@ -80,7 +80,7 @@ class PagedWeights:
 
     def _lay_out(self, slot: int) -> int:
         """Addresses of a slot's matrices, every A before every B; answers the pages they take."""
-        from loracache.kernels.sgmv import A_ADDRESS, B_ADDRESS, RANK, round_up
+        from loracache.kernels.tables import A_ADDRESS, B_ADDRESS, RANK, round_up
 
         address = 0
         for column, widths in ((A_ADDRESS, [self.inputs] * len(self.widths)), (B_ADDRESS, self.widths)):
@@ -103,7 +103,7 @@ class PagedWeights:
         """Draw a slot's matrices, write them to its pages, and say where they lie side by side."""
         import torch
 
-        from loracache.kernels.sgmv import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, round_up
+        from loracache.kernels.tables import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, round_up
 
         for number, width in enumerate(self.widths):
             rank = self.ranks[slot][number]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from loracache.kernels import sgmv
-from loracache.kernels.sgmv import plan_tiles
+from loracache.kernels.tables import plan_tiles, tile_rows
 
 LAYOUTS = ("contiguous", "scattered", "strided", "offset")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -175,7 +175,7 @@ def test_tiles_hold_every_row_of_an_adapter_once(slots: Sequence[int], most: int
 
 
 def test_a_padded_batch_never_takes_narrower_tiles_than_the_one_it_was_planned_for() -> None:
-    widths = [sgmv.tile_rows(tokens) for tokens in range(1, 2000)]
+    widths = [tile_rows(tokens) for tokens in range(1, 2000)]
     assert widths == sorted(widths)
 
 

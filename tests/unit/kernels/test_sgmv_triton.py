@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from loracache.kernels.sgmv import PLACE_FIELDS, plan_tiles, tile_rows
+from loracache.kernels.tables import PLACE_FIELDS, plan_tiles, tile_rows
 
 pytest.importorskip("triton")
 

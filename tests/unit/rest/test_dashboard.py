@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from loracache import CacheClient, protocol
+from loracache import CacheClient
+from loracache.wire import protocol
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,7 +12,7 @@ import pytest
 
 from loracache import CacheClient, Namespace
 from loracache.keys import salt_digest
-from loracache.server.rest.tokens import add_token, tokens_path
+from loracache.rest.tokens import add_token, tokens_path
 
 pytestmark = pytest.mark.timeout(120)
 

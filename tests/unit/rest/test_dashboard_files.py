@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from loracache.server.rest import dashboard
+from loracache.rest import dashboard
 
 FOLDER = Path(dashboard.__file__).with_name("dashboard")
 FILES = sorted(FOLDER.iterdir())

@@ -19,12 +19,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
-from loracache.server.rest.access import Access
-from loracache.server.rest.connections import LimitedConnection
-from loracache.server.rest.limits import Limits, Rates, address_of
-from loracache.server.rest.problems import install
-from loracache.server.rest.roles import guard, needs
-from loracache.server.rest.tokens import TokenStore, add_token, tokens_path
+from loracache.rest.access import Access
+from loracache.rest.connections import LimitedConnection
+from loracache.rest.limits import Limits, Rates, address_of
+from loracache.rest.problems import install
+from loracache.rest.roles import guard, needs
+from loracache.rest.tokens import TokenStore, add_token, tokens_path
 
 # -- rates ----------
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from loracache import control_messages as messages
-from loracache import protocol
 from loracache.errors import ProtocolError, Rejected, Unavailable
-from loracache.server.rest.link import DaemonLink
+from loracache.rest.link import DaemonLink
+from loracache.wire import control_messages as messages
+from loracache.wire import protocol
 
 
 def test_each_call_gets_its_own_answer(running: Any, chain: Callable[[int], list[str]]) -> None:

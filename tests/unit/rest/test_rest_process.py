@@ -13,13 +13,13 @@ import httpx
 import pytest
 
 from loracache.config import Config
-from loracache.server import rest_process
+from loracache.daemon import rest_process
 
 
 def process_of(running: Any) -> int:
     """Its process id."""
     children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
-    (found,) = [int(pid) for pid in children if b"loracache.server.rest" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (found,) = [int(pid) for pid in children if b"loracache.rest" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return found
 
 

@@ -14,12 +14,12 @@ from fastapi.routing import APIRoute
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, WebSocketRoute
 
-from loracache.server.rest.access import Access
-from loracache.server.rest.app import make_app
-from loracache.server.rest.limits import Limits, Rates
-from loracache.server.rest.problems import install
-from loracache.server.rest.roles import Needs, guard, needs, needs_of
-from loracache.server.rest.tokens import RANKS, Principal, TokenStore, add_token, tokens_path
+from loracache.rest.access import Access
+from loracache.rest.app import make_app
+from loracache.rest.limits import Limits, Rates
+from loracache.rest.problems import install
+from loracache.rest.roles import Needs, guard, needs, needs_of
+from loracache.rest.tokens import RANKS, Principal, TokenStore, add_token, tokens_path
 
 TENANT = "ab" * 32
 WHO: dict[str, tuple[Any, str]] = {

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from loracache.server.rest.tokens import add_token, own_token_path, tokens_path
+from loracache.rest.tokens import add_token, own_token_path, tokens_path
 
 INTEGRITY_KEY = "hunter2-" * 5
 
@@ -56,7 +56,7 @@ def test_no_answer_log_process_list_or_environment_shows_a_secret(guarded: Any, 
             shown.append(Path(f"/proc/{pid}/{what}").read_bytes().decode())
     found = [(secret, text) for secret in guarded.secrets for text in shown if secret in text]
     assert not found
-    assert "loracache.server.rest" in "".join(shown)
+    assert "loracache.rest" in "".join(shown)
 
 
 def test_requests_that_cannot_be_parsed_are_not_quoted(guarded: Any, eventually: Any) -> None:

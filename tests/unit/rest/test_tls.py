@@ -16,9 +16,9 @@ import pytest
 
 from loracache.config import Config
 from loracache.errors import ConfigError
-from loracache.server.rest.certificate import Certificate, load_certificate
-from loracache.server.rest.settings import rest_settings
-from loracache.server.rest.tokens import add_token, tokens_path
+from loracache.rest.certificate import Certificate, load_certificate
+from loracache.rest.settings import rest_settings
+from loracache.rest.tokens import add_token, tokens_path
 
 Pair = tuple[Path, Path]
 
@@ -304,7 +304,7 @@ def test_names_reading_and_rates_follow_the_address(
 
 
 def test_a_daemon_that_could_not_be_reached_safely_says_so_before_it_takes_a_port(tmp_path: Path) -> None:
-    from loracache.server.rest_process import RestProcess
+    from loracache.daemon.rest_process import RestProcess
 
     config = Config(socket=tmp_path / "lc.sock", http="a.invalid:9", tls_cert=tmp_path / "c", tls_key=tmp_path / "k")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from loracache.errors import ConfigError
-from loracache.server.rest.tokens import (
+from loracache.rest.tokens import (
     Principal,
     TokenStore,
     add_token,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from loracache.adapters import Packed, Packing
-from loracache.peft import CONFIG, WEIGHTS, PeftFolder
+from loracache.adapters.payload import Packed, Packing
+from loracache.adapters.peft import CONFIG, WEIGHTS, PeftFolder
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -80,7 +80,7 @@ class AdapterMaker:
         import torch
         from safetensors.torch import save_file
 
-        from loracache.adapters import adapter_digest
+        from loracache.adapters.payload import adapter_digest
 
         rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         by_part = dict.fromkeys(PARTS, ranks) if isinstance(ranks, int) else dict(ranks)
@@ -122,8 +122,9 @@ def client(url: str) -> Iterator[Any]:
 @pytest.fixture
 def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who failed is asked again soon, by scheduler and worker."""
-    from loracache.connectors.vllm import link, worker_link
-    from loracache.connectors.vllm.lora import admission
+    from loracache.connectors.vllm.link import scheduler as link
+    from loracache.connectors.vllm.link import worker as worker_link
+    from loracache.connectors.vllm.scheduler.lora import admission
 
     monkeypatch.setattr(admission, "_AGAIN_S", 0.05)
     monkeypatch.setattr(link, "_RETRY_S", 0.05)
@@ -167,7 +168,7 @@ class Manager:
     def __init__(self, shape: Any, dtype: Any = None) -> None:
         import torch
 
-        from loracache.connectors.vllm.lora.pool import PagePool
+        from loracache.connectors.vllm.worker.lora.pool import PagePool
 
         self.pool = PagePool(shape, dtype or torch.float32, torch.device("cpu"))
         self.layers = [SimpleNamespace() for _ in shape.modules]
@@ -191,7 +192,7 @@ def make_manager() -> Callable[..., Manager]:
 
 def copy_in(pool: Any, payload: Sequence[memoryview], layers: Sequence[Any]) -> Any:
     """Pages of the pool with the adapter of `payload` on them."""
-    from loracache.connectors.vllm.lora.filling import fill_pages
+    from loracache.connectors.vllm.worker.lora.filling import fill_pages
 
     packed = Packed(payload)
     modules = packed.modules()
@@ -213,7 +214,7 @@ def computed(pool: Any, tables: Any, number: int, x: torch.Tensor, slots: Sequen
     """What the kernels add to the output of module `number` for rows of x whose adapters are in `slots`."""
     import torch
 
-    from loracache.kernels.sgmv import plan_tiles
+    from loracache.kernels.tables import plan_tiles
 
     modules = pool.shape.modules
     module, first = modules[number], sum(len(each.parts) for each in modules[:number])
@@ -237,7 +238,7 @@ def is_served(pool: Any, resident: Any, adapter: Adapter) -> bool:
     """Whether all modules compute with a resident adapter what they have to."""
     import torch
 
-    from loracache.connectors.vllm.lora.pool import SlotTables
+    from loracache.connectors.vllm.worker.lora.pool import SlotTables
 
     tables = SlotTables(1, pool.shape, torch.device("cpu"))
     tables.fill(0, resident)
@@ -267,9 +268,9 @@ class Engine:
     """
 
     def __init__(self, url: str, shapes: Sequence[Any], patience: float) -> None:
-        from loracache.connectors.vllm.link import SchedulerLink
-        from loracache.connectors.vllm.lora.admission import AdapterAdmission
-        from loracache.connectors.vllm.messages import PoolFacts
+        from loracache.connectors.vllm.common.messages import PoolFacts
+        from loracache.connectors.vllm.link.scheduler import SchedulerLink
+        from loracache.connectors.vllm.scheduler.lora.admission import AdapterAdmission
 
         self.link = SchedulerLink(url)
         self.shapes = shapes
@@ -319,7 +320,7 @@ class Engine:
 
     def report(self, **news: Any) -> None:
         """What the workers tell: see WorkerNews."""
-        from loracache.connectors.vllm.messages import WorkerNews
+        from loracache.connectors.vllm.common.messages import WorkerNews
 
         self.done.update(news.get("activated", {}))
         for number in [number for number in self.open if self.done[number] == len(self.shapes)]:

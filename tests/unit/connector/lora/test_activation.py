@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm import worker_link
-from loracache.connectors.vllm.lora import activation
-from loracache.connectors.vllm.lora.activation import Activator, Order
+from loracache.connectors.vllm.link import worker as worker_link
 from loracache.connectors.vllm.lora.paths import path_of
+from loracache.connectors.vllm.worker.lora import activation
+from loracache.connectors.vllm.worker.lora.activation import Activator, Order
 
 NOWHERE = "unix:///nowhere/loracache.sock"
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from loracache.connectors.vllm.lora import admission as admission_module
-from loracache.connectors.vllm.lora.orders import PoolWorker
 from loracache.connectors.vllm.lora.paths import digest_in, path_of
+from loracache.connectors.vllm.scheduler.lora import admission as admission_module
+from loracache.connectors.vllm.worker.lora.orders import PoolWorker
 
 
 def lora(adapter: Any, number: int = 1, **more: Any) -> LoRARequest:

@@ -15,9 +15,9 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from loracache import Namespace
-from loracache.connectors.vllm.lora import admission as admission_module
-from loracache.connectors.vllm.lora.orders import PoolWorker
 from loracache.connectors.vllm.lora.paths import path_of
+from loracache.connectors.vllm.scheduler.lora import admission as admission_module
+from loracache.connectors.vllm.worker.lora.orders import PoolWorker
 
 NOWHERE = "unix:///nowhere/loracache.sock"
 

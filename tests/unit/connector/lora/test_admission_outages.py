@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from loracache.connectors.vllm.lora.orders import PoolWorker
 from loracache.connectors.vllm.lora.paths import path_of
+from loracache.connectors.vllm.worker.lora.orders import PoolWorker
 
 NOWHERE = "unix:///nowhere/loracache.sock"
 

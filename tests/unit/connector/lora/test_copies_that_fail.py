@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from loracache.adapters import ModuleSize
-from loracache.connectors.vllm.lora import folders
+from loracache.adapters.payload import ModuleSize
 from loracache.connectors.vllm.lora.paths import path_of
+from loracache.connectors.vllm.scheduler.lora import folders
 
 pytestmark = pytest.mark.usefixtures("fast_retry")
 

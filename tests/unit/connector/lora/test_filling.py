@@ -19,8 +19,9 @@ from vllm.lora.layers import (
 )
 
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape
-from loracache.connectors.vllm.lora.pool import PagePool, SlotTables
-from loracache.kernels.sgmv import A_FLAT, RANK, lora_embedding, plan_tiles
+from loracache.connectors.vllm.worker.lora.pool import PagePool, SlotTables
+from loracache.kernels.sgmv import lora_embedding
+from loracache.kernels.tables import A_FLAT, RANK, plan_tiles
 
 CPU = torch.device("cpu")
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from loracache.connectors.vllm.lora.ledger import PASSING_S, Answer, PageLedger
+from loracache.connectors.vllm.scheduler.lora.ledger import PASSING_S, Answer, PageLedger
 
 REQUESTS = [f"request-{number}" for number in range(8)]
 ADAPTERS = [f"adapter-{number}" for number in range(7)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from loracache.connectors.vllm.lora.ledger import PASSING_S, Answer, PageLedger
+from loracache.connectors.vllm.scheduler.lora.ledger import PASSING_S, Answer, PageLedger
 
 STEP_S = 1 / 16
 LONGEST_S = 2.0

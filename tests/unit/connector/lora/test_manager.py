@@ -11,7 +11,7 @@ import vllm.lora.layers as layers
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from loracache.connectors.vllm.lora.manager import PagedLoRAModelManager, elsewhere, whole_sizes
+from loracache.connectors.vllm.worker.lora.manager import PagedLoRAModelManager, elsewhere, whole_sizes
 from loracache.errors import ConfigError
 
 

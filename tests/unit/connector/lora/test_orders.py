@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from loracache.connectors.vllm.lora.orders import PoolWorker
-from loracache.connectors.vllm.messages import AdapterOrders
+from loracache.connectors.vllm.common.messages import AdapterOrders
+from loracache.connectors.vllm.worker.lora.orders import PoolWorker
 
 
 def test_orders_are_carried_out_and_answered_once(

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.lora.layers import MergedColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA
 
-from loracache.adapters import ModuleSize, Packed
-from loracache.connectors.vllm.lora import filling
-from loracache.connectors.vllm.lora.filling import fill_pages
+from loracache.adapters.payload import ModuleSize, Packed
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape
-from loracache.connectors.vllm.lora.pool import PagePool, Resident
-from loracache.connectors.vllm.lora.recipe import Recipes, copy_plain
+from loracache.connectors.vllm.worker.lora import filling
+from loracache.connectors.vllm.worker.lora.filling import fill_pages
+from loracache.connectors.vllm.worker.lora.pool import PagePool, Resident
+from loracache.connectors.vllm.worker.lora.recipe import Recipes, copy_plain
 from loracache.errors import UsageError
 
 ITEM = {"F32": 4, "F16": 2, "BF16": 2}

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from loracache.connectors.vllm import releases
+from loracache.connectors.vllm import plugin
+from loracache.connectors.vllm.common import patches, releases
 from loracache.connectors.vllm.connector import LoRACacheConnector
-from loracache.connectors.vllm.lora import plugin
 from loracache.errors import ConfigError
 
 OURS = SimpleNamespace(
@@ -29,8 +29,8 @@ STOCK = SimpleNamespace(kv_transfer_config=None)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not loaded the plugin."""
-    monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(plugin, "_problems", [])
+    monkeypatch.setattr(patches, "_begun", False)
+    monkeypatch.setattr(patches, "problems", [])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
 
 
@@ -49,7 +49,7 @@ def patched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     def make(patch: str, source: str) -> Any:
         (tmp_path / f"{name}.py").write_text(source)
         importlib.invalidate_caches()
-        sys.meta_path.insert(0, plugin._Patcher({name: getattr(plugin, patch)}))
+        sys.meta_path.insert(0, patches.Patcher({name: getattr(plugin, patch)}))
         return importlib.import_module(name)
 
     yield make
@@ -148,8 +148,8 @@ def test_a_module_that_is_not_what_we_know_is_left_as_it_is(
     assert {name for name in vars(module) if not name.startswith("__")} == {"kept"}
     (record,) = caplog.records
     assert "module_of_another_vllm" in record.getMessage()
-    plugin._registered = True
-    assert "module_of_another_vllm" in plugin.problem()
+    patches._begun = True
+    assert "module_of_another_vllm" in patches.problem()
 
 
 def test_a_module_whose_loader_cannot_be_told_is_imported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,13 +168,13 @@ def test_a_module_whose_loader_cannot_be_told_is_imported_as_it_is(monkeypatch: 
             return importlib.machinery.ModuleSpec(name, Loader()) if name == "frozen_module" else None
 
     sys.meta_path.insert(0, Finder)
-    sys.meta_path.insert(0, plugin._Patcher({"frozen_module": plugin._patch_worker}))
+    sys.meta_path.insert(0, patches.Patcher({"frozen_module": plugin._patch_worker}))
     try:
         assert importlib.import_module("frozen_module").kept
     finally:
         sys.modules.pop("frozen_module", None)
-    plugin._registered = True
-    assert "frozen_module" in plugin.problem()
+    patches._begun = True
+    assert "frozen_module" in patches.problem()
 
 
 def test_engines_that_ask_for_nothing_get_vllms_own_managers_whatever_their_configuration(patched: Any) -> None:
@@ -202,7 +202,7 @@ def test_known_releases_are_patched(release: Any, version: str, caplog: pytest.L
     plugin.register()
     plugin.register()
     assert len(sys.meta_path) == before + 1
-    assert plugin.problem() == ""
+    assert patches.problem() == ""
     assert not caplog.records
 
 
@@ -217,7 +217,7 @@ def test_unknown_releases_are_left_alone_with_one_warning(
     assert sys.meta_path == before
     (record,) = caplog.records
     assert (record.levelname, version in record.getMessage()) == ("WARNING", True)
-    assert "0.26 to 0.33" in plugin.problem()
+    assert "0.26 to 0.33" in patches.problem()
 
 
 def make_connector(extra: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape
-from loracache.connectors.vllm.lora.pool import PagePool, Resident, SlotTables
+from loracache.connectors.vllm.worker.lora.pool import PagePool, Resident, SlotTables
 
 PAGES, PAGE = 20, 8
 CPU = torch.device("cpu")

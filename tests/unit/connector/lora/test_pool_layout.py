@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape, choose_chunk, choose_page
 from loracache.errors import UsageError
-from loracache.kernels.sgmv import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, RANK
+from loracache.kernels.tables import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, RANK
 
 MOST_RANK = 5
 

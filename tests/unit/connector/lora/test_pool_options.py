@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loracache.connectors.vllm.options import Options, own_options, pool_bytes
+from loracache.connectors.vllm.common.options import Options, own_options, pool_bytes
 from loracache.errors import ConfigError
 
 OURS = "LoRACacheConnector"

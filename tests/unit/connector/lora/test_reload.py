@@ -11,7 +11,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import core
 
-from loracache.connectors.vllm.lora.reload import forget_orders, tell_of_reloads
+from loracache.connectors.vllm.frontend.reload import forget_orders, tell_of_reloads
 
 
 class Models:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from loracache.connectors.vllm.frontend.questions import ANSWER_S, KNOCK_S, _Asker
+from loracache.connectors.vllm.frontend.resolver import resolve_names_through_the_cache
 from loracache.connectors.vllm.lora.paths import digest_in
-from loracache.connectors.vllm.lora.questions import ANSWER_S, KNOCK_S, _Asker
-from loracache.connectors.vllm.lora.resolver import resolve_names_through_the_cache
 
 SLACK_S = 0.6
 NAMES = [f"team/{number}" for number in range(5)]
@@ -135,7 +135,7 @@ def test_a_frozen_daemon_costs_one_timeout_then_nothing_and_is_noticed_when_it_i
         took, _ = await seconds(until(models, NAMES[0], adapters[5].digest))
         assert took < KNOCK_S + ANSWER_S + SLACK_S
 
-    with caplog.at_level(logging.INFO, "loracache.connectors.vllm.lora"):
+    with caplog.at_level(logging.INFO, "loracache.connectors.vllm"):
         played(cache.url, part)
     said = [record.getMessage() for record in caplog.records]
     assert sum("until it is back" in each for each in said) == 1

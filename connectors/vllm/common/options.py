@@ -1,0 +1,114 @@
+"""`kv_connector_extra_config`: the settings of the connector, checked once."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from loracache.client.connection import socket_path
+from loracache.config import parse_size
+from loracache.errors import ConfigError
+
+__all__ = ["Options", "is_ours", "own_options", "pool_bytes"]
+
+_CONNECTOR = "LoRACacheConnector"
+_DAEMON_KEYS = ("memory", "disk_path", "disk", "redis")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Settings of one engine's connector.
+
+    server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a
+    size), disk_path, disk (a size) and redis (a URL) from here. model_id: names the model's weights where they
+    are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout:
+    seconds after which a load is given up and recomputed. lookup_wait: seconds for which a request may be parked for
+    the answer to its lookup. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's
+    own matter.
+    """
+
+    server: str = ""
+    memory: str = "4GiB"
+    disk_path: str = ""
+    disk: str = "20GiB"
+    redis: str = ""
+    model_id: str = ""
+    chunk_tokens: int = 0
+    load_timeout: float = 10.0
+    lookup_wait: float = 0.02
+    lora_pool: str = ""
+
+    @classmethod
+    def parse(cls, extra: dict[str, Any]) -> Options:
+        """Raises ConfigError naming key, value and fix."""
+        known = {field.name: field for field in fields(cls)}
+        for key, value in extra.items():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}; known: {', '.join(known)}")
+            default = known[key].default
+            kinds = (int, float) if isinstance(default, float) else (type(default),)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ConfigError(f"kv_connector_extra_config: {key}={value!r} must be a {type(default).__name__}")
+        options = cls(**extra)
+        options._check(extra)
+        return options
+
+    def _check(self, extra: dict[str, Any]) -> None:
+        if self.server:
+            socket_path(self.server)
+            both = [key for key in _DAEMON_KEYS if key in extra]
+            if both:
+                raise ConfigError(
+                    f"kv_connector_extra_config: {both[0]}={extra[both[0]]!r} belongs to the daemon at "
+                    f"server={self.server!r}; give it to `loracache serve`, or leave server out to start a "
+                    f"private daemon"
+                )
+        for key in ("memory", "disk", *(["lora_pool"] if self.lora_pool else [])):
+            try:
+                size = parse_size(getattr(self, key))
+            except ValueError as error:
+                raise ConfigError(f"kv_connector_extra_config: {key}: {error}") from None
+            if key == "lora_pool" and not size:
+                raise ConfigError("kv_connector_extra_config: lora_pool is 0; leave it out to have no pool")
+        if self.chunk_tokens < 0:
+            raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
+        if not 0 <= self.lookup_wait <= 10:
+            raise ConfigError(
+                f"kv_connector_extra_config: lookup_wait={self.lookup_wait} must be within 0 and 10 seconds"
+            )
+        if not 0 < self.load_timeout <= 600:
+            raise ConfigError(
+                f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"
+            )
+
+
+def own_options(vllm_config: Any) -> Options:
+    """The options of an engine's connector where that is ours, also inside a MultiConnector; else the defaults. Raises
+    ConfigError."""
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    return Options.parse(dict(_own_extra(transfer) or {})) if transfer is not None else Options()
+
+
+def is_ours(vllm_config: Any) -> bool:
+    """Whether an engine has our connector, alone or inside a MultiConnector."""
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    return transfer is not None and _own_extra(transfer) is not None
+
+
+def pool_bytes(vllm_config: Any) -> int:
+    """Bytes of `lora_pool`, 0 where an engine has none. Raises ConfigError."""
+    options = own_options(vllm_config)
+    return parse_size(options.lora_pool) if options.lora_pool else 0
+
+
+def _own_extra(transfer: Any) -> dict[str, Any] | None:
+    """Our part of the configuration: the connector's own, or ours inside a MultiConnector's; None where neither is."""
+    extra: dict[str, Any] = transfer.kv_connector_extra_config or {}
+    if transfer.kv_connector == _CONNECTOR:
+        return extra
+    inner = extra.get("connectors", ()) if transfer.kv_connector == "MultiConnector" else ()
+    found = [one.get("kv_connector_extra_config") or {} for one in inner if one.get("kv_connector") == _CONNECTOR]
+    return found[0] if found else None

@@ -1,0 +1,203 @@
+"""The scheduler's connection: questions that are sent and never waited for.
+
+A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's
+patience for half a second; then it is asked nothing more until it has answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+from loracache.client.connection import Connection
+from loracache.connectors.vllm.link.outage import Outage
+from loracache.errors import LoRACacheError, Rejected
+from loracache.tiers import labels
+from loracache.wire import protocol
+
+__all__ = ["SchedulerLink"]
+
+_log = logging.getLogger(__name__)
+_RETRY_S = 1.0
+_REPORT_S = 1.0
+_SILENT_AFTER_S = 0.5
+_GREETING_S = 0.005  # a daemon that lives greets within a millisecond; one that does not costs this once a try
+
+
+class SchedulerLink:
+    """Non-blocking questions to a daemon. A question's number is 0 where it could not be sent."""
+
+    def __init__(self, server: str) -> None:
+        self._connection = Connection(server, name="vllm-scheduler")
+        self._next_try = 0.0
+        self._outage = Outage(_log)
+        self._counts: Counter[str] = Counter()
+        self._next_report = 0.0
+        self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
+        self._unwanted: set[int] = set()
+        self._kept: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
+        self._resident: set[bytes] = set()  # what the daemon was told that we hold
+
+    @property
+    def connected(self) -> bool:
+        """Whether the daemon is there and answers."""
+        return self._connection.connected and not self._silent()
+
+    def begin(self) -> bool:
+        """Start to connect, so that the first question finds a connection; whether there is one already."""
+        return self._ready()
+
+    def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
+        """Ask for the leading run of `keys`, holding it under `lease`."""
+        return self._ask(protocol.Lookup(lease, protocol.join_keys(keys), shards, ttl))
+
+    def answer_lookup(self, number: int) -> tuple[str, ...] | None:
+        """Tier names of the leading keys, or None while there is no answer. A question that failed is a miss."""
+        done, payload = self._answer(number)
+        if not done:
+            return None
+        return labels(payload[0]) if payload else ()
+
+    def ask_adapter(self, path: str) -> int | None:
+        """Ask for an adapter's digest; None where it could not be asked."""
+        return self._ask(protocol.AdapterDigest(path)) or None
+
+    def answer_adapter(self, number: int) -> tuple[bool, str | None]:
+        """(answered, hex digest or None where it has none)."""
+        done, payload = self._answer(number)
+        return done, str(payload[0]) if payload else None
+
+    def ask_adapter_add(self, path: str) -> int:
+        """Ask for a folder to be taken into the cache."""
+        return self._ask(protocol.AdapterAdd(path, "", ""))
+
+    def ask_acquire(self, lease: bytes, key: bytes, ttl: float) -> int:
+        """Ask for an object to be raised into the arena and held there."""
+        return self._ask(protocol.Acquire(lease, key, ttl))
+
+    def answer(self, number: int) -> tuple[bool, list[Any] | str | None]:
+        """(answered, its payload; in words why it was refused; None where the question failed)."""
+        try:
+            self._connection.poll()
+            reply = self._connection.take(number)
+        except Rejected as error:
+            return True, str(error)
+        except LoRACacheError as error:
+            self._outage.goes_on(error)
+            return True, None
+        return reply is not None, reply.payload if reply is not None else None
+
+    def buffers(self, extents: list[int], size: int) -> list[memoryview]:
+        """Views of an object's bytes in the mapped arena."""
+        return self._connection.buffers(extents, size)
+
+    def resident(self, keys: set[bytes]) -> None:
+        """Tell which adapters the engine's own memory holds now, unless the daemon has heard so on this connection."""
+        if keys != self._resident:
+            self._resident = keys
+            self._connection.send(protocol.Resident(protocol.join_keys(list(keys))), answer=False)
+
+    def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
+        """Have slow tiers start raising `keys`."""
+        self._connection.send(protocol.Prefetch(lease, protocol.join_keys(keys), ttl), answer=False)
+
+    def release(self, lease: bytes) -> None:
+        """End a request's lease."""
+        self._connection.send(protocol.Release(lease, b""), answer=False)
+
+    def forget(self, number: int) -> None:
+        """An answer nobody wants any more; it still counts as a sign of life."""
+        self._kept.pop(number, None)
+        if number in self._asked:
+            self._unwanted.add(number)
+
+    def count(self, cause: str, amount: int) -> None:
+        """Count a failure seen in the engine; the daemon's status shows it."""
+        self._counts[cause] += amount
+
+    def flush_counts(self) -> None:
+        """Send the counts, at most once a second."""
+        now = time.monotonic()
+        if self._counts and now >= self._next_report and self._connection.connected:
+            self._next_report = now + _REPORT_S
+            self._connection.send(protocol.Report(dict(self._counts)), answer=False)
+            self._counts.clear()
+
+    def close(self) -> None:
+        """Close the connection; its leases end."""
+        self.flush_counts()
+        self._connection.close()
+
+    def _ask(self, request: protocol.Request) -> int:
+        if not self._ready() or self._silent():
+            return 0
+        try:
+            number = self._connection.send(request)
+        except LoRACacheError as error:
+            self._outage.goes_on(error)
+            return 0
+        if isinstance(request, protocol.Lookup):
+            self._asked[number] = time.monotonic()
+        return number
+
+    def _answer(self, number: int) -> tuple[bool, list[Any] | None]:
+        """(answered, payload); no payload where the question failed."""
+        if number in self._kept:
+            return True, self._kept.pop(number)
+        try:
+            self._connection.poll()
+            reply = self._connection.take(number)
+        except LoRACacheError as error:
+            if not isinstance(error, Rejected):
+                self._outage.goes_on(error)
+            self._asked.pop(number, None)
+            return True, None
+        if reply is None:
+            return False, None
+        self._asked.pop(number, None)
+        return True, reply.payload
+
+    def _ready(self) -> bool:
+        connection = self._connection
+        if connection.connected:
+            return True
+        try:
+            if connection.joining:
+                return self._greeted(0.0)
+            self._asked.clear()
+            self._unwanted.clear()
+            self._kept.clear()
+            now = time.monotonic()
+            if now < self._next_try:
+                return False
+            self._next_try = now + _RETRY_S
+            connection.begin()
+            return self._greeted(_GREETING_S)
+        except LoRACacheError as error:
+            self._next_try = time.monotonic() + _RETRY_S
+            self._outage.goes_on(error)
+            return False
+
+    def _greeted(self, seconds: float) -> bool:
+        greeted = self._connection.greeted(seconds)
+        if greeted:
+            self._resident = set()
+            self._outage.over()
+        return greeted
+
+    def _silent(self) -> bool:
+        """Whether the oldest question has waited so long that more of them would be pointless. Its request may run
+        without the answer and not look for it again: then the answer is collected here.
+        """
+        while self._asked:
+            number, since = next(iter(self._asked.items()))
+            answered, payload = self._answer(number)
+            if not answered:
+                return time.monotonic() - since > _SILENT_AFTER_S
+            if number in self._unwanted:
+                self._unwanted.discard(number)
+            else:
+                self._kept[number] = payload
+        return False

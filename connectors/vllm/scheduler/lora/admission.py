@@ -1,0 +1,353 @@
+"""The scheduler's side of paged LoRA: which content a request's adapter is, fetching it, and when the request may run.
+
+A request waits until its adapter is on the pages of every worker, and the others run on. Nothing here waits: the
+daemon is asked when a request arrives, and its answers are looked for when vLLM asks whether the request can run.
+While no daemon answers, an adapter that has a folder is read from there, on a thread of its own (folders.py).
+
+No request waits for ever. It waits for pages as long as others run on them; for a content that cannot be had or copied
+in, however it is asked for, as long as its patience.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loracache.adapters.payload import ModuleSize, Packed
+from loracache.connectors.vllm.common.messages import AdapterOrders, PoolFacts, WorkerNews
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.lora.names import model_name
+from loracache.connectors.vllm.lora.paths import digest_in
+from loracache.connectors.vllm.scheduler.lora.folders import Folders
+from loracache.connectors.vllm.scheduler.lora.ledger import Answer, PageLedger
+from loracache.errors import LoRACacheError, UsageError
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+__all__ = ["AdapterAdmission"]
+
+_log = logging.getLogger(__name__)
+_LEASE_S = 30.0
+_AGAIN_S = 0.5
+_RESIDENT_S = 0.2
+_MOST_FAILURES = 8
+_FOLDER_PATIENCES = 4  # a daemon that is silent takes up to three before the folder is read
+
+
+@dataclass(slots=True)
+class _Adapter:
+    """One content. path: a folder that holds it, or "". costs: pages by worker, once known. here: it can be copied in
+    now. asked: the number of the question that fetches it, since: when it was asked. order: the number of the last
+    order to copy it in, ready: how many workers have done so. failures: copies in a row that failed.
+    """
+
+    digest: str
+    path: str = ""
+    costs: tuple[int, ...] | None = None
+    here: bool = False
+    asked: int = 0
+    since: float = 0.0
+    lease: bytes = b""
+    next_try: float = 0.0
+    order: int = 0
+    ready: int = 0
+    failures: int = 0
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class _Wait:
+    """A request's wait for a content that nobody has, or that could not be copied in. since: monotonic. cause: of the
+    last copy that failed. over: it was given up."""
+
+    since: float
+    cause: str = ""
+    over: bool = False
+
+
+class AdapterAdmission:
+    """Admission of one engine's requests: of all, unless a pool is `wanted`. bound(id, digest) is called when it
+    is known what serves an adapter id; `fail` takes the ids of requests that can never run, where there is a way to
+    tell vLLM. patience: seconds for which a request waits for a content that nobody has, or cannot be copied in.
+    """
+
+    def __init__(self, link: SchedulerLink, patience: float, bound: Callable[[int, str], None], wanted: bool) -> None:
+        self._link = link
+        self._patience = patience
+        self._wanted = wanted
+        self._bound = bound
+        self._pools: list[PoolFacts] = []
+        self._ledger = PageLedger(())
+        self._ids: dict[int, str] = {}
+        self._folders = Folders(link, patience)
+        self._adapters: dict[str, _Adapter] = {}
+        self._waits: dict[str, _Wait] = {}
+        self._waited: set[str] = set()
+        self._running: dict[str, int] = {}  # request -> adapter id, from admission to its end
+        self._orders = AdapterOrders()
+        self._last_order = 0
+        self._told: dict[int, str] = {}  # what the workers were told serves an adapter id
+        self._next_resident = 0.0
+        self.fail: Callable[[str], None] = lambda request_id: None
+
+    def set_pools(self, pools: Sequence[PoolFacts]) -> None:
+        """What the workers told of their pools."""
+        if not pools or self._pools:
+            return
+        self._pools = list(pools)
+        self._ledger = PageLedger([pool.shape.pages for pool in pools])
+        self._link.begin()
+
+    def on_new_request(self, request: Request) -> None:
+        """Start to fetch what the request needs."""
+        adapter = request.lora_request
+        if adapter is None or not self._pools:
+            return
+        if getattr(adapter, "load_inplace", False):
+            self.renew(adapter)
+        digest = self._digest(request.request_id, adapter)
+        if digest is not None and digest not in self._ledger:
+            self._fetch(self._adapters[digest])
+
+    def renew(self, adapter: LoRARequest) -> None:
+        """The engine was told to load this id anew: its folder is looked at again."""
+        self._ids.pop(adapter.lora_int_id, None)
+        self._folders.forget(adapter.lora_path)
+
+    def admit(self, request: Request) -> bool:
+        """Whether the request's adapter is on all workers' pages, and stays there until the request ends."""
+        adapter = request.lora_request
+        if adapter is None or not self._wanted:
+            return True
+        admitted = bool(self._pools) and self._admit(request, adapter)
+        if not admitted:
+            self._waited.add(request.request_id)
+            return False
+        self._waits.pop(request.request_id, None)
+        if request.request_id not in self._running:
+            self._link.count("adapter.miss" if request.request_id in self._waited else "adapter.hit", 1)
+            self._running[request.request_id] = adapter.lora_int_id
+        return True
+
+    def _admit(self, request: Request, adapter: LoRARequest) -> bool:
+        wait = self._waits.get(request.request_id)
+        if wait is not None and wait.cause and time.monotonic() - wait.since > self._patience:
+            self._give_up(request.request_id, adapter.lora_name, f"it could not be copied in ({wait.cause})")
+            return False
+        digest = self._digest(request.request_id, adapter)
+        if digest is None:
+            return False
+        found = self._adapters[digest]
+        self._ledger.let_go_but(request.request_id, digest)  # of an id that stands for another content now
+        if not (digest in self._ledger or self._fetch(found)):
+            self._complain(request.request_id, adapter.lora_name, found)
+            return False
+        if wait is not None and not wait.cause:  # it waited for what is here now; what comes is another wait
+            del self._waits[request.request_id]
+        assert found.costs is not None
+        answer, victims = self._ledger.ask(request.request_id, digest, found.costs, time.monotonic())
+        if answer is Answer.NEVER:
+            pages = min(pool.shape.pages for pool in self._pools)
+            why = f"it needs {max(found.costs)} pages, the pool has {pages}: make lora_pool larger"
+            self._give_up(request.request_id, adapter.lora_name, why)
+        if answer is Answer.GIVEN:
+            self._orders.evict += victims
+            self._last_order += 1
+            found.order, found.ready = self._last_order, 0
+            self._orders.load.append((found.order, digest, found.path))
+            self._link.count("adapter.load", 1)
+            if victims:
+                self._link.count("adapter.evict", len(victims))
+        return answer not in (Answer.WAIT, Answer.NEVER) and self._served(adapter.lora_int_id, found)
+
+    def _served(self, adapter: int, found: _Adapter) -> bool:
+        """Whether the workers serve this id with this content: its copy is done, and they were told in an earlier step
+        (in the same step some vLLMs tell them too late). Requests that run under the id, whose adapter was loaded in
+        place, are served by it too from then on.
+        """
+        ready = found.ready >= len(self._pools)
+        if self._told.get(adapter) == found.digest:
+            return ready
+        running = [request for request, served in self._running.items() if served == adapter]
+        if ready or not running:
+            self._ledger.pin(self._told.get(adapter, ""), False)  # a pin is of what the id stood for, as in vLLM
+            self._orders.bind[adapter] = found.digest
+            for request in running:
+                self._ledger.also_hold(request, found.digest)
+        return False
+
+    def end(self, request_id: str) -> None:
+        """A request is over."""
+        self._ledger.end(request_id)
+        self._waits.pop(request_id, None)
+        self._running.pop(request_id, None)
+        self._waited.discard(request_id)
+
+    def take_news(self, news: WorkerNews) -> None:
+        """Learn what the workers copied in, and what they could not."""
+        under_way = {self._adapters[digest].order: self._adapters[digest] for digest in self._ledger.adapters()}
+        for order, count in news.activated.items():
+            found = under_way.get(order)
+            if found is not None:
+                found.ready += count
+                if found.ready >= len(self._pools):
+                    found.failures = 0
+                    self._let_go(found)
+        for order, cause in news.not_activated.items():
+            self._link.count(f"adapter.{cause}", 1)
+            found = under_way.get(order)
+            if found is not None and found.digest in self._ledger:
+                self._failed(found, cause)
+        if news.pools_lost:
+            for digest in self._ledger.adapters():
+                self._ledger.drop(digest)
+                self._orders.evict.append(digest)  # what was being copied in comes to its pages after the loss
+        for adapter, pinned in news.pinned.items():
+            if adapter in self._told:
+                self._ledger.pin(self._told[adapter], pinned)
+
+    def _failed(self, found: _Adapter, cause: str) -> None:
+        """A copy failed: nobody has pages of it any more, and the next try is later each time."""
+        now = time.monotonic()
+        for request in self._ledger.drop(found.digest):
+            self._waits.setdefault(request, _Wait(now)).cause = cause
+        self._orders.evict.append(found.digest)  # some workers may have it
+        self._let_go(found)
+        found.next_try = now + min(_AGAIN_S * 2**found.failures, max(_AGAIN_S, self._patience / 4))
+        found.failures = min(found.failures + 1, _MOST_FAILURES)
+        if cause == "changed":
+            self._forget_ids(found)
+        if cause == "unusable":
+            found.problem = "the engine cannot use it; its log says why"
+
+    def take_orders(self) -> AdapterOrders:
+        """What the workers do in the next step."""
+        orders, self._orders = self._orders, AdapterOrders()
+        self._told.update(orders.bind)
+        now = time.monotonic()
+        if self._pools and now >= self._next_resident and self._link.connected:
+            self._next_resident = now + _RESIDENT_S
+            ready = [each for each in self._ledger.adapters() if self._adapters[each].ready >= len(self._pools)]
+            self._link.resident({bytes.fromhex(digest) for digest in ready})
+        return orders
+
+    # -- which content ----------
+
+    def _digest(self, request_id: str, adapter: LoRARequest) -> str | None:
+        """The content that serves an adapter id, or None while it is not known."""
+        known = self._ids.get(adapter.lora_int_id)
+        if known is not None:
+            return known
+        named = digest_in(adapter.lora_path)
+        if named is not None:
+            return self._bind(adapter.lora_int_id, named, "")
+        content = self._folders.ask(adapter.lora_path)
+        if content is None:
+            return None
+        if isinstance(content, str):
+            self._give_up(request_id, adapter.lora_name, content)
+            return None
+        self._bind(adapter.lora_int_id, content.digest, content.place)
+        if content.sizes:
+            self._price(self._adapters[content.digest], content.sizes)
+        return content.digest
+
+    def _bind(self, adapter: int, digest: str, path: str) -> str:
+        self._ids[adapter] = digest
+        found = self._adapters.setdefault(digest, _Adapter(digest))
+        found.path = path or found.path
+        self._bound(adapter, digest)
+        return digest
+
+    # -- fetching ----------
+
+    def _fetch(self, found: _Adapter) -> bool:
+        """Whether the content can be copied in now; if not, have the daemon raise it."""
+        if found.here:
+            return True
+        now = time.monotonic()
+        if found.asked:
+            done, payload = self._link.answer(found.asked)
+            if not done and now - found.since <= self._patience:
+                return False
+            found.asked = 0
+            found.next_try = now + _AGAIN_S
+            self._fetched(found, payload)
+            if not found.here:
+                self._let_go(found)
+            return found.here
+        if now < found.next_try:
+            return False
+        found.problem = ""
+        found.lease = os.urandom(16)
+        found.asked, found.since = self._link.ask_acquire(found.lease, bytes.fromhex(found.digest), _LEASE_S), now
+        if not found.asked:
+            found.next_try = now + _AGAIN_S
+            found.here = bool(found.path) and found.costs is not None  # the workers read the folder
+            if found.path and not found.here:
+                self._forget_ids(found)
+        return found.here
+
+    def _fetched(self, found: _Adapter, payload: Any) -> None:
+        try:
+            (_, *rest), *_ = payload or [[0, "unavailable"]]
+            if len(rest) == 1:
+                self._link.count(f"adapter.{rest[0]}", 1)
+                if found.path:  # it left the cache: take its folder in once more
+                    self._forget_ids(found)
+                return
+            size, _, extents = rest
+            modules = Packed(self._link.buffers(extents, size)).modules()
+            self._price(found, {name: module.size for name, module in modules.items()})
+        except (LoRACacheError, ValueError, TypeError) as error:
+            _log.warning("adapter %s: %s", found.digest[:12], error)
+
+    def _forget_ids(self, found: _Adapter) -> None:
+        """Ask anew which content the adapter's folder holds."""
+        for adapter in [adapter for adapter, digest in self._ids.items() if digest == found.digest]:
+            del self._ids[adapter]
+
+    def _price(self, found: _Adapter, sizes: Mapping[str, ModuleSize]) -> None:
+        """Pages on every worker, each of which may have other modules, or other parts of the same."""
+        try:
+            placements = [
+                pool.shape.fit({model_name(name, pool.mapper): size for name, size in sizes.items()})
+                for pool in self._pools
+            ]
+            costs = zip(self._pools, placements, strict=True)
+            found.costs = tuple(pool.shape.cost(placement.elements) for pool, placement in costs)
+            found.here = True
+        except UsageError as error:
+            found.problem = str(error)
+            found.next_try = time.monotonic() + _AGAIN_S
+
+    def _let_go(self, found: _Adapter) -> None:
+        """The daemon need not hold it for us any longer; the next time it is needed it is asked for again."""
+        if found.lease:
+            self._link.release(found.lease)
+        found.lease, found.here = b"", False
+
+    # -- requests ----------
+
+    def _complain(self, request_id: str, name: str, found: _Adapter) -> None:
+        """Give a request up whose adapter nobody has, after a while, or at once where nothing will help."""
+        now = time.monotonic()
+        since = self._waits.setdefault(request_id, _Wait(now)).since
+        patience = self._patience * (_FOLDER_PATIENCES if found.path else 1)
+        if found.problem or (now - since > patience and not found.asked):
+            nobody = "its folder leaves the cache again and again" if found.path else "and there is no folder"
+            self._give_up(request_id, name, found.problem or f"no tier has it, {nobody}")
+
+    def _give_up(self, request_id: str, name: str, why: str) -> None:
+        """End a request with an error; the log says why, once."""
+        wait = self._waits.setdefault(request_id, _Wait(time.monotonic()))
+        if not wait.over:
+            _log.error("adapter %s cannot be served: %s", name, why)
+        wait.over = True
+        self.fail(request_id)

@@ -1,0 +1,112 @@
+"""The scheduler's side: what is in the folders that adapters are asked for by.
+
+The daemon is asked to take a folder in, and answers its digest. While none answers, or where it will not have the
+folder, a thread of our own reads it, and downloads it first where the path is a name on a hub. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vllm.lora.utils import get_adapter_absolute_path
+
+from loracache.adapters.payload import ModuleSize, Packing, adapter_digest
+from loracache.adapters.peft import PeftFolder
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.errors import LoRACacheError
+
+__all__ = ["FolderContent", "Folders"]
+
+_log = logging.getLogger(__name__)
+_READING_S = 600.0  # a download may take minutes; a file system that hangs takes for ever
+
+
+@dataclass(frozen=True, slots=True)
+class FolderContent:
+    """digest: hex. place: where the folder is. sizes: by module; none where only the daemon has looked."""
+
+    digest: str
+    place: str
+    sizes: Mapping[str, ModuleSize] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Folder:
+    """place: where it is, "" while that is not known. asked: the number of the daemon's question. reading: a thread
+    reads it. since: when either began. read: what the thread found."""
+
+    place: str = ""
+    asked: int = 0
+    since: float = 0.0
+    reading: bool = False
+    read: list[FolderContent | str] = field(default_factory=list)
+
+
+class Folders:
+    """Questions for one engine's folders, by path. patience: seconds to wait for the daemon's answer."""
+
+    def __init__(self, link: SchedulerLink, patience: float) -> None:
+        self._link = link
+        self._patience = patience
+        self._folders: dict[str, _Folder] = {}
+
+    def ask(self, path: str) -> FolderContent | str | None:
+        """What is in a folder, why it cannot be served, or None while neither is known. An answer is given once."""
+        folder = self._folders.setdefault(path, _Folder())
+        answer = self._look(folder, path)
+        if answer is not None:
+            del self._folders[path]
+        return answer
+
+    def forget(self, path: str) -> None:
+        """What was asked about a folder is of no interest any more."""
+        self._folders.pop(path, None)
+
+    def _look(self, folder: _Folder, path: str) -> FolderContent | str | None:
+        now = time.monotonic()
+        if folder.reading:
+            if folder.read:
+                return folder.read.pop()
+            return f"{path} was not read within {_READING_S:g} s" if now - folder.since > _READING_S else None
+        if not folder.place and os.path.isdir(path):
+            folder.place = path
+        if not folder.asked:
+            if folder.place and (self._link.connected or self._link.begin()):
+                folder.asked, folder.since = self._link.ask_adapter_add(folder.place), now
+            if not folder.asked:
+                self._read(folder, path)
+            return None
+        done, payload = self._link.answer(folder.asked)
+        if not done:
+            if now - folder.since > self._patience:  # the daemon is there, but silent
+                self._read(folder, path)
+            return None
+        folder.asked = 0
+        if isinstance(payload, str):  # it is none that can be served, or there is no room for it: look ourselves
+            _log.warning("%s is not taken into the cache: %s", path, payload)
+            self._link.count("adapter.refused", 1)
+            self._read(folder, path)
+            return None
+        return FolderContent(str(payload[0]), folder.place) if payload else None
+
+    def _read(self, folder: _Folder, path: str) -> None:
+        folder.asked, folder.reading, folder.since = 0, True, time.monotonic()
+        threading.Thread(target=_read_folder, args=(path, folder), daemon=True).start()
+
+
+def _read_folder(path: str, folder: _Folder) -> None:
+    """What the daemon would have done, as far as it is needed; and before that find the folder, as vLLM does."""
+    try:
+        place = folder.place or get_adapter_absolute_path(path)
+        with PeftFolder(place) as peft:
+            sizes = Packing(peft).sizes()
+        folder.read.append(FolderContent(adapter_digest(place), place, sizes))
+    except LoRACacheError as error:
+        folder.read.append(str(error))
+    except Exception as error:  # noqa: BLE001 - top of the thread: an answer that never comes hangs a request
+        folder.read.append(repr(error))

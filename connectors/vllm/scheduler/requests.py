@@ -1,0 +1,130 @@
+"""What the scheduler's side remembers of one request."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loracache.keys import Media, Namespace, chunk_keys
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from loracache.connectors.vllm.common.messages import AdapterBinding
+
+__all__ = ["RequestState", "is_cacheable", "uses_draft_kv", "wants_reading"]
+
+
+class RequestState:
+    """One request from its arrival to its end.
+
+    cacheable: its KV may be stored and loaded. reads: and is wanted to be loaded. chunk_keys: keys of its whole chunks,
+    grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered. blocks: the engine's blocks, in
+    order. stored: chunks offered to the store so far; the next are offered after store_after (monotonic seconds).
+    local_tokens: what the engine's own prefix cache held. content: which of its adapter's contents that is of
+    (blocks.py). media: what its images and the like are (media.py). loading: vLLM waits for its load. loaded: its load
+    is done and it has not computed since.
+    """
+
+    __slots__ = (
+        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "content", "first_step", "has_stored", "hits",
+        "lease", "leased", "load_tiers", "loaded", "loading", "local_tokens", "media", "namespace", "parked_since",
+        "question", "reads", "request", "store_after", "stored",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, *, cacheable: bool, reads: bool) -> None:
+        self.request = request
+        self.cacheable = cacheable
+        self.reads = reads
+        self.lease = os.urandom(16)
+        self.leased = False
+        self.namespace: Namespace | None = None
+        self.adapter: AdapterBinding | None = None
+        self.chunk_keys: list[bytes] = []
+        self.question = 0
+        self.answered_at: float | None = None
+        self.parked_since: float | None = None
+        self.hits: tuple[str, ...] = ()
+        self.blocks: list[int] = []
+        self.stored = 0
+        self.store_after = 0.0
+        self.has_stored = False
+        self.first_step: int | None = None
+        self.local_tokens = 0
+        self.content = 0
+        self.media: Future[tuple[Media, ...] | None] | None = None
+        self.load_tiers: tuple[str, ...] = ()
+        self.loading = False
+        self.loaded = False
+
+    def extend_keys(self, namespace: Namespace, chunk_tokens: int) -> None:
+        """Add the keys of chunks that have become whole."""
+        start = len(self.chunk_keys) * chunk_tokens
+        end = self.request.num_tokens // chunk_tokens * chunk_tokens
+        if end <= start:
+            return
+        tokens = np.fromiter(self.request.all_token_ids[start:end], dtype="<i4", count=end - start)
+        media = (self.media.result() if self.media is not None else None) or ()
+        parent = self.chunk_keys[-1] if self.chunk_keys else namespace.digest()
+        self.chunk_keys += chunk_keys(parent, tokens, chunk_tokens, start=start, media=media)
+
+    def answer(self, tiers: tuple[str, ...]) -> None:
+        """Take the answer to the request's question."""
+        self.hits = tiers
+        self.question = 0
+        self.parked_since = None
+        self.answered_at = time.monotonic()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing of it was computed, loaded or promised to be."""
+        return self.first_step is None and not (self.loading or self.loaded or self.hits or self.stored)
+
+    def begin_anew(self) -> None:
+        """Its KV will be in another namespace than was thought."""
+        self.namespace = None
+        self.chunk_keys = []
+        self.question = 0
+        self.answered_at = None
+
+    def offer_again(self, after: float) -> None:
+        """Chunks of it are not where they were thought to be: offer all of them, but not before `after` (monotonic)."""
+        self.stored = 0
+        self.store_after = after
+        self.hits = ()
+
+    def preempted(self) -> None:
+        """Its blocks are gone; it will be asked about, loaded (where that is not planned already) and computed anew."""
+        self.stored = 0
+        self.first_step = None
+        self.loaded = False
+        if self.loading:
+            return
+        self.blocks = []
+        self.question = 0
+        self.answered_at = None
+        self.parked_since = None
+        self.hits = ()
+
+
+def is_cacheable(request: Request) -> bool:
+    """Requests whose KV is not a function of their token ids, or not a prefix of anything, stay out."""
+    if getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None:
+        return False
+    return getattr(request, "pooling_params", None) is None and not getattr(request, "resumable", False)
+
+
+def wants_reading(request: Request) -> bool:
+    """Not where every token of the prompt must be computed, to know its logprobs."""
+    params = request.sampling_params
+    return not request.skip_reading_prefix_cache and (params is None or params.prompt_logprobs is None)
+
+
+def uses_draft_kv(config: Any) -> bool:
+    """EAGLE and MTP drafts write KV of their own that lags behind in the last block."""
+    speculative = getattr(config, "speculative_config", None)
+    return speculative is not None and bool(speculative.use_eagle())

@@ -1,0 +1,397 @@
+"""The scheduler's side of the connector: looks up, plans loads and stores, keeps leases.
+
+It runs inside EngineCore's loop and never waits: questions are sent when a request arrives, answers are collected
+when the scheduler asks, and an answer that is late is done without.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Facts, Load, Prefix, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
+from loracache.connectors.vllm.scheduler.blocks import BlockKeys
+from loracache.connectors.vllm.scheduler.lora.admission import AdapterAdmission
+from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
+from loracache.connectors.vllm.scheduler.requests import RequestState, is_cacheable, uses_draft_kv, wants_reading
+from loracache.connectors.vllm.scheduler.resets import HeldBlocks, KnownWeights
+from loracache.keys import object_key
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+__all__ = ["SchedulerSide"]
+
+_log = logging.getLogger(__name__)
+_LEASE_TTL_S = 30.0
+_STORE_AGAIN_S = 1.0
+_STALE_S = 10.0  # an answer older than this is asked for again
+
+
+class SchedulerSide:
+    """Plans for one engine. Off until the workers' facts are known, and for good where they name a problem."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, options: Options, identity: Callable[[], str | None], link: SchedulerLink
+    ) -> None:
+        self._config = vllm_config
+        self._options = options
+        self._link = link
+        self._off = False
+        self._block_size = vllm_config.cache_config.block_size
+        self._drops_last_block = uses_draft_kv(vllm_config)
+        self._may_load = bool(vllm_config.kv_transfer_config.is_kv_consumer)
+        self._may_store = bool(vllm_config.kv_transfer_config.is_kv_producer)
+        self._facts: dict[str, Facts] = {}
+        self._shards: tuple[str, ...] = ()
+        self._chunk_blocks = 1
+        self._requests: dict[str, RequestState] = {}
+        ask = (lambda path: None) if options.lora_pool else link.ask_adapter
+        self._adapters = ServedAdapters(ask, link.answer_adapter)
+        self._blocks = BlockKeys(bool(getattr(vllm_config.lora_config, "enable_tower_connector_lora", False)))
+        self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
+        self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
+        self.held = HeldBlocks()
+        self._weights = KnownWeights()
+        self._plan = StepPlan(step=0)
+        self._step = 0
+
+    @property
+    def on(self) -> bool:
+        """Whether the workers' facts are known and allow caching."""
+        return bool(self._shards)
+
+    # -- what workers tell ----------
+
+    def set_facts(self, facts: list[Facts], block_size: int) -> None:
+        """Take what the workers know of their KV; turns the cache on, or says once why it stays off."""
+        self.admission.set_pools([fact.pool for fact in facts if fact.pool is not None])
+        if self._off:
+            return
+        for fact in facts:
+            if fact.problem:
+                self._off = True
+                _log.warning("LoRACache is off for this model: %s", fact.problem)
+                return
+            self._facts[fact.shard] = fact
+        layout = joint_layout({shard: fact.layout for shard, fact in self._facts.items()})
+        if not layout:
+            self._off = True
+            layouts = sorted({fact.layout for fact in self._facts.values()})
+            _log.warning("LoRACache is off for this model: its workers lay out KV differently: %s", layouts)
+            return
+        self._block_size = block_size
+        smallest = min(fact.block_bytes for fact in self._facts.values())
+        self._chunk_blocks = chunk_blocks(smallest, block_size, self._options.chunk_tokens)
+        self._namespace.layout = layout
+        self._namespace.chunk_tokens = self._chunk_tokens
+        self._shards = tuple(sorted(self._facts))
+        self._link.begin()
+
+    def take_news(self, news: WorkerNews) -> None:
+        """Learn what adapters the workers really loaded and what they could not store, and pass their failures on to
+        the daemon's counters."""
+        self.admission.take_news(news)
+        if self._weights.take_news(news.weights):
+            self._weights_changed()
+        for adapter, digest in news.adapters.items():
+            self._adapters.correct(adapter, digest)
+        changed = self._blocks.learn(news.contents)
+        for state in self._requests.values() if changed else ():
+            if not state.blocks and state.request.lora_request and state.request.lora_request.lora_int_id in changed:
+                state.content = self._blocks.key(state.request)
+        for cause, count in news.failures.items():
+            self._link.count(cause, count)
+        for request_id in news.unstored & self._requests.keys():
+            self._requests[request_id].offer_again(time.monotonic() + _STORE_AGAIN_S)
+
+    def finished_loading(self, request_ids: set[str], invalid_blocks: set[int]) -> None:
+        """Loads are done, some of their blocks perhaps not."""
+        for request_id in request_ids:
+            state = self._requests.get(request_id)
+            if state is not None and state.loading:
+                state.loading = False
+                state.loaded = True
+                self._drop_lease(state)
+        if invalid_blocks:
+            for state in self._requests.values():
+                if not invalid_blocks.isdisjoint(state.blocks):
+                    state.offer_again(0.0)
+
+    # -- requests ----------
+
+    def on_new_request(self, request: Request) -> None:
+        """Send the question; nobody waits for its answer."""
+        self.admission.on_new_request(request)
+        content = self._blocks.key(request)
+        if not self.on:
+            return
+        state = self._requests[request.request_id] = RequestState(
+            request, cacheable=is_cacheable(request), reads=self._may_load and wants_reading(request)
+        )
+        state.content = content
+        if not state.cacheable:
+            self._namespace.learn_media(request)
+        if (
+            state.cacheable
+            and request.lora_request is not None
+            and getattr(request.lora_request, "load_inplace", False)
+        ):
+            self._adapters.renew(request.lora_request)
+        if state.cacheable and not self._namespace.known:
+            self._link.count("identity.pending", 1)
+        self._advance(state)
+
+    def adapter_reloaded(self, lora_request: LoRARequest) -> None:
+        """An adapter's id may serve another content from now on."""
+        self._adapters.renew(lora_request)
+        self.admission.renew(lora_request)
+
+    def matched_tokens(self, request: Request, num_computed: int) -> tuple[int | None, bool]:
+        """How many tokens beyond `num_computed` can be loaded; None to be asked again in a moment."""
+        if not self.admission.admit(request):
+            return None, False
+        if not self.on:
+            return 0, False
+        state = self._requests.get(request.request_id)
+        if state is None:
+            self.on_new_request(request)
+            state = self._requests[request.request_id]
+        state.local_tokens = num_computed
+        if num_computed and not self._weights.trust_local_prefix:
+            state.cacheable = False
+        if not state.cacheable or not state.reads or not self._namespace.known:
+            return 0, False
+        if state.answered_at is not None and time.monotonic() - state.answered_at > _STALE_S:
+            state.answered_at = None
+        if not self._advance(state):
+            return self._patience(state)
+        tokens = len(state.hits) * self._chunk_tokens
+        if self._drops_last_block:
+            tokens -= self._block_size
+        tokens = min(tokens, request.num_tokens) - num_computed
+        if tokens <= 0:
+            self._drop_lease(state)
+            return 0, False
+        return tokens, True
+
+    def planned_load(self, request: Request, block_ids: list[int], tokens: int) -> None:
+        """vLLM has made room for `tokens` loaded tokens: plan their load."""
+        state = self._requests.get(request.request_id)
+        if state is None or not tokens or not state.hits:
+            return
+        size, per_chunk = self._block_size, self._chunk_blocks
+        first, end = state.local_tokens // size, (state.local_tokens + tokens) // size
+        chunks = []
+        for number in range(first // per_chunk, -(-end // per_chunk)):
+            start, stop = max(first, number * per_chunk), min(end, (number + 1) * per_chunk)
+            chunks.append(
+                ChunkBlocks(state.chunk_keys[number], tuple(block_ids[start:stop]), start - number * per_chunk)
+            )
+        state.loading = True
+        state.load_tiers = state.hits[first // per_chunk : -(-end // per_chunk)]
+        state.blocks = list(block_ids)
+        if not state.cacheable:  # since it was promised, the weights have changed
+            self._plan.void.add(request.request_id)
+        self._plan.loads.append(Load(request.request_id, tuple(chunks), state.adapter, per_chunk))
+        slow = [chunk.key for chunk, tier in zip(chunks, state.load_tiers, strict=True) if tier != "cpu"]
+        if slow:
+            self._link.prefetch(state.lease, self._object_keys(slow), _LEASE_TTL_S)
+
+    def load_tiers(self, request_id: str) -> tuple[str, ...]:
+        """The tier of each chunk of a request's planned load."""
+        state = self._requests.get(request_id)
+        return state.load_tiers if state is not None else ()
+
+    def finished(self, request: Request, block_ids: list[int]) -> bool:
+        """A request is over: plan its last stores. True where its blocks must stay until they are done."""
+        self.admission.end(request.request_id)
+        state = self._requests.pop(request.request_id, None)
+        if state is None:
+            return False
+        self._drop_lease(state)
+        self._link.forget(state.question)
+        if state.loading:
+            return False
+        if state.cacheable:
+            state.blocks = list(block_ids)
+            self._plan_store(state, request.num_computed_tokens)
+        if not state.has_stored:  # else blocks may be read still, whatever was learnt about the request meanwhile
+            return False
+        self._plan.await_stores.add(request.request_id)
+        self.held.hold(request)
+        return True
+
+    def build_plan(self, output: SchedulerOutput) -> StepPlan:
+        """This step's plan for the workers."""
+        self._step += 1
+        plan = self._plan
+        plan.step = self._step
+        plan.adapters = self.admission.take_orders()
+        plan.weights = dict(self._weights.versions)
+        plan.freed = self.held.take_freed()
+        preempted = getattr(output, "preempted_req_ids", None)
+        plan.preempted = set(preempted) if preempted is not None else self._preempted()
+        for request_id in plan.preempted:  # first: a reset preempts and schedules again in one step
+            state = self._requests.get(request_id)
+            if state is not None:
+                if not state.loading:
+                    self._drop_lease(state)
+                    self._link.forget(state.question)
+                state.preempted()
+                if not state.blocks:
+                    state.content = self._blocks.key(state.request)
+        for new in output.scheduled_new_reqs:
+            self._scheduled(new.req_id, list(new.block_ids[0]) if new.block_ids else [], replace=True)
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            self._scheduled(request_id, list(blocks[0]) if blocks else [], replace=request_id in cached.resumed_req_ids)
+        for request_id in output.num_scheduled_tokens:
+            state = self._requests.get(request_id)
+            if state is not None and state.cacheable and time.monotonic() >= state.store_after:
+                # What earlier steps computed; this step's own tokens are stored by the next.
+                self._plan_store(state, state.request.num_computed_tokens)
+        self._plan = StepPlan(step=0)
+        self._link.flush_counts()
+        return plan
+
+    def check_weights(self) -> None:
+        """They may have been changed in place: let the workers look before anything more is loaded or stored."""
+        self._plan.check_weights = True
+
+    def prefix_cache_reset(self) -> None:
+        """vLLM forgot the KV in its own blocks."""
+        self._weights.prefix_cache_reset(self._step)
+        self.check_weights()
+
+    def close(self) -> None:
+        """Give the leases back."""
+        self._link.close()
+
+    # -- inside ----------
+
+    def _weights_changed(self) -> None:
+        """From now on this engine's KV is another model's. Nobody else's is cleared."""
+        self._namespace.begin_epoch()
+        self._plan.stores.clear()
+        for request_id, state in self._requests.items():
+            if state.is_fresh:
+                self._drop_lease(state)
+                self._link.forget(state.question)
+                state.begin_anew()
+                continue
+            state.cacheable = False
+            if state.loading or state.loaded:
+                self._plan.void.add(request_id)
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return self._chunk_blocks * self._block_size
+
+    def _scheduled(self, request_id: str, blocks: list[int], *, replace: bool) -> None:
+        state = self._requests.get(request_id)
+        if state is None:
+            return
+        state.blocks = blocks if replace else state.blocks + blocks
+        if state.first_step is None:
+            state.first_step = self._step
+            held = tuple(state.blocks[: state.local_tokens // self._block_size])
+            if held and state.request.lora_request is not None:
+                self._plan.prefixes.append(Prefix(state.request.lora_request.lora_int_id, state.content, held))
+        if state.loaded:
+            state.loaded = False
+            self._plan.first_runs.add(request_id)
+
+    def _preempted(self) -> set[str]:
+        """Releases that do not list them: whoever is marked so and still has blocks by our books."""
+        return {
+            request_id
+            for request_id, state in self._requests.items()
+            if state.blocks and not state.loading and state.request.status.name == "PREEMPTED"
+        }
+
+    def _patience(self, state: RequestState) -> tuple[int | None, bool]:
+        now = time.monotonic()
+        state.parked_since = state.parked_since or now
+        if self._link.connected and now - state.parked_since < self._options.lookup_wait:
+            return None, False
+        self._link.count("lookup.late" if self._link.connected else "lookup.unavailable", 1)
+        return 0, False
+
+    def _advance(self, state: RequestState) -> bool:
+        """Take the request's question one step further; True once its answer is there."""
+        if not state.cacheable or not self._namespace.settle(state):
+            return False
+        self._extend_keys(state)
+        if state.answered_at is not None:
+            return True
+        if not state.reads:
+            return False
+        if not state.question:
+            if not state.chunk_keys:
+                state.answer(())
+                return True
+            keys = self._object_keys(state.chunk_keys)
+            state.question = self._link.ask_lookup(state.lease, keys, len(self._shards), _LEASE_TTL_S)
+            state.leased = bool(state.question)
+            if not state.question:
+                return False
+        tiers = self._link.answer_lookup(state.question)
+        if tiers is None:
+            return False
+        state.answer(self._slowest_of_shards(tiers))
+        return True
+
+    def _extend_keys(self, state: RequestState) -> None:
+        if state.namespace is not None:
+            state.extend_keys(state.namespace, self._chunk_tokens)
+
+    def _object_keys(self, chunk_keys: list[bytes]) -> list[bytes]:
+        return [object_key(key, shard) for key in chunk_keys for shard in self._shards]
+
+    def _slowest_of_shards(self, tiers: tuple[str, ...]) -> tuple[str, ...]:
+        count = len(self._shards)
+        order = ("cpu", "disk", "redis")
+        return tuple(max(tiers[at : at + count], key=order.index) for at in range(0, len(tiers), count))
+
+    def _plan_store(self, state: RequestState, computed_tokens: int) -> None:
+        """Plan to store what is computed and confirmed: whole chunks beyond those that are held or planned already."""
+        if not self._may_store or not self._namespace.settle(state):
+            return
+        if state.adapter is not None and not self._adapters.serves(state.adapter.lora_int_id, state.adapter.digest):
+            state.cacheable = False
+            return
+        request = state.request
+        confirmed = min(computed_tokens, request.num_tokens, len(state.blocks) * self._block_size)
+        if self._drops_last_block:
+            confirmed -= self._block_size
+        self._extend_keys(state)
+        first = max(state.stored, len(state.hits))
+        end = min(confirmed // self._chunk_tokens, len(state.chunk_keys))
+        if end <= first or state.namespace is None or state.first_step is None:
+            return
+        per_chunk = self._chunk_blocks
+        chunks = tuple(
+            ChunkBlocks(state.chunk_keys[number], tuple(state.blocks[number * per_chunk : (number + 1) * per_chunk]))
+            for number in range(first, end)
+        )
+        parent = state.chunk_keys[first - 1] if first else b""
+        self._plan.stores.append(
+            Store(request.request_id, state.namespace, parent, chunks, state.adapter, state.first_step)
+        )
+        state.stored = end
+        state.has_stored = True
+
+    def _drop_lease(self, state: RequestState) -> None:
+        if state.leased:
+            state.leased = False
+            self._link.release(state.lease)

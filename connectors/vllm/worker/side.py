@@ -1,0 +1,358 @@
+"""The workers' side of the connector: carries out the scheduler's plans, reports what came of them.
+
+Threading: vLLM calls everything here on the worker's main thread; `_loaded` and `_stored` are called by the transfer
+threads and only touch what `_lock` guards.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING
+
+import torch
+
+from loracache.client.client import CacheClient
+from loracache.connectors.vllm.common.geometry import chunk_blocks, shard_name
+from loracache.connectors.vllm.common.messages import Facts, Load, Prefix, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.common.private import ensure_private_daemon, private_server
+from loracache.connectors.vllm.worker.adapters import LoadedAdapters
+from loracache.connectors.vllm.worker.gate import GatedCopier
+from loracache.connectors.vllm.worker.layout import read_layout
+from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, paged_worker
+from loracache.connectors.vllm.worker.transfer import Loader, StoreJob, Storer
+from loracache.connectors.vllm.worker.weights import WeightsWatch
+from loracache.errors import UsageError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["WorkerSide"]
+
+_log = logging.getLogger(__name__)
+_MAY_BE_STORED_LATER = {"unavailable", "lease_lost", "no_parent"}
+_STORES_PATIENCE_S = 2.0  # for the stores of blocks that the next step may overwrite
+
+
+class WorkerSide:
+    """One worker's transfers. Idle until `register_kv_caches` has found a layout it can move."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, options: Options, problem: str) -> None:
+        self._config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._options = options
+        self._problem = problem
+        self._facts: Facts | None = None
+        self._facts_sent = False
+        self._loader: Loader | None = None
+        self._storer: Storer | None = None
+        self._cuda = False
+        self._adapters = LoadedAdapters(self._adapter_changed)
+        self._pool: PoolWorker | None = None
+        self._copiers: list[GatedCopier] = []
+        rank = getattr(vllm_config.parallel_config, "rank", 0)
+        self.weights = WeightsWatch(rank, self._weights_changed, self.leave_blocks, self.return_to_blocks)
+        if not problem:
+            self.weights.install(vllm_config)
+        if vllm_config.lora_config is not None and not options.lora_pool:
+            self._adapters.install()
+        self._lock = threading.Lock()
+        self._job_done = threading.Condition(self._lock)
+        self._done_loads: dict[str, list[int]] = {}
+        self._failures: Counter[str] = Counter()
+        self._storing: dict[str, set[StoreJob]] = {}
+        self._to_start: list[StoreJob] = []
+        self._awaited: set[str] = set()
+        self._not_yet_run: dict[str, Load] = {}  # planned, under way or done, but not computed upon
+        self._collected: set[str] = set()  # those of them that vLLM was told are done
+        self._ended: set[str] = set()  # those that ended first
+        self._void: set[str] = set()  # those of them that must not be computed upon
+        self._load_errors: set[int] = set()
+        self._prefixes: list[Prefix] = []
+        self._unstored: set[str] = set()
+
+    @property
+    def facts(self) -> Facts | None:
+        """What the scheduler needs to know of this worker."""
+        return self._facts
+
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Learn the layout, connect to the daemon and start the transfer threads."""
+        server = self._options.server or private_server(
+            self._config.kv_transfer_config.engine_id, self._options.disk_path
+        )
+        ensure = (lambda: None) if self._options.server else (lambda: ensure_private_daemon(server, self._options))
+        problem = self._problem
+        if self._options.lora_pool:
+            ensure()
+            self._pool = paged_worker(self._config, server, ensure, self._adapters.confirm, self._options.load_timeout)
+        pool = self._pool.facts if self._pool is not None else None
+        if not problem:
+            try:
+                layout = read_layout(kv_caches, self._kv_cache_config.num_blocks)
+            except UsageError as error:
+                problem = str(error)
+        if problem:
+            self._facts = Facts("", "", 0, problem, pool)
+            return
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._facts = Facts(
+            shard_name(self._config, list(kv_caches)),
+            f"{_platform(self._config, spec)}/{layout.order}",
+            layout.block_bytes,
+            pool=pool,
+        )
+        chunk_blocks(layout.block_bytes, spec.block_size, self._options.chunk_tokens)  # raises early; the plans say it
+        self._cuda = layout.rows[0].device.type == "cuda"
+        ensure()
+        if self._options.server:  # a private one would end with this client
+            with CacheClient(server, name="vllm-start"):
+                pass  # an engine whose configuration names no living daemon should not start
+        self._copiers = [GatedCopier(layout.rows) for _ in range(2)]
+        self._storer = Storer(
+            server, ensure, self._copiers[0], self._facts.shard, layout.block_bytes,
+            self._may_store, self._stored, _served_names(self._config),
+        )  # fmt: skip
+        self._loader = Loader(
+            server, ensure, self._copiers[1], self._facts.shard, layout.block_bytes, self._options.load_timeout,
+            self._may_load, self._loaded,
+        )  # fmt: skip
+
+    def handle_preemptions(self, plan: StepPlan) -> None:
+        """Before anything of this step is computed: let go of blocks that may be overwritten in it."""
+        self.weights.begin_step(plan.step, check=plan.check_weights)
+        self._adapters.step = plan.step
+        self._prefixes += plan.prefixes
+        if self._pool is not None:
+            self._pool.carry_out(plan.adapters)
+        for request_id in plan.preempted:
+            with self._lock:
+                jobs = list(self._storing.get(request_id, ()))
+            for job in jobs:
+                job.gate.shut()
+        if plan.freed:
+            self._start(self._take(plan, [store for store in plan.stores if store.request_id in plan.freed]))
+            self._end_stores(plan.freed)
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Start this step's loads."""
+        if self._loader is None:
+            return
+        self._not_yet_run.update((load.request_id, load) for load in plan.loads)
+        with self._lock:
+            self._void.difference_update(load.request_id for load in plan.loads)
+        void = plan.void & self._not_yet_run.keys()
+        if not self.weights.believes(plan.weights):
+            void |= {load.request_id for load in plan.loads}
+        self._fail_loads(void, "weights_changed")
+        after = torch.cuda.current_stream().record_event() if self._cuda and plan.loads else None
+        for load in plan.loads:
+            self._loader.submit(load, after)
+
+    def take_stores(self, plan: StepPlan) -> None:
+        """Take this step's stores on: from now on their requests have stores under way."""
+        for request_id in plan.first_runs:
+            self._forget_load(request_id)
+        self._awaited |= plan.await_stores
+        self._to_start += self._take(plan, [store for store in plan.stores if store.request_id not in plan.freed])
+
+    def start_stores(self) -> None:
+        """Start what was taken on: its blocks were computed by earlier steps, and this one is submitted with its
+        drafts."""
+        jobs, self._to_start = self._to_start, []
+        self._start(jobs)
+
+    def take_finished(self, ended: Set[str] = frozenset()) -> tuple[set[str], set[str]]:
+        """(requests whose stores are done and were awaited, requests whose load is done), each once. ended: requests
+        that are over since the last call; one that ended before it ran has nothing left to be warned about.
+        """
+        with self._lock:
+            stored = {request_id for request_id in self._awaited if request_id not in self._storing}
+            self._awaited -= stored
+            loads, self._done_loads = self._done_loads, {}
+        for request_id, failed in loads.items():
+            self._load_errors.update(failed)
+            self._collected.add(request_id)
+        self._ended |= ended & self._not_yet_run.keys()
+        for request_id in self._ended & self._collected:
+            self._ended.discard(request_id)
+            self._forget_load(request_id)
+        return stored, set(loads)
+
+    def take_load_errors(self) -> set[int]:
+        """Blocks that hold no valid KV although a load was planned for them, or although the engine's own prefix cache
+        has them: of an adapter whose content was replaced, perhaps in this very step.
+        """
+        errors, self._load_errors = self._load_errors, set()
+        stale = self._adapters.stale_blocks(self._prefixes)
+        if stale:
+            with self._lock:
+                self._failures["prefix.adapter_changed"] += 1
+        self._prefixes = []
+        return errors | stale
+
+    def take_news(self) -> WorkerNews | None:
+        """What the scheduler does not know yet."""
+        with self._lock:
+            failures, self._failures = self._failures, Counter()
+            unstored, self._unstored = self._unstored, set()
+        facts = [self._facts] if self._facts is not None and not self._facts_sent else []
+        self._facts_sent = True
+        adapters, contents = self._adapters.take_news()
+        weights = self.weights.take_news()
+        pool = self._pool.take_news() if self._pool is not None else None
+        if not (failures or facts or adapters or pool or weights):
+            return None
+        pool = pool or PoolNews()
+        return WorkerNews(
+            adapters, dict(failures), unstored, facts, pool.activated, pool.not_activated, pool.lost, pool.pinned,
+            weights, contents,
+        )  # fmt: skip
+
+    def leave_blocks(self) -> None:
+        """The KV cache's memory is about to go: finish stores, fail loads, and touch no block any more."""
+        with self._lock:
+            storing = set(self._storing)
+        self._end_stores(storing)
+        for copier in self._copiers:
+            copier.gate.shut()
+        self._fail_loads(set(self._not_yet_run), "asleep")
+
+    def return_to_blocks(self) -> None:
+        """It is back, at the same addresses."""
+        for copier in self._copiers:
+            copier.gate.reopen()
+
+    def close(self) -> None:
+        """End the threads; what is queued for storing is finished first."""
+        if self._storer is not None:
+            self._storer.close()
+        if self._loader is not None:
+            self._loader.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    def _take(self, plan: StepPlan, stores: list[Store]) -> list[StoreJob]:
+        """Jobs for these stores; their requests have stores under way from now on."""
+        if self._storer is None or not stores:
+            return []
+        if not self.weights.believes(plan.weights):
+            with self._lock:
+                self._failures["store.weights_changed"] += sum(len(store.chunks) for store in stores)
+            return []
+        jobs = [StoreJob(store) for store in stores]
+        with self._lock:
+            for job in jobs:
+                self._storing.setdefault(job.store.request_id, set()).add(job)
+        return jobs
+
+    def _start(self, jobs: list[StoreJob]) -> None:
+        after = torch.cuda.current_stream().record_event() if self._cuda and jobs else None
+        for job in jobs:
+            assert self._storer is not None
+            job.after = after
+            self._storer.submit(job)
+
+    def _end_stores(self, request_ids: Set[str]) -> None:
+        """Their blocks will be written to: let their stores end, or cancel them."""
+        deadline = time.monotonic() + _STORES_PATIENCE_S
+        with self._job_done:
+            self._job_done.wait_for(lambda: request_ids.isdisjoint(self._storing), deadline - time.monotonic())
+            late = [job for request_id in request_ids for job in self._storing.get(request_id, ())]
+        for job in late:
+            job.gate.shut()
+
+    def _weights_changed(self) -> None:
+        """What is loaded, or was and is not computed upon, is of the weights before."""
+        self._fail_loads(set(self._not_yet_run), "weights_changed")
+
+    def _forget_load(self, request_id: str) -> None:
+        self._not_yet_run.pop(request_id, None)
+        self._collected.discard(request_id)
+        with self._lock:
+            self._void.discard(request_id)
+
+    def _fail_loads(self, request_ids: Set[str], cause: str) -> None:
+        """KV that these requests load, or have loaded and not computed upon, is wrong: where a load is done this is
+        reported in this very step, where it is under way with its end.
+        """
+        with self._lock:
+            request_ids = request_ids - self._void  # what failed before was, or will be, reported for that
+        for request_id in request_ids:
+            blocks = self._not_yet_run[request_id].blocks
+            with self._lock:
+                self._void.add(request_id)
+                if request_id in self._done_loads:
+                    self._done_loads[request_id] = blocks
+                self._failures[f"load.{cause}"] += 1
+            if request_id in self._collected:
+                self._load_errors.update(blocks)
+
+    # -- adapters ----------
+
+    def _adapter_changed(self, adapter: int) -> None:
+        """Other content is served under `adapter` from now on: KV that is loaded for the old one is wrong."""
+        digest = self._adapters.digest(adapter)
+        stale = {
+            request_id
+            for request_id, load in self._not_yet_run.items()
+            if load.adapter is not None and load.adapter.lora_int_id == adapter and load.adapter.digest != digest
+        }
+        self._fail_loads(stale, "adapter_changed")
+
+    def _may_load(self, load: Load) -> bool:
+        if load.adapter is None:
+            return True
+        return self._adapters.digest(load.adapter.lora_int_id) in (None, load.adapter.digest)
+
+    def _may_store(self, store: Store) -> bool:
+        binding = store.adapter
+        return binding is None or self._adapters.computed_with(binding.lora_int_id, binding.digest, store.first_step)
+
+    # -- called by the transfer threads ----------
+
+    def _loaded(self, load: Load, failed: list[int], causes: dict[str, int]) -> None:
+        with self._lock:
+            if load.request_id in self._void or not self._may_load(load):  # maybe since the loader looked
+                failed = load.blocks
+            self._done_loads[load.request_id] = failed
+            for cause, count in causes.items():
+                self._failures[f"load.{cause}"] += count
+
+    def _stored(self, job: StoreJob, causes: dict[str, int]) -> None:
+        with self._lock:
+            jobs = self._storing[job.store.request_id]
+            jobs.discard(job)
+            if not jobs:
+                del self._storing[job.store.request_id]
+                self._job_done.notify_all()
+            for cause, count in causes.items():
+                self._failures[f"store.{cause}"] += count
+            if not _MAY_BE_STORED_LATER.isdisjoint(causes):
+                self._unstored.add(job.store.request_id)
+
+
+def _served_names(config: VllmConfig) -> list[str]:
+    """What users call the model, for operators who name it."""
+    names = getattr(config.model_config, "served_model_name", None) or []
+    return [str(name) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _platform(config: VllmConfig, spec: object) -> str:
+    """The device type and, on CPUs, the instruction set whose kernels order the bytes inside a block."""
+    from vllm.platforms import current_platform
+
+    device = str(current_platform.device_type)
+    if device != "cpu":
+        return device
+    import platform
+
+    from vllm.v1.attention.backends import cpu_attn
+
+    isa = cpu_attn._get_attn_isa(config.model_config.dtype, spec.block_size, getattr(spec, "head_size", None))  # type: ignore[attr-defined]
+    return f"cpu-{platform.machine()}-{isa}"

@@ -1,0 +1,335 @@
+"""What is where: the dependency tree of all objects over the tiers that the daemon itself fills.
+
+A node is one object; its parent is the chunk before it, or its adapter. The index keeps presence, leases and pins per
+node and answers which nodes may leave a tier. Redis is not in here: what it holds is found by asking.
+
+Invariants (tests hold them): a tier's victim has no child in that tier, no lease (cpu) and no pin; a node stays while
+it is in some tier or has children, and no longer. Threading: one thread, the cache's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from sortedcontainers import SortedDict, SortedList
+
+from loracache.cache.state.arena import Extent
+from loracache.storage_backends.base import Kind, ObjectInfo
+from loracache.tiers import Tier
+
+__all__ = ["Index", "Node", "Space", "parents_first"]
+
+
+class Node:
+    """One object of the tree.
+
+    `children[tier]` counts children present in that tier; all children hang in a linked list from `first_child`.
+    `leases` counts holds on the extents by clients and by transfers; `present`, `pins` and `offered` (to a policy)
+    are bit masks of tiers; `dirty` counts tiers it still waits to be written to; `tick` is its last use by the
+    index's clock; `hits` counts lookups that found it; `stored` is what it takes on disk, 0 where that is its size.
+    """
+
+    __slots__ = (
+        "checksum", "children", "dirty", "extents", "first_child", "hits", "key", "kind", "leases", "namespace",
+        "next_sibling", "offered", "parent", "pins", "present", "previous_sibling", "size", "stored", "tick",
+    )  # fmt: skip
+
+    def __init__(self, key: bytes, kind: Kind, parent: Node | None) -> None:
+        self.key = key
+        self.kind = kind
+        self.parent = parent
+        self.namespace = b""
+        self.size = 0
+        self.stored = 0
+        self.checksum = 0
+        self.extents: tuple[Extent, ...] = ()
+        self.present = 0
+        self.offered = 0
+        self.children = [0, 0, 0, 0]
+        self.first_child: Node | None = None
+        self.next_sibling: Node | None = None
+        self.previous_sibling: Node | None = None
+        self.leases = 0
+        self.pins = 0
+        self.dirty = 0
+        self.tick = 0
+        self.hits = 0
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it begins a chain: an adapter, or the first chunk of a prompt."""
+        return self.parent is None or self.parent.kind is Kind.LORA
+
+    def held_in(self, tier: Tier) -> bool:
+        """Whether `tier` holds the object's bytes."""
+        return bool(self.present >> tier & 1)
+
+    def info(self) -> ObjectInfo:
+        """What travels with the bytes into another tier."""
+        parent = self.parent.key if self.parent is not None else b""
+        return ObjectInfo(self.key, parent, self.kind, self.namespace, self.size, self.checksum)
+
+
+class Index:
+    """The tree, by key.
+
+    `on_candidate(tier, node)` is called whenever a node may have become a victim, `on_idle(node)` when its last hold
+    ends. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
+    adapters that an engine serves and the cache does not hold. `kept` are keys of adapters that have a name: such a
+    node stays in the tier `keeper`, and in the arena until it is there. `spaces` says what there is of each namespace
+    that has anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every change.
+    """
+
+    def __init__(self, on_candidate: Callable[[Tier, Node], None], on_idle: Callable[[Node], None]) -> None:
+        self._nodes: dict[bytes, Node] = {}
+        self._on_candidate = on_candidate
+        self._on_idle = on_idle
+        self._clock = itertools.count(1)
+        self.adapters: set[bytes] = set()
+        self.kept: set[bytes] = set()
+        self.keeper: Tier | None = None
+        self.spaces: SortedDict[bytes, Space] = SortedDict()
+        self.on_change: Callable[[Node, Tier, bool, str], None] = lambda node, tier, entered, cause: None
+        self.objects = [0, 0, 0, 0]
+        self.bytes = [0, 0, 0, 0]
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def get(self, key: bytes) -> Node | None:
+        """The node of `key`, held somewhere or kept by its children."""
+        return self._nodes.get(key)
+
+    def ghost(self, key: bytes, kind: Kind) -> Node:
+        """The node of `key`, made without tier and parent where there is none."""
+        node = self._nodes.get(key)
+        if node is None:
+            node = self._nodes[key] = Node(key, kind, None)
+        return node
+
+    def knows(self, key: bytes) -> bool:
+        """Whether `key` can be a parent."""
+        return key in self._nodes or key in self.adapters
+
+    def insert(self, info: ObjectInfo) -> Node | None:
+        """The node for `info`, in no tier yet; None where its parent is not in the tree."""
+        node = self._nodes.get(info.key)
+        # One that is held keeps its place: its parent counts its children in a tier as they enter and leave it.
+        if node is None or (node.parent is None and info.parent and not node.present):
+            parent = self._nodes.get(info.parent) if info.parent else None
+            if info.parent and parent is None:
+                if info.parent not in self.adapters:
+                    return None
+                parent = self.ghost(info.parent, Kind.LORA)
+            if node is None:
+                node = self._nodes[info.key] = Node(info.key, info.kind, None)
+            node.parent = parent
+            if parent is not None:
+                _link(parent, node)
+        if not node.present:
+            node.namespace, node.size, node.checksum = info.namespace, info.size, info.checksum
+        return node
+
+    def enter(self, node: Node, tier: Tier, cause: str = "") -> None:
+        """`tier` holds the node's bytes from now on. cause: why, for those who watch."""
+        assert not node.present >> tier & 1, f"{node.key.hex()} is in {tier.label} already"
+        if not node.present:
+            self._list(node)
+        node.present |= 1 << tier
+        self._count(node, tier, 1)
+        if node.parent is not None:
+            node.parent.children[tier] += 1
+        self.touch(node)
+        self.offer(node, tier)
+        if node.key in self.kept and tier is self.keeper:
+            self.offer(node, Tier.CPU)
+        self.on_change(node, tier, True, cause)
+
+    def leave(self, node: Node, tier: Tier, cause: str = "") -> None:
+        """`tier` no longer holds the node's bytes; the node goes with its last tier and child."""
+        assert node.present >> tier & 1, f"{node.key.hex()} is not in {tier.label}"
+        node.present &= ~(1 << tier)
+        node.pins &= ~(1 << tier)
+        self._count(node, tier, -1)
+        parent = node.parent
+        if parent is not None:
+            parent.children[tier] -= 1
+            self.offer(parent, tier)
+        if not node.present:
+            self._unlist(node)
+        self.on_change(node, tier, False, cause)
+        self.prune(node)
+
+    def _count(self, node: Node, tier: Tier, sign: int) -> None:
+        self.objects[tier] += sign
+        self.bytes[tier] += sign * node.size
+        space = self.spaces[node.namespace]
+        space.objects[tier] += sign
+        space.bytes[tier] += sign * node.size
+
+    def _list(self, node: Node) -> None:
+        space = self.spaces.get(node.namespace)
+        if space is None:
+            space = self.spaces[node.namespace] = Space()
+        space.keys.add(node.key)
+        if node.is_root:
+            space.roots.add(node.key)
+
+    def _unlist(self, node: Node) -> None:
+        space = self.spaces[node.namespace]
+        space.keys.remove(node.key)
+        space.roots.discard(node.key)
+        if not space.keys:
+            del self.spaces[node.namespace]
+
+    def prune(self, node: Node | None) -> None:
+        """Forget `node`, and its ancestors after it, where nothing needs them any more."""
+        while node is not None and not node.present and node.first_child is None and not node.leases:
+            if self._nodes.get(node.key) is not node:
+                return
+            del self._nodes[node.key]
+            parent = node.parent
+            if parent is not None:
+                _unlink(parent, node)
+            node = parent
+
+    def touch(self, node: Node) -> None:
+        """Record a use."""
+        node.tick = next(self._clock)
+
+    def hold(self, node: Node) -> None:
+        """Keep the node's extents where they are until `unhold`."""
+        node.leases += 1
+
+    def unhold(self, node: Node) -> None:
+        """End one hold."""
+        assert node.leases > 0, f"{node.key.hex()} is not held"
+        node.leases -= 1
+        if not node.leases:
+            self._on_idle(node)
+            self.offer(node, Tier.CPU)
+            self.prune(node)
+
+    def evictable(self, node: Node, tier: Tier) -> bool:
+        """Whether the node may leave `tier` now, its children in that tier left aside."""
+        if not node.present >> tier & 1 or self.stays(node, tier):
+            return False
+        return tier is not Tier.CPU or (not node.leases and not node.dirty)
+
+    def stays(self, node: Node, tier: Tier) -> bool:
+        """Whether a pin or a name keeps the node in `tier`."""
+        if node.pins >> tier & 1:
+            return True
+        if node.key not in self.kept or self.keeper is None:
+            return False
+        return tier is self.keeper or not node.held_in(self.keeper)
+
+    def offer(self, node: Node, tier: Tier) -> None:
+        """Tell the tier's policy of a node that may be a victim."""
+        if not node.children[tier] and not node.offered >> tier & 1 and self.evictable(node, tier):
+            self._on_candidate(tier, node)
+
+    def leading(self, keys: Sequence[bytes], tiers: int) -> list[Node]:
+        """Nodes of the longest run of `keys`, from the first on, that one of `tiers` (a bit mask) holds. Records their
+        use."""
+        nodes = []
+        find, clock = self._nodes.get, self._clock
+        for key in keys:
+            node = find(key)
+            if node is None or not node.present & tiers:
+                break
+            node.tick = next(clock)
+            node.hits += 1
+            nodes.append(node)
+        if nodes:
+            self.spaces[nodes[0].namespace].hits += len(nodes)
+        return nodes
+
+    def leaf_below(self, node: Node, tier: Tier) -> Node:
+        """A descendant of `node` in `tier` that has no child there; `node` itself where it has none."""
+        while node.children[tier]:
+            child = node.first_child
+            while child is not None and not child.held_in(tier):
+                child = child.next_sibling
+            assert child is not None, f"{node.key.hex()} counts children in {tier.label} that it does not have"
+            node = child
+        return node
+
+    def below(self, root: Node, seen: set[Node]) -> Iterator[Node]:
+        """`root` and all its descendants, children before parents, but for those in `seen`, and what is below them.
+        Adds to `seen` what it answers. Between two answers the tree may change: what came below a node that was looked
+        at already is not among them.
+        """
+        if root in seen:
+            return
+        seen.add(root)
+        path = [(root, iter(_children(root)))]
+        while path:
+            node, children = path[-1]
+            child = next(children, None)
+            if child is None:
+                path.pop()
+                yield node
+            elif child not in seen:
+                seen.add(child)
+                path.append((child, iter(_children(child))))
+
+
+@dataclass(slots=True)
+class Space:
+    """What there is of one namespace: objects and bytes by tier, lookups' hits, its keys in their order, and those of
+    them that begin a chain.
+    """
+
+    objects: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    bytes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    hits: int = 0
+    keys: SortedList[bytes] = field(default_factory=SortedList)
+    roots: SortedList[bytes] = field(default_factory=SortedList)
+
+
+def parents_first(nodes: list[Node]) -> list[Node]:
+    """Sorted so that children come behind their parents, and else in the order they have."""
+    among = set(nodes)
+    found: dict[Node, None] = {}
+    for node in nodes:
+        line = []
+        above: Node | None = node
+        while above is not None and above in among and above not in found:
+            line.append(above)
+            above = above.parent
+        found.update(dict.fromkeys(reversed(line)))
+    return list(found)
+
+
+def _children(node: Node) -> list[Node]:
+    children = []
+    child = node.first_child
+    while child is not None:
+        children.append(child)
+        child = child.next_sibling
+    return children
+
+
+def _link(parent: Node, child: Node) -> None:
+    after = parent.first_child
+    child.next_sibling = after
+    if after is not None:
+        after.previous_sibling = child
+    parent.first_child = child
+
+
+def _unlink(parent: Node, child: Node) -> None:
+    before, after = child.previous_sibling, child.next_sibling
+    if before is None:
+        parent.first_child = after
+    else:
+        before.next_sibling = after
+    if after is not None:
+        after.previous_sibling = before
+    child.previous_sibling = child.next_sibling = None

@@ -1,0 +1,240 @@
+"""The disk tier's side of the cache: its budget, who may enter, who leaves, and what an earlier run left behind.
+
+Rules: bytes on disk never exceed the limit, those being written included; a child enters with or after its parent, and
+never stays where the parent is missing when it lands. Threading: the cache's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
+
+from loracache.cache.policy import Policy
+from loracache.cache.state.arena import Arena
+from loracache.cache.state.counters import Counters
+from loracache.cache.state.index import Index, Node
+from loracache.cache.tier.io import TierIO
+from loracache.cache.tier.write_behind import WriteBehind
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
+from loracache.tiers import Tier
+
+__all__ = ["DiskTier"]
+
+_DELETE_AGAIN_S = 5.0
+
+
+class DiskTier:
+    """What enters and leaves the disk. `policy` chooses its victims, `limit` is in bytes; `written` is told how each
+    write ended.
+    """
+
+    def __init__(
+        self,
+        io: TierIO,
+        arena: Arena,
+        index: Index,
+        counters: Counters,
+        policy: Policy,
+        limit: int,
+        written: Callable[[Node, Outcome], None],
+    ) -> None:
+        self.io = io
+        self.limit = limit
+        self.used = 0
+        self.loaded = False
+        self.writer = WriteBehind(io, arena, index, counters, self._refuse, self._written, started=False)
+        self._arena = arena
+        self._index = index
+        self._counters = counters
+        self._policy = policy
+        self._on_written = written
+        self._unreadable: set[Node] = set()
+        self._undeleted: dict[bytes, int] = {}  # key -> bytes it still takes
+        self._next_deletion = 0.0
+
+    def cost(self, node: Node) -> int:
+        """Bytes of the budget that a node takes."""
+        return self.io.backend.footprint(node.stored or node.size)
+
+    def queue_write(self, node: Node) -> None:
+        """Queue an object of the arena, and before it those ancestors that the disk lacks but the arena has."""
+        missing = []
+        above: Node | None = node
+        while above is not None and above.held_in(Tier.CPU) and not self._on_disk_or_coming(above):
+            missing.append(above)
+            above = above.parent
+        for ancestor in reversed(missing):
+            self.writer.enqueue(ancestor)
+
+    def reads(self, node: Node) -> bool:
+        """Whether to try to read the object from here now."""
+        return node.held_in(Tier.DISK) and self.io.available
+
+    def keeps(self, node: Node) -> bool:
+        """Whether the object is safe here, so that it need not be stored anew: it can be read as far as we know."""
+        return self.reads(node) and node not in self._unreadable
+
+    def evict(self, nodes: Iterable[Node], cause: str) -> None:
+        """Remove objects, children before parents."""
+        going = {}
+        for node in nodes:
+            going[node.key] = self.cost(node)
+            self._leave(node, cause)
+        self._counters.add(f"evict.disk.{cause}", len(going))
+        self._delete(going)
+
+    def load_ended(self, node: Node, outcome: Outcome) -> None:
+        """What is gone or corrupt leaves the tier. Its children stay, to be reached again once the object was computed
+        and stored anew. What could not be read stays too, but is taken anew when it is offered."""
+        self._unreadable.discard(node)
+        if not node.held_in(Tier.DISK):
+            return
+        if outcome in (Outcome.MISS, Outcome.CORRUPT):
+            self._leave(node, outcome.value)
+        elif outcome is Outcome.FAILED:
+            self._unreadable.add(node)
+
+    def give_up(self, node: Node) -> None:
+        """Remove an object that could not be read, because it was computed anew; its children stay."""
+        if node.held_in(Tier.DISK):
+            cost = self.cost(node)
+            self._leave(node, "replaced")
+            self._delete({node.key: cost})
+
+    def tick(self) -> None:
+        """Try again to delete what could not be deleted."""
+        now = time.monotonic()
+        if self._undeleted and self.io.available and now >= self._next_deletion:
+            self._next_deletion = now + _DELETE_AGAIN_S
+            going = {key: cost for key, cost in self._undeleted.items() if not self._wanted(key)}
+            for key in going:
+                self._no_longer_undeleted(key)
+            self._delete(going)
+
+    def rewrite(self, items: Sequence[tuple[Node, int]], done: Callable[[list[tuple[Node, Result]]], None]) -> None:
+        """Keep objects, which are in the arena and here, in another way: (node, its planes). While the new is written
+        the old one still stands, so there must be room for both; what has none answers FULL. `done` is told how each
+        went.
+        """
+        going: list[Node] = []
+        transfers: list[Transfer] = []
+        results: list[tuple[Node, Result]] = []
+        protected = {node for node, _ in items}
+        for node, planes in items:
+            room = self.io.backend.footprint(node.size)
+            if not node.held_in(Tier.DISK):
+                results.append((node, Result(Outcome.MISS)))
+            elif not self._make_room(room, protected):
+                results.append((node, Result(Outcome.FULL)))
+            else:
+                self.used += room
+                going.append(node)
+                buffers = self._arena.buffers(node.extents, padded(node.size))
+                transfers.append(Transfer(node.info(), buffers, planes))
+
+        def stored(kept: list[Result]) -> None:
+            for node, result in zip(going, kept, strict=True):
+                self.used -= self.io.backend.footprint(node.size)
+                if result.outcome is Outcome.OK and not node.held_in(Tier.DISK):  # a deletion is queued behind us
+                    result = Result(Outcome.MISS)
+                elif result.outcome is Outcome.OK:
+                    self.used -= self.cost(node)
+                    node.stored = result.stored
+                    self.used += self.cost(node)
+                results.append((node, result))
+            done(results)
+
+        if transfers:
+            self.io.store(transfers, stored)
+        else:
+            done(results)
+
+    def adopt(self, infos: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+        """Enter objects of an earlier run; answers those whose parent is not known yet."""
+        waiting = []
+        for info in infos:
+            node = self._index.insert(info)
+            if node is None:
+                waiting.append(info)
+            elif not node.held_in(Tier.DISK):
+                node.stored = info.stored
+                self._index.enter(node, Tier.DISK, "found")
+                self.used += self.cost(node)
+        return waiting
+
+    def adopted_all(self, orphans: Sequence[ObjectInfo]) -> None:
+        """The earlier run's objects are entered, but for `orphans`, whose parent is nowhere: delete those, and shrink
+        to the limit. Only now are objects written: before, nobody knows how much room there is.
+        """
+        self._counters.add("disk.orphans", len(orphans))
+        self._delete({info.key: self.io.backend.footprint(info.stored or info.size) for info in orphans})
+        self._make_room(0, ())
+        self.loaded = True
+        self.writer.start()
+
+    def _refuse(self, node: Node) -> str | None:
+        if node.held_in(Tier.DISK):
+            return "exists"
+        parent = node.parent
+        if parent is not None and parent.kind is not Kind.LORA and not self._on_disk_or_coming(parent):
+            return "no_parent"
+        cost = self.cost(node)
+        if not self._make_room(cost, () if parent is None else {parent}):
+            return "full"
+        self.used += cost
+        return None
+
+    def _written(self, node: Node, outcome: Outcome) -> None:
+        self.used -= self.cost(node)
+        self._on_written(node, outcome)
+        if outcome is not Outcome.OK or node.held_in(Tier.DISK):
+            return
+        self._no_longer_undeleted(node.key)  # its file took the old one's place
+        parent = node.parent
+        if parent is not None and parent.kind is not Kind.LORA and not parent.held_in(Tier.DISK):
+            self._delete({node.key: self.cost(node)})
+            self._counters.add("write.disk.dropped.no_parent")
+            return
+        self._index.enter(node, Tier.DISK, "written")
+        self.used += self.cost(node)
+
+    def _on_disk_or_coming(self, node: Node) -> bool:
+        return node.held_in(Tier.DISK) or self.writer.writing(node)
+
+    def _make_room(self, nbytes: int, protected: Container[Node]) -> bool:
+        excess = self.used + nbytes - self.limit
+        if excess <= 0:
+            return True
+        if nbytes > self.limit:  # without asking every object on disk whether it would go for this one
+            return False
+        victims = self._policy.victims(excess, protected)
+        if victims is None:
+            return False
+        self.evict(victims, "policy")
+        return True
+
+    def _leave(self, node: Node, cause: str) -> None:
+        self.used -= self.cost(node)
+        node.stored = 0
+        self._unreadable.discard(node)
+        self._index.leave(node, Tier.DISK, cause)
+
+    def _delete(self, going: dict[bytes, int]) -> None:
+        """Delete (key -> bytes on disk) that nobody finds any more. What cannot be deleted counts until it can."""
+        if not going:
+            return
+
+        def deleted(results: list[Result]) -> None:
+            for (key, cost), result in zip(going.items(), results, strict=True):
+                if result.outcome not in (Outcome.OK, Outcome.MISS) and key not in self._undeleted:
+                    self._undeleted[key] = cost
+                    self.used += cost
+
+        self.io.delete(list(going), deleted)
+
+    def _no_longer_undeleted(self, key: bytes) -> None:
+        self.used -= self._undeleted.pop(key, 0)
+
+    def _wanted(self, key: bytes) -> bool:
+        node = self._index.get(key)
+        return node is not None and self._on_disk_or_coming(node)

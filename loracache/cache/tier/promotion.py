@@ -1,0 +1,145 @@
+"""Raises objects from disk or Redis into the arena, once for all who wait for the same object.
+
+Threading: the cache's thread; the reading itself runs on the tiers' threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from loracache.cache.state.arena import Arena
+from loracache.cache.state.counters import Counters
+from loracache.cache.state.index import Index, Node
+from loracache.cache.tier.io import TierIO
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
+from loracache.tiers import Tier
+
+__all__ = ["Promoter", "Waiter"]
+
+Waiter = Callable[[Node | None, str], None]  # (the node now in the arena, "") or (None, cause)
+
+_BATCH_BYTES = 8 << 20
+
+
+class Promoter:
+    """Loads into the arena.
+
+    make_room(nbytes, protected) answers whether the arena has that much free now; arrived(node, source) and
+    lost(node, outcome) tell the cache how a load went.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        index: Index,
+        counters: Counters,
+        make_room: Callable[[int, set[Node]], bool],
+        arrived: Callable[[Node, Tier], None],
+        lost: Callable[[Node, Tier, Outcome], None],
+    ) -> None:
+        self._arena = arena
+        self._index = index
+        self._counters = counters
+        self._make_room = make_room
+        self._arrived = arrived
+        self._lost = lost
+        self._waiting: dict[Node, list[Waiter]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def loading(self, node: Node) -> bool:
+        """Whether the object is on its way into the arena."""
+        return node in self._waiting
+
+    def nodes(self) -> list[Node]:
+        """Objects on their way, for audits: their extents are in use."""
+        return list(self._waiting)
+
+    def wait(self, node: Node, waiter: Waiter) -> None:
+        """Join a load under way."""
+        self._waiting[node].append(waiter)
+
+    def from_disk(self, io: TierIO, wanted: Sequence[tuple[Node, Waiter]]) -> None:
+        """Load objects that the disk tier holds."""
+        self._load(io, [(node, waiter) for node, waiter in wanted])
+
+    def from_redis(self, io: TierIO, wanted: Sequence[tuple[bytes, Waiter]]) -> None:
+        """Ask Redis for keys that no other tier holds, in one round trip, and load what it has."""
+
+        def answered(results: list[Result]) -> None:
+            found: list[tuple[Node, Waiter]] = []
+            for (key, waiter), result in zip(wanted, results, strict=True):
+                if result.outcome is not Outcome.OK or result.info is None:
+                    waiter(None, "absent" if result.outcome is Outcome.MISS else f"redis_{result.outcome.value}")
+                    continue
+                node = self._insert(result.info, key)
+                if node is None:
+                    waiter(None, "redis_corrupt")
+                elif node.present and node.checksum != result.info.checksum:
+                    waiter(None, "redis_differs")  # computed elsewhere, and the tier that holds ours cannot be read now
+                elif node.held_in(Tier.CPU):
+                    waiter(node, "")
+                elif self.loading(node):
+                    self.wait(node, waiter)
+                else:
+                    found.append((node, waiter))
+            self._load(io, found)
+
+        io.contains([key for key, _ in wanted], answered)
+
+    def _insert(self, info: ObjectInfo, key: bytes) -> Node | None:
+        if info.key != key or not 0 < info.size <= self._arena.size:
+            return None
+        if info.parent:
+            self._index.ghost(info.parent, Kind.LORA if info.parent in self._index.adapters else Kind.KV)
+        return self._index.insert(info)
+
+    def _load(self, io: TierIO, wanted: list[tuple[Node, Waiter]]) -> None:
+        """Allocate, then read in batches small enough that the first bytes are copied on while the last are read."""
+        protected = {node for node, _ in wanted}
+        for node, _ in wanted:
+            self._index.hold(node)  # making room for one may take the last child, and with it the node, of another
+        batch: list[Node] = []
+        nbytes = 0
+        for node, waiter in wanted:
+            if self.loading(node):
+                self.wait(node, waiter)
+                self._index.unhold(node)
+                continue
+            size = self._arena.rounded(node.size)
+            extents = self._arena.allocate(node.size) if self._make_room(size, protected) else None
+            if extents is None:
+                waiter(None, "memory_full")
+                self._index.unhold(node)
+                continue
+            node.extents = extents
+            self._waiting[node] = [waiter]
+            batch.append(node)
+            nbytes += size
+            if nbytes >= _BATCH_BYTES:
+                self._submit(io, batch)
+                batch, nbytes = [], 0
+        if batch:
+            self._submit(io, batch)
+
+    def _submit(self, io: TierIO, batch: list[Node]) -> None:
+        transfers = [Transfer(node.info(), self._arena.buffers(node.extents, padded(node.size))) for node in batch]
+        io.load(transfers, lambda results: self._loaded(io.tier, batch, results))
+
+    def _loaded(self, tier: Tier, batch: list[Node], results: list[Result]) -> None:
+        for node, result in zip(batch, results, strict=True):
+            waiters = self._waiting.pop(node)
+            if result.outcome is Outcome.OK:
+                self._counters.add(f"load.{tier.label}.objects")
+                self._counters.add(f"load.{tier.label}.bytes", node.size)
+                self._arrived(node, tier)
+                for waiter in waiters:
+                    waiter(node, "")
+            else:
+                extents, node.extents = node.extents, ()
+                self._arena.free(extents)
+                self._lost(node, tier, result.outcome)
+                for waiter in waiters:
+                    waiter(None, f"{tier.label}_{result.outcome.value}")
+            self._index.unhold(node)

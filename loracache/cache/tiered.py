@@ -1,0 +1,395 @@
+"""TieredCache: every operation on cached objects, and the only writer of the index and the arena.
+
+Threading: all methods belong to one thread (the daemon's event loop). Nothing here blocks: what touches disk or Redis
+is handed to that tier's threads, and its result comes back through `post`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from loracache.cache.eviction import Evicted, Remover
+from loracache.cache.policy import POLICIES
+from loracache.cache.state.arena import Arena
+from loracache.cache.state.counters import Counters
+from loracache.cache.state.events import Events
+from loracache.cache.state.index import Index, Node
+from loracache.cache.state.leases import Leases, Writing
+from loracache.cache.state.pins import Pins
+from loracache.cache.tier.disk import DiskTier
+from loracache.cache.tier.io import Post, TierIO
+from loracache.cache.tier.promotion import Promoter
+from loracache.cache.tier.write_behind import WriteBehind
+from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
+from loracache.tiers import Tier
+
+__all__ = ["Acquired", "TieredCache"]
+
+_GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """One object asked for by `acquire`: its place in the request, and the node in the arena or why there is none."""
+
+    position: int
+    node: Node | None
+    cause: str = ""
+
+
+class TieredCache:
+    """The tiers cpu, disk and redis under one index. See the module's docstring for threading."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        post: Post,
+        *,
+        disk: StorageBackend | None = None,
+        disk_limit: int = 0,
+        redis: StorageBackend | None = None,
+        policy: str = "lru",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.arena = arena
+        self.counters = Counters()
+        self.index = Index(self._offer, self._idle)
+        self.leases = Leases(arena, self.index, clock)
+        self._condemned: dict[Node, list[tuple[int, int]]] = {}
+        self.events = Events()
+        self.index.on_change = self.events.changed
+        self.pins = Pins(self.index, self.events, clock)
+        self._promoter = Promoter(arena, self.index, self.counters, self._make_room, self._arrived, self._lost)
+        make = POLICIES[policy]
+        self._policies = {Tier.CPU: make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))}
+        # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
+        self.passing: Counter[bytes] = Counter()
+        self.leaving: set[bytes] = set()
+        self.disk: DiskTier | None = None
+        self.redis: WriteBehind | None = None
+        self.writers: list[WriteBehind] = []
+        if disk is not None:
+            disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
+            self._policies[Tier.DISK] = disk_policy
+            io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
+            self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit, self._written)
+            self.writers.append(self.disk.writer)
+        if redis is not None:
+            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events)
+            self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
+            self.writers.append(self.redis)
+        self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
+        self.index.keeper = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
+        self._remover = Remover(
+            self.index, post, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
+        )
+
+    # -- reading ----------
+
+    def lookup(self, keys: Sequence[bytes]) -> list[Tier]:
+        """Tiers (the fastest of each) of the longest leading run of `keys` that cpu or disk hold. Records the use. A
+        disk that is left alone after a failure holds nothing.
+        """
+        tiers = 1 << Tier.CPU
+        if self.disk is not None and self.disk.io.available:
+            tiers |= 1 << Tier.DISK
+        cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
+        return [cpu if node.present & in_cpu else disk for node in self.index.leading(keys, tiers)]
+
+    def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
+        """Keep those of `keys` that are in the arena there until the lease ends."""
+        nodes = [node for node in map(self.index.get, keys) if node is not None and node.held_in(Tier.CPU)]
+        self.leases.hold(owner, lease_id, ttl, nodes)
+
+    def acquire(
+        self,
+        owner: int,
+        lease_id: bytes,
+        keys: Sequence[bytes],
+        ttl: float,
+        ready: Callable[[list[Acquired]], None],
+    ) -> None:
+        """Hold `keys` under a read lease, raising them into the arena where needed.
+
+        `ready` is called at once with what is there already (or known to be nowhere) and again for the rest as it
+        arrives, until every position was answered once.
+        """
+        self.leases.hold(owner, lease_id, ttl, ())
+        at_once: list[Acquired] = []
+        on_disk: list[tuple[Node, Callable[[Node | None, str], None]]] = []
+        elsewhere: list[tuple[bytes, Callable[[Node | None, str], None]]] = []
+
+        def waiter(position: int) -> Callable[[Node | None, str], None]:
+            def arrived(node: Node | None, cause: str) -> None:
+                if node is not None and not self.leases.alive(owner, lease_id):
+                    node, cause = None, "lease_lost"
+                if node is not None:
+                    self.leases.hold(owner, lease_id, ttl, (node,))
+                ready([Acquired(position, node, cause)])
+
+            return arrived
+
+        for position, key in enumerate(keys):
+            node = self.index.get(key)
+            if node is not None and node.held_in(Tier.CPU):
+                self.index.touch(node)
+                self.leases.hold(owner, lease_id, ttl, (node,))
+                at_once.append(Acquired(position, node))
+            elif node is not None and self._promoter.loading(node):
+                self._promoter.wait(node, waiter(position))
+            elif node is not None and self.disk is not None and self.disk.reads(node):
+                on_disk.append((node, waiter(position)))
+            elif self.redis is not None:
+                elsewhere.append((key, waiter(position)))
+            else:
+                cause = "absent" if node is None or not node.present else "disk_unavailable"
+                at_once.append(Acquired(position, None, cause))
+        if at_once:
+            ready(at_once)
+        if on_disk and self.disk is not None:
+            self._promoter.from_disk(self.disk.io, on_disk)
+        if elsewhere and self.redis is not None:
+            self._promoter.from_redis(self.redis.io, elsewhere)
+
+    def report_bad(self, keys: Iterable[bytes]) -> None:
+        """A reader found these objects' bytes in the arena to disagree with their checksums: never serve them again."""
+        for key in keys:
+            node = self.index.get(key)
+            if node is not None and node.held_in(Tier.CPU):
+                self.counters.add("failure.cpu.corrupt")
+                self.events.fail(Tier.CPU, "corrupt", key=key)
+                self._leave_arena(node, "corrupt")
+
+    # -- writing ----------
+
+    def reserve(self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float) -> list[Writing | str]:
+        """Extents to write each object into, or why not: "exists", "busy" (somebody is writing it), "no_parent",
+        "too_large", "full"."""
+        answers: list[Writing | str] = []
+        accepted: list[Writing] = []
+        batch: set[bytes] = set()
+        parents = {node for node in (self.index.get(info.parent) for info in infos if info.parent) if node is not None}
+        for info in infos:
+            answer = self._reserve_one(info, batch, parents)
+            if isinstance(answer, Writing):
+                accepted.append(answer)
+                batch.add(info.key)
+            elif answer not in ("exists", "busy"):
+                self.counters.add(f"store.refused.{answer}")
+            answers.append(answer)
+        if accepted:
+            self.leases.hold(owner, lease_id, ttl, list(parents))
+            self.leases.open_writing(owner, lease_id, ttl, accepted)
+        return answers
+
+    def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node]) -> Writing | str:
+        node = self.index.get(info.key)
+        if node is not None and self._held(node):
+            self.index.touch(node)
+            return "exists"
+        if info.key in self.leases.being_written or info.key in batch:
+            return "busy"
+        parent_coming = info.parent in batch or info.parent in self.leases.being_written
+        if info.parent == info.key or (info.parent and not parent_coming and not self.index.knows(info.parent)):
+            return "no_parent"
+        if info.size <= 0 or self.arena.rounded(info.size) > self.arena.size:
+            return "too_large"
+        if not self._make_room(self.arena.rounded(info.size), parents):
+            return "full"
+        extents = self.arena.allocate(info.size)
+        return Writing(info, extents) if extents is not None else "full"
+
+    def commit(self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]) -> list[str]:
+        """Make written objects visible, given (key, checksum) with parents before children; "" or why not:
+        "lease_lost", "exists", "no_parent". The write lease ends.
+        """
+        answers = []
+        for key, checksum in written:
+            item = self.leases.take_written(owner, lease_id, key)
+            answers.append(self._commit_one(item, checksum) if item is not None else "lease_lost")
+        self.leases.release(owner, lease_id)
+        self.pump()
+        return answers
+
+    def _commit_one(self, item: Writing, checksum: int) -> str:
+        node = self.index.get(item.info.key)
+        if node is not None and (self._held(node) or self._promoter.loading(node)):
+            self.arena.free(item.extents)
+            return "exists"
+        if node is not None and self.disk is not None:
+            self.disk.give_up(node)
+        node = self.index.insert(replace(item.info, checksum=checksum))
+        if node is None:
+            self.arena.free(item.extents)
+            self.counters.add("store.refused.no_parent")
+            return "no_parent"
+        node.extents = item.extents
+        self.index.enter(node, Tier.CPU, "stored")
+        self.counters.add("store.objects")
+        self.counters.add("store.bytes", node.size)
+        self._queue_writes(node)
+        return ""
+
+    def pump(self) -> None:
+        """Start the writes that may start."""
+        for writer in self.writers:
+            writer.pump()
+
+    # -- steering ----------
+
+    def keep(self, keys: Iterable[bytes]) -> None:
+        """Objects that an operator named: the disk never drops them for others, and the arena not before they are
+        there. Without a disk the arena keeps them, but where there is a Redis to find them in. What the disk had no
+        room for is offered to it again.
+        """
+        for key in keys:
+            self.index.kept.add(key)
+            node = self.index.get(key)
+            if node is not None and self.disk is not None:
+                self.disk.queue_write(node)
+        self.pump()
+
+    def unkeep(self, key: bytes) -> None:
+        """No name stands for the object any more: it may go like any other."""
+        self.index.kept.discard(key)
+        node = self.index.get(key)
+        for tier in (Tier.CPU, Tier.DISK) if node is not None else ():
+            self.index.offer(node, tier)  # type: ignore[arg-type]
+
+    def evict(
+        self,
+        keys: Sequence[bytes],
+        tiers: Collection[Tier],
+        done: Callable[[Evicted], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Take objects, and their descendants with them, out of `tiers`, as long as that is `wanted`. What is leased or
+        pinned stays, its ancestors with it, and is counted as skipped. `done` is called before this returns, or later
+        where there are many."""
+        self._remover.remove(keys, tiers, done, wanted)
+
+    def drop(self, nodes: Iterable[Node], tier: Tier, cause: str) -> Evicted:
+        """Take just these objects, children before parents, out of cpu or disk, as far as they may go. The next is
+        asked for when the one before it has gone."""
+        return self._remover.drop(nodes, tier, cause)
+
+    def clear(
+        self,
+        tiers: Collection[Tier],
+        done: Callable[[Evicted], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Take everything out of `tiers` (out of Redis: what the index knows of), but for what is leased or pinned."""
+        self._remover.remove_all(tiers, done, wanted)
+
+    def when_flushed(self, done: Callable[[], None]) -> None:
+        """Call `done` once everything committed so far is written to the lower tiers or given up, and everything
+        evicted from them so far is deleted."""
+        left = len(self.writers)
+        if not left:
+            done()
+
+        def one() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                done()
+
+        for writer in self.writers:
+            writer.when_flushed(lambda io=writer.io: io.when_written(one))  # type: ignore[misc]
+
+    def tick(self) -> None:
+        """End what is over: leases and pins past their time."""
+        self.counters.add("lease.expired", self.leases.expire())
+        self.pins.tick()
+        if self.disk is not None:
+            self.disk.tick()
+        for writer in self.writers:
+            writer.io.tick()
+        self.pump()
+
+    # -- inside ----------
+
+    def _offer(self, tier: Tier, node: Node) -> None:
+        self._policies[tier].offer(node)
+
+    def _idle(self, node: Node) -> None:
+        self.arena.free(self._condemned.pop(node, ()))
+
+    def _held(self, node: Node) -> bool:
+        """Whether the object need not be stored again: a tier has it that can be read now."""
+        return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
+
+    def _make_room(self, nbytes: int, protected: set[Node]) -> bool:
+        """Free arena bytes: clean victims first, then leaves whose queued write is given up, the oldest chain's first.
+        False where even that is not enough.
+        """
+        while (missing := nbytes - self.arena.free_bytes) > 0:
+            victims = self._policies[Tier.CPU].victims(missing, protected)
+            cause = "policy"
+            if victims is None:
+                leaf = self._unwritten_leaf(protected)
+                if leaf is None:
+                    return False
+                cause = "memory_full"
+                for writer in self.writers:
+                    writer.forget(leaf, cause)
+                victims = [leaf]
+            for node in victims:
+                self._evict_from_arena(node, cause)
+        return True
+
+    def _unwritten_leaf(self, protected: set[Node]) -> Node | None:
+        """An object that nothing keeps in the arena but a queued write; of the chain that is queued the longest."""
+        for writer in self.writers:
+            for node in writer.oldest(_GIVE_UP_AMONG):
+                leaf = self.index.leaf_below(node, Tier.CPU)
+                if not leaf.leases and not self.index.stays(leaf, Tier.CPU) and leaf not in protected:
+                    return leaf
+        return None
+
+    def _evict_from_arena(self, node: Node, cause: str) -> None:
+        self.counters.add(f"evict.cpu.{cause}")
+        self._leave_arena(node, cause)
+
+    def _leave_arena(self, node: Node, cause: str) -> None:
+        for writer in self.writers:
+            writer.forget(node, "evicted")
+        extents, node.extents = node.extents, ()
+        if node.leases:
+            self._condemned.setdefault(node, []).extend(extents)
+        else:
+            self.arena.free(extents)
+        self.index.leave(node, Tier.CPU, cause)
+
+    def _arrived(self, node: Node, source: Tier) -> None:
+        self.index.enter(node, Tier.CPU, f"from_{source.label}")
+        if source is Tier.DISK and self.disk is not None:
+            self.disk.load_ended(node, Outcome.OK)
+        elif source is Tier.REDIS and self.disk is not None and node.key not in self.passing:
+            self.disk.queue_write(node)
+            self.pump()
+
+    def _lost(self, node: Node, source: Tier, outcome: Outcome) -> None:
+        if source is Tier.DISK and self.disk is not None:
+            self.disk.load_ended(node, outcome)
+
+    def _written(self, node: Node, outcome: Outcome) -> None:
+        if outcome is Outcome.CORRUPT:  # the tier proved the arena's bytes against the checksum, and they disagree
+            self.report_bad([node.key])
+
+    def _queue_writes(self, node: Node) -> None:
+        if self.disk is not None:
+            self.disk.queue_write(node)
+        if self.redis is not None:
+            self.redis.enqueue(node)
+
+    def audit(self) -> list[str]:
+        """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""
+        held = [extent for node in self.index for extent in node.extents]
+        held += [extent for extents in self._condemned.values() for extent in extents]
+        held += self.leases.held_extents()
+        return self.arena.audit(held)

@@ -1,0 +1,133 @@
+"""The command line: every operation of a daemon as `loracache VERB`. Here is the table of contents.
+
+objects.py looks, jobs.py changes, top.py watches; selector.py has the options that say which
+objects, common.py the exit codes. What a command alone needs is imported when it runs: starting is most of what a
+script waits for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loracache.cli import adapters, jobs, objects, tokens, top
+from loracache.cli.common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, number, print_json
+from loracache.errors import ConfigError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="loracache",
+    cls=Commands,
+    help="One cache for everything an LLM server reads again.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_LOOK, _CHANGE, _MANAGE = "Look", "Change", "Manage"
+VERBS = (
+    ("lookup", objects.lookup, _LOOK),
+    ("objects", objects.objects, _LOOK),
+    ("tree", objects.tree, _LOOK),
+    ("events", objects.events, _LOOK),
+    ("top", top.top, _LOOK),
+    ("config", objects.config, _LOOK),
+    ("admit", jobs.admit, _CHANGE),
+    ("evict", jobs.evict, _CHANGE),
+    ("pin", jobs.pin, _CHANGE),
+    ("unpin", jobs.unpin, _CHANGE),
+    ("move", jobs.move, _CHANGE),
+    ("compress", jobs.compress, _CHANGE),
+    ("decompress", jobs.decompress, _CHANGE),
+    ("clear", jobs.clear, _CHANGE),
+)
+
+app.add_typer(adapters.app, name="adapters", rich_help_panel=_MANAGE)
+app.add_typer(jobs.app, name="operations", rich_help_panel=_MANAGE)
+app.add_typer(tokens.app, name="tokens", rich_help_panel=_MANAGE)
+
+
+@app.command(rich_help_panel=_MANAGE)
+def serve(
+    socket: SocketOption = None,
+    memory: Annotated[str | None, typer.Option(help="Arena, tier cpu, e.g. 4GiB.", show_default="4GiB")] = None,
+    disk_path: Annotated[Path | None, typer.Option(help="Folder of tier disk.", show_default=False)] = None,
+    disk: Annotated[str | None, typer.Option(help="Most bytes tier disk may take.", show_default="20GiB")] = None,
+    redis: Annotated[str | None, typer.Option(help="URL of tier redis.", show_default=False)] = None,
+    redis_password_file: Annotated[
+        Path | None, typer.Option(help="File with its password.", show_default=False)
+    ] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST.", show_default=False)] = None,
+    http_hosts: Annotated[str | None, typer.Option(help="Names it is called by, with commas.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Its certificate chain, PEM.", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key, PEM.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
+    page_size: Annotated[str | None, typer.Option(help="Page of the arena.", show_default="64KiB")] = None,
+    disk_sync: Annotated[bool | None, typer.Option("--disk-sync", help="fdatasync before a write counts.")] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds to write what is queued at the end.")] = None,
+    private: Annotated[bool | None, typer.Option("--private", help="End with the last client.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Run the cache daemon in the foreground until SIGTERM."""
+    import asyncio
+    import logging
+    import sys
+
+    import uvloop
+
+    from loracache.config import load_config
+    from loracache.daemon.daemon import Daemon
+
+    flags: dict[str, Any] = {
+        "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis,
+        "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
+        "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
+        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key,
+    }  # fmt: skip
+    settings = load_config(flags, config)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+    async def main_task() -> None:
+        await Daemon(settings).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main_task())
+
+
+@app.command(rich_help_panel=_LOOK)
+def status(socket: SocketOption = None, as_json: JsonOption = False) -> None:
+    """Show tiers, bytes, objects, hits, misses and failures by cause."""
+    with client_of(socket) as client:
+        answer = client.status()
+    if as_json:
+        print_json(answer)
+        return
+    from loracache.cli.tables import print_status
+
+    print_status(answer)
+
+
+@app.command(rich_help_panel=_CHANGE)
+def flush(
+    socket: SocketOption = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Seconds to wait.")] = 60.0,
+) -> None:
+    """Wait until everything committed by now is written to disk and Redis."""
+    if not 0 < timeout <= 86_400:
+        raise ConfigError(f"--timeout {timeout} must be seconds, more than 0 and at most 86400")
+    with client_of(socket) as client:
+        client.flush(timeout)
+
+
+for _name, _command, _panel in VERBS:
+    app.command(_name, rich_help_panel=_panel)(expanded(_command))
+
+
+def main() -> None:
+    """Entry point of the `loracache` command."""
+    app(prog_name="loracache")

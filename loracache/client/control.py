@@ -1,0 +1,240 @@
+"""Operator: the control calls of CacheClient, for people and scripts that steer a running daemon.
+
+Objects are named by a `Selection`. What changes many objects is an operation of the daemon: its `OperationReport` says
+how far it was after at most `wait` seconds; `operation` asks again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loracache.errors import ProtocolError, UsageError
+from loracache.keys import TokenArray, salt_digest, token_array
+from loracache.wire import control_messages as messages
+from loracache.wire import protocol
+from loracache.wire.fields import MAX_WAIT_S
+
+__all__ = ["ALL_TIERS", "Located", "OperationReport", "Operator", "Selection"]
+
+ALL_TIERS = ("cpu", "disk", "redis")
+_PAGE = 1000
+_ANSWER_S = 10.0  # on top of what the daemon is told to wait
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which objects: their keys (32 bytes each, in the order of a chain); or an adapter by name or hex digest ("": the
+    base model); or a model (served name, identity, its first 8 digits, "*" for any), with token ids of a prompt or
+    without; or a tenant's salt. Fields left None do not restrict, but that token ids are of the base model, without a
+    salt, where neither is given. Keys or token ids that are empty stand for nothing.
+    """
+
+    keys: Sequence[bytes] | None = None
+    model: str = ""
+    tokens: Sequence[int] | TokenArray | None = None
+    adapter: str | None = None
+    salt: str | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """As a message's field. Raises UsageError."""
+        fields: dict[str, Any] = {}
+        if self.keys is not None:
+            fields["keys"] = protocol.join_keys(list(dict.fromkeys(self.keys)))
+        if self.model:
+            fields["model"] = self.model
+        if self.tokens is not None:
+            fields["tokens"] = token_array(self.tokens).tobytes()
+        if self.adapter is not None:
+            fields["adapter"] = self.adapter
+        if self.salt is not None:
+            fields["salt"] = salt_digest(self.salt)
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """How far a chain is held. hits: leading keys, or whole chunks of a prompt, out of `asked`; tiers: the fastest that
+    has each ("gpu": an adapter in an engine's memory); tokens: how many of the prompt's that is. held: of whole
+    namespaces, by tier as (objects, bytes).
+    """
+
+    hits: int
+    asked: int
+    tiers: tuple[str, ...]
+    tokens: int
+    namespace: str
+    engines: int
+    held: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Located:
+        """From the daemon's answer. Raises ProtocolError."""
+        try:
+            held = {str(tier): (int(counts[0]), int(counts[1])) for tier, counts in fields["held"].items()}
+            return cls(**(fields | {"tiers": tuple(fields["tiers"]), "held": held}))
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class OperationReport:
+    """An operation of the daemon. state: "running", "done", "failed" or "cancelled". started: Unix seconds. total:
+    objects that were named, None where they are counted as they come. objects, bytes: done. saved: bytes that
+    compression took off. skipped: objects left as they are, by cause in `causes`."""
+
+    id: str
+    verb: str
+    state: str
+    started: float
+    seconds: float
+    total: int | None
+    objects: int
+    bytes: int
+    saved: int
+    skipped: int
+    causes: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(objects, bytes, skipped)."""
+        return self.objects, self.bytes, self.skipped
+
+    @classmethod
+    def of(cls, fields: Any) -> OperationReport:
+        """From the daemon's answer. Raises ProtocolError."""
+        names = {each.name for each in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or fields.keys() != names:
+            raise ProtocolError("the daemon's answer is malformed: it is no operation")
+        return cls(**fields)
+
+
+class Operator:
+    """The control calls; CacheClient gives the connection. All raise UsageError for arguments that cannot be meant,
+    Rejected where the daemon refuses, and Unknown (a Rejected) where a model, an adapter or a node of the tree is not
+    there.
+    """
+
+    def _call(self, request: protocol.Request, timeout: float | None = None) -> list:  # type: ignore[type-arg]
+        raise NotImplementedError
+
+    def _ask(self, request: protocol.Request, timeout: float | None = None) -> list:  # type: ignore[type-arg]
+        """As `_call`, for what the daemon will understand: it closes the connection on nonsense, and its leases end."""
+        if wrong := protocol.fault(request):
+            raise UsageError(wrong)
+        return self._call(request, timeout)
+
+    def locate(self, selection: Selection) -> Located:
+        """How far what is selected is held, and where."""
+        (found,) = self._ask(messages.Locate("", "", selection.encode()))
+        return Located.of(found)
+
+    def pin(self, selection: Selection | Sequence[bytes], *, tier: str = "cpu", ttl: float | None = None) -> int:
+        """Keep objects in `tier` ("cpu", "disk") until unpinned or for `ttl` seconds, an hour at most; answers how many
+        were there."""
+        if ttl is not None and not 0 < ttl <= protocol.MAX_TTL_S:
+            raise UsageError(
+                f"ttl={ttl} must be seconds, more than 0 and at most {protocol.MAX_TTL_S:.0f}; "
+                "leave it out to pin until unpinned"
+            )
+        return self._operation(messages.Pin("", "", _encode(selection), tier, ttl or 0.0, MAX_WAIT_S)).objects
+
+    def unpin(self, selection: Selection | Sequence[bytes], *, tier: str = "cpu") -> int:
+        """End pins; answers how many there were."""
+        return self._operation(messages.Unpin("", "", _encode(selection), tier, MAX_WAIT_S)).objects
+
+    def evict(
+        self, selection: Selection | Sequence[bytes], *, tiers: Sequence[str] = ALL_TIERS, wait: float = MAX_WAIT_S
+    ) -> OperationReport:
+        """Remove objects and their descendants from `tiers`. Those that are leased, pinned, named, or needed by one
+        that is, are skipped."""
+        return self._operation(messages.Evict("", "", _encode(selection), list(tiers), wait))
+
+    def clear(self, *, tiers: Sequence[str] = ALL_TIERS, wait: float = MAX_WAIT_S) -> OperationReport:
+        """Remove everything from `tiers` (from Redis: what the daemon knows of)."""
+        return self._operation(messages.Clear("", "", list(tiers), wait))
+
+    def admit(
+        self, selection: Selection | Sequence[bytes], *, tier: str = "cpu", wait: float = MAX_WAIT_S
+    ) -> OperationReport:
+        """Bring objects to a tier ahead of need, from wherever they are."""
+        return self._operation(messages.Admit("", "", _encode(selection), tier, wait))
+
+    def move(
+        self,
+        selection: Selection | Sequence[bytes],
+        source: str,
+        tier: str,
+        *,
+        keep: bool = False,
+        wait: float = MAX_WAIT_S,
+    ) -> OperationReport:
+        """Bring objects from tier `source` to another; keep: leave them at the source too."""
+        return self._operation(messages.Move("", "", _encode(selection), source, tier, keep, wait))
+
+    def compress(
+        self, selection: Selection | Sequence[bytes], *, tier: str = "disk", wait: float = MAX_WAIT_S
+    ) -> OperationReport:
+        """Keep objects of "disk" or "redis" compressed, losslessly; loading undoes it."""
+        return self._operation(messages.Compress("", "", _encode(selection), tier, wait))
+
+    def decompress(
+        self, selection: Selection | Sequence[bytes], *, tier: str = "disk", wait: float = MAX_WAIT_S
+    ) -> OperationReport:
+        """Keep objects of a tier as they are again."""
+        return self._operation(messages.Decompress("", "", _encode(selection), tier, wait))
+
+    def operation(self, id_: str, *, wait: float = 0.0) -> OperationReport:
+        """How far an operation is. Raises Unknown where there is none of that id."""
+        return self._operation(messages.OperationShow("", "", id_, wait))
+
+    def operations(self, count: int = 100) -> list[OperationReport]:
+        """The operations begun last, the latest first."""
+        return [OperationReport.of(item) for item in self._ask(messages.OperationList("", "", count))]
+
+    def cancel(self, id_: str) -> OperationReport:
+        """Have an operation end before its next step."""
+        return self._operation(messages.Cancel("", "", id_))
+
+    def objects(self, selection: Selection | None = None, *, tier: str = "") -> Iterator[dict[str, Any]]:
+        """Objects that cpu or disk hold, namespace by namespace in the order of keys."""
+        selector = selection.encode() if selection is not None else {}
+        after = ""
+        while True:
+            after, *found = self._ask(messages.Objects("", "", selector, tier, after, _PAGE))
+            yield from found
+            if not after:
+                return
+
+    def tree(self, under: str = "") -> Iterator[dict[str, Any]]:
+        """What stands below a node of the dependency tree: the base models and the adapters, their namespaces, their
+        chains, chunk by chunk."""
+        after = ""
+        while True:
+            after, *found = self._ask(messages.Tree("", "", under, after, _PAGE))
+            yield from found
+            if not after:
+                return
+
+    def events(self, since: int = 0, *, count: int = 1000, wait: float = 10.0) -> tuple[int, int, list[dict[str, Any]]]:
+        """(number of the last, how many are lost, the events behind `since`), after at most `wait` seconds. since: 0
+        begins now."""
+        last, lost, *found = self._ask(messages.Events("", "", since, count, wait), wait + _ANSWER_S)
+        return last, lost, found
+
+    def config(self) -> dict[str, Any]:
+        """The daemon's settings; of secrets only whether they are set."""
+        (settings,) = self._ask(messages.Config())
+        return dict(settings)
+
+    def _operation(self, request: Any) -> OperationReport:
+        wait = getattr(request, "wait", 0.0)
+        (found,) = self._ask(request, wait + _ANSWER_S)
+        return OperationReport.of(found)
+
+
+def _encode(selection: Selection | Sequence[bytes]) -> dict[str, Any]:
+    return selection.encode() if isinstance(selection, Selection) else {"keys": protocol.join_keys(selection)}

@@ -1,0 +1,138 @@
+"""Which objects an operator means: by keys, adapter, model, token ids or tenant. Threading: the cache's thread."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loracache.cache.state.index import Index, Node
+from loracache.errors import Unknown, UsageError
+from loracache.keys import KEY_BYTES, Namespace, TokenArray
+from loracache.namespaces import Namespaces
+
+__all__ = ["Chain", "Selected", "Selector", "select", "visible"]
+
+ANY_MODEL = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """What was asked for; at least one field is set.
+
+    keys: of objects, in the order of their chain. model: identity, its first 8 digits or more, a name that engines
+    serve it under, or "*". tokens: little-endian int32. adapter: hex digest, "" for the base model, None for any (with
+    tokens: the base model). salt: a tenant's salt digest, "" for requests without a salt, None for any (with tokens:
+    without). Keys or tokens that are given and empty stand for nothing, not for any.
+    """
+
+    keys: bytes | None = None
+    model: str = ""
+    tokens: bytes | None = None
+    adapter: str | None = None
+    salt: str | None = None
+
+    @property
+    def by_namespace(self) -> bool:
+        """Whether it means KV by what it belongs to, rather than objects by their keys."""
+        return bool(self.model) or self.tokens is not None or self.salt is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The objects of one prompt in one namespace, chunk by chunk, a chunk's shards side by side. They are hashed when
+    they are asked for: a prompt may be looked for in very many namespaces.
+    """
+
+    namespace: Namespace
+    tokens: TokenArray
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.namespace.chunk_tokens * (len(self.namespace.shards) or 1)
+
+    def keys(self) -> list[bytes]:
+        """Keys of the objects."""
+        return self.namespace.object_keys(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What a selector stands for: the keys that it names, or those of chains, or all of some namespaces. scope: the
+    salt digest outside of which nothing is seen ("": everything is); chains and namespaces are inside of it.
+    """
+
+    named: bytes = b""
+    chains: Sequence[Chain] = ()
+    spaces: Sequence[bytes] = ()
+    scope: str = ""
+
+    @property
+    def total(self) -> int | None:
+        """How many keys there are; None where that is seen only when they are looked at."""
+        return None if self.spaces else len(self.named) // KEY_BYTES + sum(map(len, self.chains))
+
+    def keys(self, start: int = 0) -> Iterator[bytes]:
+        """Keys by name or of chains, from that position on."""
+        for at in range(start * KEY_BYTES, len(self.named), KEY_BYTES):
+            yield self.named[at : at + KEY_BYTES]
+        start = max(0, start - len(self.named) // KEY_BYTES)
+        for chain in self.chains:
+            if start < len(chain):
+                yield from chain.keys()[start:]
+            start = max(0, start - len(chain))
+
+    def parts(self, index: Index, namespaces: Namespaces, size: int) -> Iterator[list[bytes]]:
+        """The keys, each once, at most `size` at a time (none, where a tenant may not see them); of whole namespaces
+        what is held when its turn comes, in the order of keys."""
+        seen: set[bytes] = set()
+        keys = self.keys()
+        while part := list(itertools.islice(keys, size)):
+            fresh = [key for key in dict.fromkeys(part) if key not in seen]
+            seen.update(fresh)
+            yield [key for key in fresh if self.shows(index, namespaces, key)]
+        for digest in self.spaces:
+            after = b""
+            while (space := index.spaces.get(digest)) is not None:
+                part = list(itertools.islice(space.keys.irange(after, inclusive=(False, True)), size))
+                if not part:
+                    break
+                after = part[-1]
+                yield part
+
+    def shows(self, index: Index, namespaces: Namespaces, key: bytes) -> bool:
+        """Whether the tenant that asks may know of one of `keys`."""
+        return not self.scope or not self.named or visible(index.get(key), namespaces, self.scope)
+
+
+def visible(node: Node | None, namespaces: Namespaces, scope: str) -> bool:
+    """Whether a node belongs to the tenant whose salt digest is `scope`."""
+    namespace = namespaces.get(node.namespace) if node is not None else None
+    return namespace is not None and namespace.salt == scope
+
+
+def select(selector: Selector, namespaces: Namespaces, scope: str) -> Selected:
+    """What `selector` stands for. Raises UsageError for a contradictory one, Unknown for a model that nobody knows."""
+    if selector.keys is not None and (selector.by_namespace or selector.adapter is not None):
+        raise UsageError("a selector by keys takes neither adapter, model, tokens nor tenant: keys say it all")
+    if scope and selector.salt not in (None, scope):
+        return Selected(scope=scope)
+    if selector.keys is not None:
+        return Selected(selector.keys, scope=scope)
+    salt = scope or selector.salt
+    if not selector.by_namespace and not scope:
+        if not selector.adapter:
+            raise UsageError("a selector is empty; give keys, adapter, model, tokens or tenant")
+        return Selected(bytes.fromhex(selector.adapter))
+    model = "" if selector.model == ANY_MODEL else selector.model
+    if model and not scope and not namespaces.matching(model, None, None):
+        raise Unknown(f"no engine has registered a model {model[:100]!a}; give its served name or identity, or *")
+    if selector.tokens is None:
+        return Selected(spaces=namespaces.matching(model, selector.adapter, salt), scope=scope)
+    if not selector.model:
+        raise UsageError("a selector by tokens needs the model that they are of")
+    tokens = np.frombuffer(selector.tokens, dtype="<i4")
+    found = namespaces.matching(model, selector.adapter or "", salt or "")
+    chains = [Chain(space, tokens) for space in map(namespaces.get, found) if space is not None]
+    return Selected(chains=chains, scope=scope)

@@ -1,0 +1,64 @@
+"""What `loracache status` shows: a map of plain values, the same over the socket, as JSON and as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loracache.keys import LORA_NAMESPACE
+from loracache.tiers import Tier
+
+if TYPE_CHECKING:
+    from loracache.cache.tier.io import TierIO
+    from loracache.cache.tiered import TieredCache
+
+__all__ = ["cache_status"]
+
+_RECENT = 50
+_HERE = (Tier.CPU, Tier.DISK)
+
+
+def cache_status(cache: TieredCache) -> dict[str, Any]:
+    """Tiers, leases and counters. Bytes are payload bytes unless the name says otherwise."""
+    index, arena, counters = cache.index, cache.arena, cache.counters
+    adapters = index.spaces.get(LORA_NAMESPACE)
+    tiers: dict[str, Any] = {
+        "cpu": {
+            "objects": index.objects[Tier.CPU],
+            "bytes": index.bytes[Tier.CPU],
+            "limit_bytes": arena.size,
+            "used_bytes": arena.size - arena.free_bytes,
+            "populated_bytes": arena.populated,
+        }
+    }
+    if cache.disk is not None:
+        tiers["disk"] = {
+            "objects": index.objects[Tier.DISK],
+            "bytes": index.bytes[Tier.DISK],
+            "limit_bytes": cache.disk.limit,
+            "used_bytes": cache.disk.used,
+            "queued_writes": cache.disk.writer.depth,
+            "direct_io": bool(getattr(cache.disk.io.backend, "direct", False)),
+            "scanned": cache.disk.loaded,
+        } | _use(cache.disk.io)
+    if cache.redis is not None:
+        tiers["redis"] = {"queued_writes": cache.redis.depth} | _use(cache.redis.io)
+    return {
+        "tiers": tiers,
+        "adapters": {tier.label: adapters.objects[tier] if adapters is not None else 0 for tier in _HERE},
+        "leases": len(cache.leases),
+        "leased_objects": cache.leases.held_objects,
+        "quarantined_bytes": cache.leases.quarantined,
+        "hits": counters.starting("hit."),
+        "misses": counters.starting("miss."),
+        "failures": counters.starting("failure."),
+        "counters": counters.all(),
+        "recent_failures": [
+            {"time": event.time, "tier": event.tier, "cause": event.cause, "count": event.count}
+            for event in list(cache.events.failures)[-_RECENT:]
+        ],
+    }
+
+
+def _use(io: TierIO) -> dict[str, Any]:
+    """Whether a tier is read and written now, and if not, why."""
+    return {"available": io.available, "writable": io.writable, "reason": io.reason, "waiting": io.waiting}

@@ -1,0 +1,306 @@
+"""Builds the cache from a configuration and runs it behind its socket until it is told to end.
+
+Threading: everything here runs on the event loop, but for the pre-faulting of the arena, the scan of the disk tier and
+the reading of adapter files, which have threads of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from loracache import __version__
+from loracache.cache.state.arena import Arena
+from loracache.cache.tiered import TieredCache
+from loracache.config import Config, shown_config
+from loracache.control.adapters import Adapters
+from loracache.control.audit import Audit
+from loracache.control.lookup import Finder
+from loracache.control.service import Control
+from loracache.control.status import cache_status
+from loracache.daemon.listening import listen, unlink_unless_locked
+from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
+from loracache.daemon.processes import Peer
+from loracache.daemon.session import Served, Session
+from loracache.storage_backends.base import ObjectInfo
+from loracache.tiers import Tier
+from loracache.tracing import start_traces, stop_traces
+from loracache.wire import protocol
+
+__all__ = ["READY", "Daemon"]
+
+READY = b"ready\n"
+
+_log = logging.getLogger(__name__)
+_TICK_S = 0.25
+_ACCEPT_PAUSE_S = 1.0
+_SCAN_SLICE = 500  # objects entered between two looks at the socket: a few milliseconds
+_LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
+_PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
+
+
+class Daemon:
+    """One running cache. `run` serves until SIGTERM, SIGINT or, where private, until the last client is gone."""
+
+    def __init__(self, config: Config) -> None:
+        """Takes the socket and the tiers. Raises ConfigError naming what is in the way."""
+        self.config = config
+        self._started = time.monotonic()
+        self._sessions: set[Session] = set()
+        self._stack = contextlib.ExitStack()
+        try:
+            self._listener = listen(config.socket, self._stack, private=config.private)
+            disk, redis = disk_backend(config), redis_backend(config)
+            self._rest = rest_process(config, self._stack)
+            self._namespaces, self._names = books(config)
+            if config.traces is not None:
+                start_traces(config.traces, "loracache", __version__)
+                self._stack.callback(stop_traces)
+            audit = Audit(config.audit_log)
+            self._stack.callback(audit.close)
+            self.cache = TieredCache(
+                Arena(config.memory, config.page_size),
+                self._post,
+                disk=disk,
+                disk_limit=config.disk,
+                redis=redis,
+                policy=config.policy,
+            )
+            for writer in self.cache.writers:  # what is out of reach is used once it is there
+                writer.io.stand(writer.io.backend.check())
+        except BaseException:
+            self._stack.close()
+            raise
+        self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
+        self._adapters = Adapters(self.cache, self._namespaces, self._names, self._post)
+        finder = Finder(self.cache, config.redis_lookup_ms / 1000)
+        self._control = Control(
+            self.cache, self._namespaces, self._adapters, finder, audit, self._post, lambda: shown_config(config)
+        )
+        self._served = Served(
+            self.cache, self._namespaces, self._adapters, finder, self._control, self._status, self._session_ended
+        )
+        self._owners = itertools.count(1)
+        self._instance = os.urandom(16)
+        self._stopping = threading.Event()
+        self._ended = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._threads: list[threading.Thread] = []
+
+    async def run(self) -> None:
+        """Serve until told to end, then drain and close."""
+        loop = self._loop = asyncio.get_running_loop()
+        gc.disable()  # walking an index of 200,000 objects takes 0.2 s: `_tick` collects what is young
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ended.set)
+        loop.add_reader(self._listener.fileno(), self._accept)
+        ticking = loop.create_task(self._tick())
+        self._start("populate", self._populate)
+        if self.cache.disk is not None:
+            self._start("disk-scan", self._scan)
+        if self.config.private:
+            loop.call_later(_PRIVATE_PATIENCE_S, self._end_if_alone)
+        if self._rest is not None:
+            self._rest.start()
+            _log.info("REST on port %d", self._rest.port)
+        _log.info("listening on %s", self.config.socket)
+        if self.config.private:  # for the engine that waits for it, whatever is logged
+            os.write(sys.stdout.fileno(), READY)
+        await self._ended.wait()
+        loop.remove_reader(self._listener.fileno())
+        self._listener.close()  # whoever comes from now on is told at once, and a private daemon's successor waits
+        ticking.cancel()
+        await self._drain()
+        self._close()
+
+    # -- what sessions need ----------
+
+    def _status(self) -> dict[str, Any]:
+        said: dict[str, Any] = {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started, 3),
+            "socket": str(self.config.socket),
+            "connections": len(self._sessions),
+            "namespaces": len(self._namespaces),
+            "operations": self._control.operations.running,
+        } | cache_status(self.cache)
+        said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
+        return said
+
+    def _session_ended(self, session: Session) -> None:
+        """A connection is gone: its leases end; what it was writing stays out of use until its process is gone."""
+        self._sessions.discard(session)
+        if self.cache.leases.disconnect(session.owner) and self._loop is not None:
+            session.peer.when_gone(self._loop, lambda: self.cache.leases.writer_gone(session.owner))
+        else:
+            session.peer.close()
+        if self.config.private and self._loop is not None:
+            self._loop.call_later(_LINGER_S, self._end_if_alone)
+
+    # -- inside ----------
+
+    def _post(self, call: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop is closed: the result of a dropped transfer is not missed
+                self._loop.call_soon_threadsafe(call)
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            _log.warning("a connection was not accepted; trying again in %g s: %s", _ACCEPT_PAUSE_S, error)
+            self._pause_accepting()
+            return
+        greeting = protocol.Greeting(
+            protocol.VERSION, self._instance, self.cache.arena.size, self.config.page_size
+        ).encode()
+        try:
+            # On the raw socket: the event loop's transports cannot pass a descriptor.
+            socket.send_fds(sock, [greeting], [self.cache.arena.fd])
+            peer = Peer(sock)
+        except OSError as error:
+            _log.warning("a connection ended before it was greeted: %s", error)
+            sock.close()
+            return
+        sock.setblocking(False)
+        session = Session(self._served, next(self._owners), peer)
+        self._sessions.add(session)
+        assert self._loop is not None
+        task = self._loop.create_task(self._loop.connect_accepted_socket(lambda: session, sock))
+        task.add_done_callback(lambda done: self._adopted(session, sock, done))
+
+    def _pause_accepting(self) -> None:
+        """Out of descriptors, the listener stays readable: without a pause the loop would do nothing but fail."""
+        assert self._loop is not None
+        loop, listener = self._loop, self._listener.fileno()
+        loop.remove_reader(listener)
+        loop.call_later(_ACCEPT_PAUSE_S, lambda: self._ended.is_set() or loop.add_reader(listener, self._accept))
+
+    def _adopted(self, session: Session, sock: socket.socket, done: asyncio.Task[Any]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            sock.close()
+            self._session_ended(session)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.cache.tick()
+            if self._rest is not None:
+                self._rest.tick()
+            gc.collect(1)
+
+    def _end_if_alone(self) -> None:
+        if any(session.name for session in self._sessions):
+            return
+        if any(session.age < _LINGER_S for session in self._sessions) and self._loop is not None:
+            self._loop.call_later(_LINGER_S, self._end_if_alone)
+        else:  # who did not say who it is by now, is no client
+            self._ended.set()
+
+    def _populate(self) -> None:
+        started = time.monotonic()
+        self.cache.arena.populate(self._stopping.is_set)
+        _log.info("arena of %d MiB ready after %.1f s", self.cache.arena.size >> 20, time.monotonic() - started)
+
+    def _scan(self) -> None:
+        """Feed what the disk tier holds to the cache, a slice at a time, so that the socket answers meanwhile."""
+        assert self.cache.disk is not None
+        disk = self.cache.disk
+        orphans: list[ObjectInfo] = []
+        idle = threading.Event()
+
+        def adopt(infos: Iterable[ObjectInfo]) -> None:
+            orphans.extend(disk.adopt(infos))
+            idle.set()
+
+        if not disk.io.standing.reads:
+            self._post(disk.writer.start)  # what is asked of it is refused, and nobody waits
+            while not disk.io.standing.reads:
+                if self._stopping.wait(_TICK_S):
+                    return
+            self._post(self._read_books)
+        try:
+            objects = disk.io.backend.scan()
+            while infos := list(itertools.islice(objects, _SCAN_SLICE)):
+                if self._stopping.is_set():
+                    return
+                idle.clear()
+                self._post(lambda infos=infos: adopt(infos))  # type: ignore[misc]
+                while not idle.wait(0.1):
+                    if self._stopping.is_set():  # the loop is gone that would have set it
+                        return
+        except OSError as error:
+            _log.error("the disk tier cannot be read and starts empty: %s", error)
+        self._post(lambda: self._scanned(orphans))
+
+    def _read_books(self) -> None:
+        """Of a disk that was out of reach when the daemon started."""
+        try:
+            self._namespaces.read()
+            self._names.read()
+        except OSError as error:
+            _log.error("namespaces and names beside the disk tier cannot be read: %s", error)
+        self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
+
+    def _scanned(self, orphans: list[ObjectInfo]) -> None:
+        assert self.cache.disk is not None
+        while orphans:  # a child may have come before its parent
+            left = self.cache.disk.adopt(orphans)
+            if len(left) == len(orphans):
+                break
+            orphans = left
+        self.cache.disk.adopted_all(orphans)
+        _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
+
+    async def _drain(self) -> None:
+        for session in list(self._sessions):
+            session.close()
+        self._control.stop()
+        flushed = asyncio.Event()
+        self.cache.pump()
+        self.cache.when_flushed(flushed.set)
+        try:
+            await asyncio.wait_for(flushed.wait(), self.config.drain)
+        except TimeoutError:
+            for writer in self.cache.writers:
+                if dropped := writer.drop_all():
+                    _log.warning(
+                        "%s: %d queued writes dropped after %g s of draining",
+                        writer.io.tier.label,
+                        dropped,
+                        self.config.drain,
+                    )
+
+    def _close(self) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._adapters.close()
+        for writer in self.cache.writers:
+            writer.io.close()
+        self._control.close()
+        if self.config.private:  # unless an engine is starting the next one, which waits for the socket's lock
+            start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in (".start", ".log", ".settings"))
+            unlink_unless_locked(start, others)
+        self._stack.close()
+        _log.info("ended")

@@ -1,0 +1,93 @@
+"""The daemon's socket: one daemon a path, told from a stale file by a lock beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+from loracache.errors import ConfigError
+from loracache.wire import protocol
+
+__all__ = ["PATIENCE_S", "listen", "unlink", "unlink_unless_locked"]
+
+PATIENCE_S = 20.0  # longer than a daemon drains
+_PAUSE_S = 0.05
+
+
+def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.socket:
+    """The listening socket; `stack` gives it back, of a private daemon with its lock file. A private daemon waits for
+    the one before it, which may be writing what it holds. Raises ConfigError.
+    """
+    if len(os.fsencode(path)) > protocol.SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"socket={str(path)!r} is longer than the {protocol.SOCKET_PATH_BYTES} bytes a unix socket's path may have"
+        )
+    try:
+        stack.callback(os.close, _lock(path, time.monotonic() + (PATIENCE_S if private else 0.0)))
+        if private:
+            stack.callback(unlink, Path(f"{path}.lock"))  # while it is held: later it may be another daemon's
+        if path.exists() and not path.is_socket():
+            raise ConfigError(f"socket={str(path)!r} is no socket and stays as it is; give --socket another path")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stack.callback(listener.close)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        old = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(old)
+    except OSError as error:
+        raise ConfigError(
+            f"socket={str(path)!r} cannot be made: {error.strerror}; give --socket a writable path"
+        ) from None
+    stack.callback(unlink, path)
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener
+
+
+def unlink(path: Path) -> None:
+    """Remove a file where that can be done."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def unlink_unless_locked(lock: Path, others: list[Path]) -> None:
+    """Remove `others` and their lock file, unless somebody holds it: then they are in use again."""
+    with contextlib.suppress(OSError):
+        held = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (*others, lock):
+                unlink(path)
+        finally:
+            os.close(held)
+
+
+def _lock(path: Path, deadline: float) -> int:
+    """The descriptor of the locked file beside the socket. Its last holder may have removed the file: a lock on what
+    has no name any more keeps nobody out.
+    """
+    name = f"{path}.lock"
+    while True:
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(name) and os.path.samestat(os.fstat(lock), os.stat(name)):
+                return lock
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(lock)
+                raise ConfigError(
+                    f"socket={str(path)!r}: another daemon serves it; stop that one or give --socket another path"
+                ) from None
+            time.sleep(_PAUSE_S)
+        except OSError:
+            os.close(lock)
+            raise
+        os.close(lock)

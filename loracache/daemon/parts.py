@@ -1,0 +1,82 @@
+"""Makes the daemon's parts from its configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from loracache.adapters.names import AdapterNames, SharedNames
+from loracache.config import Config
+from loracache.daemon.rest_process import RestProcess
+from loracache.errors import ConfigError
+from loracache.namespaces import Namespaces
+from loracache.storage_backends.base import StorageBackend
+
+__all__ = ["books", "disk_backend", "redis_backend", "rest_process"]
+
+_PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
+_PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder
+
+
+def disk_backend(config: Config) -> StorageBackend | None:
+    """The disk tier, where there is one. Raises ConfigError."""
+    if config.disk_path is None:
+        return None
+    from loracache.storage_backends.disk.backend import DiskBackend, DiskInUse
+
+    owner = f"{_PRIVATE if config.private else ''}daemon at unix://{config.socket}"
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return DiskBackend(config.disk_path, sync=config.disk_sync, integrity_key=_secret(config), owner=owner)
+        except DiskInUse as error:
+            if not config.private or not error.owner.startswith(_PRIVATE) or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+def redis_backend(config: Config) -> StorageBackend | None:
+    """The Redis tier, where there is one. Raises ConfigError."""
+    if config.redis is None:
+        return None
+    from loracache.storage_backends.redis.backend import RedisBackend
+
+    return RedisBackend(
+        config.redis,
+        prefix=config.redis_prefix,
+        password_file=config.redis_password_file,
+        integrity_key=_secret(config),
+    )
+
+
+def books(config: Config) -> tuple[Namespaces, AdapterNames]:
+    """What is kept beside the disk tier, where there is one. Raises ConfigError."""
+    folders = [config.disk_path / name if config.disk_path else None for name in ("namespaces", "adapters")]
+    try:
+        return Namespaces(folders[0]), AdapterNames(folders[1], _shared_names(config), _secret(config))
+    except OSError as error:
+        raise ConfigError(
+            f"disk_path: {error.filename!r} cannot be used: {error.strerror}; remove what stands there, or give "
+            "another folder"
+        ) from None
+
+
+def rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | None:
+    """The REST process, not started yet, where there is one; `stack` ends it. Raises ConfigError."""
+    if config.http is None:
+        return None
+    process = RestProcess(config)
+    stack.callback(process.close)
+    return process
+
+
+def _shared_names(config: Config) -> SharedNames | None:
+    if config.redis is None:
+        return None
+    from loracache.storage_backends.redis.names import RedisNames
+
+    return RedisNames(config.redis, prefix=config.redis_prefix, password_file=config.redis_password_file)
+
+
+def _secret(config: Config) -> bytes | None:
+    return config.integrity_key.get_secret_value().encode() if config.integrity_key is not None else None

@@ -1,0 +1,292 @@
+"""One client's connection: decodes requests, calls the cache, encodes answers.
+
+What the index can answer is answered in the same call that received it; what waits for a tier answers later, and the
+requests behind it do not wait. Threading: the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from loracache.cache.state.leases import Writing
+from loracache.cache.tiered import Acquired
+from loracache.errors import LoRACacheError, ProtocolError, Unknown, UsageError
+from loracache.storage_backends.base import Kind, ObjectInfo
+from loracache.tiers import Tier
+from loracache.wire import protocol
+from loracache.wire.frames import Frames, frame
+from loracache.wire.protocol import ERROR, NO_PARENT, OK, PART, UNKNOWN, split_keys
+
+if TYPE_CHECKING:
+    from loracache.cache.tiered import TieredCache
+    from loracache.control.adapters import Adapters, Answer
+    from loracache.control.lookup import Finder
+    from loracache.control.service import Control
+    from loracache.daemon.processes import Peer
+    from loracache.namespaces import Namespaces
+
+__all__ = ["Served", "Session"]
+
+_log = logging.getLogger(__name__)
+_MAX_UNSENT = 64 << 20
+_REPORTED = "client."
+_MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What all sessions of a daemon work on. status() is what `loracache status` shows; ended(session) is called when a
+    connection is gone.
+    """
+
+    cache: TieredCache
+    namespaces: Namespaces
+    adapters: Adapters
+    finder: Finder
+    control: Control
+    status: Callable[[], dict[str, Any]]
+    ended: Callable[[Session], None]
+
+
+class Session(asyncio.Protocol):
+    """Serves one connection. `owner` is its number: what its leases are kept under."""
+
+    def __init__(self, served: Served, owner: int, peer: Peer) -> None:
+        self.owner = owner
+        self.peer = peer
+        self.name = ""
+        self._since = time.monotonic()
+        self._served = served
+        self._cache = served.cache
+        self._frames = Frames()
+        self._transport: asyncio.Transport | None = None
+        self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
+        self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
+
+    # -- asyncio.Protocol ----------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The greeting was sent before; requests may come."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the connection's leases."""
+        self._transport = None
+        self._served.adapters.engines.subtract(self._resident)
+        self._served.ended(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Serve every request that is complete."""
+        try:
+            for message in self._frames.feed(data):
+                number, request = protocol.decode_request(message)
+                self._serve(number, request)
+        except ProtocolError as error:
+            self._cache.counters.add("failure.protocol")
+            _log.warning("connection %d (%s, pid %d): %s", self.owner, self.name, self.peer.pid, error)
+            self._answer(0, ERROR, str(error))
+            self.close()
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was accepted."""
+        return time.monotonic() - self._since
+
+    @property
+    def label(self) -> str:
+        """Who is at the other end, for logs."""
+        return f"{self.name} (pid {self.peer.pid}, uid {self.peer.uid})"
+
+    def close(self) -> None:
+        """Close after what was answered is sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # -- requests ----------
+
+    def _serve(self, number: int, request: protocol.Request) -> None:
+        try:
+            handler = getattr(self, f"_on_{request.operation}", None)
+            if handler is not None:
+                handler(number, request)
+            else:
+                self._served.control.serve(request, self.label, self._later(number))
+        except ProtocolError:
+            raise
+        except LoRACacheError as error:
+            self._later(number)(error)
+
+    def _answer(self, number: int, status: int, payload: object) -> None:
+        if number == 0 and status != ERROR:
+            return
+        if self._transport is None:
+            return
+        self._transport.write(frame([number, status, payload]))
+        if self._transport.get_write_buffer_size() > _MAX_UNSENT:
+            _log.warning("connection %d (%s) does not read its answers and is closed", self.owner, self.name)
+            self._transport.abort()
+
+    def _on_hello(self, number: int, request: protocol.Hello) -> None:
+        self.name = request.name[:64] or "?"
+        self._answer(number, OK, [])
+
+    def _on_register(self, number: int, request: protocol.Register) -> None:
+        namespace = self._served.namespaces.register(request.descriptor, request.names)
+        if namespace.adapter:
+            self._cache.index.adapters.add(namespace.adapter_key())
+        self._answer(number, OK, [namespace.digest()])
+
+    def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
+        self._served.adapters.digest(request.path, self._later(number))
+
+    def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
+        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
+        self._served.adapters.add(request.path, request.name, answer)
+
+    def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
+        self._served.adapters.find(request.name, self._later(number))
+
+    def _on_adapter_show(self, number: int, request: protocol.AdapterShow) -> None:
+        self._served.adapters.show(request.name, self._later(number))
+
+    def _on_adapter_list(self, number: int, request: protocol.AdapterList) -> None:
+        self._served.adapters.page(request.name, request.count, self._later(number))
+
+    def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
+        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
+        self._served.adapters.remove(request.name, answer)
+
+    def _on_resident(self, number: int, request: protocol.Resident) -> None:
+        engines = self._served.adapters.engines
+        engines.subtract(self._resident)
+        self._resident = set(split_keys(request.keys))
+        engines.update(self._resident)
+        self._answer(number, OK, [])
+
+    def _later(self, number: int) -> Answer:
+        """Answers `number` with a payload, or with the words of an error."""
+
+        def answer(result: list[Any] | Exception) -> None:
+            if isinstance(result, Exception):
+                self._answer(number, UNKNOWN if isinstance(result, Unknown) else ERROR, str(result))
+            else:
+                self._answer(number, OK, result)
+
+        return answer
+
+    def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
+        keys = split_keys(request.keys)
+        asked = self._asking
+        asked.add(request.lease)
+
+        def found(tiers: list[Tier], cause: str) -> None:
+            wanted = request.lease in asked
+            asked.discard(request.lease)
+            self._found(number, request, keys, tiers, cause, hold=wanted)
+
+        self._served.finder.find(keys, found)
+
+    def _found(
+        self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str, hold: bool = True
+    ) -> None:
+        counters = self._cache.counters
+        hits = len(tiers) // request.group * request.group
+        tiers = tiers[:hits]
+        if request.lease and hold and self._transport is not None:
+            self._cache.hold(self.owner, request.lease, keys[:hits], request.ttl)
+        counters.add("lookup")
+        for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
+            counters.add(f"hit.{tier.label}", tiers.count(tier))
+        counters.add(f"miss.{cause}", len(keys) - hits)
+        self._answer(number, OK, [bytes(tiers)])
+
+    def _on_prefetch(self, number: int, request: protocol.Prefetch) -> None:
+        keys = split_keys(request.keys)
+        self._cache.acquire(self.owner, request.lease, keys, request.ttl, lambda acquired: None)
+        self._answer(number, OK, [])
+
+    def _on_acquire(self, number: int, request: protocol.Acquire) -> None:
+        keys = split_keys(request.keys)
+        left = len(keys)
+        if not keys:
+            self._answer(number, OK, [])
+
+        def ready(acquired: list[Acquired]) -> None:
+            nonlocal left
+            left -= len(acquired)
+            for item in acquired:
+                if item.node is None:
+                    self._cache.counters.add(f"acquire.failed.{item.cause}")
+            self._answer(number, PART if left else OK, [_acquired(item) for item in acquired])
+
+        self._cache.acquire(self.owner, request.lease, keys, request.ttl, ready)
+
+    def _on_renew(self, number: int, request: protocol.Renew) -> None:
+        self._answer(number, OK, [self._cache.leases.renew(self.owner, request.lease, request.ttl)])
+
+    def _on_release(self, number: int, request: protocol.Release) -> None:
+        self._asking.discard(request.lease)
+        held = self._cache.leases.release(self.owner, request.lease)
+        if held:  # else the reader saw what came into the pages after it
+            self._cache.report_bad(split_keys(request.keys))
+        if not held:
+            self._cache.counters.add("lease.lost")
+        self._answer(number, OK, [held])
+
+    def _on_reserve(self, number: int, request: protocol.Reserve) -> None:
+        keys, parents = split_keys(request.keys), split_keys(request.parents)
+        if not len(keys) == len(parents) == len(request.sizes):
+            raise UsageError(
+                f"{len(keys)} keys, {len(parents)} parents and {len(request.sizes)} sizes: give one of each"
+            )
+        namespace = self._served.namespaces.get(request.namespace)
+        if namespace is None:
+            raise UsageError(
+                f"namespace {request.namespace.hex()} is not registered; register it on this connection first"
+            )
+        root = namespace.adapter_key()
+        infos = [
+            ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
+            for key, parent, size in zip(keys, parents, request.sizes, strict=True)
+        ]
+        answers = self._cache.reserve(self.owner, request.lease, infos, request.ttl)
+        self._answer(number, OK, [_extents(item.extents) if isinstance(item, Writing) else item for item in answers])
+
+    def _on_commit(self, number: int, request: protocol.Commit) -> None:
+        keys = split_keys(request.keys)
+        if len(keys) != len(request.checksums):
+            raise UsageError(f"{len(keys)} keys and {len(request.checksums)} checksums: give one of each")
+        pairs = list(zip(keys, request.checksums, strict=True))
+        self._answer(number, OK, self._cache.commit(self.owner, request.lease, pairs))
+
+    def _on_abort(self, number: int, request: protocol.Abort) -> None:
+        self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
+
+    def _on_flush(self, number: int, request: protocol.Flush) -> None:
+        self._cache.when_flushed(lambda: self._answer(number, OK, []))
+
+    def _on_status(self, number: int, request: protocol.Status) -> None:
+        self._answer(number, OK, [self._served.status()])
+
+    def _on_report(self, number: int, request: protocol.Report) -> None:
+        counters = self._cache.counters
+        for name, count in request.counts.items():
+            known = len(counters) < _MOST_COUNTERS or counters[_REPORTED + name]
+            counters.add(_REPORTED + (name if known else "other"), count)
+        self._answer(number, OK, [])
+
+
+def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
+    return [number for extent in extents for number in extent]
+
+
+def _acquired(item: Acquired) -> list[Any]:
+    node = item.node
+    if node is None:
+        return [item.position, item.cause]
+    return [item.position, node.size, node.checksum, _extents(node.extents)]

@@ -1,0 +1,310 @@
+"""The messages of the unix socket, in frames (frames.py).
+
+The daemon speaks first: a Greeting, with the arena's file descriptor beside it (SCM_RIGHTS). Then the client sends
+requests `[number, operation, field, ...]` and the daemon answers `[number, status, ...]`: OK ends the answer, PART
+announces more to come, ERROR carries a message, and so does UNKNOWN: what the request names is not there. Number 0 asks
+for no answer. Many keys travel as one byte string, 32 bytes each.
+
+Here are the operations of the data path; what operators ask for is in control_messages.py. Pure encoding and checking;
+used by both sides.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any, ClassVar
+
+from loracache.errors import ProtocolError, UsageError
+from loracache.keys import KEY_BYTES
+from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, is_int
+from loracache.wire.frames import frame
+
+__all__ = [
+    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
+    "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
+    "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Lookup", "Prefetch", "Register", "Release", "Renew",
+    "Report", "Request", "Reserve", "Resident", "Status", "decode_request", "fault", "join_keys", "split_keys",
+]  # fmt: skip
+
+VERSION = 1
+NO_PARENT = bytes(KEY_BYTES)
+SOCKET_PATH_BYTES = 107  # what the kernel takes
+OK, PART, ERROR, UNKNOWN = 0, 1, 2, 3
+
+
+def split_keys(blob: bytes) -> list[bytes]:
+    """The 32-byte keys in `blob`."""
+    return [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]
+
+
+def join_keys(keys: Sequence[bytes]) -> bytes:
+    """One byte string of 32-byte keys. Raises UsageError where one has another length."""
+    blob = b"".join(keys)
+    if len(blob) != KEY_BYTES * len(keys) or any(len(key) != KEY_BYTES for key in keys):
+        raise UsageError(f"a key has {KEY_BYTES} bytes")
+    return blob
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """The daemon's first frame, sent with the arena's descriptor. instance: 16 random bytes of this daemon's run."""
+
+    version: int
+    instance: bytes
+    arena_size: int
+    page_size: int
+
+    def encode(self) -> bytes:
+        """As a frame."""
+        return frame(list(astuple(self)))
+
+    @classmethod
+    def decode(cls, message: Any) -> Greeting:
+        """Raises ProtocolError where it is not a greeting of this version."""
+        if not isinstance(message, list) or len(message) != len(fields(cls)) or not isinstance(message[0], int):
+            raise ProtocolError("the server did not greet as a LoRACache daemon does")
+        if message[0] != VERSION:
+            raise ProtocolError(f"the daemon speaks protocol {message[0]}, this client {VERSION}; run the same release")
+        _, instance, *sizes = message
+        if not isinstance(instance, bytes) or not all(is_int(size) and size > 0 for size in sizes):
+            raise ProtocolError("the server did not greet as a LoRACache daemon does")
+        return cls(*message)
+
+
+OPERATIONS: dict[str, type[Request]] = {}
+
+
+class Request:
+    """Base of all requests. A field's name decides how it is checked (fields.py)."""
+
+    operation: ClassVar[str]
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        if "operation" in vars(cls):
+            OPERATIONS[cls.operation] = cls
+
+    def encode(self, number: int) -> bytes:
+        """As a frame."""
+        return frame([number, self.operation, *(getattr(self, field.name) for field in fields(self))])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Request):
+    """Who is speaking: for status and logs."""
+
+    operation: ClassVar[str] = "hello"
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Register(Request):
+    """Make a namespace known, and what its model is called. -> [digest]"""
+
+    operation: ClassVar[str] = "register"
+    descriptor: str
+    names: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDigest(Request):
+    """Content digest of a PEFT folder on the daemon's machine. -> [hex digest, identity: list of ints]"""
+
+    operation: ClassVar[str] = "adapter_digest"
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterAdd(Request):
+    """Take the PEFT folder at `path` on the daemon's machine into the cache, and point `name` at it ("": no name).
+    by: who asked, for the audit log. -> [hex digest]"""
+
+    operation: ClassVar[str] = "adapter_add"
+    path: str
+    name: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFind(Request):
+    """What a name points to now. -> [hex digest], or [] where nobody knows the name"""
+
+    operation: ClassVar[str] = "adapter_find"
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShow(Request):
+    """An adapter by name or hex digest. -> [a map], or [] where nobody knows it"""
+
+    operation: ClassVar[str] = "adapter_show"
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterList(Request):
+    """The next adapters by name, from behind `name` on: at most `count`, none at the end.
+    -> [a map as of AdapterShow, ...]"""
+
+    operation: ClassVar[str] = "adapter_list"
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRemove(Request):
+    """Forget a name; what no name points to any more leaves all tiers with its KV. by: who asked, for the audit log.
+    -> [objects, bytes, skipped], or [] where nobody knows the name"""
+
+    operation: ClassVar[str] = "adapter_remove"
+    name: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resident(Request):
+    """The adapters that this client, an engine, holds in its own memory (tier gpu) from now on. -> []"""
+
+    operation: ClassVar[str] = "resident"
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup(Request):
+    """Leading run of `keys` held anywhere; holds what is in the arena under `lease` where one is given (b"": none).
+
+    -> [tiers: one byte a hit, a Tier value]. `group` keys make one chunk (its shards): the run ends with a whole chunk.
+    """
+
+    operation: ClassVar[str] = "lookup"
+    lease: bytes
+    keys: bytes
+    group: int
+    ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch(Request):
+    """Raise keys into the arena and hold them under `lease`. -> []"""
+
+    operation: ClassVar[str] = "prefetch"
+    lease: bytes
+    keys: bytes
+    ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire(Request):
+    """Raise keys into the arena and hold them under `lease` for reading.
+
+    -> PART/OK: [[position, size, checksum, [offset, length, ...]] or [position, cause], ...], each position once.
+    """
+
+    operation: ClassVar[str] = "acquire"
+    lease: bytes
+    keys: bytes
+    ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renew(Request):
+    """Prolong a lease. -> [held still]"""
+
+    operation: ClassVar[str] = "renew"
+    lease: bytes
+    ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Request):
+    """End a lease; `keys` are those whose bytes disagreed with their checksum. -> [held until now]"""
+
+    operation: ClassVar[str] = "release"
+    lease: bytes
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve(Request):
+    """Space for new objects. parents: a key each, NO_PARENT for a chain's first. -> [extents or cause, ...]"""
+
+    operation: ClassVar[str] = "reserve"
+    lease: bytes
+    namespace: bytes
+    keys: bytes
+    parents: bytes
+    sizes: list[int]
+    ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Commit(Request):
+    """Make written objects visible and end their lease. checksums: xxh3_64 each. -> ["" or cause, ...]"""
+
+    operation: ClassVar[str] = "commit"
+    lease: bytes
+    keys: bytes
+    checksums: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort(Request):
+    """End a write lease without making anything visible. -> [held until now]"""
+
+    operation: ClassVar[str] = "abort"
+    lease: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Flush(Request):
+    """Wait until what is committed by now is written to the lower tiers, and what is evicted deleted there. -> []"""
+
+    operation: ClassVar[str] = "flush"
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Request):
+    """Everything an operator asks first. -> [a map]"""
+
+    operation: ClassVar[str] = "status"
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Request):
+    """Failures that a client saw and the daemon did not, by cause. -> []"""
+
+    operation: ClassVar[str] = "report"
+    counts: dict[str, int]
+
+
+def decode_request(message: Any) -> tuple[int, Request]:
+    """(number, request) of a received message. Raises ProtocolError naming the field and the value."""
+    if not isinstance(message, list) or len(message) < 2 or not is_int(message[0]):
+        raise ProtocolError("a request is a list: number, operation, fields")
+    number, operation, *values = message
+    cls = OPERATIONS.get(operation) if isinstance(operation, str) else None
+    if cls is None:
+        raise ProtocolError(f"unknown operation {_shown(operation)}; known: {', '.join(OPERATIONS)}")
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    if len(values) != len(names):
+        raise ProtocolError(f"{operation} takes {len(names)} fields ({', '.join(names)}), not {len(values)}")
+    request = cls(*values)
+    if wrong := fault(request):
+        raise ProtocolError(wrong)
+    return number, request
+
+
+def fault(request: Request) -> str:
+    """What is wrong with a request's fields, or ""."""
+    for field in fields(request):  # type: ignore[arg-type]
+        value = getattr(request, field.name)
+        if problem := CHECKS[field.name](value):
+            return f"{request.operation}: {field.name} {problem}, not {_shown(value)}"
+    return ""
+
+
+def _shown(value: object) -> str:
+    """A received value for a message: cut short, and not deeper than a few levels, for its text may never end."""
+    return reprlib.repr(value[:60] if isinstance(value, str | bytes) else value)[:80]

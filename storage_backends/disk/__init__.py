@@ -1,0 +1,5 @@
+"""Objects as files in a folder, with an append-only manifest beside them.
+
+May import: errors, storage_backends
+Threads: any number; files are immutable, and the manifest has a lock.
+"""

@@ -1,0 +1,5 @@
+"""Objects in a Redis: one server, a cluster, or what sentinels name.
+
+May import: adapters, errors, storage_backends
+Threads: any number; each call has a connection of its own.
+"""

@@ -1,0 +1,147 @@
+"""The Redis tier: objects in segments under a small header that is written last.
+
+    <prefix>:{<64 hex digits of the key>}        the header (header.py): whoever finds it may ask for the segments
+    <prefix>:{<64 hex digits of the key>}:<i>    payload bytes i * segment_bytes and on
+    <prefix>:{<64 hex digits of the key>}:<checksum>:<i>    the same of an object's compressed bytes
+
+The braces put all of an object into one slot of a cluster. Redis may evict any of these keys at any time: a missing
+header is a MISS, a missing segment too, and then the rest is deleted. A payload's bytes go between the sockets and the
+caller's buffers without a copy (resp.py), two segments in flight (batches.py).
+
+An object that is stored again with other `planes` gets other segments, then its new header; the old segments are left
+to expire, so that whoever found the old header still reads them.
+
+Which server has a key is known to servers.py. Where a connection is lost (connections.py), the items
+without an answer are UNAVAILABLE, and the next call connects anew. A call waits at most `timeout_s` for a server that
+went silent. Error replies concern one item each.
+
+Threading: any number of threads; each call has a connection of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from loracache.errors import ConfigError
+from loracache.storage_backends import header
+from loracache.storage_backends.base import ObjectInfo, Outcome, Result, Standing, StorageBackend, Transfer
+from loracache.storage_backends.redis import rights
+from loracache.storage_backends.redis.batches import Load, Store, refusal
+from loracache.storage_backends.redis.cluster import Cluster
+from loracache.storage_backends.redis.commands import ObjectCommands
+from loracache.storage_backends.redis.layout import Layout, read_header
+from loracache.storage_backends.redis.resp import ErrorReply, Reply, Wire
+from loracache.storage_backends.redis.servers import Call, OneServer, Servers
+from loracache.storage_backends.redis.urls import parse_target
+
+
+class RedisBackend(StorageBackend):
+    """Objects in the Redis at `url` (urls.py), under keys that begin with `prefix`.
+
+    password_file: holds the password where the URL has none. timeout_s: how long a call waits for a silent server.
+    segment_bytes: largest value written; what was written with another is read all the same. integrity_key: as in
+    DiskBackend.
+    Raises ConfigError for settings that cannot work; whether a server answers is asked by `check`.
+    """
+
+    name = "redis"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "loracache",
+        password_file: Path | None = None,
+        integrity_key: bytes | None = None,
+        timeout_s: float = 2.0,
+        segment_bytes: int = 8 << 20,
+    ) -> None:
+        header.check_integrity_key(integrity_key)
+        if not re.fullmatch(r"[\w.:/-]+", prefix, re.ASCII):
+            raise ConfigError(f"redis_prefix {prefix!r} will not do; use letters, digits and _ . : / -")
+        if not timeout_s > 0:
+            raise ConfigError(f"redis_timeout_s is {timeout_s}; give the seconds to wait, more than 0")
+        if not 0 < segment_bytes <= 512 << 20:
+            raise ConfigError(f"redis_segment_bytes is {segment_bytes}; give 1 to {512 << 20}, a value's limit")
+        target = parse_target(url, timeout_s, password_file)
+        self.segment_bytes = segment_bytes
+        self._objects = ObjectCommands(Layout(prefix.encode()), bool(target.cluster), integrity_key, segment_bytes)
+        self._servers: Servers = Cluster(target) if target.cluster else OneServer(target)
+
+    def check(self) -> Standing:
+        """Whether a server answers and lets us do all that we need to do. Raises ConfigError for a wrong login and
+        other settings that cannot work.
+        """
+        return rights.check(self._servers, self._objects.layout.prefix, cluster=self._objects.cluster)
+
+    def contains(self, keys: Sequence[bytes]) -> list[Result]:
+        return self._run(keys, lambda numbers: _Question(self._objects, [keys[number] for number in numbers]))
+
+    def load(self, transfers: Sequence[Transfer]) -> list[Result]:
+        keys = [transfer.info.key for transfer in transfers]
+        return self._run(keys, lambda numbers: Load(self._objects, [transfers[number] for number in numbers]))
+
+    def store(self, transfers: Sequence[Transfer]) -> list[Result]:
+        keys = [transfer.info.key for transfer in transfers]
+        return self._run(keys, lambda numbers: Store(self._objects, [transfers[number] for number in numbers]))
+
+    def delete(self, keys: Sequence[bytes]) -> list[Result]:
+        return self._run(keys, lambda numbers: _Removal(self._objects, [keys[number] for number in numbers]))
+
+    def scan(self) -> Iterator[ObjectInfo]:
+        return iter(())
+
+    def close(self) -> None:
+        self._servers.close()
+
+    def _run(self, keys: Sequence[bytes], call: Callable[[Sequence[int]], Call]) -> list[Result]:
+        return self._servers.run(keys, call) if keys else []
+
+
+class _Question:
+    """Which of some keys are there."""
+
+    nbytes = 0
+
+    def __init__(self, objects: ObjectCommands, keys: Sequence[bytes]) -> None:
+        self.results: list[Result | None] = [None] * len(keys)
+        self._objects = objects
+        self._keys = keys
+
+    def run(self, wire: Wire) -> None:
+        answer = self._objects.ask(wire, self._keys)
+        if wire.finished():  # else the answers may be to another question
+            self.results = [_presence(key, raw) for key, raw in zip(self._keys, answer, strict=True)]
+
+
+class _Removal(_Question):
+    """Removes some keys."""
+
+    def run(self, wire: Wire) -> None:
+        objects = {}
+        for item, (key, raw) in enumerate(zip(self._keys, self._objects.ask(wire, self._keys), strict=True)):
+            if isinstance(raw, ErrorReply):
+                self.results[item] = refusal(raw)
+                continue
+            found, layout = read_header(key, raw), self._objects.layout
+            segments = layout.held(found) if isinstance(found, header.Header) else []
+            objects[item] = [layout.header_key(key), *segments]
+        for item, reply in zip(objects, self._objects.unlink(wire, list(objects.values())), strict=True):
+            self.results[item] = _deletion(reply)
+
+
+def _presence(key: bytes, raw: Reply) -> Result:
+    if isinstance(raw, ErrorReply):
+        return refusal(raw)
+    found = read_header(key, raw)
+    if isinstance(found, header.Header):
+        return Result(Outcome.OK, found.info)
+    return Result(Outcome.MISS, detail=found or "")
+
+
+def _deletion(reply: Reply) -> Result:
+    if isinstance(reply, ErrorReply):
+        return refusal(reply)
+    return Result(Outcome.OK if reply == 1 else Outcome.MISS)

@@ -1,0 +1,63 @@
+"""The commands on objects that every call of the Redis tier is made of: ask for headers, remove, let expire.
+
+Threading: no state; each call uses the connection that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loracache.storage_backends.redis.layout import Layout
+from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire, command
+
+__all__ = ["RETIRED_S", "ObjectCommands"]
+
+RETIRED_S = 60  # how long segments outlive their header: longer than a load takes that found it
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectCommands:
+    """How objects are laid out in one Redis, and the commands for that.
+
+    cluster: a command may have keys of one slot only. segment_bytes: largest value written.
+    """
+
+    layout: Layout
+    cluster: bool
+    integrity_key: bytes | None
+    segment_bytes: int
+
+    def ask(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply]:
+        """The header values of all `keys`, or the errors in their place, in one round trip."""
+        if self.cluster:  # a node refuses a command with keys of several slots
+            wire.send([b"".join(command(b"GET", self.layout.header_key(key)) for key in keys)])
+            replies = [wire.reply() for _ in keys]
+            return [None if isinstance(each, ErrorReply) and each.code == "WRONGTYPE" else each for each in replies]
+        wire.send([command(b"MGET", *(self.layout.header_key(key) for key in keys))])
+        reply = wire.reply()
+        if isinstance(reply, ErrorReply):
+            return [reply] * len(keys)
+        if isinstance(reply, list) and len(reply) == len(keys):
+            return reply
+        raise ProtocolFault("MGET was not answered with one value per key")
+
+    def unlink(self, wire: Wire, objects: Sequence[list[bytes]]) -> list[Reply]:
+        """Removes the keys of each object, all in one round trip; per object 1 if its first key was there, or 0.
+
+        Headers are the first, so that nobody finds one without its segments.
+        """
+        commands: list[bytes] = []
+        for first, *rest in objects:
+            commands.append(command(b"UNLINK", first))
+            commands.append(command(b"UNLINK", *(rest or [first])))
+        if commands:
+            wire.send([b"".join(commands)])
+        return [wire.reply() for _ in commands][::2]
+
+    def retire(self, wire: Wire, segments: Sequence[bytes]) -> None:
+        """Has segments expire that no header names any more."""
+        if segments:
+            wire.send([b"".join(command(b"EXPIRE", segment, b"%d" % RETIRED_S) for segment in segments)])
+        for _ in segments:
+            wire.reply()

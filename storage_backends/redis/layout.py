@@ -1,0 +1,39 @@
+"""Where an object lies in Redis: the names of its keys, and what its header says. Pure functions of the prefix."""
+
+from __future__ import annotations
+
+from loracache.storage_backends import header
+from loracache.storage_backends.redis.resp import Reply
+
+
+class Layout:
+    """Names below `prefix`. The braces in them put all of an object into one cluster slot."""
+
+    def __init__(self, prefix: bytes) -> None:
+        self.prefix = prefix
+
+    def header_key(self, key: bytes) -> bytes:
+        return b"%b:{%b}" % (self.prefix, key.hex().encode())
+
+    def segment_keys(self, key: bytes, nbytes: int, segment_bytes: int, checksum: int = 0) -> list[bytes]:
+        """Of `nbytes` kept bytes. Compressed ones, which have a checksum of their own, lie apart from the payload."""
+        start = self.header_key(key) + (b":%016x:" % checksum if checksum else b":")
+        return [b"%b%d" % (start, number) for number in range(-(-nbytes // segment_bytes))]
+
+    def held(self, found: header.Header) -> list[bytes]:
+        """The segments that a header names."""
+        info = found.info
+        return self.segment_keys(info.key, info.stored or info.size, found.segment_bytes, found.kept_checksum)
+
+
+def read_header(key: bytes, raw: Reply) -> header.Header | str | None:
+    """The header kept under `key`; None where there is none; in words what is wrong with it where it is bad."""
+    if raw is None:
+        return None
+    try:
+        found = header.unpack(raw if isinstance(raw, bytes) else b"")
+    except header.HeaderError as error:
+        return str(error)
+    if found.info.key != key:
+        return f"header names the object {found.info.key.hex()}"
+    return found if found.segment_bytes else "header names no segment size"
