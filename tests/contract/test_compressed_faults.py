@@ -19,7 +19,7 @@ from loracache.storage_backends.codec import Kept
 from loracache.storage_backends.disk import manifest
 from loracache.storage_backends.disk.backend import DiskBackend
 from loracache.storage_backends.redis.backend import RedisBackend
-from loracache.storage_backends.redis.commands import RETIRED_S
+from loracache.storage_backends.redis.commands import RETIRED_S, ObjectCommands
 
 OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
 KEY = b"k" * 32
@@ -296,18 +296,18 @@ def test_who_found_the_old_header_still_reads_the_old_segments(
 ) -> None:
     reader, writer = redis_tier(any_redis.url), redis_tier(any_redis.url)
     transfer = objects.new(600_000, compressible=True)
-    ask = RedisBackend.ask
+    ask = ObjectCommands.ask
     for before, after in [(0, 2), (2, 4), (4, 0)]:
         stored(writer, objects.keep(transfer, before))
         changed = objects.keep(transfer, after)
 
-        def ask_then_change(self: RedisBackend, wire: Any, keys: Any, changed: Transfer = changed) -> Any:
+        def ask_then_change(self: ObjectCommands, wire: Any, keys: Any, changed: Transfer = changed) -> Any:
             answer = ask(self, wire, keys)
             stored(writer, changed)
             return answer
 
         with monkeypatch.context() as patch:
-            patch.setattr(RedisBackend, "ask", ask_then_change)
+            patch.setattr(ObjectCommands, "ask", ask_then_change)
             assert objects.holds(reader, transfer)
         assert objects.holds(reader, transfer)
 
