@@ -1,6 +1,6 @@
-# Every target but help, docs, package and clean makes .venv first; that takes no time when nothing changed.
+# Every target but help, docs, package, image and clean makes .venv first; that takes no time when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check check-lint docs package fuzz bench clean
+.PHONY: help setup demo test test-vllm check check-lint docs package image fuzz bench clean
 
 BIN := .venv/bin
 
@@ -32,6 +32,9 @@ docs: ## Build the documentation into site/; a warning, or anything loaded from 
 
 package: ## Build wheel and sdist into dist/, install each into an environment of its own, and use it
 	@PYTHON="$(PYTHON)" scripts/package.sh
+
+image: ## Build the daemon's image with docker, start it, and stop it
+	@scripts/image.sh
 
 fuzz: setup ## 20,000 calls of REST made up from its OpenAPI document (minutes)
 	@LORACACHE_FUZZ_CALLS=20000 $(BIN)/pytest tests/stress/test_rest_fuzz.py
