@@ -66,3 +66,13 @@ def test_what_has_to_pass_is_a_program_of_targets_that_exist() -> None:
     assert os.access(script, os.X_OK)
     named = set(re.findall(r"^make ([a-z-]+)$", script.read_text(), re.MULTILINE))
     assert {"check-lint", "docs", "test"} <= named <= targets()
+
+
+def test_what_runs_before_a_commit_is_what_check_lint_runs() -> None:
+    (local,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
+    hooks = [hook["entry"].split() for hook in local["hooks"]]
+    makefile = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin")
+    recipe = re.search(r"^check-lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert recipe is not None
+    checks = [[word for word in line.split() if word not in (".", "--check")] for line in recipe[1].splitlines()]
+    assert [[word for word in hook if not word.startswith("--")] for hook in hooks] == checks
