@@ -204,6 +204,7 @@ def test_the_unit_runs_as_its_own_user_on_the_example_configuration() -> None:
     assert config.disk_path == Path("/var/cache") / service["CacheDirectory"]
     assert int(service["TimeoutStopSec"]) > config.drain
     assert service["RestartPreventExitStatus"] == "2"
+    assert service["RuntimeDirectoryPreserve"] == "yes"  # or a restart would revoke all tokens of REST
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
