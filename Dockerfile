@@ -22,7 +22,7 @@ ENV PATH=/opt/loracache/bin:$PATH \
     LORACACHE_SOCKET=/run/loracache/loracache.sock
 USER 10001:10001
 VOLUME ["/run/loracache", "/var/cache/loracache"]
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["loracache", "status"]
+HEALTHCHECK --interval=15s --timeout=5s --start-period=30s CMD ["loracache", "status"]
 # As process 1 the daemon gets the signal itself, and writes what is queued before it ends: give `docker stop` the time.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/opt/loracache/bin/loracache", "serve"]
