@@ -1,6 +1,6 @@
-# Every target but help and clean makes .venv first; that takes no time when nothing changed.
+# Every target but help, docs, package, image and clean makes .venv first; that takes no time when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check check-lint fuzz bench clean
+.PHONY: help setup demo test test-vllm check check-lint docs package image fuzz bench clean
 
 BIN := .venv/bin
 
@@ -27,6 +27,15 @@ check-lint: setup ## Lint, formatting and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: ## Build the documentation into site/; a warning, or anything loaded from elsewhere, fails it
+	@PYTHON="$(PYTHON)" scripts/docs.sh
+
+package: ## Build wheel and sdist into dist/, install each into an environment of its own, and use it
+	@PYTHON="$(PYTHON)" scripts/package.sh
+
+image: ## Build the daemon's image with docker, start it, and stop it
+	@scripts/image.sh
+
 fuzz: setup ## 20,000 calls of REST made up from its OpenAPI document (minutes)
 	@LORACACHE_FUZZ_CALLS=20000 $(BIN)/pytest tests/stress/test_rest_fuzz.py
 
@@ -34,5 +43,5 @@ bench: setup ## Measure, and print what was measured on what
 	@$(BIN)/python benchmarks/run.py
 
 clean: ## Remove .venv and everything built or cached
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

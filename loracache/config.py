@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from loracache.errors import ConfigError
+from loracache.logs import LogFormat
 
 __all__ = ["Config", "http_address", "load_config", "on_loopback", "parse_size", "shown_config"]
 
@@ -121,6 +122,7 @@ class Config(BaseModel):
     drain: float = Field(10.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+    log_format: LogFormat = Field("text", description="How it logs: text, or json, one object a line.")
 
     @field_validator("page_size")
     @classmethod

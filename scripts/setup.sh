@@ -14,18 +14,6 @@ die() {
     exit 1
 }
 
-# A name on PATH proves nothing (a version manager leaves one behind for every version it knew): run it.
-usable_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    return 1
-}
-
 # The folder is part of the stamp: a virtual environment does not survive being moved or copied.
 packages=$({ pwd -P; cat "$lock"; } | sha256sum | cut -d' ' -f1)
 project=$(sha256sum <pyproject.toml | cut -d' ' -f1)
@@ -48,10 +36,7 @@ elif [[ $found == "$packages "* ]]; then
     exit 0
 fi
 
-python=$(usable_python) || die "needs Python 3.11, 3.12 or 3.13 (3.11 is what the lock was made with); none was found." \
-    "Install one, or name it: make setup PYTHON=/path/to/python3.11"
-"$python" -c 'import ensurepip, venv' 2>/dev/null || die "$python has no venv module (Debian, Ubuntu:" \
-    "apt-get install $("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])'))"
+python=$(scripts/python.sh)
 
 step 1 "Making $venv with $("$python" --version)"
 rm -f "$stamp"

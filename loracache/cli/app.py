@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loracache import __version__
 from loracache.cli import adapters, jobs, objects, tokens, top
 from loracache.cli.common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, number, print_json
 from loracache.errors import ConfigError
@@ -50,6 +51,21 @@ app.add_typer(jobs.app, name="operations", rich_help_panel=_MANAGE)
 app.add_typer(tokens.app, name="tokens", rich_help_panel=_MANAGE)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"loracache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What `loracache` takes without a verb."""
+
+
 @app.command(rich_help_panel=_MANAGE)
 def serve(
     socket: SocketOption = None,
@@ -70,27 +86,26 @@ def serve(
     drain: Annotated[float | None, typer.Option(help="Seconds to write what is queued at the end.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="End with the last client.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
 ) -> None:
     """Run the cache daemon in the foreground until SIGTERM."""
     import asyncio
-    import logging
-    import sys
 
     import uvloop
 
     from loracache.config import load_config
     from loracache.daemon.daemon import Daemon
+    from loracache.logs import set_up_logging
 
     flags: dict[str, Any] = {
         "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis,
         "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
         "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
+        "log_format": log_format,
         "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key,
     }  # fmt: skip
     settings = load_config(flags, config)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
-    )
+    set_up_logging(settings.log_level, settings.log_format)
 
     async def main_task() -> None:
         await Daemon(settings).run()

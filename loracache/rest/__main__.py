@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import sys
@@ -13,6 +12,7 @@ import uvicorn
 import uvloop
 
 from loracache import __version__
+from loracache.logs import set_up_logging
 from loracache.rest.access import Access
 from loracache.rest.app import make_app
 from loracache.rest.certificate import Certificate
@@ -87,8 +87,7 @@ async def _serve(settings: RestSettings) -> None:
 
 if __name__ == "__main__":
     os.nice(_NICE)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
-    )
+    _settings = RestSettings.model_validate_json(sys.argv[1])
+    set_up_logging("warning", _settings.log_format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(RestSettings.model_validate_json(sys.argv[1])))
+        runner.run(_serve(_settings))

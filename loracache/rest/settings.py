@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loracache.config import Config, http_address, on_loopback
 from loracache.errors import ConfigError
+from loracache.logs import LogFormat
 from loracache.rest.certificate import load_certificate
 from loracache.rest.tokens import own_token_path, read_private, read_tokens, tokens_path
 
@@ -37,6 +38,7 @@ class RestSettings(BaseModel):
     upload: int
     uploads: str | None
     traces: str | None
+    log_format: LogFormat
     listener: int
     life: int
 
@@ -56,6 +58,7 @@ def rest_settings(config: Config, port: int, listener: int, life: int) -> RestSe
         rate=rate,
         upload=config.http_upload,
         traces=config.traces,
+        log_format=config.log_format,
         uploads=str(config.disk_path.absolute() / "uploads") if config.disk_path else None,
         listener=listener,
         life=life,

@@ -21,57 +21,63 @@ BANNED_CALLS = {"eval", "exec"}
 REACHES = {
     "loracache": "client errors keys mapping tiers wire",
     "adapters": "errors folder keys",
-    "cache": "cache.policy cache.state cache.tier errors free_pages mapping storage_backends tiers tracing",
-    "cache.policy": "cache.state errors free_pages mapping storage_backends tiers",
-    "cache.state": "errors free_pages mapping storage_backends tiers",
-    "cache.tier": "cache.policy cache.state errors free_pages mapping storage_backends tiers tracing",
+    "cache": (
+        "cache.policy cache.state cache.tier errors free_pages mapping memory_limit storage_backends tiers "
+        "tracing"
+    ),
+    "cache.policy": "cache.state errors free_pages mapping memory_limit storage_backends tiers",
+    "cache.state": "errors free_pages mapping memory_limit storage_backends tiers",
+    "cache.tier": "cache.policy cache.state errors free_pages mapping memory_limit storage_backends tiers tracing",
     "cli": (
         "adapters cache cache.policy cache.state cache.tier client config control daemon errors folder "
-        "free_pages keys loracache mapping namespaces rest storage_backends storage_backends.disk "
-        "storage_backends.redis tiers tracing wire"
+        "free_pages keys logs loracache mapping memory_limit namespaces rest storage_backends "
+        "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
     "client": "errors keys mapping tiers wire",
-    "config": "errors",
+    "config": "errors logs",
     "connectors": "",
     "vllm": (
-        "adapters client config errors free_pages kernels keys mapping tiers vllm.common vllm.frontend "
+        "adapters client config errors free_pages kernels keys logs mapping tiers vllm.common vllm.frontend "
         "vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora vllm.worker vllm.worker.lora "
         "wire"
     ),
-    "vllm.common": "adapters client config errors kernels keys mapping vllm.lora wire",
-    "vllm.frontend": "client config errors keys mapping vllm.common vllm.lora wire",
+    "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
+    "vllm.frontend": "client config errors keys logs mapping vllm.common vllm.lora wire",
     "vllm.identity": "errors vllm.common",
     "vllm.link": "client errors keys mapping tiers wire",
     "vllm.lora": "adapters errors kernels",
     "vllm.scheduler": (
-        "adapters client config errors kernels keys mapping tiers vllm.common vllm.link vllm.lora "
+        "adapters client config errors kernels keys logs mapping tiers vllm.common vllm.link vllm.lora "
         "vllm.scheduler.lora wire"
     ),
     "vllm.scheduler.lora": "adapters client errors kernels keys mapping tiers vllm.common vllm.link vllm.lora wire",
     "vllm.worker": (
-        "adapters client config errors free_pages kernels keys mapping tiers vllm.common vllm.link vllm.lora "
-        "vllm.worker.lora wire"
+        "adapters client config errors free_pages kernels keys logs mapping tiers vllm.common vllm.link "
+        "vllm.lora vllm.worker.lora wire"
     ),
     "vllm.worker.lora": (
-        "adapters client config errors free_pages kernels keys mapping vllm.common vllm.link vllm.lora wire"
+        "adapters client config errors free_pages kernels keys logs mapping vllm.common vllm.link vllm.lora "
+        "wire"
     ),
     "control": (
-        "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys mapping namespaces "
-        "storage_backends tiers tracing wire"
+        "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys mapping "
+        "memory_limit namespaces storage_backends tiers tracing wire"
     ),
     "daemon": (
         "adapters cache cache.policy cache.state cache.tier client config control errors folder free_pages "
-        "keys loracache mapping namespaces rest storage_backends storage_backends.disk storage_backends.redis "
-        "tiers tracing wire"
+        "keys logs loracache mapping memory_limit namespaces rest storage_backends storage_backends.disk "
+        "storage_backends.redis tiers tracing wire"
     ),
     "errors": "",
     "folder": "",
     "free_pages": "",
     "kernels": "",
     "keys": "errors",
+    "logs": "",
     "mapping": "",
+    "memory_limit": "",
     "namespaces": "errors folder keys",
-    "rest": "adapters client config errors folder keys loracache mapping tiers tracing wire",
+    "rest": "adapters client config errors folder keys logs loracache mapping tiers tracing wire",
     "storage_backends": "errors",
     "storage_backends.disk": "errors storage_backends",
     "storage_backends.redis": "adapters errors folder keys storage_backends",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from loracache.errors import ConfigError
 from loracache.free_pages import FreePages
 from loracache.mapping import fill_page_tables
+from loracache.memory_limit import available_memory
 
 __all__ = ["Arena", "Extent"]
 
@@ -30,11 +31,11 @@ class Arena:
 
     def __init__(self, size: int, page_size: int) -> None:
         """Raises ConfigError where the machine has less memory available than `size`."""
-        available = _available_memory()
+        available = available_memory()
         if size > available:
             raise ConfigError(
                 f"memory={size} bytes ({size / 2**30:.1f} GiB) is more than the {available / 2**30:.1f} GiB this "
-                f"machine has available; give --memory less"
+                f"machine, or its control group, has available for it; give --memory less"
             )
         self.page_size = page_size
         self.size = size // page_size * page_size
@@ -88,16 +89,3 @@ class Arena:
     def audit(self, held: Iterable[Extent]) -> list[str]:
         """Compare free runs with the extents that are `held`; answers what is wrong, in words."""
         return self._pages.audit((offset // self.page_size, length // self.page_size) for offset, length in held)
-
-
-def _available_memory() -> int:
-    """Bytes that can be taken without swapping, within the control group's limit where there is one."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit))
