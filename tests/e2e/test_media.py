@@ -19,17 +19,24 @@ def model(audio_model: Any, model_maker: Any, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def hearing(module_daemon: Any, engine_factory: Any, model: Any) -> Iterator[Callable[..., Any]]:
-    """hearing(**arguments) starts an engine of the model on one daemon, after the end of the one before."""
+def hearing(
+    module_daemon: Any, engine_factory: Any, model: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> Iterator[Callable[..., Any]]:
+    """hearing(**arguments) starts an engine of the model on one daemon, after the end of the one before. Its weights
+    are known: what comes before that is not cached.
+    """
     daemon = module_daemon(memory="64MiB")
     started: list[Any] = []
 
     def start(**arguments: Any) -> Any:
         for before in started:
             before.close()
-        started.append(engine_factory({"server": daemon.url}, model=str(model.folder), enable_lora=False, **arguments))
-        started[-1].daemon = daemon
-        return started[-1]
+        engine = engine_factory({"server": daemon.url}, model=str(model.folder), enable_lora=False, **arguments)
+        started.append(engine)
+        engine.daemon = daemon
+        text = prompts(BEFORE)
+        eventually(lambda: engine.ask(text).cached, "its weights are known", 60)
+        return engine
 
     yield start
     for engine in started:
@@ -45,23 +52,24 @@ def ask(engine: Any, tokens: list[int], audio: int, **options: Any) -> Any:
 @pytest.fixture(scope="module")
 def heard(hearing: Callable[..., Any], model: Any, prompts: Callable[[int], list[int]]) -> SimpleNamespace:
     """An engine that calls audio by a counter, for it has neither a processor cache nor a prefix cache of vLLM's. Its
-    first two requests were audio 1 and 2 in one prompt. cold: the answers to audio 1, 2 and 3 without a cache.
+    first two requests were audio 1 and 2 in one prompt (`hits` are theirs), the next ones the same again (`again`).
+    cold: the answers to audio 1, 2 and 3 without a cache.
     """
     tokens = prompts(BEFORE) + model.placeholder + prompts(AFTER)
     engine = hearing(mm_processor_cache_gb=0)
-    first = [ask(engine, tokens, audio).cached for audio in (1, 2)]
+    hits = [ask(engine, tokens, audio).cached for audio in (1, 2)]
+    again = {audio: ask(engine, tokens, audio) for audio in (1, 2)}
     cold = {audio: ask(engine, tokens, audio, salt=f"only {audio}").tokens for audio in (1, 2, 3)}
     assert cold[1] != cold[2] != cold[3]
     # vLLM keeps what it heard under a name: called alike, the second audio is heard as the first.
     for audio in (1, 3):
         ask(engine, tokens, audio, uuid="same")
-    return SimpleNamespace(engine=engine, tokens=tokens, cold=cold, first=first)
+    return SimpleNamespace(engine=engine, tokens=tokens, hits=hits, again=again, cold=cold)
 
 
 def test_audio_is_known_by_its_content_where_vllm_calls_it_by_a_counter(heard: Any) -> None:
-    assert heard.first == [0, 128]  # what is before the audio
-    for audio in (1, 2, 1):
-        again = ask(heard.engine, heard.tokens, audio)
+    assert heard.hits == [0, 128]  # what is before the audio
+    for audio, again in heard.again.items():
         assert (again.cached, again.tokens) == (512, heard.cold[audio])
     assert ask(heard.engine, heard.tokens, 3).tokens == heard.cold[3]  # what was called "same" is stored for neither
 
