@@ -22,8 +22,7 @@ REACHES = {
     "loracache": "client errors keys mapping tiers wire",
     "adapters": "errors folder keys",
     "cache": (
-        "cache.policy cache.state cache.tier errors free_pages mapping memory_limit storage_backends tiers "
-        "tracing"
+        "cache.policy cache.state cache.tier errors free_pages mapping memory_limit storage_backends tiers tracing"
     ),
     "cache.policy": "cache.state errors free_pages mapping memory_limit storage_backends tiers",
     "cache.state": "errors free_pages mapping memory_limit storage_backends tiers",
@@ -56,8 +55,7 @@ REACHES = {
         "vllm.lora vllm.worker.lora wire"
     ),
     "vllm.worker.lora": (
-        "adapters client config errors free_pages kernels keys logs mapping vllm.common vllm.link vllm.lora "
-        "wire"
+        "adapters client config errors free_pages kernels keys logs mapping vllm.common vllm.link vllm.lora wire"
     ),
     "control": (
         "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys mapping "

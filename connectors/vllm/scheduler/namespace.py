@@ -68,11 +68,9 @@ class EngineNamespace:
                 return False
             digest = found
             state.adapter = AdapterBinding(request.lora_request.lora_int_id, digest)
-        cache_dtype = self._config.cache_config.cache_dtype
-        dtype = str(self._config.model_config.dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
         state.namespace = Namespace(
             model=identity + self._epoch,
-            kv_dtype=dtype,
+            kv_dtype=_kv_dtype(self._config),
             layout=self.layout,
             chunk_tokens=self.chunk_tokens,
             adapter=digest,
@@ -96,3 +94,17 @@ class EngineNamespace:
             state.cacheable = False
             return False
         return True
+
+
+def _kv_dtype(config: VllmConfig) -> str:
+    """What the numbers in the KV cache are, one word for one kind: "fp8" is short for "fp8_e4m3", and where the
+    platform's fp8 is FNUZ (MI300) the same bytes are other numbers, though the device's type is "cuda" there too."""
+    name: str = config.cache_config.cache_dtype
+    if name == "auto":
+        return str(config.model_config.dtype).removeprefix("torch.")
+    if not name.startswith("fp8"):
+        return name
+    from vllm.platforms import current_platform
+
+    whole = "fp8_e4m3" if name == "fp8" else name
+    return f"{whole}fnuz" if current_platform.is_fp8_fnuz() else whole

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import PoolingParams, SamplingParams
+from vllm.platforms import current_platform
 
 from loracache.connectors.vllm.common.messages import Facts, WorkerNews
 from loracache.connectors.vllm.common.options import Options
@@ -204,6 +205,21 @@ def test_tenants_and_models_do_not_meet(driver: Any, make_request: Any) -> None:
     driver.side.take_news(WorkerNews(weights={0: (4, 1)}))
     keys |= {driver.keys(make_request("a", CHUNK))[0]}
     assert len(keys) == 5
+
+
+def test_kinds_of_kv_do_not_meet_and_names_of_one_kind_do(
+    make_driver: Any, make_config: Any, make_request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(dtype: str, fnuz: bool = False) -> bytes:
+        monkeypatch.setattr(type(current_platform), "is_fp8_fnuz", classmethod(lambda cls: fnuz))
+        driver = make_driver(make_config(cache_config__cache_dtype=dtype))
+        return bytes(driver.keys(make_request("a", CHUNK))[0])
+
+    assert key("fp8") == key("fp8_e4m3")
+    assert key("auto") == key("bfloat16")
+    fp8 = ("fp8", "fp8_e5m2", "fp8_per_token_head")
+    kinds = {key(dtype) for dtype in ("auto", "float16", *fp8)} | {key(dtype, fnuz=True) for dtype in fp8}
+    assert len(kinds) == 8
 
 
 def test_requests_from_before_a_change_of_weights_are_neither_loaded_nor_stored(driver: Any, make_request: Any) -> None:
