@@ -102,25 +102,28 @@ class Index:
     def queue(self, node: Node, tier: Tier) -> None:
         """An object of the arena is to be written to `tier`."""
         assert node.present >> Tier.CPU & 1, f"{node.key.hex()} is not in the arena"
-        assert not (node.present | node.dirty) >> tier & 1, f"{node.key.hex()} is in {tier.label} already or on its way"
-        node.dirty |= 1 << tier
+        bit = 1 << tier
+        assert not (node.present | node.dirty) & bit, f"{node.key.hex()} is in {tier.label} already or on its way"
+        node.dirty |= bit
 
     def unqueue(self, node: Node, tier: Tier) -> None:
         """The writing to `tier` is over, or given up."""
         node.dirty &= ~(1 << tier)
-        self.offer(node, Tier.CPU)
+        if not node.leases:
+            self.offer(node, Tier.CPU)
 
     def enter(self, node: Node, tier: Tier, cause: str = "", extents: tuple[Extent, ...] = ()) -> None:
         """`tier` holds the node's bytes from now on. cause: why, for those who watch. extents: in the arena, where the
         bytes were not loaded."""
-        assert not node.present >> tier & 1, f"{node.key.hex()} is in {tier.label} already"
+        bit = 1 << tier
+        assert not node.present & bit, f"{node.key.hex()} is in {tier.label} already"
         if extents:
             assert not node.extents, f"{node.key.hex()} is loading"
             node.extents = extents
         if not node.present:
             self._list(node)
-        node.present |= 1 << tier
-        node.dirty &= ~(1 << tier)
+        node.present |= bit
+        node.dirty &= ~bit
         self._count(node, tier, 1)
         if node.parent is not None:
             node.parent.children[tier] += 1
@@ -133,7 +136,8 @@ class Index:
     def leave(self, node: Node, tier: Tier, cause: str = "") -> None:
         """`tier` no longer holds the node's bytes; the node goes with its last tier and child. Pages that somebody
         holds are condemned until nobody does."""
-        assert node.present >> tier & 1, f"{node.key.hex()} is not in {tier.label}"
+        bit = 1 << tier
+        assert node.present & bit, f"{node.key.hex()} is not in {tier.label}"
         if tier is Tier.CPU:
             assert node.leases or not node.dirty, f"{node.key.hex()} waits to be written"
             if node.leases:
@@ -141,8 +145,8 @@ class Index:
             else:
                 self._free(node.extents)
             node.extents = ()
-        node.present &= ~(1 << tier)
-        node.pins &= ~(1 << tier)
+        node.present &= ~bit
+        node.pins &= ~bit
         self._count(node, tier, -1)
         parent = node.parent
         if parent is not None:
