@@ -1,4 +1,4 @@
-"""TieredCache: every operation on cached objects, and the only writer of the index and the arena.
+"""TieredCache: every operation on cached objects. docs/architecture.md names all that writes index and arena.
 
 Threading: all methods belong to one thread (the daemon's event loop). Nothing here blocks: what touches disk or Redis
 is handed to that tier's threads, and its result comes back through `post`.
