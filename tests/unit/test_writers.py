@@ -11,7 +11,7 @@ import pytest
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.index import Index, Node
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CLASSES = {"index": Index, "arena": Arena}
 READS = {
     "index": {"get", "knows", "evictable", "stays", "leaf_below", "below"},
