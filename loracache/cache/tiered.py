@@ -1,4 +1,4 @@
-"""TieredCache: every operation on cached objects, and the only writer of the index and the arena.
+"""TieredCache: every operation on cached objects. docs/architecture.md names all that writes index and arena.
 
 Threading: all methods belong to one thread (the daemon's event loop). Nothing here blocks: what touches disk or Redis
 is handed to that tier's threads, and its result comes back through `post`.
@@ -18,6 +18,7 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.events import Events
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Leases, Writing
+from loracache.cache.state.node import State
 from loracache.cache.state.pins import Pins
 from loracache.cache.tier.disk import DiskTier
 from loracache.cache.tier.io import Post, TierIO
@@ -56,9 +57,8 @@ class TieredCache:
     ) -> None:
         self.arena = arena
         self.counters = Counters()
-        self.index = Index(self._offer, self._idle)
+        self.index = Index(self._offer, arena.free)
         self.leases = Leases(arena, self.index, clock)
-        self._condemned: dict[Node, list[tuple[int, int]]] = {}
         self.events = Events()
         self.index.on_change = self.events.changed
         self.pins = Pins(self.index, self.events, clock)
@@ -138,7 +138,7 @@ class TieredCache:
                 self.index.touch(node)
                 self.leases.hold(owner, lease_id, ttl, (node,))
                 at_once.append(Acquired(position, node))
-            elif node is not None and self._promoter.loading(node):
+            elif node is not None and node.state(Tier.CPU) is State.LOADING:
                 self._promoter.wait(node, waiter(position))
             elif node is not None and self.disk is not None and self.disk.reads(node):
                 on_disk.append((node, waiter(position)))
@@ -216,7 +216,7 @@ class TieredCache:
 
     def _commit_one(self, item: Writing, checksum: int) -> str:
         node = self.index.get(item.info.key)
-        if node is not None and (self._held(node) or self._promoter.loading(node)):
+        if node is not None and (self._held(node) or node.state(Tier.CPU) is State.LOADING):
             self.arena.free(item.extents)
             return "exists"
         if node is not None and self.disk is not None:
@@ -226,8 +226,7 @@ class TieredCache:
             self.arena.free(item.extents)
             self.counters.add("store.refused.no_parent")
             return "no_parent"
-        node.extents = item.extents
-        self.index.enter(node, Tier.CPU, "stored")
+        self.index.enter(node, Tier.CPU, "stored", item.extents)
         self.counters.add("store.objects")
         self.counters.add("store.bytes", node.size)
         self._queue_writes(node)
@@ -316,9 +315,6 @@ class TieredCache:
     def _offer(self, tier: Tier, node: Node) -> None:
         self._policies[tier].offer(node)
 
-    def _idle(self, node: Node) -> None:
-        self.arena.free(self._condemned.pop(node, ()))
-
     def _held(self, node: Node) -> bool:
         """Whether the object need not be stored again: a tier has it that can be read now."""
         return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
@@ -358,11 +354,6 @@ class TieredCache:
     def _leave_arena(self, node: Node, cause: str) -> None:
         for writer in self.writers:
             writer.forget(node, "evicted")
-        extents, node.extents = node.extents, ()
-        if node.leases:
-            self._condemned.setdefault(node, []).extend(extents)
-        else:
-            self.arena.free(extents)
         self.index.leave(node, Tier.CPU, cause)
 
     def _arrived(self, node: Node, source: Tier) -> None:
@@ -389,7 +380,6 @@ class TieredCache:
 
     def audit(self) -> list[str]:
         """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""
-        held = [extent for node in self.index for extent in node.extents]
-        held += [extent for extents in self._condemned.values() for extent in extents]
+        held = [extent for node in self.index for extent in (*node.extents, *node.condemned)]
         held += self.leases.held_extents()
         return self.arena.audit(held)

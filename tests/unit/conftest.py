@@ -13,8 +13,9 @@ import pytest
 
 from loracache.cache.eviction import Evicted
 from loracache.cache.state.arena import Arena
-from loracache.cache.state.index import Node
+from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Writing
+from loracache.cache.state.node import ARENA, LOWER, State
 from loracache.cache.tier import io as tier_io
 from loracache.cache.tiered import Acquired, TieredCache
 from loracache.keys import checksum
@@ -246,9 +247,37 @@ class Rig:
         return found
 
 
+Transition = tuple[str, State, State]
+_CHANGES = ("enter", "leave", "load", "load_failed", "queue", "unqueue", "hold", "unhold")
+_TABLES = {Tier.CPU: ("arena", ARENA), Tier.DISK: ("lower", LOWER), Tier.REDIS: ("lower", LOWER)}
+
+
 @pytest.fixture
-def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
-    """make_rig(pages=16, disk=bytes or None, redis=False, scanned=True) gives a Rig."""
+def transitions(monkeypatch: pytest.MonkeyPatch) -> set[Transition]:
+    """The changes of state that any index made during the test; one that the tables do not have fails it."""
+    seen: set[Transition] = set()
+
+    def watched(change: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(index: Index, node: Node, *args: Any, **options: Any) -> None:
+            before = {tier: node.state(tier) for tier in _TABLES}
+            change(index, node, *args, **options)
+            for tier, (name, table) in _TABLES.items():
+                way = before[tier], node.state(tier)
+                if way[0] is not way[1]:
+                    assert way in table, f"{tier.label}: {way[0].name} -> {way[1].name} by {change.__name__}"
+                    seen.add((name, *way))
+
+        return wrapper
+
+    for name in _CHANGES:
+        monkeypatch.setattr(Index, name, watched(getattr(Index, name)))
+    return seen
+
+
+@pytest.fixture
+def make_rig(monkeypatch: pytest.MonkeyPatch, transitions: set[Transition]) -> Iterator[Callable[..., Rig]]:
+    """make_rig(pages=16, disk=bytes or None, redis=False, scanned=True) gives a Rig. Its objects change their states
+    as the tables say, and in no other way."""
     monkeypatch.setattr(tier_io, "Workers", Steps)
     rigs: list[Rig] = []
 

@@ -1,7 +1,7 @@
 """What is where: the dependency tree of all objects over the tiers that the daemon itself fills.
 
-A node is one object; its parent is the chunk before it, or its adapter. The index keeps presence, leases and pins per
-node and answers which nodes may leave a tier. Redis is not in here: what it holds is found by asking.
+A node is one object; its parent is the chunk before it, or its adapter. The index keeps states, leases and pins per
+node and answers which nodes may leave a tier. What Redis holds is not in here: that is found by asking.
 
 Invariants (tests hold them): a tier's victim has no child in that tier, no lease (cpu) and no pin; a node stays while
 it is in some tier or has children, and no longer. Threading: one thread, the cache's.
@@ -10,82 +10,33 @@ it is in some tier or has children, and no longer. Threading: one thread, the ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sortedcontainers import SortedDict, SortedList
 
 from loracache.cache.state.arena import Extent
+from loracache.cache.state.node import Node, State
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
 __all__ = ["Index", "Node", "Space", "parents_first"]
 
 
-class Node:
-    """One object of the tree.
-
-    `children[tier]` counts children present in that tier; all children hang in a linked list from `first_child`.
-    `leases` counts holds on the extents by clients and by transfers; `present`, `pins` and `offered` (to a policy)
-    are bit masks of tiers; `dirty` counts tiers it still waits to be written to; `tick` is its last use by the
-    index's clock; `hits` counts lookups that found it; `stored` is what it takes on disk, 0 where that is its size.
-    """
-
-    __slots__ = (
-        "checksum", "children", "dirty", "extents", "first_child", "hits", "key", "kind", "leases", "namespace",
-        "next_sibling", "offered", "parent", "pins", "present", "previous_sibling", "size", "stored", "tick",
-    )  # fmt: skip
-
-    def __init__(self, key: bytes, kind: Kind, parent: Node | None) -> None:
-        self.key = key
-        self.kind = kind
-        self.parent = parent
-        self.namespace = b""
-        self.size = 0
-        self.stored = 0
-        self.checksum = 0
-        self.extents: tuple[Extent, ...] = ()
-        self.present = 0
-        self.offered = 0
-        self.children = [0, 0, 0, 0]
-        self.first_child: Node | None = None
-        self.next_sibling: Node | None = None
-        self.previous_sibling: Node | None = None
-        self.leases = 0
-        self.pins = 0
-        self.dirty = 0
-        self.tick = 0
-        self.hits = 0
-
-    @property
-    def is_root(self) -> bool:
-        """Whether it begins a chain: an adapter, or the first chunk of a prompt."""
-        return self.parent is None or self.parent.kind is Kind.LORA
-
-    def held_in(self, tier: Tier) -> bool:
-        """Whether `tier` holds the object's bytes."""
-        return bool(self.present >> tier & 1)
-
-    def info(self) -> ObjectInfo:
-        """What travels with the bytes into another tier."""
-        parent = self.parent.key if self.parent is not None else b""
-        return ObjectInfo(self.key, parent, self.kind, self.namespace, self.size, self.checksum)
-
-
 class Index:
     """The tree, by key.
 
-    `on_candidate(tier, node)` is called whenever a node may have become a victim, `on_idle(node)` when its last hold
-    ends. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
+    `on_candidate(tier, node)` is called whenever a node may have become a victim; `free` takes back extents that nobody
+    holds any more. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
     adapters that an engine serves and the cache does not hold. `kept` are keys of adapters that have a name: such a
     node stays in the tier `keeper`, and in the arena until it is there. `spaces` says what there is of each namespace
     that has anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every change.
     """
 
-    def __init__(self, on_candidate: Callable[[Tier, Node], None], on_idle: Callable[[Node], None]) -> None:
+    def __init__(self, on_candidate: Callable[[Tier, Node], None], free: Callable[[Iterable[Extent]], None]) -> None:
         self._nodes: dict[bytes, Node] = {}
         self._on_candidate = on_candidate
-        self._on_idle = on_idle
+        self._free = free
         self._clock = itertools.count(1)
         self.adapters: set[bytes] = set()
         self.kept: set[bytes] = set()
@@ -135,12 +86,44 @@ class Index:
             node.namespace, node.size, node.checksum = info.namespace, info.size, info.checksum
         return node
 
-    def enter(self, node: Node, tier: Tier, cause: str = "") -> None:
-        """`tier` holds the node's bytes from now on. cause: why, for those who watch."""
-        assert not node.present >> tier & 1, f"{node.key.hex()} is in {tier.label} already"
+    # -- states: the only methods that change `present`, `dirty`, `extents` and `condemned` ----------
+
+    def load(self, node: Node, extents: tuple[Extent, ...]) -> None:
+        """The object's bytes are on their way from a lower tier into `extents`. Its loader holds the node."""
+        assert not node.extents, f"{node.key.hex()} has pages already"
+        node.extents = extents
+
+    def load_failed(self, node: Node) -> None:
+        """They did not come."""
+        assert node.state(Tier.CPU) is State.LOADING, f"{node.key.hex()} is not loading"
+        self._free(node.extents)
+        node.extents = ()
+
+    def queue(self, node: Node, tier: Tier) -> None:
+        """An object of the arena is to be written to `tier`."""
+        assert node.present >> Tier.CPU & 1, f"{node.key.hex()} is not in the arena"
+        bit = 1 << tier
+        assert not (node.present | node.dirty) & bit, f"{node.key.hex()} is in {tier.label} already or on its way"
+        node.dirty |= bit
+
+    def unqueue(self, node: Node, tier: Tier) -> None:
+        """The writing to `tier` is over, or given up."""
+        node.dirty &= ~(1 << tier)
+        if not node.leases:
+            self.offer(node, Tier.CPU)
+
+    def enter(self, node: Node, tier: Tier, cause: str = "", extents: tuple[Extent, ...] = ()) -> None:
+        """`tier` holds the node's bytes from now on. cause: why, for those who watch. extents: in the arena, where the
+        bytes were not loaded."""
+        bit = 1 << tier
+        assert not node.present & bit, f"{node.key.hex()} is in {tier.label} already"
+        if extents:
+            assert not node.extents, f"{node.key.hex()} is loading"
+            node.extents = extents
         if not node.present:
             self._list(node)
-        node.present |= 1 << tier
+        node.present |= bit
+        node.dirty &= ~bit
         self._count(node, tier, 1)
         if node.parent is not None:
             node.parent.children[tier] += 1
@@ -151,10 +134,19 @@ class Index:
         self.on_change(node, tier, True, cause)
 
     def leave(self, node: Node, tier: Tier, cause: str = "") -> None:
-        """`tier` no longer holds the node's bytes; the node goes with its last tier and child."""
-        assert node.present >> tier & 1, f"{node.key.hex()} is not in {tier.label}"
-        node.present &= ~(1 << tier)
-        node.pins &= ~(1 << tier)
+        """`tier` no longer holds the node's bytes; the node goes with its last tier and child. Pages that somebody
+        holds are condemned until nobody does."""
+        bit = 1 << tier
+        assert node.present & bit, f"{node.key.hex()} is not in {tier.label}"
+        if tier is Tier.CPU:
+            assert node.leases or not node.dirty, f"{node.key.hex()} waits to be written"
+            if node.leases:
+                node.condemned += node.extents
+            else:
+                self._free(node.extents)
+            node.extents = ()
+        node.present &= ~bit
+        node.pins &= ~bit
         self._count(node, tier, -1)
         parent = node.parent
         if parent is not None:
@@ -164,6 +156,8 @@ class Index:
             self._unlist(node)
         self.on_change(node, tier, False, cause)
         self.prune(node)
+
+    # -- the rest ----------
 
     def _count(self, node: Node, tier: Tier, sign: int) -> None:
         self.objects[tier] += sign
@@ -211,7 +205,9 @@ class Index:
         assert node.leases > 0, f"{node.key.hex()} is not held"
         node.leases -= 1
         if not node.leases:
-            self._on_idle(node)
+            if node.condemned:
+                self._free(node.condemned)
+                node.condemned = ()
             self.offer(node, Tier.CPU)
             self.prune(node)
 

@@ -60,7 +60,7 @@ class DiskTier:
         """Queue an object of the arena, and before it those ancestors that the disk lacks but the arena has."""
         missing = []
         above: Node | None = node
-        while above is not None and above.held_in(Tier.CPU) and not self._on_disk_or_coming(above):
+        while above is not None and above.held_in(Tier.CPU) and not _on_disk_or_coming(above):
             missing.append(above)
             above = above.parent
         for ancestor in reversed(missing):
@@ -157,6 +157,7 @@ class DiskTier:
             if node is None:
                 waiting.append(info)
             elif not node.held_in(Tier.DISK):
+                self.writer.forget(node, "exists")
                 node.stored = info.stored
                 self._index.enter(node, Tier.DISK, "found")
                 self.used += self.cost(node)
@@ -173,10 +174,8 @@ class DiskTier:
         self.writer.start()
 
     def _refuse(self, node: Node) -> str | None:
-        if node.held_in(Tier.DISK):
-            return "exists"
         parent = node.parent
-        if parent is not None and parent.kind is not Kind.LORA and not self._on_disk_or_coming(parent):
+        if parent is not None and parent.kind is not Kind.LORA and not _on_disk_or_coming(parent):
             return "no_parent"
         cost = self.cost(node)
         if not self._make_room(cost, () if parent is None else {parent}):
@@ -187,7 +186,7 @@ class DiskTier:
     def _written(self, node: Node, outcome: Outcome) -> None:
         self.used -= self.cost(node)
         self._on_written(node, outcome)
-        if outcome is not Outcome.OK or node.held_in(Tier.DISK):
+        if outcome is not Outcome.OK or node.held_in(Tier.DISK):  # a scan was faster
             return
         self._no_longer_undeleted(node.key)  # its file took the old one's place
         parent = node.parent
@@ -197,9 +196,6 @@ class DiskTier:
             return
         self._index.enter(node, Tier.DISK, "written")
         self.used += self.cost(node)
-
-    def _on_disk_or_coming(self, node: Node) -> bool:
-        return node.held_in(Tier.DISK) or self.writer.writing(node)
 
     def _make_room(self, nbytes: int, protected: Container[Node]) -> bool:
         excess = self.used + nbytes - self.limit
@@ -237,4 +233,8 @@ class DiskTier:
 
     def _wanted(self, key: bytes) -> bool:
         node = self._index.get(key)
-        return node is not None and self._on_disk_or_coming(node)
+        return node is not None and _on_disk_or_coming(node)
+
+
+def _on_disk_or_coming(node: Node) -> bool:
+    return bool((node.present | node.dirty) >> Tier.DISK & 1)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
+from loracache.cache.state.node import State
 from loracache.cache.tier.io import TierIO
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
@@ -48,14 +49,6 @@ class Promoter:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def loading(self, node: Node) -> bool:
-        """Whether the object is on its way into the arena."""
-        return node in self._waiting
-
-    def nodes(self) -> list[Node]:
-        """Objects on their way, for audits: their extents are in use."""
-        return list(self._waiting)
-
     def wait(self, node: Node, waiter: Waiter) -> None:
         """Join a load under way."""
         self._waiting[node].append(waiter)
@@ -80,7 +73,7 @@ class Promoter:
                     waiter(None, "redis_differs")  # computed elsewhere, and the tier that holds ours cannot be read now
                 elif node.held_in(Tier.CPU):
                     waiter(node, "")
-                elif self.loading(node):
+                elif node.state(Tier.CPU) is State.LOADING:
                     self.wait(node, waiter)
                 else:
                     found.append((node, waiter))
@@ -103,7 +96,7 @@ class Promoter:
         batch: list[Node] = []
         nbytes = 0
         for node, waiter in wanted:
-            if self.loading(node):
+            if node.state(Tier.CPU) is State.LOADING:
                 self.wait(node, waiter)
                 self._index.unhold(node)
                 continue
@@ -113,7 +106,7 @@ class Promoter:
                 waiter(None, "memory_full")
                 self._index.unhold(node)
                 continue
-            node.extents = extents
+            self._index.load(node, extents)
             self._waiting[node] = [waiter]
             batch.append(node)
             nbytes += size
@@ -137,8 +130,7 @@ class Promoter:
                 for waiter in waiters:
                     waiter(node, "")
             else:
-                extents, node.extents = node.extents, ()
-                self._arena.free(extents)
+                self._index.load_failed(node)
                 self._lost(node, tier, result.outcome)
                 for waiter in waiters:
                     waiter(None, f"{tier.label}_{result.outcome.value}")

@@ -16,7 +16,6 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.tier.io import TierIO
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
-from loracache.tiers import Tier
 
 __all__ = ["WriteBehind"]
 
@@ -62,17 +61,13 @@ class WriteBehind:
         """Objects queued or being written."""
         return len(self._queue) + len(self._in_flight)
 
-    def writing(self, node: Node) -> bool:
-        """Whether the object is on its way to the tier, queued or in flight."""
-        return node in self._queue or node in self._in_flight
-
     def enqueue(self, node: Node) -> None:
         """Queue one object that is in the arena."""
-        if self.writing(node):
+        if node.dirty >> self.io.tier & 1:
             return
+        self._index.queue(node, self.io.tier)
         self._sequence += 1
         self._queue[node] = self._sequence
-        node.dirty += 1
 
     def start(self) -> None:
         """Begin to write what is queued."""
@@ -89,7 +84,6 @@ class WriteBehind:
                 sequence = self._queue.pop(node)
                 self._in_flight[node] = sequence
                 self._index.hold(node)
-                node.dirty -= 1
                 cause = self._refuse(node)
                 if cause is not None:
                     self._counters.add(f"write.{self.io.tier.label}.dropped.{cause}")
@@ -124,9 +118,8 @@ class WriteBehind:
 
     def _drop(self, node: Node, cause: str) -> None:
         del self._queue[node]
-        node.dirty -= 1
         self._counters.add(f"write.{self.io.tier.label}.dropped.{cause}")
-        self._index.offer(node, Tier.CPU)
+        self._index.unqueue(node, self.io.tier)
 
     def _submit(self, nodes: list[Node]) -> None:
         self._batches += 1
@@ -150,6 +143,7 @@ class WriteBehind:
 
     def _finish(self, node: Node) -> None:
         del self._in_flight[node]
+        self._index.unqueue(node, self.io.tier)
         self._index.unhold(node)
 
     def _answer_flushes(self) -> None:

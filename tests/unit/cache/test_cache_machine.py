@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from loracache.cache.state.leases import Writing
+from loracache.cache.state.node import State
 from loracache.cache.tier import io as tier_io
 from loracache.cache.tiered import Acquired
 from loracache.keys import checksum
@@ -276,12 +277,25 @@ class CacheMachine(RuleBasedStateMachine):
         nodes = list(self.cache.index)
         for node in nodes:
             assert node.present or node.first_child or node.leases
-            assert node.dirty == sum(node in writer._queue for writer in self.cache.writers)
-            assert not (node.extents and not node.held_in(Tier.CPU) and not self.cache._promoter.loading(node))
             for tier in (Tier.CPU, Tier.DISK):
                 assert node.children[tier] == sum(other.parent is node and other.held_in(tier) for other in nodes)
                 if self.cache.index.evictable(node, tier) and not node.children[tier]:
                     assert node.offered >> tier & 1, "would stay for ever"
+
+    @invariant()
+    def states_are_what_loads_writes_and_leases_say(self) -> None:
+        for node in self.cache.index:
+            arena = node.state(Tier.CPU)
+            assert (arena is State.LOADING) == (node in self.cache._promoter._waiting)
+            assert (arena in (State.CLEAN, State.DIRTY)) == node.held_in(Tier.CPU)
+            assert bool(node.extents) == (arena in (State.LOADING, State.CLEAN, State.DIRTY))
+            assert node.leases or not node.condemned, "pages wait for nobody"
+            for writer in self.cache.writers:
+                waits = node in writer._queue or node in writer._in_flight
+                assert (node.state(writer.io.tier) is State.WRITING) == waits
+                assert node.held_in(Tier.CPU) or node not in writer._queue, "the write has nothing to read"
+            written = any(node.state(tier) is State.WRITING for tier in (Tier.DISK, Tier.REDIS))
+            assert (arena is State.DIRTY) == (node.held_in(Tier.CPU) and written)
 
     def teardown(self) -> None:
         """When everybody has gone and everything has settled, nothing is left behind."""

@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from loracache.cache.state.arena import Extent
 from loracache.cache.state.index import Index, Node
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
@@ -16,6 +17,7 @@ from loracache.tiers import Tier
 NAMESPACE = bytes(32)
 TIERS = (Tier.CPU, Tier.DISK)
 ANY = 1 << Tier.CPU | 1 << Tier.DISK
+PAGE = 4096
 
 
 def key(number: int) -> bytes:
@@ -30,8 +32,8 @@ class Offers:
     """What the index tells policies and cache."""
 
     def __init__(self) -> None:
-        self.idle: list[Node] = []
-        self.index = Index(self.offer, self.idle.append)
+        self.freed: list[Extent] = []
+        self.index = Index(self.offer, self.freed.extend)
 
     def offer(self, tier: Tier, node: Node) -> None:
         assert not node.offered >> tier & 1
@@ -55,6 +57,11 @@ class IndexMachine(RuleBasedStateMachine):
         self.offers = Offers()
         self.index = self.offers.index
         self.held: list[Node] = []
+        self.taken: list[Extent] = []
+
+    def pages(self) -> tuple[Extent, ...]:
+        self.taken.append((PAGE * len(self.taken), PAGE))
+        return (self.taken[-1],)
 
     def some(self, data: st.DataObject) -> Node:
         return data.draw(st.sampled_from(sorted(self.index, key=lambda node: node.key)))
@@ -72,7 +79,7 @@ class IndexMachine(RuleBasedStateMachine):
         if not held and item.parent and (known is None or known.parent is None):
             assert node.parent is self.index.get(item.parent)
         if not node.held_in(tier):
-            self.index.enter(node, tier)
+            self.index.enter(node, tier, extents=self.pages() if tier is Tier.CPU else ())
 
     @rule(number=st.integers(0, 12))
     def ghost(self, number: int) -> None:
@@ -111,8 +118,6 @@ class IndexMachine(RuleBasedStateMachine):
     def unhold(self, data: st.DataObject) -> None:
         node = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.index.unhold(node)
-        assert (node in self.offers.idle) == (node not in self.held)
-        self.offers.idle.clear()
 
     @precondition(lambda self: len(self.index))
     @rule(data=st.data(), tier=st.sampled_from(TIERS))
@@ -144,6 +149,13 @@ class IndexMachine(RuleBasedStateMachine):
             assert self.index.bytes[tier] == sum(node.size for node in held)
             for node in nodes:
                 assert node.children[tier] == sum(child.parent is node for child in held)
+
+    @invariant()
+    def pages_are_free_once_nobody_has_them(self) -> None:
+        used = [extent for node in self.index for extent in (*node.extents, *node.condemned)]
+        assert sorted(used + self.offers.freed) == self.taken
+        for node in self.index:
+            assert not node.condemned or node in self.held
 
     @invariant()
     def siblings_are_linked_both_ways(self) -> None:

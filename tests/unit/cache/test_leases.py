@@ -19,6 +19,17 @@ SIZE, HELD = 5000, 2 * PAGE
 Make = Callable[..., Any]
 
 
+def test_adding_to_a_lease_for_a_shorter_time_does_not_shorten_it(rig_of: Make) -> None:
+    rig = rig_of()
+    rig.chain("a", "b")
+    rig.acquire("a", ttl=30.0)
+    rig.acquire("b", ttl=5.0)
+    rig.later(6)
+    assert rig.cache.leases.held_objects == 2
+    rig.later(25)
+    assert rig.cache.leases.held_objects == 0
+
+
 # -- by the word of the holder's next connection -----------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from loracache.cache.policy import LRU
 from loracache.cache.state.index import Index, Node
+from loracache.cache.state.node import State
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
@@ -105,15 +106,17 @@ class LRUMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def queue_or_finish_a_write(self, data: st.DataObject) -> None:
         if (node := self.some(data)) and node.held_in(Tier.CPU):
-            node.dirty ^= 1
-            self.index.offer(node, Tier.CPU)
+            if node.state(Tier.REDIS) is State.WRITING:
+                self.index.unqueue(node, Tier.REDIS)
+            else:
+                self.index.queue(node, Tier.REDIS)
 
     @rule(data=st.data(), tier=st.sampled_from(TIERS))
     def leave_by_another_way(self, data: st.DataObject, tier: Tier) -> None:
         if (node := self.some(data)) and node.held_in(tier):
-            self.index.leave(node, tier)
             if tier is Tier.CPU:
-                node.dirty = 0
+                self.index.unqueue(node, Tier.REDIS)
+            self.index.leave(node, tier)
 
     @rule(data=st.data(), tier=st.sampled_from(TIERS), nbytes=st.integers(1, 60), evict=st.booleans())
     def choose(self, data: st.DataObject, tier: Tier, nbytes: int, evict: bool) -> None:
@@ -174,7 +177,7 @@ def test_what_is_in_use_is_no_victim_and_neither_are_its_ancestors(reason: str) 
     elif reason == "pinned":
         used.pins = 1 << Tier.CPU
     elif reason == "dirty":
-        used.dirty = 1
+        tree.index.queue(used, Tier.REDIS)
     protected = {used} if reason == "protected" else set()
     policy = tree.policies[Tier.CPU]
     assert policy.victims(2, protected) is None
@@ -184,9 +187,10 @@ def test_what_is_in_use_is_no_victim_and_neither_are_its_ancestors(reason: str) 
 
 def test_a_lease_and_a_queued_write_hold_nothing_on_disk() -> None:
     tree = Tree()
-    node = tree.store(1, tier=Tier.DISK)
+    node = tree.store(1)
+    tree.index.enter(node, Tier.DISK)
     tree.index.hold(node)
-    node.dirty = 1
+    tree.index.queue(node, Tier.REDIS)
     assert tree.policies[Tier.DISK].victims(1, ()) == [node]
 
 
