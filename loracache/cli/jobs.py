@@ -31,6 +31,7 @@ from loracache.cli.completion import complete_operation, complete_tier
 from loracache.cli.selector import Chosen, is_whole
 from loracache.client.control import ALL_TIERS, OperationReport
 from loracache.errors import ConfigError, Rejected
+from loracache.results import Cause, OperationState
 from loracache.wire import control_messages as messages
 from loracache.wire.protocol import MAX_TTL_S, Request
 
@@ -249,7 +250,7 @@ def _follow(client: SteeringClient, report: OperationReport, seconds: float | No
     deadline = None if seconds is None else time.monotonic() + seconds
     progress = _Progress()
     try:
-        while report.state == "running":
+        while report.state is OperationState.RUNNING:
             left = _LOOK_S if deadline is None else min(_LOOK_S, deadline - time.monotonic())
             if left <= 0:
                 break
@@ -276,11 +277,12 @@ class _Progress:
 
     def show(self, report: OperationReport) -> None:
         """Draw it anew."""
-        if not sys.stderr.isatty() or report.state != "running":
+        if not sys.stderr.isatty() or report.state is not OperationState.RUNNING:
             return
         from loracache.cli.tables import size_text
 
-        named = report.total is not None and report.verb != "evict"  # which takes along what depends on them
+        # An eviction takes along what depends on the objects that were named.
+        named = report.total is not None and report.verb != messages.Evict.operation
         of = f" of {report.total} ({_percent(report)} %)" if named else ""
         line = f"{report.verb} {report.id}: {report.objects}{of} objects, {size_text(report.bytes)}"
         line += f", {report.skipped} skipped, {report.seconds:.0f} s"
@@ -305,11 +307,12 @@ def _print_outcome(report: OperationReport) -> None:
     from loracache.cli.tables import causes_text, size_text
 
     text = f"{_DONE[report.verb]} {report.objects} objects"
-    text += "" if report.verb in ("pin", "unpin") else f" ({size_text(report.bytes)})"  # which move none
+    if report.verb not in (messages.Pin.operation, messages.Unpin.operation):  # which move no bytes
+        text += f" ({size_text(report.bytes)})"
     text += f", skipped {report.skipped}"
     text += f" ({causes_text(report.causes)})" if report.causes else ""
     text += f", saved {size_text(report.saved)}" if report.saved else ""
-    if report.state != "done":
+    if report.state is not OperationState.DONE:
         text += f"; {report.state}, see: loracache operations show {report.id}"
     typer.echo(text)
 
@@ -328,12 +331,12 @@ def _print_report(report: OperationReport, as_json: bool) -> None:
 
 def _exit(report: OperationReport) -> None:
     """Raise Exit with what a report means, where that is not 0."""
-    if report.state == "failed":
+    if report.state is OperationState.FAILED:
         raise Rejected(f"operation {report.id} failed: {report.error or 'see the log of the daemon'}")
-    left = {cause for cause, count in report.causes.items() if count and cause != "already"}
-    if report.state == "done" and left == {"absent"} and not report.objects:
+    left = {cause for cause, count in report.causes.items() if count and cause != Cause.ALREADY}
+    if report.state is OperationState.DONE and left == {Cause.ABSENT} and not report.objects:
         raise typer.Exit(NOTHING)
-    if report.state != "done" or left:
+    if report.state is not OperationState.DONE or left:
         raise typer.Exit(PARTLY)
 
 

@@ -18,6 +18,7 @@ from loracache.cli.completion import complete_tier
 from loracache.cli.selector import Chosen
 from loracache.client.control import ALL_TIERS, Located, Selection
 from loracache.errors import ConfigError, Unknown
+from loracache.results import NodeKind
 
 __all__ = ["config", "events", "lookup", "objects", "tree"]
 
@@ -161,7 +162,7 @@ def _print_found(found: Located, selection: Selection) -> None:
 def _node(client: SteeringClient, node: str) -> str:
     """A node's id; an adapter may be given by name."""
     kind, _, name = node.partition(":")
-    if kind != "adapter" or len(name) == 64:
+    if kind != NodeKind.ADAPTER or len(name) == 64:
         return node
     digest = client.find_adapter(name)
     if digest is None:
@@ -185,14 +186,14 @@ def _below(client: SteeringClient, node: str, depth: int) -> Iterator[tuple[int,
 def _tree_row(level: int, node: dict[str, Any]) -> tuple[object, ...]:
     from loracache.cli.tables import size_text
 
-    if node["kind"] == "chunk":
+    if node["kind"] == NodeKind.CHUNK:
         held = {tier: size_text(node["size"]) for tier in node["tiers"]}
         what = "pinned in " + ",".join(node["pinned"]) if node["pinned"] else "chunk"
     else:
         held = {tier: f"{count} / {size_text(node['bytes'][tier])}" for tier, count in node["objects"].items() if count}
         names = ", ".join(node.get("names", ())) or str(node.get("model", ""))
         tenant = f" of tenant {node['salt'][:12]}" if node.get("salt") else ""
-        what = f"{names} {node['kv_dtype']}{tenant}" if node["kind"] == "space" else names or node["kind"]
+        what = f"{names} {node['kv_dtype']}{tenant}" if node["kind"] == NodeKind.SPACE else names or node["kind"]
     return "  " * level + node["id"], what, held.get("cpu", "-"), held.get("disk", "-"), node["hits"], node["children"]
 
 

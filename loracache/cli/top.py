@@ -20,6 +20,7 @@ import typer
 from loracache.cli.common import SocketOption, SteeringClient, client_of, number
 from loracache.client.control import OperationReport
 from loracache.errors import ConfigError, ProtocolError, Unavailable
+from loracache.results import OperationState
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -188,7 +189,7 @@ def _frame(before: Reading | None, now: Reading, gone: str, plain: bool = False)
     )
     parts: list[Any] = [Text(shown(gone), style="bold red")] if gone else []
     parts += [Text(shown(head)), Text(hits), _tiers_table(now, happened, plain)]
-    running = [each for each in now.operations if each.state == "running"]
+    running = [each for each in now.operations if each.state is OperationState.RUNNING]
     parts.append(_operations_table(running, plain) if running else Text("no operations running"))
     failures = status["recent_failures"][-_FAILURES:]
     parts.append(Text("recent failures:" if failures else "no recent failures"))

@@ -17,6 +17,7 @@ from loracache.client.connection import Connection, Reply
 from loracache.client.control import Operator
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
+from loracache.results import Cause
 from loracache.tiers import labels
 from loracache.wire import protocol
 
@@ -89,7 +90,7 @@ class Reading:
     """
 
     slots: list[Slot | None]
-    causes: list[str]
+    causes: list[Cause]
     bad: list[bytes] = field(default_factory=list)
 
 
@@ -97,11 +98,11 @@ class Reading:
 class Reservation:
     """Space reserved for new objects: write each slot's buffers, then leave the context to commit.
 
-    `slots[i]` belongs to key i, or is None with `causes[i]` saying why ("exists": nothing needs to be written).
+    `slots[i]` belongs to key i, or is None with `causes[i]` saying why (EXISTS: nothing needs to be written).
     """
 
     slots: list[Slot | None]
-    causes: list[str]
+    causes: list[Cause]
 
     def write(self, position: int, data: bytes | memoryview) -> None:
         """Copy the payload of one object into its slot."""
@@ -177,10 +178,10 @@ class CacheClient(Operator):
         blob = protocol.join_keys([parent or protocol.NO_PARENT for parent in parents])
         try:
             answer = self._call(protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl))
-        except Unavailable:  # which does not say that nothing was reserved
+            causes = [Cause.NONE if isinstance(item, list) else _cause(item) for item in answer]
+        except (Unavailable, ProtocolError):  # which do not say that nothing was reserved
             self.connection.abort(lease)
             raise
-        causes = ["" if isinstance(item, list) else str(item) for item in answer]
         slots = [
             self._slot(key, size, 0, item) if isinstance(item, list) else None
             for key, size, item in zip(keys, sizes, answer, strict=True)
@@ -194,7 +195,7 @@ class CacheClient(Operator):
             yield reservation
             sums = [checksum(slot.buffers) for slot in written]
             commit = protocol.Commit(lease, protocol.join_keys([slot.key for slot in written]), sums)
-            done = dict(zip([slot.key for slot in written], self._call(commit), strict=True))
+            done = dict(zip([slot.key for slot in written], map(_cause, self._call(commit)), strict=True))
         except BaseException:
             self.connection.abort(lease)
             raise
@@ -214,7 +215,7 @@ class CacheClient(Operator):
         lease = os.urandom(protocol.LEASE_BYTES)
         self._connect()
         number = self.connection.send(protocol.Acquire(lease, protocol.join_keys(keys), ttl))
-        reading = Reading([None] * len(keys), ["timeout"] * len(keys))
+        reading = Reading([None] * len(keys), [Cause.TIMEOUT] * len(keys))
         limit = self._timeout if timeout is None else timeout
         instance = self.connection.instance
         try:
@@ -222,11 +223,11 @@ class CacheClient(Operator):
                 reply = self.connection.wait(number, limit)
                 for position, *rest in reply.payload:
                     if len(rest) == 1:
-                        reading.causes[position] = rest[0]
+                        reading.causes[position] = _cause(rest[0])
                         continue
                     size, expected, extents = rest
                     reading.slots[position] = self._slot(keys[position], size, expected, extents)
-                    reading.causes[position] = ""
+                    reading.causes[position] = Cause.NONE
                 if reply.last:
                     break
             yield reading
@@ -304,3 +305,10 @@ class CacheClient(Operator):
         if len(key) != KEY_BYTES:
             raise UsageError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
         return Slot(key, size, expected, tuple(self.connection.buffers(extents, size)))
+
+
+def _cause(value: Any) -> Cause:
+    try:
+        return Cause(value)
+    except ValueError:
+        raise ProtocolError(f"the daemon's answer is malformed: {value!r:.60} is an unknown cause") from None

@@ -13,6 +13,7 @@ from typing import Any
 
 from loracache.errors import ProtocolError, UsageError
 from loracache.keys import TokenArray, salt_digest, token_array
+from loracache.results import OperationState
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
 from loracache.wire.fields import MAX_WAIT_S
@@ -81,13 +82,13 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class OperationReport:
-    """An operation of the daemon. state: "running", "done", "failed" or "cancelled". started: Unix seconds. total:
+    """An operation of the daemon. started: Unix seconds. total:
     objects that were named, None where they are counted as they come. objects, bytes: done. saved: bytes that
     compression took off. skipped: objects left as they are, by cause in `causes`."""
 
     id: str
     verb: str
-    state: str
+    state: OperationState
     started: float
     seconds: float
     total: int | None
@@ -109,7 +110,10 @@ class OperationReport:
         names = {each.name for each in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or fields.keys() != names:
             raise ProtocolError("the daemon's answer is malformed: it is no operation")
-        return cls(**fields)
+        try:
+            return cls(**fields | {"state": OperationState(fields["state"])})
+        except ValueError as error:
+            raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
 
 
 class Operator:

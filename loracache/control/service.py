@@ -19,6 +19,7 @@ from loracache.control.selection import Selected, Selector, select
 from loracache.control.transfer import Mover
 from loracache.errors import LoRACacheError, Rejected, Unknown, UsageError
 from loracache.keys import is_digest
+from loracache.results import Cause, NodeKind
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
@@ -196,7 +197,7 @@ class Control:
 
     def _on_tree(self, request: messages.Tree, label: str, answer: Answer) -> None:
         end, found = self._listing.tree(request.name, request.after, request.count, request.scope)
-        adapters = [node for node in found if node["kind"] == "adapter"]
+        adapters = [node for node in found if node["kind"] == NodeKind.ADAPTER]
         names = self._adapters.names() if adapters and not request.scope else {}
         for node in adapters:
             node["names"] = names.get(node["digest"], [])
@@ -245,7 +246,7 @@ class Control:
                     return
                 changed = change(keys)
                 operation.objects += changed
-                operation.skip("absent", len(keys) - changed)
+                operation.skip(Cause.ABSENT, len(keys) - changed)
                 self._post(self._guard(operation, step))
 
             step()
@@ -375,7 +376,7 @@ def _removable(names: list[str]) -> list[Tier]:
 def _count(operation: Operation, did: Evicted) -> None:
     operation.objects += did.objects
     operation.nbytes += did.nbytes
-    operation.skip("held", did.skipped)
+    operation.skip(Cause.HELD, did.skipped)
 
 
 def _summary(selector: Mapping[str, Any]) -> dict[str, Any]:

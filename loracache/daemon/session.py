@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
 from loracache.errors import LoRACacheError, ProtocolError, Unknown, UsageError
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
@@ -184,7 +185,7 @@ class Session(asyncio.Protocol):
         asked = self._asking
         asked.add(request.lease)
 
-        def found(tiers: list[Tier], cause: str) -> None:
+        def found(tiers: list[Tier], cause: Cause) -> None:
             wanted = request.lease in asked
             asked.discard(request.lease)
             self._found(number, request, keys, tiers, cause, hold=wanted)
@@ -192,7 +193,13 @@ class Session(asyncio.Protocol):
         self._served.finder.find(keys, found)
 
     def _found(
-        self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str, hold: bool = True
+        self,
+        number: int,
+        request: protocol.Lookup,
+        keys: list[bytes],
+        tiers: list[Tier],
+        cause: Cause,
+        hold: bool = True,
     ) -> None:
         counters = self._cache.counters
         hits = len(tiers) // request.group * request.group

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from loracache.client.control import Selection
+from loracache.results import NodeKind, OperationState
 from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
@@ -162,7 +163,7 @@ class Operation(BaseModel):
 
     id: str
     verb: str
-    state: Literal["running", "done", "failed", "cancelled"]
+    state: OperationState
     started: float = Field(description="Unix seconds.")
     seconds: float = Field(description="How long it took, or takes until now.")
     total: int | None = Field(description="Objects that were named; none where they are counted as they come.")
@@ -243,7 +244,7 @@ class TreeNode(BaseModel):
     """A node of the dependency tree; which fields are there depends on its kind."""
 
     id: str = Field(description="`under` of the page with its children.")
-    kind: Literal["base", "adapter", "space", "chunk"] = Field(
+    kind: NodeKind = Field(
         description="The base models, an adapter, what is interchangeable of one model, a chunk of a prompt."
     )
     children: int = 0

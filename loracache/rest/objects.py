@@ -11,6 +11,7 @@ from loracache.rest.link import DaemonLink
 from loracache.rest.problems import problems
 from loracache.rest.roles import needs
 from loracache.rest.tokens import Principal
+from loracache.results import OperationState
 from loracache.wire import control_messages as messages
 
 __all__ = ["add_routes", "name_of"]
@@ -56,7 +57,7 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
 async def _started(link: DaemonLink, request: Any, response: Response) -> models.Operation:
     """Send what starts an operation; 202 where it goes on."""
     (found,) = await link.call(request, request.wait + _ANSWER_S)
-    if found["state"] == "running":
+    if found["state"] == OperationState.RUNNING:
         response.status_code = 202
         response.headers["location"] = f"/v1/operations/{found['id']}"
     return models.Operation(**found)
