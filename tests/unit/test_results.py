@@ -32,9 +32,7 @@ def test_no_result_is_compared_as_a_string() -> None:
     for top in ("loracache", "connectors"):
         for path in sorted((ROOT / top).rglob("*.py")):
             compared = VALUES.intersection(strings_compared(path.read_text()))
-            assert not compared, (
-                f"{path.relative_to(ROOT)} compares {compared}; results.py names them"
-            )
+            assert not compared, f"{path.relative_to(ROOT)} compares {compared}; results.py names them"
 
 
 def test_that_test_sees_comparisons() -> None:
