@@ -22,10 +22,10 @@ from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, is_int
 from loracache.wire.frames import frame
 
 __all__ = [
-    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
+    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
     "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
     "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Lookup", "Prefetch", "Register", "Release", "Renew",
-    "Report", "Request", "Reserve", "Resident", "Status", "decode_request", "fault", "join_keys", "split_keys",
+    "Report", "Request", "Reserve", "Resident", "Status", "fault", "join_keys", "shown", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
@@ -73,18 +73,11 @@ class Greeting:
         return cls(*message)
 
 
-OPERATIONS: dict[str, type[Request]] = {}
-
-
 class Request:
     """Base of all requests. A field's name decides how it is checked (fields.py)."""
 
     operation: ClassVar[str]
     __slots__ = ()
-
-    def __init_subclass__(cls) -> None:
-        if "operation" in vars(cls):
-            OPERATIONS[cls.operation] = cls
 
     def encode(self, number: int) -> bytes:
         """As a frame."""
@@ -279,32 +272,15 @@ class Report(Request):
     counts: dict[str, int]
 
 
-def decode_request(message: Any) -> tuple[int, Request]:
-    """(number, request) of a received message. Raises ProtocolError naming the field and the value."""
-    if not isinstance(message, list) or len(message) < 2 or not is_int(message[0]):
-        raise ProtocolError("a request is a list: number, operation, fields")
-    number, operation, *values = message
-    cls = OPERATIONS.get(operation) if isinstance(operation, str) else None
-    if cls is None:
-        raise ProtocolError(f"unknown operation {_shown(operation)}; known: {', '.join(OPERATIONS)}")
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    if len(values) != len(names):
-        raise ProtocolError(f"{operation} takes {len(names)} fields ({', '.join(names)}), not {len(values)}")
-    request = cls(*values)
-    if wrong := fault(request):
-        raise ProtocolError(wrong)
-    return number, request
-
-
 def fault(request: Request) -> str:
     """What is wrong with a request's fields, or ""."""
     for field in fields(request):  # type: ignore[arg-type]
         value = getattr(request, field.name)
         if problem := CHECKS[field.name](value):
-            return f"{request.operation}: {field.name} {problem}, not {_shown(value)}"
+            return f"{request.operation}: {field.name} {problem}, not {shown(value)}"
     return ""
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A received value for a message: cut short, and not deeper than a few levels, for its text may never end."""
     return reprlib.repr(value[:60] if isinstance(value, str | bytes) else value)[:80]
