@@ -29,9 +29,10 @@ _PAGE = 500
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """How far a chain is held: one tier name ("cpu", "disk", "redis") for each leading key that is there."""
+    """How far a chain is held."""
 
     tiers: tuple[str, ...]
+    """For each leading key that is there the fastest tier that has it: "cpu", "disk" or "redis"."""
 
     @property
     def hits(self) -> int:
@@ -41,19 +42,23 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter of the cache. digest: hex. added: Unix seconds. config: the adapter_config.json it was added with.
-    size: bytes, 0 where no tier of this daemon but Redis has it. tiers: where it is, "gpu" in some engine's memory.
-    engines: how many engines that is. kv: what depends on it, by tier as (objects, bytes).
-    """
+    """A LoRA adapter of the cache."""
 
     name: str
     digest: str
+    """Of its content, in hex."""
     added: float
+    """Unix seconds."""
     config: str
+    """The adapter_config.json it was added with."""
     size: int
+    """Bytes, 0 where no tier of this daemon but Redis has it."""
     tiers: tuple[str, ...]
+    """Where it is; "gpu": in some engine's memory."""
     engines: int
+    """How many engines hold it in their own memory."""
     kv: dict[str, tuple[int, int]]
+    """What depends on it, by tier as (objects, bytes)."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Adapter:
@@ -67,12 +72,16 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One object in the arena: its payload as views of the mapped memory, in order; together `size` bytes."""
+    """One object in the arena."""
 
     key: bytes
+    """32 bytes."""
     size: int
+    """Bytes of payload."""
     checksum: int
+    """xxh3_64 of the payload; 0 where it is to be written."""
     buffers: tuple[memoryview, ...]
+    """The payload as views of the mapped memory, in order; together `size` bytes."""
 
     def tobytes(self) -> bytes:
         """A copy of the payload. Raises LeaseLost where it does not match its checksum."""
@@ -84,25 +93,24 @@ class Slot:
 
 @dataclass(slots=True)
 class Reading:
-    """Objects held for reading. `slots[i]` belongs to key i, or is None with `causes[i]` saying why.
-
-    Keys that the reader adds to `bad`, because their bytes do not match their checksum, are not served again.
-    """
+    """Objects held for reading."""
 
     slots: list[Slot | None]
+    """One a key, in their order; None where it could not be read."""
     causes: list[Cause]
+    """Why not, one a key; NONE where it can be read."""
     bad: list[bytes] = field(default_factory=list)
+    """Keys that the reader adds because their bytes do not match their checksum; they are not served again."""
 
 
 @dataclass(slots=True)
 class Reservation:
-    """Space reserved for new objects: write each slot's buffers, then leave the context to commit.
-
-    `slots[i]` belongs to key i, or is None with `causes[i]` saying why (EXISTS: nothing needs to be written).
-    """
+    """Space reserved for new objects: write each slot's buffers, then leave the context to commit."""
 
     slots: list[Slot | None]
+    """One a key, in their order; None where it has no space."""
     causes: list[Cause]
+    """Why not, one a key (EXISTS: nothing needs to be written); after the commit, why it was not committed."""
 
     def write(self, position: int, data: bytes | memoryview) -> None:
         """Copy the payload of one object into its slot."""

@@ -27,17 +27,21 @@ _ANSWER_S = 10.0  # on top of what the daemon is told to wait
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which objects: their keys (32 bytes each, in the order of a chain); or an adapter by name or hex digest ("": the
-    base model); or a model (served name, identity, its first 8 digits, "*" for any), with token ids of a prompt or
-    without; or a tenant's salt. Fields left None do not restrict, but that token ids are of the base model, without a
-    salt, where neither is given. Keys or token ids that are empty stand for nothing.
+    """Which objects: by their keys; or an adapter; or a model's, with the token ids of a prompt or without; or a
+    tenant's. Fields left None do not restrict, but that token ids are of the base model, without a salt, where neither
+    is given. Keys or token ids that are empty stand for nothing.
     """
 
     keys: Sequence[bytes] | None = None
+    """32 bytes each, in the order of a chain."""
     model: str = ""
+    """A served name, an identity, its first 8 digits, or "*" for any."""
     tokens: Sequence[int] | TokenArray | None = None
+    """Token ids of a prompt."""
     adapter: str | None = None
+    """A name or hex digest; "": the base model."""
     salt: str | None = None
+    """A tenant's cache_salt."""
 
     def encode(self) -> dict[str, Any]:
         """As a message's field. Raises UsageError."""
@@ -57,18 +61,22 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """How far a chain is held. hits: leading keys, or whole chunks of a prompt, out of `asked`; tiers: the fastest that
-    has each ("gpu": an adapter in an engine's memory); tokens: how many of the prompt's that is. held: of whole
-    namespaces, by tier as (objects, bytes).
-    """
+    """How far what was selected is held."""
 
     hits: int
+    """Leading keys, or whole chunks of a prompt, that some tier holds."""
     asked: int
+    """Of how many."""
     tiers: tuple[str, ...]
+    """The fastest that has each; "gpu": an adapter in an engine's memory."""
     tokens: int
+    """Leading tokens whose KV is held."""
     namespace: str
+    """Where that is, as a hex digest."""
     engines: int
+    """Engines that hold the adapter in their own memory."""
     held: dict[str, tuple[int, int]]
+    """Of a model or tenant: what there is, by tier as (objects, bytes)."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Located:
@@ -82,22 +90,29 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class OperationReport:
-    """An operation of the daemon. started: Unix seconds. total:
-    objects that were named, None where they are counted as they come. objects, bytes: done. saved: bytes that
-    compression took off. skipped: objects left as they are, by cause in `causes`."""
+    """An operation of the daemon, as far as it is."""
 
     id: str
     verb: str
     state: OperationState
     started: float
+    """Unix seconds."""
     seconds: float
+    """How long it took, or takes until now."""
     total: int | None
+    """Objects that were named; None where they are counted as they come."""
     objects: int
+    """Done."""
     bytes: int
+    """Of those."""
     saved: int
+    """Bytes that compression took off."""
     skipped: int
+    """Objects left as they are: the sum of `causes`."""
     causes: dict[str, int] = field(default_factory=dict)
+    """Why, by `Cause`."""
     error: str = ""
+    """What went wrong, where it failed."""
 
     @property
     def counts(self) -> tuple[int, int, int]:
