@@ -28,7 +28,7 @@ from loracache.cli.common import (
     print_json,
 )  # fmt: skip
 from loracache.cli.completion import complete_operation, complete_tier
-from loracache.cli.selector import Chosen, is_whole
+from loracache.cli.selector import SelectionOptions, is_whole
 from loracache.client.control import ALL_TIERS, OperationReport
 from loracache.errors import ConfigError, Rejected
 from loracache.results import Cause, OperationState
@@ -56,6 +56,8 @@ TiersOption = Annotated[
     typer.Option("--tier", "--tiers", metavar="TIER", help="cpu, disk or redis; may be repeated. All, if "
                  "none is given.", autocompletion=complete_tier, show_default=False),
 ]  # fmt: skip
+LocalOption = Annotated[str, _tier("cpu or disk.")]
+StoredOption = Annotated[str, _tier("disk or redis.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", autocompletion=complete_operation, show_default=False)]
 
@@ -86,11 +88,11 @@ class Waiting:
 # -- the verbs ---------------------------------------------------------------------------------------------------------
 
 
-def evict(chosen: Chosen, waiting: Waiting, tier: TiersOption = None, yes: YesOption = False) -> None:
+def evict(options: SelectionOptions, waiting: Waiting, tier: TiersOption = None, yes: YesOption = False) -> None:
     """Remove objects, and what depends on them, from tiers; what is leased, pinned or named stays."""
     tiers = _tiers(tier)
     waiting.seconds()
-    selection = chosen.selection()
+    selection = options.selection()
     if is_whole(selection):
         named = {"model": selection.model, "adapter": selection.adapter}
         whose = ", ".join([f"{what} {name}" for what, name in named.items() if name] or ["this tenant"])
@@ -108,17 +110,17 @@ def clear(waiting: Waiting, tier: TiersOption = None, yes: YesOption = False) ->
 
 
 def admit(
-    chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("Where to: cpu, disk or redis.")] = "cpu"
+    options: SelectionOptions, waiting: Waiting, tier: Annotated[str, _tier("Where to: cpu, disk or redis.")] = "cpu"
 ) -> None:
     """Bring objects to a tier ahead of need, from wherever they are."""
     _one_of("--tier", tier, ALL_TIERS)
-    _run(waiting, lambda: messages.Admit("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Admit("", "", options.selection().encode(), tier, 0.0))
 
 
 def pin(
-    chosen: Chosen,
+    options: SelectionOptions,
     waiting: Waiting,
-    tier: Annotated[str, _tier("cpu or disk.")] = "cpu",
+    tier: LocalOption = "cpu",
     ttl: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", parser=number, help="For how long.", show_default="until unpinned"),
@@ -130,19 +132,19 @@ def pin(
         raise ConfigError(
             f"--ttl {ttl} must be seconds, more than 0 and at most {MAX_TTL_S:.0f}; leave it out to pin until unpinned"
         )
-    _run(waiting, lambda: messages.Pin("", "", chosen.selection().encode(), tier, ttl or 0.0, 0.0))
+    _run(waiting, lambda: messages.Pin("", "", options.selection().encode(), tier, ttl or 0.0, 0.0))
 
 
-def unpin(chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("cpu or disk.")] = "cpu") -> None:
+def unpin(options: SelectionOptions, waiting: Waiting, tier: LocalOption = "cpu") -> None:
     """End pins."""
     _one_of("--tier", tier, _LOCAL)
-    _run(waiting, lambda: messages.Unpin("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Unpin("", "", options.selection().encode(), tier, 0.0))
 
 
 def move(
     source: Annotated[str, typer.Argument(help="Tier where they are.", autocompletion=complete_tier)],
     target: Annotated[str, typer.Argument(help="Tier where they shall be.", autocompletion=complete_tier)],
-    chosen: Chosen,
+    options: SelectionOptions,
     waiting: Waiting,
     keep: Annotated[bool, typer.Option("--keep", help="Copy: leave them at the source too.")] = False,
 ) -> None:
@@ -151,19 +153,19 @@ def move(
     _one_of("TARGET", target, ALL_TIERS)
     if source == target:
         raise ConfigError(f"SOURCE and TARGET are both {source}; give two tiers")
-    _run(waiting, lambda: messages.Move("", "", chosen.selection().encode(), source, target, keep, 0.0))
+    _run(waiting, lambda: messages.Move("", "", options.selection().encode(), source, target, keep, 0.0))
 
 
-def compress(chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("disk or redis.")] = "disk") -> None:
+def compress(options: SelectionOptions, waiting: Waiting, tier: StoredOption = "disk") -> None:
     """Keep objects of a tier compressed, losslessly; loading undoes it."""
     _one_of("--tier", tier, _STORED)
-    _run(waiting, lambda: messages.Compress("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Compress("", "", options.selection().encode(), tier, 0.0))
 
 
-def decompress(chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("disk or redis.")] = "disk") -> None:
+def decompress(options: SelectionOptions, waiting: Waiting, tier: StoredOption = "disk") -> None:
     """Keep objects of a tier as they are again."""
     _one_of("--tier", tier, _STORED)
-    _run(waiting, lambda: messages.Decompress("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Decompress("", "", options.selection().encode(), tier, 0.0))
 
 
 # -- loracache operations ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import typer
 
 from loracache.cli.common import NOTHING, JsonOption, SocketOption, SteeringClient, client_of, integer, print_json
 from loracache.cli.completion import complete_tier
-from loracache.cli.selector import Chosen
+from loracache.cli.selector import SelectionOptions
 from loracache.client.control import ALL_TIERS, Located, Selection
 from loracache.errors import ConfigError, Unknown
 from loracache.results import NodeKind
@@ -31,12 +31,12 @@ LimitOption = Annotated[
 ]
 
 
-def lookup(chosen: Chosen, socket: SocketOption = None, as_json: JsonOption = False) -> None:
+def lookup(options: SelectionOptions, socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """Show how far a prompt, a chain of keys or an adapter is held, and where; of a model or tenant, how much is.
 
     Exit code 3: nothing of it is held.
     """
-    selection = chosen.selection()
+    selection = options.selection()
     with client_of(socket) as client:
         found = client.locate(selection)
     if as_json:
@@ -48,7 +48,7 @@ def lookup(chosen: Chosen, socket: SocketOption = None, as_json: JsonOption = Fa
 
 
 def objects(
-    chosen: Chosen,
+    options: SelectionOptions,
     socket: SocketOption = None,
     tier: Annotated[
         str,
@@ -61,7 +61,7 @@ def objects(
     if tier not in ("", "cpu", "disk"):
         listed = "redis keeps no list of its own; give cpu or disk" if tier in ALL_TIERS else "give cpu or disk"
         raise ConfigError(f"--tier {tier[:40]!r} cannot be listed: {listed}")
-    selection = chosen.selection() if chosen.given else None
+    selection = options.selection() if options.given else None
     with client_of(socket) as client:
         found = itertools.islice(client.objects(selection, tier=tier), limit)
         if as_json:

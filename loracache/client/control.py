@@ -223,7 +223,7 @@ class Operator:
         selector = selection.encode() if selection is not None else {}
         after = ""
         while True:
-            after, *found = self._ask(messages.Objects("", "", selector, tier, after, _PAGE))
+            after, *found = self._ask(messages.ObjectList("", "", selector, tier, after, _PAGE))
             yield from found
             if not after:
                 return
@@ -241,12 +241,12 @@ class Operator:
     def events(self, since: int = 0, *, count: int = 1000, wait: float = 10.0) -> tuple[int, int, list[dict[str, Any]]]:
         """(number of the last, how many are lost, the events behind `since`), after at most `wait` seconds. since: 0
         begins now."""
-        last, lost, *found = self._ask(messages.Events("", "", since, count, wait), wait + _ANSWER_S)
+        last, lost, *found = self._ask(messages.EventList("", "", since, count, wait), wait + _ANSWER_S)
         return last, lost, found
 
     def config(self) -> dict[str, Any]:
         """The daemon's settings; of secrets only whether they are set."""
-        (settings,) = self._ask(messages.Config())
+        (settings,) = self._ask(messages.ConfigShow())
         return dict(settings)
 
     def _operation(self, request: Any) -> OperationReport:

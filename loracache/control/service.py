@@ -95,13 +95,13 @@ class Control:
                 self._on_operation_list(request, label, answer)
             case messages.Cancel():
                 self._on_cancel(request, label, answer)
-            case messages.Objects():
+            case messages.ObjectList():
                 self._on_objects(request, label, answer)
             case messages.Tree():
                 self._on_tree(request, label, answer)
-            case messages.Events():
+            case messages.EventList():
                 self._on_events(request, label, answer)
-            case messages.Config():
+            case messages.ConfigShow():
                 self._on_config(request, label, answer)
             case _:
                 assert_never(request)
@@ -213,7 +213,7 @@ class Control:
     def _on_locate(self, request: messages.Locate, label: str, answer: Answer) -> None:
         self._select(request, lambda selected: self._locator.locate(selected, answer), answer)
 
-    def _on_objects(self, request: messages.Objects, label: str, answer: Answer) -> None:
+    def _on_objects(self, request: messages.ObjectList, label: str, answer: Answer) -> None:
         tier = Tier.named(request.tier) if request.tier else None
         if tier in (Tier.GPU, Tier.REDIS):
             raise UsageError(f"tier {request.tier!r} keeps its own books; list cpu or disk")
@@ -236,7 +236,7 @@ class Control:
             node["engines"] = self._adapters.engines[bytes.fromhex(node["digest"])] if not request.scope else 0
         answer([end, *found])
 
-    def _on_events(self, request: messages.Events, label: str, answer: Answer) -> None:
+    def _on_events(self, request: messages.EventList, label: str, answer: Answer) -> None:
         events = self._cache.events
         since = request.since or events.last
         loop = asyncio.get_running_loop()
@@ -262,7 +262,7 @@ class Control:
         timer = loop.call_later(request.wait, look, True)
         look(not request.wait)
 
-    def _on_config(self, request: messages.Config, label: str, answer: Answer) -> None:
+    def _on_config(self, request: messages.ConfigShow, label: str, answer: Answer) -> None:
         answer([self._settings()])
 
     # -- inside ----------

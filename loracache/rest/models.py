@@ -11,8 +11,9 @@ from loracache.results import NodeKind, OperationState
 from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
-    "ALL_TIERS", "Adapter", "Adapters", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found", "Lookup",
-    "Move", "Object", "Objects", "Operation", "Operations", "Pin", "Selector", "TreeNode", "TreePage", "Unpin",
+    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found",
+    "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin", "Selector", "TreeNode", "TreePage",
+    "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -177,7 +178,7 @@ class Operation(BaseModel):
     error: str = Field(description="What went wrong, where it failed.")
 
 
-class Operations(BaseModel):
+class OperationPage(BaseModel):
     """Operations, the latest first."""
 
     operations: list[Operation]
@@ -209,7 +210,7 @@ class Adapter(BaseModel):
         return cls(**fields | {"kv": Held.by_tier(fields["kv"])})
 
 
-class Adapters(BaseModel):
+class AdapterPage(BaseModel):
     """A page of adapters, by name."""
 
     adapters: list[Adapter]
@@ -233,7 +234,7 @@ class Object(BaseModel):
     children: int
 
 
-class Objects(BaseModel):
+class ObjectPage(BaseModel):
     """A page of objects, namespace by namespace in the order of keys. It may be short, or empty, before the end."""
 
     objects: list[Object]

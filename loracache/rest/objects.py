@@ -130,10 +130,10 @@ def _moving(done: str) -> dict[int | str, dict[str, Any]]:
 
 def _add_operations(app: FastAPI, link: DaemonLink) -> None:
     @app.get("/v1/operations", tags=["operations"], responses=problems(422))
-    async def operations(who: Reader, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> models.Operations:
+    async def operations(who: Reader, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> models.OperationPage:
         """The operations begun last, the latest first. Those that ended are remembered for an hour."""
         found = await link.call(messages.OperationList(name_of(who), who.tenant, limit))
-        return models.Operations(operations=[models.Operation(**item) for item in found])
+        return models.OperationPage(operations=[models.Operation(**item) for item in found])
 
     @app.get("/v1/operations/{operation}", tags=["operations"], responses=problems(404, 422))
     async def operation(operation: OperationId, who: Reader, wait: Wait = 0.0) -> models.Operation:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from loracache.wire.protocol import Request
 
 __all__ = [
-    "Admit", "Cancel", "Clear", "Compress", "Config", "Decompress", "Events", "Evict", "Locate", "Move", "Objects",
-    "OperationList", "OperationShow", "Pin", "Tree", "Unpin",
+    "Admit", "Cancel", "Clear", "Compress", "ConfigShow", "Decompress", "EventList", "Evict", "Locate", "Move",
+    "ObjectList", "OperationList", "OperationShow", "Pin", "Tree", "Unpin",
 ]  # fmt: skip
 
 
@@ -144,8 +144,9 @@ class Cancel(_ControlRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class Objects(_ControlRequest):
-    """Objects held, namespace by namespace in the order of keys. -> [where this page ended ("" at the end), a map, ...]"""
+class ObjectList(_ControlRequest):
+    """A page of the objects held, namespace by namespace in the order of keys. -> [where it ended ("" at the end), a
+    map, ...]"""
 
     operation: ClassVar[str] = "objects"
     selector: dict[str, Any]
@@ -169,7 +170,7 @@ class Tree(_ControlRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class Events(_ControlRequest):
+class EventList(_ControlRequest):
     """The next events. -> [number of the last, how many are lost, a map, ...]"""
 
     operation: ClassVar[str] = "events"
@@ -181,7 +182,7 @@ class Events(_ControlRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class Config(Request):
+class ConfigShow(Request):
     """The daemon's settings, secrets left out. -> [a map]"""
 
     operation: ClassVar[str] = "config"

@@ -49,10 +49,10 @@ ControlRequest = (
     | control_messages.OperationShow
     | control_messages.OperationList
     | control_messages.Cancel
-    | control_messages.Objects
+    | control_messages.ObjectList
     | control_messages.Tree
-    | control_messages.Events
-    | control_messages.Config
+    | control_messages.EventList
+    | control_messages.ConfigShow
 )
 AnyRequest = DataRequest | ControlRequest
 
