@@ -24,6 +24,7 @@ from loracache.cache.tier.disk import DiskTier
 from loracache.cache.tier.io import Post, TierIO
 from loracache.cache.tier.promotion import Promoter
 from loracache.cache.tier.write_behind import WriteBehind
+from loracache.results import Cause
 from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
 from loracache.tiers import Tier
 
@@ -38,7 +39,7 @@ class Acquired:
 
     position: int
     node: Node | None
-    cause: str = ""
+    cause: Cause = Cause.NONE
 
 
 class TieredCache:
@@ -119,13 +120,13 @@ class TieredCache:
         """
         self.leases.hold(owner, lease_id, ttl, ())
         at_once: list[Acquired] = []
-        on_disk: list[tuple[Node, Callable[[Node | None, str], None]]] = []
-        elsewhere: list[tuple[bytes, Callable[[Node | None, str], None]]] = []
+        on_disk: list[tuple[Node, Callable[[Node | None, Cause], None]]] = []
+        elsewhere: list[tuple[bytes, Callable[[Node | None, Cause], None]]] = []
 
-        def waiter(position: int) -> Callable[[Node | None, str], None]:
-            def arrived(node: Node | None, cause: str) -> None:
+        def waiter(position: int) -> Callable[[Node | None, Cause], None]:
+            def arrived(node: Node | None, cause: Cause) -> None:
                 if node is not None and not self.leases.alive(owner, lease_id):
-                    node, cause = None, "lease_lost"
+                    node, cause = None, Cause.LEASE_LOST
                 if node is not None:
                     self.leases.hold(owner, lease_id, ttl, (node,))
                 ready([Acquired(position, node, cause)])
@@ -145,7 +146,7 @@ class TieredCache:
             elif self.redis is not None:
                 elsewhere.append((key, waiter(position)))
             else:
-                cause = "absent" if node is None or not node.present else "disk_unavailable"
+                cause = Cause.ABSENT if node is None or not node.present else Cause.DISK_UNAVAILABLE
                 at_once.append(Acquired(position, None, cause))
         if at_once:
             ready(at_once)
@@ -165,10 +166,10 @@ class TieredCache:
 
     # -- writing ----------
 
-    def reserve(self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float) -> list[Writing | str]:
-        """Extents to write each object into, or why not: "exists", "busy" (somebody is writing it), "no_parent",
-        "too_large", "full"."""
-        answers: list[Writing | str] = []
+    def reserve(self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float) -> list[Writing | Cause]:
+        """Extents to write each object into, or why not: EXISTS, BUSY (somebody is writing it), NO_PARENT,
+        TOO_LARGE, FULL."""
+        answers: list[Writing | Cause] = []
         accepted: list[Writing] = []
         batch: set[bytes] = set()
         parents = {node for node in (self.index.get(info.parent) for info in infos if info.parent) if node is not None}
@@ -177,7 +178,7 @@ class TieredCache:
             if isinstance(answer, Writing):
                 accepted.append(answer)
                 batch.add(info.key)
-            elif answer not in ("exists", "busy"):
+            elif answer not in (Cause.EXISTS, Cause.BUSY):
                 self.counters.add(f"store.refused.{answer}")
             answers.append(answer)
         if accepted:
@@ -185,52 +186,52 @@ class TieredCache:
             self.leases.open_writing(owner, lease_id, ttl, accepted)
         return answers
 
-    def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node]) -> Writing | str:
+    def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node]) -> Writing | Cause:
         node = self.index.get(info.key)
         if node is not None and self._held(node):
             self.index.touch(node)
-            return "exists"
+            return Cause.EXISTS
         if info.key in self.leases.being_written or info.key in batch:
-            return "busy"
+            return Cause.BUSY
         parent_coming = info.parent in batch or info.parent in self.leases.being_written
         if info.parent == info.key or (info.parent and not parent_coming and not self.index.knows(info.parent)):
-            return "no_parent"
+            return Cause.NO_PARENT
         if info.size <= 0 or self.arena.rounded(info.size) > self.arena.size:
-            return "too_large"
+            return Cause.TOO_LARGE
         if not self._make_room(self.arena.rounded(info.size), parents):
-            return "full"
+            return Cause.FULL
         extents = self.arena.allocate(info.size)
-        return Writing(info, extents) if extents is not None else "full"
+        return Writing(info, extents) if extents is not None else Cause.FULL
 
-    def commit(self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]) -> list[str]:
-        """Make written objects visible, given (key, checksum) with parents before children; "" or why not:
-        "lease_lost", "exists", "no_parent". The write lease ends.
+    def commit(self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]) -> list[Cause]:
+        """Make written objects visible, given (key, checksum) with parents before children; NONE or why not:
+        LEASE_LOST, EXISTS, NO_PARENT. The write lease ends.
         """
         answers = []
         for key, checksum in written:
             item = self.leases.take_written(owner, lease_id, key)
-            answers.append(self._commit_one(item, checksum) if item is not None else "lease_lost")
+            answers.append(self._commit_one(item, checksum) if item is not None else Cause.LEASE_LOST)
         self.leases.release(owner, lease_id)
         self.pump()
         return answers
 
-    def _commit_one(self, item: Writing, checksum: int) -> str:
+    def _commit_one(self, item: Writing, checksum: int) -> Cause:
         node = self.index.get(item.info.key)
         if node is not None and (self._held(node) or node.state(Tier.CPU) is State.LOADING):
             self.arena.free(item.extents)
-            return "exists"
+            return Cause.EXISTS
         if node is not None and self.disk is not None:
             self.disk.give_up(node)
         node = self.index.insert(replace(item.info, checksum=checksum))
         if node is None:
             self.arena.free(item.extents)
             self.counters.add("store.refused.no_parent")
-            return "no_parent"
+            return Cause.NO_PARENT
         self.index.enter(node, Tier.CPU, "stored", item.extents)
         self.counters.add("store.objects")
         self.counters.add("store.bytes", node.size)
         self._queue_writes(node)
-        return ""
+        return Cause.NONE
 
     def pump(self) -> None:
         """Start the writes that may start."""
@@ -330,7 +331,7 @@ class TieredCache:
                 leaf = self._unwritten_leaf(protected)
                 if leaf is None:
                     return False
-                cause = "memory_full"
+                cause = Cause.MEMORY_FULL
                 for writer in self.writers:
                     writer.forget(leaf, cause)
                 victims = [leaf]

@@ -15,6 +15,7 @@ import typer
 from loracache.cli.common import SteeringClient, client_of
 from loracache.client.control import ALL_TIERS
 from loracache.errors import LoRACacheError
+from loracache.results import NodeKind
 
 __all__ = ["complete_adapter", "complete_model", "complete_operation", "complete_tier"]
 
@@ -31,7 +32,7 @@ def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names that engines serve models under; the identity of one without a name."""
 
     def models(client: SteeringClient) -> Iterator[str]:
-        for space in client.tree("base"):
+        for space in client.tree(NodeKind.BASE):
             yield from space["names"] or [space["model"]]
 
     return _offer(ctx, incomplete, models)

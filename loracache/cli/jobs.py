@@ -28,9 +28,10 @@ from loracache.cli.common import (
     print_json,
 )  # fmt: skip
 from loracache.cli.completion import complete_operation, complete_tier
-from loracache.cli.selector import Chosen, is_whole
+from loracache.cli.selector import SelectionOptions, is_whole
 from loracache.client.control import ALL_TIERS, OperationReport
 from loracache.errors import ConfigError, Rejected
+from loracache.results import Cause, OperationState
 from loracache.wire import control_messages as messages
 from loracache.wire.protocol import MAX_TTL_S, Request
 
@@ -55,6 +56,8 @@ TiersOption = Annotated[
     typer.Option("--tier", "--tiers", metavar="TIER", help="cpu, disk or redis; may be repeated. All, if "
                  "none is given.", autocompletion=complete_tier, show_default=False),
 ]  # fmt: skip
+LocalOption = Annotated[str, _tier("cpu or disk.")]
+StoredOption = Annotated[str, _tier("disk or redis.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", autocompletion=complete_operation, show_default=False)]
 
@@ -85,11 +88,11 @@ class Waiting:
 # -- the verbs ---------------------------------------------------------------------------------------------------------
 
 
-def evict(chosen: Chosen, waiting: Waiting, tier: TiersOption = None, yes: YesOption = False) -> None:
+def evict(options: SelectionOptions, waiting: Waiting, tier: TiersOption = None, yes: YesOption = False) -> None:
     """Remove objects, and what depends on them, from tiers; what is leased, pinned or named stays."""
     tiers = _tiers(tier)
     waiting.seconds()
-    selection = chosen.selection()
+    selection = options.selection()
     if is_whole(selection):
         named = {"model": selection.model, "adapter": selection.adapter}
         whose = ", ".join([f"{what} {name}" for what, name in named.items() if name] or ["this tenant"])
@@ -107,17 +110,17 @@ def clear(waiting: Waiting, tier: TiersOption = None, yes: YesOption = False) ->
 
 
 def admit(
-    chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("Where to: cpu, disk or redis.")] = "cpu"
+    options: SelectionOptions, waiting: Waiting, tier: Annotated[str, _tier("Where to: cpu, disk or redis.")] = "cpu"
 ) -> None:
     """Bring objects to a tier ahead of need, from wherever they are."""
     _one_of("--tier", tier, ALL_TIERS)
-    _run(waiting, lambda: messages.Admit("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Admit("", "", options.selection().encode(), tier, 0.0))
 
 
 def pin(
-    chosen: Chosen,
+    options: SelectionOptions,
     waiting: Waiting,
-    tier: Annotated[str, _tier("cpu or disk.")] = "cpu",
+    tier: LocalOption = "cpu",
     ttl: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", parser=number, help="For how long.", show_default="until unpinned"),
@@ -129,19 +132,19 @@ def pin(
         raise ConfigError(
             f"--ttl {ttl} must be seconds, more than 0 and at most {MAX_TTL_S:.0f}; leave it out to pin until unpinned"
         )
-    _run(waiting, lambda: messages.Pin("", "", chosen.selection().encode(), tier, ttl or 0.0, 0.0))
+    _run(waiting, lambda: messages.Pin("", "", options.selection().encode(), tier, ttl or 0.0, 0.0))
 
 
-def unpin(chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("cpu or disk.")] = "cpu") -> None:
+def unpin(options: SelectionOptions, waiting: Waiting, tier: LocalOption = "cpu") -> None:
     """End pins."""
     _one_of("--tier", tier, _LOCAL)
-    _run(waiting, lambda: messages.Unpin("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Unpin("", "", options.selection().encode(), tier, 0.0))
 
 
 def move(
     source: Annotated[str, typer.Argument(help="Tier where they are.", autocompletion=complete_tier)],
     target: Annotated[str, typer.Argument(help="Tier where they shall be.", autocompletion=complete_tier)],
-    chosen: Chosen,
+    options: SelectionOptions,
     waiting: Waiting,
     keep: Annotated[bool, typer.Option("--keep", help="Copy: leave them at the source too.")] = False,
 ) -> None:
@@ -150,19 +153,19 @@ def move(
     _one_of("TARGET", target, ALL_TIERS)
     if source == target:
         raise ConfigError(f"SOURCE and TARGET are both {source}; give two tiers")
-    _run(waiting, lambda: messages.Move("", "", chosen.selection().encode(), source, target, keep, 0.0))
+    _run(waiting, lambda: messages.Move("", "", options.selection().encode(), source, target, keep, 0.0))
 
 
-def compress(chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("disk or redis.")] = "disk") -> None:
+def compress(options: SelectionOptions, waiting: Waiting, tier: StoredOption = "disk") -> None:
     """Keep objects of a tier compressed, losslessly; loading undoes it."""
     _one_of("--tier", tier, _STORED)
-    _run(waiting, lambda: messages.Compress("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Compress("", "", options.selection().encode(), tier, 0.0))
 
 
-def decompress(chosen: Chosen, waiting: Waiting, tier: Annotated[str, _tier("disk or redis.")] = "disk") -> None:
+def decompress(options: SelectionOptions, waiting: Waiting, tier: StoredOption = "disk") -> None:
     """Keep objects of a tier as they are again."""
     _one_of("--tier", tier, _STORED)
-    _run(waiting, lambda: messages.Decompress("", "", chosen.selection().encode(), tier, 0.0))
+    _run(waiting, lambda: messages.Decompress("", "", options.selection().encode(), tier, 0.0))
 
 
 # -- loracache operations ----------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def _follow(client: SteeringClient, report: OperationReport, seconds: float | No
     deadline = None if seconds is None else time.monotonic() + seconds
     progress = _Progress()
     try:
-        while report.state == "running":
+        while report.state is OperationState.RUNNING:
             left = _LOOK_S if deadline is None else min(_LOOK_S, deadline - time.monotonic())
             if left <= 0:
                 break
@@ -276,11 +279,12 @@ class _Progress:
 
     def show(self, report: OperationReport) -> None:
         """Draw it anew."""
-        if not sys.stderr.isatty() or report.state != "running":
+        if not sys.stderr.isatty() or report.state is not OperationState.RUNNING:
             return
         from loracache.cli.tables import size_text
 
-        named = report.total is not None and report.verb != "evict"  # which takes along what depends on them
+        # An eviction takes along what depends on the objects that were named.
+        named = report.total is not None and report.verb != messages.Evict.operation
         of = f" of {report.total} ({_percent(report)} %)" if named else ""
         line = f"{report.verb} {report.id}: {report.objects}{of} objects, {size_text(report.bytes)}"
         line += f", {report.skipped} skipped, {report.seconds:.0f} s"
@@ -305,11 +309,12 @@ def _print_outcome(report: OperationReport) -> None:
     from loracache.cli.tables import causes_text, size_text
 
     text = f"{_DONE[report.verb]} {report.objects} objects"
-    text += "" if report.verb in ("pin", "unpin") else f" ({size_text(report.bytes)})"  # which move none
+    if report.verb not in (messages.Pin.operation, messages.Unpin.operation):  # which move no bytes
+        text += f" ({size_text(report.bytes)})"
     text += f", skipped {report.skipped}"
     text += f" ({causes_text(report.causes)})" if report.causes else ""
     text += f", saved {size_text(report.saved)}" if report.saved else ""
-    if report.state != "done":
+    if report.state is not OperationState.DONE:
         text += f"; {report.state}, see: loracache operations show {report.id}"
     typer.echo(text)
 
@@ -328,12 +333,12 @@ def _print_report(report: OperationReport, as_json: bool) -> None:
 
 def _exit(report: OperationReport) -> None:
     """Raise Exit with what a report means, where that is not 0."""
-    if report.state == "failed":
+    if report.state is OperationState.FAILED:
         raise Rejected(f"operation {report.id} failed: {report.error or 'see the log of the daemon'}")
-    left = {cause for cause, count in report.causes.items() if count and cause != "already"}
-    if report.state == "done" and left == {"absent"} and not report.objects:
+    left = {cause for cause, count in report.causes.items() if count and cause != Cause.ALREADY}
+    if report.state is OperationState.DONE and left == {Cause.ABSENT} and not report.objects:
         raise typer.Exit(NOTHING)
-    if report.state != "done" or left:
+    if report.state is not OperationState.DONE or left:
         raise typer.Exit(PARTLY)
 
 

@@ -15,9 +15,10 @@ import typer
 
 from loracache.cli.common import NOTHING, JsonOption, SocketOption, SteeringClient, client_of, integer, print_json
 from loracache.cli.completion import complete_tier
-from loracache.cli.selector import Chosen
+from loracache.cli.selector import SelectionOptions
 from loracache.client.control import ALL_TIERS, Located, Selection
 from loracache.errors import ConfigError, Unknown
+from loracache.results import NodeKind
 
 __all__ = ["config", "events", "lookup", "objects", "tree"]
 
@@ -30,12 +31,12 @@ LimitOption = Annotated[
 ]
 
 
-def lookup(chosen: Chosen, socket: SocketOption = None, as_json: JsonOption = False) -> None:
+def lookup(options: SelectionOptions, socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """Show how far a prompt, a chain of keys or an adapter is held, and where; of a model or tenant, how much is.
 
     Exit code 3: nothing of it is held.
     """
-    selection = chosen.selection()
+    selection = options.selection()
     with client_of(socket) as client:
         found = client.locate(selection)
     if as_json:
@@ -47,7 +48,7 @@ def lookup(chosen: Chosen, socket: SocketOption = None, as_json: JsonOption = Fa
 
 
 def objects(
-    chosen: Chosen,
+    options: SelectionOptions,
     socket: SocketOption = None,
     tier: Annotated[
         str,
@@ -60,7 +61,7 @@ def objects(
     if tier not in ("", "cpu", "disk"):
         listed = "redis keeps no list of its own; give cpu or disk" if tier in ALL_TIERS else "give cpu or disk"
         raise ConfigError(f"--tier {tier[:40]!r} cannot be listed: {listed}")
-    selection = chosen.selection() if chosen.given else None
+    selection = options.selection() if options.given else None
     with client_of(socket) as client:
         found = itertools.islice(client.objects(selection, tier=tier), limit)
         if as_json:
@@ -161,7 +162,7 @@ def _print_found(found: Located, selection: Selection) -> None:
 def _node(client: SteeringClient, node: str) -> str:
     """A node's id; an adapter may be given by name."""
     kind, _, name = node.partition(":")
-    if kind != "adapter" or len(name) == 64:
+    if kind != NodeKind.ADAPTER or len(name) == 64:
         return node
     digest = client.find_adapter(name)
     if digest is None:
@@ -185,14 +186,14 @@ def _below(client: SteeringClient, node: str, depth: int) -> Iterator[tuple[int,
 def _tree_row(level: int, node: dict[str, Any]) -> tuple[object, ...]:
     from loracache.cli.tables import size_text
 
-    if node["kind"] == "chunk":
+    if node["kind"] == NodeKind.CHUNK:
         held = {tier: size_text(node["size"]) for tier in node["tiers"]}
         what = "pinned in " + ",".join(node["pinned"]) if node["pinned"] else "chunk"
     else:
         held = {tier: f"{count} / {size_text(node['bytes'][tier])}" for tier, count in node["objects"].items() if count}
         names = ", ".join(node.get("names", ())) or str(node.get("model", ""))
         tenant = f" of tenant {node['salt'][:12]}" if node.get("salt") else ""
-        what = f"{names} {node['kv_dtype']}{tenant}" if node["kind"] == "space" else names or node["kind"]
+        what = f"{names} {node['kv_dtype']}{tenant}" if node["kind"] == NodeKind.SPACE else names or node["kind"]
     return "  " * level + node["id"], what, held.get("cpu", "-"), held.get("disk", "-"), node["hits"], node["children"]
 
 

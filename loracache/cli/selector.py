@@ -18,7 +18,7 @@ from loracache.cli.completion import complete_adapter, complete_model
 from loracache.client.control import Selection
 from loracache.errors import ConfigError
 
-__all__ = ["Chosen", "is_whole"]
+__all__ = ["SelectionOptions", "is_whole"]
 
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,10}")
@@ -34,7 +34,7 @@ def _option(*names: str, about: str, metavar: str, **more: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class SelectionOptions:
     """Which objects a command is about, as it was given."""
 
     key: Annotated[
@@ -91,7 +91,7 @@ class Chosen:
         return any(each is not None for each in (*named, self.messages))
 
     def selection(self) -> Selection:
-        """What was chosen; asks the engine, where one is given. Raises ConfigError, and what Engine raises."""
+        """What they select; asks the engine, where one is given. Raises ConfigError, and what Engine raises."""
         if not self.given:
             raise ConfigError(
                 "nothing is selected; give --key, --adapter, --model, --salt, or a prompt by --tokens or --engine"

@@ -1,6 +1,6 @@
 """`loracache top`: a daemon at work, drawn anew every few seconds.
 
-`Reading` is what was asked of the daemon, `rates` what two of them say of the time between, `_frame` draws them. The
+`Sample` is what was asked of the daemon, `rates` what two of them say of the time between, `_frame` draws them. The
 daemon may go and come back meanwhile. Threading: one thread; keys are read where it would sleep.
 """
 
@@ -20,12 +20,13 @@ import typer
 from loracache.cli.common import SocketOption, SteeringClient, client_of, number
 from loracache.client.control import OperationReport
 from loracache.errors import ConfigError, ProtocolError, Unavailable
+from loracache.results import OperationState
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-__all__ = ["Rates", "Reading", "rates", "top"]
+__all__ = ["Throughput", "Sample", "rates", "top"]
 
 _PATIENCE_S = 2.0
 _BAR = 20
@@ -35,35 +36,39 @@ _PLAIN_WIDTH = 160
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What the daemon said, and when (seconds of this process's clock). instance: another after a restart."""
+class Sample:
+    """What the daemon said, and when."""
 
     at: float
+    """Seconds of this process's clock."""
     instance: bytes
+    """Of the daemon's run: another after a restart."""
     status: dict[str, Any]
     operations: list[OperationReport]
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """What happened between two readings, a second. read, written: bytes by tier (of cpu, `written` is what engines
-    stored). evicted: objects by tier. hit_rate: None where nothing was looked up."""
+class Throughput:
+    """What happened between two samples, a second."""
 
     read: dict[str, float]
+    """Bytes by tier."""
     written: dict[str, float]
+    """Bytes by tier; of cpu: what engines stored."""
     evicted: dict[str, float]
+    """Objects by tier."""
     hits: float
     misses: float
 
     @property
     def hit_rate(self) -> float | None:
-        """Hits of all keys that were looked up."""
+        """Hits of all keys that were looked up; None where none was."""
         total = self.hits + self.misses
         return self.hits / total if total else None
 
 
-def rates(before: Reading | None, now: Reading) -> Rates:
-    """Of the time between; of the daemon's whole life where there is no reading before it, or of another process."""
+def rates(before: Sample | None, now: Sample) -> Throughput:
+    """Of the time between; of the daemon's whole life where there is no sample before it, or of another process."""
     status = now.status
     old: dict[str, int] = {}
     seconds = max(float(status["uptime_s"]), 1e-3)
@@ -76,7 +81,7 @@ def rates(before: Reading | None, now: Reading) -> Rates:
         return sum(value for name, value in grown.items() if name.startswith(prefix))
 
     tiers = list(status["tiers"])
-    return Rates(
+    return Throughput(
         read={tier: grown.get(f"load.{tier}.bytes", 0.0) for tier in tiers if tier != "cpu"},
         written={tier: grown.get("store.bytes" if tier == "cpu" else f"write.{tier}.bytes", 0.0) for tier in tiers},
         evicted={tier: of(f"evict.{tier}.") for tier in tiers},
@@ -103,10 +108,10 @@ def top(
             _watch(client, before, interval)
 
 
-def _watch(client: SteeringClient, before: Reading, interval: float) -> None:
+def _watch(client: SteeringClient, before: Sample, interval: float) -> None:
     from rich.live import Live
 
-    shown: Reading | None = None
+    shown: Sample | None = None
     with _keys() as stop, Live(_frame(None, before, ""), screen=True, auto_refresh=False) as live:
         live.refresh()
         while not stop(interval):
@@ -118,13 +123,13 @@ def _watch(client: SteeringClient, before: Reading, interval: float) -> None:
             live.update(_frame(shown, before, gone), refresh=True)
 
 
-def _read(client: SteeringClient) -> Reading:
+def _read(client: SteeringClient) -> Sample:
     status: dict[str, Any] = client.status()
     operations = client.operations(_OPERATIONS)
-    return Reading(time.monotonic(), client.connection.instance, status, operations)
+    return Sample(time.monotonic(), client.connection.instance, status, operations)
 
 
-def _print_plain(before: Reading, now: Reading) -> None:
+def _print_plain(before: Sample, now: Sample) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
@@ -168,7 +173,7 @@ def _keys() -> Iterator[Any]:
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
-def _frame(before: Reading | None, now: Reading, gone: str, plain: bool = False) -> Group:
+def _frame(before: Sample | None, now: Sample, gone: str, plain: bool = False) -> Group:
     """Everything, as rich draws it. plain: without boxes, for files and pipes."""
     from rich.console import Group
     from rich.text import Text
@@ -188,7 +193,7 @@ def _frame(before: Reading | None, now: Reading, gone: str, plain: bool = False)
     )
     parts: list[Any] = [Text(shown(gone), style="bold red")] if gone else []
     parts += [Text(shown(head)), Text(hits), _tiers_table(now, happened, plain)]
-    running = [each for each in now.operations if each.state == "running"]
+    running = [each for each in now.operations if each.state is OperationState.RUNNING]
     parts.append(_operations_table(running, plain) if running else Text("no operations running"))
     failures = status["recent_failures"][-_FAILURES:]
     parts.append(Text("recent failures:" if failures else "no recent failures"))
@@ -198,7 +203,7 @@ def _frame(before: Reading | None, now: Reading, gone: str, plain: bool = False)
     return Group(*parts)
 
 
-def _tiers_table(now: Reading, happened: Rates, plain: bool) -> Table:
+def _tiers_table(now: Sample, happened: Throughput, plain: bool) -> Table:
     from rich.text import Text
 
     from loracache.cli.tables import size_text

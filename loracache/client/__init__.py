@@ -1,5 +1,5 @@
 """The client's side of the socket: what connectors, REST, the command line and users hold.
 
-May import: errors, keys, mapping, tiers, wire
+May import: errors, keys, mapping, results, tiers, wire
 Threads: a client or a connection belongs to one thread; one thread a process (hangups.py) notices daemons that end.
 """

@@ -17,6 +17,7 @@ from loracache.client.connection import Connection, Reply
 from loracache.client.control import Operator
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
+from loracache.results import Cause
 from loracache.tiers import labels
 from loracache.wire import protocol
 
@@ -28,9 +29,10 @@ _PAGE = 500
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """How far a chain is held: one tier name ("cpu", "disk", "redis") for each leading key that is there."""
+    """How far a chain is held."""
 
     tiers: tuple[str, ...]
+    """For each leading key that is there the fastest tier that has it: "cpu", "disk" or "redis"."""
 
     @property
     def hits(self) -> int:
@@ -40,19 +42,23 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter of the cache. digest: hex. added: Unix seconds. config: the adapter_config.json it was added with.
-    size: bytes, 0 where no tier of this daemon but Redis has it. tiers: where it is, "gpu" in some engine's memory.
-    engines: how many engines that is. kv: what depends on it, by tier as (objects, bytes).
-    """
+    """A LoRA adapter of the cache."""
 
     name: str
     digest: str
+    """Of its content, in hex."""
     added: float
+    """Unix seconds."""
     config: str
+    """The adapter_config.json it was added with."""
     size: int
+    """Bytes, 0 where no tier of this daemon but Redis has it."""
     tiers: tuple[str, ...]
+    """Where it is; "gpu": in some engine's memory."""
     engines: int
+    """How many engines hold it in their own memory."""
     kv: dict[str, tuple[int, int]]
+    """What depends on it, by tier as (objects, bytes)."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Adapter:
@@ -66,12 +72,16 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One object in the arena: its payload as views of the mapped memory, in order; together `size` bytes."""
+    """One object in the arena."""
 
     key: bytes
+    """32 bytes."""
     size: int
+    """Bytes of payload."""
     checksum: int
+    """xxh3_64 of the payload; 0 where it is to be written."""
     buffers: tuple[memoryview, ...]
+    """The payload as views of the mapped memory, in order; together `size` bytes."""
 
     def tobytes(self) -> bytes:
         """A copy of the payload. Raises LeaseLost where it does not match its checksum."""
@@ -83,25 +93,24 @@ class Slot:
 
 @dataclass(slots=True)
 class Reading:
-    """Objects held for reading. `slots[i]` belongs to key i, or is None with `causes[i]` saying why.
-
-    Keys that the reader adds to `bad`, because their bytes do not match their checksum, are not served again.
-    """
+    """Objects held for reading."""
 
     slots: list[Slot | None]
-    causes: list[str]
+    """One a key, in their order; None where it could not be read."""
+    causes: list[Cause]
+    """Why not, one a key; NONE where it can be read."""
     bad: list[bytes] = field(default_factory=list)
+    """Keys that the reader adds because their bytes do not match their checksum; they are not served again."""
 
 
 @dataclass(slots=True)
 class Reservation:
-    """Space reserved for new objects: write each slot's buffers, then leave the context to commit.
-
-    `slots[i]` belongs to key i, or is None with `causes[i]` saying why ("exists": nothing needs to be written).
-    """
+    """Space reserved for new objects: write each slot's buffers, then leave the context to commit."""
 
     slots: list[Slot | None]
-    causes: list[str]
+    """One a key, in their order; None where it has no space."""
+    causes: list[Cause]
+    """Why not, one a key (EXISTS: nothing needs to be written); after the commit, why it was not committed."""
 
     def write(self, position: int, data: bytes | memoryview) -> None:
         """Copy the payload of one object into its slot."""
@@ -177,10 +186,10 @@ class CacheClient(Operator):
         blob = protocol.join_keys([parent or protocol.NO_PARENT for parent in parents])
         try:
             answer = self._call(protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl))
-        except Unavailable:  # which does not say that nothing was reserved
+            causes = [Cause.NONE if isinstance(item, list) else _cause(item) for item in answer]
+        except (Unavailable, ProtocolError):  # which do not say that nothing was reserved
             self.connection.abort(lease)
             raise
-        causes = ["" if isinstance(item, list) else str(item) for item in answer]
         slots = [
             self._slot(key, size, 0, item) if isinstance(item, list) else None
             for key, size, item in zip(keys, sizes, answer, strict=True)
@@ -194,7 +203,7 @@ class CacheClient(Operator):
             yield reservation
             sums = [checksum(slot.buffers) for slot in written]
             commit = protocol.Commit(lease, protocol.join_keys([slot.key for slot in written]), sums)
-            done = dict(zip([slot.key for slot in written], self._call(commit), strict=True))
+            done = dict(zip([slot.key for slot in written], map(_cause, self._call(commit)), strict=True))
         except BaseException:
             self.connection.abort(lease)
             raise
@@ -214,7 +223,7 @@ class CacheClient(Operator):
         lease = os.urandom(protocol.LEASE_BYTES)
         self._connect()
         number = self.connection.send(protocol.Acquire(lease, protocol.join_keys(keys), ttl))
-        reading = Reading([None] * len(keys), ["timeout"] * len(keys))
+        reading = Reading([None] * len(keys), [Cause.TIMEOUT] * len(keys))
         limit = self._timeout if timeout is None else timeout
         instance = self.connection.instance
         try:
@@ -222,11 +231,11 @@ class CacheClient(Operator):
                 reply = self.connection.wait(number, limit)
                 for position, *rest in reply.payload:
                     if len(rest) == 1:
-                        reading.causes[position] = rest[0]
+                        reading.causes[position] = _cause(rest[0])
                         continue
                     size, expected, extents = rest
                     reading.slots[position] = self._slot(keys[position], size, expected, extents)
-                    reading.causes[position] = ""
+                    reading.causes[position] = Cause.NONE
                 if reply.last:
                     break
             yield reading
@@ -304,3 +313,10 @@ class CacheClient(Operator):
         if len(key) != KEY_BYTES:
             raise UsageError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
         return Slot(key, size, expected, tuple(self.connection.buffers(extents, size)))
+
+
+def _cause(value: Any) -> Cause:
+    try:
+        return Cause(value)
+    except ValueError:
+        raise ProtocolError(f"the daemon's answer is malformed: {value!r:.60} is an unknown cause") from None

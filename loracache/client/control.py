@@ -13,6 +13,7 @@ from typing import Any
 
 from loracache.errors import ProtocolError, UsageError
 from loracache.keys import TokenArray, salt_digest, token_array
+from loracache.results import OperationState
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
 from loracache.wire.fields import MAX_WAIT_S
@@ -26,17 +27,21 @@ _ANSWER_S = 10.0  # on top of what the daemon is told to wait
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which objects: their keys (32 bytes each, in the order of a chain); or an adapter by name or hex digest ("": the
-    base model); or a model (served name, identity, its first 8 digits, "*" for any), with token ids of a prompt or
-    without; or a tenant's salt. Fields left None do not restrict, but that token ids are of the base model, without a
-    salt, where neither is given. Keys or token ids that are empty stand for nothing.
+    """Which objects: by their keys; or an adapter; or a model's, with the token ids of a prompt or without; or a
+    tenant's. Fields left None do not restrict, but that token ids are of the base model, without a salt, where neither
+    is given. Keys or token ids that are empty stand for nothing.
     """
 
     keys: Sequence[bytes] | None = None
+    """32 bytes each, in the order of a chain."""
     model: str = ""
+    """A served name, an identity, its first 8 digits, or "*" for any."""
     tokens: Sequence[int] | TokenArray | None = None
+    """Token ids of a prompt."""
     adapter: str | None = None
+    """A name or hex digest; "": the base model."""
     salt: str | None = None
+    """A tenant's cache_salt."""
 
     def encode(self) -> dict[str, Any]:
         """As a message's field. Raises UsageError."""
@@ -56,18 +61,22 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """How far a chain is held. hits: leading keys, or whole chunks of a prompt, out of `asked`; tiers: the fastest that
-    has each ("gpu": an adapter in an engine's memory); tokens: how many of the prompt's that is. held: of whole
-    namespaces, by tier as (objects, bytes).
-    """
+    """How far what was selected is held."""
 
     hits: int
+    """Leading keys, or whole chunks of a prompt, that some tier holds."""
     asked: int
+    """Of how many."""
     tiers: tuple[str, ...]
+    """The fastest that has each; "gpu": an adapter in an engine's memory."""
     tokens: int
+    """Leading tokens whose KV is held."""
     namespace: str
+    """Where that is, as a hex digest."""
     engines: int
+    """Engines that hold the adapter in their own memory."""
     held: dict[str, tuple[int, int]]
+    """Of a model or tenant: what there is, by tier as (objects, bytes)."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Located:
@@ -81,22 +90,29 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class OperationReport:
-    """An operation of the daemon. state: "running", "done", "failed" or "cancelled". started: Unix seconds. total:
-    objects that were named, None where they are counted as they come. objects, bytes: done. saved: bytes that
-    compression took off. skipped: objects left as they are, by cause in `causes`."""
+    """An operation of the daemon, as far as it is."""
 
     id: str
     verb: str
-    state: str
+    state: OperationState
     started: float
+    """Unix seconds."""
     seconds: float
+    """How long it took, or takes until now."""
     total: int | None
+    """Objects that were named; None where they are counted as they come."""
     objects: int
+    """Done."""
     bytes: int
+    """Of those."""
     saved: int
+    """Bytes that compression took off."""
     skipped: int
+    """Objects left as they are: the sum of `causes`."""
     causes: dict[str, int] = field(default_factory=dict)
+    """Why, by `Cause`."""
     error: str = ""
+    """What went wrong, where it failed."""
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -109,7 +125,10 @@ class OperationReport:
         names = {each.name for each in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or fields.keys() != names:
             raise ProtocolError("the daemon's answer is malformed: it is no operation")
-        return cls(**fields)
+        try:
+            return cls(**fields | {"state": OperationState(fields["state"])})
+        except ValueError as error:
+            raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
 
 
 class Operator:
@@ -204,7 +223,7 @@ class Operator:
         selector = selection.encode() if selection is not None else {}
         after = ""
         while True:
-            after, *found = self._ask(messages.Objects("", "", selector, tier, after, _PAGE))
+            after, *found = self._ask(messages.ObjectList("", "", selector, tier, after, _PAGE))
             yield from found
             if not after:
                 return
@@ -222,12 +241,12 @@ class Operator:
     def events(self, since: int = 0, *, count: int = 1000, wait: float = 10.0) -> tuple[int, int, list[dict[str, Any]]]:
         """(number of the last, how many are lost, the events behind `since`), after at most `wait` seconds. since: 0
         begins now."""
-        last, lost, *found = self._ask(messages.Events("", "", since, count, wait), wait + _ANSWER_S)
+        last, lost, *found = self._ask(messages.EventList("", "", since, count, wait), wait + _ANSWER_S)
         return last, lost, found
 
     def config(self) -> dict[str, Any]:
         """The daemon's settings; of secrets only whether they are set."""
-        (settings,) = self._ask(messages.Config())
+        (settings,) = self._ask(messages.ConfigShow())
         return dict(settings)
 
     def _operation(self, request: Any) -> OperationReport:

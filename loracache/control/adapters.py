@@ -24,6 +24,7 @@ from loracache.cache.state.leases import Writing
 from loracache.cache.tier.workers import Workers
 from loracache.errors import LoRACacheError, Rejected, UsageError
 from loracache.keys import LORA_NAMESPACE, checksum
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
 from loracache.tiers import Tier
 
@@ -216,11 +217,12 @@ class Adapters:
         lease = os.urandom(16)
         while True:
             place = self._on_loop(lambda: self._cache.reserve(_OWNER, lease, [info], _LEASE_S)[0])
-            if place == "exists":
+            if place is Cause.EXISTS:
                 return
             if isinstance(place, Writing):
                 break
-            if place != "busy" or time.monotonic() > deadline:  # busy: the same adapter is being taken in already
+            # BUSY: the same adapter is being taken in already.
+            if place is not Cause.BUSY or time.monotonic() > deadline:
                 raise Rejected(
                     f"{path} is not taken into the cache ({place}): it has {packing.size} bytes; make the daemon's "
                     f"memory larger, or remove adapters or pins"
@@ -235,7 +237,7 @@ class Adapters:
         except BaseException:
             self._on_loop(lambda: self._cache.leases.release(_OWNER, lease))
             raise
-        if cause not in ("", "exists"):
+        if cause not in (Cause.NONE, Cause.EXISTS):
             raise Rejected(f"{path} is not taken into the cache ({cause}); try again")
 
     def _in_redis(self, key: bytes) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
 from loracache.errors import Unknown
+from loracache.results import Cause, OperationState
 
 __all__ = ["Operation", "Operations", "Turns", "guarded"]
 
@@ -35,22 +36,22 @@ class Operation:
     by: str
     scope: str
     started: float
-    state: str = "running"
+    state: OperationState = OperationState.RUNNING
     ended: float = 0.0
     total: int | None = None
     objects: int = 0
     nbytes: int = 0
     saved: int = 0
-    causes: Counter[str] = field(default_factory=Counter)
+    causes: Counter[Cause] = field(default_factory=Counter)
     error: str = ""
     waiting: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def running(self) -> bool:
         """Whether there is more to come."""
-        return self.state == "running"
+        return self.state is OperationState.RUNNING
 
-    def skip(self, cause: str, count: int = 1) -> None:
+    def skip(self, cause: Cause, count: int = 1) -> None:
         """Count objects that were left as they are."""
         if count:
             self.causes[cause] += count
@@ -105,7 +106,7 @@ class Operations:
         operation.ended = time.time()
         operation.error = error
         if operation.running:
-            operation.state = "failed" if error else "done"
+            operation.state = OperationState.FAILED if error else OperationState.DONE
         waiting, operation.waiting = operation.waiting, []
         self._on_ended(operation)
         for call in waiting:
@@ -129,14 +130,14 @@ class Operations:
         """Have it end before its next step; what is done stays done."""
         operation = self.get(id_, scope)
         if operation.running:
-            operation.state = "cancelled"
+            operation.state = OperationState.CANCELLED
         return operation
 
     def stop(self) -> None:
         """Have all end before their next steps."""
         for operation in self._known.values():
             if operation.running:
-                operation.state = "cancelled"
+                operation.state = OperationState.CANCELLED
 
     def end_all(self, error: str) -> None:
         """No step comes any more."""

@@ -14,6 +14,7 @@ from loracache.control.selection import Selected, visible
 from loracache.errors import Unknown, UsageError
 from loracache.keys import KEY_BYTES, LORA_NAMESPACE
 from loracache.namespaces import Namespaces
+from loracache.results import NodeKind
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
@@ -102,11 +103,11 @@ class Listing:
         if not under:
             return self._top(after, count, scope)
         kind, _, rest = under.partition(":")
-        if under == "base":
+        if under == NodeKind.BASE:
             return self._spaces("", after, count, scope)
-        if kind == "adapter" and _is_key(rest):
+        if kind == NodeKind.ADAPTER and _is_key(rest):
             return self._spaces(self._known_adapter(rest, scope), after, count, scope)
-        if kind == "space" and _is_key(rest):
+        if kind == NodeKind.SPACE and _is_key(rest):
             return self._roots(bytes.fromhex(rest), after, count, scope)
         if not _is_key(under):
             raise UsageError(f"{under[:80]!a} is no node of the tree; give one that the tree answered")
@@ -114,8 +115,8 @@ class Listing:
 
     def _top(self, after: str, count: int, scope: str) -> Page:
         """The base models, then the adapters: those that are held, and those that any KV is of."""
-        found = [] if after else [self._sum("base", "", scope)]
-        start = _digest(after, "adapter") if after not in ("", "base") else b""
+        found = [] if after else [self._sum(NodeKind.BASE, "", scope)]
+        start = _digest(after, "adapter") if after not in ("", NodeKind.BASE) else b""
         if scope:
             digests = [each for each in self._adapters_of(scope) if each > start.hex()]
         else:
@@ -145,7 +146,7 @@ class Listing:
         spaces = [digest for digest in own if digest in there]
         return {
             "id": id_,
-            "kind": "adapter" if adapter else "base",
+            "kind": NodeKind.ADAPTER if adapter else NodeKind.BASE,
             "digest": adapter,
             "size": node.size if node is not None else 0,
             "tiers": [tier.label for tier in _TIERS if node is not None and node.held_in(tier)],
@@ -185,7 +186,7 @@ class Listing:
         assert namespace is not None
         return {
             "id": f"space:{digest.hex()}",
-            "kind": "space",
+            "kind": NodeKind.SPACE,
             "model": namespace.model,
             "names": list(self._namespaces.names(namespace.model)),
             "kv_dtype": namespace.kv_dtype,
@@ -221,7 +222,7 @@ class Listing:
         return (last if child is not None else ""), found
 
     def _chunk(self, node: Node) -> dict[str, Any]:
-        return {"id": node.key.hex()} | self.describe(node) | {"kind": "chunk"}
+        return {"id": node.key.hex()} | self.describe(node) | {"kind": NodeKind.CHUNK}
 
 
 def _is_key(text: str) -> bool:

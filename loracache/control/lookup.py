@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result
 from loracache.tiers import Tier
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Finder"]
 
-Found = Callable[["list[Tier]", str], None]
+Found = Callable[["list[Tier]", Cause], None]
 """Takes the fastest tier of each leading key that is held, and why the one behind them is not."""
 
 
@@ -30,9 +31,9 @@ class Finder:
         tiers = self._cache.lookup(keys)
         redis = self._cache.redis
         if redis is None or len(tiers) == len(keys):
-            found(tiers, "absent")
+            found(tiers, Cause.ABSENT)
         elif redis.io.asked_too_long(self._redis_s):
-            found(tiers, "redis_slow")
+            found(tiers, Cause.REDIS_SLOW)
         else:
             self._ask_redis(keys, tiers, found)
 
@@ -41,7 +42,7 @@ class Finder:
         assert redis is not None
         open_still = True
 
-        def finish(more: list[Tier], cause: str) -> None:
+        def finish(more: list[Tier], cause: Cause) -> None:
             nonlocal open_still
             if open_still:
                 open_still = False
@@ -50,13 +51,13 @@ class Finder:
 
         def answered(results: list[Result]) -> None:
             more = []
-            cause = "absent"
+            cause = Cause.ABSENT
             for result in results:
                 if result.outcome is not Outcome.OK:
-                    cause = "absent" if result.outcome is Outcome.MISS else f"redis_{result.outcome.value}"
+                    cause = Cause.ABSENT if result.outcome is Outcome.MISS else Cause(f"redis_{result.outcome.value}")
                     break
                 more.append(Tier.REDIS)
             finish(more, cause)
 
-        timer = asyncio.get_running_loop().call_later(self._redis_s, finish, [], "redis_slow")
+        timer = asyncio.get_running_loop().call_later(self._redis_s, finish, [], Cause.REDIS_SLOW)
         redis.io.contains(keys[len(tiers) :], answered)

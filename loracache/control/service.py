@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, assert_never
 
 from loracache.cache.eviction import Evicted
-from loracache.cache.state.index import Node
+from loracache.control.fields import audit_summary, count_evicted, describe_event, planes, removable_tiers
 from loracache.control.jobs import Operation, Operations, Turns, guarded
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
@@ -19,10 +19,11 @@ from loracache.control.selection import Selected, Selector, select
 from loracache.control.transfer import Mover
 from loracache.errors import LoRACacheError, Rejected, Unknown, UsageError
 from loracache.keys import is_digest
-from loracache.storage_backends.base import Kind
+from loracache.results import Cause, NodeKind
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
+from loracache.wire.requests import ControlRequest
 
 if TYPE_CHECKING:
     from loracache.cache.tier.io import Post
@@ -38,8 +39,6 @@ _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _MOVES_AT_ONCE = 2  # each holds a slice of the arena
 _PART = 500  # keys of one step: a few milliseconds
-_PLANES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-_ADAPTER_PLANES = 2  # most are bfloat16; another width compresses less, and is as lossless
 
 Parts = Iterator[list[bytes]]
 
@@ -69,9 +68,43 @@ class Control:
         self.operations = Operations(self._ended)
         self._turns = Turns(_MOVES_AT_ONCE)
 
-    def serve(self, request: protocol.Request, label: str, answer: Answer) -> None:
+    def serve(self, request: ControlRequest, label: str, answer: Answer) -> None:
         """Answer a request of the connection called `label`. Raises LoRACacheError for one that cannot be served."""
-        getattr(self, f"_on_{request.operation}")(request, label, answer)
+        match request:
+            case messages.Locate():
+                self._on_locate(request, label, answer)
+            case messages.Pin():
+                self._on_pin(request, label, answer)
+            case messages.Unpin():
+                self._on_unpin(request, label, answer)
+            case messages.Evict():
+                self._on_evict(request, label, answer)
+            case messages.Clear():
+                self._on_clear(request, label, answer)
+            case messages.Admit():
+                self._on_admit(request, label, answer)
+            case messages.Move():
+                self._on_move(request, label, answer)
+            case messages.Compress():
+                self._on_compress(request, label, answer)
+            case messages.Decompress():
+                self._on_decompress(request, label, answer)
+            case messages.OperationShow():
+                self._on_operation_show(request, label, answer)
+            case messages.OperationList():
+                self._on_operation_list(request, label, answer)
+            case messages.Cancel():
+                self._on_cancel(request, label, answer)
+            case messages.ObjectList():
+                self._on_objects(request, label, answer)
+            case messages.Tree():
+                self._on_tree(request, label, answer)
+            case messages.EventList():
+                self._on_events(request, label, answer)
+            case messages.ConfigShow():
+                self._on_config(request, label, answer)
+            case _:
+                assert_never(request)
 
     def stop(self) -> None:
         """The daemon drains: no operation begins another step."""
@@ -104,7 +137,7 @@ class Control:
         self._each(request, label, answer, lambda keys: self._cache.pins.unpin(keys, tier))
 
     def _on_evict(self, request: messages.Evict, label: str, answer: Answer) -> None:
-        tiers = _removable(request.tiers)
+        tiers = removable_tiers(request.tiers)
 
         def work(operation: Operation, parts: Parts) -> None:
             def step() -> None:
@@ -115,7 +148,7 @@ class Control:
                     self._cache.evict(keys, tiers, evicted, lambda: operation.running)
 
             def evicted(did: Evicted) -> None:
-                _count(operation, did)
+                count_evicted(operation, did)
                 if did.error:
                     self.operations.end(operation, did.error)
                 else:
@@ -126,13 +159,13 @@ class Control:
         self._begin(request, label, answer, work)
 
     def _on_clear(self, request: messages.Clear, label: str, answer: Answer) -> None:
-        tiers = _removable(request.tiers)
+        tiers = removable_tiers(request.tiers)
         if request.scope:
             raise UsageError("a tenant clears nothing but its own; evict what the tenant's salt selects")
         operation = self._new(request, label, {})
 
         def cleared(did: Evicted) -> None:
-            _count(operation, did)
+            count_evicted(operation, did)
             self.operations.end(operation, did.error)
 
         self._guard(operation, self._cache.clear)(tiers, cleared, lambda: operation.running)
@@ -151,7 +184,7 @@ class Control:
     def _on_compress(self, request: messages.Compress, label: str, answer: Answer) -> None:
         tier = self._compressible(request.tier)
         self._move(
-            request, label, answer, tier, source=tier, planes=self._planes,
+            request, label, answer, tier, source=tier, planes=lambda node: planes(node, self._namespaces),
             wanted=lambda node: tier is not Tier.DISK or not node.stored,
         )  # fmt: skip
 
@@ -180,7 +213,7 @@ class Control:
     def _on_locate(self, request: messages.Locate, label: str, answer: Answer) -> None:
         self._select(request, lambda selected: self._locator.locate(selected, answer), answer)
 
-    def _on_objects(self, request: messages.Objects, label: str, answer: Answer) -> None:
+    def _on_objects(self, request: messages.ObjectList, label: str, answer: Answer) -> None:
         tier = Tier.named(request.tier) if request.tier else None
         if tier in (Tier.GPU, Tier.REDIS):
             raise UsageError(f"tier {request.tier!r} keeps its own books; list cpu or disk")
@@ -196,14 +229,14 @@ class Control:
 
     def _on_tree(self, request: messages.Tree, label: str, answer: Answer) -> None:
         end, found = self._listing.tree(request.name, request.after, request.count, request.scope)
-        adapters = [node for node in found if node["kind"] == "adapter"]
+        adapters = [node for node in found if node["kind"] == NodeKind.ADAPTER]
         names = self._adapters.names() if adapters and not request.scope else {}
         for node in adapters:
             node["names"] = names.get(node["digest"], [])
             node["engines"] = self._adapters.engines[bytes.fromhex(node["digest"])] if not request.scope else 0
         answer([end, *found])
 
-    def _on_events(self, request: messages.Events, label: str, answer: Answer) -> None:
+    def _on_events(self, request: messages.EventList, label: str, answer: Answer) -> None:
         events = self._cache.events
         since = request.since or events.last
         loop = asyncio.get_running_loop()
@@ -219,7 +252,7 @@ class Control:
                 timer.cancel()
                 events.wake.discard(wake)
                 end = found[-1].number if found else min(since, events.last)
-                answer([end, lost, *([_event(each) for each in found])])
+                answer([end, lost, *([describe_event(each) for each in found])])
             else:
                 events.wake.add(wake)
 
@@ -229,7 +262,7 @@ class Control:
         timer = loop.call_later(request.wait, look, True)
         look(not request.wait)
 
-    def _on_config(self, request: messages.Config, label: str, answer: Answer) -> None:
+    def _on_config(self, request: messages.ConfigShow, label: str, answer: Answer) -> None:
         answer([self._settings()])
 
     # -- inside ----------
@@ -245,7 +278,7 @@ class Control:
                     return
                 changed = change(keys)
                 operation.objects += changed
-                operation.skip("absent", len(keys) - changed)
+                operation.skip(Cause.ABSENT, len(keys) - changed)
                 self._post(self._guard(operation, step))
 
             step()
@@ -279,7 +312,7 @@ class Control:
     def _new(self, request: Any, label: str, selector: Mapping[str, Any]) -> Operation:
         operation = self.operations.begin(request.operation, request.by or label, request.scope)
         where = {name: getattr(request, name) for name in ("tier", "tiers", "source") if hasattr(request, name)}
-        self._about[operation.id] = _summary(selector) | where
+        self._about[operation.id] = audit_summary(selector) | where
         return operation
 
     def _answer(self, operation: Operation, wait: float, answer: Answer) -> None:
@@ -355,41 +388,3 @@ class Control:
         if tier is Tier.CPU:
             raise UsageError("engines map tier 'cpu' and read its bytes as they are; compress disk or redis")
         return tier
-
-    def _planes(self, node: Node) -> int:
-        """Bytes of an element: what byte planes are taken of."""
-        if node.kind is Kind.LORA:
-            return _ADAPTER_PLANES
-        namespace = self._namespaces.get(node.namespace)
-        return _PLANES.get(namespace.kv_dtype if namespace is not None else "", 1)
-
-
-def _removable(names: list[str]) -> list[Tier]:
-    """Tiers to take objects out of; one that this daemon does not have holds nothing."""
-    tiers = [Tier.named(name) for name in names]
-    if Tier.GPU in tiers:
-        raise UsageError("tier 'gpu' belongs to the engines; give cpu, disk or redis")
-    return tiers
-
-
-def _count(operation: Operation, did: Evicted) -> None:
-    operation.objects += did.objects
-    operation.nbytes += did.nbytes
-    operation.skip("held", did.skipped)
-
-
-def _summary(selector: Mapping[str, Any]) -> dict[str, Any]:
-    """What the audit log says of a selector: no token ids."""
-    told = {name: selector[name] for name in ("model", "adapter", "salt") if selector.get(name)}
-    if selector.get("keys"):
-        told |= {"keys": len(selector["keys"]) // 32, "first_key": selector["keys"][:32].hex()}
-    if selector.get("tokens"):
-        told["tokens"] = len(selector["tokens"]) // 4
-    return told
-
-
-def _event(event: Any) -> dict[str, Any]:
-    return {
-        "id": event.number, "time": event.time, "event": event.what, "tier": event.tier, "cause": event.cause,
-        "key": event.key.hex(), "namespace": event.namespace.hex(), "bytes": event.nbytes, "count": event.count,
-    }  # fmt: skip

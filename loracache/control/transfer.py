@@ -17,6 +17,7 @@ from loracache.cache.state.index import Node, parents_first
 from loracache.cache.tier.io import Post
 from loracache.cache.tiered import Acquired, TieredCache
 from loracache.control.jobs import Operation, guarded
+from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
 
@@ -137,9 +138,9 @@ class Mover:
             node = self._cache.index.get(key)
             held = node is not None and bool(node.present)
             if source in (Tier.CPU, Tier.DISK) and (node is None or not node.held_in(source)):
-                self._operation.skip("absent")
+                self._operation.skip(Cause.ABSENT)
             elif node is not None and held and not self._wanted(node):
-                self._operation.skip("already")
+                self._operation.skip(Cause.ALREADY)
             else:
                 found[key] = node.size if node is not None and held else 0
                 if source is Tier.REDIS or bringing or not held:
@@ -149,13 +150,13 @@ class Mover:
             for key, result in zip(asked, results, strict=True):
                 if result.outcome is Outcome.OK and bringing:
                     del found[key]
-                    self._operation.skip("already")
+                    self._operation.skip(Cause.ALREADY)
                 elif result.outcome is Outcome.OK:
                     found[key] = found[key] or (result.info.size if result.info is not None else 0)
                 elif not found[key] or source is Tier.REDIS:
                     del found[key]
                     missing = result.outcome is Outcome.MISS
-                    self._operation.skip("absent" if missing else f"redis_{result.outcome.value}")
+                    self._operation.skip(Cause.ABSENT if missing else Cause(f"redis_{result.outcome.value}"))
             self._pending = list(found.items())[::-1]
             self._then(self._next)
 
@@ -202,7 +203,7 @@ class Mover:
 
     def _raised(self, there: set[bytes], on_disk: set[bytes]) -> None:
         nodes = parents_first([node for node in self._held if node.held_in(Tier.CPU)])
-        self._operation.skip("corrupt", len(self._held) - len(nodes))  # what a reader reported since it was raised
+        self._operation.skip(Cause.CORRUPT, len(self._held) - len(nodes))  # what a reader reported since it was raised
 
         def written(arrived: list[Node]) -> None:
             self._operation.objects += len(arrived)
@@ -235,7 +236,7 @@ class Mover:
 
         def flushed() -> None:
             arrived = [node for node in nodes if node.held_in(Tier.DISK)]
-            self._operation.skip("not_written", len(nodes) - len(arrived))
+            self._operation.skip(Cause.NOT_WRITTEN, len(nodes) - len(arrived))
             written(arrived)
 
         for node in nodes:
@@ -250,7 +251,7 @@ class Mover:
 
         def answered(results: list[Result]) -> None:
             arrived = [node for node, result in zip(nodes, results, strict=True) if result.outcome is Outcome.OK]
-            self._operation.skip("not_written", len(nodes) - len(arrived))
+            self._operation.skip(Cause.NOT_WRITTEN, len(nodes) - len(arrived))
             written(arrived)
 
         def flushed() -> None:
@@ -266,7 +267,8 @@ class Mover:
             arrived = [node for node, result in kept if result.outcome is Outcome.OK]
             for node, result in kept:
                 if result.outcome is not Outcome.OK:
-                    self._operation.skip("absent" if result.outcome is Outcome.MISS else result.outcome.value)
+                    missing = result.outcome is Outcome.MISS
+                    self._operation.skip(Cause.ABSENT if missing else Cause(result.outcome.value))
                 elif result.stored:
                     self._operation.saved += node.size - result.stored
             written(arrived)
@@ -281,7 +283,7 @@ class Mover:
         def asked(results: list[Result]) -> None:
             there = [node for node, result in zip(nodes, results, strict=True) if result.outcome is Outcome.OK]
             there = [node for node in there if node.held_in(Tier.CPU)]
-            self._operation.skip("absent", len(nodes) - len(there))
+            self._operation.skip(Cause.ABSENT, len(nodes) - len(there))
             transfers = [
                 Transfer(node.info(), arena.buffers(node.extents, padded(node.size)), planes(node)) for node in there
             ]
@@ -299,7 +301,7 @@ class Mover:
             self._end()
             return
         if not self._arrived:
-            self._operation.skip("stays", len(self._left_over))
+            self._operation.skip(Cause.STAYS, len(self._left_over))
             self._end()
             return
         keys: dict[bytes, None] = {}
@@ -331,7 +333,7 @@ class Mover:
 
     def _stays(self, key: bytes) -> None:
         self._left_over.discard(key)
-        self._operation.skip("stays")
+        self._operation.skip(Cause.STAYS)
 
     def _depart(self, safe: list[bool]) -> None:
         keys: list[bytes] = []
@@ -346,7 +348,7 @@ class Mover:
         assert self._source is not None
         going: list[Node] = []
         skipped = self._cache.drop(self._leaves(keys, self._source, going), self._source, "moved").skipped
-        self._operation.skip("stays", skipped)
+        self._operation.skip(Cause.STAYS, skipped)
         self._departed([node for node in going if not node.held_in(self._source)])
 
     def _leaves(self, keys: Sequence[bytes], source: Tier, going: list[Node]) -> Iterator[Node]:
@@ -369,7 +371,7 @@ class Mover:
 
         def deleted(results: list[Result]) -> None:
             gone = [result.outcome in (Outcome.OK, Outcome.MISS) for result in results]
-            self._operation.skip("stays", gone.count(False))
+            self._operation.skip(Cause.STAYS, gone.count(False))
             nodes = [index.get(key) for key, left in zip(keys, gone, strict=True) if left]
             self._departed([node for node in nodes if node is not None])
 

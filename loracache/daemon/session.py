@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
 from loracache.errors import LoRACacheError, ProtocolError, Unknown, UsageError
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
 from loracache.wire.frames import Frames, frame
 from loracache.wire.protocol import ERROR, NO_PARENT, OK, PART, UNKNOWN, split_keys
+from loracache.wire.requests import AnyRequest, decode_request
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
@@ -84,7 +86,7 @@ class Session(asyncio.Protocol):
         """Serve every request that is complete."""
         try:
             for message in self._frames.feed(data):
-                number, request = protocol.decode_request(message)
+                number, request = decode_request(message)
                 self._serve(number, request)
         except ProtocolError as error:
             self._cache.counters.add("failure.protocol")
@@ -109,17 +111,58 @@ class Session(asyncio.Protocol):
 
     # -- requests ----------
 
-    def _serve(self, number: int, request: protocol.Request) -> None:
+    def _serve(self, number: int, request: AnyRequest) -> None:
         try:
-            handler = getattr(self, f"_on_{request.operation}", None)
-            if handler is not None:
-                handler(number, request)
-            else:
-                self._served.control.serve(request, self.label, self._later(number))
+            self._dispatch(number, request)
         except ProtocolError:
             raise
         except LoRACacheError as error:
             self._later(number)(error)
+
+    def _dispatch(self, number: int, request: AnyRequest) -> None:
+        match request:  # what engines send most stands first; mypy sees that what is left is all the control's
+            case protocol.Lookup():
+                self._on_lookup(number, request)
+            case protocol.Acquire():
+                self._on_acquire(number, request)
+            case protocol.Reserve():
+                self._on_reserve(number, request)
+            case protocol.Commit():
+                self._on_commit(number, request)
+            case protocol.Release():
+                self._on_release(number, request)
+            case protocol.Renew():
+                self._on_renew(number, request)
+            case protocol.Prefetch():
+                self._on_prefetch(number, request)
+            case protocol.Abort():
+                self._on_abort(number, request)
+            case protocol.Flush():
+                self._on_flush(number, request)
+            case protocol.Report():
+                self._on_report(number, request)
+            case protocol.Status():
+                self._on_status(number, request)
+            case protocol.Hello():
+                self._on_hello(number, request)
+            case protocol.Register():
+                self._on_register(number, request)
+            case protocol.Resident():
+                self._on_resident(number, request)
+            case protocol.AdapterDigest():
+                self._on_adapter_digest(number, request)
+            case protocol.AdapterAdd():
+                self._on_adapter_add(number, request)
+            case protocol.AdapterFind():
+                self._on_adapter_find(number, request)
+            case protocol.AdapterShow():
+                self._on_adapter_show(number, request)
+            case protocol.AdapterList():
+                self._on_adapter_list(number, request)
+            case protocol.AdapterRemove():
+                self._on_adapter_remove(number, request)
+            case _:
+                self._served.control.serve(request, self.label, self._later(number))
 
     def _answer(self, number: int, status: int, payload: object) -> None:
         if number == 0 and status != ERROR:
@@ -184,7 +227,7 @@ class Session(asyncio.Protocol):
         asked = self._asking
         asked.add(request.lease)
 
-        def found(tiers: list[Tier], cause: str) -> None:
+        def found(tiers: list[Tier], cause: Cause) -> None:
             wanted = request.lease in asked
             asked.discard(request.lease)
             self._found(number, request, keys, tiers, cause, hold=wanted)
@@ -192,7 +235,13 @@ class Session(asyncio.Protocol):
         self._served.finder.find(keys, found)
 
     def _found(
-        self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str, hold: bool = True
+        self,
+        number: int,
+        request: protocol.Lookup,
+        keys: list[bytes],
+        tiers: list[Tier],
+        cause: Cause,
+        hold: bool = True,
     ) -> None:
         counters = self._cache.counters
         hits = len(tiers) // request.group * request.group

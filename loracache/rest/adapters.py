@@ -48,11 +48,11 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
     async def adapters(
         after: Annotated[str, Query(max_length=200, description="The name before the page's first.")] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> models.Adapters:
+    ) -> models.AdapterPage:
         """Adapters that have a name, in the order of names."""
         page = await link.call(protocol.AdapterList(after, limit))
         more = page[-1]["name"] if page else None
-        return models.Adapters(adapters=[models.Adapter.of(item) for item in page], next=more)
+        return models.AdapterPage(adapters=[models.Adapter.of(item) for item in page], next=more)
 
     @app.get("/v1/adapters/{name:path}", dependencies=[needs("read")], tags=["adapters"], responses=problems(404, 422))
     async def adapter(name: Name) -> models.Adapter:

@@ -75,7 +75,7 @@ def _health(app: FastAPI, link: DaemonLink) -> None:
     @app.get("/v1/config", dependencies=[needs("admin")], tags=["health"])
     async def config() -> dict[str, Any]:
         """The daemon's settings; of secrets only whether they are set."""
-        (settings,) = await link.call(control_messages.Config())
+        (settings,) = await link.call(control_messages.ConfigShow())
         return dict(settings)
 
     @app.get("/metrics", dependencies=[needs("read")], tags=["health"], response_class=Response,

@@ -41,14 +41,14 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
         tier: Annotated[models.LocalTier | None, Query(description="Those in this tier.")] = None,
         after: After = "",
         limit: Limit = 100,
-    ) -> models.Objects:
+    ) -> models.ObjectPage:
         """Objects that cpu or disk hold, namespace by namespace in the order of keys; with a model or adapter, of
         those."""
         keys = [bytes.fromhex(key)] if key else None
         selected = Selection(keys=keys, model=model, adapter=adapter, salt=salt or None)
-        request = messages.Objects("", who.tenant, selected.encode(), tier or "", after, limit)
+        request = messages.ObjectList("", who.tenant, selected.encode(), tier or "", after, limit)
         end, *found = await link.call(request)
-        return models.Objects(objects=[models.Object(**item) for item in found], next=end or None)
+        return models.ObjectPage(objects=[models.Object(**item) for item in found], next=end or None)
 
     @app.get("/v1/tree", tags=["objects"], responses=problems(404, 409, 422))
     async def tree(
@@ -94,7 +94,7 @@ async def _stream(link: DaemonLink, since: int) -> AsyncIterator[str]:
     wait = 0.0  # at first, so that what happens after the first line is told
     while True:
         try:
-            since, lost, *found = await link.call(messages.Events("", "", since, _EVENTS, wait), wait + _ANSWER_S)
+            since, lost, *found = await link.call(messages.EventList("", "", since, _EVENTS, wait), wait + _ANSWER_S)
         except LoRACacheError as error:
             yield f"event: end\ndata: {str(error).splitlines()[0]}\n\n"
             return

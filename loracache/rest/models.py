@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from loracache.client.control import Selection
+from loracache.results import NodeKind, OperationState
 from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
-    "ALL_TIERS", "Adapter", "Adapters", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found", "Lookup",
-    "Move", "Object", "Objects", "Operation", "Operations", "Pin", "Selector", "TreeNode", "TreePage", "Unpin",
+    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found",
+    "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin", "Selector", "TreeNode", "TreePage",
+    "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -162,7 +164,7 @@ class Operation(BaseModel):
 
     id: str
     verb: str
-    state: Literal["running", "done", "failed", "cancelled"]
+    state: OperationState
     started: float = Field(description="Unix seconds.")
     seconds: float = Field(description="How long it took, or takes until now.")
     total: int | None = Field(description="Objects that were named; none where they are counted as they come.")
@@ -176,7 +178,7 @@ class Operation(BaseModel):
     error: str = Field(description="What went wrong, where it failed.")
 
 
-class Operations(BaseModel):
+class OperationPage(BaseModel):
     """Operations, the latest first."""
 
     operations: list[Operation]
@@ -208,7 +210,7 @@ class Adapter(BaseModel):
         return cls(**fields | {"kv": Held.by_tier(fields["kv"])})
 
 
-class Adapters(BaseModel):
+class AdapterPage(BaseModel):
     """A page of adapters, by name."""
 
     adapters: list[Adapter]
@@ -232,7 +234,7 @@ class Object(BaseModel):
     children: int
 
 
-class Objects(BaseModel):
+class ObjectPage(BaseModel):
     """A page of objects, namespace by namespace in the order of keys. It may be short, or empty, before the end."""
 
     objects: list[Object]
@@ -243,7 +245,7 @@ class TreeNode(BaseModel):
     """A node of the dependency tree; which fields are there depends on its kind."""
 
     id: str = Field(description="`under` of the page with its children.")
-    kind: Literal["base", "adapter", "space", "chunk"] = Field(
+    kind: NodeKind = Field(
         description="The base models, an adapter, what is interchangeable of one model, a chunk of a prompt."
     )
     children: int = 0

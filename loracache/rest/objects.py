@@ -11,6 +11,7 @@ from loracache.rest.link import DaemonLink
 from loracache.rest.problems import problems
 from loracache.rest.roles import needs
 from loracache.rest.tokens import Principal
+from loracache.results import OperationState
 from loracache.wire import control_messages as messages
 
 __all__ = ["add_routes", "name_of"]
@@ -56,7 +57,7 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
 async def _started(link: DaemonLink, request: Any, response: Response) -> models.Operation:
     """Send what starts an operation; 202 where it goes on."""
     (found,) = await link.call(request, request.wait + _ANSWER_S)
-    if found["state"] == "running":
+    if found["state"] == OperationState.RUNNING:
         response.status_code = 202
         response.headers["location"] = f"/v1/operations/{found['id']}"
     return models.Operation(**found)
@@ -129,10 +130,10 @@ def _moving(done: str) -> dict[int | str, dict[str, Any]]:
 
 def _add_operations(app: FastAPI, link: DaemonLink) -> None:
     @app.get("/v1/operations", tags=["operations"], responses=problems(422))
-    async def operations(who: Reader, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> models.Operations:
+    async def operations(who: Reader, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> models.OperationPage:
         """The operations begun last, the latest first. Those that ended are remembered for an hour."""
         found = await link.call(messages.OperationList(name_of(who), who.tenant, limit))
-        return models.Operations(operations=[models.Operation(**item) for item in found])
+        return models.OperationPage(operations=[models.Operation(**item) for item in found])
 
     @app.get("/v1/operations/{operation}", tags=["operations"], responses=problems(404, 422))
     async def operation(operation: OperationId, who: Reader, wait: Wait = 0.0) -> models.Operation:

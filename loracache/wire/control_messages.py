@@ -1,9 +1,8 @@
 """The messages by which operators steer a daemon (protocol.py has those of the data path, and says how they travel).
 
-`by` says who asked, for the audit log, where the connection asks for somebody else; `scope` is the salt digest of the
-tenant that asks, outside of which nothing is seen ("": all is). A selector is a map of Selector's fields
-(selection.py); its `adapter` may be a name. An operation is answered by its description after at most `wait` seconds,
-whether it has ended by then or not. Pure encoding and checking; used by both sides.
+A selector is a map of Selector's fields (control/selection.py); its `adapter` may be a name. An operation is answered
+by its description after at most `wait` seconds, whether it has ended by then or not. Pure encoding and checking; used
+by both sides.
 """
 
 from __future__ import annotations
@@ -14,19 +13,21 @@ from typing import Any, ClassVar
 from loracache.wire.protocol import Request
 
 __all__ = [
-    "Admit", "Cancel", "Clear", "Compress", "Config", "Decompress", "Events", "Evict", "Locate", "Move", "Objects",
-    "OperationList", "OperationShow", "Pin", "Tree", "Unpin",
+    "Admit", "Cancel", "Clear", "Compress", "ConfigShow", "Decompress", "EventList", "Evict", "Locate", "Move",
+    "ObjectList", "OperationList", "OperationShow", "Pin", "Tree", "Unpin",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked(Request):
+class _ControlRequest(Request):
     by: str
+    """Who asked, for the audit log, where the connection asks for somebody else."""
     scope: str
+    """Salt digest of the tenant that asks, outside of which nothing is seen; "": everything is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Locate(_Asked):
+class Locate(_ControlRequest):
     """How far what is selected is held, and where. -> [a map: tokens, objects, hits, tiers (a label a hit), ...]"""
 
     operation: ClassVar[str] = "locate"
@@ -34,18 +35,19 @@ class Locate(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Pin(_Asked):
-    """Keep objects in a tier. ttl: seconds, 0 for ever. -> [operation]"""
+class Pin(_ControlRequest):
+    """Keep objects in a tier. -> [operation]"""
 
     operation: ClassVar[str] = "pin"
     selector: dict[str, Any]
     tier: str
     ttl: float
+    """Seconds; 0: for ever."""
     wait: float
 
 
 @dataclass(frozen=True, slots=True)
-class Unpin(_Asked):
+class Unpin(_ControlRequest):
     """End pins. -> [operation]"""
 
     operation: ClassVar[str] = "unpin"
@@ -55,7 +57,7 @@ class Unpin(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Evict(_Asked):
+class Evict(_ControlRequest):
     """Remove objects and their descendants from tiers. -> [operation]"""
 
     operation: ClassVar[str] = "evict"
@@ -65,7 +67,7 @@ class Evict(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Clear(_Asked):
+class Clear(_ControlRequest):
     """Remove everything from tiers, but for what is leased, pinned or named. -> [operation]"""
 
     operation: ClassVar[str] = "clear"
@@ -74,7 +76,7 @@ class Clear(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Admit(_Asked):
+class Admit(_ControlRequest):
     """Raise (or write) objects to a tier ahead of need, from wherever they are. -> [operation]"""
 
     operation: ClassVar[str] = "admit"
@@ -84,19 +86,20 @@ class Admit(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Move(_Asked):
-    """Bring objects from the tier `source` to another; keep: leave them at the source too. -> [operation]"""
+class Move(_ControlRequest):
+    """Bring objects from the tier `source` to another. -> [operation]"""
 
     operation: ClassVar[str] = "move"
     selector: dict[str, Any]
     source: str
     tier: str
     keep: bool
+    """Leave them at the source too."""
     wait: float
 
 
 @dataclass(frozen=True, slots=True)
-class Compress(_Asked):
+class Compress(_ControlRequest):
     """Keep objects of a tier compressed, losslessly. -> [operation]"""
 
     operation: ClassVar[str] = "compress"
@@ -106,7 +109,7 @@ class Compress(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Decompress(_Asked):
+class Decompress(_ControlRequest):
     """Keep objects of a tier as they are again. -> [operation]"""
 
     operation: ClassVar[str] = "decompress"
@@ -116,7 +119,7 @@ class Decompress(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class OperationShow(_Asked):
+class OperationShow(_ControlRequest):
     """How far an operation is. -> [operation]"""
 
     operation: ClassVar[str] = "operation_show"
@@ -125,7 +128,7 @@ class OperationShow(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class OperationList(_Asked):
+class OperationList(_ControlRequest):
     """The operations begun last, the latest first. -> [operation, ...]"""
 
     operation: ClassVar[str] = "operation_list"
@@ -133,7 +136,7 @@ class OperationList(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel(_Asked):
+class Cancel(_ControlRequest):
     """Have an operation end before its next step. -> [operation]"""
 
     operation: ClassVar[str] = "cancel"
@@ -141,41 +144,45 @@ class Cancel(_Asked):
 
 
 @dataclass(frozen=True, slots=True)
-class Objects(_Asked):
-    """Objects held, namespace by namespace in the order of keys. selector: as elsewhere, or {} for all. tier: a label,
-    "" for any. after: where the page before ended. -> [where this one ended ("" at the end), a map, ...]"""
+class ObjectList(_ControlRequest):
+    """A page of the objects held, namespace by namespace in the order of keys. -> [where it ended ("" at the end), a
+    map, ...]"""
 
     operation: ClassVar[str] = "objects"
     selector: dict[str, Any]
+    """As elsewhere, or {} for all."""
     tier: str
+    """A label, "" for any."""
     after: str
+    """Where the page before ended."""
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Tree(_Asked):
-    """What stands below `name` in the tree: "" (the base models, the adapters), or a node's id as answered here.
-    -> [where this page ended ("" at the end), a map, ...]"""
+class Tree(_ControlRequest):
+    """What stands below a node of the tree. -> [where this page ended ("" at the end), a map, ...]"""
 
     operation: ClassVar[str] = "tree"
     name: str
+    """A node's id as answered here, or "": the base models, the adapters."""
     after: str
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Events(_Asked):
-    """Events behind number `since` (0: from now on), after at most `wait` seconds. -> [number of the last, how many are
-    lost, a map, ...]"""
+class EventList(_ControlRequest):
+    """The next events. -> [number of the last, how many are lost, a map, ...]"""
 
     operation: ClassVar[str] = "events"
     since: int
+    """Number behind which they begin; 0: from now on."""
     count: int
     wait: float
+    """Seconds at most, where there is none yet."""
 
 
 @dataclass(frozen=True, slots=True)
-class Config(Request):
+class ConfigShow(Request):
     """The daemon's settings, secrets left out. -> [a map]"""
 
     operation: ClassVar[str] = "config"

@@ -22,10 +22,10 @@ from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, is_int
 from loracache.wire.frames import frame
 
 __all__ = [
-    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "OPERATIONS", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
+    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
     "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
     "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Lookup", "Prefetch", "Register", "Release", "Renew",
-    "Report", "Request", "Reserve", "Resident", "Status", "decode_request", "fault", "join_keys", "split_keys",
+    "Report", "Request", "Reserve", "Resident", "Status", "fault", "join_keys", "shown", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
@@ -49,10 +49,11 @@ def join_keys(keys: Sequence[bytes]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """The daemon's first frame, sent with the arena's descriptor. instance: 16 random bytes of this daemon's run."""
+    """The daemon's first frame, sent with the arena's descriptor."""
 
     version: int
     instance: bytes
+    """16 random bytes of this daemon's run."""
     arena_size: int
     page_size: int
 
@@ -73,18 +74,11 @@ class Greeting:
         return cls(*message)
 
 
-OPERATIONS: dict[str, type[Request]] = {}
-
-
 class Request:
     """Base of all requests. A field's name decides how it is checked (fields.py)."""
 
     operation: ClassVar[str]
     __slots__ = ()
-
-    def __init_subclass__(cls) -> None:
-        if "operation" in vars(cls):
-            OPERATIONS[cls.operation] = cls
 
     def encode(self, number: int) -> bytes:
         """As a frame."""
@@ -118,13 +112,14 @@ class AdapterDigest(Request):
 
 @dataclass(frozen=True, slots=True)
 class AdapterAdd(Request):
-    """Take the PEFT folder at `path` on the daemon's machine into the cache, and point `name` at it ("": no name).
-    by: who asked, for the audit log. -> [hex digest]"""
+    """Take the PEFT folder at `path` on the daemon's machine into the cache, and point `name` at it. -> [hex digest]"""
 
     operation: ClassVar[str] = "adapter_add"
     path: str
     name: str
+    """An empty one points nowhere."""
     by: str
+    """Who asked, for the audit log, where the connection asks for somebody else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,22 +140,24 @@ class AdapterShow(Request):
 
 @dataclass(frozen=True, slots=True)
 class AdapterList(Request):
-    """The next adapters by name, from behind `name` on: at most `count`, none at the end.
-    -> [a map as of AdapterShow, ...]"""
+    """The next adapters by name, none at the end. -> [a map as of AdapterShow, ...]"""
 
     operation: ClassVar[str] = "adapter_list"
     name: str
+    """Behind which they begin."""
     count: int
+    """At most so many."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRemove(Request):
-    """Forget a name; what no name points to any more leaves all tiers with its KV. by: who asked, for the audit log.
-    -> [objects, bytes, skipped], or [] where nobody knows the name"""
+    """Forget a name; what no name points to any more leaves all tiers with its KV. -> [objects, bytes, skipped], or []
+    where nobody knows the name"""
 
     operation: ClassVar[str] = "adapter_remove"
     name: str
     by: str
+    """As of AdapterAdd."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +170,14 @@ class Resident(Request):
 
 @dataclass(frozen=True, slots=True)
 class Lookup(Request):
-    """Leading run of `keys` held anywhere; holds what is in the arena under `lease` where one is given (b"": none).
-
-    -> [tiers: one byte a hit, a Tier value]. `group` keys make one chunk (its shards): the run ends with a whole chunk.
-    """
+    """Leading run of `keys` held anywhere. -> [tiers: one byte a hit, a Tier value]"""
 
     operation: ClassVar[str] = "lookup"
     lease: bytes
+    """Holds what is in the arena; b"": none."""
     keys: bytes
     group: int
+    """So many keys make one chunk (its shards): the run ends with a whole chunk."""
     ttl: float
 
 
@@ -219,34 +215,37 @@ class Renew(Request):
 
 @dataclass(frozen=True, slots=True)
 class Release(Request):
-    """End a lease; `keys` are those whose bytes disagreed with their checksum. -> [held until now]"""
+    """End a lease. -> [held until now]"""
 
     operation: ClassVar[str] = "release"
     lease: bytes
     keys: bytes
+    """Those whose bytes disagreed with their checksum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve(Request):
-    """Space for new objects. parents: a key each, NO_PARENT for a chain's first. -> [extents or cause, ...]"""
+    """Space for new objects. -> [extents or cause, ...]"""
 
     operation: ClassVar[str] = "reserve"
     lease: bytes
     namespace: bytes
     keys: bytes
     parents: bytes
+    """A key each, NO_PARENT for a chain's first."""
     sizes: list[int]
     ttl: float
 
 
 @dataclass(frozen=True, slots=True)
 class Commit(Request):
-    """Make written objects visible and end their lease. checksums: xxh3_64 each. -> ["" or cause, ...]"""
+    """Make written objects visible and end their lease. -> [cause, "" for none, ...]"""
 
     operation: ClassVar[str] = "commit"
     lease: bytes
     keys: bytes
     checksums: list[int]
+    """xxh3_64 each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,32 +278,15 @@ class Report(Request):
     counts: dict[str, int]
 
 
-def decode_request(message: Any) -> tuple[int, Request]:
-    """(number, request) of a received message. Raises ProtocolError naming the field and the value."""
-    if not isinstance(message, list) or len(message) < 2 or not is_int(message[0]):
-        raise ProtocolError("a request is a list: number, operation, fields")
-    number, operation, *values = message
-    cls = OPERATIONS.get(operation) if isinstance(operation, str) else None
-    if cls is None:
-        raise ProtocolError(f"unknown operation {_shown(operation)}; known: {', '.join(OPERATIONS)}")
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    if len(values) != len(names):
-        raise ProtocolError(f"{operation} takes {len(names)} fields ({', '.join(names)}), not {len(values)}")
-    request = cls(*values)
-    if wrong := fault(request):
-        raise ProtocolError(wrong)
-    return number, request
-
-
 def fault(request: Request) -> str:
     """What is wrong with a request's fields, or ""."""
     for field in fields(request):  # type: ignore[arg-type]
         value = getattr(request, field.name)
         if problem := CHECKS[field.name](value):
-            return f"{request.operation}: {field.name} {problem}, not {_shown(value)}"
+            return f"{request.operation}: {field.name} {problem}, not {shown(value)}"
     return ""
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A received value for a message: cut short, and not deeper than a few levels, for its text may never end."""
     return reprlib.repr(value[:60] if isinstance(value, str | bytes) else value)[:80]

@@ -19,26 +19,29 @@ BANNED_CALLS = {"eval", "exec"}
 # All that each room may lead to, through any number of modules; no more and no less. "vllm" is connectors.vllm. A new
 # arrow is a decision: write it here, and in the "May import" line of the room's __init__.
 REACHES = {
-    "loracache": "client errors keys mapping tiers wire",
+    "loracache": "client errors keys mapping results tiers wire",
     "adapters": "errors folder keys",
     "cache": (
-        "cache.policy cache.state cache.tier errors free_pages mapping memory_limit storage_backends tiers tracing"
+        "cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
+        "tiers tracing"
     ),
     "cache.policy": "cache.state errors free_pages mapping memory_limit storage_backends tiers",
     "cache.state": "errors free_pages mapping memory_limit storage_backends tiers",
-    "cache.tier": "cache.policy cache.state errors free_pages mapping memory_limit storage_backends tiers tracing",
+    "cache.tier": (
+        "cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers tracing"
+    ),
     "cli": (
         "adapters cache cache.policy cache.state cache.tier client config control daemon errors folder "
-        "free_pages keys logs loracache mapping memory_limit namespaces rest storage_backends "
+        "free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
-    "client": "errors keys mapping tiers wire",
+    "client": "errors keys mapping results tiers wire",
     "config": "errors logs",
     "connectors": "",
     "vllm": (
-        "adapters client config errors free_pages kernels keys logs mapping tiers vllm.common vllm.frontend "
-        "vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora vllm.worker vllm.worker.lora "
-        "wire"
+        "adapters client config errors free_pages kernels keys logs mapping results tiers vllm.common "
+        "vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora vllm.worker "
+        "vllm.worker.lora wire"
     ),
     "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
     "vllm.frontend": "client config errors keys logs mapping vllm.common vllm.lora wire",
@@ -46,25 +49,28 @@ REACHES = {
     "vllm.link": "client errors keys mapping tiers wire",
     "vllm.lora": "adapters errors kernels",
     "vllm.scheduler": (
-        "adapters client config errors kernels keys logs mapping tiers vllm.common vllm.link vllm.lora "
-        "vllm.scheduler.lora wire"
+        "adapters client config errors kernels keys logs mapping results tiers vllm.common vllm.link "
+        "vllm.lora vllm.scheduler.lora wire"
     ),
-    "vllm.scheduler.lora": "adapters client errors kernels keys mapping tiers vllm.common vllm.link vllm.lora wire",
+    "vllm.scheduler.lora": (
+        "adapters client errors kernels keys mapping results tiers vllm.common vllm.link vllm.lora wire"
+    ),
     "vllm.worker": (
-        "adapters client config errors free_pages kernels keys logs mapping tiers vllm.common vllm.link "
-        "vllm.lora vllm.worker.lora wire"
+        "adapters client config errors free_pages kernels keys logs mapping results tiers vllm.common "
+        "vllm.link vllm.lora vllm.worker.lora wire"
     ),
     "vllm.worker.lora": (
-        "adapters client config errors free_pages kernels keys logs mapping vllm.common vllm.link vllm.lora wire"
+        "adapters client config errors free_pages kernels keys logs mapping results vllm.common vllm.link "
+        "vllm.lora wire"
     ),
     "control": (
         "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys mapping "
-        "memory_limit namespaces storage_backends tiers tracing wire"
+        "memory_limit namespaces results storage_backends tiers tracing wire"
     ),
     "daemon": (
         "adapters cache cache.policy cache.state cache.tier client config control errors folder free_pages "
-        "keys logs loracache mapping memory_limit namespaces rest storage_backends storage_backends.disk "
-        "storage_backends.redis tiers tracing wire"
+        "keys logs loracache mapping memory_limit namespaces rest results storage_backends "
+        "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
     "errors": "",
     "folder": "",
@@ -75,7 +81,8 @@ REACHES = {
     "mapping": "",
     "memory_limit": "",
     "namespaces": "errors folder keys",
-    "rest": "adapters client config errors folder keys logs loracache mapping tiers tracing wire",
+    "rest": "adapters client config errors folder keys logs loracache mapping results tiers tracing wire",
+    "results": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors storage_backends",
     "storage_backends.redis": "adapters errors folder keys storage_backends",

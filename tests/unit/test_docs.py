@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import rooms  # scripts/rooms.py
 
 from loracache.config import Config
+from loracache.results import Cause, NodeKind, OperationState
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,3 +64,13 @@ def test_rooms_that_the_table_of_changes_names_exist() -> None:
         assert 1 <= len({name.partition(".py")[0] for name in names}) <= 3
         for name in names:
             assert (ROOT / name).exists() or (ROOT / "loracache" / name).exists(), name
+
+
+@pytest.mark.parametrize(("column", "kind"), [("cause", Cause), ("state", OperationState), ("kind", NodeKind)])
+def test_the_list_of_results_is_what_the_code_says(column: str, kind: type[enum.StrEnum]) -> None:
+    """In the code's order, each with what it means and what to do."""
+    text = (ROOT / "docs" / "control-api.md").read_text()
+    table = text.partition(f"| {column} | what it means | what to do |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    assert [row[0] for row in rows] == [f"`{value}`" for value in kind if value]
+    assert all(len(row) == 3 and all(row) for row in rows)

@@ -27,6 +27,7 @@ from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, p
 from loracache.connectors.vllm.worker.transfer import Loader, StoreJob, Storer
 from loracache.connectors.vllm.worker.weights import WeightsWatch
 from loracache.errors import UsageError
+from loracache.results import Cause
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["WorkerSide"]
 
 _log = logging.getLogger(__name__)
-_MAY_BE_STORED_LATER = {"unavailable", "lease_lost", "no_parent"}
+_MAY_BE_STORED_LATER = {Cause.UNAVAILABLE, Cause.LEASE_LOST, Cause.NO_PARENT}
 _STORES_PATIENCE_S = 2.0  # for the stores of blocks that the next step may overwrite
 
 
@@ -303,7 +304,7 @@ class WorkerSide:
             for request_id, load in self._not_yet_run.items()
             if load.adapter is not None and load.adapter.lora_int_id == adapter and load.adapter.digest != digest
         }
-        self._fail_loads(stale, "adapter_changed")
+        self._fail_loads(stale, Cause.ADAPTER_CHANGED)
 
     def _may_load(self, load: Load) -> bool:
         if load.adapter is None:

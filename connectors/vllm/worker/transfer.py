@@ -26,6 +26,7 @@ from loracache.connectors.vllm.worker.gate import Gate
 from loracache.errors import LoRACacheError, Rejected, Unavailable
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import checksum, object_key
+from loracache.results import Cause
 from loracache.wire import protocol
 
 __all__ = ["Loader", "StoreJob", "Storer"]
@@ -107,8 +108,8 @@ class Loader:
             except Exception:  # noqa: BLE001 - top of the thread: no load may wait for ever because of a bug
                 _log.exception("loading failed; the loads under way are recomputed")
                 self._link.connection.close()
-                self._fail_all("bug")
-        self._fail_all("shutdown")
+                self._fail_all(Cause.BUG)
+        self._fail_all(Cause.SHUTDOWN)
         self._link.connection.close()
 
     def _wait(self) -> None:
@@ -138,26 +139,26 @@ class Loader:
             except (LoRACacheError, ValueError) as error:
                 _log.debug("load of %s: %s", job.load.request_id, error)
                 self._forget(job)
-                self._end(job, "rejected" if isinstance(error, Rejected) else "unavailable")
+                self._end(job, Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE)
         now = time.monotonic()
         for job in [job for job in self._active if job.deadline <= now]:
             self._forget(job)
-            self._end(job, "deadline")
+            self._end(job, Cause.DEADLINE)
 
     def _begin(self, load: Load, after: Any) -> None:
         job = _Loading(load, after, time.monotonic() + self._timeout, os.urandom(16), set(range(len(load.chunks))))
         self._active.append(job)
         if not self._may_load(load):
-            self._end(job, "adapter_changed")
+            self._end(job, Cause.ADAPTER_CHANGED)
         elif not self._link.ready():
-            self._end(job, "unavailable")
+            self._end(job, Cause.UNAVAILABLE)
         else:
             keys = protocol.join_keys([object_key(chunk.key, self._shard) for chunk in load.chunks])
             ttl = self._timeout + _LEASE_MARGIN_S
             try:
                 job.acquire = self._link.connection.send(protocol.Acquire(job.lease, keys, ttl))
             except Unavailable:
-                self._end(job, "unavailable")
+                self._end(job, Cause.UNAVAILABLE)
 
     def _advance(self, job: _Loading) -> None:
         connection = self._link.connection
@@ -173,7 +174,7 @@ class Loader:
         reply = connection.take(job.release)
         if reply is not None:
             # Held until now: nothing can have reused the extents while they were copied.
-            self._end(job, "" if reply.payload[0] else "lease_lost")
+            self._end(job, Cause.NONE if reply.payload[0] else Cause.LEASE_LOST)
 
     def _copy(self, job: _Loading, reply: Reply) -> None:
         for position, *rest in reply.payload:
@@ -183,12 +184,12 @@ class Loader:
                 continue
             size, expected, extents = rest
             if size != job.load.chunk_blocks * self._block_bytes:
-                job.causes["size"] = job.causes.get("size", 0) + 1
+                job.causes[Cause.SIZE] = job.causes.get(Cause.SIZE, 0) + 1
                 continue
             payload = self._link.connection.buffers(extents, size)
             if checksum(payload) != expected:
                 job.bad.append(object_key(chunk.key, self._shard))
-                job.causes["checksum"] = job.causes.get("checksum", 0) + 1
+                job.causes[Cause.CHECKSUM] = job.causes.get(Cause.CHECKSUM, 0) + 1
                 continue
             self._copier.scatter(chunk.blocks, payload, first=chunk.first, of=job.load.chunk_blocks, after=job.after)
             job.missing.discard(position)
@@ -202,7 +203,7 @@ class Loader:
         """Report the load. Without a cause, only what did not arrive has failed."""
         self._active.remove(job)
         if not cause and not self._may_load(job.load):
-            cause = "adapter_changed"
+            cause = Cause.ADAPTER_CHANGED
         if cause:
             job.missing = set(range(len(job.load.chunks)))
             job.causes[cause] = job.causes.get(cause, 0) + 1
@@ -273,17 +274,17 @@ class Storer:
                 self._store(job, causes)
             except LoRACacheError as error:
                 _log.debug("store for %s: %s", job.store.request_id, error)
-                causes["rejected" if isinstance(error, Rejected) else "unavailable"] = len(job.store.chunks)
+                causes[Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE] = len(job.store.chunks)
             except Exception:  # noqa: BLE001 - top of the thread: a bug must not keep a request's blocks for ever
                 _log.exception("a store failed")
-                causes["bug"] = len(job.store.chunks)
+                causes[Cause.BUG] = len(job.store.chunks)
             self._finished(job, causes)
         self._link.connection.close()
 
     def _store(self, job: StoreJob, causes: dict[str, int]) -> None:
         store = job.store
         if not self._may_store(store):
-            causes["adapter_changed"] = len(store.chunks)
+            causes[Cause.ADAPTER_CHANGED] = len(store.chunks)
             return
         if not self._link.ready():
             raise Unavailable("no daemon")
@@ -312,7 +313,7 @@ class Storer:
             connection.abort(lease)
             raise
         for cause in answer:
-            if cause and cause != "exists":
+            if cause and cause != Cause.EXISTS:
                 causes[cause] = causes.get(cause, 0) + 1
 
     def _write(
@@ -321,13 +322,13 @@ class Storer:
         written = []
         for key, chunk, item in zip(keys, job.store.chunks, answer, strict=True):
             if not isinstance(item, list):
-                if item not in ("exists", "busy"):
+                if item not in (Cause.EXISTS, Cause.BUSY):
                     causes[item] = causes.get(item, 0) + 1
                 continue
             blocks = chunk.blocks
             payload = self._link.connection.buffers(item, self._block_bytes * len(blocks))
             if not job.gate.run(lambda: self._copier.gather(blocks, payload, job.after)):  # noqa: B023
-                causes["cancelled"] = causes.get("cancelled", 0) + 1
+                causes[Cause.CANCELLED] = causes.get(Cause.CANCELLED, 0) + 1
                 return []
             written.append((key, checksum(payload)))
         return written

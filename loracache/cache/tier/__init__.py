@@ -1,5 +1,5 @@
 """The tiers below the arena: their threads, write-behind, promotion, the disk's budget.
 
-May import: cache.policy, cache.state, errors, storage_backends, tiers, tracing
+May import: cache.policy, cache.state, errors, results, storage_backends, tiers, tracing
 Threads: decisions on the daemon's loop; a backend is called on its tier's own threads, and results come back to it.
 """

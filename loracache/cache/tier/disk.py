@@ -15,6 +15,7 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.tier.io import TierIO
 from loracache.cache.tier.write_behind import WriteBehind
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
 
@@ -157,7 +158,7 @@ class DiskTier:
             if node is None:
                 waiting.append(info)
             elif not node.held_in(Tier.DISK):
-                self.writer.forget(node, "exists")
+                self.writer.forget(node, Cause.EXISTS)
                 node.stored = info.stored
                 self._index.enter(node, Tier.DISK, "found")
                 self.used += self.cost(node)
@@ -173,13 +174,13 @@ class DiskTier:
         self.loaded = True
         self.writer.start()
 
-    def _refuse(self, node: Node) -> str | None:
+    def _refuse(self, node: Node) -> Cause | None:
         parent = node.parent
         if parent is not None and parent.kind is not Kind.LORA and not _on_disk_or_coming(parent):
-            return "no_parent"
+            return Cause.NO_PARENT
         cost = self.cost(node)
         if not self._make_room(cost, () if parent is None else {parent}):
-            return "full"
+            return Cause.FULL
         self.used += cost
         return None
 

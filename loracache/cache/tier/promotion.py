@@ -12,12 +12,13 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.node import State
 from loracache.cache.tier.io import TierIO
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
 
 __all__ = ["Promoter", "Waiter"]
 
-Waiter = Callable[[Node | None, str], None]  # (the node now in the arena, "") or (None, cause)
+Waiter = Callable[[Node | None, Cause], None]  # (the node now in the arena, NONE) or (None, cause)
 
 _BATCH_BYTES = 8 << 20
 
@@ -64,15 +65,17 @@ class Promoter:
             found: list[tuple[Node, Waiter]] = []
             for (key, waiter), result in zip(wanted, results, strict=True):
                 if result.outcome is not Outcome.OK or result.info is None:
-                    waiter(None, "absent" if result.outcome is Outcome.MISS else f"redis_{result.outcome.value}")
+                    missing = result.outcome is Outcome.MISS
+                    waiter(None, Cause.ABSENT if missing else Cause(f"redis_{result.outcome.value}"))
                     continue
                 node = self._insert(result.info, key)
                 if node is None:
-                    waiter(None, "redis_corrupt")
+                    waiter(None, Cause.REDIS_CORRUPT)
                 elif node.present and node.checksum != result.info.checksum:
-                    waiter(None, "redis_differs")  # computed elsewhere, and the tier that holds ours cannot be read now
+                    # Computed elsewhere, and the tier that holds ours cannot be read now.
+                    waiter(None, Cause.REDIS_DIFFERS)
                 elif node.held_in(Tier.CPU):
-                    waiter(node, "")
+                    waiter(node, Cause.NONE)
                 elif node.state(Tier.CPU) is State.LOADING:
                     self.wait(node, waiter)
                 else:
@@ -103,7 +106,7 @@ class Promoter:
             size = self._arena.rounded(node.size)
             extents = self._arena.allocate(node.size) if self._make_room(size, protected) else None
             if extents is None:
-                waiter(None, "memory_full")
+                waiter(None, Cause.MEMORY_FULL)
                 self._index.unhold(node)
                 continue
             self._index.load(node, extents)
@@ -128,10 +131,10 @@ class Promoter:
                 self._counters.add(f"load.{tier.label}.bytes", node.size)
                 self._arrived(node, tier)
                 for waiter in waiters:
-                    waiter(node, "")
+                    waiter(node, Cause.NONE)
             else:
                 self._index.load_failed(node)
                 self._lost(node, tier, result.outcome)
                 for waiter in waiters:
-                    waiter(None, f"{tier.label}_{result.outcome.value}")
+                    waiter(None, Cause(f"{tier.label}_{result.outcome.value}"))
             self._index.unhold(node)

@@ -15,6 +15,7 @@ from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.tier.io import TierIO
+from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
 
 __all__ = ["WriteBehind"]
@@ -38,7 +39,7 @@ class WriteBehind:
         arena: Arena,
         index: Index,
         counters: Counters,
-        refuse: Callable[[Node], str | None],
+        refuse: Callable[[Node], Cause | None],
         written: Callable[[Node, Outcome], None],
         *,
         started: bool = True,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient
-from loracache.cli.top import Reading, rates
+from loracache.cli.top import Sample, rates
 
 
-def reading(at: float, instance: bytes = b"one", uptime: float = 100.0, **counters: int) -> Reading:
+def reading(at: float, instance: bytes = b"one", uptime: float = 100.0, **counters: int) -> Sample:
     named = {name.replace("_", "."): value for name, value in counters.items()}
-    return Reading(at, instance, {"tiers": {"cpu": {}, "disk": {}}, "uptime_s": uptime, "counters": named}, [])
+    return Sample(at, instance, {"tiers": {"cpu": {}, "disk": {}}, "uptime_s": uptime, "counters": named}, [])
 
 
 def test_rates_are_of_the_time_between_two_readings() -> None:

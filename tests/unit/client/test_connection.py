@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import socket
@@ -15,7 +16,9 @@ import pytest
 
 from loracache import CacheClient, Namespace
 from loracache.client.connection import Connection, socket_path
+from loracache.client.control import OperationReport
 from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable
+from loracache.results import OperationState
 from loracache.wire import protocol
 from loracache.wire.frames import Frames, frame
 
@@ -256,6 +259,38 @@ def test_extents_that_do_not_cover_the_object_are_refused(server: Any, extents: 
 
     with CacheClient(server(handler)) as client, pytest.raises(ProtocolError, match="do not cover"):
         client.get([os.urandom(32)][0])
+
+
+@pytest.mark.parametrize("cause", ["of another release", 7, None])
+def test_a_cause_that_nobody_knows_is_a_malformed_answer_and_what_was_reserved_is_given_up(
+    server: Any, cause: object, eventually: Callable[..., Any]
+) -> None:
+    seen: list[str] = []
+
+    def handler(sock: socket.socket) -> None:
+        greet(sock)
+        for number, operation, *_ in requests(sock):
+            seen.append(operation)
+            if operation == "acquire":
+                sock.sendall(answer(number, protocol.OK, [[0, cause]]))
+            elif operation == "reserve":
+                sock.sendall(answer(number, protocol.OK, [cause]))
+
+    key = os.urandom(32)
+    with CacheClient(server(handler)) as client:
+        with pytest.raises(ProtocolError, match="unknown cause"):
+            client.get(key)
+        with pytest.raises(ProtocolError, match="unknown cause"), client.reserve(bytes(32), [key], [4096]):
+            pass
+        eventually(lambda: {"release", "abort"} <= set(seen), "both leases are given up")
+
+
+@pytest.mark.parametrize("state", ["paused", None, []])
+def test_an_operation_in_a_state_that_nobody_knows_is_a_malformed_answer(state: object) -> None:
+    fields = {field.name: 0 for field in dataclasses.fields(OperationReport)} | {"state": state}
+    with pytest.raises(ProtocolError, match="malformed"):
+        OperationReport.of(fields)
+    assert OperationReport.of(fields | {"state": "done"}).state is OperationState.DONE
 
 
 def test_answers_are_collected_out_of_order_and_in_parts(server: Any) -> None:

@@ -208,7 +208,7 @@ def test_a_daemon_that_stops_ends_its_operations(make_rig: Make) -> None:
         (messages.Clear("", "a" * 64, ["cpu"], 0.0), "a tenant clears nothing"),
         (messages.Evict("", "", {}, ["cpu"], 0.0), "empty"),
         (messages.Evict("", "", {"model": "nobody's"}, ["cpu"], 0.0), "no engine has registered"),
-        (messages.Objects("", "", {}, "redis", "", 10), "list cpu or disk"),
+        (messages.ObjectList("", "", {}, "redis", "", 10), "list cpu or disk"),
         (messages.OperationShow("", "", "x", 0.0), "no operation"),
         (messages.Evict("", "", {"adapter": "nobody's"}, ["cpu"], 0.0), "no adapter has the name"),
     ],

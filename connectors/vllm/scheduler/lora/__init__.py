@@ -1,5 +1,5 @@
 """Which adapter's pages are where, in which order they are given out, and when a request may run.
 
-May import: adapters, connectors.vllm.common, connectors.vllm.link, connectors.vllm.lora, errors
+May import: adapters, connectors.vllm.common, connectors.vllm.link, connectors.vllm.lora, errors, results
 Threads: the engine's loop; a thread of folders.py reads adapter folders.
 """

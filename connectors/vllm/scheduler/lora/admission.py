@@ -25,6 +25,7 @@ from loracache.connectors.vllm.lora.paths import digest_in
 from loracache.connectors.vllm.scheduler.lora.folders import Folders
 from loracache.connectors.vllm.scheduler.lora.ledger import Answer, PageLedger
 from loracache.errors import LoRACacheError, UsageError
+from loracache.results import Cause
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -221,9 +222,9 @@ class AdapterAdmission:
         self._let_go(found)
         found.next_try = now + min(_AGAIN_S * 2**found.failures, max(_AGAIN_S, self._patience / 4))
         found.failures = min(found.failures + 1, _MOST_FAILURES)
-        if cause == "changed":
+        if cause == Cause.CHANGED:
             self._forget_ids(found)
-        if cause == "unusable":
+        if cause == Cause.UNUSABLE:
             found.problem = "the engine cannot use it; its log says why"
 
     def take_orders(self) -> AdapterOrders:
@@ -296,7 +297,7 @@ class AdapterAdmission:
 
     def _fetched(self, found: _Adapter, payload: Any) -> None:
         try:
-            (_, *rest), *_ = payload or [[0, "unavailable"]]
+            (_, *rest), *_ = payload or [[0, Cause.UNAVAILABLE]]
             if len(rest) == 1:
                 self._link.count(f"adapter.{rest[0]}", 1)
                 if found.path:  # it left the cache: take its folder in once more

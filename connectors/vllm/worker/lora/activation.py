@@ -27,6 +27,7 @@ from loracache.connectors.vllm.worker.lora.pool import Resident
 from loracache.connectors.vllm.worker.lora.recipe import Recipe, Recipes, copy_plain
 from loracache.errors import LoRACacheError, Unavailable, UsageError
 from loracache.keys import checksum
+from loracache.results import Cause
 from loracache.wire import protocol
 
 __all__ = ["Activator", "Order"]
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 _LEASE_S = 60.0
 _FETCHED_S = 10.0  # in the arena at least, after it was fetched ahead
 _END_S = 2.0
-_UNFIT = {"", "pool_full", "evicted", "bug"}  # where the folder would fare no better
+_UNFIT = {Cause.NONE, Cause.POOL_FULL, Cause.EVICTED, Cause.BUG}  # where the folder would fare no better
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +107,15 @@ class Activator:
             return self._load(order)
         except UsageError as error:
             _log.error("adapter %s cannot be served: %s", order.digest[:12], error)
-            return "unusable"
+            return Cause.UNUSABLE
         except (LoRACacheError, OSError) as error:
             _log.warning("adapter %s was not loaded: %s", order.digest[:12], error)
-            return "unavailable"
+            return Cause.UNAVAILABLE
         except Exception as error:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
             if self._failed.get(order.digest) != repr(error):  # it will be tried again
                 _log.exception("adapter %s was not loaded", order.digest[:12])
             self._failed[order.digest] = repr(error)
-            return "bug"
+            return Cause.BUG
 
     def _fetch(self, path: str) -> None:
         digest, connection = digest_in(path), self._link.connection
@@ -133,13 +134,13 @@ class Activator:
 
     def _load(self, order: Order) -> str:
         if self._pool.get(order.digest) is not None:
-            return ""
+            return Cause.NONE
         try:
             cause = self._from_arena(order)
         except Unavailable:
             if not order.path:
                 raise
-            cause = "unavailable"
+            cause = Cause.UNAVAILABLE
         if cause not in _UNFIT and order.path:
             cause = self._from_folder(order)
         return cause
@@ -169,8 +170,8 @@ class Activator:
             except UsageError:  # of what its header says, or of what became of that
                 if checksum(payload) == expected:
                     raise
-                cause = "checksum"
-            if cause == "checksum":
+                cause = Cause.CHECKSUM
+            if cause == Cause.CHECKSUM:
                 bad = key
             return cause
         finally:
@@ -182,29 +183,29 @@ class Activator:
             packing = Packing(folder)
             payload = [memoryview(bytearray(packing.size))]
             if packing.write(payload) != order.digest:
-                return "changed"
+                return Cause.CHANGED
         return self._fill(order, payload, checksum(payload), lambda: True)
 
     def _fill(self, order: Order, payload: list[memoryview], expected: int, held: Callable[[], bool]) -> str:
         recipe = self._recipes.of(payload)
         resident = self._pool.reserve(recipe.placement, recipe.scales)
         if resident is None:
-            return "pool_full"
-        cause = "bug"
+            return Cause.POOL_FULL
+        cause = Cause.BUG
         try:
             total, proven = self._copy(order, resident, recipe, payload)
             if total != expected:
-                cause = "checksum"
+                cause = Cause.CHECKSUM
             elif not proven and not held():
-                cause = "lease_lost"
+                cause = Cause.LEASE_LOST
             else:
-                cause = ""
+                cause = Cause.NONE
         finally:
             if cause:
                 self._pool.give_back(resident)
         if cause:
             return cause
-        return "" if self._pool.settle(order.digest, resident) else "evicted"
+        return Cause.NONE if self._pool.settle(order.digest, resident) else Cause.EVICTED
 
     def _copy(self, order: Order, resident: Resident, recipe: Recipe, payload: list[memoryview]) -> tuple[int, bool]:
         """Copies; answers a checksum, and whether it is of what is on the pages rather than of the payload."""
