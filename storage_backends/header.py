@@ -23,6 +23,22 @@ from loracache.storage_backends.base import KEY_BYTES, Kind, ObjectInfo, Transfe
 from loracache.storage_backends.codec import CodecError, Kept
 from loracache.storage_backends.vectors import length
 
+__all__ = [
+    "HEADER_BYTES",
+    "MAC_BYTES",
+    "Header",
+    "HeaderError",
+    "as_stored",
+    "check_integrity_key",
+    "header_fault",
+    "pack",
+    "payload_checksum",
+    "payload_fault",
+    "restore",
+    "transfer_fault",
+    "unpack",
+]
+
 MAGIC = b"LoRACach"
 VERSION = 2
 MAC_BYTES = 32

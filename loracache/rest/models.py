@@ -10,8 +10,8 @@ from loracache.client.control import Selection
 from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
-    "ALL_TIERS", "Adapter", "Adapters", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found", "Lookup",
-    "Move", "Object", "Objects", "Operation", "Operations", "Pin", "Selector", "TreeNode", "TreePage", "Unpin",
+    "ALL_TIERS", "Adapter", "Adapters", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found", "LocalTier",
+    "Lookup", "Move", "Object", "Objects", "Operation", "Operations", "Pin", "Selector", "TreeNode", "TreePage", "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -31,6 +31,8 @@ from loracache.storage_backends.disk.manifest import Manifest, parents_first
 from loracache.storage_backends.disk.object_files import FULL, UNWRITABLE, ObjectFiles, footprint
 from loracache.storage_backends.vectors import head
 
+__all__ = ["DiskBackend", "DiskInUse"]
+
 _log = logging.getLogger(__name__)
 
 _GONE = {errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN}

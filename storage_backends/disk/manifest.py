@@ -17,6 +17,8 @@ from pathlib import Path
 
 from loracache.storage_backends.base import Kind, ObjectInfo
 
+__all__ = ["RECORD_BYTES", "Manifest", "parents_first"]
+
 _log = logging.getLogger(__name__)
 
 _MAGIC = b"LoRACach manifest v2\n".ljust(32, b"\0")
