@@ -11,7 +11,8 @@ from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
     "ALL_TIERS", "Adapter", "Adapters", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found", "LocalTier",
-    "Lookup", "Move", "Object", "Objects", "Operation", "Operations", "Pin", "Selector", "TreeNode", "TreePage", "Unpin",
+    "Lookup", "Move", "Object", "Objects", "Operation", "Operations", "Pin", "Selector", "TreeNode", "TreePage",
+    "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
