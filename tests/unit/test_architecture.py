@@ -21,12 +21,13 @@ BANNED_CALLS = {"eval", "exec"}
 REACHES = {
     "loracache": "client errors keys mapping tiers wire",
     "adapters": "errors folder keys",
+    "audit": ("adapters config errors folder keys storage_backends storage_backends.disk storage_backends.redis"),
     "cache": "cache.policy cache.state cache.tier errors free_pages mapping storage_backends tiers tracing",
     "cache.policy": "cache.state errors free_pages mapping storage_backends tiers",
     "cache.state": "errors free_pages mapping storage_backends tiers",
     "cache.tier": "cache.policy cache.state errors free_pages mapping storage_backends tiers tracing",
     "cli": (
-        "adapters cache cache.policy cache.state cache.tier client config control daemon errors folder "
+        "adapters audit cache cache.policy cache.state cache.tier client config control daemon errors folder "
         "free_pages keys loracache mapping namespaces rest storage_backends storage_backends.disk "
         "storage_backends.redis tiers tracing wire"
     ),
