@@ -110,7 +110,29 @@ def faults() -> Callable[[dict[str, Any]], dict[tuple[str, str], int]]:
     return lambda said: {(each["place"], each["fault"]): each["count"] for each in said["findings"]}
 
 
+@pytest.fixture(scope="module")
+def stock(
+    module_daemon: Callable[..., Any], module_redis: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Kept, Any, dict[bytes, bytes]]:
+    """A folder and a Redis that one daemon filled; the server, and a dump of each of its keys."""
+    server, folder = module_redis(), tmp_path_factory.mktemp("stock")
+    kept = fill(module_daemon, folder / "disk", folder / "peft", server.url)
+    names = [name for name in server.redis.scan_iter() if server.redis.pttl(name) == -1]
+    return kept, server.redis, {name: server.redis.dump(name) for name in names}
+
+
 @pytest.fixture
-def filled(daemon: Callable[..., Any], redis_server: Callable[[], Any], tmp_path: Path) -> Kept:
-    """A folder and a Redis."""
-    return fill(daemon, tmp_path / "disk", tmp_path / "peft", redis_server().url)
+def server(stock: tuple[Kept, Any, dict[bytes, bytes]]) -> Any:
+    """The Redis, as it was filled."""
+    _, client, dumps = stock
+    client.flushall()
+    for name, dump in dumps.items():
+        client.restore(name, 0, dump)
+    return client
+
+
+@pytest.fixture
+def filled(stock: tuple[Kept, Any, dict[bytes, bytes]], server: Any, tmp_path: Path) -> Kept:
+    """The folder, this test's own, and the Redis."""
+    shutil.copytree(stock[0].path, tmp_path / "disk")
+    return Kept(tmp_path / "disk", stock[0].url, stock[0].chains, stock[0].adapter)

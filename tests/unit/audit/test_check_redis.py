@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-import redis as redis_client
 
 from loracache import CacheClient
 from loracache.audit import redis as redis_check
@@ -15,18 +15,12 @@ from loracache.storage_backends.codec import Kept
 from loracache.storage_backends.redis.commands import RETIRED_S
 
 
-@pytest.fixture
-def server(filled: Any) -> Any:
-    with redis_client.Redis(unix_socket_path=filled.url.removeprefix("unix://")) as client:
-        yield client
-
-
 def head(key: bytes) -> str:
     return f"loracache:{{{key.hex()}}}"
 
 
 def test_each_fault_of_a_redis_is_seen_mended_and_gone(
-    filled: Any, server: Any, check: Any, faults: Any, daemon: Any, eventually: Any
+    filled: Any, server: Any, check: Any, faults: Any, daemon: Any
 ) -> None:
     assert check(filled) == (0, {"checked": {"redis": 13, "disk": 13}, "left": 0, "findings": []})
     plain, compressed, _ = filled.chains
@@ -53,8 +47,8 @@ def test_each_fault_of_a_redis_is_seen_mended_and_gone(
 
     running = daemon(redis=filled.url)
     with CacheClient(running.url) as client:
-        assert [client.lookup(keys).hits for keys in filled.chains] == [1, 1, 4]
-        assert all(client.get(key) for key in (plain[0], compressed[0], *filled.chains[2]))
+        present = [[client.get(key) is not None for key in keys] for keys in filled.chains]
+        assert present == [[True, False, False, False], [True, False, False, False], [True] * 4]
         assert client.find_adapter("team/one") == filled.adapter
 
 
@@ -116,8 +110,28 @@ def test_a_name_whose_content_the_redis_has_is_no_fault(filled: Any, check: Any,
     assert (code, faults(said)) == (1, {("names", "name_alone"): 1})
 
 
-def test_a_redis_that_is_gone_is_told(filled: Any, server: Any, check: Any) -> None:
-    server.shutdown(nosave=True)
+def test_a_redis_that_is_gone_is_told(filled: Any, check: Any, tmp_path: Path) -> None:
+    filled.url = f"unix://{tmp_path}/gone.sock"
     code, said = check(filled)
     assert code == 1
     assert f"redis {filled.url}" in said["error"]
+
+
+def test_the_rights_that_the_documents_name_suffice(
+    filled: Any, server: Any, check: Any, faults: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    daemons = text.partition("~loracache:* ")[2].partition("\n")[0].split()
+    more = text.partition("Beyond a daemon's rights the Redis user needs `")[2].partition("`")[0].split()
+    assert len(more) == 2
+    server.delete(f"{head(filled.chains[0][3])}:0", head(filled.chains[0][2]))
+    monkeypatch.setenv("LORACACHE_REDIS", f"unix://cache:secret@{filled.url.removeprefix('unix://')}")
+    filled.url = ""
+    for rights, expected in ((daemons, "NOPERM"), ([*daemons, *more], "")):
+        server.execute_command("ACL", "SETUSER", "cache", "reset", "on", ">secret", "~loracache:*", *rights)
+        code, said = check(filled, "--fix")
+        if expected:
+            assert code == 1
+            assert "permission" in said["error"]
+        else:
+            assert (code, faults(said)) == (0, {("redis", "incomplete"): 1, ("redis", "orphan"): 1})
