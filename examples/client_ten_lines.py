@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from loracache import CacheClient
-from loracache.keys import Namespace, chunk_keys
+from loracache import CacheClient, Namespace, chunk_keys
 
 
 def main(server: str) -> None:

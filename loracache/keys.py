@@ -19,8 +19,8 @@ import xxhash
 from loracache.errors import UsageError
 
 __all__ = [
-    "KEY_BYTES", "LORA_NAMESPACE", "Media", "Namespace", "checksum", "chunk_keys", "is_digest", "object_key",
-    "salt_digest", "token_array",
+    "KEY_BYTES", "LORA_NAMESPACE", "Media", "Namespace", "TokenArray", "checksum", "chunk_keys", "is_digest",
+    "object_key", "salt_digest", "token_array",
 ]  # fmt: skip
 
 KEY_BYTES = 32

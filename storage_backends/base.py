@@ -35,6 +35,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+__all__ = [
+    "ALIGNMENT",
+    "KEY_BYTES",
+    "Kind",
+    "ObjectInfo",
+    "Outcome",
+    "Result",
+    "Standing",
+    "StorageBackend",
+    "Transfer",
+    "padded",
+]
+
 KEY_BYTES = 32
 ALIGNMENT = 4096
 

@@ -35,6 +35,8 @@ import zstandard
 
 from loracache.storage_backends.vectors import length, pieces
 
+__all__ = ["BLOCK_BYTES", "PLANES", "CodecError", "Kept", "decode", "encode", "keep", "scatter", "scratch_for"]
+
 BLOCK_BYTES = 1 << 20  # part of the format, and a multiple of every element
 PLANES = (1, 2, 4, 8)
 LEVEL = 1

@@ -23,6 +23,23 @@ from loracache.storage_backends.base import KEY_BYTES, Kind, ObjectInfo, Transfe
 from loracache.storage_backends.codec import CodecError, Kept
 from loracache.storage_backends.vectors import length
 
+__all__ = [
+    "HEADER_BYTES",
+    "MAC_BYTES",
+    "Header",
+    "HeaderError",
+    "OtherVersion",
+    "as_stored",
+    "check_integrity_key",
+    "header_fault",
+    "pack",
+    "payload_checksum",
+    "payload_fault",
+    "restore",
+    "transfer_fault",
+    "unpack",
+]
+
 MAGIC = b"LoRACach"
 VERSION = 2
 MAC_BYTES = 32
@@ -39,6 +56,10 @@ HEADER_BYTES = _FIELDS.size + MAC_BYTES + _CRC.size
 
 class HeaderError(ValueError):
     """These bytes are no header: the message says what is wrong with them."""
+
+
+class OtherVersion(HeaderError):
+    """It may be a header all the same, of a version that is not known here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +115,7 @@ def unpack(raw: bytes | memoryview) -> Header:
     if magic != MAGIC:
         raise HeaderError("header does not begin with the magic bytes")
     if version not in (1, VERSION):
-        raise HeaderError(f"header is of version {version}, this is version {VERSION}")
+        raise OtherVersion(f"header is of version {version}, this is version {VERSION}")
     layout = _FIELDS if version == VERSION else _FIELDS_1
     end = layout.size + MAC_BYTES
     if len(raw) < end + _CRC.size:

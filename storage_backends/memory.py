@@ -13,6 +13,8 @@ from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.vectors import head
 
+__all__ = ["MemoryBackend"]
+
 
 class MemoryBackend(StorageBackend):
     """Holds at most `capacity` bytes as they are kept (None: no limit); what does not fit answers FULL."""

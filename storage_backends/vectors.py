@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loracache.storage_backends.base import ALIGNMENT
 
+__all__ = ["IOV_MAX", "advance", "head", "length", "move", "pieces"]
+
 IOV_MAX = os.sysconf("SC_IOV_MAX") if "SC_IOV_MAX" in os.sysconf_names else 1024
 
 

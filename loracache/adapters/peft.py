@@ -24,7 +24,10 @@ from safetensors import SafetensorError, safe_open
 
 from loracache.errors import UsageError
 
-__all__ = ["CONFIG", "DTYPE_BYTES", "WEIGHTS", "PeftFolder", "Settings", "TensorInfo", "module_of", "unusable_settings"]
+__all__ = [
+    "CONFIG", "DTYPE_BYTES", "WEIGHTS", "PeftFolder", "Settings", "TensorInfo", "is_finite", "module_of",
+    "unusable_settings",
+]  # fmt: skip
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}

@@ -1,5 +1,5 @@
 """The command line: `loracache serve`, and every operation of a daemon as `loracache VERB`.
 
-May import: adapters, client, config, daemon, errors, keys, logs, rest, results, tiers, wire
+May import: adapters, audit, client, config, daemon, errors, keys, logs, rest, results, tiers, wire
 Threads: one. What a command alone needs is imported when it runs.
 """

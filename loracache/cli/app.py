@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from loracache import __version__
-from loracache.cli import adapters, jobs, objects, tokens, top
+from loracache.cli import adapters, check, jobs, objects, tokens, top
 from loracache.cli.common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, number, print_json
 from loracache.errors import ConfigError
 
@@ -139,6 +139,7 @@ def flush(
         client.flush(timeout)
 
 
+app.command("check", rich_help_panel=_MANAGE)(check.check)
 for _name, _command, _panel in VERBS:
     app.command(_name, rich_help_panel=_panel)(expanded(_command))
 

@@ -22,14 +22,16 @@ from loracache.errors import ConfigError, LoRACacheError, Unknown, UsageError
 from loracache.wire.protocol import Request
 
 __all__ = [
-    "EXIT_CODES", "INTERRUPTED", "NOTHING", "PARTLY", "REFUSED", "Commands", "JsonOption", "SocketOption",
+    "EXIT_CODES", "FAULTS", "INTERRUPTED", "NOTHING", "PARTLY", "REFUSED", "Commands", "JsonOption", "SocketOption",
     "SteeringClient", "client_of", "expanded", "integer", "number", "print_json",
     "socket_of",
 ]  # fmt: skip
 
 REFUSED, USAGE, NOTHING, PARTLY, INTERRUPTED, NO_READER = 1, 2, 3, 4, 130, 141
+FAULTS = 1
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the daemon (or the engine) is not there or refused; 2 wrong usage or configuration; "
+    "Exit codes: 0 done; 1 the daemon (or the engine) is not there or refused, or check left faults; 2 wrong usage or "
+    "configuration; "
     "3 nothing found; 4 done in part: something was skipped, or is not done yet; 130 interrupted; 141 nobody reads the "
     "output any more."
 )

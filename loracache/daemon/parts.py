@@ -22,7 +22,8 @@ def disk_backend(config: Config) -> StorageBackend | None:
     """The disk tier, where there is one. Raises ConfigError."""
     if config.disk_path is None:
         return None
-    from loracache.storage_backends.disk.backend import DiskBackend, DiskInUse
+    from loracache.storage_backends.disk.backend import DiskBackend
+    from loracache.storage_backends.disk.lock import DiskInUse
 
     owner = f"{_PRIVATE if config.private else ''}daemon at unix://{config.socket}"
     deadline = time.monotonic() + _PATIENCE_S

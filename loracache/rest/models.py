@@ -12,7 +12,8 @@ from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
     "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found",
-    "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin", "Selector", "TreeNode", "TreePage",
+    "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin", "Selector", "TreeNode",
+    "TreePage",
     "Unpin",
 ]  # fmt: skip
 

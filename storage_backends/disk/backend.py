@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -27,27 +26,17 @@ from pathlib import Path
 from loracache.errors import ConfigError
 from loracache.storage_backends import header
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, Standing, StorageBackend, Transfer
+from loracache.storage_backends.disk.lock import lock_folder
 from loracache.storage_backends.disk.manifest import Manifest, parents_first
 from loracache.storage_backends.disk.object_files import FULL, UNWRITABLE, ObjectFiles, footprint
 from loracache.storage_backends.vectors import head
+
+__all__ = ["DiskBackend"]
 
 _log = logging.getLogger(__name__)
 
 _GONE = {errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN}
 _MAY_PASS = _GONE | UNWRITABLE | {errno.EIO}  # of a folder that cannot be opened now; all else is its user's mistake
-
-
-class DiskInUse(ConfigError):
-    """Another backend uses the folder now. owner: who that says it is, in words, or ""."""
-
-    def __init__(self, path: Path, owner: str) -> None:
-        self.owner = owner
-        _, _, server = owner.partition(" at ")
-        use = f"give server={server!r} to use that one, or stop it" if server else "stop that one"
-        super().__init__(
-            f"disk_path {str(path)!r} is in use by {'the' if owner else 'another'} LoRACache {owner or 'daemon'}; "
-            f"{use}, or choose another disk_path"
-        )
 
 
 class DiskBackend(StorageBackend):
@@ -84,7 +73,7 @@ class DiskBackend(StorageBackend):
             self._unreachable = self._open()
         elif self._unwritable or os.statvfs(self.path).f_flag & os.ST_RDONLY:
             if self._lock_fd < 0:
-                self._take_lock()
+                self._lock_fd = lock_folder(self.path, self._owner)
             self._unwritable = self._files.open()
             self._flush_manifest()
         if self._unreachable:
@@ -103,7 +92,7 @@ class DiskBackend(StorageBackend):
         """In words why the folder cannot be opened now, empty where it is. Raises ConfigError."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock_fd = lock_folder(self.path, self._owner)
             self._unwritable = self._files.open()
         except OSError as error:
             self._release()
@@ -124,27 +113,6 @@ class DiskBackend(StorageBackend):
         if self._known is None:
             self._known = self._manifest.read()
         return self._known
-
-    def _take_lock(self) -> None:
-        lock = self.path / "lock"
-        try:
-            self._lock_fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            try:
-                self._lock_fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return  # nobody writes here yet, for nobody can
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(self._lock_fd, 1000, 0).decode(errors="replace").strip()
-            self._release()
-            raise DiskInUse(self.path, owner) from None
-        with contextlib.suppress(OSError):  # on a full disk nobody is told
-            os.ftruncate(self._lock_fd, 0)
-            os.pwrite(self._lock_fd, f"{self._owner}\n".encode(), 0)
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
         if self._unreachable:

@@ -13,9 +13,12 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loracache.storage_backends.base import Kind, ObjectInfo
+
+__all__ = ["RECORD_BYTES", "Manifest", "Records", "parents_first", "records_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +32,18 @@ RECORD_BYTES = _FIELDS.size + _CRC.size
 _ADD, _DELETE = 1, 2
 _SHORT_BYTES = 1 << 20
 _COMPACT_AT_LEAST = 1024  # a manifest of fewer records is not worth a rewrite
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What a manifest's bytes say. version: 0 where they are none. held: in the order of adding. count: whole records,
+    `damaged` among them, whose CRC is wrong. torn: bytes behind the last whole one."""
+
+    version: int
+    held: dict[bytes, ObjectInfo]
+    count: int = 0
+    damaged: int = 0
+    torn: int = 0
 
 
 class Manifest:
@@ -56,18 +71,13 @@ class Manifest:
         except OSError as error:
             _log.warning("%s cannot be read (%s): the files are looked at instead", self._path, error.strerror)
             raw = b""
-        if raw.startswith(_MAGIC_1):
-            live = _replay(memoryview(raw)[len(_MAGIC_1) :], _FIELDS_1)
+        records = records_of(raw)
+        live = records.held
+        if records.version != 2:
             with contextlib.suppress(OSError):
                 self.compact(live)
             return live
-        if not raw.startswith(_MAGIC):
-            with contextlib.suppress(OSError):
-                self.compact({})
-            return {}
-        whole = (len(raw) - len(_MAGIC)) // RECORD_BYTES
-        live = _replay(memoryview(raw)[len(_MAGIC) :], _FIELDS)
-        self._records = whole
+        self._records = whole = records.count
         with contextlib.suppress(OSError):  # a disk that is full, or read only, is no reason not to start
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -172,6 +182,16 @@ def parents_first(objects: Mapping[bytes, ObjectInfo]) -> tuple[list[ObjectInfo]
     return rooted, hanging
 
 
+def records_of(raw: bytes) -> Records:
+    """The records in a manifest's bytes; none where they are no manifest."""
+    for version, magic, layout in ((2, _MAGIC, _FIELDS), (1, _MAGIC_1, _FIELDS_1)):
+        if raw.startswith(magic):
+            count, torn = divmod(len(raw) - len(magic), layout.size + _CRC.size)
+            held, damaged = _replay(memoryview(raw)[len(magic) :], layout)
+            return Records(version, held, count, damaged, torn)
+    return Records(0, {})
+
+
 def _pack(operation: int, info: ObjectInfo) -> bytes:
     body = _FIELDS.pack(
         operation,
@@ -188,9 +208,11 @@ def _pack(operation: int, info: ObjectInfo) -> bytes:
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def _replay(records: memoryview, layout: struct.Struct) -> dict[bytes, ObjectInfo]:
-    """What is held after all whole records. `layout` packs a record's fields, `stored` among them or not."""
+def _replay(records: memoryview, layout: struct.Struct) -> tuple[dict[bytes, ObjectInfo], int]:
+    """What is held after all whole records, and how many of them are damaged. `layout` packs a record's fields,
+    `stored` among them or not."""
     live: dict[bytes, ObjectInfo] = {}
+    damaged = 0
     shared: dict[bytes, bytes] = {}  # one bytes object per parent and namespace instead of one per record
     kinds = {int(kind): kind for kind in Kind}
     crc32, body, record_bytes = zlib.crc32, layout.size, layout.size + _CRC.size
@@ -201,7 +223,8 @@ def _replay(records: memoryview, layout: struct.Struct) -> dict[bytes, ObjectInf
         starts, fields, strict=True
     ):
         if crc32(records[start : start + body]) != crc or kind not in kinds:
-            continue  # the sweep of the files finds what this record would have told
+            damaged += 1  # the sweep of the files finds what this record would have told
+            continue
         if operation == _DELETE:
             live.pop(key, None)
             continue
@@ -214,4 +237,4 @@ def _replay(records: memoryview, layout: struct.Struct) -> dict[bytes, ObjectInf
             checksum,
             *stored,
         )
-    return live
+    return live, damaged

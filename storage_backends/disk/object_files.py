@@ -24,6 +24,8 @@ from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ALIGNMENT, KEY_BYTES, ObjectInfo, Transfer, padded
 from loracache.storage_backends.vectors import head, length, move
 
+__all__ = ["FULL", "UNWRITABLE", "ObjectFiles", "footprint"]
+
 _log = logging.getLogger(__name__)
 
 FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -36,6 +36,8 @@ from loracache.storage_backends.redis.resp import ErrorReply, Reply, Wire
 from loracache.storage_backends.redis.servers import Call, OneServer, Servers
 from loracache.storage_backends.redis.urls import parse_target
 
+__all__ = ["RedisBackend"]
+
 
 class RedisBackend(StorageBackend):
     """Objects in the Redis at `url` (urls.py), under keys that begin with `prefix`.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from loracache.storage_backends import header
 from loracache.storage_backends.redis.resp import Reply
 
+__all__ = ["Layout", "read_header"]
+
 
 class Layout:
     """Names below `prefix`. The braces in them put all of an object into one cluster slot."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from loracache.storage_backends.vectors import IOV_MAX, advance, length
 
+__all__ = ["ErrorReply", "ProtocolFault", "Reply", "Wire", "command", "opening"]
+
 SLOWEST = 16 << 20  # bytes a second below which a peer counts as not answering
 LONGEST = 1 << 20  # what is asked for as a value of its own is a header; nobody else sizes our memory
 _AHEAD = 64 << 10  # received ahead of what does not go to the caller's buffers

@@ -21,6 +21,7 @@ BANNED_CALLS = {"eval", "exec"}
 REACHES = {
     "loracache": "client errors keys mapping results tiers wire",
     "adapters": "errors folder keys",
+    "audit": "adapters config errors folder keys logs storage_backends storage_backends.disk storage_backends.redis",
     "cache": (
         "cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing"
@@ -31,7 +32,7 @@ REACHES = {
         "cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers tracing"
     ),
     "cli": (
-        "adapters cache cache.policy cache.state cache.tier client config control daemon errors folder "
+        "adapters audit cache cache.policy cache.state cache.tier client config control daemon errors folder "
         "free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),

@@ -84,7 +84,7 @@ thread.start() if {where == "thread"} else fail()
 
 def test_text_is_the_default(daemon: Any) -> None:
     running = daemon()
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} I loracache\.server\.daemon: ", running.log())
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} I loracache\.daemon\.daemon: ", running.log())
 
 
 def test_an_unknown_format_is_refused_by_name(serve_fails: Any) -> None:

