@@ -50,7 +50,7 @@ __all__ = ["LoRACacheConnector"]
 _log = logging.getLogger(__name__)
 
 
-class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
+class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Finds KV that was computed before, in LoRACache. Configured by `kv_connector_extra_config` (options.py)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:

@@ -47,7 +47,7 @@ class SchedulerSide:
         self._options = options
         self._link = link
         self._off = False
-        self._block_size = vllm_config.cache_config.block_size
+        self._block_size: int = vllm_config.cache_config.block_size
         self._drops_last_block = uses_draft_kv(vllm_config)
         self._may_load = bool(vllm_config.kv_transfer_config.is_kv_consumer)
         self._may_store = bool(vllm_config.kv_transfer_config.is_kv_producer)
