@@ -322,9 +322,9 @@ class SchedulerSide:
     def _patience(self, state: RequestState) -> tuple[int | None, bool]:
         now = time.monotonic()
         state.parked_since = state.parked_since or now
-        if self._link.connected and now - state.parked_since < self._options.lookup_wait:
+        if self._link.answering() and now - state.parked_since < self._options.lookup_wait:
             return None, False
-        self._link.count("lookup.late" if self._link.connected else "lookup.unavailable", 1)
+        self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
         return 0, False
 
     def _advance(self, state: RequestState) -> bool:

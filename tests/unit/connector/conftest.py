@@ -37,6 +37,9 @@ class ScriptedLink:
     def begin(self) -> None:
         pass
 
+    def answering(self) -> bool:
+        return self.connected
+
     def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
         if not self.connected:
             return 0
