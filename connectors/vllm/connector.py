@@ -26,9 +26,9 @@ from loracache.connectors.vllm.common.patches import problem
 from loracache.connectors.vllm.common.private import private_server
 from loracache.connectors.vllm.common.releases import unknown_release
 from loracache.connectors.vllm.common.reports import Inbox, Outbox
-from loracache.connectors.vllm.hit_sources import hits_by_source
 from loracache.connectors.vllm.identity.model import ModelIdentity
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler.hit_sources import hits_by_source
 from loracache.connectors.vllm.scheduler.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler.side import SchedulerSide
 from loracache.connectors.vllm.worker.side import WorkerSide
