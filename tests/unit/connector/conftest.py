@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*test_*.py"]
 
 BLOCK = 16
 BLOCKS = 8

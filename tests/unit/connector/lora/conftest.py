@@ -19,7 +19,7 @@ from loracache.adapters.payload import Packed, Packing
 from loracache.adapters.peft import CONFIG, WEIGHTS, PeftFolder
 
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*test_*.py"]
 
 if TYPE_CHECKING:
     import torch
