@@ -14,6 +14,8 @@ block, because what follows them in the pool may be anything, NaN included.
 
 Threading: launches on the current stream of the current device, on which all tensors have to lie.
 """
+# Kernels are in Triton's language, not Python's: their arguments become pointers and numbers of the GPU.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

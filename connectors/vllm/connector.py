@@ -26,9 +26,9 @@ from loracache.connectors.vllm.common.patches import problem
 from loracache.connectors.vllm.common.private import private_server
 from loracache.connectors.vllm.common.releases import unknown_release
 from loracache.connectors.vllm.common.reports import Inbox, Outbox
-from loracache.connectors.vllm.hit_sources import hits_by_source
 from loracache.connectors.vllm.identity.model import ModelIdentity
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler.hit_sources import hits_by_source
 from loracache.connectors.vllm.scheduler.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler.side import SchedulerSide
 from loracache.connectors.vllm.worker.side import WorkerSide
@@ -50,7 +50,7 @@ __all__ = ["LoRACacheConnector"]
 _log = logging.getLogger(__name__)
 
 
-class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):
+class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Finds KV that was computed before, in LoRACache. Configured by `kv_connector_extra_config` (options.py)."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:

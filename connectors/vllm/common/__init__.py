@@ -1,5 +1,5 @@
 """What all of an engine's processes use: options, messages between the sides, the private daemon, patches of vLLM.
 
-May import: client, config, connectors.vllm.lora, errors, keys, wire
+May import: client, config, connectors.vllm.lora, errors, keys
 Threads: values and functions; nothing here starts a thread.
 """

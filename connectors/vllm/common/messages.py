@@ -97,7 +97,7 @@ class AdapterOrders:
 
 
 @dataclass(slots=True)
-class StepPlan(KVConnectorMetadata):
+class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     """What the workers do in one step.
 
     await_stores: requests whose blocks are freed when their stores are done. preempted: requests whose blocks may be
@@ -131,7 +131,7 @@ class PoolFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts(KVConnectorHandshakeMetadata):
+class Facts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """What a worker knows and the scheduler needs: how its KV lies in memory, and which shard of it is its own.
 
     block_bytes: bytes of one block over the shard's layers. problem: why this KV cannot be cached, or "". pool: of LoRA
@@ -146,7 +146,7 @@ class Facts(KVConnectorHandshakeMetadata):
 
 
 @dataclass(slots=True)
-class WorkerNews(KVConnectorWorkerMetadata):
+class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What workers tell the scheduler after a step: adapters as really loaded (hex digest, "" for unknown), failures by
     cause, requests whose chunks did not all reach the cache and may at another try, and facts until the scheduler has
     them. activated: orders done -> by how many workers; not_activated: orders that failed -> why; pools_lost: nothing

@@ -24,11 +24,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from loracache.client.requests import SOCKET_PATH_BYTES
 from loracache.config import parse_size
 from loracache.connectors.vllm.common.cores import on_all_cores
 from loracache.connectors.vllm.common.options import Options
 from loracache.errors import ConfigError, Unavailable
-from loracache.wire.protocol import SOCKET_PATH_BYTES
 
 __all__ = ["ensure_private_daemon", "private_server"]
 

@@ -21,7 +21,7 @@ _REMEMBERED = 256
 
 
 @dataclass(slots=True)
-class Reports(KVConnectorWorkerMetadata):
+class Reports(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """News by (worker, number of its report)."""
 
     news: dict[tuple[bytes, int], WorkerNews]

@@ -1,5 +1,5 @@
 """The API server's part: model=NAME for adapters that only the cache knows, and load_inplace carried out once.
 
-May import: client, connectors.vllm.common, connectors.vllm.lora, errors, wire
+May import: client, connectors.vllm.common, connectors.vllm.lora, errors
 Threads: the front end's event loop; questions have a thread of their own.
 """

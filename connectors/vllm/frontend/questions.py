@@ -15,9 +15,10 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from loracache.client import requests
 from loracache.client.connection import Connection
+from loracache.client.link import Outage, Retry
 from loracache.errors import LoRACacheError, Unavailable
-from loracache.wire import protocol
 
 __all__ = ["ANSWER_S", "KNOCK_S", "NameQuestions"]
 
@@ -39,6 +40,10 @@ class NameQuestions:
         self._thread = ThreadPoolExecutor(1, "loracache-names")
         self._questions: dict[str, asyncio.Future[str | None]] = {}
         self._knocking: asyncio.Task[None] | None = None
+        self._outage = Outage(
+            _log, "names of adapters are taken for what they stood for until it is back",
+            "the daemon says again what names stand for",
+        )  # fmt: skip
 
     async def digest(self, name: str) -> str | None:
         """The digest (hex) that a name points to now, None for no name of the cache. Raises Unavailable where nobody
@@ -72,18 +77,16 @@ class NameQuestions:
     def _lost(self, error: Unavailable) -> None:
         self._asker.answers = False
         if self._knocking is None:
-            _log.warning("%s; names of adapters are taken for what they stood for until it is back", error)
+            self._outage.goes_on(error)
             self._knocking = asyncio.get_running_loop().create_task(self._knock())
 
     async def _knock(self) -> None:
-        started, pause = time.monotonic(), _FIRST_KNOCK_S
-        loop = asyncio.get_running_loop()
+        retry, loop = Retry(_FIRST_KNOCK_S, KNOCK_S), asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, KNOCK_S)
+            await asyncio.sleep(retry.tried())
             if await loop.run_in_executor(self._thread, self._asker.knock):
                 break
-        _log.info("the daemon says again what names stand for, after %.0f s", time.monotonic() - started)
+        self._outage.over()
         self._knocking = None
 
 
@@ -134,7 +137,7 @@ class _Asker:
                 connection.begin()
                 if not connection.greeted(deadline - time.monotonic()):
                     raise Unavailable(f"{self._server} does not greet")
-            found = connection.call(protocol.AdapterFind(name), max(0.0, deadline - time.monotonic())).payload
+            found = connection.call(requests.AdapterFind(name), max(0.0, deadline - time.monotonic())).payload
         except Unavailable:
             connection.close()
             self._connection = Connection(self._server, name="vllm-names")  # and the arena that it had mapped is let go

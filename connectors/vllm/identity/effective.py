@@ -173,7 +173,7 @@ def _differs(owner: str, name: str, value: object, default: object) -> bool:
         return False  # the platform's own
     if owner == "LoadConfig" and name == "safetensors_load_strategy" and value in ("lazy", "eager", "prefetch"):
         return False  # how files are read; "torchao" makes other tensors of them
-    return canonical(value, f"{owner}.{name}") != canonical(default, f"{owner}.{name}")
+    return bool(canonical(value, f"{owner}.{name}") != canonical(default, f"{owner}.{name}"))
 
 
 def default_of(field: Any) -> object:

@@ -11,28 +11,23 @@ import time
 from collections import Counter
 from typing import Any
 
-from loracache.client.connection import Connection
-from loracache.connectors.vllm.link.outage import Outage
+from loracache.client import requests
+from loracache.client.link import Link
 from loracache.errors import LoRACacheError, Rejected
 from loracache.tiers import labels
-from loracache.wire import protocol
 
 __all__ = ["SchedulerLink"]
 
 _log = logging.getLogger(__name__)
-_RETRY_S = 1.0
 _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
-_GREETING_S = 0.005  # a daemon that lives greets within a millisecond; one that does not costs this once a try
 
 
-class SchedulerLink:
+class SchedulerLink(Link):
     """Non-blocking questions to a daemon. A question's number is 0 where it could not be sent."""
 
     def __init__(self, server: str) -> None:
-        self._connection = Connection(server, name="vllm-scheduler")
-        self._next_try = 0.0
-        self._outage = Outage(_log)
+        super().__init__(server, name="vllm-scheduler", log=_log)
         self._counts: Counter[str] = Counter()
         self._next_report = 0.0
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
@@ -40,18 +35,13 @@ class SchedulerLink:
         self._kept: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
         self._resident: set[bytes] = set()  # what the daemon was told that we hold
 
-    @property
-    def connected(self) -> bool:
-        """Whether the daemon is there and answers."""
-        return self._connection.connected and not self._silent()
-
-    def begin(self) -> bool:
-        """Start to connect, so that the first question finds a connection; whether there is one already."""
-        return self._ready()
+    def answering(self) -> bool:
+        """Whether the daemon is there and answers; collects what it has said."""
+        return self.connection.connected and not self._silent()
 
     def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
         """Ask for the leading run of `keys`, holding it under `lease`."""
-        return self._ask(protocol.Lookup(lease, protocol.join_keys(keys), shards, ttl))
+        return self._ask(requests.Lookup(lease, requests.join_keys(keys), shards, ttl))
 
     def answer_lookup(self, number: int) -> tuple[str, ...] | None:
         """Tier names of the leading keys, or None while there is no answer. A question that failed is a miss."""
@@ -62,7 +52,7 @@ class SchedulerLink:
 
     def ask_adapter(self, path: str) -> int | None:
         """Ask for an adapter's digest; None where it could not be asked."""
-        return self._ask(protocol.AdapterDigest(path)) or None
+        return self._ask(requests.AdapterDigest(path)) or None
 
     def answer_adapter(self, number: int) -> tuple[bool, str | None]:
         """(answered, hex digest or None where it has none)."""
@@ -71,41 +61,41 @@ class SchedulerLink:
 
     def ask_adapter_add(self, path: str) -> int:
         """Ask for a folder to be taken into the cache."""
-        return self._ask(protocol.AdapterAdd(path, "", ""))
+        return self._ask(requests.AdapterAdd(path, "", ""))
 
     def ask_acquire(self, lease: bytes, key: bytes, ttl: float) -> int:
         """Ask for an object to be raised into the arena and held there."""
-        return self._ask(protocol.Acquire(lease, key, ttl))
+        return self._ask(requests.Acquire(lease, key, ttl))
 
     def answer(self, number: int) -> tuple[bool, list[Any] | str | None]:
         """(answered, its payload; in words why it was refused; None where the question failed)."""
         try:
-            self._connection.poll()
-            reply = self._connection.take(number)
+            self.connection.poll()
+            reply = self.connection.take(number)
         except Rejected as error:
             return True, str(error)
         except LoRACacheError as error:
-            self._outage.goes_on(error)
+            self.outage.goes_on(error)
             return True, None
         return reply is not None, reply.payload if reply is not None else None
 
     def buffers(self, extents: list[int], size: int) -> list[memoryview]:
         """Views of an object's bytes in the mapped arena."""
-        return self._connection.buffers(extents, size)
+        return self.connection.buffers(extents, size)
 
     def resident(self, keys: set[bytes]) -> None:
         """Tell which adapters the engine's own memory holds now, unless the daemon has heard so on this connection."""
         if keys != self._resident:
             self._resident = keys
-            self._connection.send(protocol.Resident(protocol.join_keys(list(keys))), answer=False)
+            self.connection.send(requests.Resident(requests.join_keys(list(keys))), answer=False)
 
     def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
         """Have slow tiers start raising `keys`."""
-        self._connection.send(protocol.Prefetch(lease, protocol.join_keys(keys), ttl), answer=False)
+        self.connection.send(requests.Prefetch(lease, requests.join_keys(keys), ttl), answer=False)
 
     def release(self, lease: bytes) -> None:
         """End a request's lease."""
-        self._connection.send(protocol.Release(lease, b""), answer=False)
+        self.connection.send(requests.Release(lease, b""), answer=False)
 
     def forget(self, number: int) -> None:
         """An answer nobody wants any more; it still counts as a sign of life."""
@@ -120,25 +110,25 @@ class SchedulerLink:
     def flush_counts(self) -> None:
         """Send the counts, at most once a second."""
         now = time.monotonic()
-        if self._counts and now >= self._next_report and self._connection.connected:
+        if self._counts and now >= self._next_report and self.connection.connected:
             self._next_report = now + _REPORT_S
-            self._connection.send(protocol.Report(dict(self._counts)), answer=False)
+            self.connection.send(requests.Report(dict(self._counts)), answer=False)
             self._counts.clear()
 
     def close(self) -> None:
         """Close the connection; its leases end."""
         self.flush_counts()
-        self._connection.close()
+        self.connection.close()
 
-    def _ask(self, request: protocol.Request) -> int:
-        if not self._ready() or self._silent():
+    def _ask(self, request: requests.Request) -> int:
+        if not self.begin() or self._silent():
             return 0
         try:
-            number = self._connection.send(request)
+            number = self.connection.send(request)
         except LoRACacheError as error:
-            self._outage.goes_on(error)
+            self.outage.goes_on(error)
             return 0
-        if isinstance(request, protocol.Lookup):
+        if isinstance(request, requests.Lookup):
             self._asked[number] = time.monotonic()
         return number
 
@@ -147,11 +137,11 @@ class SchedulerLink:
         if number in self._kept:
             return True, self._kept.pop(number)
         try:
-            self._connection.poll()
-            reply = self._connection.take(number)
+            self.connection.poll()
+            reply = self.connection.take(number)
         except LoRACacheError as error:
             if not isinstance(error, Rejected):
-                self._outage.goes_on(error)
+                self.outage.goes_on(error)
             self._asked.pop(number, None)
             return True, None
         if reply is None:
@@ -159,33 +149,13 @@ class SchedulerLink:
         self._asked.pop(number, None)
         return True, reply.payload
 
-    def _ready(self) -> bool:
-        connection = self._connection
-        if connection.connected:
-            return True
-        try:
-            if connection.joining:
-                return self._greeted(0.0)
-            self._asked.clear()
-            self._unwanted.clear()
-            self._kept.clear()
-            now = time.monotonic()
-            if now < self._next_try:
-                return False
-            self._next_try = now + _RETRY_S
-            connection.begin()
-            return self._greeted(_GREETING_S)
-        except LoRACacheError as error:
-            self._next_try = time.monotonic() + _RETRY_S
-            self._outage.goes_on(error)
-            return False
+    def _lost(self) -> None:
+        self._asked.clear()
+        self._unwanted.clear()
+        self._kept.clear()
 
-    def _greeted(self, seconds: float) -> bool:
-        greeted = self._connection.greeted(seconds)
-        if greeted:
-            self._resident = set()
-            self._outage.over()
-        return greeted
+    def _made(self) -> None:
+        self._resident = set()
 
     def _silent(self) -> bool:
         """Whether the oldest question has waited so long that more of them would be pointless. Its request may run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,20 @@ if TYPE_CHECKING:
 
     from loracache.connectors.vllm.common.messages import AdapterBinding
 
-__all__ = ["RequestState", "is_cacheable", "uses_draft_kv", "wants_reading"]
+__all__ = ["RequestState", "Stage", "is_cacheable", "uses_draft_kv", "wants_reading"]
+
+
+class Stage(Enum):
+    """How far a request's KV has come in the engine."""
+
+    WAITING = auto()
+    """Nothing of it is in the engine's blocks, or all of it was and is gone: it was preempted."""
+    LOADING = auto()
+    """vLLM waits for its load. Preemption changes nothing about that."""
+    LOADED = auto()
+    """Its load is done, and it has not computed since."""
+    RUNNING = auto()
+    """It has computed."""
 
 
 class RequestState:
@@ -26,14 +40,13 @@ class RequestState:
     grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered. blocks: the engine's blocks, in
     order. stored: chunks offered to the store so far; the next are offered after store_after (monotonic seconds).
     local_tokens: what the engine's own prefix cache held. content: which of its adapter's contents that is of
-    (blocks.py). media: what its images and the like are (media.py). loading: vLLM waits for its load. loaded: its load
-    is done and it has not computed since.
+    (blocks.py). media: what its images and the like are (media.py). stage: how far it has come.
     """
 
     __slots__ = (
         "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "content", "first_step", "has_stored", "hits",
-        "lease", "leased", "load_tiers", "loaded", "loading", "local_tokens", "media", "namespace", "parked_since",
-        "question", "reads", "request", "store_after", "stored",
+        "lease", "leased", "load_tiers", "local_tokens", "media", "namespace", "parked_since",
+        "question", "reads", "request", "stage", "store_after", "stored",
     )  # fmt: skip
 
     def __init__(self, request: Request, *, cacheable: bool, reads: bool) -> None:
@@ -58,18 +71,19 @@ class RequestState:
         self.content = 0
         self.media: Future[tuple[Media, ...] | None] | None = None
         self.load_tiers: tuple[str, ...] = ()
-        self.loading = False
-        self.loaded = False
+        self.stage = Stage.WAITING
 
-    def extend_keys(self, namespace: Namespace, chunk_tokens: int) -> None:
-        """Add the keys of chunks that have become whole."""
+    def extend_keys(self, chunk_tokens: int) -> None:
+        """Add the keys of chunks that have become whole; none before its namespace is known."""
+        if self.namespace is None:
+            return
         start = len(self.chunk_keys) * chunk_tokens
         end = self.request.num_tokens // chunk_tokens * chunk_tokens
         if end <= start:
             return
         tokens = np.fromiter(self.request.all_token_ids[start:end], dtype="<i4", count=end - start)
         media = (self.media.result() if self.media is not None else None) or ()
-        parent = self.chunk_keys[-1] if self.chunk_keys else namespace.digest()
+        parent = self.chunk_keys[-1] if self.chunk_keys else self.namespace.digest()
         self.chunk_keys += chunk_keys(parent, tokens, chunk_tokens, start=start, media=media)
 
     def answer(self, tiers: tuple[str, ...]) -> None:
@@ -82,7 +96,7 @@ class RequestState:
     @property
     def is_fresh(self) -> bool:
         """Nothing of it was computed, loaded or promised to be."""
-        return self.first_step is None and not (self.loading or self.loaded or self.hits or self.stored)
+        return self.stage is Stage.WAITING and not (self.hits or self.stored)
 
     def begin_anew(self) -> None:
         """Its KV will be in another namespace than was thought."""
@@ -90,6 +104,11 @@ class RequestState:
         self.chunk_keys = []
         self.question = 0
         self.answered_at = None
+
+    def offered(self, count: int) -> None:
+        """The next `count` chunks beyond those that are held or were offered are planned to be stored."""
+        self.stored = max(self.stored, len(self.hits)) + count
+        self.has_stored = True
 
     def offer_again(self, after: float) -> None:
         """Chunks of it are not where they were thought to be: offer all of them, but not before `after` (monotonic)."""
@@ -101,9 +120,9 @@ class RequestState:
         """Its blocks are gone; it will be asked about, loaded (where that is not planned already) and computed anew."""
         self.stored = 0
         self.first_step = None
-        self.loaded = False
-        if self.loading:
+        if self.stage is Stage.LOADING:
             return
+        self.stage = Stage.WAITING
         self.blocks = []
         self.question = 0
         self.answered_at = None

@@ -11,17 +11,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout
-from loracache.connectors.vllm.common.messages import ChunkBlocks, Facts, Load, Prefix, StepPlan, Store, WorkerNews
+from loracache.connectors.vllm.common.messages import Facts, Prefix, StepPlan, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
+from loracache.connectors.vllm.scheduler.chunks import Chunks
 from loracache.connectors.vllm.scheduler.lora.admission import AdapterAdmission
 from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
-from loracache.connectors.vllm.scheduler.requests import RequestState, is_cacheable, uses_draft_kv, wants_reading
+from loracache.connectors.vllm.scheduler.requests import RequestState, Stage, is_cacheable, uses_draft_kv, wants_reading
 from loracache.connectors.vllm.scheduler.resets import HeldBlocks, KnownWeights
-from loracache.keys import object_key
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,13 +46,11 @@ class SchedulerSide:
         self._options = options
         self._link = link
         self._off = False
-        self._block_size = vllm_config.cache_config.block_size
         self._drops_last_block = uses_draft_kv(vllm_config)
         self._may_load = bool(vllm_config.kv_transfer_config.is_kv_consumer)
         self._may_store = bool(vllm_config.kv_transfer_config.is_kv_producer)
         self._facts: dict[str, Facts] = {}
-        self._shards: tuple[str, ...] = ()
-        self._chunk_blocks = 1
+        self._chunks: Chunks | None = None
         self._requests: dict[str, RequestState] = {}
         ask = (lambda path: None) if options.lora_pool else link.ask_adapter
         self._adapters = ServedAdapters(ask, link.answer_adapter)
@@ -68,7 +65,7 @@ class SchedulerSide:
     @property
     def on(self) -> bool:
         """Whether the workers' facts are known and allow caching."""
-        return bool(self._shards)
+        return self._chunks is not None
 
     # -- what workers tell ----------
 
@@ -83,18 +80,17 @@ class SchedulerSide:
                 _log.warning("LoRACache is off for this model: %s", fact.problem)
                 return
             self._facts[fact.shard] = fact
-        layout = joint_layout({shard: fact.layout for shard, fact in self._facts.items()})
-        if not layout:
+        chunks = Chunks.of(
+            self._facts.values(), block_size, self._options.chunk_tokens, drops_last_block=self._drops_last_block
+        )
+        if chunks is None:
             self._off = True
             layouts = sorted({fact.layout for fact in self._facts.values()})
             _log.warning("LoRACache is off for this model: its workers lay out KV differently: %s", layouts)
             return
-        self._block_size = block_size
-        smallest = min(fact.block_bytes for fact in self._facts.values())
-        self._chunk_blocks = chunk_blocks(smallest, block_size, self._options.chunk_tokens)
-        self._namespace.layout = layout
-        self._namespace.chunk_tokens = self._chunk_tokens
-        self._shards = tuple(sorted(self._facts))
+        self._chunks = chunks
+        self._namespace.layout = chunks.layout
+        self._namespace.chunk_tokens = chunks.tokens
         self._link.begin()
 
     def take_news(self, news: WorkerNews) -> None:
@@ -118,9 +114,8 @@ class SchedulerSide:
         """Loads are done, some of their blocks perhaps not."""
         for request_id in request_ids:
             state = self._requests.get(request_id)
-            if state is not None and state.loading:
-                state.loading = False
-                state.loaded = True
+            if state is not None and state.stage is Stage.LOADING:
+                state.stage = Stage.LOADED
                 self._drop_lease(state)
         if invalid_blocks:
             for state in self._requests.values():
@@ -160,7 +155,7 @@ class SchedulerSide:
         """How many tokens beyond `num_computed` can be loaded; None to be asked again in a moment."""
         if not self.admission.admit(request):
             return None, False
-        if not self.on:
+        if self._chunks is None:
             return 0, False
         state = self._requests.get(request.request_id)
         if state is None:
@@ -175,10 +170,7 @@ class SchedulerSide:
             state.answered_at = None
         if not self._advance(state):
             return self._patience(state)
-        tokens = len(state.hits) * self._chunk_tokens
-        if self._drops_last_block:
-            tokens -= self._block_size
-        tokens = min(tokens, request.num_tokens) - num_computed
+        tokens = self._chunks.loadable(state, num_computed)
         if tokens <= 0:
             self._drop_lease(state)
             return 0, False
@@ -187,25 +179,17 @@ class SchedulerSide:
     def planned_load(self, request: Request, block_ids: list[int], tokens: int) -> None:
         """vLLM has made room for `tokens` loaded tokens: plan their load."""
         state = self._requests.get(request.request_id)
-        if state is None or not tokens or not state.hits:
+        if self._chunks is None or state is None or not tokens or not state.hits:
             return
-        size, per_chunk = self._block_size, self._chunk_blocks
-        first, end = state.local_tokens // size, (state.local_tokens + tokens) // size
-        chunks = []
-        for number in range(first // per_chunk, -(-end // per_chunk)):
-            start, stop = max(first, number * per_chunk), min(end, (number + 1) * per_chunk)
-            chunks.append(
-                ChunkBlocks(state.chunk_keys[number], tuple(block_ids[start:stop]), start - number * per_chunk)
-            )
-        state.loading = True
-        state.load_tiers = state.hits[first // per_chunk : -(-end // per_chunk)]
+        load, state.load_tiers = self._chunks.load(state, block_ids, tokens)
+        state.stage = Stage.LOADING
         state.blocks = list(block_ids)
         if not state.cacheable:  # since it was promised, the weights have changed
             self._plan.void.add(request.request_id)
-        self._plan.loads.append(Load(request.request_id, tuple(chunks), state.adapter, per_chunk))
-        slow = [chunk.key for chunk, tier in zip(chunks, state.load_tiers, strict=True) if tier != "cpu"]
+        self._plan.loads.append(load)
+        slow = [chunk.key for chunk, tier in zip(load.chunks, state.load_tiers, strict=True) if tier != "cpu"]
         if slow:
-            self._link.prefetch(state.lease, self._object_keys(slow), _LEASE_TTL_S)
+            self._link.prefetch(state.lease, self._chunks.object_keys(slow), _LEASE_TTL_S)
 
     def load_tiers(self, request_id: str) -> tuple[str, ...]:
         """The tier of each chunk of a request's planned load."""
@@ -220,7 +204,7 @@ class SchedulerSide:
             return False
         self._drop_lease(state)
         self._link.forget(state.question)
-        if state.loading:
+        if state.stage is Stage.LOADING:
             return False
         if state.cacheable:
             state.blocks = list(block_ids)
@@ -244,7 +228,7 @@ class SchedulerSide:
         for request_id in plan.preempted:  # first: a reset preempts and schedules again in one step
             state = self._requests.get(request_id)
             if state is not None:
-                if not state.loading:
+                if state.stage is not Stage.LOADING:
                     self._drop_lease(state)
                     self._link.forget(state.question)
                 state.preempted()
@@ -290,48 +274,45 @@ class SchedulerSide:
                 state.begin_anew()
                 continue
             state.cacheable = False
-            if state.loading or state.loaded:
+            if state.stage in (Stage.LOADING, Stage.LOADED):
                 self._plan.void.add(request_id)
-
-    @property
-    def _chunk_tokens(self) -> int:
-        return self._chunk_blocks * self._block_size
 
     def _scheduled(self, request_id: str, blocks: list[int], *, replace: bool) -> None:
         state = self._requests.get(request_id)
-        if state is None:
+        if self._chunks is None or state is None:
             return
         state.blocks = blocks if replace else state.blocks + blocks
         if state.first_step is None:
             state.first_step = self._step
-            held = tuple(state.blocks[: state.local_tokens // self._block_size])
+            held = tuple(state.blocks[: state.local_tokens // self._chunks.block_size])
             if held and state.request.lora_request is not None:
                 self._plan.prefixes.append(Prefix(state.request.lora_request.lora_int_id, state.content, held))
-        if state.loaded:
-            state.loaded = False
+        if state.stage is Stage.LOADED:
             self._plan.first_runs.add(request_id)
+        if state.stage is not Stage.LOADING:
+            state.stage = Stage.RUNNING
 
     def _preempted(self) -> set[str]:
         """Releases that do not list them: whoever is marked so and still has blocks by our books."""
         return {
             request_id
             for request_id, state in self._requests.items()
-            if state.blocks and not state.loading and state.request.status.name == "PREEMPTED"
+            if state.blocks and state.stage is not Stage.LOADING and state.request.status.name == "PREEMPTED"
         }
 
     def _patience(self, state: RequestState) -> tuple[int | None, bool]:
         now = time.monotonic()
         state.parked_since = state.parked_since or now
-        if self._link.connected and now - state.parked_since < self._options.lookup_wait:
+        if self._link.answering() and now - state.parked_since < self._options.lookup_wait:
             return None, False
-        self._link.count("lookup.late" if self._link.connected else "lookup.unavailable", 1)
+        self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
         return 0, False
 
     def _advance(self, state: RequestState) -> bool:
         """Take the request's question one step further; True once its answer is there."""
-        if not state.cacheable or not self._namespace.settle(state):
+        if self._chunks is None or not state.cacheable or not self._namespace.settle(state):
             return False
-        self._extend_keys(state)
+        state.extend_keys(self._chunks.tokens)
         if state.answered_at is not None:
             return True
         if not state.reads:
@@ -340,56 +321,29 @@ class SchedulerSide:
             if not state.chunk_keys:
                 state.answer(())
                 return True
-            keys = self._object_keys(state.chunk_keys)
-            state.question = self._link.ask_lookup(state.lease, keys, len(self._shards), _LEASE_TTL_S)
+            keys = self._chunks.object_keys(state.chunk_keys)
+            state.question = self._link.ask_lookup(state.lease, keys, len(self._chunks.shards), _LEASE_TTL_S)
             state.leased = bool(state.question)
             if not state.question:
                 return False
         tiers = self._link.answer_lookup(state.question)
         if tiers is None:
             return False
-        state.answer(self._slowest_of_shards(tiers))
+        state.answer(self._chunks.slowest_of_shards(tiers))
         return True
-
-    def _extend_keys(self, state: RequestState) -> None:
-        if state.namespace is not None:
-            state.extend_keys(state.namespace, self._chunk_tokens)
-
-    def _object_keys(self, chunk_keys: list[bytes]) -> list[bytes]:
-        return [object_key(key, shard) for key in chunk_keys for shard in self._shards]
-
-    def _slowest_of_shards(self, tiers: tuple[str, ...]) -> tuple[str, ...]:
-        count = len(self._shards)
-        order = ("cpu", "disk", "redis")
-        return tuple(max(tiers[at : at + count], key=order.index) for at in range(0, len(tiers), count))
 
     def _plan_store(self, state: RequestState, computed_tokens: int) -> None:
         """Plan to store what is computed and confirmed: whole chunks beyond those that are held or planned already."""
-        if not self._may_store or not self._namespace.settle(state):
+        if self._chunks is None or not self._may_store or not self._namespace.settle(state):
             return
         if state.adapter is not None and not self._adapters.serves(state.adapter.lora_int_id, state.adapter.digest):
             state.cacheable = False
             return
-        request = state.request
-        confirmed = min(computed_tokens, request.num_tokens, len(state.blocks) * self._block_size)
-        if self._drops_last_block:
-            confirmed -= self._block_size
-        self._extend_keys(state)
-        first = max(state.stored, len(state.hits))
-        end = min(confirmed // self._chunk_tokens, len(state.chunk_keys))
-        if end <= first or state.namespace is None or state.first_step is None:
-            return
-        per_chunk = self._chunk_blocks
-        chunks = tuple(
-            ChunkBlocks(state.chunk_keys[number], tuple(state.blocks[number * per_chunk : (number + 1) * per_chunk]))
-            for number in range(first, end)
-        )
-        parent = state.chunk_keys[first - 1] if first else b""
-        self._plan.stores.append(
-            Store(request.request_id, state.namespace, parent, chunks, state.adapter, state.first_step)
-        )
-        state.stored = end
-        state.has_stored = True
+        state.extend_keys(self._chunks.tokens)
+        store = self._chunks.store(state, computed_tokens)
+        if store is not None:
+            self._plan.stores.append(store)
+            state.offered(len(store.chunks))
 
     def _drop_lease(self, state: RequestState) -> None:
         if state.leased:

@@ -87,7 +87,11 @@ class WorkerSide:
         server = self._options.server or private_server(
             self._config.kv_transfer_config.engine_id, self._options.disk_path
         )
-        ensure = (lambda: None) if self._options.server else (lambda: ensure_private_daemon(server, self._options))
+
+        def ensure() -> None:
+            if not self._options.server:
+                ensure_private_daemon(server, self._options)
+
         problem = self._problem
         if self._options.lora_pool:
             ensure()

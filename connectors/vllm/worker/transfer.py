@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loracache.client import requests
 from loracache.client.connection import Reply
 from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import Load, Store
@@ -27,7 +28,6 @@ from loracache.errors import LoRACacheError, Rejected, Unavailable
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import checksum, object_key
 from loracache.results import Cause
-from loracache.wire import protocol
 
 __all__ = ["Loader", "StoreJob", "Storer"]
 
@@ -153,10 +153,10 @@ class Loader:
         elif not self._link.ready():
             self._end(job, Cause.UNAVAILABLE)
         else:
-            keys = protocol.join_keys([object_key(chunk.key, self._shard) for chunk in load.chunks])
+            keys = requests.join_keys([object_key(chunk.key, self._shard) for chunk in load.chunks])
             ttl = self._timeout + _LEASE_MARGIN_S
             try:
-                job.acquire = self._link.connection.send(protocol.Acquire(job.lease, keys, ttl))
+                job.acquire = self._link.connection.send(requests.Acquire(job.lease, keys, ttl))
             except Unavailable:
                 self._end(job, Cause.UNAVAILABLE)
 
@@ -168,8 +168,8 @@ class Loader:
                 return
             self._copy(job, reply)
             if reply.last:
-                bad = protocol.join_keys(job.bad)
-                job.release = connection.send(protocol.Release(job.lease, bad))
+                bad = requests.join_keys(job.bad)
+                job.release = connection.send(requests.Release(job.lease, bad))
                 connection.poll()
         reply = connection.take(job.release)
         if reply is not None:
@@ -197,7 +197,7 @@ class Loader:
     def _forget(self, job: _Loading) -> None:
         connection = self._link.connection
         connection.forget(job.release or job.acquire)
-        connection.send(protocol.Release(job.lease, b""), answer=False)
+        connection.send(requests.Release(job.lease, b""), answer=False)
 
     def _end(self, job: _Loading, cause: str) -> None:
         """Report the load. Without a cause, only what did not arrive has failed."""
@@ -292,10 +292,10 @@ class Storer:
         namespace = store.namespace.digest()
         self._link.register(namespace, store.namespace.descriptor(), self._names)
         keys = [object_key(chunk.key, self._shard) for chunk in store.chunks]
-        parents = [object_key(store.parent, self._shard) if store.parent else protocol.NO_PARENT, *keys[:-1]]
+        parents = [object_key(store.parent, self._shard) if store.parent else requests.NO_PARENT, *keys[:-1]]
         lease = os.urandom(16)
-        reserve = protocol.Reserve(
-            lease, namespace, protocol.join_keys(keys), protocol.join_keys(parents),
+        reserve = requests.Reserve(
+            lease, namespace, requests.join_keys(keys), requests.join_keys(parents),
             [self._block_bytes * len(chunk.blocks) for chunk in store.chunks], _WRITE_LEASE_S,
         )  # fmt: skip
         try:
@@ -305,8 +305,8 @@ class Storer:
                 if any(isinstance(item, list) for item in answer):
                     connection.abort(lease)
                 return
-            commit = protocol.Commit(
-                lease, protocol.join_keys([key for key, _ in written]), [total for _, total in written]
+            commit = requests.Commit(
+                lease, requests.join_keys([key for key, _ in written]), [total for _, total in written]
             )
             answer = connection.call(commit, _CALL_TIMEOUT_S).payload
         except BaseException:  # of a copier, too: else the extents stay reserved for as long as the lease

@@ -232,7 +232,7 @@ class AdapterAdmission:
         orders, self._orders = self._orders, AdapterOrders()
         self._told.update(orders.bind)
         now = time.monotonic()
-        if self._pools and now >= self._next_resident and self._link.connected:
+        if self._pools and now >= self._next_resident and self._link.answering():
             self._next_resident = now + _RESIDENT_S
             ready = [each for each in self._ledger.adapters() if self._adapters[each].ready >= len(self._pools)]
             self._link.resident({bytes.fromhex(digest) for digest in ready})

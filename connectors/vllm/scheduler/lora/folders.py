@@ -76,7 +76,7 @@ class Folders:
         if not folder.place and os.path.isdir(path):
             folder.place = path
         if not folder.asked:
-            if folder.place and (self._link.connected or self._link.begin()):
+            if folder.place and (self._link.answering() or self._link.begin()):
                 folder.asked, folder.since = self._link.ask_adapter_add(folder.place), now
             if not folder.asked:
                 self._read(folder, path)

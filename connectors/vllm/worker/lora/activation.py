@@ -19,6 +19,7 @@ import torch
 
 from loracache.adapters.payload import Packed, Packing
 from loracache.adapters.peft import PeftFolder
+from loracache.client import requests
 from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.lora.paths import digest_in
@@ -28,7 +29,6 @@ from loracache.connectors.vllm.worker.lora.recipe import Recipe, Recipes, copy_p
 from loracache.errors import LoRACacheError, Unavailable, UsageError
 from loracache.keys import checksum
 from loracache.results import Cause
-from loracache.wire import protocol
 
 __all__ = ["Activator", "Order"]
 
@@ -123,10 +123,10 @@ class Activator:
             if not self._link.ready():
                 return
             if digest is None:
-                connection.forget(connection.send(protocol.AdapterAdd(path, "", "")))
+                connection.forget(connection.send(requests.AdapterAdd(path, "", "")))
             else:
-                lease, key = os.urandom(protocol.LEASE_BYTES), bytes.fromhex(digest)
-                connection.send(protocol.Prefetch(lease, key, _FETCHED_S), answer=False)
+                lease, key = os.urandom(requests.LEASE_BYTES), bytes.fromhex(digest)
+                connection.send(requests.Prefetch(lease, key, _FETCHED_S), answer=False)
         except LoRACacheError as error:  # the first request will ask for it, and say what is wrong
             _log.info("adapter %s is not fetched ahead: %s", path, error)
         except Exception:  # noqa: BLE001 - top of the thread, which others wait for
@@ -149,17 +149,17 @@ class Activator:
         if not self._link.ready():
             raise Unavailable("no daemon answers")
         connection = self._link.connection
-        lease, key = os.urandom(protocol.LEASE_BYTES), bytes.fromhex(order.digest)
+        lease, key = os.urandom(requests.LEASE_BYTES), bytes.fromhex(order.digest)
         bad, released = b"", False
 
         def held() -> bool:
             """Whether the lease held until now: only then the bytes were the adapter's throughout."""
             nonlocal released
             released = True
-            return bool(connection.call(protocol.Release(lease, b""), self._timeout).payload[0])
+            return bool(connection.call(requests.Release(lease, b""), self._timeout).payload[0])
 
         try:
-            reply = connection.call(protocol.Acquire(lease, key, _LEASE_S), self._timeout)
+            reply = connection.call(requests.Acquire(lease, key, _LEASE_S), self._timeout)
             (_, *found), *_ = reply.payload
             if len(found) == 1:
                 return str(found[0])
@@ -176,7 +176,7 @@ class Activator:
             return cause
         finally:
             if not released:
-                connection.send(protocol.Release(lease, bad), answer=False)
+                connection.send(requests.Release(lease, bad), answer=False)
 
     def _from_folder(self, order: Order) -> str:
         with PeftFolder(order.path) as folder:

@@ -49,7 +49,7 @@ pools: dict[str, PagedLoRAModelManager] = {}
 """The manager of each engine's worker in this process, by engine id: where the connector finds it."""
 
 
-class PagedLoRAModelManager(LRUCacheLoRAModelManager):
+class PagedLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
     """The model's LoRA layers over one PagePool. `ids` says which content (digest) serves an adapter id; `added` is
     told of what vLLM was given to serve, by the worker that `fetches_ahead`.
     """
@@ -220,7 +220,7 @@ def elsewhere(model: Any) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, PPMissingLayer))
 
 
-class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
+class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     """What the model runner holds. Adapters are loaded by the scheduler's orders (activation.py), never in a step."""
 
     _manager_cls = PagedLoRAModelManager
@@ -280,4 +280,4 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def list_adapters(self) -> set[int]:
         """Adapter ids that serve a content."""
-        return set(self._adapter_manager.ids) | self._adapter_manager.dummies
+        return {*self._adapter_manager.ids, *self._adapter_manager.dummies}

@@ -53,7 +53,7 @@ class _Rows:
             self.tiles = self._all_tiles[: len(tiles)]
 
 
-class PagedPunicaWrapper(PunicaWrapperBase):
+class PagedPunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
     """The operators of vLLM's LoRA layers over pages."""
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any) -> None:

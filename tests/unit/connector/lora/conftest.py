@@ -19,7 +19,7 @@ from loracache.adapters.payload import Packed, Packing
 from loracache.adapters.peft import CONFIG, WEIGHTS, PeftFolder
 
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*test_*.py"]
 
 if TYPE_CHECKING:
     import torch
@@ -122,13 +122,11 @@ def client(url: str) -> Iterator[Any]:
 @pytest.fixture
 def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who failed is asked again soon, by scheduler and worker."""
-    from loracache.connectors.vllm.link import scheduler as link
-    from loracache.connectors.vllm.link import worker as worker_link
+    from loracache.client import link as client_link
     from loracache.connectors.vllm.scheduler.lora import admission
 
     monkeypatch.setattr(admission, "_AGAIN_S", 0.05)
-    monkeypatch.setattr(link, "_RETRY_S", 0.05)
-    monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)
+    monkeypatch.setattr(client_link, "RETRY_S", 0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +212,7 @@ def computed(pool: Any, tables: Any, number: int, x: torch.Tensor, slots: Sequen
     """What the kernels add to the output of module `number` for rows of x whose adapters are in `slots`."""
     import torch
 
+    import loracache.kernels.sgmv  # noqa: F401 - registers the operators
     from loracache.kernels.tables import plan_tiles
 
     modules = pool.shape.modules

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm.link import worker as worker_link
+from loracache.client import link as client_link
 from loracache.connectors.vllm.lora.paths import path_of
 from loracache.connectors.vllm.worker.lora import activation
 from loracache.connectors.vllm.worker.lora.activation import Activator, Order
@@ -71,7 +71,7 @@ def make_worker(make_manager: Any, make_shape: Callable[..., Any]) -> Iterator[C
 
 @pytest.fixture(autouse=True)
 def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)
+    monkeypatch.setattr(client_link, "RETRY_S", 0.05)
 
 
 class Gate:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from loracache.client import link as client_link
 from loracache.connectors.vllm.link import scheduler as link_module
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
@@ -19,16 +20,16 @@ LEASE = bytes(16)
 @pytest.fixture
 def fast_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "_SILENT_AFTER_S", 0.05)
-    monkeypatch.setattr(link_module, "_RETRY_S", 0.05)
+    monkeypatch.setattr(client_link, "RETRY_S", 0.05)
 
 
 def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence: None, eventually: Any) -> None:
     link = SchedulerLink(daemon().url)
-    eventually(lambda: link.begin() or link.connected, "the daemon greets")
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     assert number
     time.sleep(0.2)
-    assert link.connected
+    assert link.answering()
     assert link.ask_lookup(LEASE, KEYS, 1, 5.0)
     assert link.answer_lookup(number) == ()  # and is there when it is asked for after all
     link.close()
@@ -37,14 +38,14 @@ def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence:
 def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_silence: None, eventually: Any) -> None:
     running = daemon()
     link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.connected, "the daemon greets")
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
     running.send(signal.SIGSTOP)
     first = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     forgotten = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     link.forget(forgotten)
     time.sleep(0.1)
     started = time.monotonic()
-    assert not link.connected
+    assert not link.answering()
     assert link.ask_lookup(LEASE, KEYS, 1, 5.0) == 0
     assert link.ask_adapter("/nowhere") is None
     assert link.answer_lookup(first) is None
@@ -52,7 +53,7 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_sil
     link.flush_counts()
     assert time.monotonic() - started < 0.5
     running.send(signal.SIGCONT)
-    eventually(lambda: link.connected, "the daemon answers again")
+    eventually(link.answering, "the daemon answers again")
     assert link.ask_lookup(LEASE, KEYS, 1, 5.0)
     eventually(lambda: running.status()["counters"].get("client.lookup.late") == 3, "the count arrives")
     link.close()
@@ -63,7 +64,7 @@ def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
 ) -> None:
     running = daemon()
     link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.connected, "the daemon greets")
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
     running.send(signal.SIGSTOP)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     running.stop(signal.SIGKILL)
@@ -95,7 +96,7 @@ def test_a_daemon_that_hangs_before_it_greets_costs_milliseconds(
     started = time.monotonic()
     assert [link.ask_lookup(LEASE, KEYS, 1, 5.0) for _ in range(50)] == [0] * 50
     assert time.monotonic() - started < 1.0  # a connection that is waited for takes two seconds
-    assert not link.connected
+    assert not link.answering()
     running.send(signal.SIGCONT)
     eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the daemon is asked as soon as it greets")
     link.close()
@@ -107,7 +108,7 @@ def test_a_daemon_that_hangs_before_it_greets_costs_milliseconds(
 def test_an_outage_is_said_once_and_so_is_its_end(
     daemon: Any, eventually: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "_RETRY_S", 0.0)
+    monkeypatch.setattr(client_link, "RETRY_S", 0.0)
     caplog.set_level(logging.INFO, "loracache.connectors.vllm.link.scheduler")
     running = daemon()
     link = SchedulerLink(running.url)

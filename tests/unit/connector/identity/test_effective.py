@@ -24,7 +24,7 @@ from vllm.config.utils import config
 from loracache.connectors.vllm.identity.effective import config_classes, counted_fields, default_of, options_table
 from loracache.connectors.vllm.identity.not_counted import NOT_COUNTED
 
-DOCS = Path(__file__).parents[3] / "docs" / "vllm.md"
+DOCS = Path(__file__).parents[4] / "docs" / "vllm.md"
 # Of releases other than the one that the tests run on.
 OTHER_RELEASES = {
     "VllmConfig": "watchdog_config",

@@ -167,3 +167,36 @@ def test_a_request_that_comes_after_a_change_loads_and_stores_as_ever(driver: An
     loading(driver, make_request)  # under the same id, with keys of its own
     driver.side.finished_loading({"a"}, set())
     running(driver, make_request, "b", chunks=1)
+
+
+# -- preemption --------------------------------------------------------------------------------------------------------
+
+
+def test_a_preempted_request_offers_what_it_once_loaded_where_nobody_says_that_it_is_held(
+    driver: Any, make_request: Any
+) -> None:
+    """What the daemon held before may be gone by now, and so may the daemon."""
+    request = loading(driver, make_request)
+    driver.side.finished_loading({"a"}, set())
+    driver.step({request: [0, 1, 2, 3]})
+    driver.link.connected = False
+    driver.step(preempted=[request])
+    request.num_computed_tokens = 0
+    assert driver.side.matched_tokens(request, 0) == (0, False)
+    driver.step(more={request: [4, 5, 6, 7]}, resumed=[request])
+    request.num_computed_tokens = 2 * CHUNK
+    assert stored(driver.step(more={request: []})) == [(4, 5), (6, 7)]
+
+
+def test_a_preempted_request_is_one_of_the_new_weights(driver: Any, make_request: Any) -> None:
+    """Nothing of it is left that was computed with the old ones."""
+    request = loading(driver, make_request)
+    driver.side.finished_loading({"a"}, set())
+    driver.step({request: [0, 1, 2, 3]})
+    driver.step(preempted=[request])
+    driver.side.take_news(CHANGED)
+    request.num_computed_tokens = 0
+    assert driver.side.matched_tokens(request, 0) == (0, False)
+    driver.step(more={request: [4, 5, 6, 7]}, resumed=[request])
+    request.num_computed_tokens = 2 * CHUNK
+    assert stored(driver.step(more={request: []})) == [(4, 5), (6, 7)]

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from loracache.client import link as client_link
 from loracache.connectors.vllm.common.messages import AdapterBinding, ChunkBlocks, Load, Store
-from loracache.connectors.vllm.link import worker as worker_link
 from loracache.connectors.vllm.worker import transfer
 from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.connectors.vllm.worker.transfer import Loader, StoreJob, Storer
@@ -97,7 +97,7 @@ def make_worker() -> Iterator[Callable[..., Worker]]:
 
 @pytest.fixture(autouse=True)
 def fast_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_link, "_RETRY_S", 0.05)
+    monkeypatch.setattr(client_link, "RETRY_S", 0.05)
 
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
