@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
-from loracache.errors import LoRACacheError, ProtocolError, Unknown, UsageError
+from loracache.control.steps import called, start
+from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
@@ -115,11 +116,25 @@ class Session(asyncio.Protocol):
             if handler is not None:
                 handler(number, request)
             else:
-                self._served.control.serve(request, self.label, self._later(number))
+                start(self._reply(number, self._served.control.serve(request, self.label)))
         except ProtocolError:
             raise
         except LoRACacheError as error:
-            self._later(number)(error)
+            self._refuse(number, error)
+
+    async def _reply(self, number: int, work: Awaitable[list[Any]]) -> None:
+        """Answer `number` with what `work` comes to, or with the words of its error."""
+        try:
+            self._answer(number, OK, await work)
+        except LoRACacheError as error:
+            self._refuse(number, error)
+        except Exception as error:  # noqa: BLE001 - top of a coroutine: an answer that never comes hangs a client
+            self._cache.counters.add("failure.control")
+            _log.exception("connection %d (%s): a request failed", self.owner, self.name)
+            self._refuse(number, Rejected(repr(error)))
+
+    def _refuse(self, number: int, error: LoRACacheError) -> None:
+        self._answer(number, UNKNOWN if isinstance(error, Unknown) else ERROR, str(error))
 
     def _answer(self, number: int, status: int, payload: object) -> None:
         if number == 0 and status != ERROR:
@@ -145,8 +160,8 @@ class Session(asyncio.Protocol):
         self._served.adapters.digest(request.path, self._later(number))
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
-        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
-        self._served.adapters.add(request.path, request.name, answer)
+        work = called(lambda done: self._served.adapters.add(request.path, request.name, done))
+        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
 
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
         self._served.adapters.find(request.name, self._later(number))
@@ -158,8 +173,8 @@ class Session(asyncio.Protocol):
         self._served.adapters.page(request.name, request.count, self._later(number))
 
     def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
-        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
-        self._served.adapters.remove(request.name, answer)
+        work = called(lambda done: self._served.adapters.remove(request.name, done))
+        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
         engines = self._served.adapters.engines
@@ -170,14 +185,7 @@ class Session(asyncio.Protocol):
 
     def _later(self, number: int) -> Answer:
         """Answers `number` with a payload, or with the words of an error."""
-
-        def answer(result: list[Any] | Exception) -> None:
-            if isinstance(result, Exception):
-                self._answer(number, UNKNOWN if isinstance(result, Unknown) else ERROR, str(result))
-            else:
-                self._answer(number, OK, result)
-
-        return answer
+        return lambda result: start(self._reply(number, _payload(result)))
 
     def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
         keys = split_keys(request.keys)
@@ -279,6 +287,12 @@ class Session(asyncio.Protocol):
             known = len(counters) < _MOST_COUNTERS or counters[_REPORTED + name]
             counters.add(_REPORTED + (name if known else "other"), count)
         self._answer(number, OK, [])
+
+
+async def _payload(result: list[Any] | Exception) -> list[Any]:
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
