@@ -62,11 +62,12 @@ class Operation:
         return self.state is State.RUNNING
 
     def while_running(self, items: Iterable[_T]) -> Iterator[_T]:
-        """The items, as long as there is more to come."""
-        for item in items:
-            if not self.running:
-                return
-            yield item
+        """The items, as long as there is more to come; none is made after that."""
+        if self.running:
+            for item in items:
+                yield item
+                if not self.running:
+                    return
 
     async def over(self, seconds: float) -> None:
         """Wait for its end, but no longer than that."""

@@ -16,7 +16,7 @@ from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
 from loracache.control.selection import Selected, Selector, select
-from loracache.control.steps import answer, called, start, turn
+from loracache.control.steps import called, start, turn
 from loracache.control.transfer import Mover
 from loracache.errors import Unknown, UsageError
 from loracache.keys import is_digest
@@ -212,12 +212,21 @@ class Control:
 
     async def _evict(self, operation: Operation, parts: Parts, tiers: list[Tier]) -> None:
         for keys in operation.while_running(parts):
-            evict = partial(self._cache.evict, keys, tiers, wanted=lambda: operation.running)
-            _count(operation, await answer(evict))
+            await self._remove(operation, partial(self._cache.evict, keys, tiers))
             await turn()
 
     async def _clear(self, operation: Operation, tiers: list[Tier]) -> None:
-        _count(operation, await answer(lambda done: self._cache.clear(tiers, done, lambda: operation.running)))
+        await self._remove(operation, partial(self._cache.clear, tiers))
+
+    async def _remove(self, operation: Operation, slices: Callable[[Evicted], Iterator[None]]) -> None:
+        did = Evicted()
+        try:
+            for _ in operation.while_running(slices(did)):
+                await turn()
+        finally:
+            operation.objects += did.objects
+            operation.nbytes += did.nbytes
+            operation.skip("held", did.skipped)
 
     async def _move(self, request: Any, label: str, target: Tier, **options: Any) -> list[Any]:
         operation, parts = await self._begin(request, label)
@@ -270,9 +279,9 @@ class Control:
         if is_digest(name) and (scope or not alone):
             return name
         if is_digest(name):
-            known = [name] if await called(lambda done: self._adapters.show(name, done)) else []
+            known = [name] if await self._adapters.show(name) else []
         else:
-            known = await called(lambda done: self._adapters.find(name, done))
+            known = await self._adapters.find(name)
         if known:
             return str(known[0])
         if scope:  # what there is of it is none of the tenant's
@@ -308,14 +317,6 @@ def _removable(names: list[str]) -> list[Tier]:
     if Tier.GPU in tiers:
         raise UsageError("tier 'gpu' belongs to the engines; give cpu, disk or redis")
     return tiers
-
-
-def _count(operation: Operation, did: Evicted) -> None:
-    operation.objects += did.objects
-    operation.nbytes += did.nbytes
-    operation.skip("held", did.skipped)
-    if did.error:
-        raise RuntimeError(did.error)
 
 
 def _summary(selector: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
-from loracache.control.steps import called, start
+from loracache.control.steps import start
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
@@ -25,7 +25,7 @@ from loracache.wire.protocol import ERROR, NO_PARENT, OK, PART, UNKNOWN, split_k
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
-    from loracache.control.adapters import Adapters, Answer
+    from loracache.control.adapters import Adapters
     from loracache.control.lookup import Finder
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
@@ -157,23 +157,23 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [namespace.digest()])
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
-        self._served.adapters.digest(request.path, self._later(number))
+        start(self._reply(number, self._served.adapters.digest(request.path)))
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
-        work = called(lambda done: self._served.adapters.add(request.path, request.name, done))
+        work = self._served.adapters.add(request.path, request.name)
         start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
 
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
-        self._served.adapters.find(request.name, self._later(number))
+        start(self._reply(number, self._served.adapters.find(request.name)))
 
     def _on_adapter_show(self, number: int, request: protocol.AdapterShow) -> None:
-        self._served.adapters.show(request.name, self._later(number))
+        start(self._reply(number, self._served.adapters.show(request.name)))
 
     def _on_adapter_list(self, number: int, request: protocol.AdapterList) -> None:
-        self._served.adapters.page(request.name, request.count, self._later(number))
+        start(self._reply(number, self._served.adapters.page(request.name, request.count)))
 
     def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
-        work = called(lambda done: self._served.adapters.remove(request.name, done))
+        work = self._served.adapters.remove(request.name)
         start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
@@ -182,10 +182,6 @@ class Session(asyncio.Protocol):
         self._resident = set(split_keys(request.keys))
         engines.update(self._resident)
         self._answer(number, OK, [])
-
-    def _later(self, number: int) -> Answer:
-        """Answers `number` with a payload, or with the words of an error."""
-        return lambda result: start(self._reply(number, _payload(result)))
 
     def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
         keys = split_keys(request.keys)
@@ -287,12 +283,6 @@ class Session(asyncio.Protocol):
             known = len(counters) < _MOST_COUNTERS or counters[_REPORTED + name]
             counters.add(_REPORTED + (name if known else "other"), count)
         self._answer(number, OK, [])
-
-
-async def _payload(result: list[Any] | Exception) -> list[Any]:
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:

@@ -283,10 +283,20 @@ class Rig:
         return data
 
     def evict(self, *names: object, tiers: Sequence[Tier] = (Tier.CPU,)) -> tuple[int, int, int]:
-        answers: list[Evicted] = []
-        self.cache.evict([key_of(name) for name in names], tiers, answers.append)
-        (done,) = answers  # at once: these are few
-        return done.objects, done.nbytes, done.skipped
+        did = Evicted()
+        assert list(self.cache.evict([key_of(name) for name in names], tiers, did)) == []  # at once: these are few
+        return did.objects, did.nbytes, did.skipped
+
+    def remove(self, slices: Callable[[Evicted], Iterator[None]]) -> list[Evicted]:
+        """An eviction that lets others in between its slices, as the daemon's do; what it did, once it is over."""
+
+        async def run() -> Evicted:
+            did = Evicted()
+            for _ in slices(did):
+                await steps.turn()
+            return did
+
+        return self.start(run())
 
     def node(self, name: object) -> Node | None:
         return self.cache.index.get(key_of(name))

@@ -81,13 +81,14 @@ class Served:
         self.rig = rig
         self.cache: TieredCache = rig.cache
         self.namespaces = namespaces or Namespaces(None)
-        adapters: Any = SimpleNamespace(
-            names=dict, engines={}, show=lambda name, answer: answer([{}]), find=lambda name, answer: answer([])
-        )
+        adapters: Any = SimpleNamespace(names=dict, engines={}, show=self.no_adapter, find=self.no_adapter)
         finder: Any = None
         self.control = Control(
             rig.cache, self.namespaces, adapters, finder, Audit(None), rig.posted.append, dict
         )  # fmt: skip
+
+    async def no_adapter(self, name: str) -> list[Any]:
+        return []
 
     def ask(self, request: Any) -> Any:
         """The answer, or what was raised instead: at once."""
