@@ -16,7 +16,7 @@ from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
 from loracache.control.selection import Selected, Selector, select
-from loracache.control.steps import called, start, turn
+from loracache.control.steps import start, turn
 from loracache.control.transfer import Mover
 from loracache.errors import Unknown, UsageError
 from loracache.keys import is_digest
@@ -26,7 +26,6 @@ from loracache.wire import control_messages as messages
 from loracache.wire import protocol
 
 if TYPE_CHECKING:
-    from loracache.cache.tier.io import Post
     from loracache.cache.tiered import TieredCache
     from loracache.control.adapters import Adapters
     from loracache.control.audit import Audit
@@ -53,17 +52,15 @@ class Control:
         adapters: Adapters,
         finder: Finder,
         audit: Audit,
-        post: Post,
         settings: Callable[[], dict[str, Any]],
     ) -> None:
         self._cache = cache
         self._namespaces = namespaces
         self._adapters = adapters
         self._audit = audit
-        self._post = post
         self._settings = settings
         self._listing = Listing(cache.index, namespaces)
-        self._locator = Locator(cache, namespaces, adapters, finder, post)
+        self._locator = Locator(cache, namespaces, adapters, finder)
         self._about: dict[str, dict[str, Any]] = {}  # of running operations: what the audit log says of them
         self.operations = Operations(self._ended)
         self._turns = Turns(_MOVES_AT_ONCE)
@@ -160,8 +157,7 @@ class Control:
     # -- reading ----------
 
     async def _on_locate(self, request: messages.Locate, label: str) -> list[Any]:
-        selected = await self._select(request)
-        return await called(lambda done: self._locator.locate(selected, done))
+        return await self._locator.locate(await self._select(request))
 
     async def _on_objects(self, request: messages.Objects, label: str) -> list[Any]:
         tier = Tier.named(request.tier) if request.tier else None

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
-__all__ = ["answer", "called", "start", "turn"]
+__all__ = ["answer", "start", "turn"]
 
 _T = TypeVar("_T")
 _under_way: set[asyncio.Task[None]] = set()  # a loop keeps no task alive by itself
@@ -48,14 +48,6 @@ def answer(ask: Callable[[Callable[[_T], None]], object]) -> asyncio.Future[_T]:
 
     ask(answered)
     return future
-
-
-async def called(ask: Callable[[Callable[[list[Any] | Exception], None]], object]) -> list[Any]:
-    """What `ask` hands over; an exception is raised."""
-    result = await answer(ask)
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 async def _rest(work: Coroutine[Any, Any, None], step: Any) -> None:

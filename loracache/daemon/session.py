@@ -26,7 +26,7 @@ from loracache.wire.protocol import ERROR, NO_PARENT, OK, PART, UNKNOWN, split_k
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.adapters import Adapters
-    from loracache.control.lookup import Finder
+    from loracache.control.lookup import Finder, Hits
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
     from loracache.namespaces import Namespaces
@@ -185,29 +185,32 @@ class Session(asyncio.Protocol):
 
     def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
         keys = split_keys(request.keys)
-        asked = self._asking
-        asked.add(request.lease)
+        hits = self._served.finder.look(keys)
+        if hits.cause:
+            self._asking.discard(request.lease)
+            self._answer(number, OK, self._hits(request, keys, hits))
+        else:
+            start(self._reply(number, self._look_in_redis(request, keys, hits)))
 
-        def found(tiers: list[Tier], cause: str) -> None:
-            wanted = request.lease in asked
-            asked.discard(request.lease)
-            self._found(number, request, keys, tiers, cause, hold=wanted)
+    async def _look_in_redis(self, request: protocol.Lookup, keys: list[bytes], hits: Hits) -> list[Any]:
+        self._asking.add(request.lease)
+        hits = await self._served.finder.ask_redis(keys, hits)
+        wanted = request.lease in self._asking
+        self._asking.discard(request.lease)
+        return self._hits(request, keys, hits, hold=wanted)
 
-        self._served.finder.find(keys, found)
-
-    def _found(
-        self, number: int, request: protocol.Lookup, keys: list[bytes], tiers: list[Tier], cause: str, hold: bool = True
-    ) -> None:
+    def _hits(self, request: protocol.Lookup, keys: list[bytes], hits: Hits, hold: bool = True) -> list[Any]:
+        """Hold and count what was found, in whole groups."""
         counters = self._cache.counters
-        hits = len(tiers) // request.group * request.group
-        tiers = tiers[:hits]
+        count = len(hits.tiers) // request.group * request.group
+        tiers = hits.tiers[:count]
         if request.lease and hold and self._transport is not None:
-            self._cache.hold(self.owner, request.lease, keys[:hits], request.ttl)
+            self._cache.hold(self.owner, request.lease, keys[:count], request.ttl)
         counters.add("lookup")
         for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
             counters.add(f"hit.{tier.label}", tiers.count(tier))
-        counters.add(f"miss.{cause}", len(keys) - hits)
-        self._answer(number, OK, [bytes(tiers)])
+        counters.add(f"miss.{hits.cause}", len(keys) - count)
+        return [bytes(tiers)]
 
     def _on_prefetch(self, number: int, request: protocol.Prefetch) -> None:
         keys = split_keys(request.keys)

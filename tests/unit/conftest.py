@@ -57,6 +57,7 @@ class StepLoop(asyncio.AbstractEventLoop):
 
     def __init__(self, posted: deque[Callable[[], None]]) -> None:
         self._posted = posted
+        self._timers: list[tuple[float, asyncio.TimerHandle]] = []
         self.errors: list[dict[str, Any]] = []
 
     def call_soon(
@@ -65,6 +66,24 @@ class StepLoop(asyncio.AbstractEventLoop):
         handle = asyncio.Handle(callback, args, self, context)
         self._posted.append(lambda: None if handle.cancelled() else self.within(handle._run))
         return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(delay, callback, args, self, context)
+        self._timers.append((delay, handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        pass
+
+    def fire(self) -> list[float]:
+        """All timers that nobody cancelled are over; answers their seconds."""
+        timers = [(delay, handle) for delay, handle in self._timers if not handle.cancelled()]
+        self._timers = []
+        for _, handle in timers:
+            self.within(handle._run)
+        return [delay for delay, _ in timers]
 
     def within(self, call: Callable[[], Any]) -> Any:
         """What `call` answers, which runs as if this loop had called it."""

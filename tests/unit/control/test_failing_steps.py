@@ -84,7 +84,7 @@ class Served:
         adapters: Any = SimpleNamespace(names=dict, engines={}, show=self.no_adapter, find=self.no_adapter)
         finder: Any = None
         self.control = Control(
-            rig.cache, self.namespaces, adapters, finder, Audit(None), rig.posted.append, dict
+            rig.cache, self.namespaces, adapters, finder, Audit(None), dict
         )  # fmt: skip
 
     async def no_adapter(self, name: str) -> list[Any]:
