@@ -87,7 +87,7 @@ class Daemon:
         self._adapters = Adapters(self.cache, self._namespaces, self._names, self._post)
         finder = Finder(self.cache, config.redis_lookup_ms / 1000)
         self._control = Control(
-            self.cache, self._namespaces, self._adapters, finder, audit, self._post, lambda: shown_config(config)
+            self.cache, self._namespaces, self._adapters, finder, audit, lambda: shown_config(config)
         )
         self._served = Served(
             self.cache, self._namespaces, self._adapters, finder, self._control, self._status, self._session_ended
