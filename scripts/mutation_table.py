@@ -173,7 +173,7 @@ MUTATIONS = [
         "loracache/cache/state/index.py",
         "        node.pins &= ~bit\n",
         "",
-        _INDEX,
+        _VICTIMS,
     ),
     # -- promotion ----------
     Mutation(
@@ -259,7 +259,7 @@ MUTATIONS = [
         "loracache/cache/tiered.py",
         "self._make_room(self.arena.rounded(info.size), parents)",
         "self._make_room(self.arena.rounded(info.size), set())",
-        _DISK,
+        _VICTIMS,
     ),
     Mutation(
         "a node without tier and children goes, and its ancestors after it",

@@ -195,3 +195,14 @@ def test_an_adapters_chains_are_removed_one_by_one(rig_of: Make, how: str) -> No
     assert answers == [Evicted(2 * 24, 2 * 24 * PAGE, 0)]
     assert len(rig.disk.deletions) == 3
     assert len(rig.cache.index) == 0  # the adapter's own node is gone, too
+
+
+def test_a_pin_ends_with_the_objects_stay_in_the_tier(rig_of: Make) -> None:
+    rig = rig_of()
+    rig.store("a")
+    assert rig.cache.pins.pin([rig.info("a").key], Tier.CPU) == 1
+    rig.acquire("a")
+    rig.cache.report_bad([rig.info("a").key])
+    rig.store("a")
+    rig.release()
+    assert rig.evict("a") == (1, PAGE, 0)
