@@ -125,7 +125,7 @@ class Mover:
             elif not sizes[key] or source is Tier.REDIS:
                 del sizes[key]
                 missing = result.outcome is Outcome.MISS
-                self._operation.skip(Cause.ABSENT if missing else f"redis_{result.outcome.value}")
+                self._operation.skip(Cause.ABSENT if missing else Cause(f"redis_{result.outcome.value}"))
         return sizes
 
     async def _ask_redis(self, keys: list[bytes]) -> list[Result]:

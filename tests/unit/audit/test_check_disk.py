@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from loracache import CacheClient
+from loracache.cli.app import app
 
 
 def flip(path: Path, offset: int) -> None:
@@ -143,6 +145,17 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(kept: Any, check: Any, daem
     assert "stop that one first" in said["error"]
     assert running.stop() == 0
     assert check(kept)[0] == 0
+
+
+def test_people_get_a_table(kept: Any) -> None:
+    truncate(kept.file(kept.chains[0][3]), 100)
+    done = CliRunner().invoke(app, ["check", "--disk-path", str(kept.path), "--fix"], prog_name="loracache")
+    whole, head, row, left = done.stdout.splitlines()
+    assert done.exit_code == 0
+    assert (whole, left) == ("disk: 12 objects are whole", "faults left: 0")
+    assert head.split() == ["where", "fault", "count", "fixed", "bytes", "for", "example"]
+    assert row.split()[:6] == ["disk", "damaged", "1", "1", "100", "B"]
+    assert row.endswith(f"{kept.chains[0][3].hex()}: header has 100 bytes of 188")
 
 
 def test_nothing_to_check_is_wrong_usage(kept: Any, check: Any, tmp_path: Path) -> None:
