@@ -134,7 +134,7 @@ MUTATIONS = [
         _VICTIMS,
     ),
     Mutation(
-        "a parent is no victim before its children",
+        "a parent is not a victim before its children",
         "loracache/cache/policy/lru.py",
         "left.get(node, node.children[tier])",
         "left.get(node, 0)",

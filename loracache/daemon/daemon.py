@@ -214,7 +214,7 @@ class Daemon:
             return
         if any(session.age < _LINGER_S for session in self._sessions) and self._loop is not None:
             self._loop.call_later(_LINGER_S, self._end_if_alone)
-        else:  # who did not say who it is by now, is no client
+        else:  # who did not say who it is by now, is not a client
             self._ended.set()
 
     def _populate(self) -> None:

@@ -165,5 +165,5 @@ def test_nothing_to_check_is_wrong_usage(kept: Any, check: Any, tmp_path: Path) 
     kept.path = tmp_path / "nowhere"
     code, said = check(kept)
     assert code == 2
-    assert "is no disk tier" in said["error"]
+    assert "is not a disk tier" in said["error"]
     assert not kept.path.exists()
