@@ -1,4 +1,4 @@
-"""What scripts/mutations.py breaks, one invariant a line.
+"""What scripts/mutations.py breaks, one invariant a line: here those of the cache, others in the files beside.
 
 `old` stands exactly once in `file` (tests/unit/test_mutations.py holds that); `tests` are what has to fail.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MUTATIONS", "Mutation"]
+__all__ = ["CACHE", "Mutation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ _WRITES = _cache("cache", "disk_tier", "tier_io", "removal")
 _VICTIMS = _cache("lru", "making_room", "removal", "cache")
 _LOADS = _cache("promotion", "states", "damaged_payload", "cache")
 _DISK = _cache("disk_tier", "states", "damaged_payload", "cache")
-MUTATIONS = [
+CACHE = [
     # -- leases ----------
     Mutation(
         "pages of a writer whose lease is over are not used again while he may write",

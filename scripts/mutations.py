@@ -3,24 +3,45 @@
     .venv/bin/python scripts/mutations.py              all of them; exits 1 where one survived
     .venv/bin/python scripts/mutations.py cache leases  those whose file or promise has one of these words
 
-The table is scripts/mutation_table.py. Whoever finds a survivor writes the test that was missing.
+The table is scripts/mutation_table*.py. Whoever finds a survivor writes the test that was missing. Each is tried in a
+fork of a process that has imported vLLM, which takes far longer than the tests do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from mutation_table import MUTATIONS, Mutation
+import pytest
+from mutation_table import CACHE, Mutation
+from mutation_table_connector import CONNECTOR
+from mutation_table_control import CONTROL
 
 ROOT = Path(__file__).resolve().parents[1]
+MUTATIONS = [*CACHE, *CONTROL, *CONNECTOR]
 _TIMEOUT_S = 600
+_ALREADY = "pytest.PytestAssertRewriteWarning"  # of plugins that vLLM imports
+_OPTIONS = [
+    "-x",
+    "-q",
+    "-p",
+    "no_shrinking",
+    "-p",
+    "no:cacheprovider",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+]
+_HEAVY = ("torch", "vllm.v1.core.sched.scheduler", "vllm.model_executor.model_loader", "fastapi")  # and none of ours
 _NO_SHRINKING = """
 from hypothesis import Phase, settings
 settings.register_profile("mutations", phases=[Phase.explicit, Phase.generate], database=None)
@@ -45,19 +66,38 @@ class Copy:
 
     def failed(self, tests: Sequence[str]) -> bool:
         """Whether a test failed, or hangs. Raises SystemExit where they could not be run."""
-        path = os.pathsep.join(filter(None, (str(self._site), os.environ.get("PYTHONPATH", ""))))
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-        pytest = str(Path(sys.executable).parent / "pytest")
+        log = self.tree.parent / "log"
+        child = os.fork()
+        if not child:
+            self._test(tests, log)
+        until = time.monotonic() + _TIMEOUT_S
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > until:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return True
+            time.sleep(0.02)
+        code = os.waitstatus_to_exitcode(ended[1])
+        if code not in (0, 1):
+            raise SystemExit(f"pytest {' '.join(tests)} ended with {code}:\n{log.read_text()[-3000:]}")
+        return code == 1
+
+    def _test(self, tests: Sequence[str], log: Path) -> NoReturn:
+        """In the fork: run the tests of the copy, and end."""
+        code = 2
         try:
-            run = subprocess.run(
-                [pytest, "-x", "-q", "-p", "no_shrinking", "-p", "no:cacheprovider", *tests],
-                cwd=self.tree, env=environment, check=False, capture_output=True, text=True, timeout=_TIMEOUT_S,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return True
-        if run.returncode not in (0, 1):
-            raise SystemExit(f"pytest {' '.join(tests)} ended with {run.returncode}:\n{run.stdout[-3000:]}{run.stderr}")
-        return run.returncode == 1
+            os.setsid()
+            with log.open("wb") as file:
+                for stream in (sys.stdout, sys.stderr):
+                    os.dup2(file.fileno(), stream.fileno())
+            os.chdir(self.tree)
+            sys.path.insert(0, str(self._site))
+            path = os.pathsep.join(filter(None, (str(self._site), os.environ.get("PYTHONPATH", ""))))
+            os.environ.update(PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
+            sys.dont_write_bytecode = True
+            code = pytest.main([*_OPTIONS, *tests])
+        finally:
+            os._exit(code)
 
     def survives(self, mutation: Mutation) -> bool:
         """Whether no test notices."""
@@ -73,6 +113,9 @@ class Copy:
 def main(words: Sequence[str]) -> int:
     """Number of survivors."""
     chosen = [each for each in MUTATIONS if not words or any(word in f"{each.file} {each.promise}" for word in words)]
+    for name in _HEAVY if any("connector" in each.tests for each in chosen) else ():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutation_table import MUTATIONS, Mutation  # scripts/mutation_table.py
+from mutation_table import Mutation  # scripts/mutation_table.py
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,271 @@
+"""What scripts/mutations.py breaks in the connector; see mutation_table.py."""
+
+from __future__ import annotations
+
+from mutation_table import Mutation
+
+__all__ = ["CONNECTOR"]
+
+
+def _scheduler(name: str) -> str:
+    return f"tests/unit/connector/scheduler/test_{name}.py"
+
+
+def _worker(promise: str) -> str:
+    file, _, test = promise.partition("::")
+    return f"tests/unit/connector/worker/test_{file}.py{test and f'::{test}'}"
+
+
+_AGAIN, _READING, _STORING, _WEIGHTS = map(_scheduler, ("again", "reading", "storing", "weights"))
+_LAYOUT = _worker("layout")
+CONNECTOR = [
+    # -- the scheduler's resets and preemption ----------
+    Mutation(
+        "preempted without hits = ()",
+        "connectors/vllm/scheduler/requests.py",
+        "        self.parked_since = None\n        self.hits = ()",
+        "        self.parked_since = None",
+        _AGAIN,
+    ),
+    Mutation(
+        "a preempted request is told anew which blocks it began upon",
+        "connectors/vllm/scheduler/requests.py",
+        "        self.stored = 0\n        self.first_step = None\n        if",
+        "        self.stored = 0\n        if",
+        _scheduler("blocks"),
+    ),
+    Mutation(
+        "a load that is planned outlives a preemption",
+        "connectors/vllm/scheduler/requests.py",
+        "        if self.stage is Stage.LOADING:\n            return",
+        "        if False:\n            return",
+        _STORING,
+    ),
+    Mutation(
+        "what failed to be stored is offered again though it was a hit",
+        "connectors/vllm/scheduler/requests.py",
+        "self.store_after = after\n        self.hits = ()",
+        "self.store_after = after",
+        _AGAIN,
+    ),
+    Mutation(
+        "vLLM's own prefix is not built upon after a change of weights",
+        "connectors/vllm/scheduler/resets.py",
+        "return self._reset_at >= self._changed_at",
+        "return True",
+        _WEIGHTS,
+    ),
+    Mutation(
+        "stores of freed blocks are over before anything is computed",
+        "connectors/vllm/scheduler/resets.py",
+        "            self._freed.add(request_id)\n",
+        "",
+        _WEIGHTS,
+    ),
+    Mutation(
+        "beside another connector blocks stay",
+        "connectors/vllm/scheduler/resets.py",
+        "manager if one is connectors[0] else None",
+        "manager",
+        _WEIGHTS,
+    ),
+    Mutation(
+        "a reset that failed is none",
+        "connectors/vllm/scheduler/resets.py",
+        "if after is not None and done:",
+        "if after is not None:",
+        _WEIGHTS,
+    ),
+    Mutation(
+        "stores planned before a change of weights are dropped",
+        "connectors/vllm/scheduler/side.py",
+        "        self._plan.stores.clear()\n",
+        "",
+        _WEIGHTS,
+    ),
+    Mutation(
+        "the workers look at their weights after a reset",
+        "connectors/vllm/scheduler/side.py",
+        "self._weights.prefix_cache_reset(self._step)\n        self.check_weights()",
+        "self._weights.prefix_cache_reset(self._step)",
+        _WEIGHTS,
+    ),
+    Mutation(
+        "a load promised before a change of weights is void",
+        "connectors/vllm/scheduler/side.py",
+        "if not state.cacheable:  # since",
+        "if False:  # since",
+        _WEIGHTS,
+    ),
+    Mutation(
+        "a load under way at a change of weights is void",
+        "connectors/vllm/scheduler/side.py",
+        "if state.stage in (Stage.LOADING, Stage.LOADED):",
+        "if state.stage is Stage.LOADED:",
+        _AGAIN,
+    ),
+    Mutation(
+        "blocks stay until their stores are over",
+        "connectors/vllm/scheduler/side.py",
+        "if not state.has_stored:  # else",
+        "if not state.cacheable:  # else",
+        _STORING,
+    ),
+    Mutation(
+        "a request that ends while it loads stores nothing",
+        "connectors/vllm/scheduler/side.py",
+        "        if state.stage is Stage.LOADING:\n            return False",
+        "        if False:\n            return False",
+        _STORING,
+    ),
+    # -- the connector's leases ----------
+    Mutation(
+        "a lease ends with the load",
+        "connectors/vllm/scheduler/side.py",
+        "state.stage = Stage.LOADED\n                self._drop_lease(state)",
+        "state.stage = Stage.LOADED",
+        _STORING,
+    ),
+    Mutation(
+        "a lease ends with its request",
+        "connectors/vllm/scheduler/side.py",
+        "        self._drop_lease(state)\n        self._link.forget(state.question)\n        if state.stage",
+        "        self._link.forget(state.question)\n        if state.stage",
+        _READING,
+    ),
+    Mutation(
+        "a miss holds no lease",
+        "connectors/vllm/scheduler/side.py",
+        "        if tokens <= 0:\n            self._drop_lease(state)\n",
+        "        if tokens <= 0:\n",
+        _READING,
+    ),
+    Mutation(
+        "a load whose lease was lost has failed",
+        "connectors/vllm/worker/transfer.py",
+        "Cause.NONE if reply.payload[0] else Cause.LEASE_LOST",
+        "Cause.NONE",
+        _worker("transfer::test_a_lease_that_ended_meanwhile_fails_the_whole_load"),
+    ),
+    Mutation(
+        "a store whose copy failed gives its pages back",
+        "connectors/vllm/worker/transfer.py",
+        "connection.abort(lease)\n            raise",
+        "raise",
+        _worker("transfer::test_a_store_whose_copy_fails_gives_its_memory_back_at_once"),
+    ),
+    Mutation(
+        "blocks of a preempted request are read no more",
+        "connectors/vllm/worker/side.py",
+        "            for job in jobs:\n                job.gate.shut()",
+        "            for job in ():\n                job.gate.shut()",
+        _worker("side::test_a_preempted_requests_blocks_are_read_no_more"),
+    ),
+    # -- checksums, namespaces and adapters ----------
+    Mutation(
+        "bytes that do not match their checksum reach no block",
+        "connectors/vllm/worker/transfer.py",
+        "if checksum(payload) != expected:",
+        "if False:",
+        _worker("transfer::test_bytes_that_do_not_match_are_never_scattered_nor_served_again"),
+    ),
+    Mutation(
+        "an adapter that changed during a load fails it",
+        "connectors/vllm/worker/transfer.py",
+        "if not cause and not self._may_load(job.load):",
+        "if False:",
+        _worker("transfer::test_an_adapter_that_changes_during_a_load_fails_it"),
+    ),
+    Mutation(
+        "KV of changed weights is nobody else's",
+        "connectors/vllm/scheduler/namespace.py",
+        "model=identity + self._epoch",
+        "model=identity",
+        f"{_READING} {_WEIGHTS}",
+    ),
+    Mutation(
+        "tenants do not meet",
+        "connectors/vllm/scheduler/namespace.py",
+        "salt=salt_digest(request.cache_salt)",
+        'salt=""',
+        _READING,
+    ),
+    Mutation(
+        "an adapter's content is in the keys",
+        "connectors/vllm/scheduler/namespace.py",
+        "            adapter=digest,",
+        '            adapter="",',
+        _STORING,
+    ),
+    Mutation(
+        "engines of another layout do not meet",
+        "connectors/vllm/scheduler/namespace.py",
+        "            layout=self.layout,",
+        '            layout="",',
+        _READING,
+    ),
+    Mutation(
+        "an adapter whose weights were replaced has other blocks",
+        "connectors/vllm/scheduler/blocks.py",
+        "adapter.lora_int_id and number <= 1:",
+        "adapter.lora_int_id:",
+        _scheduler("blocks"),
+    ),
+    Mutation(
+        "nothing is stored for an adapter that the worker does not serve",
+        "connectors/vllm/scheduler/adapters.py",
+        "return self._digests.get(adapter) == digest",
+        "return True",
+        _STORING,
+    ),
+    Mutation(
+        "a hit is as slow as its slowest shard",
+        "connectors/vllm/scheduler/chunks.py",
+        "max(tiers[at : at + count]",
+        "min(tiers[at : at + count]",
+        _READING,
+    ),
+    Mutation(
+        "blocks that drafts still write to are not stored",
+        "connectors/vllm/scheduler/chunks.py",
+        "            confirmed -= self.block_size",
+        "            confirmed -= 0",
+        _STORING,
+    ),
+    # -- layout ----------
+    Mutation(
+        "the physical order of a block is in its layout",
+        "connectors/vllm/worker/layout.py",
+        "key=lambda dim: -tensor.stride(dim)",
+        "key=lambda dim: dim",
+        _LAYOUT,
+    ),
+    Mutation(
+        "a block that lies in pieces is refused",
+        "connectors/vllm/worker/layout.py",
+        "        if stride != dense:",
+        "        if False:",
+        _LAYOUT,
+    ),
+    Mutation(
+        "kernel blocks that do not lie together make no block",
+        "connectors/vllm/worker/layout.py",
+        "if per_block > 1 and tensor.stride(0) != dense:",
+        "if False:",
+        _LAYOUT,
+    ),
+    Mutation(
+        "numbers of another kind are another layout",
+        "connectors/vllm/worker/layout.py",
+        "f\"{order}:{str(tensor.dtype).removeprefix('torch.')}\"",
+        "order",
+        _LAYOUT,
+    ),
+    Mutation(
+        "which layer is of which kind is in the layout",
+        "connectors/vllm/worker/layout.py",
+        "' '.join(orders)",
+        "' '.join(kinds)",
+        _LAYOUT,
+    ),
+]
