@@ -12,6 +12,7 @@ from loracache import Namespace
 from loracache.control import jobs as module
 from loracache.control.jobs import Operation, Operations, Turns, guarded
 from loracache.errors import Unknown
+from loracache.results import Cause
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_one_that_ends_says_so_once_to_all_who_wait() -> None:
 def test_one_that_fails_says_why() -> None:
     operations, _ = made()
     operation = operations.begin("evict", "me", "")
-    guarded(lambda: 1 / 0, lambda error: operations.end(operation, error))()
+    guarded(lambda: 1 / 0, lambda error: operations.end(operation, error))()  # type: ignore[arg-type]
     assert operation.state == "failed"
     assert "ZeroDivisionError" in operation.describe()["error"]
 
@@ -63,9 +64,9 @@ def test_a_description_counts_what_was_done_and_what_was_not(now: Any) -> None:
     operations, _ = made()
     operation = operations.begin("move", "me", "")
     operation.objects, operation.nbytes, operation.saved, operation.total = 3, 300, 20, 9
-    operation.skip("absent", 4)
-    operation.skip("held")
-    operation.skip("never", 0)
+    operation.skip(Cause.ABSENT, 4)
+    operation.skip(Cause.HELD)
+    operation.skip(Cause.FULL, 0)
     now.at += 2.5
     told = operation.describe()
     assert told == {
