@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import Row, daemon, ratio_row, row, work_folder
@@ -111,7 +112,7 @@ def _beside_cold(work: Path, folder: Path, server: str, count: int) -> list[Row]
         for block in range(2 * blocks):
             requests = [[rng.choice(resident), 64, 8, number * 0.5] for number in range(count // blocks)]
             late = range(len(requests) // 5 if block % 2 else 0)
-            extra = [[cold.pop(), 64, 1, number * 2.5 + 0.2] for number in late]
+            extra: list[list[Any]] = [[cold.pop(), 64, 1, number * 2.5 + 0.2] for number in late]
             answer = engine.run(requests + extra, 0)
             (beside if block % 2 else alone).extend(times[0] for times in answer["times"][: len(requests)])
             steps["beside" if block % 2 else "alone"] += answer["steps"]

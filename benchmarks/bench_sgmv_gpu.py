@@ -117,7 +117,7 @@ class Batch:
         """What a call has to move: weights of the adapters there are, x once, y in and out."""
         row = len(weights.widths) * weights.inputs + sum(weights.widths)
         used = sum(weights.ranks[slot] for slot in set(self.slots.tolist()))
-        return used * row * weights.pages.element_size() + self.x.nbytes + 2 * self.y.nbytes
+        return int(used * row * weights.pages.element_size() + self.x.nbytes + 2 * self.y.nbytes)
 
 
 # -- right? ----------
@@ -181,7 +181,7 @@ def microseconds(call: Callable[[], object], calls: int) -> float:
         call()
         end.record()
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events) / calls
+    return float(1e3 * statistics.median(start.elapsed_time(end) for start, end in events) / calls)
 
 
 def in_graph(call: Callable[[], object], calls: int) -> float:
@@ -231,7 +231,7 @@ def copy_bandwidth() -> float:
     """Bytes a second of a large copy, read and written ones together."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2e6 * source.nbytes / microseconds(lambda: target.copy_(source), 1)
+    return float(2e6 * source.nbytes / microseconds(lambda: target.copy_(source), 1))
 
 
 def batches(quick: bool) -> Iterator[tuple[int, int]]:

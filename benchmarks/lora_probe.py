@@ -48,7 +48,7 @@ class LoRAProbe:
         return taken
 
 
-class DenseSegments(PunicaWrapperBase):
+class DenseSegments(PunicaWrapperBase):  # type: ignore[misc]
     """Segment by segment, as kernels/sgmv.py does it on a CPU, on dense slots of the largest rank."""
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **_: Any) -> None:

@@ -200,7 +200,7 @@ def make_tokenizer(folder: Path, spec: ModelSpec) -> None:
     # The text runs out of merges before a large vocabulary is full; every id the model can answer needs a text.
     tokenizer.add_tokens([f" filler{n}" for n in range(spec.vocab - tokenizer.get_vocab_size())])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
+    settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL[BOS],
         "eos_token": SPECIAL[EOS],
@@ -236,7 +236,7 @@ def make_adapter(
     if not tensors:
         raise ValueError(f"targets {tuple(targets)} name no layer of a Llama")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {
+    settings: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,

@@ -211,7 +211,8 @@ def certificates(net_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def port() -> Callable[[], int]:
     """port() finds one that nobody listens on."""
-    return net_servers.free_port
+    free: Callable[[], int] = net_servers.free_port
+    return free
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def any_redis(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture(
     params=["memory", "disk", "disk-synced", "disk-keyed", "redis", "redis-keyed", "redis-tls", "redis-cluster"]
 )
-def backend(request: pytest.FixtureRequest) -> StorageBackend:
+def backend(request: pytest.FixtureRequest) -> Any:
     """Every backend that keeps the contract, in the flavours that take other paths through the code."""
     name, _, flavour = request.param.partition("-")
     key = b"k" * 32 if flavour == "keyed" else None

@@ -119,7 +119,7 @@ class NetCluster:
         options = ["--cluster-enabled", "yes", "--cluster-node-timeout", 1000, "--cluster-require-full-coverage", "no"]
         options += ["--tls-cluster", "yes", "--tls-replication", "yes", "--tls-auth-clients", "no"]
         pair = certificates.signed("node")
-        self.new_node = lambda: NetServer(folder, *options, tls=pair, ca=certificates.ca)
+        self.new_node: Callable[[], NetServer] = lambda: NetServer(folder, *options, tls=pair, ca=certificates.ca)
         self.nodes = [self.new_node() for _ in range(3)]
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
         self.tls_url = self.url.replace("redis", "rediss", 1) + f"?ssl_ca_certs={certificates.ca}"

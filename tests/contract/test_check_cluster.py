@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def test_faults_of_every_node_are_seen_and_mended(
     backend.check()
     stored = [objects.new(300_000) for _ in range(24)]  # two segments each
     objects.store(backend, stored)
-    config = Config(socket="/none", redis=redis_cluster.url)
+    config = Config(socket=Path("/none"), redis=redis_cluster.url)
     assert audit.check(config, fix=False).findings == []
     broken = 0
     for node in redis_cluster.nodes:

@@ -184,7 +184,8 @@ def killed_writer(tmp_path: Path, objects: Any, which: str, where: str, after: f
         assert writer.poll() is None
         writer.kill()
     content = bytes(byte & 15 for byte in random.Random(5).randbytes(size))
-    return objects.of(content, key=bytes([7]) * 32)
+    stored: Transfer = objects.of(content, key=bytes([7]) * 32)
+    return stored
 
 
 @pytest.mark.parametrize("after", [0.0, 0.011, 0.023, 0.037])

@@ -72,7 +72,7 @@ def test_prefixes_keep_caches_apart(server: Any, objects: Any, redis_tier: Calla
 
 def damage(server: Any, stored: Transfer, how: str) -> None:
     first, middle, last = name(stored), name(stored, 1), name(stored, 2)
-    changed = {
+    changed: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
         "bit in payload": (middle, lambda raw: flipped(raw, 1000)),
         "short segment": (middle, lambda raw: raw[:-1]),
         "long segment": (last, lambda raw: raw + b"x"),

@@ -72,7 +72,7 @@ class Watched:
         """Waits until the replica is the master, for the sentinel as well."""
 
         def done() -> bool:
-            found = self.sentinel.sentinel_get_master_addr_by_name("cache")
+            found: Any = self.sentinel.sentinel_get_master_addr_by_name("cache")
             return bool(found[1] == self.replica.port and self.replica.redis.info("replication")["role"] == "master")
 
         self._eventually(done, "the replica is the master", 30)

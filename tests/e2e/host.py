@@ -7,9 +7,10 @@ import json
 import os
 import sys
 import time
+from typing import Any, TextIO
 
 
-async def generate(engine, command):
+async def generate(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
@@ -34,7 +35,7 @@ async def generate(engine, command):
     )
     started = time.perf_counter()
     first = None
-    output = None
+    output: Any = None
     try:
         async for output in engine.generate(prompt, params, command["id"], lora_request=request):  # noqa: B007
             first = first or time.perf_counter() - started
@@ -51,18 +52,18 @@ async def generate(engine, command):
     }
 
 
-async def serve(arguments, answers):
+async def serve(arguments: dict[str, Any], answers: TextIO) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    tasks = {}
+    tasks: dict[int, asyncio.Task[None]] = {}
 
-    def say(answer):
+    def say(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    async def run(command):
+    async def run(command: dict[str, Any]) -> None:
         answer = {"call": command["call"]}
         try:
             match command["op"]:

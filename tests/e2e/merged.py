@@ -69,7 +69,7 @@ class MergedModel:
 def _logits(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """Of the places that `tokens` stand at, one row each."""
     with torch.no_grad():
-        return model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]  # type: ignore[no-any-return]
+        return model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
 
 
 def scaling(config: dict[str, object], module: str, rank: int) -> float:

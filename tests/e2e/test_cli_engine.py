@@ -50,7 +50,7 @@ def engine(tiny: Path, daemon: Any, eventually: Any, tmp_path: Path) -> Iterator
     def ready() -> bool:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
-            return answer_of(f"{url}/health") == {}
+            return bool(answer_of(f"{url}/health") == {})
         except OSError:
             return False
 

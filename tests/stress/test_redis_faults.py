@@ -132,7 +132,7 @@ def test_a_redis_that_is_killed_and_started_again_is_used_again(
     redis.kill()
     client.clear(tiers=["cpu"])
     for key in payloads:
-        assert promptly(lambda key=key: client.get(key)) is None
+        assert promptly(lambda key=key: client.get(key)) is None  # type: ignore[misc]
     kept = store(client, 3)
     client.flush()
     assert {key: client.get(key) for key in kept} == kept

@@ -134,7 +134,7 @@ def test_every_room_says_what_it_is_for_what_it_may_import_and_its_threads() -> 
     for room, targets in house.rooms.items():
         if room in ground or not room:
             continue
-        lines = (rooms.ast.get_docstring(parse(house.sources[f"loracache.{room}"])) or "").splitlines()
+        lines = (ast.get_docstring(parse(house.sources[f"loracache.{room}"])) or "").splitlines()
         text = " ".join(" ".join(lines).split())
         assert len(lines) <= 10, f"{room}: say it shorter"
         said = re.search(r"May import: ([\w., ]+?)(?: Threads:|$)", text)

@@ -163,6 +163,7 @@ def test_a_writer_that_dies_in_another_container_is_noticed(
     writer = client_process(daemon.url, code)
     assert writer.line() == "holds"
     writer.kill()
+    client: Any
     with CacheClient(daemon.url) as client:
         eventually(lambda: client.status()["quarantined_bytes"] > 0, "it is seen to be gone", 5)
         eventually(lambda: client.status()["quarantined_bytes"] == 0, "its pages are back", 10)

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_the_shards_of_a_chunk_have_different_keys() -> None:
 def test_every_field_of_a_namespace_keeps_objects_apart() -> None:
     changed = [NAMESPACE]
     for field in fields(Namespace):
-        value = {"chunk_tokens": 32, "adapter": "ab" * 32, "salt": "cd" * 32}.get(field.name, "other")
+        value: Any = {"chunk_tokens": 32, "adapter": "ab" * 32, "salt": "cd" * 32}.get(field.name, "other")
         changed.append(replace(NAMESPACE, **{field.name: value}))
     changed.append(replace(NAMESPACE, adapter="cd" * 32))
     assert len({namespace.digest() for namespace in changed}) == len(changed)

@@ -140,7 +140,7 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({HEAVY!r}
 @pytest.mark.parametrize("house", HOUSES)
 def test_top_level_folders_are_importable_under_loracache_only(house: str) -> None:
     spec = importlib.util.find_spec(house)  # a package of that name that somebody else installed is none of ours
-    places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+    places = list(spec.submodule_search_locations or [spec.origin]) if spec else []  # type: ignore[list-item]
     assert not [place for place in places if place and Path(place).resolve().is_relative_to(ROOT / house)]
     assert importlib.util.find_spec(f"loracache.{house}") is not None
 

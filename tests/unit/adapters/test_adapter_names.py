@@ -138,6 +138,7 @@ def test_a_folder_that_cannot_be_written_refuses_the_change_and_nothing_changed(
     before = names.known()
     names.changed = lambda *change: pytest.fail(f"told of {change}")
     shutil.rmtree(folder)
+    change: Callable[[], object]
     for change in (lambda: names.put("a", Y, ""), lambda: names.remove("a")):
         with pytest.raises(Unavailable, match=f"the name a cannot be kept in {folder}"):
             change()
@@ -180,6 +181,7 @@ def test_names_that_serve_as_file_url_and_model_names_are_taken(name: str, names
     ],
 )  # fmt: skip
 def test_names_that_could_be_taken_for_something_else_are_refused_and_not_kept(name: str, names: AdapterNames) -> None:
+    call: Callable[[], object]
     for call in (lambda: check_name(name), lambda: names.put(name, X, "")):
         with pytest.raises(UsageError, match="cannot be an adapter's name: 1 to 200 of letters") as caught:
             call()

@@ -133,6 +133,7 @@ class NamesMachine(RuleBasedStateMachine):
     def ask_and_change_while_it_is_away(self, machine: int, name: str, digest: str) -> None:
         names = self.names[machine]
         self.shared.away = True
+        change: Callable[[], object]
         for change in (lambda: names.put(name, digest, ""), lambda: names.remove(name)):
             with pytest.raises(Unavailable):
                 change()
@@ -169,7 +170,7 @@ def test_the_last_change_of_a_name_wins_on_every_machine(tmp_path: Path, monkeyp
     monkeypatch.setattr(adapter_names, "time", clock)
     runs = iter(range(1 << 30))
     run_state_machine_as_test(
-        lambda: NamesMachine(tmp_path / str(next(runs)), clock),
+        lambda: NamesMachine(tmp_path / str(next(runs)), clock),  # type: ignore[arg-type]
         settings=settings(max_examples=150, stateful_step_count=30),
     )
 

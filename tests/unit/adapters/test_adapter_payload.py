@@ -56,7 +56,7 @@ def pair(module: str, rank: int, a: str = "F16", b: str = "F16", *, inside: int 
 
 
 M = "base_model.model.model"
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "r": 4, "lora_alpha": 6.5, "use_rslora": True, "rank_pattern": {"v_proj": 2},
     "alpha_pattern": {"v_proj": 3, ".*": 7},
 }  # fmt: skip

@@ -23,7 +23,7 @@ CONFIG = {
     "peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
     "bias": "none", "base_model_name_or_path": "org/model", "lora_dropout": 0.0, "inference_mode": True,
 }  # fmt: skip
-TENSORS = {
+TENSORS: dict[str, np.ndarray[Any, Any]] = {
     "base_model.model.layers.0.q_proj.lora_A.weight": np.arange(64, dtype=np.float16).reshape(8, 8),
     "base_model.model.layers.0.q_proj.lora_B.weight": np.ones((4, 8), dtype=np.float32),
     "base_model.model.layers.1.q_proj.lora_A.weight": np.arange(64, dtype=np.float16).reshape(8, 8) + 1,
@@ -200,7 +200,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def age(folder: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if `seconds` had passed since the files were written: a change time cannot be set."""
     now = time.time()
-    monkeypatch.setattr(adapters.time, "time", lambda: now + seconds)
+    monkeypatch.setattr(time, "time", lambda: now + seconds)
 
 
 def test_a_settled_adapter_is_read_once(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

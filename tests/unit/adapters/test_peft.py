@@ -125,7 +125,7 @@ def test_targets_may_be_a_list_of_suffixes_or_a_pattern_that_is_not_run(tmp_path
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "EVA", "orthogonal"])
 def test_initialisations_that_leave_the_base_model_alone_are_served(tmp_path: Path, init: Any) -> None:
-    off = {"use_dora": False, "modules_to_save": None, "layer_replication": [], "lora_bias": False}
+    off: dict[str, object] = {"use_dora": False, "modules_to_save": None, "layer_replication": [], "lora_bias": False}
     check(write(tmp_path, {"init_lora_weights": init, "lora_dropout": 0.1, "peft_type": "LORA", **off}))
 
 

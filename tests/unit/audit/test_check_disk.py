@@ -87,6 +87,7 @@ def test_a_daemon_serves_what_a_fix_leaves(
         BROKEN[case][0](kept)
     assert check(kept, "--fix")[0] == 0
     running = daemon(disk_path=kept.path)
+    client: Any
     with CacheClient(running.url) as client:
         eventually(lambda: client.status()["tiers"]["disk"]["scanned"])
         assert [client.lookup(keys).hits for keys in kept.chains] == [3, 0, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient
-from loracache.audit import redis as redis_check
 from loracache.storage_backends import header
 from loracache.storage_backends.codec import Kept
 from loracache.storage_backends.redis.commands import RETIRED_S
@@ -63,7 +63,7 @@ def test_what_is_written_meanwhile_is_no_fault(
     def sleep(_: float) -> None:
         assert server.set(head(key), raw)
 
-    monkeypatch.setattr(redis_check.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     assert check(filled, "--fix")[0] == 0
     assert server.ttl(f"{head(key)}:0") == -1
 

@@ -91,7 +91,7 @@ class IndexMachine(RuleBasedStateMachine):
             self.index.enter(child, Tier.CPU)
         assert self.index.get(key(number)) is node
 
-    @precondition(lambda self: len(self.index))
+    @precondition(lambda self: len(self.index) > 0)
     @rule(data=st.data(), tier=st.sampled_from(TIERS))
     def leave(self, data: st.DataObject, tier: Tier) -> None:
         node = self.some(data)
@@ -106,7 +106,7 @@ class IndexMachine(RuleBasedStateMachine):
             if node.children[tier] or not self.index.evictable(node, tier):
                 node.offered &= ~(1 << tier)
 
-    @precondition(lambda self: len(self.index))
+    @precondition(lambda self: len(self.index) > 0)
     @rule(data=st.data())
     def hold(self, data: st.DataObject) -> None:
         node = self.some(data)
@@ -119,7 +119,7 @@ class IndexMachine(RuleBasedStateMachine):
         node = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.index.unhold(node)
 
-    @precondition(lambda self: len(self.index))
+    @precondition(lambda self: len(self.index) > 0)
     @rule(data=st.data(), tier=st.sampled_from(TIERS))
     def pin(self, data: st.DataObject, tier: Tier) -> None:
         node = self.some(data)
@@ -127,7 +127,7 @@ class IndexMachine(RuleBasedStateMachine):
             node.pins ^= 1 << tier
             self.index.offer(node, tier)
 
-    @precondition(lambda self: len(self.index))
+    @precondition(lambda self: len(self.index) > 0)
     @rule(data=st.data())
     def subtrees_have_children_before_parents(self, data: st.DataObject) -> None:
         roots = [self.some(data), self.some(data), self.some(data)]
@@ -136,7 +136,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert seen == set(order)
         assert len(order) == len(set(order))
         assert set(order) == {node for node in self.index if set(roots) & set(ancestors(node))}
-        place = {node: number for number, node in enumerate(order)}
+        place: dict[Node | None, int] = {node: number for number, node in enumerate(order)}
         assert all(place[node] < place.get(node.parent, len(order)) for node in order)
 
     @invariant()

@@ -146,6 +146,7 @@ def test_a_state_is_left_only_by_its_ways(make_rig: Make) -> None:
     rig.store("a")
     rig.settle()
     index, node = rig.cache.index, rig.node("a")
+    wrong: Callable[[], object]
     for wrong in (
         lambda: index.enter(node, Tier.CPU),
         lambda: index.load(node, ((0, PAGE),)),

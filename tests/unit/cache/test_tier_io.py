@@ -198,7 +198,7 @@ def test_work_is_done_in_its_order_and_none_is_taken_up_after_the_end() -> None:
     inside, go = threading.Event(), threading.Event()
     for number in range(3):
         workers.submit(lambda number=number: done.append(number))  # type: ignore[misc]
-    workers.submit(lambda: inside.set() or (go.wait(50) and None))
+    workers.submit(lambda: inside.set() or (go.wait(50) and None))  # type: ignore[arg-type]
     workers.submit(lambda: done.append(3))
     assert inside.wait(50)
     workers.end()
@@ -213,7 +213,7 @@ def test_every_worker_ends_however_many_there_are() -> None:
     workers = Workers(4, "test")
     together = threading.Barrier(5)
     for _ in range(4):
-        workers.submit(lambda: together.wait(50) and None)  # all at once, or never
+        workers.submit(lambda: together.wait(50) and None)  # type: ignore[arg-type]  # all at once, or never
     together.wait(50)
     workers.end()
     assert workers.ended(time.monotonic() + 50)

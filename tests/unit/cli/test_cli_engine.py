@@ -25,7 +25,7 @@ class Engines:
         self.tokens: list[int] = []
         self.key = ""
         self.asked: list[dict[str, Any]] = []
-        self.answers: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        self.answers: dict[str, Callable[[BaseHTTPRequestHandler], object]] = {}
         self.url = ""
 
 
@@ -174,7 +174,7 @@ def test_nobody_at_the_address_is_exit_code_1(cli: Any, engine: Engines) -> None
         assert f"no engine answers at {url} (" in done.err
 
 
-ANSWERS: dict[str, tuple[str, Callable[[BaseHTTPRequestHandler], None], str]] = {
+ANSWERS: dict[str, tuple[str, Callable[[BaseHTTPRequestHandler], object], str]] = {
     "no JSON": ("/tokenize", lambda handler: send(handler, b"<html>"), "answered no JSON object"),
     "deep JSON": ("/tokenize", lambda handler: send(handler, b"[" * 100_000), "answered no JSON object"),
     "a list": ("/v1/models", lambda handler: send(handler, [1]), "answered no JSON object"),

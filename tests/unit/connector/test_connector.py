@@ -117,7 +117,7 @@ def test_stores_start_at_the_end_of_a_step_whatever_comes_last_in_it(step: list[
     worker, plan = Worker(), StepPlan(step=1, await_stores={"a"})
     connector._worker = worker  # type: ignore[assignment]
     connector.bind_connector_metadata(plan)
-    connector.start_load_kv(None)  # type: ignore[arg-type]
+    connector.start_load_kv(None)
     for each in step:
         if each == "save":
             connector.wait_for_save()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
@@ -16,7 +17,7 @@ from loracache.connectors.vllm.connector import LoRACacheConnector
 from loracache.connectors.vllm.worker.lora.manager import PagedLoRAModelManager, PagedWorkerLoRAManager
 from loracache.connectors.vllm.worker.lora.punica import PagedPunicaWrapper
 
-OURS = [
+OURS: list[tuple[Any, Any]] = [
     (LoRACacheConnector, KVConnectorBase_V1),
     (LoRACacheConnector, SupportsHMA),
     (PagedLoRAModelManager, LRUCacheLoRAModelManager),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from loracache.control.lookup import Finder, Hits
+from loracache.results import Cause
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
@@ -26,10 +27,10 @@ def half_in_redis(make_rig: Make) -> tuple[Any, Finder, list[bytes]]:
 
 def test_what_the_index_knows_is_answered_in_the_call(make_rig: Make) -> None:
     rig, finder, keys = half_in_redis(make_rig)
-    assert rig.start(finder.find(keys[:3])) == [Hits([CPU] * 3, "absent")]
-    assert finder.look(keys) == Hits([CPU] * 3, "")
+    assert rig.start(finder.find(keys[:3])) == [Hits([CPU] * 3, Cause.ABSENT)]
+    assert finder.look(keys) == Hits([CPU] * 3, Cause.NONE)
     alone = make_rig()
-    assert alone.start(Finder(alone.cache, 0.01).find(keys)) == [Hits([], "absent")]
+    assert alone.start(Finder(alone.cache, 0.01).find(keys)) == [Hits([], Cause.ABSENT)]
 
 
 def test_redis_is_asked_for_the_rest(make_rig: Make) -> None:
@@ -37,16 +38,16 @@ def test_redis_is_asked_for_the_rest(make_rig: Make) -> None:
     whole, beyond = rig.start(finder.find(keys)), rig.start(finder.find([*keys, bytes(32)]))
     assert whole == beyond == []
     rig.settle()
-    assert whole == beyond == [Hits([CPU] * 3 + [REDIS] * 3, "absent")]
+    assert whole == beyond == [Hits([CPU] * 3 + [REDIS] * 3, Cause.ABSENT)]
     rig.redis.lose(keys[4])
     rig.redis.fails["contains"] = Outcome.FAILED
     failed = rig.start(finder.find(keys))
     rig.settle()
-    assert failed == [Hits([CPU] * 3, "redis_failed")]
+    assert failed == [Hits([CPU] * 3, Cause.REDIS_FAILED)]
     del rig.redis.fails["contains"]
     broken = rig.start(finder.find(keys))
     rig.settle()
-    assert broken == [Hits([CPU] * 3 + [REDIS], "absent")]
+    assert broken == [Hits([CPU] * 3 + [REDIS], Cause.ABSENT)]
 
 
 def test_a_redis_that_is_slow_is_waited_for_no_longer_than_that_and_its_answer_comes_too_late(make_rig: Make) -> None:
@@ -56,6 +57,6 @@ def test_a_redis_that_is_slow_is_waited_for_no_longer_than_that_and_its_answer_c
     assert slow == []
     assert rig.loop.fire() == [pytest.approx(0.01)]
     rig.answer()
-    assert slow == [Hits([CPU] * 3, "redis_slow")]
+    assert slow == [Hits([CPU] * 3, Cause.REDIS_SLOW)]
     rig.settle()
     assert (len(slow), rig.loop.errors) == (1, [])

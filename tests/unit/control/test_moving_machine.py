@@ -247,5 +247,6 @@ def test_no_sequence_of_operations_loses_an_object_or_a_page(
     monkeypatch.setattr(tier_io, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(moving, "_SLICE_OBJECTS", 3)
     run_state_machine_as_test(
-        lambda: MovingMachine(operated, compressing, clock), settings=settings(max_examples=120, stateful_step_count=50)
+        lambda: MovingMachine(operated, compressing, clock),  # type: ignore[arg-type]
+        settings=settings(max_examples=120, stateful_step_count=50),
     )

@@ -27,7 +27,7 @@ def test_names_outlive_the_daemon_and_are_those_of_the_model(tmp_path: Path) -> 
     assert sorted(again.names(IDENTITY)) == ["assistant", "llama"]
     for name in ("llama", "assistant", IDENTITY[:8]):
         assert set(again.matching(name, None, None)) == {space().digest(), space(salt="ab" * 32).digest()}
-    assert list(again.names("nobody")) == again.matching("nobody", None, None) == []
+    assert list(again.names("nobody")) == [] == again.matching("nobody", None, None)
 
 
 def test_files_without_names_are_read_as_ever(tmp_path: Path) -> None:

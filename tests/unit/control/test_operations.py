@@ -13,6 +13,7 @@ from loracache import Namespace
 from loracache.control import jobs as module
 from loracache.control.jobs import Operation, Operations, Turns
 from loracache.errors import Unknown
+from loracache.results import Cause
 
 
 @pytest.fixture
@@ -72,9 +73,9 @@ def test_a_description_counts_what_was_done_and_what_was_not(now: Any) -> None:
     operations, _ = made()
     operation = operations.begin("move", "me", "")
     operation.objects, operation.nbytes, operation.saved, operation.total = 3, 300, 20, 9
-    operation.skip("absent", 4)
-    operation.skip("held")
-    operation.skip("never", 0)
+    operation.skip(Cause.ABSENT, 4)
+    operation.skip(Cause.HELD)
+    operation.skip(Cause.FULL, 0)
     now.at += 2.5
     told = operation.describe()
     assert told == {

@@ -362,7 +362,7 @@ def test_compressing_keeps_the_bytes_readable(client: CacheClient, put: Put, tie
         (lambda c: c.locate(Selection(model="m", tokens=[2**40])), UsageError, "32 bits"),
         (lambda c: c.locate(Selection(model="m" * 301)), UsageError, "at most 300"),
         (lambda c: list(c.objects(tier="redis")), Rejected, "list cpu or disk"),
-        (lambda c: list(c.tree("x")), Rejected, "no node of the tree"),
+        (lambda c: list(c.tree("x")), Rejected, "not a node of the tree"),
         (lambda c: list(c.tree("00" * 32)), Unknown, "no object"),
     ],
 )

@@ -202,11 +202,11 @@ def test_a_name_given_again_brings_to_disk_what_it_had_no_room_for(
         client.flush()
     for number in range(40):
         client.add_adapter(peft(tmp_path / "others", 100 + number, width=20_000))
-    assert [client.show_adapter(f"name-{number}").tiers[-1] for number in range(2)] == ["disk", "cpu"]  # type: ignore[union-attr]
+    assert [client.show_adapter(f"name-{number}").tiers[-1] for number in range(2)] == ["disk", "cpu"]
     client.remove_adapter("name-0")
     client.add_adapter(paths[1], "name-1")
     client.flush()
-    assert client.show_adapter("name-1").tiers == ("cpu", "disk")  # type: ignore[union-attr]
+    assert client.show_adapter("name-1").tiers == ("cpu", "disk")
 
 
 # -- removed -----------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_kv_of_an_adapter_is_counted_by_tier_and_under_every_namespace_of_it(
         assert shown is not None
         assert shown.kv == {"cpu": (3, 2 * KV_SIZE + 100), "disk": (5, 4 * KV_SIZE + 100)}
     (listed,) = [adapter for adapter in client.adapters() if adapter.name == "counted"]
-    assert listed.kv == shown.kv
+    assert listed.kv == shown.kv  # type: ignore[union-attr]
     client.evict(keys[:1], tiers=["cpu", "disk"])
     shown = client.show_adapter("counted")
     assert shown is not None

@@ -29,7 +29,7 @@ def test_its_files_are_removed_while_no_other_can_serve_its_socket(short_tmp: Pa
     monkeypatch.setattr(daemon, "unlink_unless_locked", remove)
     monkeypatch.setattr(daemon, "_PRIVATE_PATIENCE_S", 0.01)
     try:
-        asyncio.run(daemon.Daemon(Config(socket=socket, memory="16MiB", private=True)).run())
+        asyncio.run(daemon.Daemon(Config(socket=socket, memory="16MiB", private=True)).run())  # type: ignore[arg-type]
     finally:
         gc.enable()  # a daemon has its process to itself
     assert list(short_tmp.iterdir()) == []

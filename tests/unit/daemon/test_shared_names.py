@@ -221,6 +221,7 @@ def test_a_folder_that_cannot_be_written_refuses_the_change_and_redis_is_not_tol
     one.put("a", X, "")
     before = everything(one, shared)
     shutil.rmtree(tmp_path / "one")
+    change: Callable[[], object]
     for change in (lambda: one.put("a", Y, ""), lambda: one.remove("a"), lambda: one.put("new", Y, "")):
         with pytest.raises(Unavailable, match="cannot be kept in"):
             change()
@@ -278,6 +279,7 @@ def test_a_record_that_is_not_ours_is_not_written_over(two: Two, shared: Shared,
     one.put("a", Z, "")
     shared.records["a"] = tampered()[what]
     before = everything(one, shared, tmp_path / "one")
+    change: Callable[[], object]
     for change in (lambda: one.put("a", Y, ""), lambda: one.remove("a")):
         with pytest.raises(Unavailable, match="no record of a name"):
             change()
@@ -314,6 +316,7 @@ def test_nothing_changes_while_redis_is_away(two: Two, shared: Shared, tmp_path:
     before = everything(other, shared, tmp_path / "two")
     other.changed = lambda *change: pytest.fail(f"told of {change}")
     shared.away = True
+    change: Callable[[], object]
     for change in (
         lambda: other.put("a", Y, ""),
         lambda: other.put("new", Y, ""),
@@ -329,6 +332,7 @@ def test_a_redis_that_goes_between_question_and_word_changes_nothing(two: Two, s
     one, _ = two
     one.put("a", X, "")
     before = everything(one, shared, tmp_path / "one")
+    change: Callable[[], object]
     for change in (lambda: one.put("a", Y, ""), lambda: one.remove("a")):
         shared.away, shared.meanwhile = False, lambda: setattr(shared, "away", True)
         with pytest.raises(Unavailable):

@@ -160,7 +160,7 @@ def test_tiles_hold_every_row_of_an_adapter_once(slots: Sequence[int], most: int
     order, tiles = plan_tiles(np.array(slots, np.int64), most)
     assert order.dtype == tiles.dtype == np.int32
     assert sorted(order) == [row for row, slot in enumerate(slots) if slot >= 0]
-    places = []
+    places: list[int] = []
     for slot, first, count, row in tiles.tolist():
         rows = order[first : first + count].tolist()
         assert 1 <= count <= (most or len(slots))

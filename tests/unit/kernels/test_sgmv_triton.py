@@ -57,7 +57,7 @@ def run(batch: Any, tiles_behind: int = 7, padding: int = 0) -> torch.Tensor:
     x = torch.cat([batch.x, torch.full((padding, *width), -(1 << 40) if batch.embeds else torch.nan).to(batch.x.dtype)])
     y = torch.cat([batch.y, torch.full((padding, batch.y.shape[1]), 7).to(batch.y.dtype)]).to(DEVICE)
     tables = [torch.from_numpy(each).to(DEVICE) for each in (order, tiles)] + list(weights.tables(DEVICE))
-    operator = sgmv_triton.lora_embedding if batch.embeds else sgmv_triton.lora_linear
+    operator: Callable[..., None] = sgmv_triton.lora_embedding if batch.embeds else sgmv_triton.lora_linear
     columns = weights.inputs if batch.embeds else weights.widths
     torch.use_deterministic_algorithms(True)  # torch.empty, and so the scratch, is full of NaN
     try:
@@ -172,7 +172,7 @@ class TestKernels:
         from loracache.kernels import sgmv_triton
 
         weights = paged([[8]], inputs=64, widths=[64])
-        operator = sgmv_triton.lora_embedding if embeds else sgmv_triton.lora_linear
+        operator: Callable[..., None] = sgmv_triton.lora_embedding if embeds else sgmv_triton.lora_linear
         columns = 64 if embeds else [64]
         order = torch.zeros(4, dtype=torch.int32, device=DEVICE)
         for rows, tiles, rank in ((4, 5, 8), (4, 0, 8), (0, 5, 8), (4, 5, 0)):
@@ -204,7 +204,7 @@ class TestKernels:
 
         tables = [torch.from_numpy(each).to(DEVICE) for each in plan_tiles(batch.slots)]
         with pytest.raises(ValueError, match="has to be contiguous"):
-            sgmv_triton.lora_linear(
+            sgmv_triton.lora_linear(  # type: ignore[call-arg]
                 batch.y.to(DEVICE), batch.x.to(DEVICE), *tables, *batch.weights.tables(DEVICE), [64], 32, 8
             )  # fmt: skip
 
@@ -235,7 +235,7 @@ class TestKernels:
             x.copy_(batch.x), y.copy_(batch.y)
 
         def call() -> None:
-            sgmv_triton.lora_linear(y, x, order, tiles, *tables, weights.widths, weights.chunk, weights.most_rank)
+            sgmv_triton.lora_linear(y, x, order, tiles, *tables, weights.widths, weights.chunk, weights.most_rank)  # type: ignore[call-arg]
 
         fill(first)
         call()

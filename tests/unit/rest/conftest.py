@@ -150,7 +150,8 @@ class Page:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
 
     def find(self, css: str) -> WebElement:
-        return self.wait(lambda: self.all(css), f"{css} is there")[0]
+        found: list[WebElement] = self.wait(lambda: self.all(css), f"{css} is there")
+        return found[0]
 
     def text(self, css: str) -> str:
         """Without waiting and in one step: the page may write it again at any time."""

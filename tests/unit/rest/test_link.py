@@ -43,7 +43,7 @@ def test_messages_that_the_socket_does_not_take_at_once_arrive(running: Any) -> 
 
 
 def test_refusals_and_nonsense_are_errors_of_their_call_alone(running: Any) -> None:
-    async def ask() -> list[Any]:
+    async def ask() -> tuple[Any, ...]:
         link = DaemonLink(running.url)
         answers = await asyncio.gather(
             link.call(messages.Pin("", "", {"keys": os.urandom(32)}, "gpu", 0.0, 0.0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_a_silent_daemon_is_not_ready_and_no_request_hangs(daemon: Any, rest_is_
 def test_its_environment_holds_no_setting_of_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setenv("LORACACHE_INTEGRITY_KEY", "hunter2")
-    monkeypatch.setattr(rest_process.subprocess, "Popen", lambda *_, **options: started.append(options))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **options: started.append(options))
     process = rest_process.RestProcess(Config(socket=tmp_path / "lc.sock", http="127.0.0.1:0"))
     process.start()
     process._process = None

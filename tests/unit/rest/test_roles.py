@@ -32,7 +32,7 @@ def routes() -> list[tuple[str, str, Needs]]:
     """Method, path, what it needs, of everything there is."""
     app = make_app("unix:///nowhere")
     return [
-        (method, route.path, needs_of(app, route))
+        (method, route.path, needs_of(app, route))  # type: ignore[attr-defined]
         for route in app.routes
         for method in sorted(getattr(route, "methods", None) or ["GET"])
         if method != "HEAD"
@@ -121,7 +121,7 @@ def test_every_role_gets_what_it_may_and_nothing_else(
 def test_whoever_shows_a_wrong_token_is_told_so_even_where_none_is_needed(
     running: Any, tokens: dict[str, str], anybody: httpx.Client, header: str
 ) -> None:
-    headers = {"authorization": header.format(*[tokens["chief"]] * 2).encode()}
+    headers: Any = {"authorization": header.format(*[tokens["chief"]] * 2).encode()}
     for method, path in (("GET", "/v1/stats"), ("GET", "/metrics"), ("POST", "/v1/clear"), ("POST", "/v1/evict")):
         answer = anybody.request(method, path, headers=headers)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")

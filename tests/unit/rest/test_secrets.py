@@ -22,7 +22,7 @@ def guarded(daemon: Any, eventually: Any, rest_is_up: Any, short_tmp: Path, monk
     config = short_tmp / "loracache.yaml"
     config.write_text(f"integrity_key: {INTEGRITY_KEY}\nlog_level: debug\n")
     path = short_tmp / "lc.sock"
-    made = [add_token(tokens_path(path), role, role) for role in ("read", "operate", "admin")]  # type: ignore[arg-type]
+    made = [add_token(tokens_path(path), role, role) for role in ("read", "operate", "admin")]
     running = daemon(socket=path, config=config, http="127.0.0.1:0")
     eventually(lambda: rest_is_up(running))
     running.secrets = [*made, own_token_path(path).read_text().strip(), INTEGRITY_KEY]

@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def far(module_daemon: Any, eventually: Any, pair: Pair) -> Iterator[Any]:
     """A daemon on all addresses, with `reader` and `operator` for tokens."""
     with tempfile.TemporaryDirectory(prefix="lc-") as folder:
         path = Path(folder) / "lc.sock"
-        tokens = {name: add_token(tokens_path(path), name, name) for name in ("read", "operate")}  # type: ignore[arg-type]
+        tokens = {name: add_token(tokens_path(path), name, name) for name in ("read", "operate")}
         running = module_daemon(
             socket=path, http="0.0.0.0:0", http_hosts="cache.example.org,cache.example.net:443", tls_cert=pair[0],
             tls_key=pair[1],
@@ -231,7 +231,7 @@ def test_files_that_will_not_do_are_told_by_name(
 def test_a_group_may_read_the_key(pair: Pair, tmp_path: Path) -> None:
     cert, key = _spoil(pair, "", tmp_path)
     key.chmod(0o640)
-    assert load_certificate(str(cert), str(key))
+    assert load_certificate(str(cert), str(key)) is not None
 
 
 def test_the_key_itself_is_not_a_path_and_is_not_shown(serve_fails: Any, pair: Pair) -> None:
@@ -295,7 +295,7 @@ def test_a_certificate_that_is_gone_is_served_on(pair: Pair, tmp_path: Path) -> 
     ],
 )  # fmt: skip
 def test_names_reading_and_rates_follow_the_address(
-    options: dict[str, object], hosts: set[str], open_reading: bool, rate: float
+    options: dict[str, object], hosts: Set[str], open_reading: bool, rate: float
 ) -> None:
     tls = {} if open_reading else {"tls_cert": "/c", "tls_key": "/k"}
     config = Config(socket=Path("/run/lc.sock"), **tls, **options)  # type: ignore[arg-type]

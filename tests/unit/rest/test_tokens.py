@@ -100,7 +100,7 @@ def test_the_daemons_own_token_is_worth_nothing_once_others_could_read_it(path: 
 
 
 def test_tokens_come_and_go_with_a_refresh(path: Path, store: TokenStore) -> None:
-    made = {role: add_token(path, role, role) for role in ("read", "operate", "admin")}  # type: ignore[arg-type]
+    made = {role: add_token(path, role, role) for role in ("read", "operate", "admin")}
     assert store.find(made["read"]) is None
     store.refresh()
     assert [store.find(token) for token in made.values()] == [Principal(role, role) for role in made]  # type: ignore[arg-type]

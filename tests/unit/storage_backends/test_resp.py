@@ -54,7 +54,7 @@ def receive(wire: Wire, reply: bytes, views: int) -> None:
     got = wire.reply_into([memoryview(buffer)[start:end] for start, end in itertools.pairwise(edges)])
     if reply is WHOLE:
         assert got == SIZE
-        assert WHOLE.endswith(b"%b\r\n" % buffer)
+        assert WHOLE.endswith(b"%b\r\n" % bytes(buffer))
     elif reply is ERROR:
         assert got == ErrorReply("OOM no room")
     else:

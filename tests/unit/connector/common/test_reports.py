@@ -25,7 +25,7 @@ def test_reports_that_come_again_are_heard_once() -> None:
     assert (news.activated, news.failures) == ({1: 1}, {"x": 1})
     assert inbox.news(first[0]) is None
     second = one.report(WorkerNews(activated={2: 1}))
-    both = second.aggregate(first[0]).aggregate(first[1]).aggregate(first[1])  # type: ignore[union-attr,arg-type]
+    both = second.aggregate(first[0]).aggregate(first[1]).aggregate(first[1])  # type: ignore[union-attr]
     news = inbox.news(both)
     assert news is not None
     assert (news.activated, news.failures) == ({1: 1, 2: 1}, {})
@@ -82,9 +82,9 @@ def test_the_scheduler_hears_what_a_step_with_a_failed_worker_left_behind_once()
 @pytest.mark.parametrize("twice", [False, True])
 def test_what_is_heard_is_taken_as_before(twice: bool) -> None:
     contradiction = [Outbox().report(WorkerNews({1: digest})) for digest in ("a" * 64, "b" * 64)]
-    both = contradiction[0].aggregate(contradiction[1])  # type: ignore[union-attr,arg-type]
+    both = contradiction[0].aggregate(contradiction[1])  # type: ignore[union-attr]
     if twice:
-        both = both.aggregate(contradiction[0])  # type: ignore[arg-type]
+        both = both.aggregate(contradiction[0])
     news = Inbox().news(both)
     assert news is not None
     assert news.adapters == {1: ""}

@@ -165,7 +165,8 @@ def test_a_module_whose_loader_cannot_be_told_is_imported_as_it_is(monkeypatch: 
     class Finder:
         @staticmethod
         def find_spec(name: str, path: Any, target: Any = None) -> Any:
-            return importlib.machinery.ModuleSpec(name, Loader()) if name == "frozen_module" else None
+            loader: Any = Loader()
+            return importlib.machinery.ModuleSpec(name, loader) if name == "frozen_module" else None
 
     sys.meta_path.insert(0, Finder)
     sys.meta_path.insert(0, patches.Patcher({"frozen_module": plugin._patch_worker}))
@@ -227,7 +228,7 @@ def make_connector(extra: dict[str, Any]) -> None:
     transfer = SimpleNamespace(kv_connector_extra_config=extra, kv_load_failure_policy="recompute")
     config: Any = SimpleNamespace(kv_transfer_config=transfer, parallel_config=SimpleNamespace(nnodes=1))
     with pytest.raises(AttributeError, match="engine_id"):
-        LoRACacheConnector(config, KVConnectorRole.SCHEDULER, SimpleNamespace(kv_cache_groups=[]))  # type: ignore[arg-type]
+        LoRACacheConnector(config, KVConnectorRole.SCHEDULER, SimpleNamespace(kv_cache_groups=[]))
 
 
 def test_the_connector_caches_kv_of_an_unknown_release_and_says_so_once(

@@ -54,7 +54,8 @@ def matrices(shape: PoolShape, ranks: dict[str, int]) -> list[tuple[int, int, in
 def pages_in_runs(draw: Any, count: int, pages: int) -> list[int]:
     """Different pages, some of which follow each other."""
     free = list(range(pages))
-    rng, found = draw(st.randoms(use_true_random=False)), []
+    rng = draw(st.randoms(use_true_random=False))
+    found: list[int] = []
     while len(found) < count:
         first = rng.choice(free)
         run = [page for page in range(first, first + rng.choice((1, 2, 3, 9))) if page in free]

@@ -172,7 +172,7 @@ def test_an_item_that_the_engine_keeps_is_hashed_once(monkeypatch: pytest.Monkey
         assert contents.ask([image(0, data=kept)]).result(10)
     assert len(calls) == 1
     del kept, calls[:]
-    found = set()
+    found: set[object] = set()
     for value in range(50):  # others in the place of one that is gone
         data = item(pixel_values=torch.full((4,), value))
         found.update(contents.ask([image(0, identifier=str(value), data=data)]).result(10) or ())

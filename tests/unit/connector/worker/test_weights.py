@@ -14,7 +14,7 @@ from loracache.connectors.vllm.worker.fingerprint import weights_fingerprint
 from loracache.connectors.vllm.worker.weights import WeightsWatch, hook_worker_class
 
 
-class Model(nn.Module):
+class Model(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(64, 2048)

@@ -19,6 +19,7 @@ from loracache.client import link as client_link
 from loracache.connectors.vllm.lora.paths import path_of
 from loracache.connectors.vllm.worker.lora import activation
 from loracache.connectors.vllm.worker.lora.activation import Activator, Order
+from loracache.connectors.vllm.worker.lora.recipe import copy_plain
 
 NOWHERE = "unix:///nowhere/loracache.sock"
 
@@ -223,7 +224,6 @@ def test_bytes_that_change_while_they_are_copied_are_not_resident(
     """Even where whoever looked at the payload again would find it whole."""
     adapter, worker = make_adapter("changes"), make_worker(url, chunk=4)
     client.add_adapter(adapter.path)
-    copy = activation.copy_plain
     with client.acquire([bytes.fromhex(adapter.digest)]) as reading:
         buffer = reading.slots[0].buffers[0]
         before = bytes(buffer)
@@ -231,7 +231,7 @@ def test_bytes_that_change_while_they_are_copied_are_not_resident(
         def changed(pool: Any, resident: Any, recipe: Any, payload: Any) -> int:
             middle = recipe.plain[len(recipe.plain) // 2][0]
             buffer[middle] ^= 1
-            total = copy(pool, resident, recipe, payload)
+            total = copy_plain(pool, resident, recipe, payload)
             buffer[:] = before
             return int(total)
 

@@ -111,7 +111,7 @@ def test_nothing_is_written_beside_an_adapter_s_pages(
 # -- tensor parallelism ------------------------------------------------------------------------------------------------
 
 
-def layer(kind: type, **fields: Any) -> Any:
+def layer(kind: Any, **fields: Any) -> Any:
     """One of vLLM's layers without the process group that its constructor wants."""
     made = kind.__new__(kind)
     torch.nn.Module.__init__(made)
@@ -171,7 +171,7 @@ def test_every_worker_holds_the_whole_of_embeddings_and_heads(make_adapter: Any,
         ModuleShape("lm_head", ("lm_head",), 24, (50,)),
     )
     base = torch.nn.Module()
-    base.tp_size = 2  # type: ignore[assignment]
+    base.tp_size = 2
     layers = [layer(VocabParallelEmbeddingWithLoRA, base_layer=base), layer(LogitsProcessorWithLoRA, tp_size=2)]
     pool = make_pool(PoolShape(modules, 100, 32, 8, 4, 8))
     resident = fill(pool, pieces(adapter.payload()), layers)

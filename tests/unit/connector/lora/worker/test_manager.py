@@ -58,7 +58,7 @@ def test_the_layers_we_take_are_called_so_by_this_vllm(manager: Any) -> None:
             assert manager._parts("a.o_proj", layer(name, 1)) == ("a.o_proj",)
 
 
-def linear(kind: type = SimpleNamespace, **fields: Any) -> Any:
+def linear(kind: Any = SimpleNamespace, **fields: Any) -> Any:
     made = kind.__new__(kind)
     if kind is not SimpleNamespace:
         torch.nn.Module.__init__(made)

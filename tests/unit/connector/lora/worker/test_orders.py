@@ -16,7 +16,8 @@ def test_orders_are_carried_out_and_answered_once(
     client.add_adapter(adapter.path)
     manager, bound = make_manager(make_shape(100)), []
     worker = PoolWorker(manager, url, lambda: None, lambda *what: bound.append(what), 20.0)
-    activated, failed = {}, {}
+    activated: dict[int, int] = {}
+    failed: dict[int, str] = {}
 
     def all_answered(count: int) -> bool:
         news = worker.take_news()

@@ -74,7 +74,7 @@ def payload_of(tensors: list[tuple[str, str, tuple[int, ...]]], ranks: Mapping[s
 
 def adapter_of(sizes: Mapping[str, tuple[int, int, int]], dtype: str = "F32", seed: int = 0) -> bytearray:
     """A payload; sizes: (rank, in, out) by part."""
-    tensors = []
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for part, (rank, inputs, out) in sorted(sizes.items()):
         tensors.append((f"base_model.model.{part}.lora_A.weight", dtype, (rank, inputs)))
         tensors.append((f"base_model.model.{part}.lora_B.weight", dtype, (out, rank)))
