@@ -221,6 +221,21 @@ def test_two_moves_of_the_same_objects_in_opposite_directions_lose_nothing(settl
         assert made.held(DISK) | made.held(REDIS) == made.named(*range(6)), f"after {steps} steps"
 
 
+def test_what_another_move_is_taking_out_of_a_tier_stays_at_its_source(settled: Make) -> None:
+    """Both have looked at their targets by then, which are each other's sources."""
+    made = settled(pages=64, disk=LARGE, redis=True)
+    names = only_in(made, DISK, 3)
+    others = set(made.keys(names))
+    made.cache.leaving.update(others)
+    operation = made.begin(names, REDIS, source=DISK, keep=False)
+    made.rig.settle()
+    assert made.held(DISK) == made.held(REDIS) == made.named(*names)
+    assert operation.causes["stays"] == 3
+    assert made.cache.leaving == others
+    made.cache.leaving.clear()
+    made.check(operation)
+
+
 def test_what_is_only_passing_through_the_arena_does_not_count_as_moved_there(settled: Make) -> None:
     for steps in range(0, 60, 2):
         made = settled(pages=64, redis=True)
