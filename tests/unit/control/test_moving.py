@@ -236,6 +236,21 @@ def test_what_another_move_is_taking_out_of_a_tier_stays_at_its_source(settled: 
     made.check(operation)
 
 
+def test_a_write_that_is_queued_does_not_bring_back_what_was_moved_out_of_redis(settled: Make) -> None:
+    made = settled(pages=64, redis=True)
+    names = only_in(made, REDIS, 3)
+    operation = made.begin(names, CPU, source=REDIS, keep=False)
+    while len(made.held(CPU)) < 3:
+        assert made.one_by_one()
+    for name in names:
+        made.cache.redis.enqueue(made.rig.node(name))
+    made.rig.settle()
+    made.check(operation)
+    made.cache.redis.pump()
+    made.rig.settle()
+    assert (made.held(CPU), made.held(REDIS)) == (made.named(*names), set())
+
+
 def test_what_is_only_passing_through_the_arena_does_not_count_as_moved_there(settled: Make) -> None:
     for steps in range(0, 60, 2):
         made = settled(pages=64, redis=True)
