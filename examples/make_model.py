@@ -52,7 +52,7 @@ class ModelSpec:
         if self.vocab < FIRST_MERGE:
             raise ValueError(f"vocab is {self.vocab}; the special tokens and the bytes alone take {FIRST_MERGE}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads is {self.heads}, which is no multiple of kv_heads {self.kv_heads}")
+            raise ValueError(f"heads is {self.heads}, which is not a multiple of kv_heads {self.kv_heads}")
 
     @property
     def torch_dtype(self) -> torch.dtype:

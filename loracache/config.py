@@ -50,7 +50,7 @@ def parse_size(value: object) -> int:
     else:
         match = _SIZE.fullmatch(value) if isinstance(value, str) else None
         if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f"{value!r} is no size; write it like 4GiB or 512MiB")
+            raise ValueError(f"{value!r} is not a size; write it like 4GiB or 512MiB")
         number, unit = float(match[1]), match[2].upper()
     if number < 0:
         raise ValueError(f"{value!r} is negative")
@@ -66,7 +66,7 @@ def http_address(value: str) -> tuple[str, int]:
     """
     host, _, port = value.rpartition(":")
     if not _HOST.fullmatch(host) or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{value!r} is no HOST:PORT; write it like 127.0.0.1:9400 or [::1]:9400")
+        raise ValueError(f"{value!r} is not a HOST:PORT; write it like 127.0.0.1:9400 or [::1]:9400")
     if host.lower() == "localhost":
         return "127.0.0.1", int(port)
     if host.startswith("["):
@@ -128,7 +128,7 @@ class Config(BaseModel):
     @classmethod
     def _page_size(cls, value: int) -> int:
         if value & (value - 1) or not 4096 <= value <= 16 << 20:
-            raise ValueError(f"{value} is no power of two from 4 KiB to 16 MiB")
+            raise ValueError(f"{value} is not a power of two from 4 KiB to 16 MiB")
         return value
 
     @field_validator("http")
@@ -145,7 +145,7 @@ class Config(BaseModel):
         if isinstance(names, list | tuple):
             for name in names:
                 if not isinstance(name, str) or not _HOST_OF_HEADER.fullmatch(name):
-                    raise ValueError(f"{name!r} is no name that a Host header has; write NAME or NAME:PORT")
+                    raise ValueError(f"{name!r} is not a name that a Host header has; write NAME or NAME:PORT")
         return names
 
     @field_validator("tls_cert", "tls_key", mode="before")

@@ -9,7 +9,7 @@
     │   └── Unknown            it names an adapter, model or operation that is not there
     └── LeaseLost              bytes held under a lease may have been reused meanwhile
 
-Failures of a tier (disk full, Redis gone, checksum wrong) are no exceptions: they are counted misses, reported as
+Failures of a tier (disk full, Redis gone, checksum wrong) are not exceptions: they are counted misses, reported as
 `storage_backends.base.Outcome` values and in `loracache status`.
 """
 

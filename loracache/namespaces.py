@@ -52,7 +52,7 @@ class Namespaces:
             try:
                 self._read(path.read_text())
             except (OSError, UsageError, UnicodeDecodeError) as error:
-                _log.warning("%s is no namespace descriptor and is ignored: %s", path, error)
+                _log.warning("%s is not a namespace descriptor and is ignored: %s", path, error)
 
     def __len__(self) -> int:
         return len(self._known)

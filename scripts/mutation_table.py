@@ -134,7 +134,7 @@ CACHE = [
         _VICTIMS,
     ),
     Mutation(
-        "a parent is no victim before its children",
+        "a parent is not a victim before its children",
         "loracache/cache/policy/lru.py",
         "left.get(node, node.children[tier])",
         "left.get(node, 0)",
@@ -173,7 +173,7 @@ CACHE = [
         "loracache/cache/state/index.py",
         "        node.pins &= ~bit\n",
         "",
-        _INDEX,
+        _VICTIMS,
     ),
     # -- promotion ----------
     Mutation(
@@ -259,7 +259,7 @@ CACHE = [
         "loracache/cache/tiered.py",
         "self._make_room(self.arena.rounded(info.size), parents)",
         "self._make_room(self.arena.rounded(info.size), set())",
-        _DISK,
+        _VICTIMS,
     ),
     Mutation(
         "a node without tier and children goes, and its ancestors after it",

@@ -1,7 +1,7 @@
 """Lossless compression of an object: byte planes, then zstd, block by block.
 
 A block of 1 MiB of payload is split into planes: first the lowest byte of each of its elements, then the next, and so
-on up to the highest; what is left over where the size is no multiple of the element comes last. Then it is one zstd
+on up to the highest; what is left over where the size is not a multiple of the element comes last. Then it is one zstd
 frame. In floating-point numbers the plane of sign and exponent repeats itself and those of the mantissa are noise: zstd
 codes the one and skips the others. What is kept of an object is
 
@@ -46,7 +46,7 @@ _Bytes = npt.NDArray[np.uint8]
 
 
 class CodecError(ValueError):
-    """These bytes are no object that `encode` made: the message says what is wrong with them."""
+    """These bytes are not an object that `encode` made: the message says what is wrong with them."""
 
 
 @dataclass(frozen=True, slots=True)

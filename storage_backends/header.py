@@ -55,7 +55,7 @@ HEADER_BYTES = _FIELDS.size + MAC_BYTES + _CRC.size
 
 
 class HeaderError(ValueError):
-    """These bytes are no header: the message says what is wrong with them."""
+    """These bytes are not a header: the message says what is wrong with them."""
 
 
 class OtherVersion(HeaderError):

@@ -116,7 +116,7 @@ class AdapterNames:
 
     def read(self) -> None:
         """Learn what the folder holds and is not known better. One that cannot be reached now holds nothing. Raises
-        OSError for what is no folder of ours.
+        OSError for what is not a folder of ours.
         """
         if self._folder is None:
             return

@@ -200,7 +200,7 @@ class Packed:
                 raise ValueError("its length is not what its header says")
             self._modules = self._paired()
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise UsageError(f"the object is no adapter: {error}") from None
+            raise UsageError(f"the object is not an adapter: {error}") from None
 
     def modules(self) -> dict[str, ModuleWeights]:
         """The LoRA modules by PEFT's name without "base_model.model."; copies of base weights are left out."""

@@ -164,7 +164,7 @@ class PeftFolder:
     def _part(self, tensor: TensorInfo) -> tuple[str, str]:
         module, part = module_of(tensor.name)
         if not part:
-            reason = "DoRA is not supported" if "magnitude" in tensor.name else "it is no LoRA weight"
+            reason = "DoRA is not supported" if "magnitude" in tensor.name else "it is not a LoRA weight"
             raise UsageError(f"{self._weights}: tensor {tensor.name!r}: {reason}")
         return module, part
 
@@ -292,7 +292,7 @@ def _unusable_patterns(values: dict[str, Any]) -> str:
             try:
                 re.compile(pattern)
             except re.error as error:
-                return f"{key}: {pattern!r} is no regular expression: {error}"
+                return f"{key}: {pattern!r} is not a regular expression: {error}"
     return ""
 
 
@@ -324,5 +324,5 @@ def _open(path: Path, hint: Any) -> int:
         raise UsageError(f"{str(path)!a} cannot be read: {reason}{hint()}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise UsageError(f"{path} is no regular file")
+        raise UsageError(f"{path} is not a regular file")
     return fd

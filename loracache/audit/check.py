@@ -34,7 +34,7 @@ def check(config: Config, *, fix: bool) -> Report:
     if config.disk_path is None:
         return _check(config, key, fix)
     if not (config.disk_path / "objects").is_dir():
-        raise ConfigError(f"disk_path {str(config.disk_path)!r} is no disk tier: it has no folder 'objects'")
+        raise ConfigError(f"disk_path {str(config.disk_path)!r} is not a disk tier: it has no folder 'objects'")
     try:
         lock = lock_folder(config.disk_path, f"check of process {os.getpid()}")
     except DiskInUse as error:

@@ -136,7 +136,7 @@ class DiskCheck:
 
     def _manifest_faults(self, records: Records, nbytes: int) -> Iterator[tuple[str, int]]:
         if not records.version:
-            yield "it is no manifest", nbytes
+            yield "it is not a manifest", nbytes
             return
         yield from [("a record is damaged", RECORD_BYTES)] * records.damaged
         if records.torn:

@@ -1,80 +1,65 @@
 """Takes objects out of tiers because somebody asked for it, a slice at a time, so that no request waits behind it.
 
-Children go before their parents. What is leased or pinned stays, and its ancestors with it. Threading: the cache's
-thread, between whose other calls the slices run.
+Children go before their parents. What is leased or pinned stays, and its ancestors with it. Threading: the event loop.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loracache.cache.state.index import Index, Node
 from loracache.cache.tier.disk import DiskTier
-from loracache.cache.tier.io import Post, TierIO
+from loracache.cache.tier.io import TierIO
 from loracache.tiers import Tier
 
 __all__ = ["Evicted", "Remover"]
 
-_log = logging.getLogger(__name__)
 _SLICE = 500  # objects between two looks at the socket: a few milliseconds
 
 
 @dataclass(slots=True)
 class Evicted:
-    """What an eviction did: objects and bytes that left, objects skipped because of a lease, a write that reads them, a
-    pin, a name or a kept child. error: what ended it before its time, if anything did.
+    """What an eviction did so far: objects and bytes that left, objects skipped because of a lease, a write that reads
+    them, a pin, a name or a kept child.
     """
 
     objects: int = 0
     nbytes: int = 0
     skipped: int = 0
-    error: str = ""
 
 
 class Remover:
     """Evicts by key. leave_arena(node, cause) takes one object out of the arena."""
 
     def __init__(
-        self,
-        index: Index,
-        post: Post,
-        leave_arena: Callable[[Node, str], None],
-        disk: DiskTier | None,
-        redis: TierIO | None,
+        self, index: Index, leave_arena: Callable[[Node, str], None], disk: DiskTier | None, redis: TierIO | None
     ) -> None:
         self._index = index
-        self._post = post
         self._leave_arena = leave_arena
         self._disk = disk
         self._redis = redis
 
-    def remove(
-        self,
-        keys: Sequence[bytes],
-        tiers: Collection[Tier],
-        done: Callable[[Evicted], None],
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Take `keys` and all their descendants out of `tiers`, as long as that is `wanted`. The first slice goes at
-        once: where the objects are few, they are gone and `done` was called when this returns.
+    def remove(self, keys: Sequence[bytes], tiers: Collection[Tier], did: Evicted) -> Iterator[None]:
+        """Take `keys` and all their descendants out of `tiers`, noting in `did` what came of it. Yields between two
+        slices, for others to be served; whoever asks for no more ends it there.
         """
         if Tier.REDIS in tiers and self._redis is not None:
             self._redis.delete(list(dict.fromkeys(keys)))  # the index does not know all that Redis holds
         roots = [node for node in map(self._index.get, keys) if node is not None]
-        self._run(self._slices(roots), tiers, Evicted(), done, wanted)
+        yield from self._remove_below(roots, tiers, did)
 
-    def remove_all(
-        self,
-        tiers: Collection[Tier],
-        done: Callable[[Evicted], None],
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Take everything that is there now out of `tiers` (out of Redis: what the index knows of)."""
+    def remove_all(self, tiers: Collection[Tier], did: Evicted) -> Iterator[None]:
+        """Take everything that is there now out of `tiers` (out of Redis: what the index knows of), as `remove`."""
         there = list(self._index)
         roots = (node for node in there if node.parent is None)  # looked for a slice at a time
-        self._run(self._slices(roots), tiers, Evicted(), done, wanted)
+        yield from self._remove_below(roots, tiers, did)
+
+    def _remove_below(self, roots: Iterable[Node], tiers: Collection[Tier], did: Evicted) -> Iterator[None]:
+        for nodes in self._slices(roots):
+            self._remove(nodes, tiers, did)
+            if len(nodes) == _SLICE:  # not the last
+                yield
 
     def _slices(self, roots: Iterable[Node]) -> Iterator[list[Node]]:
         seen: set[Node] = set()
@@ -86,26 +71,6 @@ class Remover:
                     yield part
                     part = []
         yield part
-
-    def _run(
-        self,
-        slices: Iterator[list[Node]],
-        tiers: Collection[Tier],
-        total: Evicted,
-        done: Callable[[Evicted], None],
-        wanted: Callable[[], bool],
-    ) -> None:
-        nodes: list[Node] = []
-        try:
-            nodes = next(slices)
-            self._remove(nodes, tiers, total)
-        except Exception as error:  # noqa: BLE001 - top of a slice: whoever waits for `done` must not hang
-            _log.exception("an eviction failed")
-            total.error = repr(error)
-        if len(nodes) < _SLICE or total.error or not wanted():  # the last
-            done(total)
-        else:
-            self._post(lambda: self._run(slices, tiers, total, done, wanted))
 
     def _remove(self, nodes: list[Node], tiers: Collection[Tier], total: Evicted) -> None:
         if Tier.REDIS in tiers and self._redis is not None and nodes:

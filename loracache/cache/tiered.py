@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loracache.cache.eviction import Evicted, Remover
@@ -85,7 +85,7 @@ class TieredCache:
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.keeper = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
         self._remover = Remover(
-            self.index, post, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
+            self.index, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
         )
 
     # -- reading ----------
@@ -259,31 +259,22 @@ class TieredCache:
         for tier in (Tier.CPU, Tier.DISK) if node is not None else ():
             self.index.offer(node, tier)  # type: ignore[arg-type]
 
-    def evict(
-        self,
-        keys: Sequence[bytes],
-        tiers: Collection[Tier],
-        done: Callable[[Evicted], None],
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Take objects, and their descendants with them, out of `tiers`, as long as that is `wanted`. What is leased or
-        pinned stays, its ancestors with it, and is counted as skipped. `done` is called before this returns, or later
-        where there are many."""
-        self._remover.remove(keys, tiers, done, wanted)
+    def evict(self, keys: Sequence[bytes], tiers: Collection[Tier], did: Evicted) -> Iterator[None]:
+        """Take objects, and their descendants with them, out of `tiers`, noting in `did` what came of it. What is
+        leased or pinned stays, its ancestors with it, and is counted as skipped. Yields between two slices, for others
+        to be served; few objects are one slice. Whoever asks for no more ends it there.
+        """
+        return self._remover.remove(keys, tiers, did)
 
     def drop(self, nodes: Iterable[Node], tier: Tier, cause: str) -> Evicted:
         """Take just these objects, children before parents, out of cpu or disk, as far as they may go. The next is
         asked for when the one before it has gone."""
         return self._remover.drop(nodes, tier, cause)
 
-    def clear(
-        self,
-        tiers: Collection[Tier],
-        done: Callable[[Evicted], None],
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Take everything out of `tiers` (out of Redis: what the index knows of), but for what is leased or pinned."""
-        self._remover.remove_all(tiers, done, wanted)
+    def clear(self, tiers: Collection[Tier], did: Evicted) -> Iterator[None]:
+        """Take everything out of `tiers` (out of Redis: what the index knows of), but for what is leased or pinned; a
+        slice at a time, as `evict`."""
+        return self._remover.remove_all(tiers, did)
 
     def when_flushed(self, done: Callable[[], None]) -> None:
         """Call `done` once everything committed so far is written to the lower tiers or given up, and everything

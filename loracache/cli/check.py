@@ -50,6 +50,6 @@ def check(
                     for each in report.findings
                 ),
             )
-        typer.echo(f"{report.left} faults" if report.left else "no faults" if not report.findings else "no faults left")
+        typer.echo(f"faults left: {report.left}")
     if report.left:
         raise typer.Exit(FAULTS)

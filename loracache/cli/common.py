@@ -47,7 +47,7 @@ def number(text: object) -> float:
     try:
         return float(str(text))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number of seconds; give one like 2.5") from None
+        raise typer.BadParameter(f"{text!r} is not a number of seconds; give one like 2.5") from None
 
 
 def integer(least: int, most: int) -> Callable[[object], int]:
@@ -55,7 +55,7 @@ def integer(least: int, most: int) -> Callable[[object], int]:
 
     def parse(text: object) -> int:
         if not re.fullmatch(r"-?[0-9]{1,20}", str(text)) or not least <= int(str(text)) <= most:
-            raise typer.BadParameter(f"{text!r} is no whole number from {least} to {most}")
+            raise typer.BadParameter(f"{text!r} is not a whole number from {least} to {most}")
         return int(str(text))
 
     return parse

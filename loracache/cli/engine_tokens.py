@@ -157,7 +157,7 @@ def _base(url: str) -> str:
     if "@" in url:
         raise ConfigError("--engine has a user or a password in it; set VLLM_API_KEY or give --engine-key-file")
     if not right or not url.isascii() or not url.isprintable() or set(url) & set(" ?#"):
-        raise ConfigError(f"--engine {url[:200]!r} is no address of a server; write it like http://127.0.0.1:8000")
+        raise ConfigError(f"--engine {url[:200]!r} is not an address of a server; write it like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1")
 
 

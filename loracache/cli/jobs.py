@@ -344,7 +344,7 @@ def _exit(report: OperationReport) -> None:
 
 def _one_of(name: str, tier: str, known: Sequence[str]) -> None:
     if tier not in known:
-        raise ConfigError(f"{name} {tier[:40]!r} is no tier for this; give {' or '.join(known)}")
+        raise ConfigError(f"{name} {tier[:40]!r} is not a tier for this; give {' or '.join(known)}")
 
 
 def _tiers(given: Iterable[str] | None) -> list[str]:

@@ -191,7 +191,7 @@ def _keys(given: list[str]) -> list[bytes]:
         raise ConfigError("--key - read nothing from stdin; give keys there, one a line")
     for text in texts:
         if not _KEY.fullmatch(text):
-            raise ConfigError(f"--key {text[:80]!r} is no key; give 64 hexadecimal digits")
+            raise ConfigError(f"--key {text[:80]!r} is not a key; give 64 hexadecimal digits")
     if len(texts) > _MOST_KEYS:
         raise ConfigError(f"--key gives {len(texts)} keys; give at most {_MOST_KEYS} at once")
     return [bytes.fromhex(text) for text in texts]
@@ -208,7 +208,7 @@ def _token_ids(name: str, text: str) -> list[Any]:
     words = text.replace(",", " ").split()
     wrong = next((word for word in words if not _NUMBER.fullmatch(word)), None)
     if wrong is not None:
-        raise ConfigError(f"{name} holds {wrong[:40]!r}, which is no token id; give integers of 32 bits: 1,2,3")
+        raise ConfigError(f"{name} holds {wrong[:40]!r}, which is not a token id; give integers of 32 bits: 1,2,3")
     return [int(word) for word in words]
 
 
@@ -219,7 +219,8 @@ def _checked(name: str, ids: list[Any]) -> list[int]:
         raise ConfigError(f"{name} holds {len(ids)} token ids; at most {_MOST_TOKENS} are a prompt")
     for each in ids:
         if type(each) is not int or not -(2**31) <= each < 2**31:
-            raise ConfigError(f"{name} holds {str(each)[:40]!r}, which is no token id; give integers of 32 bits: 1,2,3")
+            wrong = str(each)[:40]
+            raise ConfigError(f"{name} holds {wrong!r}, which is not a token id; give integers of 32 bits: 1,2,3")
     return ids
 
 

@@ -43,7 +43,7 @@ def socket_path(server: str) -> str:
     """The path in "unix:///path" (or a plain path). Raises ConfigError."""
     path = server.removeprefix("unix://")
     if "://" in path or not path.startswith("/"):
-        raise ConfigError(f"server={server!r} is no unix socket address; give unix:///absolute/path.sock")
+        raise ConfigError(f"server={server!r} is not a unix socket address; give unix:///absolute/path.sock")
     if len(os.fsencode(path)) > protocol.SOCKET_PATH_BYTES:
         raise ConfigError(
             f"server={server!r}: a unix socket's path has at most {protocol.SOCKET_PATH_BYTES} bytes, this has "

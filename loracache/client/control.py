@@ -124,7 +124,7 @@ class OperationReport:
         """From the daemon's answer. Raises ProtocolError."""
         names = {each.name for each in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or fields.keys() != names:
-            raise ProtocolError("the daemon's answer is malformed: it is no operation")
+            raise ProtocolError("the daemon's answer is malformed: it is not an operation")
         try:
             return cls(**fields | {"state": OperationState(fields["state"])})
         except ValueError as error:

@@ -1,20 +1,17 @@
 """The daemon's adapters: takes PEFT folders into the cache, keeps their names, says where they are.
 
-Threading: everything public is called on the event loop and answers through a callback there, sooner or later. Files
-and names are read and written on threads of its own, which ask the loop for what only it may touch.
+Threading: coroutines on the event loop. Files and names are read and written on threads of its own, which touch nothing
+else but the pages that an adapter is written to.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-import logging
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.names import AdapterNames, NameRecord, check_name
 from loracache.adapters.payload import AdapterDigests, Packing
@@ -22,7 +19,8 @@ from loracache.adapters.peft import PeftFolder
 from loracache.cache.eviction import Evicted
 from loracache.cache.state.leases import Writing
 from loracache.cache.tier.workers import Workers
-from loracache.errors import LoRACacheError, Rejected, UsageError
+from loracache.control.steps import answer, turn
+from loracache.errors import Rejected, UsageError
 from loracache.keys import LORA_NAMESPACE, checksum
 from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
@@ -33,19 +31,15 @@ if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.namespaces import Namespaces
 
-__all__ = ["Adapters", "Answer"]
+__all__ = ["Adapters"]
 
-_log = logging.getLogger(__name__)
 _OWNER = 0  # of our own write leases; connections count from 1
 _LEASE_S = 600.0
-_LOOP_S = 30.0
+_REDIS_S = 30.0
 _TRY_AGAIN_S = 0.02
+_TAKEN_IN_AT_ONCE = 2  # each holds room in the arena while it is read
 _PAGE_BYTES = 6 << 20  # of an answer, which is one frame; behind it one more record, with its configuration of a MiB
 _BESIDES = 700  # bytes of a record, at most, but for its configuration
-_T = TypeVar("_T")
-
-Answer = Callable[["list[Any] | Exception"], None]
-"""Takes the payload of an answer, or why there is none."""
 
 
 class Adapters:
@@ -56,93 +50,64 @@ class Adapters:
         self._namespaces = namespaces
         self._digests = AdapterDigests()
         self._names = names
-        self._files = Workers(2, "adapter-files")
+        self._files = Workers(_TAKEN_IN_AT_ONCE, "adapter-files")
+        self._turns = asyncio.Semaphore(_TAKEN_IN_AT_ONCE)
         self._others = Workers(2, "adapter-names")  # never behind somebody's gigabytes
         self._post = post
         self.engines: Counter[bytes] = Counter()
         names.changed = self._renamed
         cache.keep(bytes.fromhex(record.digest) for record in names.known().values())
 
-    # -- on the loop ----------
-
-    def digest(self, path: str, answer: Answer) -> None:
+    async def digest(self, path: str) -> list[Any]:
         """[hex digest, identity of the files] of a PEFT folder."""
+        digest, identity = await self._files.result(lambda: self._digests.digest(path))
+        return [digest, list(identity)]
 
-        def work() -> list[Any]:
-            digest, identity = self._digests.digest(path)
-            return [digest, list(identity)]
-
-        self._run(self._files, work, answer)
-
-    def add(self, path: str, name: str, answer: Answer) -> None:
+    async def add(self, path: str, name: str) -> list[Any]:
         """Take a folder in; answers [hex digest] when it can be loaded from the cache."""
         if name:
             check_name(name)
-        self._run(self._files, lambda: [self._take_in(path, name)], answer)
+        async with self._turns:
+            folder = await self._files.result(lambda: PeftFolder(path))
+            with folder:
+                return [await self._take_in(folder, path, name)]
 
-    def find(self, name: str, answer: Answer) -> None:
+    async def find(self, name: str) -> list[Any]:
         """[hex digest] that a name points to, or []."""
-
-        def work() -> list[Any]:
-            record = self._names.find(name)
-            return [record.digest] if record is not None else []
-
         if self._names.waits:
-            self._run(self._others, work, answer)
+            record = await self._others.result(lambda: self._names.find(name))
         else:
-            answer(work())
-
-    def show(self, name: str, answer: Answer) -> None:
-        """What there is to say of an adapter, by name or digest."""
-
-        def work() -> list[Any]:
             record = self._names.find(name)
-            try:
-                key = bytes.fromhex(record.digest if record is not None else name)
-            except ValueError:
-                return []
-            found = self._on_loop(lambda: self._describe(key, record))
-            if len(key) != len(LORA_NAMESPACE) or (record is None and not found["size"] and not found["kv"]):
-                return []
-            found["tiers"] += self._in_redis(key)
-            return [found]
+        return [record.digest] if record is not None else []
 
-        self._run(self._others, work, answer)
+    async def show(self, name: str) -> list[Any]:
+        """What there is to say of an adapter, by name or digest."""
+        record = await self._others.result(lambda: self._names.find(name))
+        try:
+            key = bytes.fromhex(record.digest if record is not None else name)
+        except ValueError:
+            return []
+        found = self._describe(key, record)
+        if len(key) != len(LORA_NAMESPACE) or (record is None and not found["size"] and not found["kv"]):
+            return []
+        found["tiers"] += await self._in_redis(key)
+        return [found]
 
-    def page(self, after: str, count: int, answer: Answer) -> None:
+    async def page(self, after: str, count: int) -> list[Any]:
         """The next named adapters behind `after`: `count`, or as many as one answer holds."""
+        names = await self._others.result(lambda: self._page(after, count))
+        return [self._describe(bytes.fromhex(record.digest), record) for record in names]
 
-        def work() -> list[Any]:
-            if not after:
-                self._names.refresh()
-            names = sorted(item for item in self._names.known().items() if item[0] > after)[:count]
-            sizes = itertools.accumulate(len(record.config.encode()) + _BESIDES for _, record in names)
-            fit = 1 + sum(size < _PAGE_BYTES for size in sizes)
-            records = [(bytes.fromhex(record.digest), record) for _, record in names[:fit]]
-            return self._on_loop(lambda: [self._describe(key, record) for key, record in records])
-
-        self._run(self._others, work, answer)
-
-    def remove(self, name: str, answer: Answer) -> None:
-        """Forget a name, and evict what no other name points to."""
-
-        def work() -> list[Any] | None:
-            record = self._names.remove(name)
-            if record is None:
-                return []
-            self._names.refresh()  # another machine may have given it a name
-            if self._named(record.digest):
-                return [0, 0, 0]
-            tiers = (Tier.CPU, Tier.DISK, Tier.REDIS)
-            key = bytes.fromhex(record.digest)
-
-            def evicted(did: Evicted) -> None:
-                answer(Rejected(did.error) if did.error else [did.objects, did.nbytes, did.skipped])
-
-            self._post(lambda: self._cache.evict([key], tiers, evicted))
-            return None
-
-        self._run(self._others, work, answer)
+    async def remove(self, name: str) -> list[Any]:
+        """Forget a name, and evict what no other name points to: [objects, bytes, skipped], or [] for no such name."""
+        record = await self._others.result(lambda: self._forget(name))
+        if record is None:
+            return []
+        did = Evicted()
+        if not self._named(record.digest):
+            for _ in self._cache.evict([bytes.fromhex(record.digest)], (Tier.CPU, Tier.DISK, Tier.REDIS), did):
+                await turn()
+        return [did.objects, did.nbytes, did.skipped]
 
     def names(self) -> dict[str, list[str]]:
         """What is known here of names, by hex digest."""
@@ -157,7 +122,21 @@ class Adapters:
         self._others.end()
         self._names.close()
 
-    # -- on another thread ----------
+    # -- on other threads ----------
+
+    def _page(self, after: str, count: int) -> list[NameRecord]:
+        if not after:
+            self._names.refresh()
+        names = sorted(item for item in self._names.known().items() if item[0] > after)[:count]
+        sizes = itertools.accumulate(len(record.config.encode()) + _BESIDES for _, record in names)
+        fit = 1 + sum(size < _PAGE_BYTES for size in sizes)
+        return [record for _, record in names[:fit]]
+
+    def _forget(self, name: str) -> NameRecord | None:
+        record = self._names.remove(name)
+        if record is not None:
+            self._names.refresh()  # another machine may have given it a name
+        return record
 
     def _renamed(self, before: NameRecord | None, after: NameRecord) -> None:
         """A name points elsewhere: what has a name is kept, what has none any more is not."""
@@ -173,89 +152,59 @@ class Adapters:
     def _named(self, digest: str) -> bool:
         return any(record.digest == digest for record in self._names.known().values())
 
-    def _run(self, workers: Workers, work: Callable[[], list[Any] | None], answer: Answer) -> None:
-        def run() -> None:
-            result: list[Any] | Exception | None
-            try:
-                result = work()
-            except LoRACacheError as error:
-                result = error
-            except Exception as error:  # noqa: BLE001 - top of a thread: an answer that never comes hangs a client
-                _log.exception("an adapter operation failed")
-                result = Rejected(repr(error))
-            if result is not None:
-                self._post(lambda: answer(result))
+    # -- on the loop ----------
 
-        workers.submit(run)
-
-    def _on_loop(self, work: Callable[[], _T]) -> _T:
-        future: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
-                future.set_exception(error)
-
-        self._post(run)
-        return future.result(_LOOP_S)
-
-    def _take_in(self, path: str, name: str) -> str:
-        with PeftFolder(path) as folder:
-            packing = Packing(folder)
-            digest, _ = self._digests.digest(path)
-            self._store(bytes.fromhex(digest), packing, path)
-            if name:
-                self._names.put(name, digest, folder.config_text)
-                # Its last other name may have been removed meanwhile, and it with that. From now on it stays.
-                self._store(bytes.fromhex(digest), packing, path)
+    async def _take_in(self, folder: PeftFolder, path: str, name: str) -> str:
+        packing = await self._files.result(lambda: Packing(folder))
+        digest, _ = await self._files.result(lambda: self._digests.digest(path))
+        await self._store(bytes.fromhex(digest), packing, path)
+        if name:
+            await self._files.result(lambda: self._names.put(name, digest, folder.config_text))
+            # Its last other name may have been removed meanwhile, and it with that. From now on it stays.
+            await self._store(bytes.fromhex(digest), packing, path)
         return digest
 
-    def _store(self, key: bytes, packing: Packing, path: str) -> None:
-        deadline = time.monotonic() + _LEASE_S
-        info = ObjectInfo(key, b"", Kind.LORA, LORA_NAMESPACE, packing.size, 0)
+    async def _store(self, key: bytes, packing: Packing, path: str) -> None:
         lease = os.urandom(16)
-        while True:
-            place = self._on_loop(lambda: self._cache.reserve(_OWNER, lease, [info], _LEASE_S)[0])
-            if place is Cause.EXISTS:
-                return
-            if isinstance(place, Writing):
-                break
-            # BUSY: the same adapter is being taken in already.
-            if place is not Cause.BUSY or time.monotonic() > deadline:
-                raise Rejected(
-                    f"{path} is not taken into the cache ({place}): it has {packing.size} bytes; make the daemon's "
-                    f"memory larger, or remove adapters or pins"
-                )
-            time.sleep(_TRY_AGAIN_S)
+        place = await self._reserve(key, packing, path, lease)
+        if place is None:
+            return
         try:
             buffers = self._cache.arena.buffers(place.extents, packing.size)
-            if packing.write(buffers) != key.hex():
-                raise UsageError(f"{path} changed while it was read; try again")
-            total = checksum(buffers)
-            cause = self._on_loop(lambda: self._cache.commit(_OWNER, lease, [(key, total)]))[0]
+            total = await self._files.result(lambda: _written(key, packing, buffers, path))
+            cause = self._cache.commit(_OWNER, lease, [(key, total)])[0]
         except BaseException:
-            self._on_loop(lambda: self._cache.leases.release(_OWNER, lease))
+            self._cache.leases.release(_OWNER, lease)
             raise
         if cause not in (Cause.NONE, Cause.EXISTS):
             raise Rejected(f"{path} is not taken into the cache ({cause}); try again")
 
-    def _in_redis(self, key: bytes) -> list[str]:
+    async def _reserve(self, key: bytes, packing: Packing, path: str, lease: bytes) -> Writing | None:
+        """Room for it, or None where it is there already."""
+        deadline = time.monotonic() + _LEASE_S
+        info = ObjectInfo(key, b"", Kind.LORA, LORA_NAMESPACE, packing.size, 0)
+        while True:
+            place = self._cache.reserve(_OWNER, lease, [info], _LEASE_S)[0]
+            if isinstance(place, Writing):
+                return place
+            if place is Cause.EXISTS:
+                return None
+            if (
+                place is not Cause.BUSY or time.monotonic() > deadline
+            ):  # BUSY: the same adapter is being taken in already
+                raise Rejected(
+                    f"{path} is not taken into the cache ({place}): it has {packing.size} bytes; make the daemon's "
+                    f"memory larger, or remove adapters or pins"
+                )
+            await asyncio.sleep(_TRY_AGAIN_S)
+
+    async def _in_redis(self, key: bytes) -> list[str]:
         redis = self._cache.redis
         if redis is None or not redis.io.available:
             return []
-        done = threading.Event()
-        found: list[Result] = []
-
-        def answered(results: list[Result]) -> None:
-            found.extend(results)
-            done.set()
-
-        self._post(lambda: redis.io.contains([key], answered))
-        done.wait(_LOOP_S)
-        return [Tier.REDIS.label] if found and found[0].outcome is Outcome.OK else []
-
-    # -- on the loop ----------
+        asked: asyncio.Future[list[Result]] = answer(lambda done: redis.io.contains([key], done))
+        await asyncio.wait({asked}, timeout=_REDIS_S)
+        return [Tier.REDIS.label] if asked.done() and asked.result()[0].outcome is Outcome.OK else []
 
     def _describe(self, key: bytes, record: NameRecord | None) -> dict[str, Any]:
         index = self._cache.index
@@ -281,3 +230,10 @@ class Adapters:
             "engines": self.engines[key],
             "kv": {label: count for label, count in kv.items() if count[0]},
         }
+
+
+def _written(key: bytes, packing: Packing, buffers: list[memoryview], path: str) -> int:
+    """The checksum of what was written."""
+    if packing.write(buffers) != key.hex():
+        raise UsageError(f"{path} changed while it was read; try again")
+    return checksum(buffers)

@@ -23,8 +23,8 @@ _log = logging.getLogger("loracache.audit")
 
 class Audit:
     """Appends to the file at `path` (made with mode 0600, and made again where it was rotated away), or to the daemon's
-    own log where there is none. Raises ConfigError for a file that is no place for it; a disk that is full or takes no
-    writes is tried again with each line.
+    own log where there is none. Raises ConfigError for a file that cannot be one; a disk that is full or takes nothing
+    is tried again with each line.
     """
 
     def __init__(self, path: Path | None) -> None:

@@ -1,26 +1,27 @@
 """What operators asked the daemon to do and may take long: how far it is, what came of it, and who asked.
 
-An operation works in steps; between two of them the daemon serves everybody else, and a cancelled one ends. Ended ones
-are remembered for an hour, the last thousand of them. Threading: the cache's thread.
+An operation is a coroutine; between two of its steps the daemon serves everybody else, and a cancelled one ends. Ended
+ones are remembered for an hour, the last thousand of them. Threading: the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, TypeVar
 
 from loracache.errors import Unknown
 from loracache.results import Cause, OperationState
 
-__all__ = ["Operation", "Operations", "Turns", "guarded"]
+__all__ = ["Operation", "Operations", "Turns"]
 
 _log = logging.getLogger(__name__)
-_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _KEPT = 1000
 _KEPT_S = 3600.0
 
@@ -44,12 +45,27 @@ class Operation:
     saved: int = 0
     causes: Counter[Cause] = field(default_factory=Counter)
     error: str = ""
-    waiting: list[Callable[[], None]] = field(default_factory=list)
+    waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
     def running(self) -> bool:
         """Whether there is more to come."""
         return self.state is OperationState.RUNNING
+
+    def while_running(self, items: Iterable[_T]) -> Iterator[_T]:
+        """The items, as long as there is more to come; none is made after that."""
+        if self.running:
+            for item in items:
+                yield item
+                if not self.running:
+                    return
+
+    async def over(self, seconds: float) -> None:
+        """Wait for its end, but no longer than that."""
+        if seconds and not self.ended:
+            end = asyncio.get_running_loop().create_future()
+            self.waiting.append(end)
+            await asyncio.wait({end}, timeout=seconds)
 
     def skip(self, cause: Cause, count: int = 1) -> None:
         """Count objects that were left as they are."""
@@ -60,24 +76,11 @@ class Operation:
         """As users see it."""
         end = self.ended or time.time()
         return {
-            "id": self.id, "verb": self.verb, "state": self.state, "started": self.started,
+            "id": self.id, "verb": self.verb, "state": self.state.value, "started": self.started,
             "seconds": round(max(0.0, end - self.started), 3), "total": self.total, "objects": self.objects,
             "bytes": self.nbytes, "saved": self.saved, "skipped": sum(self.causes.values()),
             "causes": dict(self.causes), "error": self.error,
         }  # fmt: skip
-
-
-def guarded(step: Callable[_P, None], failed: Callable[[str], None]) -> Callable[_P, None]:
-    """`step`, that calls `failed` where it raises: an operation of which a step fails must end, not hang."""
-
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            step(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - top of a step: nobody above waits for it
-            _log.exception("a step of an operation failed")
-            failed(repr(error))
-
-    return run
 
 
 class Operations:
@@ -99,6 +102,16 @@ class Operations:
         self._forget()
         return operation
 
+    async def run(self, operation: Operation, work: Coroutine[Any, Any, None]) -> None:
+        """Do its work. Where that raises, it has failed."""
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - top of a coroutine: an operation must end, not hang
+            _log.exception("operation %s (%s) failed", operation.id, operation.verb)
+            self.end(operation, repr(error))
+        else:
+            self.end(operation)
+
     def end(self, operation: Operation, error: str = "") -> None:
         """It is over: done, failed where there is an error, or cancelled before."""
         if operation.ended:
@@ -109,8 +122,9 @@ class Operations:
             operation.state = OperationState.FAILED if error else OperationState.DONE
         waiting, operation.waiting = operation.waiting, []
         self._on_ended(operation)
-        for call in waiting:
-            call()
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
 
     def get(self, id_: str, scope: str) -> Operation:
         """The one with that id, seen from a tenant. Raises Unknown."""
@@ -157,24 +171,29 @@ class Turns:
 
     def __init__(self, most: int) -> None:
         self._free = most
-        self._waiting: OrderedDict[str, Callable[[], None]] = OrderedDict()
+        self._waiting: OrderedDict[str, asyncio.Future[bool]] = OrderedDict()
 
-    def take(self, operation: Operation, start: Callable[[], None]) -> None:
-        """Call `start` when it is the operation's turn; it ends with `give_back`."""
+    async def take(self, operation: Operation) -> bool:
+        """Wait for the operation's turn, which ends with `give_back`. False where it left before."""
         if self._free:
             self._free -= 1
-            start()
-        else:
-            self._waiting[operation.id] = start
+            return True
+        waiting: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting[operation.id] = waiting
+        return await waiting
 
     def leave(self, operation: Operation) -> bool:
         """Whether the operation was waiting still; it no longer is."""
-        return self._waiting.pop(operation.id, None) is not None
+        waiting = self._waiting.pop(operation.id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(False)
+        return waiting is not None
 
     def give_back(self) -> None:
         """An operation is over: the next."""
         if self._waiting:
-            _, start = self._waiting.popitem(last=False)
-            start()
+            _, waiting = self._waiting.popitem(last=False)
+            if not waiting.done():
+                waiting.set_result(True)
         else:
             self._free += 1

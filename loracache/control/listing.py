@@ -110,7 +110,7 @@ class Listing:
         if kind == NodeKind.SPACE and _is_key(rest):
             return self._roots(bytes.fromhex(rest), after, count, scope)
         if not _is_key(under):
-            raise UsageError(f"{under[:80]!a} is no node of the tree; give one that the tree answered")
+            raise UsageError(f"{under[:80]!a} is not a node of the tree; give one that the tree answered")
         return self._children(bytes.fromhex(under), after, count, scope)
 
     def _top(self, after: str, count: int, scope: str) -> Page:
@@ -247,7 +247,7 @@ def _digest(after: str, kind: str) -> bytes:
 
 
 def _no_place(after: str) -> UsageError:
-    return UsageError(f"after={after[:80]!a} is no place in this list; give `next` of the page before")
+    return UsageError(f"after={after[:80]!a} is not a place in this list; give `next` of the page before")
 
 
 def _place(after: str) -> tuple[bytes, bytes]:

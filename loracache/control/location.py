@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loracache.control.selection import Chain, Selected
+from loracache.control.steps import turn
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
-    from loracache.cache.tier.io import Post
     from loracache.cache.tiered import TieredCache
-    from loracache.control.adapters import Adapters, Answer
+    from loracache.control.adapters import Adapters
     from loracache.control.lookup import Finder
     from loracache.namespaces import Namespaces
 
@@ -23,61 +24,46 @@ _TIERS = (Tier.CPU, Tier.DISK)
 class Locator:
     """Looks for chains, keys, and what whole namespaces hold."""
 
-    def __init__(
-        self, cache: TieredCache, namespaces: Namespaces, adapters: Adapters, finder: Finder, post: Post
-    ) -> None:
+    def __init__(self, cache: TieredCache, namespaces: Namespaces, adapters: Adapters, finder: Finder) -> None:
         self._cache = cache
         self._namespaces = namespaces
         self._adapters = adapters
         self._finder = finder
-        self._post = post
 
-    def locate(self, selected: Selected, answer: Answer) -> None:
-        """Answers [a map]: of tokens the longest chain that any namespace holds; of keys their leading run; of whole
-        namespaces what they hold."""
+    async def locate(self, selected: Selected) -> list[Any]:
+        """[a map]: of tokens the longest chain that any namespace holds; of keys their leading run; of whole namespaces
+        what they hold."""
         if selected.chains:
-            self._best_chain(list(selected.chains), answer)
-        elif selected.named:
-            self._keys(selected, answer)
-        else:
-            answer([_found([], 0) | {"held": self._held(selected)}])
+            return [await self._best_chain(selected.chains)]
+        if selected.named:
+            return [await self._keys(selected)]
+        return [_told([], 0) | {"held": self._held(selected)}]
 
-    def _best_chain(self, chains: list[Chain], answer: Answer) -> None:
-        best: dict[str, Any] = {}
+    async def _best_chain(self, chains: Sequence[Chain]) -> dict[str, Any]:
+        best = await self._chain(chains[-1])
+        for chain in reversed(chains[:-1]):
+            await turn()  # each takes its time
+            here = await self._chain(chain)
+            if here["tokens"] > best["tokens"]:
+                best = here
+        return best
 
-        def look() -> None:
-            chain = chains.pop()
-            group = len(chain.namespace.shards) or 1
+    async def _chain(self, chain: Chain) -> dict[str, Any]:
+        group = len(chain.namespace.shards) or 1
+        tiers = (await self._finder.find(chain.keys())).tiers
+        chunks = [max(tiers[at : at + group]) for at in range(0, len(tiers) // group * group, group)]
+        return _told(chunks, len(chain) // group) | {
+            "tokens": len(chunks) * chain.namespace.chunk_tokens,
+            "namespace": chain.namespace.digest().hex(),
+        }
 
-            def found(tiers: list[Tier], cause: str) -> None:
-                nonlocal best
-                chunks = [max(tiers[at : at + group]) for at in range(0, len(tiers) // group * group, group)]
-                here = _found(chunks, len(chain) // group) | {
-                    "tokens": len(chunks) * chain.namespace.chunk_tokens,
-                    "namespace": chain.namespace.digest().hex(),
-                }
-                if not best or here["tokens"] > best["tokens"]:
-                    best = here
-                if chains:
-                    self._post(look)  # not at once: there may be more than a stack is deep, and each takes its time
-                else:
-                    answer([best])
-
-            self._finder.find(chain.keys(), found)
-
-        look()
-
-    def _keys(self, selected: Selected, answer: Answer) -> None:
+    async def _keys(self, selected: Selected) -> dict[str, Any]:
         index, namespaces = self._cache.index, self._namespaces
         keys = list(itertools.takewhile(lambda key: selected.shows(index, namespaces, key), selected.keys()))
-
-        def found(tiers: list[Tier], cause: str) -> None:
-            told = _found(tiers, selected.total or 0)
-            if len(keys) == 1 and self._adapters.engines[keys[0]] and not selected.scope:
-                told |= {"tiers": [Tier.GPU.label], "hits": 1, "engines": self._adapters.engines[keys[0]]}
-            answer([told])
-
-        self._finder.find(keys, found)
+        told = _told((await self._finder.find(keys)).tiers, selected.total or 0)
+        if len(keys) == 1 and self._adapters.engines[keys[0]] and not selected.scope:
+            told |= {"tiers": [Tier.GPU.label], "hits": 1, "engines": self._adapters.engines[keys[0]]}
+        return told
 
     def _held(self, selected: Selected) -> dict[str, list[int]]:
         index = self._cache.index
@@ -88,7 +74,7 @@ class Locator:
         }
 
 
-def _found(tiers: list[Tier], asked: int) -> dict[str, Any]:
+def _told(tiers: list[Tier], asked: int) -> dict[str, Any]:
     return {
         "hits": len(tiers), "asked": asked, "tiers": [tier.label for tier in tiers], "tokens": 0, "namespace": "",
         "engines": 0, "held": {},

@@ -3,20 +3,21 @@
 Everything goes through the arena, a slice at a time that is small against it: raised and held there, written to where
 it shall be, and, of what came only to pass through, dropped again. A move leaves its source when all slices have
 arrived, children before parents, and only what is at its target then: until it has left, an object may have been
-evicted there. Threading: the cache's thread, between whose other calls the steps run; none looks at more objects than
-take a few milliseconds. A step that raises ends the operation, which holds nothing then.
+evicted there. Threading: a coroutine on the event loop, which serves everybody else between two steps; none looks at
+more objects than take a few milliseconds. However it ends, it holds nothing then.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import ParamSpec
 
 from loracache.cache.state.index import Node, parents_first
-from loracache.cache.tier.io import Post
+from loracache.cache.tier.write_behind import WriteBehind
 from loracache.cache.tiered import Acquired, TieredCache
-from loracache.control.jobs import Operation, guarded
+from loracache.control.jobs import Operation
+from loracache.control.steps import answer, turn
 from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
@@ -30,13 +31,11 @@ _SLICE_BYTES = 32 << 20
 _SHARE = 8  # of the arena, at most, in one slice
 
 Parts = Iterator[list[bytes]]
-_P = ParamSpec("_P")
 
 
 class Mover:
     """One operation's work. planes(node): how to keep an object on its target, where it is already (0: as it is); None
-    where objects are brought there. wanted(node): whether there is anything to do. done(error): called once, at the
-    end, however it comes; error is "" but where a step raised.
+    where objects are brought there. wanted(node): whether there is anything to do.
 
     source: objects that are not there are skipped; None takes them from wherever they are. keep: leave them there.
     """
@@ -44,11 +43,9 @@ class Mover:
     def __init__(
         self,
         cache: TieredCache,
-        post: Post,
         operation: Operation,
         parts: Parts,
         target: Tier,
-        done: Callable[[str], None],
         *,
         source: Tier | None = None,
         keep: bool = True,
@@ -56,48 +53,34 @@ class Mover:
         wanted: Callable[[Node], bool] = lambda node: True,
     ) -> None:
         self._cache = cache
-        self._post = post
         self._operation = operation
         self._parts = parts
         self._target = target
-        self._done = done
         self._source = source
         self._keep = keep
         self._planes = planes
         self._wanted = wanted
         self._room = min(_SLICE_BYTES, cache.arena.size // _SHARE)
-        self._pending: list[tuple[bytes, int]] = []  # the rest of a part, the last first: key, size (0: not known)
         self._lease = os.urandom(16)  # while a slice is raised; then its nodes are held without a time to live
         self._held: list[Node] = []
         self._passing: list[bytes] = []
         self._arrived: list[bytes] = []
         self._left_over: set[bytes] = set()  # arrived, and still at the source
         self._leaving: list[bytes] = []
-        self._over = False
 
-    def start(self) -> None:
-        """Begin; `done` is called at the end."""
-        self._guard(self._next)()
-
-    # -- steps ----------
-
-    def _guard(self, step: Callable[_P, None]) -> Callable[_P, None]:
-        """`step`, as long as the operation is not over; it ends where that raises."""
-
-        def unless_over(*args: _P.args, **kwargs: _P.kwargs) -> None:
-            if not self._over:
-                step(*args, **kwargs)
-
-        return guarded(unless_over, self._end)
-
-    def _then(self, step: Callable[[], None]) -> None:
-        self._post(self._guard(step))
-
-    def _end(self, error: str = "") -> None:
-        if not self._over:
-            self._over = True
+    async def run(self) -> None:
+        """Do it, as long as the operation runs."""
+        try:
+            for part in self._operation.while_running(self._parts):
+                sizes = await self._sizes(part)
+                await turn()
+                for keys in self._operation.while_running(self._slices(sizes)):
+                    await self._carry(keys)
+                    await turn()
+            if not self._keep and self._source is not None:
+                await self._leave(self._source)
+        finally:
             self._let_go()
-            self._done(error)
 
     def _let_go(self) -> None:
         """Hold nothing any more."""
@@ -114,26 +97,14 @@ class Mover:
 
     # -- one slice after the other ----------
 
-    def _next(self) -> None:
-        if not self._operation.running:
-            self._end()
-        elif self._pending:
-            self._raise(self._slice())
-        elif (part := next(self._parts, None)) is not None:
-            self._look_at(part)
-        elif self._keep or self._source is None:
-            self._end()
-        else:
-            self._leave()
-
-    def _look_at(self, part: list[bytes]) -> None:
-        """Leave out, and count, what need not or cannot be moved. Redis is asked for what it alone may have: how large
-        that is decides what fits into a slice.
+    async def _sizes(self, part: list[bytes]) -> dict[bytes, int]:
+        """Of what can be moved (0: not known); what need not or cannot be is counted. Redis is asked for what it alone
+        may have: how large that is decides what fits into a slice.
         """
-        source, redis = self._source, self._cache.redis
+        source = self._source
         bringing = source is None and self._target is Tier.REDIS
-        found: dict[bytes, int] = {}
-        asked: list[bytes] = []
+        sizes: dict[bytes, int] = {}
+        unsure: list[bytes] = []
         for key in part:
             node = self._cache.index.get(key)
             held = node is not None and bool(node.present)
@@ -142,168 +113,174 @@ class Mover:
             elif node is not None and held and not self._wanted(node):
                 self._operation.skip(Cause.ALREADY)
             else:
-                found[key] = node.size if node is not None and held else 0
+                sizes[key] = node.size if node is not None and held else 0
                 if source is Tier.REDIS or bringing or not held:
-                    asked.append(key)
+                    unsure.append(key)
+        for key, result in zip(unsure, await self._ask_redis(unsure), strict=True):
+            if result.outcome is Outcome.OK and bringing:
+                del sizes[key]
+                self._operation.skip(Cause.ALREADY)
+            elif result.outcome is Outcome.OK:
+                sizes[key] = sizes[key] or (result.info.size if result.info is not None else 0)
+            elif not sizes[key] or source is Tier.REDIS:
+                del sizes[key]
+                missing = result.outcome is Outcome.MISS
+                self._operation.skip(Cause.ABSENT if missing else Cause(f"redis_{result.outcome.value}"))
+        return sizes
 
-        def answered(results: list[Result]) -> None:
-            for key, result in zip(asked, results, strict=True):
-                if result.outcome is Outcome.OK and bringing:
-                    del found[key]
-                    self._operation.skip(Cause.ALREADY)
-                elif result.outcome is Outcome.OK:
-                    found[key] = found[key] or (result.info.size if result.info is not None else 0)
-                elif not found[key] or source is Tier.REDIS:
-                    del found[key]
-                    missing = result.outcome is Outcome.MISS
-                    self._operation.skip(Cause.ABSENT if missing else Cause(f"redis_{result.outcome.value}"))
-            self._pending = list(found.items())[::-1]
-            self._then(self._next)
+    async def _ask_redis(self, keys: list[bytes]) -> list[Result]:
+        """What it says of each; it has none where there is none."""
+        redis = self._cache.redis
+        if redis is None or not keys:
+            return [Result(Outcome.MISS)] * len(keys)
+        return await answer(lambda done: redis.io.contains(keys, done))
 
-        if asked and redis is not None:
-            redis.io.contains(asked, self._guard(answered))
-        else:
-            answered([Result(Outcome.MISS)] * len(asked))
-
-    def _slice(self) -> list[bytes]:
-        """The next keys that fit together."""
+    def _slices(self, sizes: dict[bytes, int]) -> Iterator[list[bytes]]:
+        """Keys that fit together."""
         keys: list[bytes] = []
         nbytes = 0
-        while self._pending and len(keys) < _SLICE_OBJECTS and nbytes < self._room:
-            key, size = self._pending.pop()
+        for key, size in sizes.items():
+            if len(keys) >= _SLICE_OBJECTS or nbytes >= self._room:
+                yield keys
+                keys, nbytes = [], 0
             keys.append(key)
             nbytes += self._cache.arena.rounded(size)
-        return keys
+        if keys:
+            yield keys
 
-    def _raise(self, keys: list[bytes]) -> None:
-        index = self._cache.index
-        place = {key: position for position, key in enumerate(keys)}
-        nodes = {key: index.get(key) for key in keys}
-        there = {key for key, node in nodes.items() if node is not None and node.held_in(Tier.CPU)}
-        on_disk = {key for key, node in nodes.items() if node is not None and node.held_in(Tier.DISK)}
-        left = len(keys)
-
-        def ready(acquired: list[Acquired]) -> None:
-            nonlocal left
-            left -= len(acquired)
-            for item in acquired:
-                if item.node is None:
-                    self._operation.skip(item.cause)
-                else:
-                    index.hold(item.node)
-                    self._held.append(item.node)
-            if not left:
-                self._held.sort(key=lambda node: place[node.key])
-                self._then(lambda: self._raised(there, on_disk))
-
+    async def _carry(self, keys: list[bytes]) -> None:
+        """One slice to its target."""
+        nodes = [node for node in map(self._cache.index.get, keys) if node is not None]
+        in_cpu = {node.key for node in nodes if node.held_in(Tier.CPU)}
+        on_disk = {node.key for node in nodes if node.held_in(Tier.DISK)}
         if self._target is not Tier.CPU:
-            self._passing = [key for key in keys if key not in there]
+            self._passing = [key for key in keys if key not in in_cpu]
             self._cache.passing.update(self._passing)
-        self._cache.acquire(_OWNER, self._lease, keys, _LEASE_S, self._guard(ready))
+        nodes = await self._raise(keys)
+        arrived = await self._deliver(nodes) if self._operation.running else []
+        self._operation.objects += len(arrived)
+        self._operation.nbytes += sum(node.size for node in arrived)
+        if not self._keep:
+            self._arrived += [node.key for node in arrived]
+            self._left_over.update(node.key for node in arrived)
+        self._let_go()
+        if self._target is not Tier.CPU:  # what only passed through goes again, but for the last copy
+            safe = on_disk - {node.key for node in arrived}
+            passed = [node for node in nodes if node.key not in in_cpu and node.held_in(Tier.CPU)]
+            passed = [node for node in passed if node.held_in(Tier.DISK) or node.key not in safe]
+            self._cache.drop(passed[::-1], Tier.CPU, "passed")
 
-    def _raised(self, there: set[bytes], on_disk: set[bytes]) -> None:
+    async def _raise(self, keys: list[bytes]) -> list[Node]:
+        """Hold in the arena what of `keys` can be had, parents first. Each is held as it arrives: its lease may end
+        before the last one is there."""
+
+        def ask(done: Callable[[None], None]) -> None:
+            left = len(keys)
+
+            def ready(acquired: list[Acquired]) -> None:
+                nonlocal left
+                left -= len(acquired)
+                for item in acquired:
+                    if item.node is None:
+                        self._operation.skip(item.cause)
+                    else:
+                        self._cache.index.hold(item.node)
+                        self._held.append(item.node)
+                if not left:
+                    done(None)
+
+            self._cache.acquire(_OWNER, self._lease, keys, _LEASE_S, ready)
+
+        await answer(ask)
+        await turn()
+        place = {key: position for position, key in enumerate(keys)}
+        self._held.sort(key=lambda node: place[node.key])
         nodes = parents_first([node for node in self._held if node.held_in(Tier.CPU)])
         self._operation.skip(Cause.CORRUPT, len(self._held) - len(nodes))  # what a reader reported since it was raised
-
-        def written(arrived: list[Node]) -> None:
-            self._operation.objects += len(arrived)
-            self._operation.nbytes += sum(node.size for node in arrived)
-            if not self._keep:
-                self._arrived += [node.key for node in arrived]
-                self._left_over.update(node.key for node in arrived)
-            self._let_go()
-            if self._target is not Tier.CPU:  # what only passed through goes again, but for the last copy
-                safe = on_disk - {node.key for node in arrived}
-                passed = [node for node in nodes if node.key not in there and node.held_in(Tier.CPU)]
-                passed = [node for node in passed if node.held_in(Tier.DISK) or node.key not in safe]
-                self._cache.drop(passed[::-1], Tier.CPU, "passed")
-            self._then(self._next)
-
-        if not self._operation.running or self._target is Tier.CPU:
-            written(nodes if self._operation.running else [])
-        elif self._planes is not None:
-            self._rewrite(nodes, self._planes, written)
-        elif self._target is Tier.DISK:
-            self._to_disk(nodes, written)
-        else:
-            self._to_redis(nodes, written)
+        return nodes
 
     # -- where they go ----------
 
-    def _to_disk(self, nodes: list[Node], written: Callable[[list[Node]], None]) -> None:
+    async def _deliver(self, nodes: list[Node]) -> list[Node]:
+        """Those that are at the target then, as they shall be."""
+        if self._target is Tier.CPU:
+            return nodes
+        if self._planes is not None:
+            return await self._rewrite(nodes, self._planes)
+        arrived = await (self._to_disk(nodes) if self._target is Tier.DISK else self._to_redis(nodes))
+        self._operation.skip(Cause.NOT_WRITTEN, len(nodes) - len(arrived))
+        return arrived
+
+    async def _to_disk(self, nodes: list[Node]) -> list[Node]:
         disk = self._cache.disk
         assert disk is not None
-
-        def flushed() -> None:
-            arrived = [node for node in nodes if node.held_in(Tier.DISK)]
-            self._operation.skip(Cause.NOT_WRITTEN, len(nodes) - len(arrived))
-            written(arrived)
-
         for node in nodes:
             if not node.held_in(Tier.DISK):
                 disk.queue_write(node)
-        disk.writer.pump()
-        disk.writer.when_flushed(self._guard(flushed))
+        await _flushed(disk.writer)
+        return [node for node in nodes if node.held_in(Tier.DISK)]
 
-    def _to_redis(self, nodes: list[Node], written: Callable[[list[Node]], None]) -> None:
+    async def _to_redis(self, nodes: list[Node]) -> list[Node]:
         redis = self._cache.redis
         assert redis is not None
-
-        def answered(results: list[Result]) -> None:
-            arrived = [node for node, result in zip(nodes, results, strict=True) if result.outcome is Outcome.OK]
-            self._operation.skip(Cause.NOT_WRITTEN, len(nodes) - len(arrived))
-            written(arrived)
-
-        def flushed() -> None:
-            redis.io.contains([node.key for node in nodes], self._guard(answered))
-
         for node in nodes:
             redis.enqueue(node)
-        redis.pump()
-        redis.when_flushed(self._guard(flushed))
+        await _flushed(redis)
+        return await self._in_redis(nodes)
 
-    def _rewrite(self, nodes: list[Node], planes: Callable[[Node], int], written: Callable[[list[Node]], None]) -> None:
-        def stored(kept: list[tuple[Node, Result]]) -> None:
-            arrived = [node for node, result in kept if result.outcome is Outcome.OK]
-            for node, result in kept:
-                if result.outcome is not Outcome.OK:
-                    missing = result.outcome is Outcome.MISS
-                    self._operation.skip(Cause.ABSENT if missing else Cause(result.outcome.value))
-                elif result.stored:
-                    self._operation.saved += node.size - result.stored
-            written(arrived)
+    async def _in_redis(self, nodes: list[Node]) -> list[Node]:
+        results = await self._ask_redis([node.key for node in nodes])
+        return [node for node, result in zip(nodes, results, strict=True) if result.outcome is Outcome.OK]
 
-        if self._target is Tier.DISK:
-            assert self._cache.disk is not None
-            self._cache.disk.rewrite([(node, planes(node)) for node in nodes], self._guard(stored))
-            return
+    async def _rewrite(self, nodes: list[Node], planes: Callable[[Node], int]) -> list[Node]:
+        results = await (self._on_disk(nodes, planes) if self._target is Tier.DISK else self._at_redis(nodes, planes))
+        for node, result in results:
+            if result.outcome is not Outcome.OK:
+                self._operation.skip(Cause.ABSENT if result.outcome is Outcome.MISS else result.outcome.value)
+            elif result.stored:
+                self._operation.saved += node.size - result.stored
+        return [node for node, result in results if result.outcome is Outcome.OK]
+
+    async def _on_disk(self, nodes: list[Node], planes: Callable[[Node], int]) -> list[tuple[Node, Result]]:
+        disk = self._cache.disk
+        assert disk is not None
+        items = [(node, planes(node)) for node in nodes]
+        return await answer(lambda done: disk.rewrite(items, done))
+
+    async def _at_redis(self, nodes: list[Node], planes: Callable[[Node], int]) -> list[tuple[Node, Result]]:
         arena, redis = self._cache.arena, self._cache.redis
         assert redis is not None
-
-        def asked(results: list[Result]) -> None:
-            there = [node for node, result in zip(nodes, results, strict=True) if result.outcome is Outcome.OK]
-            there = [node for node in there if node.held_in(Tier.CPU)]
-            self._operation.skip(Cause.ABSENT, len(nodes) - len(there))
-            transfers = [
-                Transfer(node.info(), arena.buffers(node.extents, padded(node.size)), planes(node)) for node in there
-            ]
-            redis.io.store(transfers, self._guard(lambda results: stored(list(zip(there, results, strict=True)))))
-
-        redis.io.contains([node.key for node in nodes], self._guard(asked))
+        there = [node for node in await self._in_redis(nodes) if node.held_in(Tier.CPU)]
+        self._operation.skip(Cause.ABSENT, len(nodes) - len(there))
+        transfers = [
+            Transfer(node.info(), arena.buffers(node.extents, padded(node.size)), planes(node)) for node in there
+        ]
+        results: list[Result] = await answer(lambda done: redis.io.store(transfers, done))
+        return list(zip(there, results, strict=True))
 
     # -- where they were ----------
 
-    def _leave(self) -> None:
-        """The next of what arrived, from the end of each chain on, as far as the target has it now. Two operations
-        never take the same object out of two tiers at once: each would trust the other's.
+    async def _leave(self, source: Tier) -> None:
+        """Take out of the source what arrived, from the end of each chain on, as far as the target has it now. Two
+        operations never take the same object out of two tiers at once: each would trust the other's.
         """
-        if not self._operation.running:
-            self._end()
-            return
-        if not self._arrived:
+        while self._operation.running and self._arrived:
+            self._leaving = self._next_to_leave()
+            self._cache.leaving.update(self._leaving)
+            safe = await self._safe(self._leaving)
+            for key in self._leaving:
+                if key not in safe:
+                    self._stays(key)
+            keys = [key for key in self._leaving if key in safe]
+            gone = await self._delete(keys) if source is Tier.REDIS else self._drop(keys, source)
+            for node in gone:
+                self._cache.events.add("moved", self._target, f"from_{source.label}", node)
+            self._let_go()
+            await turn()
+        if self._operation.running:
             self._operation.skip(Cause.STAYS, len(self._left_over))
-            self._end()
-            return
+
+    def _next_to_leave(self) -> list[bytes]:
         keys: dict[bytes, None] = {}
         for _ in range(min(_SLICE_OBJECTS, len(self._arrived))):
             key = self._arrived.pop()
@@ -313,43 +290,26 @@ class Mover:
                 self._stays(key)
             else:
                 keys[key] = None
-        self._leaving = list(keys)
-        self._cache.leaving.update(keys)
-        redis = self._cache.redis
+        return list(keys)
 
-        def asked(results: list[Result]) -> None:
-            self._depart([result.outcome is Outcome.OK for result in results])
-
-        if self._target is Tier.REDIS and redis is not None:
-            redis.io.contains(self._leaving, self._guard(asked))
-        else:
-            self._depart([self._is_there(key) for key in self._leaving])
-
-    def _is_there(self, key: bytes) -> bool:
-        """Whether the target has it, and not only because another operation passes it through."""
-        node = self._cache.index.get(key)
-        there = node is not None and node.held_in(self._target)
-        return there and not (self._target is Tier.CPU and key in self._cache.passing)
+    async def _safe(self, keys: list[bytes]) -> set[bytes]:
+        """What the target has, and not only because another operation passes it through."""
+        if self._target is Tier.REDIS:
+            results = await self._ask_redis(keys)
+            return {key for key, result in zip(keys, results, strict=True) if result.outcome is Outcome.OK}
+        nodes = [node for node in map(self._cache.index.get, keys) if node is not None and node.held_in(self._target)]
+        passing = self._cache.passing if self._target is Tier.CPU else ()
+        return {node.key for node in nodes if node.key not in passing}
 
     def _stays(self, key: bytes) -> None:
         self._left_over.discard(key)
         self._operation.skip(Cause.STAYS)
 
-    def _depart(self, safe: list[bool]) -> None:
-        keys: list[bytes] = []
-        for key, there in zip(self._leaving, safe, strict=True):
-            if there:
-                keys.append(key)
-            else:
-                self._stays(key)
-        if self._source is Tier.REDIS:
-            self._delete(keys)
-            return
-        assert self._source is not None
+    def _drop(self, keys: Sequence[bytes], source: Tier) -> list[Node]:
+        """Out of cpu or disk; answers what has gone."""
         going: list[Node] = []
-        skipped = self._cache.drop(self._leaves(keys, self._source, going), self._source, "moved").skipped
-        self._operation.skip(Cause.STAYS, skipped)
-        self._departed([node for node in going if not node.held_in(self._source)])
+        self._operation.skip(Cause.STAYS, self._cache.drop(self._leaves(keys, source, going), source, "moved").skipped)
+        return [node for node in going if not node.held_in(source)]
 
     def _leaves(self, keys: Sequence[bytes], source: Tier, going: list[Node]) -> Iterator[Node]:
         """Objects that may leave, one by one, each when the one before it has left; notes them in `going`."""
@@ -365,26 +325,24 @@ class Mover:
                 if parent is not None and parent.key in self._left_over and not parent.children[source]:
                     self._arrived.append(parent.key)
 
-    def _delete(self, keys: list[bytes]) -> None:
+    async def _delete(self, keys: list[bytes]) -> list[Node]:
+        """Out of Redis; answers what has gone, as far as the index knows it."""
         redis, index = self._cache.redis, self._cache.index
         assert redis is not None
-
-        def deleted(results: list[Result]) -> None:
-            gone = [result.outcome in (Outcome.OK, Outcome.MISS) for result in results]
-            self._operation.skip(Cause.STAYS, gone.count(False))
-            nodes = [index.get(key) for key, left in zip(keys, gone, strict=True) if left]
-            self._departed([node for node in nodes if node is not None])
-
         for key in keys:
             self._left_over.discard(key)
             node = index.get(key)
             if node is not None:
                 redis.forget(node, "moved")  # else a queued write would bring it back
-        redis.io.delete(keys, self._guard(deleted))
+        results: list[Result] = await answer(lambda done: redis.io.delete(keys, done))
+        gone = [result.outcome in (Outcome.OK, Outcome.MISS) for result in results]
+        self._operation.skip(Cause.STAYS, gone.count(False))
+        nodes = [index.get(key) for key, left in zip(keys, gone, strict=True) if left]
+        return [node for node in nodes if node is not None]
 
-    def _departed(self, nodes: list[Node]) -> None:
-        assert self._source is not None
-        for node in nodes:
-            self._cache.events.add("moved", self._target, f"from_{self._source.label}", node)
-        self._let_go()
-        self._then(self._leave)
+
+async def _flushed(writer: WriteBehind) -> None:
+    """Once everything queued so far is written or dropped."""
+    writer.pump()
+    flushed: asyncio.Future[None] = answer(lambda done: writer.when_flushed(lambda: done(None)))
+    await flushed

@@ -87,7 +87,7 @@ class Daemon:
         self._adapters = Adapters(self.cache, self._namespaces, self._names, self._post)
         finder = Finder(self.cache, config.redis_lookup_ms / 1000)
         self._control = Control(
-            self.cache, self._namespaces, self._adapters, finder, audit, self._post, lambda: shown_config(config)
+            self.cache, self._namespaces, self._adapters, finder, audit, lambda: shown_config(config)
         )
         self._served = Served(
             self.cache, self._namespaces, self._adapters, finder, self._control, self._status, self._session_ended
@@ -214,7 +214,7 @@ class Daemon:
             return
         if any(session.age < _LINGER_S for session in self._sessions) and self._loop is not None:
             self._loop.call_later(_LINGER_S, self._end_if_alone)
-        else:  # who did not say who it is by now, is no client
+        else:  # who did not say who it is by now, is not a client
             self._ended.set()
 
     def _populate(self) -> None:

@@ -31,7 +31,7 @@ def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.
         if private:
             stack.callback(unlink, Path(f"{path}.lock"))  # while it is held: later it may be another daemon's
         if path.exists() and not path.is_socket():
-            raise ConfigError(f"socket={str(path)!r} is no socket and stays as it is; give --socket another path")
+            raise ConfigError(f"socket={str(path)!r} is not a socket and stays as it is; give --socket another path")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stack.callback(listener.close)
         with contextlib.suppress(FileNotFoundError):

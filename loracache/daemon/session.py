@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
-from loracache.errors import LoRACacheError, ProtocolError, Unknown, UsageError
-from loracache.results import Cause
+from loracache.control.steps import start
+from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
@@ -26,8 +26,8 @@ from loracache.wire.requests import AnyRequest, decode_request
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
-    from loracache.control.adapters import Adapters, Answer
-    from loracache.control.lookup import Finder
+    from loracache.control.adapters import Adapters
+    from loracache.control.lookup import Finder, Hits
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
     from loracache.namespaces import Namespaces
@@ -117,7 +117,7 @@ class Session(asyncio.Protocol):
         except ProtocolError:
             raise
         except LoRACacheError as error:
-            self._later(number)(error)
+            self._refuse(number, error)
 
     def _dispatch(self, number: int, request: AnyRequest) -> None:
         match request:  # what engines send most stands first; mypy sees that what is left is all the control's
@@ -162,7 +162,21 @@ class Session(asyncio.Protocol):
             case protocol.AdapterRemove():
                 self._on_adapter_remove(number, request)
             case _:
-                self._served.control.serve(request, self.label, self._later(number))
+                start(self._reply(number, self._served.control.serve(request, self.label)))
+
+    async def _reply(self, number: int, work: Awaitable[list[Any]]) -> None:
+        """Answer `number` with what `work` comes to, or with the words of its error."""
+        try:
+            self._answer(number, OK, await work)
+        except LoRACacheError as error:
+            self._refuse(number, error)
+        except Exception as error:  # noqa: BLE001 - top of a coroutine: an answer that never comes hangs a client
+            self._cache.counters.add("failure.control")
+            _log.exception("connection %d (%s): a request failed", self.owner, self.name)
+            self._refuse(number, Rejected(repr(error)))
+
+    def _refuse(self, number: int, error: LoRACacheError) -> None:
+        self._answer(number, UNKNOWN if isinstance(error, Unknown) else ERROR, str(error))
 
     def _answer(self, number: int, status: int, payload: object) -> None:
         if number == 0 and status != ERROR:
@@ -185,24 +199,24 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [namespace.digest()])
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
-        self._served.adapters.digest(request.path, self._later(number))
+        start(self._reply(number, self._served.adapters.digest(request.path)))
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
-        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
-        self._served.adapters.add(request.path, request.name, answer)
+        work = self._served.adapters.add(request.path, request.name)
+        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
 
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
-        self._served.adapters.find(request.name, self._later(number))
+        start(self._reply(number, self._served.adapters.find(request.name)))
 
     def _on_adapter_show(self, number: int, request: protocol.AdapterShow) -> None:
-        self._served.adapters.show(request.name, self._later(number))
+        start(self._reply(number, self._served.adapters.show(request.name)))
 
     def _on_adapter_list(self, number: int, request: protocol.AdapterList) -> None:
-        self._served.adapters.page(request.name, request.count, self._later(number))
+        start(self._reply(number, self._served.adapters.page(request.name, request.count)))
 
     def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
-        answer = self._served.control.audited(request, request.by or self.label, self._later(number))
-        self._served.adapters.remove(request.name, answer)
+        work = self._served.adapters.remove(request.name)
+        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
         engines = self._served.adapters.engines
@@ -211,48 +225,34 @@ class Session(asyncio.Protocol):
         engines.update(self._resident)
         self._answer(number, OK, [])
 
-    def _later(self, number: int) -> Answer:
-        """Answers `number` with a payload, or with the words of an error."""
-
-        def answer(result: list[Any] | Exception) -> None:
-            if isinstance(result, Exception):
-                self._answer(number, UNKNOWN if isinstance(result, Unknown) else ERROR, str(result))
-            else:
-                self._answer(number, OK, result)
-
-        return answer
-
     def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
         keys = split_keys(request.keys)
-        asked = self._asking
-        asked.add(request.lease)
+        hits = self._served.finder.look(keys)
+        if hits.cause:
+            self._asking.discard(request.lease)
+            self._answer(number, OK, self._hits(request, keys, hits))
+        else:
+            start(self._reply(number, self._look_in_redis(request, keys, hits)))
 
-        def found(tiers: list[Tier], cause: Cause) -> None:
-            wanted = request.lease in asked
-            asked.discard(request.lease)
-            self._found(number, request, keys, tiers, cause, hold=wanted)
+    async def _look_in_redis(self, request: protocol.Lookup, keys: list[bytes], hits: Hits) -> list[Any]:
+        self._asking.add(request.lease)
+        hits = await self._served.finder.ask_redis(keys, hits)
+        wanted = request.lease in self._asking
+        self._asking.discard(request.lease)
+        return self._hits(request, keys, hits, hold=wanted)
 
-        self._served.finder.find(keys, found)
-
-    def _found(
-        self,
-        number: int,
-        request: protocol.Lookup,
-        keys: list[bytes],
-        tiers: list[Tier],
-        cause: Cause,
-        hold: bool = True,
-    ) -> None:
+    def _hits(self, request: protocol.Lookup, keys: list[bytes], hits: Hits, hold: bool = True) -> list[Any]:
+        """Hold and count what was found, in whole groups."""
         counters = self._cache.counters
-        hits = len(tiers) // request.group * request.group
-        tiers = tiers[:hits]
+        count = len(hits.tiers) // request.group * request.group
+        tiers = hits.tiers[:count]
         if request.lease and hold and self._transport is not None:
-            self._cache.hold(self.owner, request.lease, keys[:hits], request.ttl)
+            self._cache.hold(self.owner, request.lease, keys[:count], request.ttl)
         counters.add("lookup")
         for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
             counters.add(f"hit.{tier.label}", tiers.count(tier))
-        counters.add(f"miss.{cause}", len(keys) - hits)
-        self._answer(number, OK, [bytes(tiers)])
+        counters.add(f"miss.{hits.cause}", len(keys) - count)
+        return [bytes(tiers)]
 
     def _on_prefetch(self, number: int, request: protocol.Prefetch) -> None:
         keys = split_keys(request.keys)

@@ -35,8 +35,8 @@ def load_certificate(cert: str, key: str) -> ssl.SSLContext:
     except (ssl.SSLError, ValueError) as error:
         why = getattr(error, "reason", None) or "not what it should be"
         raise ConfigError(
-            f"tls_cert={cert!r} and tls_key={key!r} are no certificate chain and its key in PEM, without a passphrase "
-            f"({why.lower().replace('_', ' ')})"
+            f"tls_cert={cert!r} and tls_key={key!r} are not a certificate chain and its key in PEM, without a "
+            f"passphrase ({why.lower().replace('_', ' ')})"
         ) from None
     return context
 

@@ -50,7 +50,7 @@ class LimitedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._unused > self.HEAD_BYTES:
-            self.send_400_response(f"What is no body has at most {self.HEAD_BYTES} bytes.")
+            self.send_400_response(f"What is not a body has at most {self.HEAD_BYTES} bytes.")
         elif not self._in_body and self._timer is None and self._idle():
             self._within(self.HEAD_S)  # uvicorn's own timer between requests ends with the first byte
 

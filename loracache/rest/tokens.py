@@ -88,7 +88,7 @@ def read_private(path: Path) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{path} is no file; remove it")
+            raise ConfigError(f"{path} is not a file; remove it")
         if found.st_uid not in (os.geteuid(), 0):
             raise ConfigError(f"{path} belongs to user {found.st_uid}, who may know what is in it; remove it")
         if found.st_mode & 0o077:
@@ -110,7 +110,7 @@ def read_tokens(path: Path) -> list[Token]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path} is no list of tokens: {where}: {first['msg']}") from None
+        raise ConfigError(f"{path} is not a list of tokens: {where}: {first['msg']}") from None
     for field in ("name", "sha256"):
         if len({getattr(token, field) for token in found}) < len(found):
             raise ConfigError(f"{path} has two tokens of one {field}; remove one")

@@ -27,7 +27,7 @@ _WANTED = (CONFIG, WEIGHTS)
 
 
 class BadUpload(ValueError):
-    """The body is no upload; says what is wrong with which part."""
+    """The body is not an upload; says what is wrong with which part."""
 
 
 class _Parts:
@@ -69,7 +69,7 @@ class _Parts:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"filename", b"").decode("utf-8", "replace")
         if not name or name in (".", "..") or any(each in name for each in "/\\\0"):
-            raise BadUpload(f"{name[:200]!a} is no file's name; give each part the bare name of its file")
+            raise BadUpload(f"{name[:200]!a} is not a file's name; give each part the bare name of its file")
         if name in self.seen:
             raise BadUpload(f"{name!a} is there twice")
         self.seen.append(name)
@@ -136,7 +136,7 @@ async def receive(body: AsyncIterator[bytes], content_type: str, parent: Path) -
         parts.close()
         await discard(folder)
         if isinstance(error, FormParserError):
-            raise BadUpload(f"the body is no multipart/form-data: {error}") from None
+            raise BadUpload(f"the body is not multipart/form-data: {error}") from None
         raise
     return folder
 

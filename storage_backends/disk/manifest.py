@@ -60,7 +60,7 @@ class Manifest:
     def read(self) -> dict[bytes, ObjectInfo]:
         """What the manifest says is held, in the order of adding; opens it for appending.
 
-        A file that is missing, cannot be read or is no manifest at all counts as empty and is replaced. One of version
+        A file that is missing, cannot be read or is not a manifest counts as empty and is replaced. One of version
         1 is read and replaced; on a full disk or one that takes no writes that waits, as what is added does, for a
         later `compact`.
         """
@@ -183,7 +183,7 @@ def parents_first(objects: Mapping[bytes, ObjectInfo]) -> tuple[list[ObjectInfo]
 
 
 def records_of(raw: bytes) -> Records:
-    """The records in a manifest's bytes; none where they are no manifest."""
+    """The records in a manifest's bytes; none where they are not a manifest."""
     for version, magic, layout in ((2, _MAGIC, _FIELDS), (1, _MAGIC_1, _FIELDS_1)):
         if raw.startswith(magic):
             count, torn = divmod(len(raw) - len(magic), layout.size + _CRC.size)

@@ -28,7 +28,7 @@ _UNSENT = 1 << 20  # what a unix socket should take without waiting for its read
 
 
 class ProtocolFault(Exception):
-    """What the peer sent is no RESP2."""
+    """What the peer sent is not RESP2."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,7 @@ def _read_password(path: Path) -> str:
     try:
         password = path.read_text().rstrip("\r\n")
     except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"redis_password_file {str(path)!r} cannot be read: {why}") from None
     if not password or "\n" in password:
         raise ConfigError(f"redis_password_file {str(path)!r} must hold the password alone, in one line")

@@ -1,4 +1,4 @@
-"""Media in prompts: equal placeholders stand for different audio, and vLLM's names for audio are no content."""
+"""Media in prompts: equal placeholders stand for different audio, and vLLM's names for audio are not content."""
 
 from __future__ import annotations
 

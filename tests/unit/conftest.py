@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import hashlib
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from loracache.cache.state.leases import Writing
 from loracache.cache.state.node import ARENA, LOWER, State
 from loracache.cache.tier import io as tier_io
 from loracache.cache.tiered import Acquired, TieredCache
+from loracache.control import steps
 from loracache.keys import checksum
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, StorageBackend, Transfer
 from loracache.storage_backends.memory import MemoryBackend
@@ -48,6 +51,61 @@ class Steps:
 
     def ended(self, deadline: float) -> bool:
         return True
+
+
+class StepLoop(asyncio.AbstractEventLoop):
+    """An event loop of which every callback waits in `posted` until a test runs it; nothing runs by itself."""
+
+    def __init__(self, posted: deque[Callable[[], None]]) -> None:
+        self._posted = posted
+        self._timers: list[tuple[float, asyncio.TimerHandle]] = []
+        self.errors: list[dict[str, Any]] = []
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._posted.append(lambda: None if handle.cancelled() else self.within(handle._run))
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(delay, callback, args, self, context)
+        self._timers.append((delay, handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        pass
+
+    def fire(self) -> list[float]:
+        """All timers that nobody cancelled are over; answers their seconds."""
+        timers = [(delay, handle) for delay, handle in self._timers if not handle.cancelled()]
+        self._timers = []
+        for _, handle in timers:
+            self.within(handle._run)
+        return [delay for delay, _ in timers]
+
+    def within(self, call: Callable[[], Any]) -> Any:
+        """What `call` answers, which runs as if this loop had called it."""
+        before = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        try:
+            return call()
+        finally:
+            asyncio._set_running_loop(before)
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        return asyncio.Task(coro, loop=self, **options)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        self.errors.append(context)
+
+    def get_debug(self) -> bool:
+        return False
 
 
 class FaultyBackend(MemoryBackend):
@@ -113,6 +171,7 @@ class Rig:
     def __init__(self, pages: int = 16, disk: int | None = None, redis: bool = False, scanned: bool = True) -> None:
         self.now = 0.0
         self.posted: deque[Callable[[], None]] = deque()
+        self.loop = StepLoop(self.posted)
         self.disk = FaultyBackend() if disk is not None else None
         self.redis = FaultyBackend() if redis else None
         self.arena = Arena(pages * PAGE, PAGE)
@@ -154,6 +213,20 @@ class Rig:
         self.answer()
         while any(thread.run_one() for thread in self.threads()):
             self.answer()
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> list[Any]:
+        """Run a coroutine of the control path up to its first wait; the rest of it is `posted`. What it answers or
+        raises is in the list, once it has come to its end."""
+        ends: list[Any] = []
+
+        async def run() -> None:
+            try:
+                ends.append(await work)
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                ends.append(error)
+
+        self.loop.within(lambda: steps.start(run()))
+        return ends
 
     def later(self, seconds: float) -> None:
         self.now += seconds
@@ -230,10 +303,20 @@ class Rig:
         return data
 
     def evict(self, *names: object, tiers: Sequence[Tier] = (Tier.CPU,)) -> tuple[int, int, int]:
-        answers: list[Evicted] = []
-        self.cache.evict([key_of(name) for name in names], tiers, answers.append)
-        (done,) = answers  # at once: these are few
-        return done.objects, done.nbytes, done.skipped
+        did = Evicted()
+        assert list(self.cache.evict([key_of(name) for name in names], tiers, did)) == []  # at once: these are few
+        return did.objects, did.nbytes, did.skipped
+
+    def remove(self, slices: Callable[[Evicted], Iterator[None]]) -> list[Evicted]:
+        """An eviction that lets others in between its slices, as the daemon's do; what it did, once it is over."""
+
+        async def run() -> Evicted:
+            did = Evicted()
+            for _ in slices(did):
+                await steps.turn()
+            return did
+
+        return self.start(run())
 
     def node(self, name: object) -> Node | None:
         return self.cache.index.get(key_of(name))

@@ -19,11 +19,11 @@ _CHUNK_BYTES = 1 << 20
 def chunk_blocks(block_bytes: int, block_size: int, chunk_tokens: int) -> int:
     """Engine blocks of a chunk: the fewest that make an object of at least 1 MiB, or those of `chunk_tokens`.
 
-    Raises ConfigError where chunk_tokens is no multiple of the block size.
+    Raises ConfigError where chunk_tokens is not a multiple of the block size.
     """
     if chunk_tokens % block_size:
         raise ConfigError(
-            f"kv_connector_extra_config: chunk_tokens={chunk_tokens} is no multiple of the engine's block size "
+            f"kv_connector_extra_config: chunk_tokens={chunk_tokens} is not a multiple of the engine's block size "
             f"{block_size}"
         )
     return chunk_tokens // block_size or max(1, -(-_CHUNK_BYTES // block_bytes))

@@ -151,7 +151,7 @@ def _start(path: Path, options: Options) -> None:
     if options.redis:  # not on the command line, where every user could read a password
         environment["LORACACHE_REDIS"] = options.redis
     Path(log_path).unlink(missing_ok=True)  # one that is ending may still write to it
-    said, held_by_daemon = os.pipe()  # ends with the daemon: nobody waits for a process that is no child of ours
+    said, held_by_daemon = os.pipe()  # ends with the daemon: nobody waits for a process that is not a child of ours
     try:
         with open(log_path, "wb") as log, on_all_cores():
             subprocess.run(

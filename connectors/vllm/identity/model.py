@@ -21,7 +21,7 @@ from loracache.errors import UsageError
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-__all__ = ["ModelIdentity", "model_identity"]
+__all__ = ["ModelIdentity"]
 
 _log = logging.getLogger(__name__)
 # Rope types whose angles depend on max_model_len; models whose attention scale does.
@@ -89,11 +89,6 @@ class ModelIdentity:
                 reason,
             )
         return hashlib.sha256(b"loracache/model of this run\0" + os.urandom(32)).hexdigest()
-
-
-def model_identity(vllm_config: VllmConfig, model_id: str = "") -> str:
-    """The identity, waited for."""
-    return ModelIdentity(vllm_config, model_id).wait()
 
 
 def _configuration(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def find_weights(model: ModelConfig, load_config: Any, model_id: str = "") -> We
     if commit:
         return Weights(f"hub:{commit}")
     if not files:
-        raise UsageError("they are no files that can be read")
+        raise UsageError("they are not files that can be read")
     return Weights("", _states(path, files), _states(path, settings))
 
 

@@ -1,6 +1,6 @@
 """What the images and the like in a prompt are: a hash of what the model is given of them.
 
-vLLM's own identifiers are no content: where its processor cache and its prefix cache are both off they are a counter,
+vLLM's own identifiers are not content: where its processor cache and its prefix cache are both off they are a counter,
 a caller may give any text (`uuid`), and with LoRA on the vision tower they hold an adapter's name. So each item's
 processed tensors are hashed, with names, dtypes and shapes; that covers every processor setting, the engine's and the
 request's. What cannot be hashed makes its request not cacheable: an item whose tensors are not in this process (vLLM's

@@ -41,7 +41,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     if not flat.is_contiguous():
         order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
         flat = flat.permute(order)
-        for dim in range(flat.dim()):  # of what is no dense memory, a few rows: no copy of the whole
+        for dim in range(flat.dim()):  # of what is not dense memory, a few rows: no copy of the whole
             if not flat.is_contiguous() and flat.shape[dim] > _SAMPLES:
                 flat = flat.narrow(dim, 0, _SAMPLES)
     flat = flat.reshape(-1)

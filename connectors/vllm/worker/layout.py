@@ -46,7 +46,7 @@ def read_layout(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> KVLay
     orders = []
     for name, tensor in kv_caches.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
-            raise UsageError(f"the KV cache of {name} is no single tensor of blocks")
+            raise UsageError(f"the KV cache of {name} is not a single tensor of blocks")
         if num_blocks <= 0 or not tensor.numel() or tensor.shape[0] % num_blocks:
             raise UsageError(f"the KV cache of {name} has {tensor.shape[0]} rows for {num_blocks} blocks")
         rows.append(_rows(name, tensor, tensor.shape[0] // num_blocks))
@@ -82,7 +82,7 @@ def _rows(name: str, tensor: torch.Tensor, per_block: int) -> torch.Tensor:
     nbytes, step = dense * per_block * item, tensor.stride(0) * per_block * item
     offset = tensor.storage_offset() * item
     if nbytes % _WORD or step % _WORD or offset % _WORD:
-        raise UsageError(f"a block of {name} has {nbytes} bytes at a step of {step}, which is no multiple of {_WORD}")
+        raise UsageError(f"a block of {name} has {nbytes} bytes at a step of {step}, not a multiple of {_WORD}")
     view = torch.empty(0, dtype=torch.int64, device=tensor.device)
     return view.set_(
         tensor.untyped_storage(), offset // _WORD, (tensor.shape[0] // per_block, nbytes // _WORD), (step // _WORD, 1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 __all__ = ["Workers"]
+
+_T = TypeVar("_T")
 
 
 class Workers:
@@ -32,6 +37,30 @@ class Workers:
     def submit(self, work: Callable[[], None]) -> None:
         """Have `work` done, which raises nothing."""
         self._queue.put(work)
+
+    async def result(self, work: Callable[[], _T]) -> _T:
+        """Have `work` done, and wait on the event loop for what it returns or raises."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+
+        def tell(call: Callable[[], None]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(lambda: None if future.done() else call())
+
+        def run() -> None:
+            try:
+                result = work()
+            except StopIteration as error:  # which no future takes
+                failed: Exception = RuntimeError(repr(error))
+                tell(lambda: future.set_exception(failed))
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
+                failed = error
+                tell(lambda: future.set_exception(failed))
+            else:
+                tell(lambda: future.set_result(result))
+
+        self._queue.put(run)
+        return await future
 
     def end(self) -> None:
         """Take no more work up; what is queued is dropped."""

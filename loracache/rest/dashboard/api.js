@@ -75,7 +75,7 @@ export async function reach(path, options) {
   try {
     detail = (await answer.json()).detail ?? detail;
   } catch {
-    // What is no problem document says no more than its status.
+    // What is not a problem document says no more than its status.
   }
   throw new Problem(answer.status, detail, Number(answer.headers.get("retry-after")) || 0);
 }

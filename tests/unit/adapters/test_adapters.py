@@ -129,7 +129,7 @@ def test_two_tensors_that_change_places_make_another_adapter(tmp_path: Path) -> 
     assert adapter_digest(write(tmp_path / "a")) != adapter_digest(write(tmp_path / "b", tensors=swapped))
 
 
-# -- what is no adapter ------------------------------------------------------------------------------------------------
+# -- what is not an adapter ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", "7", "[" * 100_000, '{"r": 8}\xff'])

@@ -167,8 +167,8 @@ def test_settings_that_cannot_be_served_are_named(tmp_path: Path, change: dict[s
     ("change", "named", "reason"),
     [
         ({MAGNITUDE: zeros("F32", 5)}, MAGNITUDE, "DoRA is not supported"),
-        ({"x.lora_A.bias": zeros("F32", 5)}, "x.lora_A.bias", "it is no LoRA weight"),
-        ({"lm_head.weight": zeros("F32", 5, 5)}, "lm_head.weight", "it is no LoRA weight"),
+        ({"x.lora_A.bias": zeros("F32", 5)}, "x.lora_A.bias", "it is not a LoRA weight"),
+        ({"lm_head.weight": zeros("F32", 5, 5)}, "lm_head.weight", "it is not a LoRA weight"),
         ({"x.lora_A.weight": zeros("F32", 8, 5)}, "x", "has no lora_B"),
         ({"x.lora_embedding_B": zeros("F32", 5, 8)}, "x", "has no lora_A"),
         ({"x.lora_A.weight": zeros("F32", 8, 5), "x.lora_embedding_B": zeros("F32", 5, 8)}, "x", "lora_"),

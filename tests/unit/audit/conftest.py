@@ -85,12 +85,16 @@ def kept(template: Kept, tmp_path: Path) -> Kept:
     return Kept(tmp_path / "disk", "", template.chains, template.adapter)
 
 
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """check(kept, "--fix") runs the command; answers its exit code and what it printed, as JSON."""
+@pytest.fixture(autouse=True)
+def _no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("LORACACHE_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """check(kept, "--fix") runs the command; answers its exit code and what it printed, as JSON."""
     monkeypatch.setattr(redis_check, "GRACE_S", 0.2)
 
     def run(kept: Kept, *more: str, disk: bool = True) -> tuple[int, dict[str, Any]]:

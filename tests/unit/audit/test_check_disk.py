@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from loracache import CacheClient
+from loracache.cli.app import app
 
 
 def flip(path: Path, offset: int) -> None:
@@ -145,6 +147,17 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(kept: Any, check: Any, daem
     assert check(kept)[0] == 0
 
 
+def test_people_get_a_table(kept: Any) -> None:
+    truncate(kept.file(kept.chains[0][3]), 100)
+    done = CliRunner().invoke(app, ["check", "--disk-path", str(kept.path), "--fix"], prog_name="loracache")
+    whole, head, row, left = done.stdout.splitlines()
+    assert done.exit_code == 0
+    assert (whole, left) == ("disk: 12 objects are whole", "faults left: 0")
+    assert head.split() == ["where", "fault", "count", "fixed", "bytes", "for", "example"]
+    assert row.split()[:6] == ["disk", "damaged", "1", "1", "100", "B"]
+    assert row.endswith(f"{kept.chains[0][3].hex()}: header has 100 bytes of 188")
+
+
 def test_nothing_to_check_is_wrong_usage(kept: Any, check: Any, tmp_path: Path) -> None:
     code, said = check(kept, disk=False)
     assert code == 2
@@ -152,5 +165,5 @@ def test_nothing_to_check_is_wrong_usage(kept: Any, check: Any, tmp_path: Path) 
     kept.path = tmp_path / "nowhere"
     code, said = check(kept)
     assert code == 2
-    assert "is no disk tier" in said["error"]
+    assert "is not a disk tier" in said["error"]
     assert not kept.path.exists()

@@ -72,7 +72,7 @@ def test_a_payload_cut_anywhere_is_refused(payload: bytes) -> None:
 
 @pytest.mark.parametrize("tail", [b"\0", b"x" * 64, bytes(4096)], ids=len)
 def test_a_payload_with_something_behind_it_is_refused(payload: bytes, tail: bytes) -> None:
-    assert use(payload + tail) == "the object is no adapter: its length is not what its header says"
+    assert use(payload + tail) == "the object is not an adapter: its length is not what its header says"
 
 
 @pytest.mark.parametrize("length", [0, 1, 10, 1 << 20, 1 << 31, 1 << 62, (1 << 64) - 1])
@@ -83,7 +83,7 @@ def test_a_length_that_the_header_does_not_have_is_refused(payload: bytes, lengt
 def test_another_beginning_is_refused(payload: bytes) -> None:
     for bit in range(64):
         magic = (int.from_bytes(MAGIC, "little") ^ 1 << bit).to_bytes(8, "little")
-        assert use(magic + payload[8:]) == "the object is no adapter: it does not begin as one"
+        assert use(magic + payload[8:]) == "the object is not an adapter: it does not begin as one"
 
 
 def test_a_flipped_bit_in_the_header_is_refused_or_makes_another_adapter(payload: bytes) -> None:
@@ -118,7 +118,7 @@ HUGE = [[1 << 40, 2], [1 << 62, 4], [1 << 63, 2], [10**30, 2], [2**32, 2**32], [
     ids=lambda change: str(change)[:80],
 )  # fmt: skip
 def test_a_header_that_describes_no_adapter_is_refused(change: dict[str, Any]) -> None:
-    assert use(changed(**change)).startswith("the object is no adapter: ")
+    assert use(changed(**change)).startswith("the object is not an adapter: ")
 
 
 def test_shapes_that_make_up_for_each_other_are_refused() -> None:
@@ -130,7 +130,7 @@ def test_shapes_that_make_up_for_each_other_are_refused() -> None:
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     for damaged in (data, MAGIC + data, with_header(data)):
-        assert use(damaged).startswith("the object is no adapter: ")
+        assert use(damaged).startswith("the object is not an adapter: ")
 
 
 WORDS = st.sampled_from(
@@ -159,5 +159,5 @@ def test_a_header_nested_without_end_is_refused() -> None:
 
 @pytest.mark.parametrize("buffers", [[], [b""], [b"", b"LoRA"]], ids=len)
 def test_no_buffers_hold_no_adapter(buffers: list[bytes]) -> None:
-    with pytest.raises(UsageError, match="the object is no adapter: it does not begin as one"):
+    with pytest.raises(UsageError, match="the object is not an adapter: it does not begin as one"):
         Packed([memoryview(buffer) for buffer in buffers])

@@ -222,6 +222,33 @@ def test_orphans_that_cannot_be_deleted_count(rig_of: Make, now: list[float]) ->
     assert rig.cache.disk.used == 0
 
 
+# -- children and parents ----------------------------------------------------------------------------------------------
+
+
+def test_a_child_whose_parent_is_on_its_way_nowhere_is_not_written(rig_of: Make) -> None:
+    rig = rig_of(disk=1 << 20, redis=True)
+    rig.chain("a", "b")
+    rig.settle()
+    rig.evict("a", tiers=[Tier.CPU, Tier.DISK])
+    rig.settle()
+    rig.disk.stored.clear()
+    assert rig.get("b") == rig.payload("b")  # from Redis
+    rig.settle()
+    assert rig.disk.stored == []
+    assert rig.count("write.disk.dropped.no_parent") == 1
+
+
+def test_a_child_does_not_stay_whose_parent_left_while_it_was_written(rig_of: Make) -> None:
+    rig = rig_of(disk=1 << 20)
+    rig.store("a")
+    rig.settle()
+    rig.store("b", "a")
+    assert rig.evict("a", tiers=[Tier.DISK]) == (1, PAGE, 0)
+    rig.settle()
+    assert (rig.disk.held(), rig.cache.disk.used) == ({}, 0)
+    assert rig.cache.lookup(keys(rig, "ab")) == [Tier.CPU, Tier.CPU]
+
+
 # -- before the scan of the earlier run is over ------------------------------------------------------------------------
 
 

@@ -145,3 +145,11 @@ def test_before_the_disk_is_scanned_a_full_arena_still_takes_what_is_new(rig_of:
     rig.cache.disk.adopted_all([])
     rig.settle()
     assert set(rig.disk.held()) == keys(rig, ["a", "b", "c", "new"])
+
+
+def test_room_for_a_child_is_not_made_by_taking_its_parent(rig_of: Make) -> None:
+    rig = rig_of(pages=2)
+    rig.store("parent")
+    rig.store("other")
+    assert rig.store("child", "parent") == ""
+    assert rig.node("other") is None

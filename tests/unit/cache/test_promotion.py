@@ -5,6 +5,7 @@ gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from loracache.cache.state.leases import Writing
 from loracache.cache.tier import io as tier_io
 from loracache.keys import checksum
-from loracache.storage_backends.base import Outcome
+from loracache.storage_backends.base import Outcome, Standing
 from loracache.tiers import Tier
 
 PAGE = 4096
@@ -297,3 +298,17 @@ def test_a_backends_bug_fails_its_batch_and_loses_nobody(rig_of: Make) -> None:
     assert rig.arena.free_bytes == rig.arena.size
     del rig.disk.load
     assert len(rig.get("a")) == PAGE
+
+
+def test_what_redis_has_is_not_taken_for_other_bytes_that_a_disk_here_has(rig_of: Make) -> None:
+    rig = rig_of(disk=1 << 20, redis=True)
+    rig.store("a")
+    rig.settle()
+    rig.evict("a")
+    key = rig.info("a").key
+    info, payload = rig.redis._objects[key]
+    rig.redis._objects[key] = (replace(info, checksum=info.checksum ^ 1), payload)  # computed elsewhere
+    rig.cache.disk.io.stand(Standing(reads=False, writes=False, reason="gone for now"))
+    assert rig.get("a") == "redis_differs"
+    rig.cache.disk.io.stand(Standing())
+    assert rig.get("a") == rig.payload("a")

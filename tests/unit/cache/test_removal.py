@@ -9,6 +9,7 @@ import pytest
 
 from loracache.cache import eviction as removal
 from loracache.cache.eviction import Evicted
+from loracache.control.steps import turn
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
@@ -29,10 +30,17 @@ def store_many(rig: Any, count: int) -> None:
 
 
 def clear(rig: Any, *tiers: Tier) -> list[Evicted]:
-    """What `done` was called with so far: grows when it is."""
-    answers: list[Evicted] = []
-    rig.cache.clear(tiers, answers.append)
-    return answers
+    """What it did, once it is over."""
+    return evicting(rig, tiers)
+
+
+def evicting(rig: Any, tiers: Any, *names: object) -> list[Evicted]:
+    """Out of `tiers`, and with everything where no names are given; what it did, once it is over."""
+    keys = [rig.info(name).key for name in names]
+    ends: list[Evicted] = rig.remove(
+        lambda did: rig.cache.evict(keys, tiers, did) if keys else rig.cache.clear(tiers, did)
+    )
+    return ends
 
 
 def test_between_two_slices_others_are_served(rig_of: Make) -> None:
@@ -49,7 +57,7 @@ def test_between_two_slices_others_are_served(rig_of: Make) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, SLICE - 1, SLICE, SLICE + 1, 2 * SLICE, 35])
-def test_done_is_called_once_however_many_there_are(rig_of: Make, count: int) -> None:
+def test_it_ends_however_many_there_are(rig_of: Make, count: int) -> None:
     rig = rig_of(pages=64)
     store_many(rig, count)
     answers = clear(rig, Tier.CPU)
@@ -58,22 +66,18 @@ def test_done_is_called_once_however_many_there_are(rig_of: Make, count: int) ->
     assert len(rig.cache.index) == 0
 
 
-def test_few_are_gone_and_done_was_called_when_the_call_returns(rig_of: Make) -> None:
+def test_few_are_gone_at_once_without_a_turn_of_the_loop(rig_of: Make) -> None:
     rig = rig_of(pages=64)
     rig.chain("a", "b", "c")
-    answers: list[Evicted] = []
-    rig.cache.evict([rig.info("b").key, rig.info("nobody").key], [Tier.CPU], answers.append)
-    assert answers == [Evicted(2, 2 * PAGE, 0)]
-    rig.cache.evict([rig.info("nobody").key], EVERYWHERE, answers.append)
-    assert answers[1:] == [Evicted(0, 0, 0)]
+    assert evicting(rig, [Tier.CPU], "b", "nobody") == [Evicted(2, 2 * PAGE, 0)]
+    assert evicting(rig, EVERYWHERE, "nobody") == [Evicted(0, 0, 0)]
     assert not rig.posted
 
 
 def test_a_long_chain_goes_slice_by_slice_from_its_end(rig_of: Make) -> None:
     rig = rig_of(pages=64)
     rig.chain(*range(3 * SLICE))
-    answers: list[Evicted] = []
-    rig.cache.evict([rig.info(0).key], [Tier.CPU], answers.append)
+    answers = evicting(rig, [Tier.CPU], 0)
     keys = [rig.info(number).key for number in range(3 * SLICE)]
     assert len(rig.cache.lookup(keys)) == rig.cache.index.objects[Tier.CPU] == 2 * SLICE
     rig.answer()
@@ -86,8 +90,7 @@ def test_one_chunk_with_many_descendants_keeps_nobody_waiting(rig_of: Make) -> N
     assert rig.store("prompt") == ""
     for name in range(35):
         assert rig.store(name, "prompt") == ""
-    answers: list[Evicted] = []
-    rig.cache.evict([rig.info("prompt").key], [Tier.CPU], answers.append)
+    answers = evicting(rig, [Tier.CPU], "prompt")
     assert rig.cache.index.objects[Tier.CPU] == 36 - SLICE
     assert rig.store("meanwhile", "prompt") == ""
     rig.answer()
@@ -162,15 +165,16 @@ def test_a_flush_after_a_clear_waits_for_its_deletions(rig_of: Make) -> None:
     store_many(rig, 25)
     rig.settle()
     left: list[int] = []
-    answers: list[Evicted] = []
 
-    def done(evicted: Evicted) -> None:
-        answers.append(evicted)
+    async def play() -> None:
+        did = Evicted()
+        for _ in rig.cache.clear([Tier.CPU, Tier.DISK], did):
+            await turn()
         rig.cache.when_flushed(lambda: left.append(len(rig.disk.held())))
 
-    rig.cache.clear([Tier.CPU, Tier.DISK], done)
+    ends = rig.start(play())
     rig.settle()
-    assert (left, len(answers)) == ([0], 1)
+    assert (left, ends) == ([0], [None])
 
 
 @pytest.mark.parametrize("how", ["clear", "evict"])
@@ -181,11 +185,8 @@ def test_an_adapters_chains_are_removed_one_by_one(rig_of: Make, how: str) -> No
         assert rig.store(name, "adapter") == ""
         assert rig.store(f"{name}+", name) == ""
     rig.settle()
-    answers: list[Evicted] = []
-    if how == "clear":
-        rig.cache.clear([Tier.CPU, Tier.DISK], answers.append)
-    else:
-        rig.cache.evict([rig.info("adapter").key], [Tier.CPU, Tier.DISK], answers.append)
+    names = ["adapter"] if how == "evict" else []
+    answers = evicting(rig, [Tier.CPU, Tier.DISK], *names)
     assert rig.cache.index.objects[Tier.CPU] == rig.cache.index.objects[Tier.DISK] == 24 - SLICE
     assert all(
         node.parent.kind is Kind.LORA or node.parent.held_in(Tier.CPU) for node in rig.cache.index if node.parent
@@ -194,3 +195,14 @@ def test_an_adapters_chains_are_removed_one_by_one(rig_of: Make, how: str) -> No
     assert answers == [Evicted(2 * 24, 2 * 24 * PAGE, 0)]
     assert len(rig.disk.deletions) == 3
     assert len(rig.cache.index) == 0  # the adapter's own node is gone, too
+
+
+def test_a_pin_ends_with_the_objects_stay_in_the_tier(rig_of: Make) -> None:
+    rig = rig_of()
+    rig.store("a")
+    assert rig.cache.pins.pin([rig.info("a").key], Tier.CPU) == 1
+    rig.acquire("a")
+    rig.cache.report_bad([rig.info("a").key])
+    rig.store("a")
+    rig.release()
+    assert rig.evict("a") == (1, PAGE, 0)

@@ -228,3 +228,30 @@ def test_what_is_done_is_not_kept_until_the_next_work_comes(eventually: Callable
     eventually(lambda: kept() is None, "the buffer is let go")
     workers.end()
     assert workers.ended(time.monotonic() + 50)
+
+
+# -- flush -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flush_waits_for_deletions_too(rig_of: Make) -> None:
+    rig = rig_of(disk=1 << 20)
+    rig.store("a")
+    rig.settle()
+    rig.evict("a", tiers=[Tier.CPU, Tier.DISK])
+    flushed: list[bool] = []
+    rig.cache.when_flushed(lambda: flushed.append(True))
+    while rig.step("disk-ask") or rig.step("disk-load"):
+        pass
+    assert flushed == []
+    rig.settle()
+    assert (flushed, rig.disk.held()) == ([True], {})
+
+
+def test_a_writer_is_flushed_once_what_is_in_flight_has_landed(rig_of: Make) -> None:
+    rig = rig_of(disk=1 << 20)
+    rig.store("a")
+    flushed: list[bool] = []
+    rig.cache.disk.writer.when_flushed(lambda: flushed.append(True))
+    assert flushed == []
+    rig.step("disk-write")
+    assert flushed == [True]

@@ -46,11 +46,8 @@ class Operated:
         operation = self.operations.begin("move", "test", "")
         keys = self.keys(names)
         parts = (keys[at : at + PART] for at in range(0, len(keys), PART))
-
-        def done(error: str) -> None:
-            self.operations.end(operation, error)
-
-        Mover(self.cache, self.rig.posted.append, operation, iter(parts), target, done, **options).start()
+        mover = Mover(self.cache, operation, iter(parts), target, **options)
+        self.rig.start(self.operations.run(operation, mover.run()))
         return operation
 
     def move(self, names: Sequence[object], target: Tier, **options: Any) -> Operation:

@@ -154,13 +154,13 @@ def test_the_page_goes_on_where_a_whole_namespace_has_gone(held: Held) -> None:
 
 @pytest.mark.parametrize("after", ["x", "00", "zz" * 64, "00" * 63, "00" * 65, "é" * 64, "1"])
 def test_a_place_that_no_page_gave_is_refused(held: Held, after: str) -> None:
-    with pytest.raises(UsageError, match="is no place in this list"):
+    with pytest.raises(UsageError, match="is not a place in this list"):
         held.listing.objects(None, None, after, 3, "")
 
 
 @pytest.mark.parametrize("after", ["x", "-1", "1.5", "²", "00" * 64 + "x"])
 def test_so_is_a_place_that_no_page_of_named_objects_gave(held: Held, after: str) -> None:
-    with pytest.raises(UsageError, match="is no place in this list"):
+    with pytest.raises(UsageError, match="is not a place in this list"):
         held.listing.objects(Selected(bytes(32)), None, after, 3, "")
 
 
@@ -259,7 +259,7 @@ def test_a_tenant_walks_its_own_tree(held: Held) -> None:
 
 @pytest.mark.parametrize("under", ["x", "base:", "space:", "space:zz", "adapter:", "adapter:base", "00", "gpu:0"])
 def test_what_is_no_node_is_refused(held: Held, under: str) -> None:
-    with pytest.raises(UsageError, match="is no node of the tree"):
+    with pytest.raises(UsageError, match="is not a node of the tree"):
         held.listing.tree(under, "", 10, "")
 
 
@@ -274,7 +274,7 @@ def test_a_place_in_the_tree_that_no_page_gave_is_refused(held: Held, after: str
     space = held.space()
     root = held.index.spaces[space].roots[0].hex()
     for under in ("", "base", f"space:{space.hex()}", root):
-        with pytest.raises(UsageError, match="is no place in this list"):
+        with pytest.raises(UsageError, match="is not a place in this list"):
             held.listing.tree(under, after, 10, "")
 
 

@@ -135,7 +135,7 @@ class MovingMachine(RuleBasedStateMachine):
     @rule(tiers=st.sets(st.sampled_from(TIERS), min_size=1))
     def clear(self, tiers: set[Tier]) -> None:
         self.made.asked.update(self.made.keys(range(NAMES)))
-        self.cache.clear(tiers, lambda did: None)
+        self.rig.remove(lambda did: self.cache.clear(tiers, did))
 
     @rule(name=names, tier=st.sampled_from([Tier.CPU, Tier.DISK]))
     def pin(self, name: int, tier: Tier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from loracache import Namespace
 from loracache.control import jobs as module
-from loracache.control.jobs import Operation, Operations, Turns, guarded
+from loracache.control.jobs import Operation, Operations, Turns
 from loracache.errors import Unknown
 
 
@@ -27,23 +28,31 @@ def made() -> tuple[Operations, list[Operation]]:
 
 
 def test_one_that_ends_says_so_once_to_all_who_wait() -> None:
+    async def play() -> None:
+        operations, ended = made()
+        operation = operations.begin("evict", "me", "")
+        first, second, brief = (asyncio.create_task(operation.over(seconds)) for seconds in (60.0, 60.0, 0.01))
+        await brief
+        assert (operation.running, operations.running, first.done(), second.done()) == (True, 1, False, False)
+        operations.end(operation)
+        operations.end(operation, "too late")
+        await asyncio.wait_for(asyncio.gather(first, second, operation.over(60.0)), 10)
+        assert (ended, operation.state, operation.error, operation.waiting) == ([operation], "done", "", [])
+        assert (operation.running, operations.running) == (False, 0)
+
+    asyncio.run(play())
+
+
+def test_one_that_fails_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        raise ZeroDivisionError("as ordered")
+
     operations, ended = made()
     operation = operations.begin("evict", "me", "")
-    called: list[str] = []
-    operation.waiting += [lambda: called.append("first"), lambda: called.append("second")]
-    assert (operation.running, operations.running) == (True, 1)
-    operations.end(operation)
-    operations.end(operation, "too late")
-    assert (called, ended, operation.state, operation.error) == (["first", "second"], [operation], "done", "")
-    assert (operation.running, operations.running) == (False, 0)
-
-
-def test_one_that_fails_says_why() -> None:
-    operations, _ = made()
-    operation = operations.begin("evict", "me", "")
-    guarded(lambda: 1 / 0, lambda error: operations.end(operation, error))()
-    assert operation.state == "failed"
+    asyncio.run(operations.run(operation, work()))
+    assert (operation.state, ended) == ("failed", [operation])
     assert "ZeroDivisionError" in operation.describe()["error"]
+    assert "as ordered" in caplog.text
 
 
 def test_a_cancelled_one_stays_cancelled_and_ends_with_its_last_step() -> None:
@@ -118,22 +127,39 @@ def test_the_last_thousand_that_ended_are_remembered() -> None:
 
 
 def test_few_work_at_once_and_the_others_wait_in_their_order() -> None:
-    operations, turns = Operations(lambda operation: None), Turns(2)
-    begun: list[str] = []
-    made = [operations.begin(f"move {number}", "", "") for number in range(5)]
-    for operation in made:
-        turns.take(operation, lambda verb=operation.verb: begun.append(verb))  # type: ignore[misc]
-    assert begun == ["move 0", "move 1"]
-    assert turns.leave(made[3])
-    assert not turns.leave(made[3])
-    assert not turns.leave(made[0])
-    turns.give_back()
-    turns.give_back()
-    assert begun == ["move 0", "move 1", "move 2", "move 4"]
-    turns.give_back()
-    turns.give_back()
-    turns.take(operations.begin("late", "", ""), lambda: begun.append("late"))
-    assert begun[-1] == "late"
+    async def play() -> None:
+        operations, turns = Operations(lambda operation: None), Turns(2)
+        begun: list[str] = []
+        left: list[str] = []
+
+        async def work(operation: Operation) -> None:
+            (begun if await turns.take(operation) else left).append(operation.verb)
+
+        async def begin(operation: Operation) -> None:
+            tasks.append(asyncio.create_task(work(operation)))
+            await asyncio.sleep(0)
+
+        async def give_back() -> None:
+            turns.give_back()
+            await asyncio.sleep(0)
+
+        tasks: list[asyncio.Task[None]] = []
+        made = [operations.begin(f"move {number}", "", "") for number in range(5)]
+        for operation in made:
+            await begin(operation)
+        assert begun == ["move 0", "move 1"]
+        assert turns.leave(made[3])
+        assert not turns.leave(made[3])
+        assert not turns.leave(made[0])
+        await give_back()
+        await give_back()
+        assert (begun, left) == (["move 0", "move 1", "move 2", "move 4"], ["move 3"])
+        await give_back()
+        await give_back()
+        await begin(operations.begin("late", "", ""))
+        assert begun[-1] == "late"
+
+    asyncio.run(play())
 
 
 def test_many_moves_at_once_all_come_to_their_end(daemon: Any, short_tmp: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_file_that_is_no_socket_is_not_replaced_by_one(serve_fails: Any, tmp_p
     precious.write_text("mine")
     code, message = serve_fails(socket=precious)
     assert code == 2
-    assert f"socket='{precious}' is no socket" in message
+    assert f"socket='{precious}' is not a socket" in message
     assert precious.read_text() == "mine"
 
 

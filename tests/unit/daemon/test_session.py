@@ -153,5 +153,5 @@ def test_a_pipe_in_the_place_of_an_adapter_file_is_refused_and_not_waited_for(da
     os.mkfifo(tmp_path / "adapter_config.json")
     (tmp_path / "adapter_model.safetensors").touch()
     for request in (protocol.AdapterDigest(str(tmp_path)), protocol.AdapterAdd(str(tmp_path), "", "")):
-        with pytest.raises(Rejected, match=r"adapter_config\.json is no regular file"):
+        with pytest.raises(Rejected, match=r"adapter_config\.json is not a regular file"):
             client.connection.call(request, 10)

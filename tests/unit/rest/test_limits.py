@@ -146,7 +146,7 @@ def test_a_trailer_without_end_is_cut(running: Any, operator: httpx.Client) -> N
     with raw(running.http) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(head.encode() + b"x: " + b"y" * (1 << 20))
-        assert b"What is no body has at most 65536 bytes" in said(connection)
+        assert b"What is not a body has at most 65536 bytes" in said(connection)
 
 
 # -- times, with limits that a test can wait for ----------

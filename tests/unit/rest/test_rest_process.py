@@ -89,12 +89,12 @@ def test_its_environment_holds_no_setting_of_the_daemon(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("http", "said"),
     [
-        ("9400", "'9400' is no HOST:PORT; write it like 127.0.0.1:9400"),
-        ("127.0.0.1:http", "is no HOST:PORT"),
-        ("127.0.0.1:70000", "is no HOST:PORT"),
-        ("::1:9400", "is no HOST:PORT; write it like 127.0.0.1:9400 or [::1]:9400"),
+        ("9400", "'9400' is not a HOST:PORT; write it like 127.0.0.1:9400"),
+        ("127.0.0.1:http", "is not a HOST:PORT"),
+        ("127.0.0.1:70000", "is not a HOST:PORT"),
+        ("::1:9400", "is not a HOST:PORT; write it like 127.0.0.1:9400 or [::1]:9400"),
         ("[::1::2]:9400", "[::1::2]:9400"),
-        ("a/b:9400", "is no HOST:PORT"),
+        ("a/b:9400", "is not a HOST:PORT"),
     ],
 )
 def test_a_port_that_cannot_be_is_refused_at_the_start(serve_fails: Any, http: str, said: str) -> None:

@@ -89,7 +89,7 @@ def test_every_role_gets_what_it_may_and_nothing_else(
     role, tenant = WHO.get(who, ("admin", "") if who == "daemon" else ("read", ""))
     headers = {"authorization": f"Bearer {tokens[who]}"} if who in tokens else {}
     for method, path, need in routes():
-        # A body that is no JSON shows who gets as far as to have it read.
+        # A body that is not a JSON shows who gets as far as to have it read.
         with anybody.stream(
             method, re.sub(r"{[^}]*}", "nobody", path), headers=headers | {"content-type": "application/json"},
             content=None if method in ("GET", "DELETE") else b"{",

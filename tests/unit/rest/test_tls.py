@@ -150,8 +150,8 @@ def test_tls_is_there_on_loopback_too_where_reading_needs_no_token(daemon: Any, 
         ({"http": "10.0.0.1:0"}, "needs TLS"),
         ({"http": "127.0.0.1:0", "tls_cert": "c"}, "tls_cert and tls_key belong together"),
         ({"http_hosts": "a", "tls_cert": "c", "tls_key": "k"}, "loracache tokens add NAME --role operate --socket"),
-        ({"http": "127.0.0.1:0", "http_hosts": "*"}, "'*' is no name that a Host header has"),
-        ({"http": "127.0.0.1:0", "http_hosts": "http://a"}, "is no name that a Host header has"),
+        ({"http": "127.0.0.1:0", "http_hosts": "*"}, "'*' is not a name that a Host header has"),
+        ({"http": "127.0.0.1:0", "http_hosts": "http://a"}, "is not a name that a Host header has"),
     ],
 )
 def test_off_loopback_it_does_not_start_with_less_than_all(
@@ -209,11 +209,11 @@ def _spoil(pair: Pair, how: str, folder: Path) -> Pair:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("another's key", "are no certificate chain and its key"),
+        ("another's key", "are not a certificate chain and its key"),
         ("a key that others can read", "has mode 0604, so that others can use it; chmod 600 it"),
         ("a key that a group can write", "has mode 0620"),
-        ("no certificate", "are no certificate chain and its key"),
-        ("no key", "are no certificate chain and its key"),
+        ("no certificate", "are not a certificate chain and its key"),
+        ("no key", "are not a certificate chain and its key"),
         ("a key with a passphrase", "without a passphrase"),
         ("a file that is gone", "cannot be read: No such file"),
     ],

@@ -31,7 +31,8 @@ def test_a_chunk_is_the_fewest_blocks_of_a_mebibyte(block_bytes: int, chunk_toke
 
 @pytest.mark.parametrize("chunk_tokens", [1, 15, 24])
 def test_a_chunk_is_whole_blocks(chunk_tokens: int) -> None:
-    with pytest.raises(ConfigError, match=f"chunk_tokens={chunk_tokens} is no multiple of the engine's block size 16"):
+    wrong = f"chunk_tokens={chunk_tokens} is not a multiple of the engine's block size 16"
+    with pytest.raises(ConfigError, match=wrong):
         chunk_blocks(MIB, 16, chunk_tokens)
 
 

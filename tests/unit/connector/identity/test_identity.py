@@ -18,7 +18,7 @@ from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from loracache.connectors.vllm.identity import weight_files
-from loracache.connectors.vllm.identity.model import ModelIdentity, model_identity
+from loracache.connectors.vllm.identity.model import ModelIdentity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LLAMA = {
@@ -54,6 +54,11 @@ def config(model: Path | str, **options: Any) -> Any:
     """The configuration of an engine."""
     given: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "skip_tokenizer_init": True} | options
     return EngineArgs(model=str(model), **given).create_engine_config()
+
+
+def model_identity(vllm_config: Any, model_id: str = "") -> str:
+    """The identity, waited for."""
+    return ModelIdentity(vllm_config, model_id).wait()
 
 
 def identity(model: Path | str, model_id: str = "", **options: Any) -> str:

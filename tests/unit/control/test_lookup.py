@@ -1,0 +1,61 @@
+"""Lookups: the index answers in the call, Redis in bounded time, and every one is answered once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from loracache.control.lookup import Finder, Hits
+from loracache.storage_backends.base import Outcome
+from loracache.tiers import Tier
+
+CPU, REDIS = Tier.CPU, Tier.REDIS
+Make = Callable[..., Any]
+
+
+def half_in_redis(make_rig: Make) -> tuple[Any, Finder, list[bytes]]:
+    """A chain of six, of which the arena has the first three."""
+    rig = make_rig(pages=64, redis=True)
+    rig.chain(*range(6))
+    rig.settle()
+    rig.evict(3)
+    return rig, Finder(rig.cache, 0.01), [rig.info(name).key for name in range(6)]
+
+
+def test_what_the_index_knows_is_answered_in_the_call(make_rig: Make) -> None:
+    rig, finder, keys = half_in_redis(make_rig)
+    assert rig.start(finder.find(keys[:3])) == [Hits([CPU] * 3, "absent")]
+    assert finder.look(keys) == Hits([CPU] * 3, "")
+    alone = make_rig()
+    assert alone.start(Finder(alone.cache, 0.01).find(keys)) == [Hits([], "absent")]
+
+
+def test_redis_is_asked_for_the_rest(make_rig: Make) -> None:
+    rig, finder, keys = half_in_redis(make_rig)
+    whole, beyond = rig.start(finder.find(keys)), rig.start(finder.find([*keys, bytes(32)]))
+    assert whole == beyond == []
+    rig.settle()
+    assert whole == beyond == [Hits([CPU] * 3 + [REDIS] * 3, "absent")]
+    rig.redis.lose(keys[4])
+    rig.redis.fails["contains"] = Outcome.FAILED
+    failed = rig.start(finder.find(keys))
+    rig.settle()
+    assert failed == [Hits([CPU] * 3, "redis_failed")]
+    del rig.redis.fails["contains"]
+    broken = rig.start(finder.find(keys))
+    rig.settle()
+    assert broken == [Hits([CPU] * 3 + [REDIS], "absent")]
+
+
+def test_a_redis_that_is_slow_is_waited_for_no_longer_than_that_and_its_answer_comes_too_late(make_rig: Make) -> None:
+    rig, finder, keys = half_in_redis(make_rig)
+    slow = rig.start(finder.find(keys))
+    rig.answer()
+    assert slow == []
+    assert rig.loop.fire() == [pytest.approx(0.01)]
+    rig.answer()
+    assert slow == [Hits([CPU] * 3, "redis_slow")]
+    rig.settle()
+    assert (len(slow), rig.loop.errors) == (1, [])
