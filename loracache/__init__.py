@@ -23,18 +23,19 @@ if TYPE_CHECKING:
         UsageError,
     )
     from loracache.keys import KEY_BYTES, LORA_NAMESPACE, Media, Namespace, chunk_keys, object_key, salt_digest
+    from loracache.results import Cause, OperationState
     from loracache.tiers import Tier
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "KEY_BYTES", "LORA_NAMESPACE", "Adapter", "CacheClient", "ConfigError", "LeaseLost", "LoRACacheError", "Located",
-    "Lookup", "Media", "Namespace", "OperationReport", "ProtocolError", "Reading", "Rejected", "Reservation",
-    "Selection", "Slot", "Tier", "Unavailable", "Unknown", "UsageError", "__version__", "chunk_keys", "object_key",
-    "salt_digest",
+    "KEY_BYTES", "LORA_NAMESPACE", "Adapter", "CacheClient", "Cause", "ConfigError", "LeaseLost", "LoRACacheError",
+    "Located", "Lookup", "Media", "Namespace", "OperationReport", "OperationState", "ProtocolError", "Reading",
+    "Rejected", "Reservation", "Selection", "Slot", "Tier", "Unavailable", "Unknown", "UsageError", "__version__",
+    "chunk_keys", "object_key", "salt_digest",
 ]  # fmt: skip
 
-_HOMES = ("errors", "tiers", "keys", "client.control", "client.client")  # the cheapest first
+_HOMES = ("errors", "tiers", "results", "keys", "client.control", "client.client")  # the cheapest first
 
 
 def __getattr__(name: str) -> object:

@@ -119,7 +119,7 @@ def test_the_password_may_stand_in_a_file(
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "No such file"), (b"", "alone"), (b"a\nb\n", "alone"), (b"\xff", "no UTF-8")]
+    ("content", "said"), [(None, "No such file"), (b"", "alone"), (b"a\nb\n", "alone"), (b"\xff", "not UTF-8")]
 )
 def test_a_file_that_holds_no_password_is_refused_by_name(tmp_path: Path, content: bytes | None, said: str) -> None:
     file = tmp_path / "password"

@@ -117,13 +117,13 @@ def test_a_key_like_no_other_is_told_with_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [
-        ("memory", "lots", "no size"),
+        ("memory", "lots", "not a size"),
         ("memory", "1KiB", "greater than or equal to 1048576"),
         ("memory", "9" * 400, "too large"),
         ("page_size", "5000", "power of two"),
         ("page_size", "2KiB", "power of two"),
         ("page_size", "32MiB", "power of two"),
-        ("disk", "-5", "no size"),
+        ("disk", "-5", "not a size"),
         ("disk_sync", "perhaps", "boolean"),
         ("drain", "-1", "greater than or equal to 0"),
         ("drain", "soon", "number"),

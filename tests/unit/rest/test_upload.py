@@ -70,10 +70,10 @@ def test_a_name_is_pointed_at_the_new_upload(operator: httpx.Client, client: Cac
     [
         ({CONFIG: b"{}"}, "adapter_model.safetensors not among the files"),
         ({WEIGHTS: b""}, "adapter_config.json not among the files"),
-        (files() | {"../../evil": b"x"}, "no file's name"),
-        (files() | {"a/b": b"x"}, "no file's name"),
-        (files() | {"..": b"x"}, "no file's name"),
-        (files() | {"a\\b": b"x"}, "no file's name"),
+        (files() | {"../../evil": b"x"}, "not a file's name"),
+        (files() | {"a/b": b"x"}, "not a file's name"),
+        (files() | {"..": b"x"}, "not a file's name"),
+        (files() | {"a\\b": b"x"}, "not a file's name"),
         (files() | {str(n): b"" for n in range(80)}, "more than 64 files"),
     ],
 )
