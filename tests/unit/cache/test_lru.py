@@ -200,3 +200,12 @@ def test_the_heap_does_not_grow_with_what_came_and_went() -> None:
         tree.index.leave(tree.store(number), Tier.CPU)
     assert len(tree.index) == 0
     assert len(tree.policies[Tier.CPU]._heap) <= 1024 + 1
+
+
+def test_an_object_whose_write_is_over_or_given_up_is_a_candidate_again() -> None:
+    tree = Tree()
+    node = tree.store(0)
+    tree.index.queue(node, Tier.DISK)
+    assert tree.policies[Tier.CPU].victims(1) is None  # looked at, and no candidate from now on
+    tree.index.unqueue(node, Tier.DISK)
+    assert tree.policies[Tier.CPU].victims(1) == [node]

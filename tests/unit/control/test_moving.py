@@ -222,6 +222,36 @@ def test_two_moves_of_the_same_objects_in_opposite_directions_lose_nothing(settl
         assert made.held(DISK) | made.held(REDIS) == made.named(*range(6)), f"after {steps} steps"
 
 
+def test_what_another_move_is_taking_out_of_a_tier_stays_at_its_source(settled: Make) -> None:
+    """Both have looked at their targets by then, which are each other's sources."""
+    made = settled(pages=64, disk=LARGE, redis=True)
+    names = only_in(made, DISK, 3)
+    others = set(made.keys(names))
+    made.cache.leaving.update(others)
+    operation = made.begin(names, REDIS, source=DISK, keep=False)
+    made.rig.settle()
+    assert made.held(DISK) == made.held(REDIS) == made.named(*names)
+    assert operation.causes["stays"] == 3
+    assert made.cache.leaving == others
+    made.cache.leaving.clear()
+    made.check(operation)
+
+
+def test_a_write_that_is_queued_does_not_bring_back_what_was_moved_out_of_redis(settled: Make) -> None:
+    made = settled(pages=64, redis=True)
+    names = only_in(made, REDIS, 3)
+    operation = made.begin(names, CPU, source=REDIS, keep=False)
+    while len(made.held(CPU)) < 3:
+        assert made.one_by_one()
+    for name in names:
+        made.cache.redis.enqueue(made.rig.node(name))
+    made.rig.settle()
+    made.check(operation)
+    made.cache.redis.pump()
+    made.rig.settle()
+    assert (made.held(CPU), made.held(REDIS)) == (made.named(*names), set())
+
+
 def test_what_is_only_passing_through_the_arena_does_not_count_as_moved_there(settled: Make) -> None:
     for steps in range(0, 60, 2):
         made = settled(pages=64, redis=True)

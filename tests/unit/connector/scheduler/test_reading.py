@@ -207,6 +207,16 @@ def test_tenants_and_models_do_not_meet(driver: Any, make_request: Any) -> None:
     assert len(keys) == 5
 
 
+def test_engines_that_lay_kv_out_differently_do_not_meet(make_config: Any, make_request: Any, link: Any) -> None:
+    for layout in ("cpu/H.N16.C64:bfloat16", "cpu/N16.H.C64:bfloat16"):
+        side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
+        side.set_facts([Facts("all", layout, 1 << 20)], BLOCK)
+        side.on_new_request(make_request("a", 4 * BLOCK))
+    one, other = link.lookups
+    assert one
+    assert set(one).isdisjoint(other)
+
+
 def test_kinds_of_kv_do_not_meet_and_names_of_one_kind_do(
     make_driver: Any, make_config: Any, make_request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,21 @@ def test_preempted_and_loading_again_in_one_step_keeps_its_load(driver: Any, mak
     assert stored(driver.step(more={request: []})) == [(8, 9)]
 
 
+def test_preempted_and_ended_while_it_loads_again_is_freed_with_its_load(driver: Any, make_request: Any) -> None:
+    request = make_request("a", 2 * CHUNK)
+    driver.arrive(request)
+    compute(driver, request, [0, 1, 2, 3])
+    driver.step(more={request: []})  # it has stored
+    driver.hold(request, ["cpu"])
+    driver.side._requests["a"].answered_at = None
+    assert driver.side.matched_tokens(request, 0) == (CHUNK, True)
+    driver.side.planned_load(request, [6, 7, 8, 9], CHUNK)
+    driver.step(preempted=[request])
+    assert driver.side.finished(request, [6, 7, 8, 9]) is False
+    assert not driver.side.held.pending
+    assert not driver.step().await_stores
+
+
 def test_a_request_keeps_its_blocks_only_where_stores_were_planned(driver: Any, make_request: Any) -> None:
     short = make_request("short", CHUNK - 1)
     driver.arrive(short)

@@ -36,13 +36,16 @@ def test_plans_say_which_weights_they_are_made_for(driver: Any, make_request: An
     assert driver.step().weights == {0: 4}
 
 
-def test_a_reset_of_caches_keeps_the_cache_and_lets_the_workers_look(driver: Any, make_request: Any) -> None:
+@pytest.mark.parametrize("reset", ["check_weights", "prefix_cache_reset"])  # of the connector's cache, of vLLM's own
+def test_a_reset_of_caches_keeps_the_cache_and_lets_the_workers_look(
+    driver: Any, make_request: Any, reset: str
+) -> None:
     before = driver.keys(make_request("k", 2 * CHUNK))
     request = make_request("a", 2 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
     driver.arrive(request)
     driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
-    driver.side.check_weights()
+    getattr(driver.side, reset)()
     plan = driver.step()
     assert (plan.check_weights, plan.void, len(plan.loads)) == (True, set(), 1)
     assert not driver.step().check_weights  # said once
