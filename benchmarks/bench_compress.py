@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`compress` on a running daemon: what it saves on disk, how fast it is, and what loading costs afterwards.
 
 Numbers are normally distributed, as keys and values of random weights roughly are; there is no other model here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk tier against plain O_DIRECT pwritev and preadv of objects of the same size (4 MiB).
 
 Twice: DiskBackend called directly, on one thread like the plain calls; and end to end through a daemon, where objects

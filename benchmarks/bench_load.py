@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading 124 MB (31 chunks of 4 MiB) from L1 into an engine's blocks, against a plain copy of as many bytes.
 
 No engine runs: the worker's Loader and PageCopier move chunks from a daemon's arena into tensors of the shape and
@@ -53,9 +54,15 @@ def run(quick: bool) -> list[Row]:
         commit_objects(client, [object_key(key, SHARD) for key in keys], payload)()
         ended: queue.SimpleQueue[tuple[list[int], dict[str, int]]] = queue.SimpleQueue()
         loader = Loader(
-            running.url, lambda: None, PageCopier(layout.rows), SHARD, layout.block_bytes, 10.0, lambda load: True,
+            running.url,
+            lambda: None,
+            PageCopier(layout.rows),
+            SHARD,
+            layout.block_bytes,
+            10.0,
+            lambda load: True,
             lambda load, failed, causes: ended.put((failed, causes)),
-        )  # fmt: skip
+        )
         try:
             return _measure(40 if quick else 200, loader, ended, Load("request", chunks, None, 1), client, copier)
         finally:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lookup of 500 chunks over the daemon's socket, as a scheduler asks when a request of 64,000 tokens arrives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """200 LoRA adapters of ranks 8, 16, 32 and 64 on the 190 M model, bfloat16, asked for by Zipf's law: a pool of pages
 beside stock vLLM's dense slots in as much memory (8 slots of rank 64), all adapters in host memory on both sides.
 

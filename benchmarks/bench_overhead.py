@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the connector costs a request that hits nothing: cold TTFT of 4,000 tokens with it and without.
 
 Two engines stay up, one works at a time, each pair asks both for the same fresh prompt and every other pair in the
@@ -67,15 +68,21 @@ def _rows(times: dict[str, list[float]], spans: list[dict[str, float]], idle: li
     note = "spread: 95 % confidence interval, from resampled pairs"
     return [
         Row(
-            "cold TTFT with the connector / without", "x", ratio, (low, high), len(times["on"]),
-            f"interval reaches {RATIO:g} or less", low <= RATIO, note,
+            "cold TTFT with the connector / without",
+            "x",
+            ratio,
+            (low, high),
+            len(times["on"]),
+            f"interval reaches {RATIO:g} or less",
+            low <= RATIO,
+            note,
         ),
         row("  cold TTFT with", "s", times["on"]),
         row("  cold TTFT without", "s", times["off"]),
         row("connector's own spans, a request", "ms", totals, at_most=SPANS_MS),
         *(row(f"  {method}", "ms", [1e3 * one[method] for one in spans]) for method in longest),
         row("  the idle engine meanwhile", "% of a core", idle),
-    ]  # fmt: skip
+    ]
 
 
 def _processor_seconds(session: int) -> float:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Redis tier against SET and GET on a raw socket, on a real redis-server over a unix socket.
 
 Twice: RedisBackend called directly, on one thread; and end to end through a daemon, where objects are committed and

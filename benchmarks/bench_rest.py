@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """REST beside the data path: lookups over HTTP, what they cost an engine's lookups, and pages of a large cache."""
 
 from __future__ import annotations
@@ -96,10 +97,12 @@ def _lookups(folder: Path, quick: bool) -> list[Row]:
         ratio_row("that against alone, round by round", beside, alone, at_most=1.5),
         row("99th percentile of a round, with those clients", "ms", tails, at_most=2.0),
         row(
-            "lookups over HTTP, daemon and REST process on one core, clients on another", "1/s", throughput,
+            "lookups over HTTP, daemon and REST process on one core, clients on another",
+            "1/s",
+            throughput,
             at_least=2000,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _timed(client: CacheClient, keys: list[bytes], calls: int) -> list[float]:
@@ -177,10 +180,16 @@ def _tells(folder: Path, quick: bool) -> list[Row]:
     low, high = _interval(differences)
     return [
         Row(
-            "lookup of another tenant's object - of nobody's: median of pairs", "us", float(np.median(differences)),
-            (low, high), calls, "0 within its 95 % interval", low <= 0 <= high, "95 % interval of the median",
+            "lookup of another tenant's object - of nobody's: median of pairs",
+            "us",
+            float(np.median(differences)),
+            (low, high),
+            calls,
+            "0 within its 95 % interval",
+            low <= 0 <= high,
+            "95 % interval of the median",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _interval(values: list[float]) -> tuple[float, float]:

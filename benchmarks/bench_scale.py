@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an operation costs with 1,000 and with 200,000 objects held, and how soon a daemon with 200,000 on disk answers.
 
 Two daemons run side by side and take turns. Objects are small (1 KiB, one page of 4 KiB), so that bookkeeping is all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LoRA kernels on a GPU: whether they are right there, and how long they take. Needs torch and triton only.
 
     python benchmarks/bench_sgmv_gpu.py > sgmv.json     everything (some minutes, up to 30 GB of GPU memory)
@@ -53,9 +54,16 @@ class Adapters:
     """
 
     def __init__(
-        self, count: int, ranks: Sequence[int], inputs: int, widths: Sequence[int], dtype: torch.dtype,
-        chunk: int = CHUNK, page_elements: int = PAGE_ELEMENTS, most_layers: int = MOST_LAYERS,
-    ) -> None:  # fmt: skip
+        self,
+        count: int,
+        ranks: Sequence[int],
+        inputs: int,
+        widths: Sequence[int],
+        dtype: torch.dtype,
+        chunk: int = CHUNK,
+        page_elements: int = PAGE_ELEMENTS,
+        most_layers: int = MOST_LAYERS,
+    ) -> None:
         self.inputs, self.widths, self.chunk, self.most_rank = inputs, tuple(widths), chunk, max(ranks)
         self.ranks = [ranks[slot % len(ranks)] for slot in range(count)]
         row = len(widths) * round_up(inputs, chunk) + sum(round_up(width, chunk) for width in widths)
@@ -94,9 +102,18 @@ class Adapters:
     def multiply(self, layer: int, slots: int, y: torch.Tensor, x: torch.Tensor, order: Any, tiles: Any) -> None:
         """The call that is measured, for a server with room for `slots` adapters."""
         sgmv_triton.lora_linear(
-            y, x, order, tiles, self.pages, self.page_ids[:slots], self.places[layer, :slots], self.scales[:slots],
-            self.widths, self.chunk, self.most_rank,
-        )  # fmt: skip
+            y,
+            x,
+            order,
+            tiles,
+            self.pages,
+            self.page_ids[:slots],
+            self.places[layer, :slots],
+            self.scales[:slots],
+            self.widths,
+            self.chunk,
+            self.most_rank,
+        )
 
 
 class Batch:

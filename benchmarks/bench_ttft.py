@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time to the first token of 4,000 tokens, 190 M model, bfloat16: cold, hit in L1, hit in vLLM's own prefix cache.
 
 One engine, no adapter. Every round takes a fresh prompt cold, then empties vLLM's cache and asks twice: the first is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: rows of results, timing, spreads, confidence intervals, daemons, temporary folders."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM engines for the benchmarks: the demo's model, 4,000-token prompts that nobody asked before."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activation of adapters that are in the arena, against a plain copy of as many bytes. No engine runs."""
 
 from __future__ import annotations

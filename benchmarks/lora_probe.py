@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the LoRA benchmark adds to a worker (vLLM's `worker_extension_cls`): times of steps and of swaps, and, where
 BENCH_LORA is "dense", our kernel on vLLM's own dense slots: what pages alone bring is measured against that.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients that call REST without pause: `python rest_clients.py HOST PORT CLIENTS SECONDS`, the request's body on
 standard input; prints one line when it begins, and at the end how many calls were answered and their latencies (ms).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make bench`: measure, print what was measured, and keep it in benchmarks/results.
 
     python benchmarks/run.py                     everything (about three quarters of an hour)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRACacheConnector with a clock around every method that vLLM's loop waits for.
 
 vLLM loads it by `kv_connector_module_path`; the totals go to a file per process in the folder that BENCH_SPANS names,

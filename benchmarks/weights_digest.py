@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast weight files are read to tell a model from others: `python benchmarks/weights_digest.py FILE...`"""
 
 from __future__ import annotations

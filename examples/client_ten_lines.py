@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRACache without vLLM: put bytes into the cache, find them again. Run it as it is:
 
     python examples/client_ten_lines.py             starts a daemon of its own

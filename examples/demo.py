@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make demo`: watch a real vLLM find the KV it computed before, in memory and, after a restart, on disk.
 
 A random Llama of 190 M parameters and two LoRA adapters are made (once); vLLM serves them with the LoRACache
@@ -226,9 +227,15 @@ def report(seen: dict[str, list[Seen]], dtype: str) -> bool:
         cached = sorted({warm.answer.cached, disk.answer.cached})
         good = good and equal and min(cached) > 0 and cold.answer.cached == 0
         table.add_row(
-            name, f"{cold.answer.ttft:.2f} s", _hit(cold, warm), warm.tiers, _hit(cold, disk), disk.tiers,
-            " / ".join(f"{count:,}" for count in cached), "yes" if equal else "NO",
-        )  # fmt: skip
+            name,
+            f"{cold.answer.ttft:.2f} s",
+            _hit(cold, warm),
+            warm.tiers,
+            _hit(cold, disk),
+            disk.tiers,
+            " / ".join(f"{count:,}" for count in cached),
+            "yes" if equal else "NO",
+        )
     console.print()
     console.print(table)
     return good

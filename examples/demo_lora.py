@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second part of `make demo`: 24 LoRA adapters of ranks 8 to 64 through a pool of pages that cannot hold them all,
 beside stock vLLM with dense slots in as much memory.
 
@@ -64,9 +65,12 @@ def lora_table(stock: dict[str, Any], pool: dict[str, Any]) -> Table:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, seen, counts in (("stock vLLM", stock, ("-", "-")), ("lora_pool", pool, None)):
         table.add_row(
-            name, f"{seen['first']:.2f} s", f"{seen['worst']:.2f} s", f"{seen['rate']:.2f}",
+            name,
+            f"{seen['first']:.2f} s",
+            f"{seen['worst']:.2f} s",
+            f"{seen['rate']:.2f}",
             *(counts or (f"{pool['hits']}", f"{pool['swaps']}")),
-        )  # fmt: skip
+        )
     return table
 
 

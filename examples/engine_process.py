@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One vLLM engine in a process of its own, so that a program can start it, ask it and start it again.
 
     with EngineProcess({"model": "/path/to/model", "max_model_len": 4200}, log=Path("engine.log")) as engine:

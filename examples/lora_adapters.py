@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapters of the LoRA benchmark and of the demo: made once, kept in the temporary folder."""
 
 from __future__ import annotations

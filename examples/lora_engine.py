@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine with many LoRA adapters in a process of its own: loads as JSON lines on standard input, times as JSON lines
 on standard output. The demo and the LoRA benchmark use it:
 

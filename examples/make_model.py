@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make a random-weight Llama, a tokenizer for it, and PEFT LoRA adapters. No download, the same bytes every time.
 
     python examples/make_model.py /tmp/tiny --preset tiny --adapters 2

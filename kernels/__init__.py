@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels: copies of pages between engine memory and the arena, and SGMV over paged LoRA weights.
 
 May import: nothing of ours

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies blocks of an engine's KV cache to and from host buffers.
 
 `layers` are int64 tensors (blocks, words) on one device; a payload holds, layer after layer, the rows of its blocks.

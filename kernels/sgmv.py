@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Segmented LoRA multiplication over paged weights: y[rows of an adapter] += scale * (x @ A.T) @ B, for every adapter
 of a batch at once (SGMV: Chen et al., "Punica: Multi-Tenant LoRA Serving", MLSys 2024).
 
@@ -143,10 +144,18 @@ def _expand(outputs: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, scale:
 
 
 def _lora_linear_cpu(
-    y: torch.Tensor, x: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
-    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, widths: Sequence[int], chunk: int,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    widths: Sequence[int],
+    chunk: int,
     most_rank: int,
-) -> None:  # fmt: skip
+) -> None:
     for slot, rows in _segments(order, tiles):
         inputs, outputs, place = x[rows], y[rows], places[slot].tolist()
         dtype = x.dtype if x.dtype is pages.dtype else torch.float32
@@ -158,9 +167,18 @@ def _lora_linear_cpu(
 
 
 def _lora_embedding_cpu(
-    y: torch.Tensor, ids: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
-    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, vocabulary: int, chunk: int, most_rank: int,
-) -> None:  # fmt: skip
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    vocabulary: int,
+    chunk: int,
+    most_rank: int,
+) -> None:
     for slot, rows in _segments(order, tiles):
         place = places[slot].tolist()
         if not place[0][RANK]:
@@ -174,19 +192,36 @@ def _lora_embedding_cpu(
 
 
 def _lora_linear_cuda(
-    y: torch.Tensor, x: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
-    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, widths: Sequence[int], chunk: int,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    widths: Sequence[int],
+    chunk: int,
     most_rank: int,
-) -> None:  # fmt: skip
+) -> None:
     from loracache.kernels.sgmv_triton import lora_linear
 
     lora_linear(y, x, order, tiles, pages, page_ids, places, scales, widths, chunk, most_rank)
 
 
 def _lora_embedding_cuda(
-    y: torch.Tensor, ids: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
-    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, vocabulary: int, chunk: int, most_rank: int,
-) -> None:  # fmt: skip
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    vocabulary: int,
+    chunk: int,
+    most_rank: int,
+) -> None:
     from loracache.kernels.sgmv_triton import lora_embedding
 
     lora_embedding(y, ids, order, tiles, pages, page_ids, places, scales, vocabulary, chunk, most_rank)

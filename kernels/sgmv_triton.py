@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Segmented LoRA multiplication on a GPU, in Triton. sgmv.py says what the tensors hold.
 
 Two launches, back to back: shrink writes h = x @ A.T of every used tile into float32 scratch (for an embedding: what it
@@ -231,9 +232,15 @@ class _Launch:
 
 @functools.lru_cache(maxsize=4096)
 def _launch(
-    tokens: int, slots: int, most_tiles: int, width: int, widths: tuple[int, ...], chunk: int, most_rank: int,
+    tokens: int,
+    slots: int,
+    most_tiles: int,
+    width: int,
+    widths: tuple[int, ...],
+    chunk: int,
+    most_rank: int,
     itemsize: int,
-) -> _Launch:  # fmt: skip
+) -> _Launch:
     """Sizes for an H100; chosen on paper for hidden sizes around 4096, ranks of 8 to 256 and 1 to 4096 tokens.
 
     Narrow tiles (decode) wait for weights: few ranks a program, long blocks of columns, and splits until the fewest
@@ -282,10 +289,18 @@ def _check_rows(**tensors: torch.Tensor) -> None:
 
 
 def lora_linear(
-    y: torch.Tensor, x: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
-    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, widths: Sequence[int], chunk: int,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    widths: Sequence[int],
+    chunk: int,
     most_rank: int,
-) -> None:  # fmt: skip
+) -> None:
     """y[rows, slice] += scale * (x[rows] @ A.T) @ B for every used tile and slice, in place.
 
     y: (tokens, sum of widths) and x: (tokens, in), float32, float16 or bfloat16. widths: columns of each slice. chunk:
@@ -310,9 +325,18 @@ def lora_linear(
 
 
 def lora_embedding(
-    y: torch.Tensor, ids: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, pages: torch.Tensor,
-    page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, vocabulary: int, chunk: int, most_rank: int,
-) -> None:  # fmt: skip
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    vocabulary: int,
+    chunk: int,
+    most_rank: int,
+) -> None:
     """y[rows] += scale * A[:, ids[rows]].T @ B for every used tile, in place.
 
     ids: int32 or int64 (tokens,), each below `vocabulary`, which is the width of A. There is one slice, as wide as y.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables that SGMV kernels read: where a slot's matrices lie, and which rows of a batch make a tile.
 
 numpy only: whoever fills the tables needs no kernel.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRACache: one external cache for everything an LLM server reads again.
 
 What users hold is here: the client, how objects are named, what calls answer, every error. Each name is loaded on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m loracache` is `loracache`."""
 
 from loracache.cli.app import main

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One frozen configuration for the daemon, from a YAML file, LORACACHE_* variables and flags, the later the stronger.
 
 Every key is documented where it is defined; `docs/configuration.md` is checked against this file by a test.

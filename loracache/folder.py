@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folders that are kept beside the disk tier, which may be out of reach when a daemon starts."""
 
 from __future__ import annotations

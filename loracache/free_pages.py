@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which pages of a pool are free: of the arena's, and of an engine's pool of LoRA pages. Pure; one thread at a time."""
 
 from __future__ import annotations

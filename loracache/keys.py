@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of everything cached: namespaces, chunk keys, object keys, checksums.
 
 Two machines that know the same model, tokens and adapter content agree on every key: no process seed, no Python

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the daemon and its REST process log: lines for people, or one JSON object a line for what collects logs.
 
 Standard library only. Both processes write to standard error.

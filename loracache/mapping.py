@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps a daemon's arena into this process, once for all its connections.
 
 Pages are private to nobody, page tables are private to each mapping: reading 124 MB through a fresh mapping costs

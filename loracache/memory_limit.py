@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory an arena may take on this machine: what is available, within the limits of the control groups.
 
 A container sees its own group as the root of `/sys/fs/cgroup`, a unit of systemd finds its own in `/proc/self/cgroup`,

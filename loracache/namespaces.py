@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registered namespaces, kept beside the disk tier so that an operator can name a model and not a digest.
 
 Threading: the cache's thread; a descriptor is a few hundred bytes, written once per namespace.

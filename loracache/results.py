@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What comes of a call, as values that code compares: causes, states of operations, kinds of nodes.
 
 Every value is the string that the socket, REST, counters and JSON carry; docs/control-api.md lists them with what each

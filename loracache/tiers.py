@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiers by the names they have in every API, file and metric."""
 
 from __future__ import annotations

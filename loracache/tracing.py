@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces by OpenTelemetry, where they are asked for: of what the tiers' threads do, and of REST requests.
 
 Without an endpoint nothing is imported and a span costs nothing. Threading: any thread.

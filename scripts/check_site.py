@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """check_site.py FOLDER: fails where a page of the built documentation loads anything from another host.
 
 Links that a reader follows may lead anywhere. What the theme's script would fetch by itself is looked for by what makes

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Build the documentation into site/ and check it. Its tools live in .venv-docs, made from requirements/docs.lock: building
 # it needs neither torch nor vLLM, nor loracache installed (the API reference is read from the source).
 set -euo pipefail

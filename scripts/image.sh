@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Build the image, start it, and stop it: it has to become healthy as a user who is not root, and to end on SIGTERM with 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What scripts/mutations.py breaks, one invariant a line: here those of the cache, others in the files beside.
 
 `old` stands exactly once in `file` (tests/unit/test_mutations.py holds that); `tests` are what has to fail.

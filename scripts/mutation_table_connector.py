@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What scripts/mutations.py breaks in the connector; see mutation_table.py."""
 
 from __future__ import annotations

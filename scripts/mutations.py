@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Breaks one invariant after the other, in a copy of the tree, and sees that a test notices.
 
     .venv/bin/python scripts/mutations.py              all of them; exits 1 where one survived

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Build the wheel and the sdist of what git tracks into dist/. Then install each with its dependencies (at the versions of
 # requirements/dev.lock) into a virtual environment of its own, and use it from outside the checkout.
 set -euo pipefail

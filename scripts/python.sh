@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Print a Python that can be used here: $PYTHON, or the first of ours that runs.
 set -euo pipefail
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the house: rooms (folders of modules), the floors they stand on, the arrows between them, and circles.
 
     python scripts/rooms.py                     print rooms, floors, circles

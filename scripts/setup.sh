@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Make .venv from requirements/dev.lock and install loracache into it, editable. Does nothing when nothing changed since.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

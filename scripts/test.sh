@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # test.sh fast: tests/unit and tests/contract. test.sh all: everything, in stages; the first stage that fails ends the run,
 # so that pytest's closing line is always the last line and tells the outcome.
 set -euo pipefail

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # test_vllm.sh VERSION... [-- TEST...]: end-to-end tests (all, or these of tests/e2e) on other releases of vLLM. Each is laid
 # over .venv in a folder of its own, so that everything else is what the lock says; a release built for another torch gets
 # that too. gpu:VERSION is a release that has no CPU build: the Python of its GPU wheel over the compiled parts of .venv's

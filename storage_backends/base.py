@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of a storage backend, and the contract every backend keeps.
 
 A backend holds immutable objects under 32-byte keys and knows nothing of trees, leases or policies: which object enters

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lossless compression of an object: byte planes, then zstd, block by block.
 
 A block of 1 MiB of payload is split into planes: first the lowest byte of each of its elements, then the next, and so

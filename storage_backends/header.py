@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The header that stands before an object on disk and beside it in Redis, and what it proves about the payload.
 
 It names the object (all of its ObjectInfo), says how its bytes are kept, carries a CRC of itself, and, where an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference backend: objects in a dict. Shows the contract at its shortest, and stands in for a tier in tests.
 
 Threading: one lock around the dicts; bytes are copied and decompressed outside of it, which is safe because what was

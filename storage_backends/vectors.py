@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists of memoryviews: what preadv, pwritev, sendmsg and recv_into take. Nothing is copied here."""
 
 from __future__ import annotations

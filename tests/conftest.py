@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What holds for every test: offline, vLLM small enough for a shared machine, marks by folder.
 
 Real parts for whoever needs them: `daemon` starts `loracache serve` processes, `redis_server` real Redis servers,

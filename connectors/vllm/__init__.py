@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vLLM connector: KV of stock vLLM, found again in LoRACache. docs/vllm.md says what it promises.
 
 vLLM loads connector.py, which hands every call to one of the two sides, and plugin.py, in every process. Then one room

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRACacheConnector: what vLLM loads. Hands each call to the scheduler's or the worker's side and holds no logic.
 
 vLLM makes one in EngineCore (role SCHEDULER) and one in every worker (role WORKER); see vLLM's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What vLLM loads in every process (entry point vllm.general_plugins): puts paged LoRA where an engine asks for it.
 
 It is given no configuration, and it patches every vLLM of the environment: so each patch looks at the engine it is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters as bytes: PEFT folders, the payload that is cached of one and its digest, names that point to digests.
 
 May import: errors, folder, keys

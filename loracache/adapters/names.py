@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of adapters: which content a name points to. Kept beside the disk tier and, where there is one, in the Redis.
 
 A record is replaced whole: whoever asks gets the old content's digest or the new one's. With a Redis all machines that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters as objects: the digest that names one, and the payload that the tiers hold.
 
 A payload is a function of what the digest covers and of nothing else, so that two machines that store the same adapter
@@ -251,9 +252,11 @@ def export(packed: Packed, folder: Path, config_text: str = "") -> None:
         data = np.frombuffer(packed.original(tensor), dtype=np.uint8)
         held.append(data)
         specs[tensor.name] = TensorSpec(
-            dtype=_SAFETENSORS_NAMES.get(tensor.dtype, tensor.dtype), shape=list(tensor.shape),
-            data_ptr=data.ctypes.data, data_len=data.nbytes,
-        )  # fmt: skip
+            dtype=_SAFETENSORS_NAMES.get(tensor.dtype, tensor.dtype),
+            shape=list(tensor.shape),
+            data_ptr=data.ctypes.data,
+            data_len=data.nbytes,
+        )
     try:
         if os.path.lexists(folder):  # a rename would replace an empty folder
             raise ValueError("it exists")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT folders: what is in one, whether it can be served, and what scales its weights.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. Nothing here runs anything found in them: no
@@ -72,9 +73,12 @@ class Settings:
         """Of a PEFT configuration that `unusable_settings` found nothing in."""
         values = canonical(config)
         return cls(
-            values["r"], values["lora_alpha"], bool(values["use_rslora"]), dict(values["rank_pattern"]),
+            values["r"],
+            values["lora_alpha"],
+            bool(values["use_rslora"]),
+            dict(values["rank_pattern"]),
             dict(values["alpha_pattern"]),
-        )  # fmt: skip
+        )
 
     def rank_of(self, module: str) -> int:
         """The rank PEFT gives `module` (its name without "base_model.model.")."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks what is kept beside the objects: descriptors of namespaces and names of adapters, on disk and in the Redis."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks a disk tier's folder, which nobody else uses now: files, their parents, the manifest, what was left behind."""
 
 from __future__ import annotations

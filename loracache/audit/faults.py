@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a check finds: kinds of faults, and the report that counts them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether an object's bytes are what its header says, wherever they are kept. Nothing is changed here."""
 
 from __future__ import annotations

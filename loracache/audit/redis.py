@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks what a Redis holds under a prefix: headers against segments. Daemons may use it meanwhile, and Redis evicts on
 its own: what seems wrong is looked at again after a while, longer than a store takes, and counts only if it still is.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TieredCache: where objects are, who holds them, and what leaves which tier. One data path for KV and LoRA.
 
 May import: cache.policy, cache.state, cache.tier, results, storage_backends, tiers

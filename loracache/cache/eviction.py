@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes objects out of tiers because somebody asked for it, a slice at a time, so that no request waits behind it.
 
 Children go before their parents. What is leased or pinned stays, and its ancestors with it. Threading: the event loop.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TieredCache: every operation on cached objects. docs/architecture.md names all that writes index and arena.
 
 Threading: all methods belong to one thread (the daemon's event loop). Nothing here blocks: what touches disk or Redis

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `loracache serve`, and every operation of a daemon as `loracache VERB`.
 
 May import: adapters, audit, client, config, daemon, errors, keys, logs, rest, results, tiers, wire

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache adapters add | list | show | remove | export`."""
 
 from __future__ import annotations

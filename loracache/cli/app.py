@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: every operation of a daemon as `loracache VERB`. Here is the table of contents.
 
 objects.py looks, jobs.py changes, top.py watches; selector.py has the options that say which

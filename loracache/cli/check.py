@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache check`: whether a disk folder and a Redis hold what they say, without a daemon."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands share: exit codes, how the daemon is named, and options that come in groups."""
 
 from __future__ import annotations

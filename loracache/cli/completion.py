@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a shell offers behind a tab: names that the running daemon knows.
 
 A shell waits for it: whatever goes wrong or takes long, there is just nothing to offer. Threading: a thread asks, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks a running vLLM for a prompt's token ids and for what its models and LoRA adapters are called.
 
 Needs nothing but the standard library: the command line has to start fast.

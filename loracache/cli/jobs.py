@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verbs that change objects, each an operation of the daemon, and `loracache operations list | show | cancel`."""
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from loracache.cli.common import (
     integer,
     number,
     print_json,
-)  # fmt: skip
+)
 from loracache.cli.completion import complete_operation, complete_tier
 from loracache.cli.selector import SelectionOptions, is_whole
 from loracache.client.control import ALL_TIERS, OperationReport
@@ -53,9 +54,15 @@ def _tier(about: str) -> typer.models.OptionInfo:
 
 TiersOption = Annotated[
     list[str] | None,
-    typer.Option("--tier", "--tiers", metavar="TIER", help="cpu, disk or redis; may be repeated. All, if "
-                 "none is given.", autocompletion=complete_tier, show_default=False),
-]  # fmt: skip
+    typer.Option(
+        "--tier",
+        "--tiers",
+        metavar="TIER",
+        help="cpu, disk or redis; may be repeated. All, if none is given.",
+        autocompletion=complete_tier,
+        show_default=False,
+    ),
+]
 LocalOption = Annotated[str, _tier("cpu or disk.")]
 StoredOption = Annotated[str, _tier("disk or redis.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands that look and change nothing: lookup, objects, tree, events, config."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options by which commands name objects: by key, adapter, model, tokens, tenant, or a prompt that an engine
 tokenizes. What contradicts itself is refused here, with the option and the fix."""
 
@@ -42,14 +43,22 @@ class SelectionOptions:
     ] = None
     adapter: Annotated[
         str | None,
-        _option("--adapter", metavar="NAME", about='An adapter, by name or digest; with a model "": none.',
-                autocompletion=complete_adapter),
-    ] = None  # fmt: skip
+        _option(
+            "--adapter",
+            metavar="NAME",
+            about='An adapter, by name or digest; with a model "": none.',
+            autocompletion=complete_adapter,
+        ),
+    ] = None
     model: Annotated[
         str | None,
-        _option("--model", metavar="NAME", about="A model, by served name or identity; *: any.",
-                autocompletion=complete_model),
-    ] = None  # fmt: skip
+        _option(
+            "--model",
+            metavar="NAME",
+            about="A model, by served name or identity; *: any.",
+            autocompletion=complete_model,
+        ),
+    ] = None
     tokens: Annotated[
         str | None, _option("--tokens", metavar="IDS", about="A prompt's token ids: 1,2,3. -: from stdin.")
     ] = None

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws answers for people: tables by rich on a terminal, plain aligned text where the output goes elsewhere."""
 
 from __future__ import annotations

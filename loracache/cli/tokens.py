@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache tokens add | list | remove`: who may use REST. Works on the file beside the socket, daemon or not."""
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ def add(
     role: Annotated[str, typer.Option(help="read, operate or admin.", show_default=False)],
     salt: Annotated[
         str | None,
-        typer.Option(help="The cache_salt of the only tenant it may reach; -: from stdin, where no process list shows "
-                     "it.", show_default=False),
+        typer.Option(
+            help="The cache_salt of the only tenant it may reach; -: from stdin, where no process list shows it.",
+            show_default=False,
+        ),
     ] = None,
     socket: SocketOption = None,
-) -> None:  # fmt: skip
+) -> None:
     """Make a token and print it, this once: a hash is all that is kept."""
     from loracache.rest.tokens import add_token, tokens_path
 

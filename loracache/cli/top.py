@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache top`: a daemon at work, drawn anew every few seconds.
 
 `Sample` is what was asked of the daemon, `rates` what two of them say of the time between, `_frame` draws them. The

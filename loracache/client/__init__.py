@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The client's side of the socket: what connectors, REST, the command line and users hold.
 
 May import: errors, keys, mapping, results, tiers, wire

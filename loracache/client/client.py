@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CacheClient: what connectors, the command line and users hold to talk to a daemon.
 
 One client belongs to one thread. `Connection` underneath never blocks unless asked to `wait`: requests are sent at

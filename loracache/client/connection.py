@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One connection to a daemon: frames over a unix socket and the mapped arena.
 
 Never blocks but in `connect`, `greeted`, `wait` and `call`, and there for a bounded time: a request that the socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operator: the control calls of CacheClient, for people and scripts that steer a running daemon.
 
 Objects are named by a `Selection`. What changes many objects is an operation of the daemon: its `OperationReport` says

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tells a connection at once that its daemon is gone, also one that nobody uses.
 
 A client that waits for work would keep the arena of a dead daemon mapped, and so in memory, until its next request; the

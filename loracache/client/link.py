@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A connection that outlives its daemon: when a lost one is tried again, and what is said of it meanwhile.
 
 One rule for all who go on without the daemon: pauses between tries double from the first to the longest, and who waits

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The requests of the data path, for those who hold a `Connection` or a `Link` and look for the answers themselves.
 
 What each stands for and how it is answered is said beside its definition in the wire room; most users want CacheClient.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What operators ask for: selections of objects, lookup, listing, jobs, transfers between tiers, adapters, audit.
 
 May import: adapters, cache, cache.state, cache.tier, errors, keys, namespaces, results, storage_backends, tiers,

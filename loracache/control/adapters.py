@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon's adapters: takes PEFT folders into the cache, keeps their names, says where they are.
 
 Threading: coroutines on the event loop. Files and names are read and written on threads of its own, which touch nothing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The audit log: what operators changed, when, and who it was. One JSON object a line.
 
 Names and counts only: no token ids, no secrets. Threading: the event loop; a line is a few hundred bytes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Between the messages and the cache: what a request's fields mean, and how answers and the audit log word what was
 done. Pure functions.
 """

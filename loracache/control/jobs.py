@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What operators asked the daemon to do and may take long: how far it is, what came of it, and who asked.
 
 An operation is a coroutine; between two of its steps the daemon serves everybody else, and a cancelled one ends. Ended

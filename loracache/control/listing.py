@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects and the dependency tree, a page at a time: what a page costs does not grow with what is held.
 
 Threading: the cache's thread.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers how far what an operator selected is held, and in which tiers. Threading: the event loop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds how far a chain is held, in Redis too, in bounded time. Threading: the event loop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which objects an operator means: by keys, adapter, model, token ids or tenant. Threading: the cache's thread."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What operators ask for: operations on what they select, pages of what there is, events. Changes are audited.
 
 Threading: the event loop.
@@ -160,16 +161,24 @@ class Control:
     async def _on_compress(self, request: messages.Compress, label: str) -> list[Any]:
         tier = self._compressible(request.tier)
         return await self._move(
-            request, label, tier, source=tier, planes=lambda node: planes(node, self._namespaces),
+            request,
+            label,
+            tier,
+            source=tier,
+            planes=lambda node: planes(node, self._namespaces),
             wanted=lambda node: tier is not Tier.DISK or not node.stored,
-        )  # fmt: skip
+        )
 
     async def _on_decompress(self, request: messages.Decompress, label: str) -> list[Any]:
         tier = self._compressible(request.tier)
         return await self._move(
-            request, label, tier, source=tier, planes=lambda node: 0,
+            request,
+            label,
+            tier,
+            source=tier,
+            planes=lambda node: 0,
             wanted=lambda node: tier is not Tier.DISK or bool(node.stored),
-        )  # fmt: skip
+        )
 
     async def _on_operation_show(self, request: messages.OperationShow, label: str) -> list[Any]:
         operation = self.operations.get(request.name, request.scope)
@@ -288,10 +297,17 @@ class Control:
     def _ended(self, operation: Operation) -> None:
         about = self._about.pop(operation.id, {})
         self._audit.write(
-            operation.by, operation.verb, tenant=operation.scope, **about, operation=operation.id,
-            state=operation.state, objects=operation.objects, bytes=operation.nbytes,
-            skipped=sum(operation.causes.values()), error=operation.error,
-        )  # fmt: skip
+            operation.by,
+            operation.verb,
+            tenant=operation.scope,
+            **about,
+            operation=operation.id,
+            state=operation.state,
+            objects=operation.objects,
+            bytes=operation.nbytes,
+            skipped=sum(operation.causes.values()),
+            error=operation.error,
+        )
 
     async def _select(self, request: Any) -> Selected:
         """What the request's selector stands for."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `loracache status` shows: a map of plain values, the same over the socket, as JSON and as a table."""
 
 from __future__ import annotations

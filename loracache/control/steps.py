@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coroutines of the control path: what takes several steps is written from top to bottom, and clients are answered
 between the steps.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies and moves objects between tiers, and rewrites those of a tier compressed or plain, because somebody asked.
 
 Everything goes through the arena, a slice at a time that is small against it: raised and held there, written to where

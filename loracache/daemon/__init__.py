@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon: one process, one event loop that owns the cache, a unix socket, and the REST process beside it.
 
 May import: adapters, cache, cache.state, config, control, errors, namespaces, rest, storage_backends,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the cache from a configuration and runs it behind its socket until it is told to end.
 
 Threading: everything here runs on the event loop, but for the pre-faulting of the arena, the scan of the disk tier and

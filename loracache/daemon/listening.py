@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon's socket: one daemon a path, told from a stale file by a lock beside it."""
 
 from __future__ import annotations

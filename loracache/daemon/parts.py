@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the daemon's parts from its configuration."""
 
 from __future__ import annotations

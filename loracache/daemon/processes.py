@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Knows the process behind a connection, and tells when it is gone.
 
 A client's mapping of the arena outlives its socket: after the connection ended, only the end of the process (seen on

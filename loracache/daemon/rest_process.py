@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon's side of REST: takes the port, starts the process that serves it, and starts it again if it dies.
 
 Threading: the event loop.

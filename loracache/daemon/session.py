@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One client's connection: decodes requests, calls the cache, encodes answers.
 
 What the index can answer is answered in the same call that received it; what waits for a tier answers later, and the

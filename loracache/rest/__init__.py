@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """REST, metrics and the dashboard: a process of its own, a client of the daemon's socket like any other, so that no
 HTTP request can hold the cache's loop up.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m loracache.rest SETTINGS`: the process that a daemon starts for its HTTP port (settings.py)."""
 
 from __future__ import annotations

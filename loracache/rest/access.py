@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who calls: every request passes here first. No web page does, and who sends a token is known by name afterwards.
 
 A page in a browser on the same machine can send requests to a loopback port. It is kept out: its requests say where
@@ -58,9 +59,10 @@ class Access:
         host = headers.get(b"host", "").lower()
         if host not in self._hosts:
             return problem(
-                403, f"this server does not answer for host {host[:100]!a}; use {min(self._hosts)}, or add the name to "
+                403,
+                f"this server does not answer for host {host[:100]!a}; use {min(self._hosts)}, or add the name to "
                 "http_hosts",
-            )  # fmt: skip
+            )
         origin = headers.get(b"origin")
         if origin is not None and origin.lower() != f"{scope['scheme']}://{host}":
             return problem(403, f"requests from {origin[:100]!a} are not answered")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routes of adapters: listed, shown, uploaded, removed."""
 
 from __future__ import annotations
@@ -60,9 +61,11 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
         return models.Adapter.of(await _adapter(link, name))
 
     @app.put(
-        "/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 409, 413, 415, 422, 507),
+        "/v1/adapters/{name:path}",
+        tags=["adapters"],
+        responses=problems(404, 409, 413, 415, 422, 507),
         openapi_extra={"requestBody": _UPLOAD},
-    )  # fmt: skip
+    )
     async def upload(name: Name, request: Request, who: Uploader) -> models.Adapter:
         """Take an uploaded PEFT folder into the cache, and point the name at it. Fields' names do not matter, files'
         names do: adapter_config.json and adapter_model.safetensors; others are ignored."""

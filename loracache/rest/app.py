@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The application: health and statistics here; the other routes in objects.py, listings.py, adapters.py and
 dashboard.py.
 
@@ -40,8 +41,13 @@ def make_app(server: str, limits: Limits | None = None, uploads: Path | None = N
         yield
         link.close()
 
-    app = FastAPI(title="LoRACache", version=__version__, lifespan=lifespan, summary="One cache for everything an LLM "
-                  "server reads again: its control API.", responses=problems(400, 401, 403, 429, 503, 504))  # fmt: skip
+    app = FastAPI(
+        title="LoRACache",
+        version=__version__,
+        lifespan=lifespan,
+        summary="One cache for everything an LLM server reads again: its control API.",
+        responses=problems(400, 401, 403, 429, 503, 504),
+    )
     install(app)
     _health(app, link)
     objects.add_routes(app, link)
@@ -78,8 +84,13 @@ def _health(app: FastAPI, link: DaemonLink) -> None:
         (settings,) = await link.call(control_messages.ConfigShow())
         return dict(settings)
 
-    @app.get("/metrics", dependencies=[needs("read")], tags=["health"], response_class=Response,
-             responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
+    @app.get(
+        "/metrics",
+        dependencies=[needs("read")],
+        tags=["health"],
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics() -> Response:
         """For Prometheus."""
         (status,) = await link.call(protocol.Status())

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The certificate that REST is served with, taken anew when its files change.
 
 Threading: one thread; connections that are open keep what they began with.

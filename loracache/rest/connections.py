@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One HTTP connection: uvicorn's, with ends to what it leaves without one.
 
 uvicorn waits for ever for a request's head, keeps whatever length of it comes, and reads a body on that was answered

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routes of the dashboard: one page at `/` and its parts under `/assets`, read once from the folder beside this file.
 
 They hold no data, so everybody gets them; what the page then asks for needs what those routes need.
@@ -37,15 +38,24 @@ def add_routes(app: FastAPI) -> None:
     page = (_FOLDER / _PAGE).read_bytes()
     assets = {name: (_FOLDER / name).read_bytes() for name in _ASSETS}
 
-    @app.get("/", dependencies=[needs("none")], tags=["dashboard"], response_class=Response,
-             responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}})  # fmt: skip
+    @app.get(
+        "/",
+        dependencies=[needs("none")],
+        tags=["dashboard"],
+        response_class=Response,
+        responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}},
+    )
     async def dashboard() -> Response:
         """The dashboard, for a browser."""
         return Response(page, media_type="text/html; charset=utf-8", headers=_HEADERS)
 
-    @app.get("/assets/{name}", dependencies=[needs("none")], tags=["dashboard"], response_class=Response,
-             responses={200: {"content": {"text/javascript": {"schema": {"type": "string"}}}}, **problems(404, 422)}
-             )  # fmt: skip
+    @app.get(
+        "/assets/{name}",
+        dependencies=[needs("none")],
+        tags=["dashboard"],
+        response_class=Response,
+        responses={200: {"content": {"text/javascript": {"schema": {"type": "string"}}}}, **problems(404, 422)},
+    )
     async def asset(name: Annotated[str, InPath(max_length=100, description="One of the page's parts.")]) -> Response:
         """Scripts and styles of the dashboard."""
         if name not in assets:

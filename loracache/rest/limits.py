@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much a client may ask for: requests a second, bytes of a body, seconds of a request.
 
 Threading: the event loop.
@@ -140,9 +141,11 @@ class _Body:
         if not self._whole:
             return problem(408, f"the body did not arrive within {self._limits.seconds:g} s")
         return problem(
-            504, f"not done within {self._limits.seconds:g} s; what was asked for may still happen", None,
+            504,
+            f"not done within {self._limits.seconds:g} s; what was asked for may still happen",
+            None,
             {"retry-after": "1"},
-        )  # fmt: skip
+        )
 
     def _too_large(self) -> str:
         return f"a body has at most {self.most} bytes here"

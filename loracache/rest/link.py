@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The REST process's connection to the daemon: calls of many HTTP requests on one socket, made again when it is lost.
 
 Threading: the event loop.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routes that list: objects, the dependency tree, and events as they happen."""
 
 from __future__ import annotations
@@ -74,9 +75,12 @@ def _add_events(app: FastAPI, link: DaemonLink) -> None:
     }
 
     @app.get(
-        "/v1/events", tags=["objects"], response_class=StreamingResponse, responses=stream | problems(422),
+        "/v1/events",
+        tags=["objects"],
+        response_class=StreamingResponse,
+        responses=stream | problems(422),
         dependencies=[needs("read", endless=True)],
-    )  # fmt: skip
+    )
     async def events(
         request: Request,
         since: Annotated[int, Query(ge=0, lt=2**63, description="Those behind this number; 0: from now on.")] = 0,
@@ -86,8 +90,9 @@ def _add_events(app: FastAPI, link: DaemonLink) -> None:
         an event `lost` how many are missing."""
         if last_event_id.isascii() and last_event_id.isdigit() and int(last_event_id) < 2**63:
             since = int(last_event_id)
-        return StreamingResponse(_stream(link, since), media_type="text/event-stream", headers={
-            "cache-control": "no-store"})  # fmt: skip
+        return StreamingResponse(
+            _stream(link, since), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
 
 
 async def _stream(link: DaemonLink, since: int) -> AsyncIterator[str]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon's status in Prometheus' text format. deploy/grafana.json draws these."""
 
 from __future__ import annotations

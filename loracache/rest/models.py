@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes over HTTP: requests as they are checked, answers as the OpenAPI document shows them."""
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ class Selector(_Strict):
         None, min_length=1, max_length=200, description='A served name, an identity or its first 8 digits; "*": any.'
     )
     tokens: list[Token] | None = Field(
-        None, min_length=1, max_length=_MOST_TOKENS,
+        None,
+        min_length=1,
+        max_length=_MOST_TOKENS,
         description="Token ids of a prompt; of the base model and without a salt, where neither is given.",
-    )  # fmt: skip
+    )
     salt: str | None = Field(None, min_length=1, max_length=1000, description="A tenant's cache_salt.")
 
     @model_validator(mode="after")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routes that find and change objects by a selector, and those of the operations that this starts."""
 
 from __future__ import annotations

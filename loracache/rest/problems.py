@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors as problem documents (RFC 9457): what is wrong, in which field, with which value, and the fix."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a route needs of who calls it. A route says so by a dependency:
 
     @app.post("/v1/evict", dependencies=[needs("operate", tenants=True)])
@@ -60,9 +61,11 @@ class Needs(SecurityBase):
         if principal.name == ANONYMOUS:
             if RANKS[principal.role] >= RANKS[self.role]:
                 return None
-            return 401, f"this needs `Authorization: Bearer TOKEN` with a known token of role {self.role}; {where}", {
-                "www-authenticate": "Bearer"
-            }  # fmt: skip
+            return (
+                401,
+                f"this needs `Authorization: Bearer TOKEN` with a known token of role {self.role}; {where}",
+                {"www-authenticate": "Bearer"},
+            )
         if RANKS[principal.role] < RANKS[self.role]:
             return 403, f"token {principal.name!r} has role {principal.role}; this needs {self.role}: {where}", {}
         if principal.tenant and not self.tenants:

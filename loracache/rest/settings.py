@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a daemon tells its REST process: one JSON argument. Paths and names; a secret has no place on a command line.
 
 Standard library and pydantic only: the daemon imports this too.

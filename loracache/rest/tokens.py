@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is known to REST: the daemon's own token (`SOCKET.token`) and those that an operator made (`SOCKET.tokens`).
 
 Tokens are 256 random bits, so that a plain SHA-256 is all that has to be kept of them: there is nothing to guess and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes an uploaded PEFT folder in: the parts of a multipart body go straight to files in a folder of their own.
 
 Only the two files that an adapter consists of are kept, under those very names; what else is in the folder (a README, a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the unix socket carries: frames, the fields of messages, and every message with its limits.
 
 May import: errors, keys

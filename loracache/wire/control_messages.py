@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages by which operators steer a daemon (protocol.py has those of the data path, and says how they travel).
 
 A selector is a map of Selector's fields (control/selection.py); its `adapter` may be a name. An operation is answered

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How each field of a message is checked: by its name, which means the same in every message. Pure functions that
 answer what is wrong, or "".
 """
@@ -100,8 +101,12 @@ def _is_count(name: object, count: object) -> bool:
 
 
 _SELECTOR: dict[str, Callable[[object], str]] = {
-    "keys": _keys, "model": _short, "tokens": _tokens, "adapter": _short, "salt": _salt,
-}  # fmt: skip
+    "keys": _keys,
+    "model": _short,
+    "tokens": _tokens,
+    "adapter": _short,
+    "salt": _salt,
+}
 
 CHECKS: dict[str, Callable[[object], str]] = {
     "after": _short,

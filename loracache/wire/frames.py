@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Length-prefixed MessagePack: a little-endian uint32 length and that many bytes. Pure encoding; used by both sides."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages of the unix socket, in frames (frames.py).
 
 The daemon speaks first: a Greeting, with the arena's file descriptor beside it (SCM_RIGHTS). Then the client sends

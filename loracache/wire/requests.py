@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every request there is, and how a received one is decoded. Pure functions; used by the daemon.
 
 The unions are for `match`: mypy sees a request that no branch serves. A request is listed here to exist.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects as files in a folder, with an append-only manifest beside them.
 
 May import: errors, storage_backends

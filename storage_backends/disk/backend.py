@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk tier: one file per object, written and read past the page cache, straight from and to the caller's buffers.
 
     <path>/objects/ab/<64 hex digits of the key>    one object, compressed or as it is (object_files.py)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lock of a disk tier's folder: one backend or check at a time, and who it is. Threading: none here."""
 
 from __future__ import annotations

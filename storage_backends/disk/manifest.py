@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk tier's manifest: an append-only list of what was added and deleted, so that a start reads no headers.
 
 It is an accelerator and never the truth: the files are. A record that is missing, torn or damaged costs a start the

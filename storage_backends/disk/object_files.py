@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk tier's files: where an object's file lies, how it is written, read and looked at. No index, no outcomes.
 
 A file is a page of 4096 bytes with the header, then the bytes as they are kept, padded to 4096. It is written in `tmp/`

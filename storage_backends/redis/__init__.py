@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects in a Redis: one server, a cluster, or what sentinels name.
 
 May import: adapters, errors, storage_backends

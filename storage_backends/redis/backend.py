@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Redis tier: objects in segments under a small header that is written last.
 
     <prefix>:{<64 hex digits of the key>}        the header (header.py): whoever finds it may ask for the segments

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads and stores of the Redis tier: the commands that many objects take on one connection, and their answers.
 
 Threading: a batch belongs to the call that made it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Redis tier on a cluster: each node does its part of a batch, all at the same time.
 
 A key that a node says has moved is asked for once more where it is said to be; the map of slots (slots.py) is

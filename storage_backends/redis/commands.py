@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands on objects that every call of the Redis tier is made of: ask for headers, remove, let expire.
 
 Threading: no state; each call uses the connection that it is given.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections to one Redis: made and authenticated by redis-py, then used as bare sockets (resp.py).
 
 Each call borrows a connection of its own. Any error on it closes it, for what comes next on it could belong to another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where an object lies in Redis: the names of its keys, and what its header says. Pure functions of the prefix."""
 
 from __future__ import annotations

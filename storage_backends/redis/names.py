@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of adapters in the Redis, where all machines that share it look them up: one hash, <prefix>:adapters.
 
 In a cluster the hash lies on one node, as its slot does. Threading: any number of threads; redis-py keeps a pool of

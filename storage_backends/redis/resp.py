@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of the Redis protocol (RESP2) that moves bulk bytes: straight from and to buffers, on a connected socket.
 
 A client library parses every reply into bytes of its own, which costs large values most of their speed; it still makes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Redis tier must be allowed to do, tried out when the daemon starts, and again while something is amiss.
 
 Every command we use is sent once, about one small key of ours that the last of them removes: a user without the rights

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is the master of a service: asked of its sentinels whenever a connection is made, and never remembered.
 
 The sentinels share half of a call's timeout among them, so that a call ends in time while some of them are silent.

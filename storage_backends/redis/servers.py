@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the calls of the Redis tier go: to the one server, or to the master of the day.
 
 A cluster's calls go by cluster.py, behind the same interface. Threading: any number of threads.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which node of a Redis cluster has which slot, as the nodes themselves say.
 
 The map is asked for before the first use and again when it was found in doubt: a node gone, a slot moved. Nodes are

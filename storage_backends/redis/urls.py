@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Redis URL says, and the connections that redis-py makes by it.
 
     redis://  rediss://                        one server; rediss is TLS, its certificate and host name verified
@@ -43,9 +44,7 @@ _PATHS = {
 }
 _OPTIONS = {"db", "username", "password", "client_name"}
 _TLS_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
-_TLS_OPTIONS = {
-    *_TLS_FILES, "ssl_password", "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers",
-}  # fmt: skip
+_TLS_OPTIONS = {*_TLS_FILES, "ssl_password", "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers"}
 _SENTINEL_OPTIONS = {"sentinel_username", "sentinel_password"}
 _FIX = (
     "give redis://[user:password@]host:port/db, rediss://..., unix://[user:password@]/path?db=0, "
@@ -156,8 +155,10 @@ class Target:
         """`text` without our secrets. A server that does not know AUTH quotes what came with it, cut somewhere."""
         text = re.sub(r",? ?with args beginning with.*", "", text, flags=re.DOTALL)
         for secret in (
-            self.settings.get("password"), self.settings.get("ssl_password"), self.sentinel_login.get("password")
-        ):  # fmt: skip
+            self.settings.get("password"),
+            self.settings.get("ssl_password"),
+            self.sentinel_login.get("password"),
+        ):
             if secret:
                 text = text.replace(secret, "(secret)")
         return text

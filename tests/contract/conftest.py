@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the contract tests share: objects in aligned buffers, and every backend under one name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Redis servers on loopback, plain and by TLS, alone and as a cluster, and the certificates they show."""
 
 from __future__ import annotations

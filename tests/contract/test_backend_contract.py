@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The promises of base.py, kept by every backend."""
 
 from __future__ import annotations

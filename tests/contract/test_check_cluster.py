@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache check` on a real cluster: every node is looked at, each for its own keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressed objects that are damaged, forged, or not kept as the index believes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compression as base.py promises it: lossless, seen in `stored` alone, and changed in one step; for every backend."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the disk tier does when files, device or folder are not as it left them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the disk tier finds when it starts: after a restart, a crash, or damage to its manifest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What earlier versions of the disk tier wrote is still read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Redis tier on a real cluster of three nodes: slots that move, nodes that die, never another object's bytes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node of a real cluster dies for good, and its replica takes its slots."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Redis tier does when the server stalls, dies, talks nonsense, wants a password, or is not there."""
 
 from __future__ import annotations

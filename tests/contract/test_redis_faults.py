@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Redis tier does when Redis evicts, refuses, or holds what we did not write."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Users and passwords: where they come from, what a user must be allowed, and that nobody else reads them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of adapters in a real Redis: what is kept there, and that whatever is wrong with it ends soon and in words."""
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def names(server: Any, names_at: Callable[..., RedisNames]) -> RedisNames:
 
 
 def test_a_record_comes_back_as_it_was_put(names: RedisNames) -> None:
-    records = {
-        "a": b"", "org/model:v1@x+y": bytes(range(256)) * 5000, "x" * 200: b"\r\n$-1\r\n", "$5": b"1",
-    }  # fmt: skip
+    records = {"a": b"", "org/model:v1@x+y": bytes(range(256)) * 5000, "x" * 200: b"\r\n$-1\r\n", "$5": b"1"}
     assert names.get("a") is None
     assert names.all() == []
     for name, record in records.items():

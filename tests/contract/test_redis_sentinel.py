@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Redis tier behind a real sentinel: the master is found, lost, and found again elsewhere."""
 
 from __future__ import annotations

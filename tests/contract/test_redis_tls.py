@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TLS to a real Redis: who is believed, who is not, and in what words."""
 
 from __future__ import annotations
@@ -147,9 +148,13 @@ def test_a_locked_key_without_its_password_asks_no_terminal(
     url = f"{tls_redis.tls_url}&ssl_certfile={certificate}&ssl_keyfile={locked}"
     said = subprocess.run(
         [sys.executable, "-c", AT_A_TERMINAL, url],
-        capture_output=True, text=True, timeout=30, start_new_session=True, check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        start_new_session=True,
+        check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
+    )
     assert "redis rediss://localhost" in said.stdout
     with pytest.raises(ConfigError, match="redis rediss://") as caught:
         redis_tier(f"{url}&ssl_password={SECRET}wrong").check()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny Qwen2-Audio with random weights: it runs on a CPU without torchvision, and hears differences."""
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from transformers import (
 WORDS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 VOCABULARY = 512
 GAINS = {  # as in examples/make_model.py: what the model answers depends on every token, and here on every sound
-    "q_proj": 1.8, "k_proj": 1.8, "v_proj": 3.0, "embed_tokens": 11.3, "lm_head": 3.0, "linear": 3.0,
-}  # fmt: skip
+    "q_proj": 1.8,
+    "k_proj": 1.8,
+    "v_proj": 3.0,
+    "embed_tokens": 11.3,
+    "lm_head": 3.0,
+    "linear": 3.0,
+}
 AUDIO, BOS, EOS = range(VOCABULARY - len(WORDS), VOCABULARY)
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines for the end-to-end tests. Starting one takes half a minute, so tests share them and use prompts of their
 own.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Handles for the engines that the tests run (`host.py`)."""
 
 from __future__ import annotations
@@ -54,9 +55,14 @@ class Engine:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, str(HOST), json.dumps(arguments), str(theirs)],
-                stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, text=True, start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=env,
+                text=True,
+                start_new_session=True,
                 pass_fds=[theirs],
-            )  # fmt: skip
+            )
         os.close(theirs)
         self._stream = os.fdopen(answers)
         self._calls = itertools.count(1)
@@ -99,9 +105,14 @@ class Engine:
     def result(self, call: int, seconds: float = 180) -> Answer:
         answer = self._wait(call, seconds)
         return Answer(
-            answer.get("tokens", []), answer.get("cached") or 0, answer.get("ttft") or 0.0, answer.get("reason", ""),
-            answer.get("logprobs", 0), answer.get("error", ""), answer.get("aborted", False),
-        )  # fmt: skip
+            answer.get("tokens", []),
+            answer.get("cached") or 0,
+            answer.get("ttft") or 0.0,
+            answer.get("reason", ""),
+            answer.get("logprobs", 0),
+            answer.get("error", ""),
+            answer.get("aborted", False),
+        )
 
     def ask(self, tokens: list[int], **options: Any) -> Answer:
         """Run one request; fails where the engine answers an error."""

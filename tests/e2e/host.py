@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs one vLLM engine for the tests, in a process of its own: commands as JSON lines on standard input, answers on the
 file descriptor that the second argument names. Commands run side by side, so requests can overlap and be aborted.
 """

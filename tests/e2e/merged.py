@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The oracle for adapters: the same model in Hugging Face's implementation with the adapter merged into its weights."""
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ class MergedModel:
         for name, a in tensors.items():
             if ".lora_A." in name or name.endswith("lora_embedding_A"):
                 b = tensors[name.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
-                module = name.removeprefix("base_model.model.").replace(".lora_A.weight", "").replace(
-                    ".lora_embedding_A", ""
-                )  # fmt: skip
+                module = (
+                    name.removeprefix("base_model.model.")
+                    .replace(".lora_A.weight", "")
+                    .replace(".lora_embedding_A", "")
+                )
                 a, b = a.to(self._dtype), b.to(self._dtype)
                 delta = b.double() @ a.double() * scaling(config, module, a.shape[0])
                 weight = parameters[f"{module}.weight"].data

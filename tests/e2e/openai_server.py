@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's OpenAI server in a process of its own, for the end-to-end tests."""
 
 from __future__ import annotations

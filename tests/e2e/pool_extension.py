@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests look up in a worker: vLLM's `worker_extension_cls` mixes it into the worker class."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache lookup --engine` beside `vllm serve`: what was served is found by its text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """REST beside a real vLLM: every endpoint does what it says while requests go on, and their tokens stay right."""
 
 from __future__ import annotations
@@ -94,14 +95,21 @@ def adapter_folder(model_maker: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def world(
-    module_daemon: Any, module_redis: Any, openai_server: Any, tiny: Path, eventually: Any,
+    module_daemon: Any,
+    module_redis: Any,
+    openai_server: Any,
+    tiny: Path,
+    eventually: Any,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[SimpleNamespace]:  # fmt: skip
+) -> Iterator[SimpleNamespace]:
     """A daemon with all tiers and REST, an OpenAI server on it, and traffic."""
     daemon = module_daemon(
-        http="127.0.0.1:0", memory="128MiB", disk_path=tmp_path_factory.mktemp("disk"), disk="512MiB",
+        http="127.0.0.1:0",
+        memory="128MiB",
+        disk_path=tmp_path_factory.mktemp("disk"),
+        disk="512MiB",
         redis=module_redis().url,
-    )  # fmt: skip
+    )
     transfer = {
         "kv_connector": "LoRACacheConnector", "kv_connector_module_path": "loracache.connectors.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
@@ -182,9 +190,13 @@ def test_what_is_pinned_outlives_a_clear(world: SimpleNamespace, prompt: dict[st
 
 
 def test_an_uploaded_adapter_is_served_by_the_engine_and_leaves_with_its_kv(
-    world: SimpleNamespace, adapter_folder: Path, load: Any, tiny: Path, prompts: Callable[[int], list[int]],
+    world: SimpleNamespace,
+    adapter_folder: Path,
+    load: Any,
+    tiny: Path,
+    prompts: Callable[[int], list[int]],
     eventually: Any,
-) -> None:  # fmt: skip
+) -> None:
     name, template = "team/uploaded", "/v1/adapters/{name}"
     parts = [("files", (path.name, path.read_bytes())) for path in sorted(adapter_folder.iterdir())]
     digest = world.call("PUT", f"/v1/adapters/{name}", template, files=parts)["digest"]

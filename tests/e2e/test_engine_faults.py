@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines that die, stop, run out of blocks or lose their daemon: right tokens, nothing leaked, the next one is
 served.
 """

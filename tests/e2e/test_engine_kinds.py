@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines of other kinds: tensor parallel, inside MultiConnector, models that cannot be cached,
 wrong configurations.
 """

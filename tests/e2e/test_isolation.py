@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nobody gets another's KV: adapters, tenants, dtypes, models; and who shares, shares."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm serve` with a pool: model=NAME finds what only the cache knows, and a name stands for what it points to now."""
 
 from __future__ import annotations
@@ -36,18 +37,25 @@ def cache(module_daemon: Any, module_redis: Any, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def server(
-    cache: Any, tiny: Path, adapters_of_two: list[Path], eventually: Any, openai_server: Any,
+    cache: Any,
+    tiny: Path,
+    adapters_of_two: list[Path],
+    eventually: Any,
+    openai_server: Any,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Any]:  # fmt: skip
+) -> Iterator[Any]:
     transfer = {
         "kv_connector": "LoRACacheConnector", "kv_connector_module_path": "loracache.connectors.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"server": cache.daemon.url, "lora_pool": "1MiB"},
     }  # fmt: skip
     running = openai_server(
-        tmp_path_factory.mktemp("server") / "log", tiny / "model", transfer, "--lora-modules",
+        tmp_path_factory.mktemp("server") / "log",
+        tiny / "model",
+        transfer,
+        "--lora-modules",
         f"static={adapters_of_two[2]}",
-    )  # fmt: skip
+    )
     try:
         eventually(running.ready, "the server answers", 180)
         yield running

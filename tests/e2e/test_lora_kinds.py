@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pool in engines of other kinds: computing in bfloat16, and sharded over two workers."""
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ def ask_all(mixed: list[Path], prompts: Callable[[int], list[int]], load: Any) -
         asked = [(prompts(20 + place), number) for place, number in enumerate(work)]
         calls = [
             engine.start(
-                tokens, max_tokens=12,
+                tokens,
+                max_tokens=12,
                 lora=load.Adapter(f"mixed-{number}", 1 + number, str(mixed[number])) if number is not None else None,
             )
             for tokens, number in asked
-        ]  # fmt: skip
+        ]
         answers = [engine.result(call) for call in calls]
         assert not [answer.error for answer in answers if answer.error]
         return [
@@ -71,8 +73,10 @@ def test_workers_of_a_sharded_model_have_a_pool_each(
     engine = engine_factory(
         {"server": serving.url, "lora_pool": "600KiB"},
         {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": host_path},
-        tensor_parallel_size=2, worker_extension_cls="pool_extension.PoolExtension", **OPTIONS,
-    )  # fmt: skip
+        tensor_parallel_size=2,
+        worker_extension_cls="pool_extension.PoolExtension",
+        **OPTIONS,
+    )
     model = load.MergedModel(tiny / "model")
     for tokens, folder, answer in ask_all(engine):
         assert not model.disagreements(folder, tokens, answer, 1e-3)

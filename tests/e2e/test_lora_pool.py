@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters of any rank share a pool that cannot hold them all, and every token is the merged weights'."""
 
 from __future__ import annotations
@@ -253,9 +254,15 @@ def test_requests_aborted_at_any_time_leave_no_page_behind(pooled: Any, prompts:
 
 
 def test_a_pool_for_two_gives_everybody_a_turn(
-    engine_factory: Any, many: list[Path], prompts: Any, pooled: Any, load: Any, host_path: str, model_maker: Any,
+    engine_factory: Any,
+    many: list[Path],
+    prompts: Any,
+    pooled: Any,
+    load: Any,
+    host_path: str,
+    model_maker: Any,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Small adapters keep coming; the large one, which needs most of the pool, is served all the same. What is larger
     than the pool is refused where it is added and where it is used."""
     small, larger = many[0], many[5]  # ranks 8 and 64

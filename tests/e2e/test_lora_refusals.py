@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines that a pool cannot serve say so and do not start; engines without a pool are stock."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """10,000 operations on adapters beside requests that use them, with the daemon killed in between: no wrong token, and
 at the end every page of the pool and of the arena is where it belongs.
 """
@@ -81,15 +82,24 @@ def busy(
     options = {"memory": "64MiB", "disk_path": tmp_path / "disk", "disk": "256MiB"}
     running = daemon(**options)
     engine = engine_factory(
-        {"server": running.url, "lora_pool": "2MiB"}, {"PYTHONPATH": host_path}, max_loras=8, max_lora_rank=64,
-        max_num_seqs=16, worker_extension_cls="pool_extension.PoolExtension",
-    )  # fmt: skip
+        {"server": running.url, "lora_pool": "2MiB"},
+        {"PYTHONPATH": host_path},
+        max_loras=8,
+        max_lora_rank=64,
+        max_num_seqs=16,
+        worker_extension_cls="pool_extension.PoolExtension",
+    )
     with running.client() as client:
         digests = {client.add_adapter(str(folder)): folder for folder in folders}
     return SimpleNamespace(
-        engine=engine, daemons=[running], options=options | {"socket": running.socket}, digests=digests,
-        start=daemon, model=load.MergedModel(tiny / "model"), Adapter=load.Adapter,
-    )  # fmt: skip
+        engine=engine,
+        daemons=[running],
+        options=options | {"socket": running.socket},
+        digests=digests,
+        start=daemon,
+        model=load.MergedModel(tiny / "model"),
+        Adapter=load.Adapter,
+    )
 
 
 def clean(busy: Any) -> bool:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Media in prompts: equal placeholders stand for different audio, and vLLM's names for audio are not content."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines whose models differ in what a name or a sample would not tell: none is answered from another's KV. The oracle
 is the engine itself, under a salt never used before."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real vLLM finds in every tier the KV it computed before, and the same tokens come out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KV belongs to the weights the engine really serves: the same story told to an engine with the cache and to a stock
 one.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replaces weights as users' own code does: vLLM's `worker_extension_cls` mixes it into the worker class."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients killed, stopped or not reading: no page is lost, none is reused under a living writer, nobody else waits."""
 
 from __future__ import annotations

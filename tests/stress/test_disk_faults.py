@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk under a daemon: restarted, killed, damaged, full. What is found is byte-exact, all else a counted miss."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many clients on a small daemon, some killed at any moment: every byte that is read is right, and nothing is lost."""
 
 from __future__ import annotations

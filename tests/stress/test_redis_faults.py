@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Redis under a daemon: shared, gone, stopped, damaged. It delays nobody; what is wrong with it is a counted miss."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What schemathesis makes of the OpenAPI document, sent to a real daemon: no 5xx, and no answer outside of its schema.
 
 LORACACHE_FUZZ_CALLS says how many calls; `make fuzz` makes 20,000.
@@ -78,9 +79,12 @@ def test_no_call_is_answered_by_an_error_of_ours_or_outside_of_the_schema(runnin
 def fuzz(operation: Any, mode: GenerationMode, calls: int, headers: dict[str, str], answers: Counter[str]) -> None:
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
-        max_examples=calls, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+        max_examples=calls,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
         database=None,
-    )  # fmt: skip
+    )
     def call(case: Any) -> None:
         if "wait" in (case.query or {}):
             case.query["wait"] = 0  # what waits proves nothing here

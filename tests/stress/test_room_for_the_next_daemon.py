@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A daemon that was killed comes back beside clients that hold its arena, in a container with no room for two."""
 
 from __future__ import annotations
@@ -94,10 +95,12 @@ def test_a_killed_daemon_comes_back_where_two_arenas_have_no_room(
         clients = [
             container.start(
                 [sys.executable, "-c", _CLIENT, f"unix://{socket}"],
-                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
             for _ in range(2)
-        ]  # fmt: skip
+        ]
         running += clients
         for client in clients:
             assert client.stdout is not None

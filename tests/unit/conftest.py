@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make_rig`: a TieredCache whose tiers' threads are queues, so that a test decides when a read or a write is done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrows of the design, read from the source: who may import whom, how long things get, what is never called."""
 
 from __future__ import annotations

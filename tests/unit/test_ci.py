@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hosted CI runs what exists, on every Python that is promised, with no more rights than reading."""
 
 from __future__ import annotations

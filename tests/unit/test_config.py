@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration: the later source wins, and every mistake is told with its key, value, origin and fix."""
 
 from __future__ import annotations

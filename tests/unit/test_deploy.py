@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What deploy/ and the Dockerfile promise: settings that load, a user that is not root, an end that loses nothing."""
 
 from __future__ import annotations

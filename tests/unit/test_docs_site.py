@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation's site loads nothing from other hosts: what `make docs` checks that with finds every way to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`# fmt: skip` stands only where rows of a table would be torn apart: else, layout is the formatter's matter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys: two machines agree on every one, for ever, and nothing that tells two objects apart is left out."""
 
 from __future__ import annotations

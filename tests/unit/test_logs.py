@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logs as JSON: every line of the daemon and of its REST process is one object with the same keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An arena stays within what the machine has and within the limit of every control group that the daemon is in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of mutations fits the code: what it would break is there. `scripts/mutations.py` breaks it."""
 
 from __future__ import annotations

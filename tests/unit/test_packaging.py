@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A wheel holds everything under loracache/ as real files, and importing it costs no GPU library."""
 
 from __future__ import annotations

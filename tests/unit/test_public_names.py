@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is public is said: `__all__` of every module is true and kept to, and `loracache` has all that users hold."""
 
 from __future__ import annotations

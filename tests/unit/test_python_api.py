@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/python-api.md is true and complete: its examples run against a real daemon, and nothing public is left out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a release consists of besides code agrees with the code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results are types: what code compares has a name, and every outcome of a tier has its cause."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every source file of ours says its licence in its first line; in a script that is the line after #!."""
 
 from __future__ import annotations

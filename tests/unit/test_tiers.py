@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What moves between the arena, disk and Redis: in which order, within which bounds, and what happens when it fails."""
 
 from __future__ import annotations

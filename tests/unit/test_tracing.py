@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces: a collector that is named gets spans of REST requests and of the tiers' threads; else nothing happens."""
 
 from __future__ import annotations

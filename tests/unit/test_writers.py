@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who writes index and arena: the documents name every module that does, and what it calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all of an engine's processes use: options, messages between the sides, the private daemon, patches of vLLM.
 
 May import: client, config, connectors.vllm.lora, errors, keys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which connectors an engine's scheduler has, for patches of vLLM that look for ours. Light: the plugin imports it."""
 
 from __future__ import annotations

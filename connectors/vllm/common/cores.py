@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps our threads and the private daemon off the one core that vLLM pins a CPU worker's main thread to.
 
 A CPU worker binds each of its compute threads to a core, its main thread too, and whatever that thread starts inherits

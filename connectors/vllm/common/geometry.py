@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shards, chunk sizes, and which models' KV can be cached at all. Pure functions of vLLM's configuration."""
 
 from __future__ import annotations

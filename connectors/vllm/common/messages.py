@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler's side and the workers' side tell each other, once a step, through vLLM."""
 
 from __future__ import annotations
@@ -180,7 +181,14 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
         for order, count in other.activated.items():
             activated[order] = activated.get(order, 0) + count
         return WorkerNews(
-            adapters, failures, self.unstored | other.unstored, self.facts + other.facts, activated,
-            self.not_activated | other.not_activated, self.pools_lost or other.pools_lost, self.pinned | other.pinned,
-            self.weights | other.weights, contents,
-        )  # fmt: skip
+            adapters,
+            failures,
+            self.unstored | other.unstored,
+            self.facts + other.facts,
+            activated,
+            self.not_activated | other.not_activated,
+            self.pools_lost or other.pools_lost,
+            self.pinned | other.pinned,
+            self.weights | other.weights,
+            contents,
+        )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`kv_connector_extra_config`: the settings of the connector, checked once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches of vLLM's modules: each is made when vLLM itself imports the module, and a patch that does not fit leaves the
 module as it was. State of a process: what went wrong, for whoever needs the patches. Light to import.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The private daemon of an engine whose configuration names no server.
 
 The first process that needs it starts it, under a lock, in a session of its own; it flushes and ends when its last
@@ -130,8 +131,12 @@ def _compare(wanted: dict[str, str], settings: Path, server: str) -> None:
         if parse_size(wanted[key] or "0") != parse_size(running[key] or "0"):
             _log.warning(
                 "the private daemon at %s runs with %s=%s, and %s=%s is asked for here: what it was started with holds",
-                server, key, running[key], key, wanted[key],
-            )  # fmt: skip
+                server,
+                key,
+                running[key],
+                key,
+                wanted[key],
+            )
 
 
 def _bound(path: Path) -> bool:
@@ -156,8 +161,13 @@ def _start(path: Path, options: Options) -> None:
         with open(log_path, "wb") as log, on_all_cores():
             subprocess.run(
                 [sys.executable, "-I", "-S", "-c", _DETACH, sys.executable, *command],
-                stdin=subprocess.DEVNULL, stdout=held_by_daemon, stderr=log, env=environment, cwd="/", check=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=held_by_daemon,
+                stderr=log,
+                env=environment,
+                cwd="/",
+                check=True,
+            )
         os.close(held_by_daemon)
         _wait_until_ready(path, log_path, said)
     finally:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which releases of vLLM we know, and what is done about the others. Light: imports nothing of vLLM but its version.
 
 The plugin stays out of an engine it does not know; the connector, which reads how KV lies from the tensors it is given,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Workers' reports to the scheduler's side, each heard once.
 
 Where a worker fails, vLLM (0.33) keeps what the others reported in that step and hands it over with a later one; a

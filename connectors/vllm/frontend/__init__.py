@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The API server's part: model=NAME for adapters that only the cache knows, and load_inplace carried out once.
 
 May import: client, connectors.vllm.common, connectors.vllm.lora, errors

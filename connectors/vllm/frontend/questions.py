@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the daemon says a name stands for, asked from an event loop that must not wait for it.
 
 A name is asked once at a time, however many requests want to know, on a thread of its own: the loop's other work has
@@ -41,9 +42,10 @@ class NameQuestions:
         self._questions: dict[str, asyncio.Future[str | None]] = {}
         self._knocking: asyncio.Task[None] | None = None
         self._outage = Outage(
-            _log, "names of adapters are taken for what they stood for until it is back",
+            _log,
+            "names of adapters are taken for what they stood for until it is back",
             "the daemon says again what names stand for",
-        )  # fmt: skip
+        )
 
     async def digest(self, name: str) -> str | None:
         """The digest (hex) that a name points to now, None for no name of the cache. Raises Unavailable where nobody

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load_inplace` is one order, carried out once, when it is given.
 
 vLLM's front end keeps the order itself beside the adapter's name, and gives it to the engine with every request: stock

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The front end's side: `model=NAME` finds an adapter that only the cache knows.
 
 vLLM remembers for ever what a name stands for. Names of the cache may be re-pointed at any time, so each request asks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine's effective configuration, as far as it changes KV: plain values, equal in every process that computes the
 same.
 

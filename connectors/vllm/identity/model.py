@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which model an engine computes with: its effective configuration and a digest of its weights' content.
 
 Two engines with the same identity compute the same KV for the same tokens, but for rounding. Nothing here depends on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of vLLM's configuration is known not to change KV. Data only; whatever is not here counts (effective.py).
 
 Differences of rounding do not count: vLLM itself lets requests of one engine meet through its prefix cache whatever

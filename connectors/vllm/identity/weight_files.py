@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which weights an engine computes with: a digest of all bytes of their files.
 
 A file is read once and its digest remembered under its identity (device, inode, size, times) in a folder of the user's.

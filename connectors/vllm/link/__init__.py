@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections to the daemon that outlive it: the scheduler's, which is never waited for, and the workers'.
 
 May import: client, errors, mapping, tiers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a mapped arena fast to copy from and to: fills its page tables and, with a GPU, registers it as pinned memory.
 
 Both take long and run in the background, piece by piece and without keeping the mapping: a daemon may end meanwhile.

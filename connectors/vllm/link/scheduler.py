@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's connection: questions that are sent and never waited for.
 
 A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A worker thread's connection to the daemon, made again when it is lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where an adapter's matrices stand in its pages, and how many pages that takes. Pure; numpy only.
 
 What does not fit the model's modules is refused here, before it is given any page.

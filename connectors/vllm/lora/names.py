@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's own name of a module, from the name that adapters (PEFT) give it; both sides of the connector use it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a LoRARequest's path names an adapter that only the cache knows: "loracache:" and its digest.
 
 The digest is the content: another content has another path, and with it other keys in vLLM's own prefix cache.

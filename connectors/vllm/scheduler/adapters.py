@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which adapter content a `lora_int_id` stands for, as the scheduler knows it.
 
 vLLM keeps the weights first loaded under an id, whatever path or files a later request names. So KV is keyed by what

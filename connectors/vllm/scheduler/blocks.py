@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What vLLM keys its own blocks by, where a request has an adapter.
 
 vLLM's prefix cache knows an adapter by its name (and, since 0.31, its path), so it would serve KV of weights that were

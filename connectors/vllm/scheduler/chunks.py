@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How an engine's KV is cut into chunks and shards, once its workers have said how it lies."""
 
 from __future__ import annotations

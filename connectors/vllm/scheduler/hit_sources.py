@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our tiers in the terms of vLLM's hit metrics (0.31 on; before, vLLM does not ask)."""
 
 from __future__ import annotations

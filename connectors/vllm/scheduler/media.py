@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the images and the like in a prompt are: a hash of what the model is given of them.
 
 vLLM's own identifiers are not content: where its processor cache and its prefix cache are both off they are a counter,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In which namespace a request's KV is: what this engine computes with, and for whom."""
 
 from __future__ import annotations

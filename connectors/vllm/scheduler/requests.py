@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler's side remembers of one request."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler's side makes of changed weights and of vLLM's `reset_prefix_cache`.
 
 A reset changes no weights, so the cache stays. But users reset after they changed them: the workers then look. It also

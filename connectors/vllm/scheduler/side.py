@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's side of the connector: looks up, plans loads and stores, keeps leases.
 
 It runs inside EngineCore's loop and never waits: questions are sent when a request arrives, answers are collected

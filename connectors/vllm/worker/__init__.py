@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workers' side: carries the scheduler's plans out and reports what came of them.
 
 May import: adapters, client, connectors.vllm.common, connectors.vllm.link, connectors.vllm.worker.lora, errors,

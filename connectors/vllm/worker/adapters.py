@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which adapter content a `lora_int_id` stands for, as a worker knows it: it hashes what it really loads.
 
 Workers number the contents that an id has served: that number is in what vLLM's own blocks are keyed by

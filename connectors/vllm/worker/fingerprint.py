@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tells whether a model's weights are still the ones they were, from a sample of them.
 
 Every parameter and buffer gives up to 1024 of its elements, evenly spread. A step of an optimizer or a merged adapter

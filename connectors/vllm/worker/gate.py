@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates that copies of blocks pass: shut for one store when its blocks are needed, and for all copies while the KV
 cache's memory is gone (vLLM's sleep unmaps it).
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How an engine's KV cache lies in memory, read from the tensors it registers, never from its version.
 
 Registered tensors are logical (blocks, KV heads, tokens of a block, content) views with any strides. What is needed:

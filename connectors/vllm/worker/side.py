@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workers' side of the connector: carries out the scheduler's plans, reports what came of them.
 
 Threading: vLLM calls everything here on the worker's main thread; `_loaded` and `_stored` are called by the transfer
@@ -120,13 +121,25 @@ class WorkerSide:
                 pass  # an engine whose configuration names no living daemon should not start
         self._copiers = [GatedCopier(layout.rows) for _ in range(2)]
         self._storer = Storer(
-            server, ensure, self._copiers[0], self._facts.shard, layout.block_bytes,
-            self._may_store, self._stored, _served_names(self._config),
-        )  # fmt: skip
+            server,
+            ensure,
+            self._copiers[0],
+            self._facts.shard,
+            layout.block_bytes,
+            self._may_store,
+            self._stored,
+            _served_names(self._config),
+        )
         self._loader = Loader(
-            server, ensure, self._copiers[1], self._facts.shard, layout.block_bytes, self._options.load_timeout,
-            self._may_load, self._loaded,
-        )  # fmt: skip
+            server,
+            ensure,
+            self._copiers[1],
+            self._facts.shard,
+            layout.block_bytes,
+            self._options.load_timeout,
+            self._may_load,
+            self._loaded,
+        )
 
     def handle_preemptions(self, plan: StepPlan) -> None:
         """Before anything of this step is computed: let go of blocks that may be overwritten in it."""
@@ -215,9 +228,17 @@ class WorkerSide:
             return None
         pool = pool or PoolNews()
         return WorkerNews(
-            adapters, dict(failures), unstored, facts, pool.activated, pool.not_activated, pool.lost, pool.pinned,
-            weights, contents,
-        )  # fmt: skip
+            adapters,
+            dict(failures),
+            unstored,
+            facts,
+            pool.activated,
+            pool.not_activated,
+            pool.lost,
+            pool.pinned,
+            weights,
+            contents,
+        )
 
     def leave_blocks(self) -> None:
         """The KV cache's memory is about to go: finish stores, fail loads, and touch no block any more."""

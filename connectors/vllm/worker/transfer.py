@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker's two transfer threads: one loads, one stores. Each has a connection and a copier of its own.
 
 The engine's loop hands jobs over and collects what is done; it never waits for a daemon. A load that is late, or
@@ -295,9 +296,13 @@ class Storer:
         parents = [object_key(store.parent, self._shard) if store.parent else requests.NO_PARENT, *keys[:-1]]
         lease = os.urandom(16)
         reserve = requests.Reserve(
-            lease, namespace, requests.join_keys(keys), requests.join_keys(parents),
-            [self._block_bytes * len(chunk.blocks) for chunk in store.chunks], _WRITE_LEASE_S,
-        )  # fmt: skip
+            lease,
+            namespace,
+            requests.join_keys(keys),
+            requests.join_keys(parents),
+            [self._block_bytes * len(chunk.blocks) for chunk in store.chunks],
+            _WRITE_LEASE_S,
+        )
         try:
             answer = connection.call(reserve, _CALL_TIMEOUT_S).payload
             written = self._write(job, keys, answer, causes)

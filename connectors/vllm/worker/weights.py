@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which weights this worker computes with: a version that grows with every change, noticed where vLLM makes it.
 
 vLLM replaces weights in place in several ways (`reload_weights`, a weight update's session, sleep of level 2, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eviction policies: one small class each, chosen by name in the configuration.
 
 May import: cache.state, tiers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Least recently used leaf first.
 
 A heap of (tick, node) corrected lazily: a use only writes the node's tick, and an entry that proves stale when it is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cache knows: the arena and its extents, the dependency tree, leases, pins, counters, events.
 
 May import: errors, free_pages, mapping, memory_limit, storage_backends, tiers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arena: tier L1, one sealed memfd of pages that clients map, and the extents in it.
 
 An extent is (offset, length) in bytes, both multiples of the page size. An object takes whole pages, in one extent

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counters of what happened, by name and cause: the source of `loracache status`.
 
 Names read `<what>.<tier>[.<cause>]`, for example "hit.cpu", "miss.absent", "failure.disk.corrupt". Threading: one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happened to objects lately: admitted, evicted, moved, pinned, unpinned, failed. For operators who watch.
 
 A ring of the last few thousand; whoever reads too slowly is told how many were lost. Threading: the cache's thread.

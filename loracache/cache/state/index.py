@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is where: the dependency tree of all objects over the tiers that the daemon itself fills.
 
 A node is one object; its parent is the chunk before it, or its adapter. The index keeps states, leases and pins per

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients' holds on extents: for reading until release, for writing until commit.
 
 A lease ends by release, by its time to live, or with its connection. Extents of a write lease that ended without its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One object: its place in the tree, and where it stands in each tier.
 
 `Node.state(tier)` says where; only methods of the Index change it. The tables ARENA and LOWER are every way from one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pins: an operator's word that objects stay in a tier, until unpinned or for a time. Threading: the cache's thread."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiers below the arena: their threads, write-behind, promotion, the disk's budget.
 
 May import: cache.policy, cache.state, errors, results, storage_backends, tiers, tracing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk tier's side of the cache: its budget, who may enter, who leaves, and what an earlier run left behind.
 
 Rules: bytes on disk never exceed the limit, those being written included; a child enters with or after its parent, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs one storage backend on threads of its own and posts results to the cache's thread.
 
 Stores and deletes share one thread, so that they happen in the order they were asked for: a child enters a tier with or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raises objects from disk or Redis into the arena, once for all who wait for the same object.
 
 Threading: the cache's thread; the reading itself runs on the tiers' threads.

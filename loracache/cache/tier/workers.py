@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Threads for calls that block: a tier's, and the reading of adapter files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The queue of objects that still have to reach a lower tier.
 
 Objects are written in the order they were committed, a batch at a time with one batch waiting behind it, so that the

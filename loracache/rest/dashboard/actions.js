@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Pin, unpin, evict, move: a dialog says what will happen to what. Nothing is sent before somebody agrees to that.
 
 import { post, Problem } from "./api.js";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Calls of the control API, with the token where there is one, and what goes wrong as a Problem in words.
 
 const TOKEN = "loracache.token";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A line chart in SVG: axes with labels, a legend that says the values at the crosshair, or now.
 
 import { el, setText, svg } from "./dom.js";

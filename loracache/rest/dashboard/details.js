@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What there is to say of a node of the tree, and the buttons that change it.
 
 import { openAction } from "./actions.js";

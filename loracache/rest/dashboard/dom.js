@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Elements. Text goes in as text: nothing here can turn what a user named into markup.
 
 /** An element. props: class, title, data (an object), on (event -> handler); everything else is an attribute. */

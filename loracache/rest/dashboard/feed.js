@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Events as they happen. Read with fetch, because an EventSource cannot send a token; taken up again behind the last
 // number, and left alone while nobody looks.
 

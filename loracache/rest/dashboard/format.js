@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Numbers as people read them; exact values go into titles.
 
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the counters did over the last minutes: differences of the statistics that were polled, at most 15 minutes of
 // them. Times are milliseconds of the page's own clock, which never jumps.
 

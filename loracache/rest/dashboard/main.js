@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The page: asks for statistics every two seconds, and says whether anybody answers.
 
 import * as actions from "./actions.js";

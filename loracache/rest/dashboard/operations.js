@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operations of the daemon: how far those that run are, and what came of the last.
 
 import { outcome } from "./actions.js";

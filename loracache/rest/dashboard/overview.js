@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the statistics say: tiers, lookups, evictions, leases, failures, and how they went over the last minutes.
 
 import { byteTicks, Chart } from "./chart.js";

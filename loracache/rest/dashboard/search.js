@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Finds adapters by name, objects by key, models by name, and shows them where the tree is.
 
 import { get, post, Problem } from "./api.js";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The token: asked for in a dialog, tried before it is kept, kept in this tab only.
 
 import { call, Problem, token, whenRefused } from "./api.js";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a button works on: how the API names it, what it is called, and how much of it there is.
 
 import { post } from "./api.js";

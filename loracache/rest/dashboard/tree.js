@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The dependency tree, opened where somebody looks: base models and adapters, their namespaces, chains, chunks. Nothing
 // is listed whole. A chain's chunks that follow one another stand below one another, not ever further to the right.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of adapters on one machine: what a name points to, what survives, who may have written it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of adapters under random changes, losses and restarts of two machines, and under threads: the last one wins."""
 
 from __future__ import annotations

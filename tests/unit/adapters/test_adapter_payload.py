@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Payloads of adapters: the same bytes for the same content wherever they are written, and the folder given back."""
 
 from __future__ import annotations
@@ -155,9 +156,10 @@ def test_a_payload_tells_settings_modules_rows_and_what_the_file_held(payload: b
     assert (packed.settings.rank, packed.settings.alpha, packed.settings.use_rslora) == (4, 6.5, True)
     modules = packed.modules()
     assert {name: (it.rank, it.scaling) for name, it in modules.items()} == {
-        "model.layers.0.q_proj": (4, 7 / math.sqrt(4)), "model.layers.0.v_proj": (2, pytest.approx(3 / math.sqrt(2))),
+        "model.layers.0.q_proj": (4, 7 / math.sqrt(4)),
+        "model.layers.0.v_proj": (2, pytest.approx(3 / math.sqrt(2))),
         "model.embed_tokens": (4, 7 / math.sqrt(4)),
-    }  # fmt: skip
+    }
     for module in modules.values():
         a, b = TENSORS[module.a.name].bits, TENSORS[module.b.name].bits
         assert (module.a.shape, module.b.shape) == (a.shape, b.shape)

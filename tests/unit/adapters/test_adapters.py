@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters by content: what scales or fills the weights makes another digest, what merely stores them does not."""
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ def by_hand(tensors: dict[str, Any], names: list[str], header_end: bytes = b"", 
         raw = tensors[name].tobytes()
         kind = {"float16": "F16", "float32": "F32"}[str(tensors[name].dtype)]
         header[name] = {
-            "dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [len(data), len(data) + len(raw)],
-        }  # fmt: skip
+            "dtype": kind,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     text = json.dumps(header).encode() + header_end
     return len(text).to_bytes(8, "little") + text + data
@@ -228,8 +231,10 @@ def test_an_adapter_overwritten_in_place_is_noticed(
         weights.write(bytes([last[0] ^ 1]))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert (file.stat().st_ino, file.stat().st_size, file.stat().st_mtime_ns) == (
-        stat.st_ino, stat.st_size, stat.st_mtime_ns,
-    )  # fmt: skip
+        stat.st_ino,
+        stat.st_size,
+        stat.st_mtime_ns,
+    )
     after, changed = digests.digest(folder)
     assert after != before
     assert changed != identity

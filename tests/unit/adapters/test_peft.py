@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT folders: what can be served is, scaled as PEFT does; all else is refused by file, tensor and reason."""
 
 from __future__ import annotations

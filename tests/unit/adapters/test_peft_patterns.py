@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patterns of PEFT configurations: they choose ranks and scalings as PEFT does, and none keeps Python busy for ever."""
 
 from __future__ import annotations

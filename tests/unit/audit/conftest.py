@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk folder and a Redis that a real daemon filled, and `loracache check` on them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache check` sees every fault of a disk folder, mends what is safe, and leaves what may be good."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache check` on a Redis, alone and against the disk folder beside it."""
 
 from __future__ import annotations

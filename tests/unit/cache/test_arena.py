@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arena: no page is handed out twice or lost, and nobody who maps it can take it away from the others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TieredCache: what each operation promises, with the tiers' threads stepped by hand (conftest's `make_rig`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TieredCache under random steps of clients, tiers, clock and faults, with the tiers' threads stepped by hand.
 
 After every step: each page is held once or free, the tree's counts are those of the tree, disk stays within its budget,

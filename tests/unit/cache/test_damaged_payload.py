@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged payloads of adapters: whatever the bytes are, they are refused in one way or read as a whole adapter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk tier where it is hard: deletions that fail, and what comes before the earlier run's objects are known."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dependency tree: counts that never drift from the tree, nodes that go when nothing needs them, and no sooner."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write leases that break: their bytes stay out of use until the holder, or its end, says that nobody writes there."""
 
 from __future__ import annotations

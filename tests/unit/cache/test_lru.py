@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LRU: the least recently used leaf goes first, all that is needed goes or nothing, and what is in use stays."""
 
 from __future__ import annotations

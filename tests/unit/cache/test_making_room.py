@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A full arena of objects that no lower tier has yet: whose write is given up, and for whom nothing is."""
 
 from __future__ import annotations

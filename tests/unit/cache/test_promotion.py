@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects raised from disk and Redis: once for all who wait, a counted miss where it fails, tiers left alone when
 gone.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Taking objects out of tiers: in slices where they are many, at once where they are few, counted right either way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An object's states: every way of the tables is gone by something that happens, and the documents draw these ways."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tier's threads and its pauses: what is asked of a tier that is left alone, and how one ends that hangs."""
 
 from __future__ import annotations

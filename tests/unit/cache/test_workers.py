@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Threads whose work a coroutine waits for: what it returns or raises arrives on the loop, whatever it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache` as its users run it: in this process for the many cases, as a process of its own where that matters."""
 
 from __future__ import annotations
@@ -145,9 +146,13 @@ class Process:
         if terminal:
             self._master, end = pty.openpty()
             self.process = subprocess.Popen(
-                command, stdin=end, stdout=end, stderr=end, env=environment,
+                command,
+                stdin=end,
+                stdout=end,
+                stderr=end,
+                env=environment,
                 preexec_fn=_hear_ctrl_c,  # noqa: PLW1509 - one call, which takes no lock
-            )  # fmt: skip
+            )
             os.close(end)
         else:
             self._master = -1

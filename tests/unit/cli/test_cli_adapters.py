@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache adapters ...` as a user runs it, against a real daemon."""
 
 from __future__ import annotations

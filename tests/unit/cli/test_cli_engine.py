@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prompt looked up through an engine's tokenizer. The engine is an HTTP server that answers as vLLM does, or not."""
 
 from __future__ import annotations

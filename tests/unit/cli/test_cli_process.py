@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command as a process: terminals, pipes, signals, shells, and how much it imports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How objects are named on the command line, and what is refused there: with the value and the fix, exit code 2."""
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ def test_any_model_and_the_base_model_can_be_meant(cli: Any, prompt: Any) -> Non
     tokens, _ = prompt(2, model="starred")
     adapter = "cd" * 32
     adapted, _ = prompt(1, model="starred", adapter=adapter)
-    for model, more, count in (
-        ("*", [], 8), ("starred", ["--adapter", ""], 8), ("*", ["--adapter", adapter], 0)
-    ):  # fmt: skip
+    for model, more, count in (("*", [], 8), ("starred", ["--adapter", ""], 8), ("*", ["--adapter", adapter], 0)):
         assert cli("lookup", "--model", model, "--tokens", ids(tokens), *more, "--json").json["tokens"] == count
     assert cli("lookup", "--model", "*", "--tokens", ids(adapted), "--adapter", adapter, "--json").json["tokens"] == 4
     assert cli("lookup", "--model", "starred", "--adapter", "", "--json").json["held"]["cpu"][0] == 2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`loracache top`: what it computes, one frame of it, and a daemon that goes and comes back."""
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ def reading(at: float, instance: bytes = b"one", uptime: float = 100.0, **counte
 def test_rates_are_of_the_time_between_two_readings() -> None:
     before = reading(10.0, hit_cpu=100, miss_absent=50, store_bytes=1000, evict_cpu_lru=5)
     now = reading(
-        12.0, hit_cpu=130, hit_disk=6, miss_absent=62, store_bytes=5000, load_disk_bytes=300, write_disk_bytes=800,
-        evict_cpu_lru=9, evict_cpu_asked=2, evict_disk_lru=1,
-    )  # fmt: skip
+        12.0,
+        hit_cpu=130,
+        hit_disk=6,
+        miss_absent=62,
+        store_bytes=5000,
+        load_disk_bytes=300,
+        write_disk_bytes=800,
+        evict_cpu_lru=9,
+        evict_cpu_asked=2,
+        evict_disk_lru=1,
+    )
     found = rates(before, now)
     assert (found.hits, found.misses, found.hit_rate) == (18.0, 6.0, 0.75)
     assert found.written == {"cpu": 2000.0, "disk": 400.0}

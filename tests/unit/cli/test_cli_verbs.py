@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each verb does to a real daemon, what it prints, and its exit code."""
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ def test_lookup_tells_how_far_a_prompt_is_held(cli: Any, client: CacheClient, pr
     assert shown.code == DONE
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.out.splitlines()}
     assert lines == {
-        "hits": "2 of 3", "tokens": "8 of 12", "tiers": "cpu 1, disk 1", "namespace": found.json["namespace"],
-    }  # fmt: skip
+        "hits": "2 of 3",
+        "tokens": "8 of 12",
+        "tiers": "cpu 1, disk 1",
+        "namespace": found.json["namespace"],
+    }
     assert cli("lookup", *of_keys(keys), "--json").json["tiers"] == ["cpu", "disk"]
 
 
@@ -129,8 +133,10 @@ def test_events_are_a_line_each(cli: Any, client: CacheClient, prompt: Any) -> N
     client.pin([keys[0]])
     events = [json.loads(line) for line in cli("events", "--since", last, "--no-follow", "--json").out.splitlines()]
     assert [(each["event"], each["key"]) for each in events if each["tier"] == "cpu"] == [
-        ("admitted", keys[0].hex()), ("admitted", keys[1].hex()), ("pinned", keys[0].hex()),
-    ]  # fmt: skip
+        ("admitted", keys[0].hex()),
+        ("admitted", keys[1].hex()),
+        ("pinned", keys[0].hex()),
+    ]
     lines = cli("events", "--since", last, "--no-follow").out.splitlines()
     for line, each in zip(lines, events, strict=False):  # the disk may have taken more meanwhile
         words = line.split()

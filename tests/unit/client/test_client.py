@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Client and connection: what the caller gets from a daemon, and from one that is gone, stuck or talking nonsense."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The connection to a daemon: what it does with answers that are late, wrong, out of order or missing."""
 
 from __future__ import annotations

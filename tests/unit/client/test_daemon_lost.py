@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A daemon that is gone leaves no memory behind in its clients, whether they notice it by themselves or not."""
 
 from __future__ import annotations

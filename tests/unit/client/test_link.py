@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rule for when a lost daemon is tried again, and one voice for what is said of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The connector without an engine: real requests and specs of vLLM, a scripted link, steps taken by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose weights: KV is keyed by the content that an engine serves under an adapter's id, whoever learns of it first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the connector does to the process that vLLM loads it into."""
 
 from __future__ import annotations

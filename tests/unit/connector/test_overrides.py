@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What we put in the place of vLLM's own can be called as vLLM calls it, in the release that is installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations of a Rig: what a Mover does when the tiers' threads are stepped by hand, and a disk that compresses."""
 
 from __future__ import annotations

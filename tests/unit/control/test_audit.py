@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The audit log: a line for every change, who made it, and nothing that is nobody's business."""
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ def test_the_file_is_for_its_owner_alone_and_what_was_there_stays(tmp_path: Path
     again.close()
     first, second = lines(path)
     assert {name: first[name] for name in first if name != "time"} == {
-        "by": "me", "verb": "evict", "objects": 0, "tiers": ["cpu"],
-    }  # fmt: skip
+        "by": "me",
+        "verb": "evict",
+        "objects": 0,
+        "tiers": ["cpu"],
+    }
     assert (second["by"], second["verb"]) == ("you\n", "pin")
     assert first["time"] <= second["time"]
     assert first["time"].endswith("Z")

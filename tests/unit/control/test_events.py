@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events: in their order, with their causes, and how many were missed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step that raises ends its operation as failed: nobody hangs, nothing stays held. No step does the work of many."""
 
 from __future__ import annotations
@@ -83,9 +84,7 @@ class Served:
         self.namespaces = namespaces or Namespaces(None)
         adapters: Any = SimpleNamespace(names=dict, engines={}, show=self.no_adapter, find=self.no_adapter)
         finder: Any = None
-        self.control = Control(
-            rig.cache, self.namespaces, adapters, finder, Audit(None), dict
-        )  # fmt: skip
+        self.control = Control(rig.cache, self.namespaces, adapters, finder, Audit(None), dict)
 
     async def no_adapter(self, name: str) -> list[Any]:
         return []

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of objects and of the tree: all of it, once, in order, whatever comes and goes, at a bounded price a page."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lookups: the index answers in the call, Redis in bounded time, and every one is answered once."""
 
 from __future__ import annotations

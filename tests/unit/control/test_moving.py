@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Moves between tiers: all there is arrives, nothing is lost on the way, and what passed through leaves no trace."""
 
 from __future__ import annotations

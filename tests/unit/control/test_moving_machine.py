@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stores, lookups, evictions, moves, compression, pins and cancels in any order, with every thread stepped by hand.
 
 After every step: each page is held once or free, the disk's books are the sum of its objects' costs, nothing left its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Namespaces and what engines call their models: kept over restarts, found among many."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations: how they end, who may see them, how long they are remembered."""
 
 from __future__ import annotations

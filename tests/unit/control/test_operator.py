@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CacheClient's control calls, over real daemons with a disk and a real Redis."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pins that end by themselves: each at its time, by the last word, and never those of an object stored anew."""
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ def test_each_pin_ends_at_its_own_time(make_rig: Make) -> None:
         rig.later(9)
         seen.append(pinned(rig, "a", "b", "c", "d"))
     assert seen == [
-        [True, True, True, True], [True, False, True, True], [True, False, True, False], [False, False, True, False],
-    ]  # fmt: skip
+        [True, True, True, True],
+        [True, False, True, True],
+        [True, False, True, False],
+        [False, False, True, False],
+    ]
 
 
 def test_the_last_word_counts(make_rig: Make) -> None:

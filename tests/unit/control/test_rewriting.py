@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compressing and decompressing: the disk's books follow what objects take, whatever happens meanwhile."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a selector stands for, and what of it a tenant may know."""
 
 from __future__ import annotations
@@ -177,8 +178,10 @@ def test_parts_are_small_name_each_key_once_and_look_at_a_part_at_a_time(namespa
     index, keys = held("base", "ours")
     blob = b"".join([keys["base"], keys["ours"], keys["base"], b"?" * 32, keys["base"]])
     assert list(select(Selector(keys=blob), namespaces, "").parts(index, namespaces, 2)) == [
-        [keys["base"], keys["ours"]], [b"?" * 32], [],
-    ]  # fmt: skip
+        [keys["base"], keys["ours"]],
+        [b"?" * 32],
+        [],
+    ]
     looked: list[bytes] = []
     watched: Any = SimpleNamespace(get=looked.append, spaces=index.spaces)
     parts = select(Selector(keys=blob), namespaces, OURS).parts(watched, namespaces, 2)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coroutines of the control path: begun at once, continued on the loop, ended by nothing but its end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon as a process: how it starts or refuses to, what it answers to nonsense, whose leases end with what."""
 
 from __future__ import annotations

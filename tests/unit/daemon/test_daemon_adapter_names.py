@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of adapters at running daemons: many of them, re-pointed and removed at once, kept, shared through Redis."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters of a running daemon: taken in whole or not at all, in which tiers they are, and who may push them out."""
 
 from __future__ import annotations
@@ -172,14 +173,11 @@ def bad(folder: Path) -> dict[str, tuple[str, str]]:
         "rank": (peft(folder / "rank", r=5), rf"{weights}.*{re.escape(A)}.*shape \(4, 64\).*\(5, in\)"),
         "no b": (peft(folder / "b", tensors={A: good[A]}), f"{weights}: module .*q_proj.* has no lora_B"),
         "int": (peft(folder / "int", tensors=good | {A: good[A].astype(np.int8)}), f"{weights}.*{re.escape(A)}.*I8"),
-        "other": (peft(folder / "other", tensors=good | {"x": nan}), f"{weights}: tensor 'x'.* no LoRA weight"),
+        "other": (peft(folder / "other", tensors=good | {"x": nan}), f"{weights}: tensor 'x'.* not a LoRA weight"),
         "target": (peft(folder / "target", target_modules=["v_proj"]), f"{weights}: target module 'v_proj'"),
         "dora": (peft(folder / "dora", use_dora=True), f"{config}: use_dora=True is not supported"),
         "cut": (str(folder / "cut"), f"{weights} is not a safetensors file"),
-        "pickle": (
-            str(folder / "lost"),
-            rf"{weights}' cannot be read.*\.bin is a pickle",
-        ),
+        "pickle": (str(folder / "lost"), rf"{weights}' cannot be read.*\.bin is a pickle"),
         "nowhere": (str(folder / "nowhere"), f"nowhere/{config}' cannot be read: No such file"),
         "relative": ("", f"{config}' cannot be read: No such file"),
     }
@@ -264,10 +262,10 @@ def test_folders_that_take_long_delay_nobody_else(daemon: Any, tmp_path: Path) -
     running = daemon(memory="128MiB")
     client, adding = running.client(), running.client()
     small = client.add_adapter(peft(tmp_path / "small"), "small")
-    paths = [peft(tmp_path / f"large-{number}", tensors={
-        f"base_model.model.model.layers.{n}.q_proj.lora_{part}.weight": np.full(shape, number, dtype=np.float32)
-        for n in range(6) for part, shape in (("A", (4, 260_000)), ("B", (260_000, 4)))
-    }) for number in range(2)]  # fmt: skip
+    layer, sizes = "base_model.model.model.layers.{}.q_proj.lora_{}.weight", {"A": (4, 260_000), "B": (260_000, 4)}
+    shapes = {layer.format(n, part): sizes[part] for n in range(6) for part in sizes}
+    tensors = [{name: np.full(shape, each, np.float32) for name, shape in shapes.items()} for each in range(2)]
+    paths = [peft(tmp_path / f"large-{each}", tensors=tensors[each]) for each in range(2)]
     numbers = [adding.connection.send(protocol.AdapterAdd(path, Path(path).name, "")) for path in paths]
     waits: list[float] = []
     digests: list[str] = []

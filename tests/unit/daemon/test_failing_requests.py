@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A request that raises what nobody expected is logged, counted and answered; its connection serves on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a private daemon removes at its end is its own, not that of the one after it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One connection's requests: what waits for a tier while others are served, and what clients may count."""
 
 from __future__ import annotations

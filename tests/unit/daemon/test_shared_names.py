@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of adapters on machines that share them: whoever asks gets the last word, whatever is away or damaged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A daemon starts with what it has, says what it lacks, and uses that once it is there."""
 
 from __future__ import annotations

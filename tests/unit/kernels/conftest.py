@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters in a paged pool, as the LoRA kernels are handed them, and what they have to compute, in float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies between blocks and payloads, on every device there is here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Segmented LoRA multiplication over paged weights, on the CPU, and how a batch is cut into tiles."""
 
 from __future__ import annotations
@@ -201,8 +202,14 @@ def shapes(draw: st.DrawFn) -> tuple[dict[str, Any], list[int]]:
 
 
 CANCELS_OUT = {
-    "ranks": [[8]], "inputs": 4, "widths": [1], "chunk": 8, "page_elements": 8, "layout": "scattered", "seed": 0,
-}  # fmt: skip
+    "ranks": [[8]],
+    "inputs": 4,
+    "widths": [1],
+    "chunk": 8,
+    "page_elements": 8,
+    "layout": "scattered",
+    "seed": 0,
+}
 
 
 @settings(max_examples=60)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels of segmented LoRA multiplication: natively where there is a GPU, and everywhere in Triton's
 interpreter and through its compiler. Both change Triton for the whole process, so they get one of their own: what runs
 there is `TestKernels` and `TestCompiler`.
@@ -146,9 +147,11 @@ class TestKernels:
     @pytest.mark.parametrize(
         ("weights_dtype", "dtype", "y_dtype"),
         [
-            ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float16", "bfloat16", "float32"),
+            ("bfloat16", "float32", "float32"),
+            ("float32", "bfloat16", "bfloat16"),
+            ("float16", "bfloat16", "float32"),
         ],
-    )  # fmt: skip
+    )
     def test_inputs_and_outputs_may_have_other_dtypes_than_weights(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], weights_dtype: str, dtype: str, y_dtype: str
     ) -> None:
@@ -206,7 +209,7 @@ class TestKernels:
         with pytest.raises(ValueError, match="has to be contiguous"):
             sgmv_triton.lora_linear(  # type: ignore[call-arg]
                 batch.y.to(DEVICE), batch.x.to(DEVICE), *tables, *batch.weights.tables(DEVICE), [64], 32, 8
-            )  # fmt: skip
+            )
 
     @pytest.mark.skipif(INTERPRETED, reason="programs run one after another there")
     def test_equal_inputs_give_equal_bits(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Daemons with a REST port, and a browser that looks at their dashboard."""
 
 from __future__ import annotations
@@ -113,9 +114,14 @@ def loracache() -> Callable[..., tuple[int, str, str]]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
         named = {"LORACACHE_SOCKET": str(socket)} if socket else {}
         done = subprocess.run(
-            [sys.executable, "-m", "loracache", *arguments], input=stdin or "", capture_output=True, text=True,
-            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"} | named, timeout=50, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "loracache", *arguments],
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"} | named,
+            timeout=50,
+            check=False,
+        )
         return done.returncode, done.stdout, done.stderr
 
     return run

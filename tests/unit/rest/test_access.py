@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nobody without the token changes anything, and no web page reaches the port at all."""
 
 from __future__ import annotations

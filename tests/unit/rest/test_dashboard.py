@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the dashboard shows, in a real browser: the same as the routes say, at every width, as text."""
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ Adapter = Callable[[str], SimpleNamespace]
 def running(module_daemon: Any, module_redis: Any, eventually: Any, rest_is_up: Any, tmp_path_factory: Any) -> Any:
     """As the other modules' daemon, with a Redis."""
     made = module_daemon(
-        http="127.0.0.1:0", memory="16MiB", page_size="4KiB", disk_path=tmp_path_factory.mktemp("disk"), disk="64MiB",
+        http="127.0.0.1:0",
+        memory="16MiB",
+        page_size="4KiB",
+        disk_path=tmp_path_factory.mktemp("disk"),
+        disk="64MiB",
         redis=module_redis().url,
-    )  # fmt: skip
+    )
     eventually(lambda: rest_is_up(made), "REST answers")
     return made
 
@@ -83,9 +88,11 @@ def test_each_tier_card_shows_what_the_statistics_say(
     page.wait(
         lambda: page.script(
             "const m = document.querySelector('[data-tier=cpu] .meter');"
-            "return Math.abs(100 * m.firstChild.offsetWidth / m.clientWidth - arguments[0]) < 1", part
-        ), "the bar is as long as the tier is full",
-    )  # fmt: skip
+            "return Math.abs(100 * m.firstChild.offsetWidth / m.clientWidth - arguments[0]) < 1",
+            part,
+        ),
+        "the bar is as long as the tier is full",
+    )
     assert page.text("#version") == stats["version"]
 
 
@@ -157,9 +164,10 @@ def test_a_large_list_comes_in_pages(page: Any, kv: Chain, anybody: httpx.Client
         kv(1, model="paged")
     page.open()
     (space,) = [
-        node["id"] for node in anybody.get("/v1/tree", params={"under": "base"}).json()["nodes"]
+        node["id"]
+        for node in anybody.get("/v1/tree", params={"under": "base"}).json()["nodes"]
         if node["model"] == "paged"
-    ]  # fmt: skip
+    ]
     opened(page, "base")
     opened(page, space)
     for count in (50, 100, 120):
@@ -188,8 +196,9 @@ def test_search_finds_adapters_by_name_objects_by_key_and_models(page: Any, kv: 
     page.says("#search-note", "2 matches")
     page.wait(lambda: len(page.all("#tree > ul > li")) == 2, "two rows")
     assert {item.get_attribute("data-id") for item in page.all("#tree > ul > li")} == {
-        f"adapter:{one.digest}", f"adapter:{other.digest}",
-    }  # fmt: skip
+        f"adapter:{one.digest}",
+        f"adapter:{other.digest}",
+    }
     assert page.text(".details [data-fact=digest]") == one.digest  # the one that is meant is open
 
     search(page, keys[1])
@@ -250,8 +259,9 @@ def test_nothing_overflows_and_fingers_find_the_buttons(
     low = page.script(
         "return [...document.querySelectorAll('button, select, input')].filter((each) => each.checkVisibility())"
         ".map((each) => [each.textContent, each.getBoundingClientRect().height])"
-        ".filter(([, height]) => height < arguments[0])", 40 if width == 360 else 18
-    )  # fmt: skip
+        ".filter(([, height]) => height < arguments[0])",
+        40 if width == 360 else 18,
+    )
     assert low == []
     page.click(".details [data-verb=move]")
     page.says(".about", "Now there")
@@ -303,8 +313,9 @@ def in_page(page: Any, code: str, *arguments: Any) -> Any:
     """What `code` answers, with the page's own modules: `await part("history")`."""
     return page.driver.execute_async_script(
         "const [...given] = arguments; const done = given.pop(); const part = (name) => import(`/assets/${name}.js`);"
-        f"(async () => {{ {code} }})().then(done, (error) => done(String(error)))", *arguments
-    )  # fmt: skip
+        f"(async () => {{ {code} }})().then(done, (error) => done(String(error)))",
+        *arguments,
+    )
 
 
 def test_a_tier_that_is_not_in_use_or_scanned_is_said_to_be(page: Any, anybody: httpx.Client) -> None:
@@ -313,11 +324,12 @@ def test_a_tier_that_is_not_in_use_or_scanned_is_said_to_be(page: Any, anybody: 
     stats["tiers"]["redis"]["available"] = False
     stats["tiers"]["disk"]["scanned"] = False
     shown = in_page(
-        page, "(await part('overview')).show(given[0], performance.now());"
+        page,
+        "(await part('overview')).show(given[0], performance.now());"
         "const badge = (tier) => document.querySelector(`[data-tier=${tier}] .badge`).textContent;"
         "return ['cpu', 'disk', 'redis'].map(badge)",
         stats,
-    )  # fmt: skip
+    )
     assert shown == ["available", "being scanned", "not in use"]
 
 

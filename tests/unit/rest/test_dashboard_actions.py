@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the dashboard does, in a real browser: what its dialogs said, only after they were agreed to, and only for who
 may."""
 
@@ -54,8 +55,10 @@ def agree(page: Any) -> str:
 def choose(page: Any, name: str, value: str) -> None:
     page.script(
         "const field = document.querySelector(`#action [name=${arguments[0]}]`); field.value = arguments[1];"
-        "field.dispatchEvent(new Event('input', {bubbles: true}))", name, value
-    )  # fmt: skip
+        "field.dispatchEvent(new Event('input', {bubbles: true}))",
+        name,
+        value,
+    )
 
 
 def only(page: Any, tier: str) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dashboard's files, without a browser: what is served, with which headers, and what must not stand in them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dashboard while something goes on for long, or fails: operations, and what failed lately."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No client holds a connection, memory or the daemon for longer than it may: sizes, rates and times."""
 
 from __future__ import annotations
@@ -141,8 +142,10 @@ def test_a_head_without_end_is_cut(running: Any, part: bytes) -> None:
 
 
 def test_a_trailer_without_end_is_cut(running: Any, operator: httpx.Client) -> None:
-    head = (f"POST /v1/evict HTTP/1.1\r\nhost: {urlsplit(running.http).netloc}\r\nauthorization: "
-            f"{operator.headers['authorization']}\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n")  # fmt: skip
+    head = (
+        f"POST /v1/evict HTTP/1.1\r\nhost: {urlsplit(running.http).netloc}\r\nauthorization: "
+        f"{operator.headers['authorization']}\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n"
+    )
     with raw(running.http) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(head.encode() + b"x: " + b"y" * (1 << 20))
@@ -218,8 +221,9 @@ def server(tmp_path: Path, log: list[str], eventually: Any, caplog: pytest.LogCa
         access = Access(
             application(log), frozenset({place}), TokenStore(tmp_path / "lc.sock"), Rates(0), open_reading=True
         )
-        config = uvicorn.Config(access, http=Hasty, ws="none", log_config=None, timeout_keep_alive=1,
-                                timeout_graceful_shutdown=2)  # fmt: skip
+        config = uvicorn.Config(
+            access, http=Hasty, ws="none", log_config=None, timeout_keep_alive=1, timeout_graceful_shutdown=2
+        )
         made = uvicorn.Server(config)
         thread = threading.Thread(target=made.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many calls at once on one connection: each gets its own answer, or an error in bounded time."""
 
 from __future__ import annotations

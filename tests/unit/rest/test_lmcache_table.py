@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/lmcache.md: what it says stands beside LMCache's endpoints does what it says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics: what Prometheus scrapes keeps its conventions, and the Grafana dashboard draws what there is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations, pages and events over HTTP, on a real daemon."""
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ def test_a_move_goes_on_behind_its_answer_and_says_what_came_of_it(
     assert answer.headers["location"] == f"{OPERATION}/{answer.json()['id']}"
     done = operator.get(answer.headers["location"], params={"wait": 10}).json()
     assert (done["state"], done["verb"], done["total"], done["objects"], done["bytes"]) == (
-        "done", "admit", 40, 40, 40_000,
-    )  # fmt: skip
+        "done",
+        "admit",
+        40,
+        40,
+        40_000,
+    )
     assert set(operator.post("/v1/lookup", json=keys_of(*keys)).json()["tiers"]) == {"cpu"}
     again = operator.post("/v1/admit", params={"wait": 10}, json=keys_of(*keys))
     assert (again.status_code, again.json()["causes"]) == (200, {"already": 40})
@@ -159,9 +164,12 @@ def feed(running: Any) -> Iterator[Callable[..., Feed]]:
 
 
 def test_what_happens_is_told_in_its_order(
-    operator: httpx.Client, client: CacheClient, chain: Callable[[int], list[str]], feed: Callable[..., Feed],
+    operator: httpx.Client,
+    client: CacheClient,
+    chain: Callable[[int], list[str]],
+    feed: Callable[..., Feed],
     eventually: Any,
-) -> None:  # fmt: skip
+) -> None:
     watching = feed()
     (key,) = chain(1)
     client.flush()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """REST over a real daemon: what a route says and does is what a client of the socket sees."""
 
 from __future__ import annotations

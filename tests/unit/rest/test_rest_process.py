@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process behind the port: it comes back, and goes with its daemon. The daemon goes on without it."""
 
 from __future__ import annotations

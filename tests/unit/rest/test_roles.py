@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each role may do, and that a route which does not say what it needs is closed."""
 
 from __future__ import annotations
@@ -91,9 +92,11 @@ def test_every_role_gets_what_it_may_and_nothing_else(
     for method, path, need in routes():
         # A body that is not a JSON shows who gets as far as to have it read.
         with anybody.stream(
-            method, re.sub(r"{[^}]*}", "nobody", path), headers=headers | {"content-type": "application/json"},
+            method,
+            re.sub(r"{[^}]*}", "nobody", path),
+            headers=headers | {"content-type": "application/json"},
             content=None if method in ("GET", "DELETE") else b"{",
-        ) as answer:  # fmt: skip
+        ) as answer:
             if not need.endless or answer.status_code != 200:
                 answer.read()
         if need.endless and answer.status_code == 200:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is secret shows nowhere: not in answers, logs, process lists or environments, whatever goes wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tenant's token reaches its own salt only: everything else is as if it were not there, by key, model or page."""
 
 from __future__ import annotations

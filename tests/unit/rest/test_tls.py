@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Off loopback: TLS and a token for everything, or no start. Certificates are real, and renewed while it runs."""
 
 from __future__ import annotations
@@ -59,9 +60,12 @@ def far(module_daemon: Any, eventually: Any, pair: Pair) -> Iterator[Any]:
         path = Path(folder) / "lc.sock"
         tokens = {name: add_token(tokens_path(path), name, name) for name in ("read", "operate")}
         running = module_daemon(
-            socket=path, http="0.0.0.0:0", http_hosts="cache.example.org,cache.example.net:443", tls_cert=pair[0],
+            socket=path,
+            http="0.0.0.0:0",
+            http_hosts="cache.example.org,cache.example.net:443",
+            tls_cert=pair[0],
             tls_key=pair[1],
-        )  # fmt: skip
+        )
         eventually(lambda: up(running, pair[0]), "REST answers")
         running.tokens = tokens
         yield running

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The token store: nothing but hashes is kept, a file that others touched is not believed, changes need no restart."""
 
 from __future__ import annotations
@@ -261,8 +262,11 @@ def test_tokens_are_made_listed_and_removed_while_the_daemon_runs(
     assert (code, "ci" in listed, "operate" in listed, token.strip() in listed) == (0, True, True, False)
     (shown,) = json.loads(loracache("tokens", "list", "--json", socket=running.socket)[1])
     assert (shown["name"], shown["role"], shown["tenant"], set(shown)) == (
-        "ci", "operate", "", {"name", "role", "tenant", "created"}
-    )  # fmt: skip
+        "ci",
+        "operate",
+        "",
+        {"name", "role", "tenant", "created"},
+    )
     assert loracache("tokens", "remove", "ci", socket=running.socket)[0] == 0
     eventually(lambda: status_of(running, token.strip()) == 401, "the token is forgotten")
     assert loracache("tokens", "remove", "ci", socket=running.socket)[0] == 3

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters uploaded over HTTP: what is taken in is what was sent, and nothing else ever lands anywhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Byte planes and zstd: every byte comes back, and nothing that claims to be compressed is trusted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replies come through whole and in their order, however the connection cuts them."""
 
 from __future__ import annotations

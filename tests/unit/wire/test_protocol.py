@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages of the socket: what is sent is what arrives, and anything else is a ProtocolError that says what is
 wrong.
 """

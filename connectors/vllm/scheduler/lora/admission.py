@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's side of paged LoRA: which content a request's adapter is, fetching it, and when the request may run.
 
 A request waits until its adapter is on the pages of every worker, and the others run on. Nothing here waits: the

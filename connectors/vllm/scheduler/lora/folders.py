@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's side: what is in the folders that adapters are asked for by.
 
 The daemon is asked to take a folder in, and answers its digest. While none answers, or where it will not have the

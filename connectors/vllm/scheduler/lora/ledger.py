@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may have pages of the workers' pools: the scheduler's books. Pure; no clock and no I/O of its own.
 
 An adapter has pages from the moment it is given them until it is evicted; requests hold it from admission to their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thread that copies adapters onto pages: from the arena, or from their folder where no daemon has them.
 
 The worker's main thread hands orders over and collects what is done; the engine's step never waits. An adapter is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies an adapter's payload onto pages: rank rows to rank rows, this worker's part of each, cast where the engine
 computes in another dtype.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's LoRA managers on a pool of pages: `max_loras` bounds the adapters of one batch, and nothing else.
 
 The dense slots are made for zero adapters, so that they take no memory; in their place the layers hold their part of

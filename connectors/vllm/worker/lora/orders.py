@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker's side of paged LoRA: carries out what the scheduler orders, and tells it what came of that.
 
 Threading: vLLM calls everything here on the worker's main thread, `_finished` is called by the activator's.

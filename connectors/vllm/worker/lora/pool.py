@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker's pool: equal pages of engine memory, which adapters are on them, and the tables the kernels read.
 
 An adapter is resident from the moment its last byte is on its pages until it is evicted. A slot is a row of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What vLLM's LoRA layers call: the paged kernels in the place of its own.
 
 A layer hands over what it holds as its stacked weights, here its PagedModule. The rows of a batch are planned once a
@@ -71,17 +72,32 @@ class PagedPunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         self._sampled.plan([slot_of[adapter] for adapter in mapping.prompt_mapping])
 
     def add_lora_linear(
-        self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Any, lora_b_stacked: Any, scale: float,
-        output_slices: tuple[int, ...], *, buffer: Any = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """y += scale * (x @ A.T) @ B for every slice, row by row with its own adapter. Where vLLM wants y overwritten,
         it hands over zeros."""
         self._apply(y, x, lora_a_stacked, self._tokens)
 
     def add_lora_logits(
-        self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, *,
-        buffer: Any = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        scale: float,
+        *,
+        buffer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """The same for the rows that are sampled."""
         self._apply(y, x, lora_a_stacked, self._sampled)
 
@@ -92,15 +108,33 @@ class PagedPunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         module: PagedModule = lora_b_stacked
         rows = self._tokens
         lora_embedding(
-            y, x, rows.order, rows.tiles, module.pages, module.page_ids, module.places, module.scales, module.width,
-            module.chunk, module.most_rank,
-        )  # fmt: skip
+            y,
+            x,
+            rows.order,
+            rows.tiles,
+            module.pages,
+            module.page_ids,
+            module.places,
+            module.scales,
+            module.width,
+            module.chunk,
+            module.most_rank,
+        )
 
     def _apply(self, y: torch.Tensor, x: torch.Tensor, module: PagedModule, rows: _Rows) -> None:
         lora_linear(
-            y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), rows.order, rows.tiles, module.pages, module.page_ids,
-            module.places, module.scales, module.widths, module.chunk, module.most_rank,
-        )  # fmt: skip
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
+            rows.order,
+            rows.tiles,
+            module.pages,
+            module.page_ids,
+            module.places,
+            module.scales,
+            module.widths,
+            module.chunk,
+            module.most_rank,
+        )
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:
         """Of fully sharded layers, which lora_pool refuses."""

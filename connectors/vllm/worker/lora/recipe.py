@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How adapters of one structure (settings, modules, shapes, dtypes) come onto the pages of a pool: worked out once for
 all of them, since hundreds differ in their numbers only.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chunk sizes, and which models' KV is refused. Real specs of vLLM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kv_connector_extra_config: what is wrong is named, with the value and the fix."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon of an engine that names none: started once, ended with its last client."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What workers report is heard once, however often and in whatever order vLLM hands it over."""
 
 from __future__ import annotations

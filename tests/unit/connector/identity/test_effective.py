@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every option of vLLM is in the identity, or in the list of what is known not to change KV; the docs say which."""
 
 from __future__ import annotations

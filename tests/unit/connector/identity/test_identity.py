@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two engines share KV exactly where they compute with the same weights and configuration, wherever those lie. Real
 configurations of vLLM, as an engine makes them from its arguments."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine that does nothing keeps no memory of a daemon that was killed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's connection never waits, and one late answer does not turn the cache off."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paged LoRA without an engine: PEFT folders made by hand, a small model's modules, and what an adapter computes."""
 
 from __future__ import annotations
@@ -74,9 +75,13 @@ class AdapterMaker:
         self._root = root
 
     def __call__(
-        self, name: str, ranks: int | Mapping[str, int] = 4, dtype: str = "float32", folder: str = "",
+        self,
+        name: str,
+        ranks: int | Mapping[str, int] = 4,
+        dtype: str = "float32",
+        folder: str = "",
         sizes: Mapping[str, tuple[int, int]] = PARTS,
-    ) -> Adapter:  # fmt: skip
+    ) -> Adapter:
         import torch
         from safetensors.torch import save_file
 
@@ -220,10 +225,9 @@ def computed(pool: Any, tables: Any, number: int, x: torch.Tensor, slots: Sequen
     rows = slice(first, first + len(module.parts))
     order, tiles = (torch.from_numpy(each) for each in plan_tiles(np.array(slots, dtype=np.int64)))
     y = torch.zeros(len(x), sum(module.widths))
-    torch.ops.loracache.lora_linear(
-        y, x, order, tiles, pool.pages, tables.page_ids, tables.places[:, rows], tables.scales[:, rows],
-        list(module.widths), pool.shape.chunk, pool.shape.most_rank,
-    )  # fmt: skip
+    at = (tables.page_ids, tables.places[:, rows], tables.scales[:, rows])
+    shape = (list(module.widths), pool.shape.chunk, pool.shape.most_rank)
+    torch.ops.loracache.lora_linear(y, x, order, tiles, pool.pages, *at, *shape)
     return y
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of modules: as adapters give them, as the model has them."""
 
 from __future__ import annotations

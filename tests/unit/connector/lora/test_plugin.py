@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin on releases of vLLM that it knows, does not know, and that are not what it thinks they are."""
 
 from __future__ import annotations

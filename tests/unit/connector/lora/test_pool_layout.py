@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where an adapter's matrices stand: apart from each other, found again by the kernels, and hardly any page wasted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`lora_pool`: how much, and whether this engine has a pool at all, wherever in its configuration we are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler's side plans again or takes back: chunks that did not reach the cache, loads of old weights."""
 
 from __future__ import annotations

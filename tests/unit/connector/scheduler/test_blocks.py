@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's own blocks are keyed by what an adapter's id serves: real requests, hashed by vLLM."""
 
 from __future__ import annotations

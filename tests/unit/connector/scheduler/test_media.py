@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Media are keyed by what the model is given of them: items as vLLM's processors make them."""
 
 from __future__ import annotations
@@ -196,10 +197,12 @@ def test_tensors_of_every_dtype_and_layout_are_hashed(dtype: torch.dtype) -> Non
 
 
 VALUES = st.recursive(
-    st.integers(-3, 3) | st.booleans() | st.sampled_from(["", "a", "1", 1.5])
+    st.integers(-3, 3)
+    | st.booleans()
+    | st.sampled_from(["", "a", "1", 1.5])
     | st.lists(st.integers(0, 2), max_size=3).map(lambda values: torch.tensor(values, dtype=torch.int64)),
     lambda inner: st.lists(inner, max_size=3),
-)  # fmt: skip
+)
 
 
 def form(value: Any) -> Any:
@@ -258,9 +261,14 @@ def test_requests_that_vllm_tells_apart_have_other_chunk_keys(
             driver.link.digests[folders[adapter]] = adapter
             lora = LoRARequest(adapter[:4], 1 + (adapter[0] == "b"), folders[adapter])
         request = make_request(
-            f"r{number}", 2 * CHUNK, seed=prompt["seed"], mm_features=features, lora_request=lora,
-            cache_salt=prompt["salt"], block_hasher=hasher,
-        )  # fmt: skip
+            f"r{number}",
+            2 * CHUNK,
+            seed=prompt["seed"],
+            mm_features=features,
+            lora_request=lora,
+            cache_salt=prompt["salt"],
+            block_hasher=hasher,
+        )
         driver.side.on_new_request(request)
         state = driver.side._requests[request.request_id]
         if features:
@@ -279,14 +287,15 @@ def test_every_kind_of_extra_key_of_this_vllm_is_one_that_we_know() -> None:
     from vllm.v1.core import kv_cache_utils
 
     kinds = {name for name in vars(kv_cache_utils) if name.startswith("_gen_") and name.endswith("_hash_keys")}
-    assert kinds == {
-        "_gen_mm_extra_hash_keys", "_gen_lora_extra_hash_keys", "_gen_prompt_embeds_extra_hash_keys",
-    }  # fmt: skip
+    assert kinds == {"_gen_mm_extra_hash_keys", "_gen_lora_extra_hash_keys", "_gen_prompt_embeds_extra_hash_keys"}
     source = inspect.getsource(kv_cache_utils.generate_block_hash_extra_keys)
     added = source[source.rindex("extra_keys: list[Any] =") :].split(")")[0]
     assert set(added.replace("(", " ").split()) - {"extra_keys:", "list[Any]", "=", "+"} == {
-        "lora_extra_keys", "mm_extra_keys", "cache_salt_keys", "prompt_embeds_keys",
-    }  # fmt: skip
+        "lora_extra_keys",
+        "mm_extra_keys",
+        "cache_salt_keys",
+        "prompt_embeds_keys",
+    }
 
 
 def test_request_without_media_asks_nothing(driver: Any, make_request: Any) -> None:

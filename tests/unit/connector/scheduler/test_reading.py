@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler's side answers vLLM: how far a request is held, and what is loaded for it."""
 
 from __future__ import annotations

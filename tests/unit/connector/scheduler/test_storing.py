@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler's side plans to store, from which blocks, and which blocks vLLM must keep until it is done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's side when weights change in place, and when vLLM resets its prefix cache."""
 
 from __future__ import annotations

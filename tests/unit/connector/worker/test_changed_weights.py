@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workers' side when weights change in place, when blocks are freed early, and when the KV cache sleeps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layouts as vLLM 0.26 to 0.32 register them: bytes move whole and right, and different physical orders never meet."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker's side: every plan is carried out, every result is reported once and in the step it is due."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker's transfer threads against a real daemon: the right bytes, or blocks reported once and left alone."""
 
 from __future__ import annotations
@@ -37,13 +38,24 @@ class Worker:
         self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.may = True
         self.loader = Loader(
-            url, lambda: None, PageCopier(self.layout.rows), SHARD, self.layout.block_bytes, timeout,
-            lambda load: self.may, lambda *what: self.done.put(what),
-        )  # fmt: skip
+            url,
+            lambda: None,
+            PageCopier(self.layout.rows),
+            SHARD,
+            self.layout.block_bytes,
+            timeout,
+            lambda load: self.may,
+            lambda *what: self.done.put(what),
+        )
         self.storer = Storer(
-            url, lambda: None, PageCopier(self.layout.rows), SHARD, self.layout.block_bytes,
-            lambda store: self.may, lambda *what: self.done.put(what),
-        )  # fmt: skip
+            url,
+            lambda: None,
+            PageCopier(self.layout.rows),
+            SHARD,
+            self.layout.block_bytes,
+            lambda store: self.may,
+            lambda *what: self.done.put(what),
+        )
 
     def fill(self, seed: int = 1) -> None:
         torch.manual_seed(seed)

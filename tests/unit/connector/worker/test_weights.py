@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A worker knows which weights it computes with, and both sides keep KV of others away."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load_inplace` is carried out once, and the scheduler's side of our connector hears of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names that only the cache knows, on a front end whose daemon answers, is frozen, and dies."""
 
 from __future__ import annotations

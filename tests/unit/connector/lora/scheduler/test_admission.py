@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a request may run: its adapter fetched from a real daemon, on every worker's pages, and nobody else delayed."""
 
 from __future__ import annotations
@@ -312,9 +313,14 @@ def test_a_folder_whose_content_changed_is_loaded_in_place(
 
 
 def test_what_was_admitted_is_on_every_worker_s_pages(
-    url: str, make_engine: Any, make_manager: Any, make_shape: Callable[..., Any], make_adapter: Any, serves: Any,
+    url: str,
+    make_engine: Any,
+    make_manager: Any,
+    make_shape: Callable[..., Any],
+    make_adapter: Any,
+    serves: Any,
     eventually: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Nothing but the engine's loop is played: two workers copy from the daemon's arena on threads of their own."""
     adapters = [make_adapter(f"served {number}", 1 + number % 5) for number in range(10)]
     engine = make_engine(url, make_shape(60, page=160), make_shape(70))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever goes wrong with an adapter, its requests run later or are given up with the reason, and the others run."""
 
 from __future__ import annotations
@@ -83,9 +84,15 @@ def test_a_folder_that_cannot_be_served_fails_its_request_with_the_reason(
 
 @pytest.mark.parametrize("by_digest", [True, False])
 def test_what_the_model_cannot_adapt_fails_with_the_reason(
-    url: str, client: Any, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any, caplog: Any,
+    url: str,
+    client: Any,
+    make_engine: Any,
+    make_shape: Any,
+    make_adapter: Any,
+    eventually: Any,
+    caplog: Any,
     by_digest: bool,
-) -> None:  # fmt: skip
+) -> None:
     high = make_adapter("of high rank", 9)
     other = make_adapter("of another model", {"lm_head": 2}, sizes={"lm_head": (24, 50)})
     engine = make_engine(url, make_shape(400, most_rank=8))

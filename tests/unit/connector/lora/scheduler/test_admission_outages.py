@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Without a daemon, with one that is silent, or with another: adapters are served from their folders meanwhile."""
 
 from __future__ import annotations

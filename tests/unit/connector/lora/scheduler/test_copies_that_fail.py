@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter that cannot be copied in ends its requests after their patience, and costs little until then."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who has pages: never more than there are, nobody's while they are held, the least recently used ones first."""
 
 from __future__ import annotations

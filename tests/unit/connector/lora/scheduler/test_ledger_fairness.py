@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nobody waits for ever for pages: with requests that end, everybody's turn comes, and few pass before."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thread that copies adapters in, against a real daemon: all of an adapter is resident, or nothing of it."""
 
 from __future__ import annotations
@@ -198,9 +199,17 @@ def test_a_pool_without_room_takes_nothing(url: str, client: Any, make_worker: A
     ("dtype", "cause"), [("float32", ""), ("float16", "lease_lost")], ids=["bytes are copied", "numbers are cast"]
 )
 def test_what_was_read_under_a_lease_that_ended_is_resident_only_where_its_pages_prove_it(
-    url: str, client: Any, make_worker: Any, make_adapter: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch,
-    eventually: Any, serves: Any, dtype: str, cause: str,
-) -> None:  # fmt: skip
+    url: str,
+    client: Any,
+    make_worker: Any,
+    make_adapter: Any,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Any,
+    serves: Any,
+    dtype: str,
+    cause: str,
+) -> None:
     """The pages of the arena may have been another object's by then."""
     monkeypatch.setattr(activation, "_LEASE_S", 0.1)
     adapter, worker = make_adapter(f"slowly read {dtype}", dtype=dtype), make_worker(url, chunk=4)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a payload onto pages: what the kernels read there is what PEFT's tensors say, wherever the bytes lay."""
 
 from __future__ import annotations
@@ -62,9 +63,14 @@ def output(pool: PagePool, resident: Any, compute: Any, number: int, x: torch.Te
 @pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_on_pages_computes_what_peft_does(
-    make_shape: Callable[..., Any], make_adapter: Any, fill: Any, compute: Any, dtype: str, pool_dtype: str,
+    make_shape: Callable[..., Any],
+    make_adapter: Any,
+    fill: Any,
+    compute: Any,
+    dtype: str,
+    pool_dtype: str,
     scattered: bool,
-) -> None:  # fmt: skip
+) -> None:
     shape = make_shape(pages=600, page=32, element_bytes=TORCH[pool_dtype].itemsize)
     pool = make_pool(shape, pool_dtype, scattered=scattered)
     missing = {"model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_proj"}
@@ -145,12 +151,24 @@ def test_a_worker_holds_its_own_columns(
         )
         ids = (rank, rank * (kv_heads - 1), rank * (kv_heads - 1))
         layers = [
-            layer(MergedQKVParallelLinearWithLoRA, tp_size=2, tp_rank=rank, n_slices=3, output_ids=ids,
-                  output_slices=(16, kv, kv)),
-            layer(MergedColumnParallelLinearWithLoRA, tp_size=2, tp_rank=rank, n_slices=2, output_ids=(rank, rank),
-                  output_slices=(20, 20)),
+            layer(
+                MergedQKVParallelLinearWithLoRA,
+                tp_size=2,
+                tp_rank=rank,
+                n_slices=3,
+                output_ids=ids,
+                output_slices=(16, kv, kv),
+            ),
+            layer(
+                MergedColumnParallelLinearWithLoRA,
+                tp_size=2,
+                tp_rank=rank,
+                n_slices=2,
+                output_ids=(rank, rank),
+                output_slices=(20, 20),
+            ),
             layer(RowParallelLinearWithLoRA, tp_size=2, tp_rank=rank, n_slices=1, input_size=20),
-        ]  # fmt: skip
+        ]
         pool = make_pool(PoolShape(modules, 100, 32, 8, 4, 8))
         resident = fill(pool, pieces(adapter.payload()), layers)
         own = [second_half(rank, 32), *[second_half(rank, 12) if kv_heads == 2 else slice(None)] * 2]

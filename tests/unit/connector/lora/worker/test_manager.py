@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's manager on a pool: which layers it takes."""
 
 from __future__ import annotations
@@ -69,8 +70,15 @@ def linear(kind: Any = SimpleNamespace, **fields: Any) -> Any:
 
 def test_sizes_in_the_whole_model_are_those_before_workers_cut_and_copied() -> None:
     """Four workers; two KV heads, each on two of them."""
-    qkv = linear(QKVParallelLinear, input_size=64, total_num_heads=8, total_num_kv_heads=2, head_size=16,
-                 output_sizes=[128, 64, 64], output_size=256)  # fmt: skip
+    qkv = linear(
+        QKVParallelLinear,
+        input_size=64,
+        total_num_heads=8,
+        total_num_kv_heads=2,
+        head_size=16,
+        output_sizes=[128, 64, 64],
+        output_size=256,
+    )
     assert whole_sizes(SimpleNamespace(base_layer=qkv, n_slices=3)) == (64, (128, 32, 32))
     assert whole_sizes(SimpleNamespace(base_layer=qkv, n_slices=1)) == (64, (192,))
     gate_up = linear(input_size=64, output_sizes=[96, 96], output_size=192)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler orders is carried out by a worker, and answered once."""
 
 from __future__ import annotations

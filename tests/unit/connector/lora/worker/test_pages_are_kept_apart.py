@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever an adapter's files claim, and whatever a caller believes, only the adapter's own pages change."""
 
 from __future__ import annotations
@@ -154,13 +155,22 @@ def claims(draw: Any) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str,
 @pytest.mark.parametrize("copy", COPIES)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    claim=claims(), dtype=st.sampled_from([*ITEM]), place=st.sampled_from([(1, 0), (2, 0), (2, 1)]),
-    scattered=st.booleans(), plain=st.booleans(),
-)  # fmt: skip
+    claim=claims(),
+    dtype=st.sampled_from([*ITEM]),
+    place=st.sampled_from([(1, 0), (2, 0), (2, 1)]),
+    scattered=st.booleans(),
+    plain=st.booleans(),
+)
 def test_no_claim_of_a_file_changes_a_byte_beside_its_own_pages(
-    make_worker: Any, monkeypatch: pytest.MonkeyPatch, copy: str, claim: Any, dtype: str, place: tuple[int, int],
-    scattered: bool, plain: bool,
-) -> None:  # fmt: skip
+    make_worker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    copy: str,
+    claim: Any,
+    dtype: str,
+    place: tuple[int, int],
+    scattered: bool,
+    plain: bool,
+) -> None:
     """In host memory, and with what copies to a GPU."""
     monkeypatch.setattr(filling, "_copy", getattr(filling, copy))
     tensors, ranks = claim
@@ -187,8 +197,9 @@ def _check_values(
     worker: Worker, resident: Resident, payload: bytearray, found: Any, row: int, widths: tuple[int, int], own: int
 ) -> None:
     for matrix, (tensor, width) in enumerate(zip((found.a, found.b), widths, strict=True)):
-        data = torch.frombuffer(payload, dtype=filling.DTYPES[tensor.dtype], offset=tensor.offset,
-                                count=math.prod(tensor.shape)).view(found.rank, -1)  # fmt: skip
+        data = torch.frombuffer(
+            payload, dtype=filling.DTYPES[tensor.dtype], offset=tensor.offset, count=math.prod(tensor.shape)
+        ).view(found.rank, -1)
         wanted = data[:, own * width : (own + 1) * width] if data.shape[1] != width else data
         assert torch.equal(worker.matrix(resident, row, matrix, width).float(), wanted.float())
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool's books: a page is held by one adapter or free, whatever happens in whatever order, on two threads."""
 
 from __future__ import annotations
