@@ -15,6 +15,7 @@ import redis as redis_client
 
 _CURVE = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
 _chosen = random.Random()
+_given: set[int] = set()
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8  # those beside us choose others
 _PORTS = (10_000 + 1500 * _worker, 11_500 + 1500 * _worker)  # and 10000 above still below those of outgoing connections
 
@@ -102,9 +103,14 @@ class NetServer:
 
 
 def free_port() -> int:
-    """A port nobody listens on, nor on the one 10000 above, which a cluster's nodes speak among themselves by."""
+    """A port nobody listens on, nor on the one 10000 above, which a cluster's nodes speak among themselves by. Each is
+    given once: a server that was just started does not listen yet.
+    """
     while True:
         port = _chosen.randrange(*_PORTS)
+        if port in _given:
+            continue
+        _given.add(port)
         try:
             with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 10_000)):
                 return port
