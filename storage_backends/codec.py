@@ -36,7 +36,7 @@ import zstandard
 
 from loracache.storage_backends.vectors import length, pieces
 
-__all__ = ["BLOCK_BYTES", "PLANES", "CodecError", "Kept", "decode", "encode", "keep", "scatter", "scratch_for"]
+__all__ = ["BLOCK_BYTES", "PLANES", "CodecError", "Encoded", "decode", "encode", "encoded", "scatter", "scratch_for"]
 
 BLOCK_BYTES = 1 << 20  # part of the format, and a multiple of every element
 PLANES = (1, 2, 4, 8)
@@ -51,7 +51,7 @@ class CodecError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Encoded:
     """An object's bytes as a tier keeps them.
 
     planes, stored: as in Transfer and ObjectInfo; 0 where the bytes are the payload itself. checksum: xxh3_64 of the
@@ -64,12 +64,12 @@ class Kept:
     checksum: int = 0
 
 
-def keep(payload: list[memoryview], planes: int, scratch: memoryview) -> Kept:
+def encoded(payload: list[memoryview], planes: int, scratch: memoryview) -> Encoded:
     """`payload` compressed into the beginning of `scratch`; as it is for `planes` 0, or where that is too small."""
     stored = encode(payload, planes, scratch) if planes else 0
     if not stored:
-        return Kept(payload)
-    return Kept([scratch[:stored]], planes, stored, xxhash.xxh3_64_intdigest(scratch[:stored]))
+        return Encoded(payload)
+    return Encoded([scratch[:stored]], planes, stored, xxhash.xxh3_64_intdigest(scratch[:stored]))
 
 
 def scratch_for(size: int, planes: int) -> memoryview:
@@ -98,24 +98,24 @@ def encode(payload: Sequence[memoryview], planes: int, target: memoryview) -> in
     return end
 
 
-def decode(kept: memoryview, planes: int, payload: Sequence[memoryview]) -> None:
+def decode(data: memoryview, planes: int, payload: Sequence[memoryview]) -> None:
     """Fills `payload` with what `encode` compressed into `kept`. Raises CodecError.
 
-    Nothing that `kept` says is trusted: whatever it holds, memory stays within a few blocks.
+    Nothing that `data` says is trusted: whatever it holds, memory stays within a few blocks.
     """
     _check(planes)
     size = length(payload)
     count = _block_count(size)
     start = _LENGTH_BYTES * count
-    if kept.nbytes < start:
-        raise CodecError(f"{kept.nbytes} bytes end within the lengths of {count} frames")
-    lengths = struct.unpack_from(f"<{count}I", kept)
-    if start + sum(lengths) != kept.nbytes:
-        raise CodecError(f"frames should end after {start + sum(lengths)} bytes, there are {kept.nbytes}")
+    if data.nbytes < start:
+        raise CodecError(f"{data.nbytes} bytes end within the lengths of {count} frames")
+    lengths = struct.unpack_from(f"<{count}I", data)
+    if start + sum(lengths) != data.nbytes:
+        raise CodecError(f"frames should end after {start + sum(lengths)} bytes, there are {data.nbytes}")
     decompressor = zstandard.ZstdDecompressor(max_window_size=BLOCK_BYTES)
     for number, (frame_bytes, run) in enumerate(zip(lengths, pieces(payload, size, BLOCK_BYTES), strict=True)):
         try:
-            block = _inflate(decompressor, kept[start : start + frame_bytes], length(run))
+            block = _inflate(decompressor, data[start : start + frame_bytes], length(run))
         except (zstandard.ZstdError, CodecError) as error:
             raise CodecError(f"block {number} of {count}: {error}") from None
         if planes == 1:

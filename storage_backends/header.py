@@ -21,7 +21,7 @@ import xxhash
 from loracache.errors import ConfigError
 from loracache.storage_backends import codec
 from loracache.storage_backends.base import KEY_BYTES, Kind, ObjectInfo, Transfer, padded
-from loracache.storage_backends.codec import CodecError, Kept
+from loracache.storage_backends.codec import CodecError, Encoded
 from loracache.storage_backends.vectors import length
 
 __all__ = [
@@ -67,14 +67,14 @@ class OtherVersion(HeaderError):
 class Header:
     """An unpacked header.
 
-    segment_bytes: how an object kept in pieces is cut; 0 where it is kept whole. planes, kept_checksum: as in Kept.
+    segment_bytes: how an object in pieces is cut; 0 where it is whole. planes, stored_checksum: as in Encoded.
     fields: the packed fields as they were read, which the MAC covers.
     """
 
     info: ObjectInfo
     segment_bytes: int = 0
     planes: int = 0
-    kept_checksum: int = 0
+    stored_checksum: int = 0
     mac: bytes = NO_MAC
     fields: bytes = b""
 
@@ -87,7 +87,7 @@ def check_integrity_key(integrity_key: bytes | None) -> None:
         )
 
 
-def pack(info: ObjectInfo, kept: Kept, integrity_key: bytes | None, *, segment_bytes: int = 0) -> bytes:
+def pack(info: ObjectInfo, encoded: Encoded, integrity_key: bytes | None, *, segment_bytes: int = 0) -> bytes:
     """HEADER_BYTES bytes for an object whose bytes are `kept`, whatever `info.stored` says."""
     fields = _FIELDS.pack(
         MAGIC,
@@ -100,11 +100,11 @@ def pack(info: ObjectInfo, kept: Kept, integrity_key: bytes | None, *, segment_b
         info.key,
         info.parent,
         info.namespace,
-        kept.stored,
-        kept.checksum,
-        kept.planes,
+        encoded.stored,
+        encoded.checksum,
+        encoded.planes,
     )
-    body = fields + (_mac(fields, kept.views, integrity_key) if integrity_key is not None else NO_MAC)
+    body = fields + (_mac(fields, encoded.views, integrity_key) if integrity_key is not None else NO_MAC)
     return body + _CRC.pack(zlib.crc32(body))
 
 
@@ -126,14 +126,14 @@ def unpack(raw: bytes | memoryview) -> Header:
         raise HeaderError("header CRC does not match")
     fields = layout.unpack_from(body)
     _, _, kind, has_parent, segment_bytes, size, checksum, key, parent, namespace, *rest = fields
-    stored, kept_checksum, planes = rest or (0, 0, 0)
+    stored, stored_checksum, planes = rest or (0, 0, 0)
     if planes not in (0, *codec.PLANES) or bool(planes) != bool(stored) or stored >= max(size, 1):
         raise HeaderError(f"header says that {stored} of {size} bytes are stored, in {planes} planes")
     try:
         info = ObjectInfo(key, parent if has_parent else b"", Kind(kind), namespace, size, checksum, stored)
     except ValueError as error:
         raise HeaderError(f"header names an unknown kind {kind}") from error
-    return Header(info, segment_bytes, planes, kept_checksum, body[layout.size :], body[: layout.size])
+    return Header(info, segment_bytes, planes, stored_checksum, body[layout.size :], body[: layout.size])
 
 
 def payload_checksum(payload: Sequence[memoryview]) -> int:
@@ -173,12 +173,12 @@ def restore(
 
     compressed: the `stored` bytes of an object that is kept compressed; None where `payload` itself was read.
     """
-    kept = payload if compressed is None else [compressed]
-    if integrity_key is not None and not hmac.compare_digest(header.mac, _mac(header.fields, kept, integrity_key)):
+    stored = payload if compressed is None else [compressed]
+    if integrity_key is not None and not hmac.compare_digest(header.mac, _mac(header.fields, stored, integrity_key)):
         return "MAC does not match the integrity_key"
     if compressed is not None:
-        if payload_checksum(kept) != header.kept_checksum:
-            return f"what is stored has not the checksum {header.kept_checksum:016x} of its header"
+        if payload_checksum(stored) != header.stored_checksum:
+            return f"what is stored has not the checksum {header.stored_checksum:016x} of its header"
         try:
             codec.decode(compressed, header.planes, payload)
         except CodecError as error:
@@ -203,8 +203,8 @@ def as_stored(info: ObjectInfo, stored: int) -> ObjectInfo:
     return info if info.stored == stored else replace(info, stored=stored)
 
 
-def _mac(fields: bytes, kept: Sequence[memoryview], integrity_key: bytes) -> bytes:
+def _mac(fields: bytes, stored: Sequence[memoryview], integrity_key: bytes) -> bytes:
     digest = hashlib.blake2b(fields, key=integrity_key, digest_size=MAC_BYTES)
-    for view in kept:
+    for view in stored:
         digest.update(view)
     return digest.digest()

@@ -60,15 +60,15 @@ class MemoryBackend(StorageBackend):
             planes = self._planes.get(transfer.info.key, 0)
         if entry is None:
             return Result(Outcome.MISS)
-        info, kept = entry
+        info, stored = entry
         found = header.Header(info)
         fault = header.header_fault(found, transfer.info)
         if not fault:
             payload = head(transfer.buffers, info.size)
             if planes:
-                codec.decode(memoryview(kept), planes, payload)
+                codec.decode(memoryview(stored), planes, payload)
             else:
-                codec.scatter(kept, payload)
+                codec.scatter(stored, payload)
             fault = header.payload_fault(found, payload)
         if fault:
             self._remove(info.key)
@@ -82,19 +82,19 @@ class MemoryBackend(StorageBackend):
         payload = head(transfer.buffers, info.size)
         if header.payload_checksum(payload) != info.checksum:
             return Result(Outcome.CORRUPT, detail="payload does not match its checksum")
-        kept = codec.keep(payload, transfer.planes, codec.scratch_for(info.size, transfer.planes))
-        data = b"".join(kept.views)
+        encoded = codec.encoded(payload, transfer.planes, codec.scratch_for(info.size, transfer.planes))
+        data = b"".join(encoded.views)
         with self._lock:
             replaced = self._objects.get(info.key)
             used = self._used + len(data) - (_kept_bytes(replaced[0]) if replaced else 0)
             if self._capacity is not None and used > self._capacity:
                 return Result(Outcome.FULL, detail=f"capacity is {self._capacity} bytes")
             self._used = used
-            self._objects[info.key] = (header.as_stored(info, kept.stored), data)
+            self._objects[info.key] = (header.as_stored(info, encoded.stored), data)
             self._planes.pop(info.key, None)
-            if kept.planes:
-                self._planes[info.key] = kept.planes
-        return Result(Outcome.OK, stored=kept.stored)
+            if encoded.planes:
+                self._planes[info.key] = encoded.planes
+        return Result(Outcome.OK, stored=encoded.stored)
 
     def _remove(self, key: bytes) -> bool:
         with self._lock:

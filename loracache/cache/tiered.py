@@ -84,7 +84,7 @@ class TieredCache:
             self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
-        self.index.keeper = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
+        self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
         self._remover = Remover(
             self.index, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
         )
@@ -241,21 +241,21 @@ class TieredCache:
 
     # -- steering ----------
 
-    def keep(self, keys: Iterable[bytes]) -> None:
+    def retain(self, keys: Iterable[bytes]) -> None:
         """Objects that an operator named: the disk never drops them for others, and the arena not before they are
         there. Without a disk the arena keeps them, but where there is a Redis to find them in. What the disk had no
         room for is offered to it again.
         """
         for key in keys:
-            self.index.kept.add(key)
+            self.index.retained.add(key)
             node = self.index.get(key)
             if node is not None and self.disk is not None:
                 self.disk.queue_write(node)
         self.pump()
 
-    def unkeep(self, key: bytes) -> None:
+    def stop_retaining(self, key: bytes) -> None:
         """No name stands for the object any more: it may go like any other."""
-        self.index.kept.discard(key)
+        self.index.retained.discard(key)
         node = self.index.get(key)
         for tier in (Tier.CPU, Tier.DISK) if node is not None else ():
             self.index.offer(node, tier)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from loracache.client.connection import Connection, Reply
-from loracache.client.control import Operator
+from loracache.client.control import ControlCalls
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.results import Cause
@@ -127,7 +127,7 @@ class Reservation:
             at += len(buffer)
 
 
-class CacheClient(Operator):
+class CacheClient(ControlCalls):
     """A connection to a LoRACache daemon.
 
     >>> with CacheClient("unix:///run/loracache.sock") as cache:

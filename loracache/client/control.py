@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operator: the control calls of CacheClient, for people and scripts that steer a running daemon.
+"""The control calls of CacheClient, for people and scripts that steer a running daemon.
 
 Objects are named by a `Selection`. What changes many objects is an operation of the daemon: its `OperationReport` says
 how far it was after at most `wait` seconds; `operation` asks again.
@@ -19,7 +19,7 @@ from loracache.wire import control_messages as messages
 from loracache.wire import protocol
 from loracache.wire.fields import MAX_WAIT_S
 
-__all__ = ["ALL_TIERS", "Located", "OperationReport", "Operator", "Selection"]
+__all__ = ["ALL_TIERS", "Located", "OperationReport", "ControlCalls", "Selection"]
 
 ALL_TIERS = ("cpu", "disk", "redis")
 _PAGE = 1000
@@ -132,7 +132,7 @@ class OperationReport:
             raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
 
 
-class Operator:
+class ControlCalls:
     """The control calls; CacheClient gives the connection. All raise UsageError for arguments that cannot be meant,
     Rejected where the daemon refuses, and Unknown (a Rejected) where a model, an adapter or a node of the tree is not
     there.

@@ -57,7 +57,7 @@ class Adapters:
         self._post = post
         self.engines: Counter[bytes] = Counter()
         names.changed = self._renamed
-        cache.keep(bytes.fromhex(record.digest) for record in names.known().values())
+        cache.retain(bytes.fromhex(record.digest) for record in names.known().values())
 
     async def digest(self, path: str) -> list[Any]:
         """[hex digest, identity of the files] of a PEFT folder."""
@@ -144,9 +144,9 @@ class Adapters:
 
         def settle() -> None:
             if before is not None and before.digest and not self._named(before.digest):
-                self._cache.unkeep(bytes.fromhex(before.digest))
+                self._cache.stop_retaining(bytes.fromhex(before.digest))
             if after.digest:
-                self._cache.keep([bytes.fromhex(after.digest)])
+                self._cache.retain([bytes.fromhex(after.digest)])
 
         self._post(settle)
 

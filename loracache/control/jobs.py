@@ -23,8 +23,8 @@ __all__ = ["Operation", "Operations", "Turns"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_KEPT = 1000
-_KEPT_S = 3600.0
+_REMEMBERED = 1000
+_REMEMBERED_S = 3600.0
 
 
 @dataclass(slots=True)
@@ -160,10 +160,10 @@ class Operations:
             self.end(operation, error)
 
     def _forget(self) -> None:
-        over = time.time() - _KEPT_S
+        over = time.time() - _REMEMBERED_S
         ended = [operation for operation in self._known.values() if operation.ended]
         for position, operation in enumerate(ended):
-            if len(ended) - position > _KEPT or operation.ended < over:
+            if len(ended) - position > _REMEMBERED or operation.ended < over:
                 del self._known[operation.id]
 
 

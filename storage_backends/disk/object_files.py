@@ -118,13 +118,13 @@ class ObjectFiles:
         info = transfer.info
         # Compressed, it has to save a page at least: files have whole pages.
         scratch = self._body(max(padded(info.size) - ALIGNMENT, 0) if transfer.planes else 0)
-        kept = codec.keep(head(transfer.buffers, info.size), transfer.planes, scratch)
+        encoded = codec.encoded(head(transfer.buffers, info.size), transfer.planes, scratch)
         body = transfer.buffers
-        if kept.stored:
-            body = [scratch[: padded(kept.stored)]]
-            body[0][kept.stored :] = bytes(body[0].nbytes - kept.stored)  # the object before it in this scratch
+        if encoded.stored:
+            body = [scratch[: padded(encoded.stored)]]
+            body[0][encoded.stored :] = bytes(body[0].nbytes - encoded.stored)  # the object before it in this scratch
         page = self._header_page()
-        page[:] = header.pack(info, kept, self._integrity_key).ljust(ALIGNMENT, b"\0")
+        page[:] = header.pack(info, encoded, self._integrity_key).ljust(ALIGNMENT, b"\0")
         fresh = self._tmp / str(next(self._serial))
         try:
             self._write(fresh, [page, *body])
@@ -132,7 +132,7 @@ class ObjectFiles:
             with contextlib.suppress(OSError):
                 os.unlink(fresh)
             raise
-        return fresh, kept.stored
+        return fresh, encoded.stored
 
     def publish(self, fresh: Path, key: bytes) -> None:
         """Puts a written file in the object's place, in one step; removes it where that fails."""

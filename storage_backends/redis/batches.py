@@ -185,7 +185,7 @@ class Store(_Batch):
     def __init__(self, objects: ObjectCommands, transfers: Sequence[Transfer]) -> None:
         super().__init__(objects, transfers)
         self._segments = self._sets()
-        self._kept: dict[int, codec.Kept] = {}  # of items on their way
+        self._encoded: dict[int, codec.Encoded] = {}  # of items on their way
         self._segment_keys: dict[int, list[bytes]] = {}
         self._replaced: dict[int, list[bytes]] = {}  # the segments of what the items replace
 
@@ -202,15 +202,15 @@ class Store(_Batch):
                 detail = "payload does not match its checksum; nothing was stored"
                 self.results[item] = Result(Outcome.CORRUPT, detail=detail)
                 continue
-            kept = codec.keep(payload, transfer.planes, codec.scratch_for(info.size, transfer.planes))
-            nbytes, segment_bytes = kept.stored or info.size, self.objects.segment_bytes
-            names = self.objects.layout.segment_keys(info.key, nbytes, segment_bytes, kept.checksum)
-            self._kept[item], self._segment_keys[item], self.missing[item] = kept, names, len(names)
+            encoded = codec.encoded(payload, transfer.planes, codec.scratch_for(info.size, transfer.planes))
+            nbytes, segment_bytes = encoded.stored or info.size, self.objects.segment_bytes
+            names = self.objects.layout.segment_keys(info.key, nbytes, segment_bytes, encoded.checksum)
+            self._encoded[item], self._segment_keys[item], self.missing[item] = encoded, names, len(names)
             question = command(b"GET", self.objects.layout.header_key(info.key))
             self.headers.append(_Command(item, [question], is_header=True, is_question=True))
             if not names:
                 self.headers.append(self._header(item))
-            for name, run in zip(names, pieces(kept.views, nbytes, segment_bytes), strict=True):
+            for name, run in zip(names, pieces(encoded.views, nbytes, segment_bytes), strict=True):
                 if self.results[item] is not None:
                     break
                 start = opening(3, b"SET", name) + b"$%d\r\n" % length(run)
@@ -218,8 +218,8 @@ class Store(_Batch):
 
     def _header(self, item: int) -> _Command:
         info = self.transfers[item].info
-        kept = self._kept[item]
-        raw = header.pack(info, kept, self.objects.integrity_key, segment_bytes=self.objects.segment_bytes)
+        encoded = self._encoded[item]
+        raw = header.pack(info, encoded, self.objects.integrity_key, segment_bytes=self.objects.segment_bytes)
         return _Command(item, [command(b"SET", self.objects.layout.header_key(info.key), raw)], is_header=True)
 
     def next_segment(self) -> _Command | None:
@@ -238,7 +238,7 @@ class Store(_Batch):
         elif reply != b"OK":
             raise ProtocolFault("SET was not answered with OK")
         elif sent.is_header:
-            self.results[item] = Result(Outcome.OK, stored=self._kept.pop(item).stored)
+            self.results[item] = Result(Outcome.OK, stored=self._encoded.pop(item).stored)
             mine = set(self._segment_keys[item])
             self.retired += [name for name in self._replaced.get(item, ()) if name not in mine]
         else:
@@ -249,7 +249,7 @@ class Store(_Batch):
     def _refused(self, item: int, result: Result) -> None:
         """Leaves what was there before where it is whole still, and else nothing."""
         mine, before = self._segment_keys[item], self._replaced.get(item)
-        del self._kept[item]
+        del self._encoded[item]
         if before is None or not set(mine).isdisjoint(before):
             self.fail(item, result.outcome, result.detail, mine)
         else:

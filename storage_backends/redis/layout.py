@@ -26,7 +26,7 @@ class Layout:
     def held(self, found: header.Header) -> list[bytes]:
         """The segments that a header names."""
         info = found.info
-        return self.segment_keys(info.key, info.stored or info.size, found.segment_bytes, found.kept_checksum)
+        return self.segment_keys(info.key, info.stored or info.size, found.segment_bytes, found.stored_checksum)
 
 
 def read_header(key: bytes, raw: Reply) -> header.Header | str | None:

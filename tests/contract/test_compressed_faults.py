@@ -16,7 +16,7 @@ import zstandard
 
 from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ALIGNMENT, Outcome, Transfer, padded
-from loracache.storage_backends.codec import Kept
+from loracache.storage_backends.codec import Encoded
 from loracache.storage_backends.disk import manifest
 from loracache.storage_backends.disk.backend import DiskBackend
 from loracache.storage_backends.redis.backend import RedisBackend
@@ -106,7 +106,7 @@ def test_an_evicted_segment_is_a_miss_and_the_rest_goes(
 def forged(transfer: Transfer, kept: bytes, planes: int = 2, claimed: int = 0) -> bytes:
     """A file that says in all honesty that it holds `kept`."""
     stored = claimed or len(kept)
-    shown = Kept([memoryview(kept)], planes, stored, xxhash.xxh3_64_intdigest(kept))
+    shown = Encoded([memoryview(kept)], planes, stored, xxhash.xxh3_64_intdigest(kept))
     return header.pack(transfer.info, shown, None).ljust(ALIGNMENT, b"\0") + kept.ljust(padded(len(kept)), b"\0")
 
 
@@ -186,7 +186,7 @@ def test_the_mac_covers_how_an_object_is_kept(disk: Any, objects: Any, folder: A
     taken = stored(backend, compressed)
     whole = folder.file(compressed).read_bytes()
     found = header.unpack(whole)
-    shown = Kept([], 4, taken, found.kept_checksum)
+    shown = Encoded([], 4, taken, found.stored_checksum)
     fields = header.pack(compressed.info, shown, None)[: -header.MAC_BYTES - 4] + found.mac
     folder.file(compressed).write_bytes(fields + zlib.crc32(fields).to_bytes(4, "little") + whole[len(fields) + 4 :])
     (result,) = backend.load([objects.empty(compressed)])

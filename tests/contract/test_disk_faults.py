@@ -17,7 +17,7 @@ import pytest
 from loracache.errors import ConfigError
 from loracache.storage_backends import header
 from loracache.storage_backends.base import Outcome, Transfer
-from loracache.storage_backends.codec import Kept
+from loracache.storage_backends.codec import Encoded
 from loracache.storage_backends.disk.backend import DiskBackend
 
 OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
@@ -230,7 +230,7 @@ def test_the_integrity_key_covers_all_of_the_header(disk: Any, objects: Any, fol
     stored = objects.new(9000)
     objects.store(backend, [stored])
     whole = folder.file(stored).read_bytes()
-    forged = header.pack(replace(stored.info, namespace=bytes(32)), Kept([]), None)
+    forged = header.pack(replace(stored.info, namespace=bytes(32)), Encoded([]), None)
     fields = forged[: -header.MAC_BYTES - 4] + header.unpack(whole).mac
     folder.file(stored).write_bytes(fields + zlib.crc32(fields).to_bytes(4, "little") + whole[header.HEADER_BYTES :])
     refused_and_gone(backend, folder, objects, stored)

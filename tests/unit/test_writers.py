@@ -18,7 +18,7 @@ READS = {
     "index": {"get", "knows", "evictable", "stays", "leaf_below", "below"},
     "arena": {"free_bytes", "rounded", "buffers", "audit", "populate"},  # bytes and page tables, not who has a page
 }
-SETTINGS = {"adapters", "kept", "keeper", "on_change"}  # of the index, assigned or filled by others
+SETTINGS = {"adapters", "on_change", "retained", "retaining_tier"}  # of the index, assigned or filled by others
 CHANGES = {"add", "update", "discard", "remove", "clear", "pop"}
 
 
@@ -76,7 +76,7 @@ def test_what_only_reads_is_there() -> None:
         ("Leases(self._arena.free)", {"arena.free"}),
         ("map(index.get, keys)", set()),
         ("cache.index.adapters.add(key)", {"index.adapters"}),
-        ("self.index.keeper = None", {"index.keeper"}),
+        ("self.index.retaining_tier = None", {"index.retaining_tier"}),
         ("parent.dirty |= 1", {"node.dirty"}),
         ("a, node.extents = node.extents, ()", {"node.extents"}),
     ],

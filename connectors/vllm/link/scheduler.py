@@ -33,7 +33,7 @@ class SchedulerLink(Link):
         self._next_report = 0.0
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
         self._unwanted: set[int] = set()
-        self._kept: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
+        self._early: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
         self._resident: set[bytes] = set()  # what the daemon was told that we hold
 
     def answering(self) -> bool:
@@ -100,7 +100,7 @@ class SchedulerLink(Link):
 
     def forget(self, number: int) -> None:
         """An answer nobody wants any more; it still counts as a sign of life."""
-        self._kept.pop(number, None)
+        self._early.pop(number, None)
         if number in self._asked:
             self._unwanted.add(number)
 
@@ -135,8 +135,8 @@ class SchedulerLink(Link):
 
     def _answer(self, number: int) -> tuple[bool, list[Any] | None]:
         """(answered, payload); no payload where the question failed."""
-        if number in self._kept:
-            return True, self._kept.pop(number)
+        if number in self._early:
+            return True, self._early.pop(number)
         try:
             self.connection.poll()
             reply = self.connection.take(number)
@@ -153,7 +153,7 @@ class SchedulerLink(Link):
     def _lost(self) -> None:
         self._asked.clear()
         self._unwanted.clear()
-        self._kept.clear()
+        self._early.clear()
 
     def _made(self) -> None:
         self._resident = set()
@@ -170,5 +170,5 @@ class SchedulerLink(Link):
             if number in self._unwanted:
                 self._unwanted.discard(number)
             else:
-                self._kept[number] = payload
+                self._early[number] = payload
         return False

@@ -16,7 +16,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Event", "Events"]
 
-_KEPT = 20_000
+_REMEMBERED = 20_000
 _FAILURES_KEPT = 200
 
 
@@ -42,7 +42,7 @@ class Events:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._ring: deque[Event] = deque(maxlen=_KEPT)
+        self._ring: deque[Event] = deque(maxlen=_REMEMBERED)
         self.failures: deque[Event] = deque(maxlen=_FAILURES_KEPT)
         self.last = int(clock() * 1000)  # numbers grow over restarts, for those who come back with one
         self._began = self.last

@@ -29,9 +29,10 @@ class Index:
 
     `on_candidate(tier, node)` is called whenever a node may have become a victim; `free` takes back extents that nobody
     holds any more. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
-    adapters that an engine serves and the cache does not hold. `kept` are keys of adapters that have a name: such a
-    node stays in the tier `keeper`, and in the arena until it is there. `spaces` says what there is of each namespace
-    that has anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every change.
+    adapters that an engine serves and the cache does not hold. `retained` are keys of adapters that have a name: such a
+    node stays in the tier `retaining_tier`, and in the arena until it is there. `spaces` says what there is of each
+    namespace that has anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every
+    change.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], free: Callable[[Iterable[Extent]], None]) -> None:
@@ -40,8 +41,8 @@ class Index:
         self._free = free
         self._clock = itertools.count(1)
         self.adapters: set[bytes] = set()
-        self.kept: set[bytes] = set()
-        self.keeper: Tier | None = None
+        self.retained: set[bytes] = set()
+        self.retaining_tier: Tier | None = None
         self.spaces: SortedDict[bytes, Space] = SortedDict()
         self.on_change: Callable[[Node, Tier, bool, str], None] = lambda node, tier, entered, cause: None
         self.objects = [0, 0, 0, 0]
@@ -130,7 +131,7 @@ class Index:
             node.parent.children[tier] += 1
         self.touch(node)
         self.offer(node, tier)
-        if node.key in self.kept and tier is self.keeper:
+        if node.key in self.retained and tier is self.retaining_tier:
             self.offer(node, Tier.CPU)
         self.on_change(node, tier, True, cause)
 
@@ -222,9 +223,9 @@ class Index:
         """Whether a pin or a name keeps the node in `tier`."""
         if node.pins >> tier & 1:
             return True
-        if node.key not in self.kept or self.keeper is None:
+        if node.key not in self.retained or self.retaining_tier is None:
             return False
-        return tier is self.keeper or not node.held_in(self.keeper)
+        return tier is self.retaining_tier or not node.held_in(self.retaining_tier)
 
     def offer(self, node: Node, tier: Tier) -> None:
         """Tell the tier's policy of a node that may be a victim."""

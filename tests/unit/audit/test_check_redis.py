@@ -12,7 +12,7 @@ import pytest
 
 from loracache import CacheClient
 from loracache.storage_backends import header
-from loracache.storage_backends.codec import Kept
+from loracache.storage_backends.codec import Encoded
 from loracache.storage_backends.redis.commands import RETIRED_S
 
 
@@ -90,7 +90,7 @@ def test_disk_and_redis_that_disagree_are_left_and_told(filled: Any, server: Any
     info = header.unpack(server.get(head(other))).info
     made = header.pack(
         replace(info, key=one, parent=found.info.parent),
-        Kept([memoryview(payload)]),
+        Encoded([memoryview(payload)]),
         None,
         segment_bytes=found.segment_bytes,
     )

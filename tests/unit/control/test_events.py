@@ -44,7 +44,7 @@ def test_events_come_in_order_a_page_at_a_time() -> None:
 
 
 def test_who_reads_too_slowly_is_told_how_many_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_KEPT", 10)
+    monkeypatch.setattr(module, "_REMEMBERED", 10)
     events = Events()
     since = events.last
     many(events, 25)
@@ -88,7 +88,7 @@ def test_all_who_wait_are_woken_once_by_the_first_event() -> None:
 
 
 def test_failures_are_kept_longer_than_what_is_said_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_KEPT", 10)
+    monkeypatch.setattr(module, "_REMEMBERED", 10)
     events = Events()
     events.fail(REDIS, "unavailable", 7)
     many(events, 50)

@@ -155,15 +155,15 @@ def test_what_is_held_at_its_source_stays_there_with_its_ancestors_and_is_counte
     elif hold == "pin":
         made.cache.pins.pin([key], source)
     else:
-        made.cache.keep([key])
-        made.cache.index.keeper = source
+        made.cache.retain([key])
+        made.cache.index.retaining_tier = source
     operation = made.begin(range(8), DISK if source is CPU else CPU, source=source, keep=False)
     made.rig.settle()
     assert (operation.objects, dict(operation.causes)) == (8, {"stays": 4})
     assert made.held(source) == made.named(0, 1, 2, 3)
     made.rig.release()
     made.check(operation)
-    made.cache.index.keeper = DISK
+    made.cache.index.retaining_tier = DISK
 
 
 def test_what_the_target_dropped_again_stays_at_its_source(settled: Make) -> None:
