@@ -107,8 +107,7 @@ class DiskBackend(StorageBackend):
             self._known = self._manifest.read()
         return ""
 
-    @property
-    def _index(self) -> dict[bytes, ObjectInfo]:
+    def _held(self) -> dict[bytes, ObjectInfo]:
         """What is held. A long manifest (a second for 200,000 objects) is read at the first use: under the lock, and
         by `scan` where the cache has just begun."""
         if self._known is None:
@@ -119,7 +118,7 @@ class DiskBackend(StorageBackend):
         if self._unreachable:
             return self._out_of_reach(len(keys))
         with self._lock:
-            held = [self._index.get(key) for key in keys]
+            held = [self._held().get(key) for key in keys]
         return [Result(Outcome.OK, info) if info else Result(Outcome.MISS) for info in held]
 
     def load(self, transfers: Sequence[Transfer]) -> list[Result]:
@@ -160,7 +159,7 @@ class DiskBackend(StorageBackend):
         if self._unreachable:
             return
         with self._lock:
-            known = dict(self._index)
+            known = dict(self._held())
         rooted, hanging = parents_first(known)
         yield from self._still_held(rooted)
         late = {info.key: info for info in hanging} | {info.key: info for info in self._sweep(known)}
@@ -210,7 +209,7 @@ class DiskBackend(StorageBackend):
             info = header.as_stored(info, stored)
             with self._lock:
                 self._files.publish(fresh, info.key)
-                self._index[info.key] = info
+                self._held()[info.key] = info
                 self._manifest.add(info)
         except OSError as error:
             return _failure(error)
@@ -248,7 +247,7 @@ class DiskBackend(StorageBackend):
                 self._drop(key)
 
     def _drop(self, key: bytes) -> None:
-        info = self._index.pop(key, None)
+        info = self._held().pop(key, None)
         if info is not None:
             self._manifest.delete(info)
 
@@ -257,8 +256,8 @@ class DiskBackend(StorageBackend):
             return
         with self._lock:
             try:
-                if self._manifest.wasteful(len(self._index)):
-                    self._manifest.compact(self._index)
+                if self._manifest.wasteful(len(self._held())):
+                    self._manifest.compact(self._held())
                 else:
                     self._manifest.flush()
             except OSError as error:
@@ -266,7 +265,7 @@ class DiskBackend(StorageBackend):
                 _log.warning("manifest of %s not written: %s", self.path, error)
 
     def _still_held(self, infos: Iterable[ObjectInfo]) -> Iterator[ObjectInfo]:
-        return (info for info in infos if info.key in self._index)
+        return (info for info in infos if info.key in self._held())
 
     def _sweep(self, known: Iterable[bytes]) -> list[ObjectInfo]:
         """Compares the files with the index, one folder at a time; returns what was adopted."""
@@ -277,7 +276,7 @@ class DiskBackend(StorageBackend):
         for number, expected in enumerate(by_folder):
             suspects = expected
             for key, size in self._files.listing(number):
-                info = self._index.get(key)
+                info = self._held().get(key)
                 suspects.discard(key)
                 if info is None or size != footprint(info.stored or info.size):
                     suspects.add(key)
@@ -291,18 +290,18 @@ class DiskBackend(StorageBackend):
 
     def _reconcile(self, key: bytes) -> ObjectInfo | None:
         """Brings the index in line with one file: returns it if adopted; a bad file goes, a missing one is dropped."""
-        before = self._index.get(key)
+        before = self._held().get(key)
         try:
             found = self._files.inspect(key)
             with self._lock:
-                if self._index.get(key) is not before:
+                if self._held().get(key) is not before:
                     return None  # stored or deleted while we looked
                 if found is None:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(self._files.file(key))
                     self._drop(key)
                 elif found != before:
-                    self._index[key] = found
+                    self._held()[key] = found
                     self._manifest.add(found)
                     return found
         except OSError as error:

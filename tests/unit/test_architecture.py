@@ -204,6 +204,17 @@ def test_functions_stay_on_one_screen() -> None:
     assert not long, f"over {FUNCTION_LINES} lines: {long}"
 
 
+def test_a_property_changes_nothing() -> None:
+    for module, path in house.sources.items():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(each) == "property" for each in node.decorator_list
+            ):
+                stored = [each for each in ast.walk(node) if isinstance(getattr(each, "ctx", None), ast.Store)]
+                wrong = [ast.unparse(each) for each in stored if isinstance(each, ast.Attribute | ast.Subscript)]
+                assert not wrong, f"{module}.{node.name} sets {wrong}; make it a method"
+
+
 def test_nothing_unpickles_or_evaluates() -> None:
     for path in everything():
         for node in ast.walk(parse(path)):
