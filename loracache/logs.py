@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Literal
 
-__all__ = ["JsonFormatter", "LogFormat", "set_up_logging"]
+__all__ = ["JsonFormatter", "LogFormat", "set_up_logging", "utc_text"]
 
 LogFormat = Literal["text", "json"]
 
@@ -21,14 +21,18 @@ _TEXT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 _log = logging.getLogger(__name__)
 
 
+def utc_text(seconds: float) -> str:
+    """Unix seconds as ISO 8601 in UTC, with milliseconds."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (UTC, milliseconds), level, logger, message; exception where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end. A line break inside a message or a traceback is `\\n` in the JSON string."""
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         entry = {
-            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "time": utc_text(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

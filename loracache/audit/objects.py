@@ -27,8 +27,8 @@ def judge(found: header.Header, kept: memoryview, integrity_key: bytes | None) -
     info = found.info
     payload = memoryview(bytearray(info.size)) if info.stored else kept
     compressed = kept if info.stored else None
-    if fault := header.restore(found, compressed, [payload], None):
-        return Verdict(None, Fault.DAMAGED, fault)
-    if integrity_key is not None and (fault := header.restore(found, compressed, [payload], integrity_key)):
-        return Verdict(info, Fault.UNPROVEN, fault)
-    return Verdict(info)
+    fault = header.restore(found, compressed, [payload], integrity_key)
+    if not fault:
+        return Verdict(info)
+    damage = header.restore(found, compressed, [payload], None) if integrity_key is not None else fault
+    return Verdict(None, Fault.DAMAGED, damage) if damage else Verdict(info, Fault.UNPROVEN, fault)

@@ -190,9 +190,8 @@ class Adapters:
                 return place
             if place is Cause.EXISTS:
                 return None
-            if (
-                place is not Cause.BUSY or time.monotonic() > deadline
-            ):  # BUSY: the same adapter is being taken in already
+            # BUSY: the same adapter is being taken in already.
+            if place is not Cause.BUSY or time.monotonic() > deadline:
                 raise Rejected(
                     f"{path} is not taken into the cache ({place}): it has {packing.size} bytes; make the daemon's "
                     f"memory larger, or remove adapters or pins"

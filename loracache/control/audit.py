@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loracache.errors import ConfigError
+from loracache.logs import utc_text
 
 __all__ = ["Audit"]
 
@@ -44,10 +45,8 @@ class Audit:
 
     def write(self, by: str, verb: str, **facts: Any) -> None:
         """One line. What cannot be written goes to the daemon's log, and nothing fails for it."""
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
         told = {name: fact for name, fact in facts.items() if fact not in ("", None)}
-        line = json.dumps({"time": stamp, "by": by, "verb": verb} | told)
+        line = json.dumps({"time": utc_text(time.time()), "by": by, "verb": verb} | told)
         if self._path is None:
             _log.info("%s", line)
             return

@@ -66,7 +66,7 @@ REACHES = {
         "vllm.lora wire"
     ),
     "control": (
-        "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys mapping "
+        "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys logs mapping "
         "memory_limit namespaces results storage_backends tiers tracing wire"
     ),
     "daemon": (
