@@ -12,7 +12,7 @@ from loracache.keys import LORA_NAMESPACE, is_digest
 from loracache.storage_backends import header
 from loracache.storage_backends.base import ALIGNMENT, ObjectInfo
 from loracache.storage_backends.disk.manifest import RECORD_BYTES, Manifest, Records, parents_first, records_of
-from loracache.storage_backends.disk.object_files import footprint
+from loracache.storage_backends.disk.object_files import footprint, object_file
 
 __all__ = ["DiskCheck"]
 
@@ -164,8 +164,7 @@ class DiskCheck:
                 finding.fixed = finding.count
 
     def _file(self, key: bytes) -> Path:
-        name = key.hex()
-        return self._path / "objects" / name[:2] / name
+        return object_file(self._path / "objects", key)
 
     def _foreign(self, path: Path) -> None:
         self._add(Fault.FOREIGN, path, "")

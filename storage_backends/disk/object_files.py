@@ -25,7 +25,7 @@ from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ALIGNMENT, KEY_BYTES, ObjectInfo, Transfer, padded
 from loracache.storage_backends.vectors import head, length, move
 
-__all__ = ["FULL", "UNWRITABLE", "ObjectFiles", "footprint"]
+__all__ = ["FULL", "UNWRITABLE", "ObjectFiles", "footprint", "object_file"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,12 @@ _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}
 _HEX = frozenset(string.hexdigits.lower())
 # Scratch that a thread keeps, as far as it was ever touched: chunks of KV fit, and larger objects take it for one call.
 _KEPT_SCRATCH = 8 << 20
+
+
+def object_file(objects: Path, key: bytes) -> Path:
+    """Where an object lies below the folder `objects`."""
+    name = key.hex()
+    return objects / name[:2] / name
 
 
 def footprint(size: int) -> int:
@@ -77,8 +83,7 @@ class ObjectFiles:
 
     def file(self, key: bytes) -> Path:
         """Where an object lies."""
-        name = key.hex()
-        return self._objects / name[:2] / name
+        return object_file(self._objects, key)
 
     def read(self, transfer: Transfer, stored: int) -> str:
         """Fills the transfer's buffers; in words what is wrong with the file, empty where nothing is.
