@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
 from loracache.control.steps import start
+from loracache.daemon.room import reserve_in_time
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
@@ -69,7 +71,8 @@ class Session(asyncio.Protocol):
         self._frames = Frames()
         self._transport: asyncio.Transport | None = None
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
-        self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
+        self._asking: set[bytes] = set()  # leases of what waits for a tier, until they are released
+        self._flushed = served.cache.flushes.interval  # which began with the last flush
 
     # -- asyncio.Protocol ----------
 
@@ -304,8 +307,22 @@ class Session(asyncio.Protocol):
             ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
             for key, parent, size in zip(keys, parents, request.sizes, strict=True)
         ]
-        answers = self._cache.reserve(self.owner, request.lease, infos, request.ttl)
-        self._answer(number, OK, [_extents(item.extents) if isinstance(item, Writing) else item for item in answers])
+        if request.wait:
+            start(self._reply(number, self._reserve_in_time(request, infos)))
+        else:
+            self._answer(number, OK, _reserved(self._cache.reserve(self.owner, request.lease, infos, request.ttl)))
+
+    async def _reserve_in_time(self, request: protocol.Reserve, infos: list[ObjectInfo]) -> list[Any]:
+        if not self._cache.writers:
+            raise UsageError("nothing is durable without a tier below memory; give the daemon a disk or a Redis")
+        self._asking.add(request.lease)
+
+        def wanted() -> bool:
+            return self._transport is not None and request.lease in self._asking
+
+        answers = await reserve_in_time(self._cache, self.owner, request, infos, wanted)
+        self._asking.discard(request.lease)
+        return _reserved(answers)
 
     def _on_commit(self, number: int, request: protocol.Commit) -> None:
         keys = split_keys(request.keys)
@@ -315,10 +332,16 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, self._cache.commit(self.owner, request.lease, pairs))
 
     def _on_abort(self, number: int, request: protocol.Abort) -> None:
+        self._asking.discard(request.lease)
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
-        self._cache.when_flushed(lambda: self._answer(number, OK, []))
+        def flushed() -> None:
+            told = self._cache.flushes.since(self._flushed)
+            self._flushed = self._cache.flushes.end()
+            self._answer(number, OK, [told])
+
+        self._cache.when_flushed(flushed)
 
     def _on_status(self, number: int, request: protocol.Status) -> None:
         self._answer(number, OK, [self._served.status()])
@@ -333,6 +356,10 @@ class Session(asyncio.Protocol):
 
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
     return [number for extent in extents for number in extent]
+
+
+def _reserved(answers: list[Writing | Cause]) -> list[Any]:
+    return [_extents(item.extents) if isinstance(item, Writing) else item for item in answers]
 
 
 def _acquired(item: Acquired) -> list[Any]:
