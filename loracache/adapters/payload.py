@@ -48,7 +48,7 @@ _SETTLED_S = 2.0
 _MAGIC = b"LoRA\0\0\0\1"
 _ALIGNMENT = 64
 _MOST_HEADER = 64 << 20
-_SAFETENSORS_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def folder_identity(path: str) -> Identity:

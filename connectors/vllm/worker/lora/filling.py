@@ -21,7 +21,7 @@ from loracache.kernels.tables import RANK, round_up
 
 __all__ = ["DTYPES", "fill_pages"]
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WORDS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16: words are copied
 
 
