@@ -211,7 +211,8 @@ class Daemon:
             gc.collect(1)
 
     def _end_if_alone(self) -> None:
-        if any(session.name for session in self._sessions):
+        own = self._rest.pid if self._rest is not None else None
+        if any(session.name and session.peer.pid != own for session in self._sessions):
             return
         if any(session.age < _LINGER_S for session in self._sessions) and self._loop is not None:
             self._loop.call_later(_LINGER_S, self._end_if_alone)
@@ -301,7 +302,10 @@ class Daemon:
             writer.io.close()
         self._control.close()
         if self.config.private:  # unless an engine is starting the next one, which waits for the socket's lock
-            start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in (".start", ".log", ".settings"))
+            if self._rest is not None:  # first, for it makes its token anew
+                self._rest.close()
+            ours = (".start", ".log", ".settings", ".token")
+            start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in ours)
             unlink_unless_locked(start, others)
         self._stack.close()
         _log.info("ended")
