@@ -66,7 +66,8 @@ class Control:
         self._turns = Turns(_MOVES_AT_ONCE)
 
     async def serve(self, request: ControlRequest, label: str) -> list[Any]:
-        """Answer a request of the connection called `label`. Raises LoRACacheError for one that cannot be served."""
+        """Answer a request. label: who asks, for the audit log; request.by: who the client says that it is. Raises
+        LoRACacheError for one that cannot be served."""
         match request:
             case messages.Locate():
                 return await self._on_locate(request, label)
@@ -117,7 +118,7 @@ class Control:
         """What `work` answers, noted down where something changed."""
         payload = await work
         if payload:
-            self._audit.write(by, request.operation, name=request.name)
+            self._audit.write(by, request.operation, says=request.by, name=request.name)
         return payload
 
     # -- operations ----------
@@ -190,7 +191,7 @@ class Control:
 
     async def _on_cancel(self, request: messages.Cancel, label: str) -> list[Any]:
         operation = self.operations.cancel(request.name, request.scope)
-        self._audit.write(request.by or label, "cancel", operation=operation.id, state=operation.state)
+        self._audit.write(label, "cancel", says=request.by, operation=operation.id, state=operation.state)
         if self._turns.leave(operation):
             self.operations.end(operation)
         return [operation.describe()]
@@ -289,9 +290,9 @@ class Control:
         return [operation.describe()]
 
     def _new(self, request: Any, label: str, selector: Mapping[str, Any]) -> Operation:
-        operation = self.operations.begin(request.operation, request.by or label, request.scope)
+        operation = self.operations.begin(request.operation, label, request.scope)
         where = {name: getattr(request, name) for name in ("tier", "tiers", "source") if hasattr(request, name)}
-        self._about[operation.id] = audit_summary(selector) | where
+        self._about[operation.id] = {"says": request.by} | audit_summary(selector) | where
         return operation
 
     def _ended(self, operation: Operation) -> None:
