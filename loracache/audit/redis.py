@@ -5,7 +5,6 @@ its own: what seems wrong is looked at again after a while, longer than a store 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -92,14 +91,12 @@ class RedisCheck:
 
     def _scan(self, client: Any) -> dict[bytes, set[bytes]]:
         """Key -> the Redis keys of its segments, for all of which anything is there."""
-        start = re.escape(self._prefix.encode())
-        ours = re.compile(rb"%b:\{([0-9a-f]{64})\}(:(?:[0-9a-f]{16}:)?[0-9]+)?" % start)
         found: dict[bytes, set[bytes]] = {}
         for name in client.scan_iter(match=f"{self._prefix}:{{*", count=_COUNT):
-            match = ours.fullmatch(name)
-            if match is not None:
-                segments = found.setdefault(bytes.fromhex(match[1].decode()), set())
-                if match[2]:
+            read = self._layout.read_name(name)
+            if read is not None:
+                segments = found.setdefault(read[0], set())
+                if read[1]:
                     segments.add(name)
             elif name != b"%b:{check}" % self._prefix.encode():  # which a daemon that starts tries its rights on
                 self._report.add("redis", Fault.FOREIGN, name.decode(errors="replace"))

@@ -91,9 +91,7 @@ class TieredCache:
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
-        self._remover = Remover(
-            self.index, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
-        )
+        self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
 
     # -- reading ----------
 

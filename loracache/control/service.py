@@ -7,6 +7,7 @@ Threading: the event loop.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
@@ -16,12 +17,14 @@ from loracache.control.fields import audit_summary, count_evicted, describe_even
 from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
+from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
 from loracache.control.selection import Selected, Selector, select
 from loracache.control.steps import start, turn
 from loracache.control.transfer import Mover
 from loracache.errors import Unknown, UsageError
 from loracache.keys import is_digest
 from loracache.results import Cause, NodeKind
+from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
@@ -139,8 +142,19 @@ class Control:
 
     async def _on_evict(self, request: messages.Evict, label: str) -> list[Any]:
         tiers = removable_tiers(request.tiers)
-        operation, parts = await self._begin(request, label)
-        return await self._run(request, operation, self._evict(operation, parts, tiers))
+        selector = await self._selector(request)
+        redis = self._cache.redis
+        whose = (
+            whose_of(selector, self._namespaces, request.scope) if redis is not None and Tier.REDIS in tiers else None
+        )
+        try:
+            selected = select(selector, self._namespaces, request.scope)
+        except Unknown:  # here; other machines may have stored it
+            if redis is None or whose is None or not await known_in_redis(redis.io, whose):
+                raise
+            selected = Selected(scope=request.scope)
+        operation, parts = self._begin_with(request, label, selected)
+        return await self._run(request, operation, self._evict(operation, parts, tiers, whose))
 
     async def _on_clear(self, request: messages.Clear, label: str) -> list[Any]:
         tiers = removable_tiers(request.tiers)
@@ -248,16 +262,24 @@ class Control:
             operation.skip(Cause.ABSENT, len(keys) - changed)
             await turn()
 
-    async def _evict(self, operation: Operation, parts: Parts, tiers: list[Tier]) -> None:
+    async def _evict(self, operation: Operation, parts: Parts, tiers: list[Tier], whose: Whose | None) -> None:
+        deletions: Counter[Outcome] = Counter()
         for keys in operation.while_running(parts):
-            await self._remove(operation, partial(self._cache.evict, keys, tiers))
+            await self._remove(operation, partial(self._cache.evict, keys, tiers), deletions)
             await turn()
+        if Tier.REDIS in tiers and self._cache.redis is not None:
+            await empty_redis(self._cache.redis.io, operation, deletions, whose)
 
     async def _clear(self, operation: Operation, tiers: list[Tier]) -> None:
-        await self._remove(operation, partial(self._cache.clear, tiers))
+        deletions: Counter[Outcome] = Counter()
+        await self._remove(operation, partial(self._cache.clear, tiers), deletions)
+        if Tier.REDIS in tiers and self._cache.redis is not None:
+            await empty_redis(self._cache.redis.io, operation, deletions, Whose(everything=True))
 
-    async def _remove(self, operation: Operation, slices: Callable[[Evicted], Iterator[None]]) -> None:
-        did = Evicted()
+    async def _remove(
+        self, operation: Operation, slices: Callable[[Evicted], Iterator[None]], deletions: Counter[Outcome]
+    ) -> None:
+        did = Evicted(redis=deletions)
         try:
             for _ in operation.while_running(slices(did)):
                 await turn()
@@ -278,7 +300,9 @@ class Control:
 
     async def _begin(self, request: Any, label: str) -> tuple[Operation, Parts]:
         """A new operation, and what was selected for it."""
-        selected = await self._select(request)
+        return self._begin_with(request, label, await self._select(request))
+
+    def _begin_with(self, request: Any, label: str, selected: Selected) -> tuple[Operation, Parts]:
         operation = self._new(request, label, request.selector)
         operation.total = selected.total
         return operation, selected.parts(self._cache.index, self._namespaces, _PART)
@@ -312,10 +336,14 @@ class Control:
 
     async def _select(self, request: Any) -> Selected:
         """What the request's selector stands for."""
+        return select(await self._selector(request), self._namespaces, request.scope)
+
+    async def _selector(self, request: Any) -> Selector:
+        """The request's selector, an adapter by its digest."""
         fields = dict(request.selector)
         if fields.get("adapter"):
             fields["adapter"] = await self._digest(fields["adapter"], len(fields) == 1, request.scope)
-        return select(Selector(**fields), self._namespaces, request.scope)
+        return Selector(**fields)
 
     async def _digest(self, name: str, alone: bool, scope: str) -> str:
         """Of an adapter by name or digest; `alone`: nothing else is selected, so that there must be one."""

@@ -63,7 +63,8 @@ class Daemon:
         self._stack = contextlib.ExitStack()
         try:
             self._listener = listen(config.socket, self._stack, private=config.private)
-            disk, redis = disk_backend(config), redis_backend(config)
+            disk = disk_backend(config)
+            redis = redis_backend(config, self._describe)
             self._rest = rest_process(config, self._stack)
             self._namespaces, self._names = books(config)
             if config.traces is not None:
@@ -132,6 +133,10 @@ class Daemon:
         ticking.cancel()
         await self._drain()
         self._close()
+
+    def _describe(self, namespace: bytes) -> dict[bytes, bytes]:
+        """What Redis is told of a namespace, once the books are read."""
+        return self._namespaces.record(namespace)
 
     # -- what sessions need ----------
 

@@ -206,7 +206,7 @@ class Store(_Batch):
             nbytes, segment_bytes = encoded.stored or info.size, self.objects.segment_bytes
             names = self.objects.layout.segment_keys(info.key, nbytes, segment_bytes, encoded.checksum)
             self._encoded[item], self._segment_keys[item], self.missing[item] = encoded, names, len(names)
-            question = command(b"GET", self.objects.layout.header_key(info.key))
+            question = self.objects.question(info.key)
             self.headers.append(_Command(item, [question], is_header=True, is_question=True))
             if not names:
                 self.headers.append(self._header(item))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loracache.storage_backends.header import HEADER_BYTES
 from loracache.storage_backends.redis.layout import Layout
 from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire, command
 
@@ -34,7 +35,7 @@ class ObjectCommands:
         if self.cluster:  # a node refuses a command with keys of several slots
             wire.send([b"".join(command(b"GET", self.layout.header_key(key)) for key in keys)])
             replies = [wire.reply() for _ in keys]
-            return [None if isinstance(each, ErrorReply) and each.code == "WRONGTYPE" else each for each in replies]
+            return [None if _is_other_type(each) else each for each in replies]
         wire.send([command(b"MGET", *(self.layout.header_key(key) for key in keys))])
         reply = wire.reply()
         if isinstance(reply, ErrorReply):
@@ -42,6 +43,21 @@ class ObjectCommands:
         if isinstance(reply, list) and len(reply) == len(keys):
             return reply
         raise ProtocolFault("MGET was not answered with one value per key")
+
+    def headers(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply]:
+        """As `ask`, but of each value no more than a header takes; what is empty is as good as not there."""
+        self._send(wire, [self.question(key) for key in keys])
+        replies = [wire.reply() for _ in keys]
+        return [None if not each or _is_other_type(each) else each for each in replies]
+
+    def question(self, key: bytes) -> bytes:
+        """The command for the header of one object."""
+        return command(b"GETRANGE", self.layout.header_key(key), b"0", b"%d" % (HEADER_BYTES - 1))
+
+    def alive(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply]:
+        """1 for each object that has a header, else 0."""
+        self._send(wire, [command(b"EXISTS", self.layout.header_key(key)) for key in keys])
+        return [wire.reply() for _ in keys]
 
     def unlink(self, wire: Wire, objects: Sequence[list[bytes]]) -> list[Reply]:
         """Removes the keys of each object, all in one round trip; per object 1 if its first key was there, or 0.
@@ -52,13 +68,20 @@ class ObjectCommands:
         for first, *rest in objects:
             commands.append(command(b"UNLINK", first))
             commands.append(command(b"UNLINK", *(rest or [first])))
-        if commands:
-            wire.send([b"".join(commands)])
+        self._send(wire, commands)
         return [wire.reply() for _ in commands][::2]
 
     def retire(self, wire: Wire, segments: Sequence[bytes]) -> None:
         """Has segments expire that no header names any more."""
-        if segments:
-            wire.send([b"".join(command(b"EXPIRE", segment, b"%d" % RETIRED_S) for segment in segments)])
+        self._send(wire, [command(b"EXPIRE", segment, b"%d" % RETIRED_S) for segment in segments])
         for _ in segments:
             wire.reply()
+
+    @staticmethod
+    def _send(wire: Wire, commands: Sequence[bytes]) -> None:
+        if commands:
+            wire.send([b"".join(commands)])
+
+
+def _is_other_type(reply: Reply) -> bool:
+    return isinstance(reply, ErrorReply) and reply.code == "WRONGTYPE"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 from loracache.storage_backends import header
 from loracache.storage_backends.redis.resp import Reply
 
@@ -14,9 +16,15 @@ class Layout:
 
     def __init__(self, prefix: bytes) -> None:
         self.prefix = prefix
+        self._ours = re.compile(rb"%b:\{([0-9a-f]{64})\}(:(?:[0-9a-f]{16}:)?[0-9]+)?" % re.escape(prefix))
 
     def header_key(self, key: bytes) -> bytes:
         return b"%b:{%b}" % (self.prefix, key.hex().encode())
+
+    def read_name(self, name: bytes) -> tuple[bytes, bool] | None:
+        """The object's key, and whether the name is a segment's; None for what is not ours."""
+        match = self._ours.fullmatch(name)
+        return (bytes.fromhex(match[1].decode()), match[2] is not None) if match is not None else None
 
     def segment_keys(self, key: bytes, nbytes: int, segment_bytes: int, checksum: int = 0) -> list[bytes]:
         """Of `nbytes` kept bytes. Compressed ones, which have a checksum of their own, lie apart from the payload."""

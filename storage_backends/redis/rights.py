@@ -57,8 +57,8 @@ def check(servers: Servers, prefix: bytes, *, cluster: bool) -> Standing:
         raise ConfigError(said)
     if first.code in _ELSEWHERE:
         return Standing(reads=False, writes=False, reason=said)
-    reading = {"GET"} if cluster else {"GET", "MGET"}
-    return Standing(refused.keys().isdisjoint(reading), refused.keys().isdisjoint({"GET", "SET"}), said)
+    reading = {"GET", "GETRANGE"} if cluster else {"GET", "GETRANGE", "MGET"}
+    return Standing(refused.keys().isdisjoint(reading), refused.keys().isdisjoint({"GETRANGE", "SET"}), said)
 
 
 def _fix(first: ErrorReply, refused: dict[str, ErrorReply], prefix: bytes) -> str:
@@ -79,7 +79,8 @@ def _commands(prefix: bytes) -> list[tuple[str, bytes]]:
     key = b"%b:{check}" % prefix
     words = (
         (b"SET", key, b""), (b"GET", key), (b"MGET", key, b"%b:{other}" % prefix), (b"HSET", key, b"f", b"v"),
-        (b"HSETNX", key, b"f", b"v"), (b"HGET", key, b"f"), (b"HGETALL", key), (b"EXPIRE", key, b"60"),
-        (b"UNLINK", key),
+        (b"HSETNX", key, b"f", b"v"), (b"HGET", key, b"f"), (b"HGETALL", key), (b"HDEL", key, b"f"),
+        (b"GETRANGE", key, b"0", b"0"), (b"EXISTS", key), (b"SCAN", b"0", b"MATCH", key, b"COUNT", b"1"),
+        (b"EXPIRE", key, b"60"), (b"UNLINK", key),
     )  # fmt: skip
     return [(each[0].decode(), command(*each)) for each in words]

@@ -10,6 +10,7 @@ import pytest
 
 from loracache.storage_backends.base import Outcome, Transfer
 from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.resp import Wire
 
 OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
 
@@ -168,12 +169,18 @@ def test_segments_without_a_header_are_not_found(tier: RedisBackend, server: Any
     assert objects.holds(tier, stored)
 
 
-def test_contains_is_one_round_trip(tier: RedisBackend, server: Any, objects: Any) -> None:
-    stored = [objects.new(10) for _ in range(50)]
+def test_contains_is_one_round_trip_and_reads_headers_alone(
+    tier: RedisBackend, server: Any, objects: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = [objects.new(60_000) for _ in range(50)]
     objects.store(tier, stored)
-    before = server.redis.info("stats")["total_commands_processed"]
-    tier.contains([item.info.key for item in stored])
-    assert server.redis.info("stats")["total_commands_processed"] - before == 2  # ours, and the first question
+    sends: list[int] = []
+    send = Wire.send
+    monkeypatch.setattr(Wire, "send", lambda wire, parts: (sends.append(1), send(wire, parts)))
+    before = server.redis.info("stats")["total_net_output_bytes"]
+    assert outcomes(tier.contains([item.info.key for item in stored])) == [OK] * 50
+    assert sends == [1]
+    assert server.redis.info("stats")["total_net_output_bytes"] - before < 50 * 500
 
 
 def test_many_headers_come_through_whole(tier: RedisBackend, objects: Any) -> None:

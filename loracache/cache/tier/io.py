@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.events import Events
 from loracache.cache.tier.workers import Workers
-from loracache.errors import ConfigError
-from loracache.storage_backends.base import Outcome, Result, Standing, StorageBackend, Transfer
+from loracache.errors import ConfigError, Unavailable
+from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Standing, StorageBackend, Transfer
 from loracache.tiers import Tier
 from loracache.tracing import span
 
@@ -53,6 +53,7 @@ class TierIO:
         self._writes = Workers(1, f"{label}-write")
         self._loads = Workers(2, f"{label}-load")
         self._asks = Workers(1, f"{label}-ask")
+        self._care = Workers(1, f"{label}-care")  # what takes minutes, and whom nobody else waits for
         self._paused_until = 0.0
         self._pause = _FIRST_PAUSE_S
         self._asked_at: list[float] = []
@@ -60,6 +61,7 @@ class TierIO:
         self._trouble = ""
         self._looking = False
         self._next_look = 0.0
+        self._closing = False
 
     @property
     def available(self) -> bool:
@@ -149,10 +151,48 @@ class TierIO:
         """Call `done` after all writes and deletions asked for before."""
         self._run(self._writes, "wait", 0, list, lambda results: done())
 
+    def descriptors(self, done: Callable[[dict[bytes, bytes]], None]) -> None:
+        """What the backend has been told of its namespaces; nothing where it cannot be asked."""
+
+        def ask() -> None:
+            try:
+                found = self.backend.descriptors()
+            except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for the answer
+                _log.warning("%s: descriptors: %s", self.tier.label, error)
+                found = {}
+            self._post(lambda: done(found))
+
+        self._care.submit(ask)
+
+    def purge(
+        self,
+        choose: Callable[[dict[bytes, bytes]], Purpose],
+        over: Callable[[Purge], Collection[bytes]],
+        did: Purge,
+        go_on: Callable[[], bool],
+        done: Callable[[None], None],
+    ) -> None:
+        """Remove what only the backend knows of, after all writes and deletions asked for before. All but `done` is
+        called on a thread: choose(descriptors) says whose, over(did) which descriptors nobody needs any more."""
+
+        def work() -> None:
+            try:
+                self.backend.purge(choose(self.backend.descriptors()), did, lambda: go_on() and not self._closing)
+                self.backend.forget(over(did))
+            except Unavailable as error:
+                did.fail(str(error))
+            except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for its end
+                _log.exception("%s: a purge failed", self.tier.label)
+                did.fail(repr(error))
+            self._post(lambda: done(None))
+
+        self.when_written(lambda: self._care.submit(work))
+
     def close(self) -> None:
         """Wait for what runs, a few seconds at most, drop what is queued, close the backend."""
         deadline = time.monotonic() + _END_S
-        workers = (self._asks, self._loads, self._writes)
+        self._closing = True
+        workers = (self._asks, self._loads, self._writes, self._care)
         for each in workers:
             each.end()
         if all(each.ended(deadline) for each in workers):
