@@ -143,14 +143,14 @@ CONNECTOR = [
     ),
     Mutation(
         "a load whose lease was lost has failed",
-        "connectors/vllm/worker/transfer.py",
-        "Cause.NONE if reply.payload[0] else Cause.LEASE_LOST",
-        "Cause.NONE",
+        "connectors/vllm/worker/loader.py",
+        "if reply.payload[0]:",
+        "if True:",
         _worker("transfer::test_a_lease_that_ended_meanwhile_fails_the_whole_load"),
     ),
     Mutation(
         "a store whose copy failed gives its pages back",
-        "connectors/vllm/worker/transfer.py",
+        "connectors/vllm/worker/storer.py",
         "connection.abort(lease)\n            raise",
         "raise",
         _worker("transfer::test_a_store_whose_copy_fails_gives_its_memory_back_at_once"),
@@ -165,15 +165,15 @@ CONNECTOR = [
     # -- checksums, namespaces and adapters ----------
     Mutation(
         "bytes that do not match their checksum reach no block",
-        "connectors/vllm/worker/transfer.py",
+        "connectors/vllm/worker/loader.py",
         "if checksum(payload) != expected:",
         "if False:",
         _worker("transfer::test_bytes_that_do_not_match_are_never_scattered_nor_served_again"),
     ),
     Mutation(
         "an adapter that changed during a load fails it",
-        "connectors/vllm/worker/transfer.py",
-        "if not cause and not self._may_load(job.load):",
+        "connectors/vllm/worker/loader.py",
+        "if not self._may_load(job.load):",
         "if False:",
         _worker("transfer::test_an_adapter_that_changes_during_a_load_fails_it"),
     ),

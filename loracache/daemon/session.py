@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from loracache.cache.state.leases import Writing
+from loracache.cache.state.leases import Grip, Writing
 from loracache.cache.tiered import Acquired
 from loracache.control.steps import start
 from loracache.daemon.room import reserve_in_time
@@ -274,7 +274,7 @@ class Session(asyncio.Protocol):
 
     def _on_prefetch(self, number: int, request: protocol.Prefetch) -> None:
         keys = split_keys(request.keys)
-        self._cache.acquire(self.owner, request.lease, keys, request.ttl, lambda acquired: None)
+        self._cache.acquire(self.owner, request.lease, keys, request.ttl, lambda acquired: None, Grip.LOOSE)
         self._answer(number, OK, [])
 
     def _on_acquire(self, number: int, request: protocol.Acquire) -> None:

@@ -34,6 +34,7 @@ __all__ = ["SchedulerSide"]
 _log = logging.getLogger(__name__)
 _LEASE_TTL_S = 30.0
 _STORE_AGAIN_S = 1.0
+_PREFETCH_SHARE = 4  # of the arena is raised at most before the workers ask for it: they need room for the rest
 _STALE_S = 10.0  # an answer older than this is asked for again
 
 
@@ -189,8 +190,9 @@ class SchedulerSide:
             self._plan.void.add(request.request_id)
         self._plan.loads.append(load)
         slow = [chunk.key for chunk, tier in zip(load.chunks, state.load_tiers, strict=True) if tier != "cpu"]
-        if slow:
-            self._link.prefetch(state.lease, self._chunks.object_keys(slow), _LEASE_TTL_S)
+        few = slow[: max(1, self._link.arena_bytes // _PREFETCH_SHARE // self._chunks.nbytes)]
+        if few:
+            self._link.prefetch(state.lease, self._chunks.object_keys(few), _LEASE_TTL_S)
 
     def load_tiers(self, request_id: str) -> tuple[str, ...]:
         """The tier of each chunk of a request's planned load."""

@@ -26,6 +26,7 @@ class ScriptedLink:
     def __init__(self) -> None:
         self.connected = True
         self.answers = True
+        self.arena_bytes = 1 << 30
         self.tiers: dict[bytes, str] = {}
         self.digests: dict[str, str | None] = {}
         self.leases: set[bytes] = set()

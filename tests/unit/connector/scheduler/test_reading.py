@@ -124,6 +124,18 @@ def test_a_load_names_every_chunk_and_its_blocks(driver: Any, make_request: Any)
     assert not driver.step().loads
 
 
+def test_little_is_raised_ahead_where_the_memory_is_small(driver: Any, make_request: Any) -> None:
+    """The workers need room for the rest."""
+    for arena, raised in ((64 * 8192, 6), (16 * 8192, 4), (8192, 1)):
+        request = make_request(f"a{arena}", 6 * CHUNK)
+        driver.hold(request, ["disk"] * 6)
+        driver.link.arena_bytes = arena
+        driver.link.prefetched.clear()
+        tokens, _ = driver.arrive(request)
+        driver.side.planned_load(request, list(range(12)), tokens)
+        assert driver.link.prefetched == driver.side._chunks.object_keys(driver.keys(request)[:raised])
+
+
 def test_a_local_prefix_may_end_inside_a_chunk(driver: Any, make_request: Any) -> None:
     request = make_request("a", 3 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
