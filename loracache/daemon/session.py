@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from loracache.cache.state.leases import Grip, Writing
 from loracache.cache.tiered import Acquired
-from loracache.control.steps import start
+from loracache.control.steps import answer, start
 from loracache.daemon.room import reserve_in_time
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.results import Cause
@@ -43,6 +43,7 @@ _MAX_UNSENT = 64 << 20
 _REPORTED = "client."
 _REST = "http"  # what its REST process is called where it does not say whom it asks for
 _Asked = TypeVar("_Asked", bound=protocol.Request)
+_KEEP_S = 2.0
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
 
@@ -212,7 +213,16 @@ class Session(asyncio.Protocol):
         namespace = self._served.namespaces.register(request.descriptor, request.names)
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
-        self._answer(number, OK, [namespace.digest()])
+        if namespace.digest() in self._served.namespaces.unkept:
+            start(self._reply(number, self._kept(namespace.digest())))
+        else:
+            self._answer(number, OK, [namespace.digest()])
+
+    async def _kept(self, digest: bytes) -> list[Any]:
+        """Answers when the descriptor is as durable as what will be stored under it; a disk that hangs or is full keeps
+        nobody waiting: a flush says what that costs."""
+        await asyncio.wait([asyncio.ensure_future(self._served.adapters.keep_namespaces())], timeout=_KEEP_S)
+        return [digest]
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
         start(self._reply(number, self._served.adapters.digest(request.path)))
@@ -350,12 +360,21 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
-        def flushed() -> None:
-            told = self._cache.flushes.since(self._flushed)
-            self._flushed = self._cache.flushes.end()
-            self._answer(number, OK, [told])
+        start(self._reply(number, self._flush()))
 
-        self._cache.when_flushed(flushed)
+    async def _flush(self) -> list[Any]:
+        flushed: asyncio.Future[None] = answer(lambda done: self._cache.when_flushed(lambda: done(None)))
+        await flushed
+        if self._served.namespaces.unkept:
+            await self._served.adapters.keep_namespaces()
+        told = self._cache.flushes.since(self._flushed)
+        self._flushed = self._cache.flushes.end()
+        if Tier.DISK.label in told:  # what has no descriptor may not be found after a restart
+            spaces = self._cache.index.spaces
+            lost = sum(spaces[each].objects[Tier.DISK] for each in self._served.namespaces.unkept if each in spaces)
+            durable, given_up = told[Tier.DISK.label]
+            told[Tier.DISK.label] = [durable - min(lost, durable), given_up + min(lost, durable)]
+        return [told]
 
     def _on_status(self, number: int, request: protocol.Status) -> None:
         self._answer(number, OK, [self._served.status()])
