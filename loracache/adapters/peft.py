@@ -137,6 +137,18 @@ class PeftFolder:
             yield data
             offset, left = offset + len(data), left - len(data)
 
+    def data(self, tensor: TensorInfo) -> bytes:
+        """All of its bytes. Raises UsageError where there is an infinity or a NaN among its numbers."""
+        data = b"".join(self.chunks(tensor))
+        if not is_finite(data, tensor.dtype):
+            raise UsageError(f"{self._weights}: tensor {tensor.name!r} has an infinity or a NaN in it")
+        return data
+
+    def check_numbers(self) -> None:
+        """What only reading all of it can say. Raises as `data`."""
+        for tensor in self.tensors:
+            self.data(tensor)
+
     def check(self) -> Settings:
         """What can be said without reading the tensors: settings, names, pairs and shapes. Raises UsageError."""
         problem = unusable_settings(self.config)

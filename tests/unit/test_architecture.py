@@ -46,7 +46,7 @@ REACHES = {
         "vllm.worker.lora wire"
     ),
     "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
-    "vllm.frontend": "client config errors keys logs mapping vllm.common vllm.lora wire",
+    "vllm.frontend": "adapters client config errors keys logs mapping vllm.common vllm.lora wire",
     "vllm.identity": "errors vllm.common",
     "vllm.link": "client errors keys mapping tiers wire",
     "vllm.lora": "adapters errors kernels",

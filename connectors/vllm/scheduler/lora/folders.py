@@ -19,7 +19,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from loracache.adapters.payload import ModuleSize, Packing, adapter_digest
 from loracache.adapters.peft import PeftFolder
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
-from loracache.errors import LoRACacheError
+from loracache.connectors.vllm.lora.refusals import Refusal
+from loracache.errors import LoRACacheError, UsageError
 
 __all__ = ["FolderContent", "Folders"]
 
@@ -45,7 +46,7 @@ class _Folder:
     asked: int = 0
     since: float = 0.0
     reading: bool = False
-    read: list[FolderContent | str] = field(default_factory=list)
+    read: list[FolderContent | Refusal] = field(default_factory=list)
 
 
 class Folders:
@@ -56,7 +57,7 @@ class Folders:
         self._patience = patience
         self._folders: dict[str, _Folder] = {}
 
-    def ask(self, path: str) -> FolderContent | str | None:
+    def ask(self, path: str) -> FolderContent | Refusal | None:
         """What is in a folder, why it cannot be served, or None while neither is known. An answer is given once."""
         folder = self._folders.setdefault(path, _Folder())
         answer = self._look(folder, path)
@@ -68,12 +69,13 @@ class Folders:
         """What was asked about a folder is of no interest any more."""
         self._folders.pop(path, None)
 
-    def _look(self, folder: _Folder, path: str) -> FolderContent | str | None:
+    def _look(self, folder: _Folder, path: str) -> FolderContent | Refusal | None:
         now = time.monotonic()
         if folder.reading:
             if folder.read:
                 return folder.read.pop()
-            return f"{path} was not read within {_READING_S:g} s" if now - folder.since > _READING_S else None
+            late = Refusal(f"{path} was not read within {_READING_S:g} s", forever=False)
+            return late if now - folder.since > _READING_S else None
         if not folder.place and os.path.isdir(path):
             folder.place = path
         if not folder.asked:
@@ -108,6 +110,6 @@ def _read_folder(path: str, folder: _Folder) -> None:
             sizes = Packing(peft).sizes()
         folder.read.append(FolderContent(adapter_digest(place), place, sizes))
     except LoRACacheError as error:
-        folder.read.append(str(error))
+        folder.read.append(Refusal(str(error), isinstance(error, UsageError)))
     except Exception as error:  # noqa: BLE001 - top of the thread: an answer that never comes hangs a request
-        folder.read.append(repr(error))
+        folder.read.append(Refusal(repr(error), forever=False))
