@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from loracache.adapters.peft import PeftFolder
+from loracache.connectors.vllm.lora.pickled import plain_folder
 from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.errors import UsageError
 
@@ -35,7 +36,7 @@ def check_what_is_added(module: Any, wants_pool: Callable[[Any], bool]) -> None:
 
 def _check(path: str) -> None:
     try:
-        with PeftFolder(path) as folder:
+        with PeftFolder(plain_folder(path)) as folder:
             folder.check()
             folder.check_numbers()
     except UsageError as error:

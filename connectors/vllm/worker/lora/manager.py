@@ -28,6 +28,7 @@ from loracache.connectors.vllm.common.options import pool_bytes
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape, choose_chunk, choose_page
 from loracache.connectors.vllm.lora.names import model_names, name_mapper
 from loracache.connectors.vllm.lora.paths import digest_in
+from loracache.connectors.vllm.lora.pickled import plain_folder
 from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.connectors.vllm.worker.lora.pool import PagePool, SlotTables
 from loracache.connectors.vllm.worker.lora.punica import PagedModule, PagedPunicaWrapper, page_embedding
@@ -255,6 +256,7 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         if not os.path.isfile(os.path.join(path, CONFIG)):
             raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
         try:
+            path = plain_folder(path)
             self._check(path)
         except UsageError as error:
             raise UsageError(str(Refusal(str(error), forever=True))) from None
