@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from loracache.connectors.vllm.lora.refusals import Refusal
+
 __all__ = ["LoRACacheConnector"]
 
 _log = logging.getLogger(__name__)
@@ -193,7 +195,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The workers' facts, by pipeline and tensor rank."""
         self._take_facts(metadata.values())
 
-    def fail_requests_through(self, fail: Callable[[str], None]) -> None:
+    def fail_requests_through(self, fail: Callable[[str, Refusal], None]) -> None:
         """Take vLLM's way to end a request with an error (plugin.py)."""
         if self._scheduler is not None:
             self._scheduler.admission.fail = fail

@@ -26,13 +26,15 @@ from loracache.adapters.patterns import MOST_PATTERNS, compiled
 from loracache.errors import UsageError
 
 __all__ = [
-    "CONFIG", "DTYPE_BYTES", "WEIGHTS", "PeftFolder", "Settings", "TensorInfo", "is_finite", "module_of",
-    "unusable_settings",
+    "CONFIG", "CONVERT", "DTYPE_BYTES", "PICKLES", "WEIGHTS", "PeftFolder", "Settings", "TensorInfo", "is_finite",
+    "module_of", "unusable_settings",
 ]  # fmt: skip
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_RANK = 512
+CONVERT = ", where torch is: python -m loracache.connectors.vllm.lora.pickled FOLDER NEW_FOLDER"
 
 # The bits of an exponent: a number with all of them set is infinite or none at all.
 _EXPONENT = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
@@ -137,6 +139,18 @@ class PeftFolder:
             yield data
             offset, left = offset + len(data), left - len(data)
 
+    def data(self, tensor: TensorInfo) -> bytes:
+        """All of its bytes. Raises UsageError where there is an infinity or a NaN among its numbers."""
+        data = b"".join(self.chunks(tensor))
+        if not is_finite(data, tensor.dtype):
+            raise UsageError(f"{self._weights}: tensor {tensor.name!r} has an infinity or a NaN in it")
+        return data
+
+    def check_numbers(self) -> None:
+        """What only reading all of it can say. Raises as `data`."""
+        for tensor in self.tensors:
+            self.data(tensor)
+
     def check(self) -> Settings:
         """What can be said without reading the tensors: settings, names, pairs and shapes. Raises UsageError."""
         problem = unusable_settings(self.config)
@@ -219,9 +233,9 @@ class PeftFolder:
         return found
 
     def _what_is_there_instead(self) -> str:
-        for name in ("adapter_model.bin", "adapter_model.pt"):
+        for name in PICKLES:
             if (self.path / name).exists():
-                return f"; {name} is a pickle, which can run anything when it is read: save it as safetensors"
+                return f"; {name} is a pickle, which can run anything when it is read: save it as safetensors{CONVERT}"
         return ""
 
 

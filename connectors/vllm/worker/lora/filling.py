@@ -73,6 +73,8 @@ def _write(pool: PagePool, adapter: Resident, place: tuple[int, int], width: int
         raise UsageError(f"a matrix of shape {tuple(rows.shape)} has no place that is for {(rank, width)}")
     pieces = pool.matrix(adapter, *place)
     source = rows.to(pool.pages.dtype)
+    if source.dtype != rows.dtype and not torch.isfinite(source).all():
+        raise UsageError(f"the adapter has numbers that are too large for {source.dtype}, in which the engine has LoRA")
     if len(pieces) == 1:
         _copy(pieces[0].view(rank, row)[:, :width], source)
         return
