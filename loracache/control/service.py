@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from loracache.cache.eviction import Evicted
 from loracache.control.fields import audit_summary, count_evicted, describe_event, planes, removable_tiers
+from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
@@ -66,6 +67,7 @@ class Control:
         self._locator = Locator(cache, namespaces, adapters, finder)
         self._about: dict[str, dict[str, Any]] = {}  # of running operations: what the audit log says of them
         self.operations = Operations(self._ended)
+        self._incompressible = Incompressible()
         self._turns = Turns(_MOVES_AT_ONCE)
 
     async def serve(self, request: ControlRequest, label: str) -> list[Any]:
@@ -182,6 +184,8 @@ class Control:
             source=tier,
             planes=lambda node: planes(node, self._namespaces),
             wanted=lambda node: tier is not Tier.DISK or not node.stored,
+            in_redis=lambda stored: tier is not Tier.REDIS or not stored,
+            hopeless=self._incompressible,
         )
 
     async def _on_decompress(self, request: messages.Decompress, label: str) -> list[Any]:
@@ -193,6 +197,7 @@ class Control:
             source=tier,
             planes=lambda node: 0,
             wanted=lambda node: tier is not Tier.DISK or bool(node.stored),
+            in_redis=lambda stored: tier is not Tier.REDIS or bool(stored),
         )
 
     async def _on_operation_show(self, request: messages.OperationShow, label: str) -> list[Any]:

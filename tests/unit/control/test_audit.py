@@ -116,9 +116,8 @@ def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path: Path, how: 
 
 @pytest.fixture
 def running(daemon: Any, short_tmp: Path) -> Any:
-    config = short_tmp / "lc.yaml"
-    config.write_text(f"audit_log: {short_tmp / 'audit'}\n")
-    return daemon(memory="4MiB", page_size="4KiB", disk_path=short_tmp / "disk", disk="8MiB", config=config)
+    audit = short_tmp / "audit"
+    return daemon(memory="4MiB", page_size="4KiB", disk_path=short_tmp / "disk", disk="8MiB", audit_log=audit)
 
 
 def test_every_change_is_noted_with_who_made_it_and_without_tokens_or_salts(running: Any, short_tmp: Path) -> None:
