@@ -31,6 +31,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Acquired", "TieredCache"]
 
+_REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
 _GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
 
 
@@ -80,7 +81,7 @@ class TieredCache:
             self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit, self._written)
             self.writers.append(self.disk.writer)
         if redis is not None:
-            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events)
+            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
             self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
