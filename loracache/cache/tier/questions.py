@@ -66,6 +66,7 @@ class Questions:
         self._waiting: deque[Question] = deque()
         self._under_way: dict[int, tuple[float, int]] = {}  # when each began, and its keys
         self._number = 0
+        self._answered_at = float("-inf")
 
     def __len__(self) -> int:
         """Questions that wait for a round trip."""
@@ -77,9 +78,11 @@ class Questions:
         self._go_on()
 
     def stuck(self, limit_s: float) -> bool:
-        """Whether a round trip takes longer than that, and than its keys explain."""
+        """Whether a round trip takes longer than that, and than its keys explain, and none beside it ends either."""
         now = self._clock()
-        return any(now - began > limit_s + _KEY_S * count for began, count in self._under_way.values())
+        return any(
+            now - max(began, self._answered_at) > limit_s + _KEY_S * count for began, count in self._under_way.values()
+        )
 
     def _go_on(self) -> None:
         while self._waiting and len(self._under_way) < self._at_once:
@@ -101,6 +104,7 @@ class Questions:
 
         def answered(results: list[Result]) -> None:
             del self._under_way[number]
+            self._answered_at = self._clock()
             start = 0
             for question, count in parts:
                 if question.answered(results[start : start + count]):

@@ -111,3 +111,17 @@ def test_a_round_trip_that_hangs_is_noticed_and_one_with_many_keys_may_take_long
     assert not questions.stuck(0.01)
     now[0] = 0.02
     assert questions.stuck(0.01)
+
+
+def test_one_slow_round_trip_is_no_hang_while_others_end() -> None:
+    now = [0.0]
+    trips: list[Done] = []
+    questions = Questions(lambda keys, done: trips.append(done), 2, lambda: now[0])
+    for _ in range(2):
+        questions.put(Question(names(1), False, lambda results: None))
+    now[0] = 0.015
+    trips[1]([MISS])
+    now[0] = 0.02
+    assert not questions.stuck(0.01)
+    now[0] = 0.03
+    assert questions.stuck(0.01)
