@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Redis tier: objects in segments under a small header that is written last.
+"""The Redis tier: objects in one value, or in segments under a small header that is written last.
 
-    <prefix>:{<64 hex digits of the key>}        the header (header.py): whoever finds it may ask for the segments
+    <prefix>:{<64 hex digits of the key>}        the header (header.py), and behind it the bytes of a small object;
+                                                 of a larger one who finds it may ask for the segments
     <prefix>:{<64 hex digits of the key>}:<i>    payload bytes i * segment_bytes and on
     <prefix>:{<64 hex digits of the key>}:<checksum>:<i>    the same of an object's compressed bytes
 
