@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import Outcome, Result, Transfer
-from loracache.storage_backends.redis.commands import ObjectCommands
+from loracache.storage_backends.redis.commands import RETIRED_S, ObjectCommands
 from loracache.storage_backends.redis.layout import LARGEST_WHOLE, read_header
-from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire, command, opening
+from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire
 from loracache.storage_backends.vectors import head, length, pieces
 
 __all__ = ["Load", "Store", "refusal"]
@@ -131,7 +131,7 @@ class Load(_Batch):
             for segment, run in zip(self.objects.layout.held(found), runs, strict=True):
                 if self.results[item] is not None:
                     break
-                yield _Command(item, [command(b"GET", segment)], run)
+                yield _Command(item, [self.objects.get(segment, RETIRED_S)], run)
 
     def _take_header(self, item: int, raw: Reply) -> header.Header | None:
         """The item's header where it is as expected; else the item has its result."""
@@ -230,18 +230,15 @@ class Store(_Batch):
             for name, run in zip(names, pieces(encoded.views, nbytes, segment_bytes), strict=True):
                 if self.results[item] is not None:
                     break
-                start = opening(3, b"SET", name) + b"$%d\r\n" % length(run)
-                yield _Command(item, [start, *run, b"\r\n"])
+                yield _Command(item, self.objects.set(name, run, RETIRED_S))
 
     def _header(self, item: int, behind: Sequence[memoryview] = ()) -> _Command:
         """Sets the header, and what stands behind it of an object without segments."""
         info = self.transfers[item].info
         segment_bytes = self.objects.segment_bytes if self._segment_keys[item] else 0
         raw = header.pack(info, self._encoded[item], self.objects.integrity_key, segment_bytes=segment_bytes)
-        start = opening(3, b"SET", self.objects.layout.header_key(info.key))
-        return _Command(
-            item, [start + b"$%d\r\n" % (len(raw) + length(behind)) + raw, *behind, b"\r\n"], is_header=True
-        )
+        name = self.objects.layout.header_key(info.key)
+        return _Command(item, self.objects.set(name, [raw, *behind]), is_header=True)
 
     def next_segment(self) -> _Command | None:
         return next(self._segments, None)
