@@ -113,6 +113,9 @@ class Config(BaseModel):
     )
     redis_password_file: Path | None = Field(None, description="File with the password of Redis alone.")
     redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
+    redis_ttl: int | None = Field(
+        None, ge=1, le=10**9, description="Seconds after which an object leaves Redis that nobody loaded."
+    )
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
     http: str | None = Field(None, description="HOST:PORT of REST and metrics; without it there are none.")

@@ -76,6 +76,7 @@ class RedisCheck:
             yield self._target.client()
 
     def _check(self, client: Any) -> None:
+        client.pttl(b"%b:{check}" % self._prefix.encode())  # before anything is changed: the right may be missing
         segments = self._scan(client)
         doubtful = {}
         for key, there in segments.items():
@@ -126,6 +127,11 @@ class RedisCheck:
 
     def _judge(self, client: Any, found: header.Header, made: _Object) -> Verdict:
         total = found.info.stored or found.info.size
+        if not found.segment_bytes:
+            whole = memoryview(made.raw or b"")[header.HEADER_BYTES :]
+            if whole.nbytes != total:
+                return Verdict(None, Fault.DAMAGED, "its value has the wrong length")
+            return judge(found, whole, self._integrity_key)
         kept = bytearray()
         for segment in made.named or ():
             value = _get(client, segment)

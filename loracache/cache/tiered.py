@@ -32,6 +32,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Acquired", "TieredCache"]
 
+_REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
 _GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
 
 
@@ -84,7 +85,7 @@ class TieredCache:
             )
             self.writers.append(self.disk.writer)
         if redis is not None:
-            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events)
+            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
             self.redis = WriteBehind(
                 io, arena, self.index, self.counters, self.flushes, lambda node: None, self._written
             )

@@ -49,6 +49,7 @@ def redis_backend(config: Config, describe: Callable[[bytes], Mapping[bytes, byt
         prefix=config.redis_prefix,
         password_file=config.redis_password_file,
         integrity_key=_secret(config),
+        ttl_s=config.redis_ttl or 0,
         describe=describe,
     )
 

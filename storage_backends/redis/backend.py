@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Redis tier: objects in segments under a small header that is written last.
+"""The Redis tier: objects in one value, or in segments under a small header that is written last.
 
-    <prefix>:{<64 hex digits of the key>}        the header (header.py): whoever finds it may ask for the segments
+    <prefix>:{<64 hex digits of the key>}        the header (header.py), and behind it the bytes of a small object;
+                                                 of a larger one who finds it may ask for the segments
     <prefix>:{<64 hex digits of the key>}:<i>    payload bytes i * segment_bytes and on
     <prefix>:{<64 hex digits of the key>}:<checksum>:<i>    the same of an object's compressed bytes
 
@@ -59,6 +60,7 @@ class RedisBackend(StorageBackend):
     password_file: holds the password where the URL has none. timeout_s: how long a call waits for a silent server.
     segment_bytes: largest value written; what was written with another is read all the same. integrity_key: as in
     DiskBackend. describe(namespace): what others shall know of a namespace that has objects.
+    ttl_s: seconds after which an object goes that nobody loaded; 0: none does.
     Raises ConfigError for settings that cannot work; whether a server answers is asked by `check`.
     """
 
@@ -73,6 +75,7 @@ class RedisBackend(StorageBackend):
         integrity_key: bytes | None = None,
         timeout_s: float = 2.0,
         segment_bytes: int = 8 << 20,
+        ttl_s: int = 0,
         describe: Callable[[bytes], Mapping[bytes, bytes]] = lambda namespace: {},
     ) -> None:
         header.check_integrity_key(integrity_key)
@@ -84,7 +87,9 @@ class RedisBackend(StorageBackend):
             raise ConfigError(f"redis_segment_bytes is {segment_bytes}; give 1 to {512 << 20}, a value's limit")
         target = parse_target(url, timeout_s, password_file)
         self.segment_bytes = segment_bytes
-        self._objects = ObjectCommands(Layout(prefix.encode()), bool(target.cluster), integrity_key, segment_bytes)
+        self._objects = ObjectCommands(
+            Layout(prefix.encode()), bool(target.cluster), integrity_key, segment_bytes, ttl_s
+        )
         self._descriptors = Descriptors(RedisHash(target, f"{prefix}:namespaces"), describe)
         self._servers: Servers = Cluster(target) if target.cluster else OneServer(target)
 
@@ -92,7 +97,7 @@ class RedisBackend(StorageBackend):
         """Whether a server answers and lets us do all that we need to do. Raises ConfigError for a wrong login and
         other settings that cannot work.
         """
-        return rights.check(self._servers, self._objects.layout.prefix, cluster=self._objects.cluster)
+        return rights.check(self._servers, self._objects)
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
         return self._run(keys, lambda numbers: _Question(self._objects, [keys[number] for number in numbers]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loracache.storage_backends.header import HEADER_BYTES
 from loracache.storage_backends.redis.layout import Layout
-from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire, command
+from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire, command, opening
 
 __all__ = ["RETIRED_S", "ObjectCommands"]
 
@@ -22,19 +22,22 @@ RETIRED_S = 60  # how long segments outlive their header: longer than a load tak
 class ObjectCommands:
     """How objects are laid out in one Redis, and the commands for that.
 
-    cluster: a command may have keys of one slot only. segment_bytes: largest value written.
+    cluster: a command may have keys of one slot only. segment_bytes: largest value written. ttl_s: how long an object
+    lives that nobody loads; 0: for ever. Its segments outlive its header, so that none is found without them.
     """
 
     layout: Layout
     cluster: bool
     integrity_key: bytes | None
     segment_bytes: int
+    ttl_s: int = 0
 
     def ask(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply]:
-        """The header values of all `keys`, or the errors in their place, in one round trip."""
-        if self.cluster:  # a node refuses a command with keys of several slots
-            wire.send([b"".join(command(b"GET", self.layout.header_key(key)) for key in keys)])
-            replies = [wire.reply() for _ in keys]
+        """The values under the headers' names of all `keys`, which live on by that, or the errors in their place, in
+        one round trip."""
+        if self.cluster or self.ttl_s:  # a node refuses a command with keys of several slots
+            self._send(wire, [self.get(self.layout.header_key(key)) for key in keys])
+            replies = [wire.value() for _ in keys]
             return [None if _is_other_type(each) else each for each in replies]
         wire.send([command(b"MGET", *(self.layout.header_key(key) for key in keys))])
         reply = wire.reply()
@@ -44,10 +47,22 @@ class ObjectCommands:
             return reply
         raise ProtocolFault("MGET was not answered with one value per key")
 
+    def get(self, name: bytes, longer_s: int = 0) -> bytes:
+        """The command that reads a value, and has it live on, so much longer than others."""
+        if not self.ttl_s:
+            return command(b"GET", name)
+        return command(b"GETEX", name, b"EX", b"%d" % (self.ttl_s + longer_s))
+
+    def set(self, name: bytes, value: Sequence[bytes | memoryview], longer_s: int = 0) -> list[bytes | memoryview]:
+        """The command that writes a value, in parts."""
+        words = [b"EX", b"%d" % (self.ttl_s + longer_s)] if self.ttl_s else []
+        start = opening(3 + len(words), b"SET", name) + b"$%d\r\n" % sum(map(_nbytes, value))
+        return [start, *value, b"\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)]
+
     def headers(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply]:
         """As `ask`, but of each value no more than a header takes; what is empty is as good as not there."""
         self._send(wire, [self.question(key) for key in keys])
-        replies = [wire.reply() for _ in keys]
+        replies = [wire.value() for _ in keys]
         return [None if not each or _is_other_type(each) else each for each in replies]
 
     def question(self, key: bytes) -> bytes:
@@ -81,6 +96,10 @@ class ObjectCommands:
     def _send(wire: Wire, commands: Sequence[bytes]) -> None:
         if commands:
             wire.send([b"".join(commands)])
+
+
+def _nbytes(part: bytes | memoryview) -> int:
+    return part.nbytes if isinstance(part, memoryview) else len(part)
 
 
 def _is_other_type(reply: Reply) -> bool:

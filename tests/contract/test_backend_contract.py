@@ -18,7 +18,7 @@ from loracache.storage_backends.memory import MemoryBackend
 from loracache.storage_backends.redis.backend import RedisBackend
 
 OK, MISS, CORRUPT, FAILED = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FAILED
-SIZES = [0, 1, 4095, 4096, 4097, 256 << 10, (256 << 10) + 1, (1 << 20) + 1, 3 << 20]
+SIZES = [0, 1, 4095, 4096, 4097, 64 << 10, (64 << 10) + 1, 256 << 10, (256 << 10) + 1, (1 << 20) + 1, 3 << 20]
 
 
 def outcomes(results: list[Any]) -> list[Outcome]:

@@ -85,6 +85,14 @@ def test_a_missing_right_is_named_when_the_daemon_starts(
     assert QUOTED not in standing.reason
 
 
+def test_a_time_to_live_needs_one_right_more(user: Callable[..., str], redis_tier: Callable[..., RedisBackend]) -> None:
+    standing = redis_tier(f"unix://cache:{QUOTED}@{user()}", ttl_s=60).check()
+    assert re.search(r"NOPERM.*'getex'.*give its user ~loracache:\* \+getex ", standing.reason)
+    assert not standing.reads
+    assert redis_tier(f"unix://cache:{QUOTED}@{user([*RIGHTS, 'getex'])}", ttl_s=60).check() == Standing()
+    assert "`+getex` with `redis_ttl`" in (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+
+
 def test_keys_that_a_user_may_not_touch_are_named_when_the_daemon_starts(
     user: Callable[..., str], redis_tier: Callable[..., RedisBackend]
 ) -> None:
