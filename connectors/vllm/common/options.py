@@ -24,9 +24,9 @@ class Options:
     server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a
     size), disk_path, disk (a size) and redis (a URL) from here. model_id: names the model's weights where they
     are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout:
-    seconds after which a load is given up and recomputed. lookup_wait: seconds for which a request may be parked for
-    the answer to its lookup. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's
-    own matter.
+    seconds without a byte after which a load is given up and recomputed. lookup_wait: seconds for which any request may
+    be parked for the answer to its lookup, lookup_wait_most: for which one may be that has much to gain. lora_pool:
+    engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
     """
 
     server: str = ""
@@ -38,6 +38,7 @@ class Options:
     chunk_tokens: int = 0
     load_timeout: float = 10.0
     lookup_wait: float = 0.02
+    lookup_wait_most: float = 1.0
     lora_pool: str = ""
 
     @classmethod
@@ -76,10 +77,11 @@ class Options:
                 raise ConfigError("kv_connector_extra_config: lora_pool is 0; leave it out to have no pool")
         if self.chunk_tokens < 0:
             raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
-        if not 0 <= self.lookup_wait <= 10:
-            raise ConfigError(
-                f"kv_connector_extra_config: lookup_wait={self.lookup_wait} must be within 0 and 10 seconds"
-            )
+        for key in ("lookup_wait", "lookup_wait_most"):
+            if not 0 <= getattr(self, key) <= 10:
+                raise ConfigError(
+                    f"kv_connector_extra_config: {key}={getattr(self, key)} must be within 0 and 10 seconds"
+                )
         if not 0 < self.load_timeout <= 600:
             raise ConfigError(
                 f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"
