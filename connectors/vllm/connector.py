@@ -234,6 +234,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' results."""
         assert self._scheduler is not None
+        self._scheduler.step_done()
         self._scheduler.held.stored(connector_output.finished_sending or ())
         news = self._inbox.news(connector_output.kv_connector_worker_meta)
         if news is not None:

@@ -25,9 +25,9 @@ class Options:
     size), disk_path, disk (a size), redis (a URL without a password: process lists and vLLM's log show what stands
     here), redis_password_file and http (HOST:PORT of its REST) from here. model_id: names the model's weights where
     they are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses.
-    load_timeout: seconds after which a load is given up and recomputed. lookup_wait: seconds for which a request may be
-    parked for the answer to its lookup. lora_pool: engine memory for LoRA adapters as pages, a size; without it they
-    are vLLM's own matter.
+    load_timeout: seconds without a byte after which a load is given up and recomputed. lookup_wait: seconds for which
+    any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has much to
+    gain. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
     """
 
     server: str = ""
@@ -41,6 +41,7 @@ class Options:
     chunk_tokens: int = 0
     load_timeout: float = 10.0
     lookup_wait: float = 0.02
+    lookup_wait_most: float = 1.0
     lora_pool: str = ""
 
     @classmethod
@@ -91,10 +92,11 @@ class Options:
                 raise ConfigError(f"kv_connector_extra_config: http: {error}") from None
         if self.chunk_tokens < 0:
             raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
-        if not 0 <= self.lookup_wait <= 10:
-            raise ConfigError(
-                f"kv_connector_extra_config: lookup_wait={self.lookup_wait} must be within 0 and 10 seconds"
-            )
+        for key in ("lookup_wait", "lookup_wait_most"):
+            if not 0 <= getattr(self, key) <= 10:
+                raise ConfigError(
+                    f"kv_connector_extra_config: {key}={getattr(self, key)} must be within 0 and 10 seconds"
+                )
         if not 0 < self.load_timeout <= 600:
             raise ConfigError(
                 f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"

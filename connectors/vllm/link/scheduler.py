@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's connection: questions that are sent and never waited for.
+"""The scheduler's connection: questions that are sent and not waited for, but where `wait_lookup` is told for how long.
 
 A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's
 patience for half a second; then it is asked nothing more until it has answered.
@@ -8,6 +8,7 @@ patience for half a second; then it is asked nothing more until it has answered.
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,18 @@ class SchedulerLink(Link):
             if len(tiers) < lookup.keys or not self._ask_part(lookup):
                 self._lookups.pop(number, None)
                 return lookup.tiers
+
+    def wait_lookup(self, number: int, seconds: float) -> tuple[str, ...] | None:
+        """As `answer_lookup`, waiting up to `seconds` for the answer."""
+        deadline = time.monotonic() + seconds
+        while (tiers := self.answer_lookup(number)) is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self.connection.connected:
+                return None
+            ready = select.poll()
+            ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
+            ready.poll(left * 1000)
+        return tiers
 
     def _ask_part(self, lookup: _Lookup) -> bool:
         part = next(lookup.parts, None)

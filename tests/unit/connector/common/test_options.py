@@ -42,6 +42,7 @@ def test_numbers_may_be_whole() -> None:
         ({"chunk_tokens": 16.0}, ["chunk_tokens=16.0", "must be a int"]),
         ({"chunk_tokens": "16"}, ["chunk_tokens='16'", "must be a int"]),
         ({"lookup_wait": -0.1}, ["lookup_wait=-0.1", "within 0 and 10 seconds"]),
+        ({"lookup_wait_most": 11}, ["lookup_wait_most=11", "within 0 and 10 seconds"]),
         ({"lookup_wait": float("nan")}, ["lookup_wait=nan", "within 0 and 10 seconds"]),
         ({"load_timeout": 0}, ["load_timeout=0", "within 0 and 600 seconds"]),
         ({"load_timeout": 601}, ["load_timeout=601", "within 0 and 600 seconds"]),

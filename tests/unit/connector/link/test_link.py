@@ -63,6 +63,23 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_sil
     link.close()
 
 
+def test_an_answer_may_be_waited_for(daemon: Any, fast_silence: None, eventually: Any) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    assert link.wait_lookup(link.ask_lookup(LEASE, KEYS, 1, 5.0), 30.0) == ()  # and no longer than it takes
+    running.send(signal.SIGSTOP)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    assert link.wait_lookup(number, 0.002) is None
+    running.send(signal.SIGCONT)
+    assert link.wait_lookup(number, 30.0) == ()
+    running.send(signal.SIGSTOP)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    running.stop(signal.SIGKILL)
+    assert link.wait_lookup(number, 30.0) in ((), None)  # gone: a miss, at once
+    link.close()
+
+
 def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
     daemon: Any, fast_silence: None, eventually: Any
 ) -> None:

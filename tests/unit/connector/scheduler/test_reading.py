@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from loracache.connectors.vllm.common.messages import Facts, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler import lookups
 from loracache.connectors.vllm.scheduler import side as scheduler
 
 BLOCK, CHUNK = 16, 32
@@ -105,7 +106,7 @@ def test_an_old_answer_is_asked_for_again(driver: Any, make_request: Any, monkey
     assert driver.arrive(request) == (CHUNK, True)
     driver.hold(request, ["cpu", "cpu"])
     assert driver.side.matched_tokens(request, 0) == (CHUNK, True)
-    monkeypatch.setattr(scheduler, "_STALE_S", 0.0)
+    monkeypatch.setattr(lookups, "_STALE_S", 0.0)
     assert driver.side.matched_tokens(request, 0) == (2 * CHUNK, True)
 
 
