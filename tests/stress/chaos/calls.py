@@ -156,9 +156,14 @@ class Calls:
 def fuzz_calls(folder: Path, seed: str, seconds: float) -> tuple[dict[str, Any], list[str]]:
     """(figures, what must never be) of so many seconds."""
     daemon = Daemon(
-        folder / "daemon.log", folder / "s", memory="8MiB", page_size="4KiB", disk_path=folder / "disk", disk="64MiB",
+        folder / "daemon.log",
+        folder / "s",
+        memory="8MiB",
+        page_size="4KiB",
+        disk_path=folder / "disk",
+        disk="64MiB",
         http="127.0.0.1:0",
-    )  # fmt: skip
+    )
     found: list[str] = []
     answers: Counter[str] = Counter()
     longest = 0.0
@@ -192,9 +197,10 @@ def fuzz_calls(folder: Path, seed: str, seconds: float) -> tuple[dict[str, Any],
     if longest > _CALL_S + HANG_S:
         found.append(f"HANG: a call took {longest:.1f} s")
     figures = {
-        "calls": sum(answers.values()), "answers": dict(sorted(answers.items())),
+        "calls": sum(answers.values()),
+        "answers": dict(sorted(answers.items())),
         "longest call in seconds": round(longest, 3),
-    }  # fmt: skip
+    }
     return figures, found
 
 

@@ -163,9 +163,12 @@ def main() -> int:
     shares = {given.only: 1.0} if given.only else _SHARES
     print(f"chaos for {given.minutes:g} minutes, seed {given.seed}", flush=True)
     report: dict[str, Any] = {
-        "seed": given.seed, "minutes": given.minutes, "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(),
+        "seed": given.seed,
+        "minutes": given.minutes,
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
         "kernel": platform.release(),
-    }  # fmt: skip
+    }
     found: list[str] = []
     for part, share in shares.items():
         began = time.monotonic()
@@ -197,8 +200,10 @@ def _chaos(folder: Path, seed: str, seconds: float) -> tuple[dict[str, Any], lis
 
 
 _PARTS: dict[str, Callable[[Path, str, float], tuple[dict[str, Any], list[str]]]] = {
-    "faults": _chaos, "frames": fuzz_frames, "calls": fuzz_calls,
-}  # fmt: skip
+    "faults": _chaos,
+    "frames": fuzz_frames,
+    "calls": fuzz_calls,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

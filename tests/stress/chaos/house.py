@@ -172,10 +172,18 @@ class House:
         self.lives += 1
         log = self.folder / f"daemon-{self.lives}.log"
         self.daemon = Daemon(
-            log, self.folder / "s", memory="12MiB", page_size="4KiB", disk_path=self.disk / "d", disk=limit,
-            disk_sync=True, redis=f"unix://{self.redis.socket}", http="127.0.0.1:0", drain=5,
+            log,
+            self.folder / "s",
+            memory="12MiB",
+            page_size="4KiB",
+            disk_path=self.disk / "d",
+            disk=limit,
+            disk_sync=True,
+            redis=f"unix://{self.redis.socket}",
+            http="127.0.0.1:0",
+            drain=5,
             **options,
-        )  # fmt: skip
+        )
         self.daemon.ready()
         port = self.folder / "port.new"
         port.write_text(log.read_text().partition("REST on port ")[2].split()[0])
@@ -185,9 +193,14 @@ class House:
     def auditor(self) -> Daemon:
         """One on the same disk that nobody knows of, without Redis."""
         daemon = Daemon(
-            self.folder / "audit.log", self.folder / "a", memory="8MiB", page_size="4KiB",
-            disk_path=self.disk / "d", disk="4GiB", disk_sync=True,
-        )  # fmt: skip
+            self.folder / "audit.log",
+            self.folder / "a",
+            memory="8MiB",
+            page_size="4KiB",
+            disk_path=self.disk / "d",
+            disk="4GiB",
+            disk_sync=True,
+        )
         try:
             daemon.ready()
         except BaseException:
