@@ -18,7 +18,7 @@ from loracache.cache.state.events import Events
 from loracache.cache.tier.questions import Question, Questions
 from loracache.cache.tier.workers import Workers
 from loracache.errors import ConfigError, Unavailable
-from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Standing, StorageBackend, Transfer
+from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Standing, StorageBackend, Tended, Transfer
 from loracache.tiers import Tier
 from loracache.tracing import span
 
@@ -41,7 +41,8 @@ class TierIO:
     asked of it either, until it says that it can: `tick` looks. All methods belong to the cache's thread; `post` hands
     a callable over to it.
 
-    standing: what the backend can do as far as known. asks: round trips of questions that may be under way.
+    standing: what the backend can do as far as known. used: bytes of its own budget, as far as known. asks: round trips
+    of questions that may be under way.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class TierIO:
         self._looking = False
         self._next_look = 0.0
         self._closing = False
+        self._tending = False
+        self._purges = 0  # which what is done in the background makes way for
+        self.used: int | None = None
 
     @property
     def available(self) -> bool:
@@ -98,7 +102,10 @@ class TierIO:
             self._trouble = ""
 
     def tick(self) -> None:
-        """Look again at a backend that cannot do all that it should."""
+        """Have done what is due, and look again at a backend that cannot do all that it should."""
+        if self.available and not self._tending and self.backend.due:
+            self._tending = True
+            self._care.submit(self._tend)
         now = time.monotonic()
         if not self.reason or self._looking or now < self._next_look:
             return
@@ -114,6 +121,24 @@ class TierIO:
             self.stand(standing)
 
         self._asks.submit(look)
+
+    def _tend(self) -> None:
+        try:
+            did = self.backend.tend(lambda: not self._closing and not self._purges)
+        except Exception as error:  # noqa: BLE001 - top of a thread: it must be tended again
+            _log.exception("%s: tending failed", self.tier.label)
+            did = Tended(error=repr(error))
+        self._post(lambda: self._tended(did))
+
+    def _tended(self, did: Tended) -> None:
+        self._tending = False
+        label = self.tier.label
+        self._counters.add(f"evict.{label}.budget", did.objects)
+        self._counters.add(f"evicted_bytes.{label}.budget", did.nbytes)
+        self._counters.add(f"swept.{label}.orphans", did.orphans)
+        self.used = did.used if did.used is not None else self.used
+        if did.error:
+            _log.debug("%s: not tended to the end: %s", label, did.error)
 
     def _look(self) -> Standing:
         try:
@@ -192,8 +217,13 @@ class TierIO:
             except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for its end
                 _log.exception("%s: a purge failed", self.tier.label)
                 did.fail(repr(error))
-            self._post(lambda: done(None))
+            self._post(ended)
 
+        def ended() -> None:
+            self._purges -= 1
+            done(None)
+
+        self._purges += 1
         self.when_written(lambda: self._care.submit(work))
 
     def close(self) -> None:
