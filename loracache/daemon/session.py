@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
-from loracache.control.steps import start
+from loracache.control.steps import answer, start
+from loracache.daemon.room import reserve_in_time
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
@@ -38,6 +40,7 @@ __all__ = ["Served", "Session"]
 _log = logging.getLogger(__name__)
 _MAX_UNSENT = 64 << 20
 _REPORTED = "client."
+_KEEP_S = 2.0
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
 
@@ -69,7 +72,8 @@ class Session(asyncio.Protocol):
         self._frames = Frames()
         self._transport: asyncio.Transport | None = None
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
-        self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
+        self._asking: set[bytes] = set()  # leases of what waits for a tier, until they are released
+        self._flushed = served.cache.flushes.interval  # which began with the last flush
 
     # -- asyncio.Protocol ----------
 
@@ -197,7 +201,16 @@ class Session(asyncio.Protocol):
         namespace = self._served.namespaces.register(request.descriptor, request.names)
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
-        self._answer(number, OK, [namespace.digest()])
+        if namespace.digest() in self._served.namespaces.unkept:
+            start(self._reply(number, self._kept(namespace.digest())))
+        else:
+            self._answer(number, OK, [namespace.digest()])
+
+    async def _kept(self, digest: bytes) -> list[Any]:
+        """Answers when the descriptor is as durable as what will be stored under it; a disk that hangs or is full keeps
+        nobody waiting: a flush says what that costs."""
+        await asyncio.wait([asyncio.ensure_future(self._served.adapters.keep_namespaces())], timeout=_KEEP_S)
+        return [digest]
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
         start(self._reply(number, self._served.adapters.digest(request.path)))
@@ -304,8 +317,22 @@ class Session(asyncio.Protocol):
             ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
             for key, parent, size in zip(keys, parents, request.sizes, strict=True)
         ]
-        answers = self._cache.reserve(self.owner, request.lease, infos, request.ttl)
-        self._answer(number, OK, [_extents(item.extents) if isinstance(item, Writing) else item for item in answers])
+        if request.wait:
+            start(self._reply(number, self._reserve_in_time(request, infos)))
+        else:
+            self._answer(number, OK, _reserved(self._cache.reserve(self.owner, request.lease, infos, request.ttl)))
+
+    async def _reserve_in_time(self, request: protocol.Reserve, infos: list[ObjectInfo]) -> list[Any]:
+        if not self._cache.writers:
+            raise UsageError("nothing is durable without a tier below memory; give the daemon a disk or a Redis")
+        self._asking.add(request.lease)
+
+        def wanted() -> bool:
+            return self._transport is not None and request.lease in self._asking
+
+        answers = await reserve_in_time(self._cache, self.owner, request, infos, wanted)
+        self._asking.discard(request.lease)
+        return _reserved(answers)
 
     def _on_commit(self, number: int, request: protocol.Commit) -> None:
         keys = split_keys(request.keys)
@@ -315,10 +342,25 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, self._cache.commit(self.owner, request.lease, pairs))
 
     def _on_abort(self, number: int, request: protocol.Abort) -> None:
+        self._asking.discard(request.lease)
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
-        self._cache.when_flushed(lambda: self._answer(number, OK, []))
+        start(self._reply(number, self._flush()))
+
+    async def _flush(self) -> list[Any]:
+        flushed: asyncio.Future[None] = answer(lambda done: self._cache.when_flushed(lambda: done(None)))
+        await flushed
+        if self._served.namespaces.unkept:
+            await self._served.adapters.keep_namespaces()
+        told = self._cache.flushes.since(self._flushed)
+        self._flushed = self._cache.flushes.end()
+        if Tier.DISK.label in told:  # what has no descriptor may not be found after a restart
+            spaces = self._cache.index.spaces
+            lost = sum(spaces[each].objects[Tier.DISK] for each in self._served.namespaces.unkept if each in spaces)
+            durable, given_up = told[Tier.DISK.label]
+            told[Tier.DISK.label] = [durable - min(lost, durable), given_up + min(lost, durable)]
+        return [told]
 
     def _on_status(self, number: int, request: protocol.Status) -> None:
         self._answer(number, OK, [self._served.status()])
@@ -333,6 +375,10 @@ class Session(asyncio.Protocol):
 
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
     return [number for extent in extents for number in extent]
+
+
+def _reserved(answers: list[Writing | Cause]) -> list[Any]:
+    return [_extents(item.extents) if isinstance(item, Writing) else item for item in answers]
 
 
 def _acquired(item: Acquired) -> list[Any]:
