@@ -67,7 +67,7 @@ class Chaos:
         self.house = House(folder)
         self.place = place_of(folder)
         self.crew = Crew(self.place, USERS, seed)
-        expected = Expectations()
+        expected = Expectations([bytes.fromhex(digest) for _, digest, _ in self.place.adapters[:OWNERS]])
         self.lives = Lives(self.house, self.crew, self.place, expected)
         self._faults = Faults(self.house, self.crew, expected)
         self._undo: list[tuple[float, Callable[[], None]]] = []

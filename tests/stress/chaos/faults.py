@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,13 @@ _NAME = re.compile("[0-9a-f]{64}")
 Undo = tuple[Callable[[], None], float]
 
 
-def object_files(disk: Path, numbers: random.Random) -> list[Path]:
-    """Those of one folder in 256 that has any."""
-    folders = [files for folder in (disk / "d" / "objects").glob("*") if (files := all_files(folder))]
-    return numbers.choice(folders) if folders else []
+def object_files(disk: Path, numbers: random.Random, spared: Sequence[bytes]) -> list[Path]:
+    """Those of one folder that has any."""
+    names = {key.hex() for key in spared}
+    for number in numbers.sample(range(256), 64):
+        if files := [path for path in all_files(disk / "d" / "objects" / f"{number:02x}") if path.name not in names]:
+            return files
+    return []
 
 
 def all_files(folder: Path) -> list[Path]:
@@ -45,7 +48,7 @@ def all_files(folder: Path) -> list[Path]:
 def damage_file(path: Path, how: str, numbers: random.Random) -> None:
     """One object's file."""
     size = path.stat().st_size
-    if how == "gone":
+    if how == "gone" or not size:
         path.unlink()
     elif how == "cut":
         os.truncate(path, numbers.randrange(size))
@@ -53,7 +56,7 @@ def damage_file(path: Path, how: str, numbers: random.Random) -> None:
         with path.open("r+b") as file:
             at = numbers.randrange(size)
             file.seek(at)
-            byte = file.read(1)[0]
+            byte = (file.read(1) or b"\0")[0]  # a shorter one may have taken its place
             file.seek(at)
             file.write(bytes([byte ^ 1 << numbers.randrange(8)]) if how == "flip" else numbers.randbytes(5000))
 
@@ -74,7 +77,7 @@ def damage_manifest(disk: Path, numbers: random.Random) -> None:
         case _:
             with path.open("r+b") as file:
                 for _ in range(20):
-                    file.seek(numbers.randrange(max(1, size)))
+                    file.seek(numbers.randrange(size + 1))
                     file.write(numbers.randbytes(1))
 
 
@@ -161,7 +164,7 @@ class Faults:
 
     def file_damage(self, numbers: random.Random) -> Undo | None:
         """Of one object, under a running daemon."""
-        files = object_files(self.house.disk, numbers)
+        files = object_files(self.house.disk, numbers, self.expected.adapters)
         if not files:
             return None
         path = numbers.choice(files)
@@ -171,7 +174,9 @@ class Faults:
 
     def file_swap(self, numbers: random.Random) -> Undo | None:
         """Two whole objects, each under the other's name."""
-        files = object_files(self.house.disk, numbers) + object_files(self.house.disk, numbers)
+        files = object_files(self.house.disk, numbers, self.expected.adapters) + object_files(
+            self.house.disk, numbers, self.expected.adapters
+        )
         one, other = numbers.choice(files or [Path()]), numbers.choice(files or [Path()])
         if one == other:
             return None
@@ -228,7 +233,7 @@ class Faults:
         if not redis.usable:
             return None
         redis.kill()
-        return redis.start, numbers.choice((0.1, 0.5, 2.0))
+        return redis.launch, numbers.choice((0.1, 0.5, 2.0))
 
     def redis_stop(self, numbers: random.Random) -> Undo | None:
         """It is there, and silent."""

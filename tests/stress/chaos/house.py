@@ -123,15 +123,15 @@ class RedisServer:
         self._folder = folder
         self.socket = folder / "redis.sock"
         self.stopped = False
-        self.start()
-
-    def start(self) -> None:
-        """Start, or start again with nothing in it."""
-        arguments = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", "no"]
-        self.process = subprocess.Popen(["redis-server", *arguments], cwd=self._folder, stdout=subprocess.DEVNULL)
         self.redis = redis_client.Redis(unix_socket_path=str(self.socket), socket_timeout=3)
+        self.launch()
         if not eventually(self.answers, _START_S):
             raise RuntimeError("redis-server does not answer")
+
+    def launch(self) -> None:
+        """Start, or start again with nothing in it; does not wait until it answers."""
+        arguments = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", "no"]
+        self.process = subprocess.Popen(["redis-server", *arguments], cwd=self._folder, stdout=subprocess.DEVNULL)
 
     def answers(self) -> bool:
         """Whether it does now."""

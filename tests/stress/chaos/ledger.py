@@ -17,7 +17,10 @@ from pathlib import Path
 
 from contents import Chain
 
-__all__ = ["Expectations", "Ledger", "acknowledged"]
+__all__ = ["OWN_ADAPTER", "Expectations", "Ledger", "acknowledged"]
+
+OWN_ADAPTER = -1
+"""The number by which an owner's own adapter stands among its chains."""
 
 
 class Ledger:
@@ -73,6 +76,8 @@ def acknowledged(path: Path, owner: int) -> Iterator[tuple[Chain, float]]:
 class Expectations:
     """What may no longer be expected."""
 
+    adapters: list[bytes]
+    """The key of each owner's own. Nothing damages those: they could not be told from what is lost."""
     tainted: set[bytes] = field(default_factory=set)
     """Keys whose files a fault damaged, or may have."""
     to_read: set[bytes] = field(default_factory=set)
@@ -93,12 +98,13 @@ class Expectations:
         self.void_before = time.monotonic()
 
     def due(self, files: Iterable[tuple[int, Path]]) -> Iterator[list[bytes]]:
-        """The keys of each chain that must be there: up to the first damaged one, which orphans the rest."""
+        """The keys of each chain that must be there, up to the first damaged one, which orphans the rest; and of each
+        owner's own adapter."""
         for owner, path in files:
             for chain, began in acknowledged(path, owner):
                 if began <= self.void_before or self.loses:
                     continue
-                keys = chain.keys
+                keys = chain.keys if chain.serial != OWN_ADAPTER else [self.adapters[owner]]
                 sound = next((at for at, key in enumerate(keys) if key in self.tainted), len(keys))
                 if sound:
                     yield keys[:sound]

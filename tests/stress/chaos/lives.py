@@ -17,7 +17,7 @@ from crew import Crew
 from faults import all_files, damage_file, damage_manifest, object_files
 from house import Daemon, House, eventually
 from ledger import Expectations
-from workload import Place
+from workload import Place, own_name
 
 from loracache import CacheClient
 from loracache.errors import LoRACacheError
@@ -80,7 +80,7 @@ class Lives:
             damage_manifest(self.house.disk, numbers)
             done["manifest damaged, at rest"] += 1
         for _ in range(numbers.randrange(4)):
-            if files := object_files(self.house.disk, numbers):
+            if files := object_files(self.house.disk, numbers, self.expected.adapters):
                 path = numbers.choice(files)
                 self.expected.taint([bytes.fromhex(path.name)])
                 damage_file(path, numbers.choice(("flip", "garbage", "cut", "gone")), numbers)
@@ -90,7 +90,7 @@ class Lives:
     def _cut(self, numbers: random.Random) -> int:
         """The daemon was killed; now the machine loses what was not synced. With `disk_sync` that is nothing that a
         flush spoke of, and any part of all else."""
-        safe = {key.hex() for keys in self._due() for key in keys}
+        safe = {key.hex() for keys in [*self._due(), self.expected.adapters] for key in keys}
         lost = 0
         for path in itertools.chain(*map(all_files, (self.house.disk / "d" / "objects").iterdir())):
             if path.name in safe or numbers.random() < 0.5:
@@ -137,21 +137,27 @@ class Lives:
             data = [b"".join(slot.buffers) if slot is not None else None for slot in reading.slots]
         for key, held, cause in zip(keys, data, reading.causes, strict=True):
             self.checked["acknowledged objects read after a restart"] += 1
-            if held == payload_of(key):
+            if held is not None and not self._wrong(key, held):
                 continue
             what = f"ACKNOWLEDGED AND LOST ({cause})" if held is None else "WRONG BYTES on disk"
             self.found.append(f"{what}: {key.hex()} after life {self.house.lives}")
             self.expected.taint([key])
+        if keys[0] in self.expected.adapters:
+            name = own_name(self.expected.adapters.index(keys[0]))
+            self.checked["acknowledged names asked for after a restart"] += 1
+            if client.find_adapter(name) != keys[0].hex():
+                self.found.append(f"ACKNOWLEDGED AND LOST: the name {name} after life {self.house.lives}")
+
+    def _wrong(self, key: bytes, data: bytes) -> bool:
+        payload = self._adapters.get(key.hex())
+        return data != payload_of(key) if payload is None else sha256(data).hexdigest() != payload
 
     def _read_damaged(self, client: CacheClient, key: bytes) -> None:
         """What is served is right, or nothing."""
         with client.acquire([key]) as reading:
             data = [b"".join(slot.buffers) for slot in reading.slots if slot is not None]
         self.checked["damaged objects asked for"] += 1
-        if not data:
-            return
-        payload = self._adapters.get(key.hex())
-        if (data[0] != payload_of(key)) if payload is None else (sha256(data[0]).hexdigest() != payload):
+        if data and self._wrong(key, data[0]):
             self.found.append(f"WRONG BYTES of the damaged {key.hex()} after life {self.house.lives}")
 
     @property

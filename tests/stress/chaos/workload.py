@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contents import Chain, namespace, payload_of, size_of
-from ledger import Ledger
+from ledger import OWN_ADAPTER, Ledger
 from pulse import Pulse
 
 from loracache import CacheClient, Selection
 from loracache.errors import LeaseLost, Rejected, Unavailable
 
-__all__ = ["Place", "run_owner"]
+__all__ = ["Place", "own_name", "run_owner"]
 
 CALL_S = 3.0
 _CONNECT_S = 2.0
@@ -33,6 +33,7 @@ _TTL_S = 2.0
 _MOST_CHAINS = 60
 _REFUSALS = (
     "is not registered", "cannot be read", "cannot be kept", "Too many open files", "redis unix://",
+    "the disk does not take it",
     "No such file or directory: /proc/self/fd",  # what safetensors makes of having no descriptor left
 )  # fmt: skip
 _GENERATION = 1_000_000  # chains that one process may store
@@ -45,7 +46,7 @@ class Place:
     folder: Path
     owners: int
     adapters: tuple[tuple[str, str, str], ...]
-    """(folder, hex digest, sha256 of the payload) each."""
+    """(folder, hex digest, sha256 of the payload) each; the first are each an owner's own, the others everybody's."""
 
     @property
     def url(self) -> str:
@@ -69,6 +70,11 @@ class Place:
         """Something went wrong."""
         with self.wrong.open("a") as file:
             file.write(what.replace("\n", " | ") + "\n")
+
+
+def own_name(owner: int) -> str:
+    """Of the adapter that this owner alone adds and removes."""
+    return f"own-{owner}"
 
 
 def run_owner(place: Place, owner: int, generation: int, seed: str) -> None:
@@ -158,10 +164,13 @@ class Owner:
             new = new and not any(reservation.causes)
         return new
 
+    def _chains(self) -> list[int]:
+        return [serial for serial in self._ledger.chains if serial != OWN_ADAPTER]
+
     def _fresh(self) -> Chain:
         self._serial += 1
-        if len(self._ledger.chains) >= _MOST_CHAINS:
-            self._take_away(min(self._ledger.chains))
+        if len(self._chains()) >= _MOST_CHAINS:
+            self._take_away(min(self._chains()))
         self._ledger.store(self._serial)
         self._pulse.stored(self._serial)
         return Chain(self._owner, self._serial)
@@ -171,28 +180,22 @@ class Owner:
 
     def _store_durably(self, client: CacheClient) -> None:
         chain = self._fresh()
-        began, dropped = time.monotonic(), self._dropped(client)
-        instance = client.connection.instance
+        with self._pulse.call("flush", _CONNECT_S + _FLUSH_S):
+            client.flush(timeout=_FLUSH_S)  # what it says is of what this client stores from now on
+        began = time.monotonic()
         new = self._write(client, chain, "store")
         with self._pulse.call("flush", _CONNECT_S + _FLUSH_S):
-            client.flush(timeout=_FLUSH_S)
-        if new and self._dropped(client) == dropped and client.connection.instance == instance:
+            flushed = client.flush(timeout=_FLUSH_S)
+        if new and not flushed.given_up["disk"]:
             self._ledger.acknowledge(chain.serial, began)
             self._pulse.count("acknowledged")
         else:
             self._pulse.count("not_durable")
 
-    def _dropped(self, client: CacheClient) -> int:
-        """Writes to disk that were given up, anybody's."""
-        with self._pulse.call("status", _CONNECT_S + CALL_S):
-            counters = client.status()["counters"]
-        assert isinstance(counters, dict)
-        return sum(count for name, count in counters.items() if name.startswith("write.disk.dropped"))
-
     def _store_again(self, client: CacheClient) -> None:
         """What is there, or is no more; where a tier could not read it, the new one takes the place of the old."""
-        if self._ledger.chains:
-            serial = self._random.choice([*self._ledger.chains])
+        if chains := self._chains():
+            serial = self._random.choice(chains)
             self._ledger.drop(serial, forget=False)
             self._write(client, Chain(self._owner, serial), "store_again")
 
@@ -249,16 +252,22 @@ class Owner:
             self._prove(key, data, "hold")
 
     def _adapter(self, client: CacheClient) -> None:
-        number = self._random.randrange(len(self._place.adapters))
+        number = self._random.choice((self._owner, *range(self._place.owners, len(self._place.adapters))))
         folder, digest, payload = self._place.adapters[number]
-        name = f"tenant-{number % 3}"
+        own = number == self._owner
+        name = own_name(self._owner) if own else f"tenant-{number % 2}"
         match self._random.randrange(5):
-            case 0:
+            case 0 | 1:
+                began = time.monotonic()
                 with self._pulse.call("adapter_add", _CONNECT_S + _ADD_S):
                     got = client.add_adapter(folder, name, timeout=_ADD_S)
                 if got != digest:
                     self._place.say(f"adapter {folder} has digest {got} and not {digest}")
-            case 1:
+                if own:
+                    self._ledger.acknowledge(OWN_ADAPTER, began)
+            case 2 if not own or self._random.random() < 0.2:
+                if own:
+                    self._ledger.drop(OWN_ADAPTER, forget=True)
                 with self._pulse.call("adapter_remove", _CONNECT_S + CALL_S):
                     client.remove_adapter(name)
             case _:
@@ -279,8 +288,8 @@ class Owner:
         return self._client
 
     def _evict(self, client: CacheClient) -> None:
-        if len(self._ledger.chains) > _MOST_CHAINS // 2:
-            self._take_away(self._random.choice([*self._ledger.chains]))
+        if len(chains := self._chains()) > _MOST_CHAINS // 2:
+            self._take_away(self._random.choice(chains))
 
     def _evict_part(self, client: CacheClient) -> None:
         """From tiers that the promise of durability is not about."""
@@ -318,7 +327,8 @@ class Owner:
     def _look_around(self, client: CacheClient) -> None:
         match self._random.randrange(4):
             case 0:
-                self._dropped(client)
+                with self._pulse.call("status", _CONNECT_S + CALL_S):
+                    client.status()
             case 1:
                 with self._pulse.call("list", 4 * CALL_S):
                     for _ in client.objects(Selection(model=f"chaos-{self._owner}")):

@@ -86,7 +86,7 @@ class HttpUser:
         return Chain(owner, self._others[owner].last - self._random.randrange(80))
 
     def _upload(self) -> None:
-        number = self._random.randrange(len(self._place.adapters))
+        number = self._random.randrange(self._place.owners, len(self._place.adapters))
         folder, mark = Path(self._place.adapters[number][0]), "chaos-boundary"
         body = b""
         for name in ("adapter_config.json", "adapter_model.safetensors"):
