@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from loracache.cache.eviction import Evicted
 from loracache.control.fields import audit_summary, count_evicted, describe_event, planes, removable_tiers
+from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
@@ -66,10 +67,12 @@ class Control:
         self._locator = Locator(cache, namespaces, adapters, finder)
         self._about: dict[str, dict[str, Any]] = {}  # of running operations: what the audit log says of them
         self.operations = Operations(self._ended)
+        self._incompressible = Incompressible()
         self._turns = Turns(_MOVES_AT_ONCE)
 
     async def serve(self, request: ControlRequest, label: str) -> list[Any]:
-        """Answer a request of the connection called `label`. Raises LoRACacheError for one that cannot be served."""
+        """Answer a request. label: who asks, for the audit log; request.by: who the client says that it is. Raises
+        LoRACacheError for one that cannot be served."""
         match request:
             case messages.Locate():
                 return await self._on_locate(request, label)
@@ -120,7 +123,7 @@ class Control:
         """What `work` answers, noted down where something changed."""
         payload = await work
         if payload:
-            self._audit.write(by, request.operation, name=request.name)
+            self._audit.write(by, request.operation, says=request.by, name=request.name)
         return payload
 
     # -- operations ----------
@@ -181,6 +184,8 @@ class Control:
             source=tier,
             planes=lambda node: planes(node, self._namespaces),
             wanted=lambda node: tier is not Tier.DISK or not node.stored,
+            in_redis=lambda stored: tier is not Tier.REDIS or not stored,
+            hopeless=self._incompressible,
         )
 
     async def _on_decompress(self, request: messages.Decompress, label: str) -> list[Any]:
@@ -192,6 +197,7 @@ class Control:
             source=tier,
             planes=lambda node: 0,
             wanted=lambda node: tier is not Tier.DISK or bool(node.stored),
+            in_redis=lambda stored: tier is not Tier.REDIS or bool(stored),
         )
 
     async def _on_operation_show(self, request: messages.OperationShow, label: str) -> list[Any]:
@@ -204,7 +210,7 @@ class Control:
 
     async def _on_cancel(self, request: messages.Cancel, label: str) -> list[Any]:
         operation = self.operations.cancel(request.name, request.scope)
-        self._audit.write(request.by or label, "cancel", operation=operation.id, state=operation.state)
+        self._audit.write(label, "cancel", says=request.by, operation=operation.id, state=operation.state)
         if self._turns.leave(operation):
             self.operations.end(operation)
         return [operation.describe()]
@@ -317,9 +323,9 @@ class Control:
         return [operation.describe()]
 
     def _new(self, request: Any, label: str, selector: Mapping[str, Any]) -> Operation:
-        operation = self.operations.begin(request.operation, request.by or label, request.scope)
+        operation = self.operations.begin(request.operation, label, request.scope)
         where = {name: getattr(request, name) for name in ("tier", "tiers", "source") if hasattr(request, name)}
-        self._about[operation.id] = audit_summary(selector) | where
+        self._about[operation.id] = {"says": request.by} | audit_summary(selector) | where
         return operation
 
     def _ended(self, operation: Operation) -> None:

@@ -20,8 +20,20 @@ from loracache.storage_backends.redis.names import RedisNames
 
 SECRET, QUOTED = "0p3n-s3cr3t@/word", "0p3n-s3cr3t%40%2Fword"
 RIGHTS = [  # as docs/operations.md says
-    "get", "mget", "getrange", "set", "exists", "unlink", "expire", "scan", "hget", "hgetall", "hset", "hsetnx", "hdel",
-]  # fmt: skip
+    "get",
+    "mget",
+    "getrange",
+    "set",
+    "exists",
+    "unlink",
+    "expire",
+    "scan",
+    "hget",
+    "hgetall",
+    "hset",
+    "hsetnx",
+    "hdel",
+]
 
 
 @pytest.fixture(scope="module")

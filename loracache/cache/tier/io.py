@@ -281,7 +281,7 @@ class TierIO:
                 unavailable += not result.partial
                 self._trouble = result.detail or "no answer"
             elif result.outcome is not Outcome.MISS:
-                _log.warning("%s: %s: %s: %s", label, what, result.outcome.value, result.detail)
+                _log.warning(f"{label}: {what}: {result.outcome.value}: %s", result.detail)  # each a kind of its own
             if result.outcome is not Outcome.MISS or what == "load":
                 self._counters.add(f"failure.{label}.{result.outcome.value}")
                 causes[result.outcome.value] += 1
