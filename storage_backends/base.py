@@ -141,22 +141,24 @@ class Standing:
 @dataclass(frozen=True, slots=True)
 class Purpose:
     """Whose objects a purge removes. wanted: namespaces; None: everybody's. others: namespaces that are known, and not
-    meant."""
+    meant. kept: keys of objects that stay, whosever they are."""
 
     wanted: AbstractSet[bytes] | None = None
     others: AbstractSet[bytes] = frozenset()
+    kept: frozenset[bytes] = frozenset()
 
 
 @dataclass(slots=True)
 class Purge:
     """What a purge did so far. objects, nbytes: removed, as they were kept. loose: parts of objects removed that are
-    none. undescribed: objects left of which nobody knows whose they are. present: of the other namespaces, those that
-    have objects. error: why not everything was seen or removed, or "".
+    none. kept: keys of objects that were to stay. undescribed: objects left of which nobody knows whose they are.
+    present: of the other namespaces, those that have objects. error: why not everything was seen or removed, or "".
     """
 
     objects: int = 0
     nbytes: int = 0
     loose: int = 0
+    kept: set[bytes] = field(default_factory=set)
     undescribed: int = 0
     present: set[bytes] = field(default_factory=set)
     error: str = ""

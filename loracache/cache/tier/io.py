@@ -184,18 +184,19 @@ class TierIO:
         """Call `done` after all writes and deletions asked for before."""
         self._run(self._writes, "wait", 0, list, lambda results: done())
 
-    def descriptors(self, done: Callable[[dict[bytes, bytes]], None]) -> None:
-        """What the backend has been told of its namespaces; nothing where it cannot be asked."""
+    def consult(self, look: Callable[[dict[bytes, bytes]], bool], done: Callable[[bool], None]) -> None:
+        """What `look`, called on a thread, says of what the backend has been told of its namespaces; False where it
+        cannot be asked."""
 
         def ask() -> None:
             try:
-                found = self.backend.descriptors()
+                found = look(self.backend.descriptors())
             except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for the answer
                 _log.warning("%s: descriptors: %s", self.tier.label, error)
-                found = {}
+                found = False
             self._post(lambda: done(found))
 
-        self._care.submit(ask)
+        self._asks.submit(ask)
 
     def purge(
         self,
