@@ -16,6 +16,7 @@ from typing import Any
 
 from loracache.connectors.vllm.common import patches
 from loracache.connectors.vllm.common.connectors_of import connectors_of
+from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.releases import unknown_release, vllm_version
 from loracache.connectors.vllm.frontend.refusals import answer_refusals, check_what_is_added, raise_refusals
 from loracache.connectors.vllm.frontend.reload import forget_orders, tell_of_reloads
@@ -33,6 +34,7 @@ def register() -> None:
     """
     if not patches.begin():
         return
+    log_as_vllm_does()
     unknown = unknown_release()
     if unknown:
         patches.problems.append(unknown)

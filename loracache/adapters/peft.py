@@ -40,7 +40,7 @@ CONVERT = ", where torch is: python -m loracache.connectors.vllm.lora.pickled FO
 _EXPONENT = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _READ = 8 << 20
 _MAX_CONFIG, _MAX_HEADER, _MAX_NAME = 1 << 20, 32 << 20, 512
-_MAX_PATTERN_STEPS, _MAX_STEPS = 1 << 20, 1 << 23  # of matching patterns: a few seconds together
+_MAX_PATTERN_STEPS, _MAX_STEPS = 1 << 20, 1 << 30  # of matching patterns: at the worst some seconds together
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
 _UNUSED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # copies of the base model's
 # What changes the effect of the same tensors, and what PEFT takes where it is left out.
@@ -172,6 +172,9 @@ class PeftFolder:
         patterns = (*settings.rank_pattern, *settings.alpha_pattern)
         if len(pairs) * sum(compiled(pattern).steps(longest) for pattern in patterns) > _MAX_STEPS:
             raise UsageError(f"{self.path / CONFIG}: its patterns are too much for {len(pairs)} modules")
+        for module in pairs:
+            if patterns and not module.isascii():
+                raise UsageError(f"{self._weights}: module {module!r}: patterns are for names in ASCII")
         for module, parts in pairs.items():
             self._check_pair(module, parts, settings.rank_of(module))
         return settings
@@ -299,7 +302,7 @@ def _unusable_patterns(values: dict[str, Any]) -> str:
         for pattern in values[key]:
             try:
                 if compiled(pattern).steps(_MAX_NAME) > _MAX_PATTERN_STEPS:
-                    return f"{key}: {pattern!r} is too much of a pattern; repeat nothing that is repeated inside"
+                    return f"{key}: {pattern!r} is too much of a pattern; repeat less"
             except ValueError as error:
                 return f"{key}: {pattern!r} {error}"
     return ""

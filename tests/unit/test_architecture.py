@@ -87,7 +87,7 @@ REACHES = {
     "results": "",
     "s3_fifo": "",
     "storage_backends": "errors",
-    "storage_backends.disk": "errors storage_backends",
+    "storage_backends.disk": "errors folder storage_backends",
     "storage_backends.redis": "adapters errors folder keys storage_backends",
     "tiers": "errors",
     "tracing": "errors",

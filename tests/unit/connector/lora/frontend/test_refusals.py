@@ -112,13 +112,22 @@ def processor(pooling: bool, queue: Any) -> Any:
     module.OutputProcessor = type("OutputProcessor", (OutputProcessor,), {})
     raise_refusals(module)
     made = module.OutputProcessor(None, log_stats=False)
-    detokenizer = None if pooling else SimpleNamespace(
-        update=lambda *_: None, num_output_tokens=lambda: 0, output_token_ids=[], get_next_output_text=lambda *_: ""
-    )  # fmt: skip
+    detokenizer = (
+        None
+        if pooling
+        else SimpleNamespace(
+            update=lambda *_: None, num_output_tokens=lambda: 0, output_token_ids=[], get_next_output_text=lambda *_: ""
+        )
+    )
     logprobs = SimpleNamespace(
-        update_from_output=lambda _: None, prompt_logprobs=None, prompt_token_id_logprobs=None, logprobs=None,
-        cumulative_logprob=None, pop_prompt_logprobs=lambda: None, pop_prompt_token_id_logprobs=lambda: None,
-    )  # fmt: skip
+        update_from_output=lambda _: None,
+        prompt_logprobs=None,
+        prompt_token_id_logprobs=None,
+        logprobs=None,
+        cumulative_logprob=None,
+        pop_prompt_logprobs=lambda: None,
+        pop_prompt_token_id_logprobs=lambda: None,
+    )
     state = RequestState(
         request_id="a", external_req_id="a", parent_req=None, request_index=0, lora_request=None,
         output_kind=RequestOutputKind.DELTA, prompt="", prompt_token_ids=[1], prompt_embeds=None,
