@@ -161,6 +161,10 @@ class SchedulerLink(Link):
         if number in self._asked:
             self._unwanted.add(number)
 
+    def abandon(self, number: int) -> None:
+        """As `forget`, of a question about an adapter, which is no sign of life."""
+        self.connection.forget(number)
+
     def count(self, cause: str, amount: int) -> None:
         """Count a failure seen in the engine; the daemon's status shows it."""
         self._counts[cause] += amount

@@ -56,7 +56,7 @@ class SchedulerSide:
         self._chunks: Chunks | None = None
         self._requests: dict[str, RequestState] = {}
         ask = (lambda path: None) if options.lora_pool else link.ask_adapter
-        self._adapters = ServedAdapters(ask, link.answer_adapter)
+        self._adapters = ServedAdapters(ask, link.answer_adapter, link.abandon)
         self._blocks = BlockKeys(bool(getattr(vllm_config.lora_config, "enable_tower_connector_lora", False)))
         self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))

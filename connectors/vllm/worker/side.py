@@ -148,6 +148,7 @@ class WorkerSide:
         self._adapters.step = plan.step
         self._prefixes += plan.prefixes
         if self._pool is not None:
+            self._adapters.forget(plan.adapters.forget)
             self._pool.carry_out(plan.adapters)
         for request_id in plan.preempted:
             with self._lock:

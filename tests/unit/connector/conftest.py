@@ -76,6 +76,9 @@ class ScriptedLink:
     def release(self, lease: bytes) -> None:
         self.leases.discard(lease)
 
+    def abandon(self, number: int) -> None:
+        """Of an adapter's question."""
+
     def forget(self, number: int) -> None:
         if number:
             self.forgotten.append(number)
