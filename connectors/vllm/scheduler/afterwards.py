@@ -30,7 +30,7 @@ class Afterwards:
 
     def finished(self, request_id: str, keys: Sequence[bytes], nbytes: int, wishes: Wishes, *, storing: bool) -> None:
         """A request is over. keys: of all its objects, which are of `nbytes` bytes. storing: not all are stored yet."""
-        if not keys or not (wishes.pin or wishes.demote):
+        if not keys:
             return
         if storing:
             self._waiting[request_id] = (keys, nbytes, wishes)

@@ -33,6 +33,7 @@ _WRITE_LEASE_S = 60.0
 _PART_SHARE = 16  # of the arena is a part at most
 _PART_CHUNKS = 4096
 _NO_ROOM_S = 1.0  # for which a store waits for room without getting any
+_LONGEST_S = 5.0  # and with it: what comes behind waits, too
 _FULL_S = 10.0  # after which the next one waits again
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
 _END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
@@ -43,18 +44,21 @@ class _Room:
     blocks wait meanwhile, and an arena that was full for long is full of what stays."""
 
     def __init__(self, after: float) -> None:
-        now = time.monotonic()
-        self._until = now + _NO_ROOM_S if now >= after else now
+        self._most = _NO_ROOM_S if time.monotonic() >= after else 0.0
         self._pause = _FIRST_PAUSE_S
+        self._waited = self._in_vain = 0.0
 
-    def waits(self, progress: bool) -> bool:
-        """Whether to ask again, after a pause. progress: there was room for something since the last time."""
-        now = time.monotonic()
-        if progress:
-            self._until, self._pause = now + _NO_ROOM_S, _FIRST_PAUSE_S
-        if now >= self._until:
+    def found(self) -> None:
+        """There was some."""
+        self._pause, self._in_vain = _FIRST_PAUSE_S, 0.0
+
+    def waits(self) -> bool:
+        """Whether to ask again, after a pause."""
+        if self._in_vain >= self._most or self._waited >= _LONGEST_S:
             return False
         time.sleep(self._pause)
+        self._waited += self._pause
+        self._in_vain += self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
         return True
 
@@ -132,16 +136,19 @@ class Storer:
             raise Unavailable("no daemon")
         self._link.register(store.namespace.digest(), store.namespace.descriptor(), self._names)
         parent = object_key(store.parent, self._shard) if store.parent else requests.NO_PARENT
+        room = _Room(self._full_until)
         for chunks in self._parts(store.chunks):
             keys = [object_key(chunk.key, self._shard) for chunk in chunks]
-            done, room = 0, _Room(self._full_until)
+            done = 0
             while True:
                 above = [keys[done - 1] if done else parent, *keys[done:-1]]
                 part = self._store_part(job, chunks[done:], keys[done:], above, causes)
                 if Cause.CANCELLED in causes:
                     return
+                if part:
+                    room.found()
                 done += part
-                if done == len(keys) or not room.waits(progress=bool(part)):
+                if done == len(keys) or not room.waits():
                     break
             if done < len(keys):  # the chain ends here
                 self._full_until = time.monotonic() + _FULL_S
