@@ -36,8 +36,8 @@ def server(
     }  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    published = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint, "topic": "kv"}
+        port = free.getsockname()[1]
+    published = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{port}", "topic": "kv"}
     log = tmp_path_factory.mktemp("server") / "log"
     running = openai_server(
         log,
@@ -51,7 +51,7 @@ def server(
     )
     try:
         eventually(running.ready, "the server answers", 300)
-        yield SimpleNamespace(http=running, events=endpoint, log=log)
+        yield SimpleNamespace(http=running, events=f"tcp://127.0.0.1:{port}", log=log)
     finally:
         running.close()
 
@@ -103,7 +103,7 @@ def on_disk(cache: Any) -> int:
 
 
 def test_kv_larger_than_the_memory_is_stored_loaded_and_counted(
-    server: SimpleNamespace, cache: Any, prompts: Callable[[int], list[int]], eventually: Any, heard: list[Any]
+    server: SimpleNamespace, cache: Any, prompts: Callable[[int], list[int]], eventually: Any
 ) -> None:
     tokens = prompts(LONG)
     cold = ask(server, tokens)
@@ -119,9 +119,26 @@ def test_kv_larger_than_the_memory_is_stored_loaded_and_counted(
     assert number(server, "loads") == 1
     assert number(server, "lookups") >= 2
     assert number(server, "load_failures") == 0
-    stored = {event["medium"] for event in heard if event["type"] == "BlockStored"}
-    assert {"cpu", "disk"} <= stored
-    assert "cpu" in {event["medium"] for event in heard if event["type"] == "BlockRemoved"}
+
+
+def test_routers_hear_what_the_tiers_hold(
+    server: SimpleNamespace, prompts: Callable[[int], list[int]], eventually: Any, heard: list[Any]
+) -> None:
+    tokens = prompts(3 * CHUNK)
+
+    def told(kind: str, tier: str) -> bool:
+        ask(server, prompts(8))  # events leave with steps
+        return any(
+            event["type"] == kind and event["medium"] == tier and event.get("token_ids") in (None, tokens[:CHUNK])
+            for event in list(heard)
+        )
+
+    eventually(lambda: bool(heard) or not ask(server, prompts(CHUNK)), "the subscription is there", 60)
+    ask(server, tokens)
+    eventually(lambda: told("BlockStored", "cpu"), "it is in memory", 60)
+    eventually(lambda: told("BlockStored", "disk"), "it is on disk", 60)
+    ask(server, prompts(LONG))
+    eventually(lambda: told("BlockRemoved", "cpu"), "it has made room", 60)
 
 
 def test_a_request_says_what_becomes_of_its_kv(
