@@ -258,8 +258,8 @@ CACHE = [
     Mutation(
         "making room for a child does not take its parent",
         "loracache/cache/tiered.py",
-        "self._make_room(self.arena.rounded(info.size), parents)",
-        "self._make_room(self.arena.rounded(info.size), set())",
+        "self._make_room(self.arena.rounded(info.size), parents,",
+        "self._make_room(self.arena.rounded(info.size), set(),",
         _VICTIMS,
     ),
     Mutation(

@@ -22,6 +22,7 @@ from loracache.cache.state.leases import Grip, Leases, Writing
 from loracache.cache.state.node import State
 from loracache.cache.state.pins import Pins
 from loracache.cache.tier.disk import DiskTier
+from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import Post, TierIO
 from loracache.cache.tier.promotion import Promoter
 from loracache.cache.tier.write_behind import WriteBehind
@@ -31,6 +32,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Acquired", "TieredCache"]
 
+_REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
 _GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
 
 
@@ -73,21 +75,24 @@ class TieredCache:
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None
         self.writers: list[WriteBehind] = []
+        self.flushes = Flushes()
         if disk is not None:
             disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
             self._policies[Tier.DISK] = disk_policy
             io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
-            self.disk = DiskTier(io, arena, self.index, self.counters, disk_policy, disk_limit, self._written)
+            self.disk = DiskTier(
+                io, arena, self.index, self.counters, self.flushes, disk_policy, disk_limit, self._written
+            )
             self.writers.append(self.disk.writer)
         if redis is not None:
-            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events)
-            self.redis = WriteBehind(io, arena, self.index, self.counters, lambda node: None, self._written)
+            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
+            self.redis = WriteBehind(
+                io, arena, self.index, self.counters, self.flushes, lambda node: None, self._written
+            )
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
-        self._remover = Remover(
-            self.index, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
-        )
+        self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
 
     # -- reading ----------
 
@@ -168,30 +173,40 @@ class TieredCache:
 
     # -- writing ----------
 
-    def reserve(self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float) -> list[Writing | Cause]:
+    def reserve(
+        self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float, *, promised: bool = False
+    ) -> list[Writing | Cause]:
         """Extents to write each object into, or why not: EXISTS, BUSY (somebody is writing it), NO_PARENT,
-        TOO_LARGE, FULL."""
+        TOO_LARGE, FULL.
+
+        promised: no queued write is given up for these, nor one of these for others, and what exists is queued for the
+        tier below that lacks it. The answers end with the first FULL: there may be room when the queues are shorter.
+        """
         answers: list[Writing | Cause] = []
         accepted: list[Writing] = []
         batch: set[bytes] = set()
         parents = {node for node in (self.index.get(info.parent) for info in infos if info.parent) if node is not None}
         for info in infos:
-            answer = self._reserve_one(info, batch, parents)
+            answer = self._reserve_one(info, batch, parents, promised)
             if isinstance(answer, Writing):
                 accepted.append(answer)
                 batch.add(info.key)
-            elif answer not in (Cause.EXISTS, Cause.BUSY):
+            elif answer not in (Cause.EXISTS, Cause.BUSY) and not (promised and answer is Cause.FULL):
                 self.counters.add(f"store.refused.{answer}")
             answers.append(answer)
+            if promised and answer is Cause.FULL:
+                break
         if accepted:
             self.leases.hold(owner, lease_id, ttl, list(parents))
             self.leases.open_writing(owner, lease_id, ttl, accepted)
         return answers
 
-    def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node]) -> Writing | Cause:
+    def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node], promised: bool) -> Writing | Cause:
         node = self.index.get(info.key)
         if node is not None and self._held(node):
             self.index.touch(node)
+            if promised and node.held_in(Tier.CPU):
+                self._queue_writes(node, promised, again=True)
             return Cause.EXISTS
         if info.key in self.leases.being_written or info.key in batch:
             return Cause.BUSY
@@ -200,10 +215,10 @@ class TieredCache:
             return Cause.NO_PARENT
         if info.size <= 0 or self.arena.rounded(info.size) > self.arena.size:
             return Cause.TOO_LARGE
-        if not self._make_room(self.arena.rounded(info.size), parents):
+        if not self._make_room(self.arena.rounded(info.size), parents, promised=promised):
             return Cause.FULL
         extents = self.arena.allocate(info.size)
-        return Writing(info, extents) if extents is not None else Cause.FULL
+        return Writing(info, extents, promised) if extents is not None else Cause.FULL
 
     def commit(self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]) -> list[Cause]:
         """Make written objects visible, given (key, checksum) with parents before children; NONE or why not:
@@ -232,7 +247,7 @@ class TieredCache:
         self.index.enter(node, Tier.CPU, "stored", item.extents)
         self.counters.add("store.objects")
         self.counters.add("store.bytes", node.size)
-        self._queue_writes(node)
+        self._queue_writes(node, item.promised)
         return Cause.NONE
 
     def pump(self) -> None:
@@ -313,10 +328,11 @@ class TieredCache:
         """Whether the object need not be stored again: a tier has it that can be read now."""
         return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
 
-    def _make_room(self, nbytes: int, protected: set[Node]) -> bool:
+    def _make_room(self, nbytes: int, protected: set[Node], *, promised: bool = False) -> bool:
         """Free arena bytes: clean victims first, then those of the protected that disk has too (a chain longer than
         the arena ends in its next chunk's parent), then what is held loosely and lies in a lower tier, then leaves
-        whose queued write is given up, the oldest chain's first. False where even that is not enough.
+        whose queued write is given up, the oldest chain's first, but not for who can wait instead (`promised`). False
+        where even that is not enough.
         """
         policy = self._policies[Tier.CPU]
         while (missing := nbytes - self.arena.free_bytes) > 0:
@@ -328,7 +344,7 @@ class TieredCache:
                 self.counters.add("lease.gave_way", count)
                 continue
             if victims is None:
-                leaf = self._unwritten_leaf(protected)
+                leaf = self._unwritten_leaf(protected) if not promised else None
                 if leaf is None:
                     return False
                 cause = Cause.MEMORY_FULL
@@ -348,7 +364,8 @@ class TieredCache:
         for writer in self.writers:
             for node in writer.oldest(_GIVE_UP_AMONG):
                 leaf = self.index.leaf_below(node, Tier.CPU)
-                if not leaf.leases and not self.index.stays(leaf, Tier.CPU) and leaf not in protected:
+                kept = leaf.leases or leaf in protected or any(leaf in each.promised for each in self.writers)
+                if not kept and not self.index.stays(leaf, Tier.CPU):
                     return leaf
         return None
 
@@ -373,15 +390,16 @@ class TieredCache:
         if source is Tier.DISK and self.disk is not None:
             self.disk.load_ended(node, outcome)
 
-    def _written(self, node: Node, outcome: Outcome) -> None:
+    def _written(self, node: Node, outcome: Outcome) -> bool:
         if outcome is Outcome.CORRUPT:  # the tier proved the arena's bytes against the checksum, and they disagree
             self.report_bad([node.key])
+        return outcome is Outcome.OK
 
-    def _queue_writes(self, node: Node) -> None:
+    def _queue_writes(self, node: Node, promised: bool, again: bool = False) -> None:
         if self.disk is not None:
-            self.disk.queue_write(node)
-        if self.redis is not None:
-            self.redis.enqueue(node)
+            self.disk.queue_write(node, promised=promised)
+        if self.redis is not None and not (again and self.disk is not None):
+            self.redis.enqueue(node, promised=promised)
 
     def audit(self) -> list[str]:
         """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""

@@ -15,7 +15,17 @@ import typer
 
 from loracache import __version__
 from loracache.cli import adapters, check, jobs, objects, tokens, top
-from loracache.cli.common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, number, print_json
+from loracache.cli.common import (
+    EXIT_CODES,
+    PARTLY,
+    Commands,
+    JsonOption,
+    SocketOption,
+    client_of,
+    expanded,
+    number,
+    print_json,
+)
 from loracache.errors import ConfigError
 
 __all__ = ["main"]
@@ -86,6 +96,8 @@ def serve(
     disk_sync: Annotated[bool | None, typer.Option("--disk-sync", help="fdatasync before a write counts.")] = None,
     drain: Annotated[float | None, typer.Option(help="Seconds to write what is queued at the end.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="End with the last client.")] = None,
+    audit_log: Annotated[Path | None, typer.Option(help="File of what operators changed.", show_default=False)] = None,
+    traces: Annotated[str | None, typer.Option(help="OTLP/HTTP collector of spans.", show_default=False)] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
 ) -> None:
@@ -102,7 +114,7 @@ def serve(
         "socket": socket, "memory": memory, "disk_path": disk_path, "disk": disk, "redis": redis,
         "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
         "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
-        "log_format": log_format,
+        "log_format": log_format, "audit_log": audit_log, "traces": traces,
         "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key,
     }  # fmt: skip
     settings = load_config(flags, config)
@@ -133,11 +145,17 @@ def flush(
     socket: SocketOption = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Seconds to wait.")] = 60.0,
 ) -> None:
-    """Wait until everything committed by now is written to disk and Redis."""
+    """Wait until everything committed by now is written to disk and Redis; 4 where something was given up."""
     if not 0 < timeout <= 86_400:
         raise ConfigError(f"--timeout {timeout} must be seconds, more than 0 and at most 86400")
     with client_of(socket) as client:
-        client.flush(timeout)
+        flushed = client.flush(timeout)
+    for tier, durable in flushed.durable.items():
+        typer.echo(f"{tier}: {durable} objects durable, {flushed.given_up[tier]} given up since the last flush")
+    if not flushed.durable:
+        typer.echo("there is no tier below memory: nothing is durable")
+    if not flushed.complete:
+        raise typer.Exit(PARTLY)
 
 
 app.command("check", rich_help_panel=_MANAGE)(check.check)

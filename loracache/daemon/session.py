@@ -8,16 +8,19 @@ requests behind it do not wait. Threading: the event loop.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from loracache.cache.state.leases import Grip, Writing
 from loracache.cache.tiered import Acquired
-from loracache.control.steps import start
+from loracache.control.steps import answer, start
+from loracache.daemon.room import reserve_in_time
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
@@ -38,13 +41,16 @@ __all__ = ["Served", "Session"]
 _log = logging.getLogger(__name__)
 _MAX_UNSENT = 64 << 20
 _REPORTED = "client."
+_REST = "http"  # what its REST process is called where it does not say whom it asks for
+_Asked = TypeVar("_Asked", bound=protocol.Request)
+_KEEP_S = 2.0
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """What all sessions of a daemon work on. status() is what `loracache status` shows; ended(session) is called when a
-    connection is gone.
+    connection is gone; rest_pid() is the daemon's own REST process, the one client that is believed who it asks for.
     """
 
     cache: TieredCache
@@ -54,6 +60,7 @@ class Served:
     control: Control
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
+    rest_pid: Callable[[], int | None]
 
 
 class Session(asyncio.Protocol):
@@ -69,7 +76,8 @@ class Session(asyncio.Protocol):
         self._frames = Frames()
         self._transport: asyncio.Transport | None = None
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
-        self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
+        self._asking: set[bytes] = set()  # leases of what waits for a tier, until they are released
+        self._flushed = served.cache.flushes.interval  # which began with the last flush
 
     # -- asyncio.Protocol ----------
 
@@ -100,10 +108,17 @@ class Session(asyncio.Protocol):
         """Seconds since it was accepted."""
         return time.monotonic() - self._since
 
-    @property
-    def label(self) -> str:
-        """Who is at the other end, for logs."""
-        return f"{self.name} (pid {self.peer.pid}, uid {self.peer.uid})"
+    def _asker(self, request: _Asked) -> tuple[str, _Asked]:
+        """Who asks, for the audit log, and the request, where `by` then is what the client says of itself. The kernel
+        knows the process at the other end; our REST process knows whose token it was sent."""
+        process = f"pid {self.peer.pid}, uid {self.peer.uid}"
+        said: str | None = getattr(request, "by", None)
+        if said is None:
+            return process, request
+        named: Any = dataclasses.replace
+        if self.peer.pid == self._served.rest_pid():
+            return said or _REST, named(request, by="")
+        return process, named(request, by=said or self.name)
 
     def close(self) -> None:
         """Close after what was answered is sent."""
@@ -163,7 +178,8 @@ class Session(asyncio.Protocol):
             case protocol.AdapterRemove():
                 self._on_adapter_remove(number, request)
             case _:
-                start(self._reply(number, self._served.control.serve(request, self.label)))
+                who, asked = self._asker(request)
+                start(self._reply(number, self._served.control.serve(asked, who)))
 
     async def _reply(self, number: int, work: Awaitable[list[Any]]) -> None:
         """Answer `number` with what `work` comes to, or with the words of its error."""
@@ -197,14 +213,24 @@ class Session(asyncio.Protocol):
         namespace = self._served.namespaces.register(request.descriptor, request.names)
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
-        self._answer(number, OK, [namespace.digest()])
+        if namespace.digest() in self._served.namespaces.unkept:
+            start(self._reply(number, self._kept(namespace.digest())))
+        else:
+            self._answer(number, OK, [namespace.digest()])
+
+    async def _kept(self, digest: bytes) -> list[Any]:
+        """Answers when the descriptor is as durable as what will be stored under it; a disk that hangs or is full keeps
+        nobody waiting: a flush says what that costs."""
+        await asyncio.wait([asyncio.ensure_future(self._served.adapters.keep_namespaces())], timeout=_KEEP_S)
+        return [digest]
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
         start(self._reply(number, self._served.adapters.digest(request.path)))
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
         work = self._served.adapters.add(request.path, request.name)
-        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
+        who, request = self._asker(request)
+        start(self._reply(number, self._served.control.audited(request, who, work)))
 
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
         start(self._reply(number, self._served.adapters.find(request.name)))
@@ -217,7 +243,8 @@ class Session(asyncio.Protocol):
 
     def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
         work = self._served.adapters.remove(request.name)
-        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
+        who, request = self._asker(request)
+        start(self._reply(number, self._served.control.audited(request, who, work)))
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
         engines = self._served.adapters.engines
@@ -304,8 +331,22 @@ class Session(asyncio.Protocol):
             ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
             for key, parent, size in zip(keys, parents, request.sizes, strict=True)
         ]
-        answers = self._cache.reserve(self.owner, request.lease, infos, request.ttl)
-        self._answer(number, OK, [_extents(item.extents) if isinstance(item, Writing) else item for item in answers])
+        if request.wait:
+            start(self._reply(number, self._reserve_in_time(request, infos)))
+        else:
+            self._answer(number, OK, _reserved(self._cache.reserve(self.owner, request.lease, infos, request.ttl)))
+
+    async def _reserve_in_time(self, request: protocol.Reserve, infos: list[ObjectInfo]) -> list[Any]:
+        if not self._cache.writers:
+            raise UsageError("nothing is durable without a tier below memory; give the daemon a disk or a Redis")
+        self._asking.add(request.lease)
+
+        def wanted() -> bool:
+            return self._transport is not None and request.lease in self._asking
+
+        answers = await reserve_in_time(self._cache, self.owner, request, infos, wanted)
+        self._asking.discard(request.lease)
+        return _reserved(answers)
 
     def _on_commit(self, number: int, request: protocol.Commit) -> None:
         keys = split_keys(request.keys)
@@ -315,10 +356,25 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, self._cache.commit(self.owner, request.lease, pairs))
 
     def _on_abort(self, number: int, request: protocol.Abort) -> None:
+        self._asking.discard(request.lease)
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
-        self._cache.when_flushed(lambda: self._answer(number, OK, []))
+        start(self._reply(number, self._flush()))
+
+    async def _flush(self) -> list[Any]:
+        flushed: asyncio.Future[None] = answer(lambda done: self._cache.when_flushed(lambda: done(None)))
+        await flushed
+        if self._served.namespaces.unkept:
+            await self._served.adapters.keep_namespaces()
+        told = self._cache.flushes.since(self._flushed)
+        self._flushed = self._cache.flushes.end()
+        if Tier.DISK.label in told:  # what has no descriptor may not be found after a restart
+            spaces = self._cache.index.spaces
+            lost = sum(spaces[each].objects[Tier.DISK] for each in self._served.namespaces.unkept if each in spaces)
+            durable, given_up = told[Tier.DISK.label]
+            told[Tier.DISK.label] = [durable - min(lost, durable), given_up + min(lost, durable)]
+        return [told]
 
     def _on_status(self, number: int, request: protocol.Status) -> None:
         self._answer(number, OK, [self._served.status()])
@@ -333,6 +389,10 @@ class Session(asyncio.Protocol):
 
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
     return [number for extent in extents for number in extent]
+
+
+def _reserved(answers: list[Writing | Cause]) -> list[Any]:
+    return [_extents(item.extents) if isinstance(item, Writing) else item for item in answers]
 
 
 def _acquired(item: Acquired) -> list[Any]:

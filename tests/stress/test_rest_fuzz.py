@@ -74,6 +74,7 @@ def test_no_call_is_answered_by_an_error_of_ours_or_outside_of_the_schema(runnin
             fuzz(operation, mode, each, headers, answers)
     print(json.dumps(answers, indent=1))  # noqa: T201 - what was reached
     assert httpx.get(f"{running.http}/readyz").status_code == 200
+    assert "Traceback" not in running.log()  # its REST process writes there, too
 
 
 def fuzz(operation: Any, mode: GenerationMode, calls: int, headers: dict[str, str], answers: Counter[str]) -> None:
