@@ -93,7 +93,7 @@ class TierIO:
             does = (
                 "in use, but" if standing.writes else "is read, and takes nothing" if standing.reads else "not in use"
             )
-            _log.warning("%s: %s: %s", label, does, standing.reason)
+            _log.warning(f"{label}: %s: %s", does, standing.reason)
         elif before.reason and not standing.reason:
             _log.info("%s: in full use again", label)
         if standing.reads and not before.reads:
@@ -293,6 +293,6 @@ class TierIO:
                 if not any(result.outcome is Outcome.UNAVAILABLE for result in results):
                     self._trouble = ""
         elif self.available:
-            _log.warning("%s: unavailable (%s); left alone for %.1f s", label, results[-1].detail, self._pause)
+            _log.warning(f"{label}: unavailable (%s); left alone for %.1f s", results[-1].detail, self._pause)
             self._paused_until = time.monotonic() + self._pause
             self._pause = min(self._pause * 2, _LONGEST_PAUSE_S)
