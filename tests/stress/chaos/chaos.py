@@ -123,6 +123,8 @@ class Chaos:
         """What must never be."""
         wrong = self.place.wrong.read_text().splitlines() if self.place.wrong.exists() else []
         hangs = [f"HANG: {hang}" for hang in self.crew.hangs]
+        hung = sum(pulse.counts()["hung"] for pulse in self.crew.pulses)
+        hangs += [f"HANG: {hung} calls ended too late; see the longest"] if hung else []
         return [*wrong, *hangs, *self.lives.found, *self.house.tracebacks]
 
     def summary(self) -> dict[str, Any]:
