@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from loracache.connectors.vllm.common.geometry import uncacheable
+from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.messages import Facts, StepPlan
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.patches import problem
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from loracache.connectors.vllm.lora.refusals import Refusal
+
 __all__ = ["LoRACacheConnector"]
 
 _log = logging.getLogger(__name__)
@@ -56,7 +59,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_as_vllm_does()
+        log_as_vllm_does()
         transfer = vllm_config.kv_transfer_config
         options = Options.parse(dict(transfer.kv_connector_extra_config))
         if not options.server and getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
@@ -192,7 +195,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The workers' facts, by pipeline and tensor rank."""
         self._take_facts(metadata.values())
 
-    def fail_requests_through(self, fail: Callable[[str], None]) -> None:
+    def fail_requests_through(self, fail: Callable[[str, Refusal], None]) -> None:
         """Take vLLM's way to end a request with an error (plugin.py)."""
         if self._scheduler is not None:
             self._scheduler.admission.fail = fail
@@ -231,6 +234,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' results."""
         assert self._scheduler is not None
+        self._scheduler.step_done()
         self._scheduler.held.stored(connector_output.finished_sending or ())
         news = self._inbox.news(connector_output.kv_connector_worker_meta)
         if news is not None:
@@ -288,12 +292,3 @@ def _check_release(options: Options, role: KVConnectorRole) -> None:
     unknown = unknown_release()
     if unknown and role is KVConnectorRole.SCHEDULER:
         _log.warning("%s; its KV is cached all the same", unknown)
-
-
-def _log_as_vllm_does() -> None:
-    """vLLM gives handlers to loggers of its own name only; without one, Python shows nothing below a warning."""
-    ours, theirs = logging.getLogger("loracache"), logging.getLogger("vllm")
-    if not ours.hasHandlers():
-        ours.setLevel(theirs.level)
-        for handler in theirs.handlers:
-            ours.addHandler(handler)

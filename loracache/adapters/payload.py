@@ -31,7 +31,6 @@ from loracache.adapters.peft import (
     WEIGHTS,
     PeftFolder,
     Settings,
-    is_finite,
     module_of,
     unusable_settings,
 )
@@ -48,7 +47,7 @@ _SETTLED_S = 2.0
 _MAGIC = b"LoRA\0\0\0\1"
 _ALIGNMENT = 64
 _MOST_HEADER = 64 << 20
-_SAFETENSORS_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def folder_identity(path: str) -> Identity:
@@ -168,11 +167,9 @@ class Packing:
         end = len(self._head)
         state = _digest_of_settings(folder)
         for tensor, stored in zip(folder.tensors, self._stored, strict=True):
-            data = b"".join(folder.chunks(tensor))
+            data = folder.data(tensor)
             state.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
             state.update(data)
-            if not is_finite(data, tensor.dtype):
-                raise UsageError(f"{folder.path / WEIGHTS}: tensor {tensor.name!r} has an infinity or a NaN in it")
             _write_at(buffers, end, bytes(stored.offset - end))
             _write_at(buffers, stored.offset, _to_rank_major(data, stored))
             end = stored.offset + stored.nbytes

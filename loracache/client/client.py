@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any
 
 from loracache.client.connection import Connection, Reply
 from loracache.client.control import ControlCalls
+from loracache.client.requests import lookup_parts
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.results import Cause
@@ -28,6 +30,8 @@ __all__ = ["Adapter", "CacheClient", "Flushed", "Lookup", "Reading", "Reservatio
 _LEASE_TTL_S = 30.0
 _PAGE = 500
 _ANSWER_S = 10.0  # on top of what the daemon is told to wait
+_GET_KEYS = 64
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +199,15 @@ class CacheClient(ControlCalls):
         return namespace.digest()
 
     def lookup(self, keys: Sequence[bytes], *, group: int = 1) -> Lookup:
-        """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together."""
-        (tiers,) = self._call(protocol.Lookup(b"", protocol.join_keys(keys), group, 0.0))
-        return Lookup(labels(tiers))
+        """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together. Many
+        keys are asked for in parts, as far as they are held."""
+        held: tuple[str, ...] = ()
+        for part in lookup_parts(keys, group):
+            (tiers,) = self._call(protocol.Lookup(b"", protocol.join_keys(part), group, 0.0))
+            held += labels(tiers)
+            if len(tiers) < len(part):
+                break
+        return Lookup(held)
 
     @contextlib.contextmanager
     def reserve(
@@ -285,17 +295,46 @@ class CacheClient(ControlCalls):
             raise LeaseLost(f"the lease ended while {len(keys)} objects were read; do not use them")
 
     def get(self, key: bytes) -> bytes | None:
-        """A copy of one object's payload, or None where no tier holds it. Raises LeaseLost where its bytes do not match
+        """A copy of one object's payload, or None where it cannot be had. Raises LeaseLost where its bytes do not match
         their checksum; they are not served again."""
-        with self.acquire([key]) as reading:
-            slot = reading.slots[0]
-            if slot is None:
-                return None
-            try:
-                return slot.tobytes()
-            except LeaseLost:
-                reading.bad.append(key)
-                raise
+        return next(self.get_many([key]))
+
+    def get_many(self, keys: Sequence[bytes]) -> Iterator[bytes | None]:
+        """Copies of objects' payloads, one a key, in their order, as `get`. Together they may be larger than the arena:
+        as many are held at a time as it has room for. Where it has none, it is waited for, `timeout` seconds at most.
+        """
+        done, most = 0, _GET_KEYS
+        deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE_S
+        while done < len(keys):
+            payloads, full = self._get_part(keys[done : done + most])
+            yield from payloads
+            done += len(payloads)
+            if not full:
+                continue
+            most = max(1, most // 2)
+            if payloads:
+                deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE_S
+            elif time.monotonic() < deadline:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                yield None
+                done += 1
+
+    def _get_part(self, keys: Sequence[bytes]) -> tuple[list[bytes | None], bool]:
+        """(copies of the first of `keys`, whether the arena had no room for the next)."""
+        payloads: list[bytes | None] = []
+        with self.acquire(keys) as reading:
+            for slot, cause in zip(reading.slots, reading.causes, strict=True):
+                if cause is Cause.MEMORY_FULL:
+                    return payloads, True
+                try:
+                    payloads.append(slot.tobytes() if slot is not None else None)
+                except LeaseLost:
+                    assert slot is not None
+                    reading.bad.append(slot.key)
+                    raise
+        return payloads, False
 
     def add_adapter(self, path: str, name: str = "", *, timeout: float = 600.0) -> str:
         """Take the PEFT folder at `path` (on the daemon's machine) into the cache and point `name` at it; answers its

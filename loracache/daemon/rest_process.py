@@ -42,6 +42,11 @@ class RestProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._next_start = 0.0
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process while it runs, or is not known to have ended: until then nobody else has the number."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
     def start(self) -> None:
         """Start the process; where that cannot be done now, `tick` tries again."""
         try:
@@ -73,7 +78,7 @@ class RestProcess:
         self.start()
 
     def close(self) -> None:
-        """End the process and give the port back."""
+        """End the process and give the port back. A second call does nothing."""
         self._let_go()
         self._listener.close()
         if self._process is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's connection: questions that are sent and never waited for.
+"""The scheduler's connection: questions that are sent and not waited for, but where `wait_lookup` is told for how long.
 
 A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's
 patience for half a second; then it is asked nothing more until it has answered.
@@ -8,8 +8,11 @@ patience for half a second; then it is asked nothing more until it has answered.
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loracache.client import requests
@@ -24,6 +27,20 @@ _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
 
 
+@dataclass(slots=True)
+class _Lookup:
+    """A question in parts. number: of the part that was asked last, of so many keys; parts: what is left; tiers: of
+    those before it."""
+
+    lease: bytes
+    shards: int
+    ttl: float
+    parts: Iterator[Sequence[bytes]]
+    number: int = 0
+    keys: int = 0
+    tiers: tuple[str, ...] = ()
+
+
 class SchedulerLink(Link):
     """Non-blocking questions to a daemon. A question's number is 0 where it could not be sent."""
 
@@ -31,6 +48,7 @@ class SchedulerLink(Link):
         super().__init__(server, name="vllm-scheduler", log=_log)
         self._counts: Counter[str] = Counter()
         self._next_report = 0.0
+        self._lookups: dict[int, _Lookup] = {}  # by the number of the first part
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
         self._unwanted: set[int] = set()
         self._early: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
@@ -40,16 +58,53 @@ class SchedulerLink(Link):
         """Whether the daemon is there and answers; collects what it has said."""
         return self.connection.connected and not self._silent()
 
-    def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
-        """Ask for the leading run of `keys`, holding it under `lease`."""
-        return self._ask(requests.Lookup(lease, requests.join_keys(keys), shards, ttl))
+    @property
+    def arena_bytes(self) -> int:
+        """Of the daemon's memory; 0 where it is not there."""
+        arena = self.connection.map
+        return len(arena) if arena is not None else 0
+
+    def ask_lookup(self, lease: bytes, keys: Sequence[bytes], shards: int, ttl: float) -> int:
+        """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held."""
+        lookup = _Lookup(lease, shards, ttl, requests.lookup_parts(keys, shards))
+        if self._ask_part(lookup):
+            self._lookups[lookup.number] = lookup
+        return lookup.number
 
     def answer_lookup(self, number: int) -> tuple[str, ...] | None:
         """Tier names of the leading keys, or None while there is no answer. A question that failed is a miss."""
-        done, payload = self._answer(number)
-        if not done:
-            return None
-        return labels(payload[0]) if payload else ()
+        lookup = self._lookups.get(number)
+        if lookup is None:  # of a connection that ended
+            return ()
+        while True:
+            done, payload = self._answer(lookup.number)
+            if not done:
+                return None
+            tiers = labels(payload[0]) if payload else ()
+            lookup.tiers += tiers
+            if len(tiers) < lookup.keys or not self._ask_part(lookup):
+                self._lookups.pop(number, None)
+                return lookup.tiers
+
+    def wait_lookup(self, number: int, seconds: float) -> tuple[str, ...] | None:
+        """As `answer_lookup`, waiting up to `seconds` for the answer."""
+        deadline = time.monotonic() + seconds
+        while (tiers := self.answer_lookup(number)) is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self.connection.connected:
+                return None
+            ready = select.poll()
+            ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
+            ready.poll(left * 1000)
+        return tiers
+
+    def _ask_part(self, lookup: _Lookup) -> bool:
+        part = next(lookup.parts, None)
+        if part is None:
+            return False
+        lookup.keys = len(part)
+        lookup.number = self._ask(requests.Lookup(lookup.lease, requests.join_keys(part), lookup.shards, lookup.ttl))
+        return bool(lookup.number)
 
     def ask_adapter(self, path: str) -> int | None:
         """Ask for an adapter's digest; None where it could not be asked."""
@@ -100,6 +155,8 @@ class SchedulerLink(Link):
 
     def forget(self, number: int) -> None:
         """An answer nobody wants any more; it still counts as a sign of life."""
+        lookup = self._lookups.pop(number, None)
+        number = lookup.number if lookup is not None else number
         self._early.pop(number, None)
         if number in self._asked:
             self._unwanted.add(number)
@@ -151,6 +208,7 @@ class SchedulerLink(Link):
         return True, reply.payload
 
     def _lost(self) -> None:
+        self._lookups.clear()
         self._asked.clear()
         self._unwanted.clear()
         self._early.clear()

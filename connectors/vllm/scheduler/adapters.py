@@ -51,6 +51,10 @@ class ServedAdapters:
         del self._asked[adapter]
         return self._bind(request, digest) if digest is not None else (False, None)
 
+    def asked(self, adapter: int) -> bool:
+        """Whether an answer about an id is on its way."""
+        return adapter in self._asked
+
     def renew(self, request: LoRARequest) -> None:
         """The engine was told to load this id anew: what it serves must be asked for again."""
         self._digests.pop(request.lora_int_id, None)

@@ -38,15 +38,16 @@ class RequestState:
     """One request from its arrival to its end.
 
     cacheable: its KV may be stored and loaded. reads: and is wanted to be loaded. chunk_keys: keys of its whole chunks,
-    grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered. blocks: the engine's blocks, in
-    order. stored: chunks offered to the store so far; the next are offered after store_after (monotonic seconds).
-    local_tokens: what the engine's own prefix cache held. content: which of its adapter's contents that is of
-    (blocks.py). media: what its images and the like are (media.py). stage: how far it has come.
+    grown as tokens are confirmed. asked_at: when its question left (monotonic seconds). hits: tiers of its leading
+    chunks, as last answered. blocks: the engine's blocks, in order. stored: chunks offered to the store so far; the
+    next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache held.
+    content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are (media.py).
+    stage: how far it has come.
     """
 
     __slots__ = (
-        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "content", "first_step", "has_stored", "hits",
-        "lease", "leased", "load_tiers", "local_tokens", "media", "namespace", "parked_since",
+        "adapter", "answered_at", "asked_at", "blocks", "cacheable", "chunk_keys", "content", "first_step",
+        "has_stored", "hits", "lease", "leased", "load_tiers", "local_tokens", "media", "namespace", "parked_since",
         "question", "reads", "request", "stage", "store_after", "stored",
     )  # fmt: skip
 
@@ -61,6 +62,7 @@ class RequestState:
         self.chunk_keys: list[bytes] = []
         self.question = 0
         self.answered_at: float | None = None
+        self.asked_at = 0.0
         self.parked_since: float | None = None
         self.hits: tuple[str, ...] = ()
         self.blocks: list[int] = []

@@ -24,8 +24,9 @@ from loracache.connectors.vllm.common.private import ensure_private_daemon, priv
 from loracache.connectors.vllm.worker.adapters import LoadedAdapters
 from loracache.connectors.vllm.worker.gate import GatedCopier
 from loracache.connectors.vllm.worker.layout import read_layout
+from loracache.connectors.vllm.worker.loader import Loader
 from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, paged_worker
-from loracache.connectors.vllm.worker.transfer import Loader, StoreJob, Storer
+from loracache.connectors.vllm.worker.storer import StoreJob, Storer
 from loracache.connectors.vllm.worker.weights import WeightsWatch
 from loracache.errors import UsageError
 from loracache.results import Cause

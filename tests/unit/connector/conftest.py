@@ -26,12 +26,15 @@ class ScriptedLink:
     def __init__(self) -> None:
         self.connected = True
         self.answers = True
+        self.arena_bytes = 1 << 30
         self.tiers: dict[bytes, str] = {}
         self.digests: dict[str, str | None] = {}
         self.leases: set[bytes] = set()
         self.prefetched: list[bytes] = []
         self.lookups: list[list[bytes]] = []
         self.forgotten: list[int] = []
+        self.waits: list[float] = []
+        self.on_wait: Callable[[float], object] = lambda seconds: None
         self.counts: Counter[str] = Counter()
         self._asked: dict[int, Any] = {}
 
@@ -55,6 +58,11 @@ class ScriptedLink:
 
     def answer_lookup(self, number: int) -> tuple[str, ...] | None:
         return self._asked.pop(number) if self.answers else None
+
+    def wait_lookup(self, number: int, seconds: float) -> tuple[str, ...] | None:
+        self.waits.append(seconds)
+        self.on_wait(seconds)
+        return self.answer_lookup(number)
 
     def ask_adapter(self, path: str) -> int | None:
         return self._ask(self.digests.get(path)) if self.connected else None

@@ -26,7 +26,7 @@ class PoolNews:
     """What the scheduler does not know yet: see WorkerNews."""
 
     activated: dict[int, int] = field(default_factory=dict)
-    not_activated: dict[int, str] = field(default_factory=dict)
+    not_activated: dict[int, tuple[str, str]] = field(default_factory=dict)
     lost: bool = False
     pinned: dict[int, bool] = field(default_factory=dict)
 
@@ -73,10 +73,10 @@ class PoolWorker:
         """End the thread."""
         self._activator.close()
 
-    def _finished(self, number: int, cause: str) -> None:
+    def _finished(self, number: int, cause: str, why: str) -> None:
         with self._lock:
             if cause:
-                self._news.not_activated[number] = cause
+                self._news.not_activated[number] = cause, why
             else:
                 self._news.activated[number] = 1
 

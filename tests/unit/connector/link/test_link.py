@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from loracache import Namespace
 from loracache.client import link as client_link
+from loracache.client import requests
 from loracache.connectors.vllm.link import scheduler as link_module
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
 KEYS = [bytes([number]) * 32 for number in range(4)]
 LEASE = bytes(16)
+NAMESPACE = Namespace("m" * 64, "float32", "layout", 16)
 
 
 @pytest.fixture
@@ -60,6 +63,23 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_sil
     link.close()
 
 
+def test_an_answer_may_be_waited_for(daemon: Any, fast_silence: None, eventually: Any) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    assert link.wait_lookup(link.ask_lookup(LEASE, KEYS, 1, 5.0), 30.0) == ()  # and no longer than it takes
+    running.send(signal.SIGSTOP)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    assert link.wait_lookup(number, 0.002) is None
+    running.send(signal.SIGCONT)
+    assert link.wait_lookup(number, 30.0) == ()
+    running.send(signal.SIGSTOP)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    running.stop(signal.SIGKILL)
+    assert link.wait_lookup(number, 30.0) in ((), None)  # gone: a miss, at once
+    link.close()
+
+
 def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
     daemon: Any, fast_silence: None, eventually: Any
 ) -> None:
@@ -100,6 +120,68 @@ def test_a_daemon_that_hangs_before_it_greets_costs_milliseconds(
     assert not link.answering()
     running.send(signal.SIGCONT)
     eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the daemon is asked as soon as it greets")
+    link.close()
+
+
+# -- many keys ----------
+
+
+def test_a_long_lookup_is_asked_in_parts_as_far_as_hits_go(
+    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_PART_KEYS", 2)
+    running = daemon()
+    client = running.client()
+    keys = [bytes([number]) * 32 for number in range(1, 10)]
+    with client.reserve(client.register(NAMESPACE), keys[:5], [100] * 5) as reservation:
+        for position in range(5):
+            reservation.write(position, bytes(100))
+    link = SchedulerLink(running.url)
+
+    def answer(wanted: list[bytes], shards: int = 1) -> Any:
+        number = eventually(lambda: link.ask_lookup(LEASE, wanted, shards, 5.0), "it is asked")
+        return eventually(lambda: [tiers] if (tiers := link.answer_lookup(number)) is not None else None)
+
+    assert answer(keys) == [("cpu",) * 5]
+    assert answer(keys[:4]) == [("cpu",) * 4]
+    assert answer(keys[:3], shards=3) == [("cpu",) * 3]
+    assert answer(keys[5:]) == [()]
+    assert running.status()["counters"]["lookup"] == 3 + 2 + 1 + 1
+    assert running.status()["leases"] == 1
+    link.close()
+
+
+def test_a_lookup_of_more_keys_than_a_message_holds_is_answered(
+    daemon: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = daemon()
+    client = running.client()
+    with client.reserve(client.register(NAMESPACE), [KEYS[1]], [100]) as reservation:
+        reservation.write(0, bytes(100))
+    link = SchedulerLink(running.url)
+    number = eventually(lambda: link.ask_lookup(LEASE, [KEYS[1]] * 300_000, 1, 5.0), "it is asked")
+    assert eventually(lambda: link.answer_lookup(number)) == ("cpu",) * 300_000
+    assert not caplog.messages  # nothing was wrong with the daemon
+    link.close()
+
+
+def test_a_long_lookup_that_is_forgotten_or_lost_between_parts_is_over(
+    daemon: Any, fast_silence: None, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_PART_KEYS", 1)
+    running = daemon()
+    client = running.client()
+    with client.reserve(client.register(NAMESPACE), KEYS[1:], [100] * 3) as reservation:
+        for position in range(3):
+            reservation.write(position, bytes(100))
+    link = SchedulerLink(running.url)
+    number = eventually(lambda: link.ask_lookup(LEASE, KEYS[1:], 1, 5.0), "it is asked")
+    link.forget(number)
+    assert link.answer_lookup(number) == ()
+    lost = link.ask_lookup(LEASE, KEYS[1:], 1, 5.0)
+    running.stop(signal.SIGKILL)
+    # What was answered by then is what it knows.
+    assert eventually(lambda: [tiers] if (tiers := link.answer_lookup(lost)) is not None else None)[0] in ((), ("cpu",))
     link.close()
 
 
