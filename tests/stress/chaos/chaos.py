@@ -10,6 +10,7 @@ which faults come, in which order and with what pauses; what the processes do me
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -61,11 +62,10 @@ def place_of(folder: Path) -> Place:
 class Chaos:
     """The first part: faults under load."""
 
-    def __init__(self, folder: Path, seed: str) -> None:
-        self._seed = seed
+    def __init__(self, house: House, seed: str) -> None:
         self._numbers = random.Random(seed)
-        self.house = House(folder)
-        self.place = place_of(folder)
+        self.house = house
+        self.place = place_of(house.folder)
         self.crew = Crew(self.place, USERS, seed)
         expected = Expectations([bytes.fromhex(digest) for _, digest, _ in self.place.adapters[:OWNERS]])
         self.lives = Lives(self.house, self.crew, self.place, expected)
@@ -123,6 +123,8 @@ class Chaos:
         """What must never be."""
         wrong = self.place.wrong.read_text().splitlines() if self.place.wrong.exists() else []
         hangs = [f"HANG: {hang}" for hang in self.crew.hangs]
+        hung = sum(pulse.counts()["hung"] for pulse in self.crew.pulses)
+        hangs += [f"HANG: {hung} calls ended too late; see the longest"] if hung else []
         return [*wrong, *hangs, *self.lives.found, *self.house.tracebacks]
 
     def summary(self) -> dict[str, Any]:
@@ -145,10 +147,9 @@ class Chaos:
         }
 
     def close(self) -> None:
-        """End all processes."""
+        """End the workload."""
         self._undo_all()
         self.crew.close()
-        self.house.close()
 
 
 def main() -> int:
@@ -191,12 +192,9 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def _chaos(folder: Path, seed: str, seconds: float) -> tuple[dict[str, Any], list[str]]:
-    chaos = Chaos(folder, seed)
-    try:
+    with contextlib.closing(House(folder)) as house, contextlib.closing(Chaos(house, seed)) as chaos:
         chaos.run(seconds)
         return chaos.summary(), chaos.findings()
-    finally:
-        chaos.close()
 
 
 _PARTS: dict[str, Callable[[Path, str, float], tuple[dict[str, Any], list[str]]]] = {

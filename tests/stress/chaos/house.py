@@ -126,6 +126,7 @@ class RedisServer:
         self.redis = redis_client.Redis(unix_socket_path=str(self.socket), socket_timeout=3)
         self.launch()
         if not eventually(self.answers, _START_S):
+            self.kill()
             raise RuntimeError("redis-server does not answer")
 
     def launch(self) -> None:
@@ -162,10 +163,14 @@ class House:
         self.disk.mkdir()
         mounting = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "loracache-chaos", str(self.disk)]
         self.can_fill = os.geteuid() == 0 and subprocess.run(mounting, check=False, capture_output=True).returncode == 0
-        self.redis = RedisServer(folder)
         self.daemon: Daemon | None = None
         self.lives = 0
         self.tracebacks: list[str] = []
+        try:
+            self.redis = RedisServer(folder)
+        except BaseException:
+            self._unmount()
+            raise
 
     def start(self, limit: str, **options: object) -> Daemon:
         """The daemon that is disturbed."""
@@ -230,5 +235,8 @@ class House:
         if self.daemon is not None:
             self.daemon.kill()
         self.redis.kill()
+        self._unmount()
+
+    def _unmount(self) -> None:
         if self.can_fill:
             subprocess.run(["umount", "-l", str(self.disk)], check=True)

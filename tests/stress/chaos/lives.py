@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Lives:
         if how == "daemon ended":
             self.crew.end()
             self._come_to_rest(daemon)
+            done += self._terminate(daemon, numbers)
         else:
             daemon.kill()
         self.house.look_through(daemon)
@@ -167,7 +169,7 @@ class Lives:
     # -- leaks ----------
 
     def _come_to_rest(self, daemon: Daemon) -> None:
-        """Nobody uses it any more: everything that was held has to come back, and it ends in time."""
+        """Nobody uses it any more: everything that was held has to come back."""
         at_rest = self._at_rest(daemon)
         if at_rest:
             self.found.append(f"LEAK in life {self.house.lives}: {at_rest}")
@@ -184,6 +186,13 @@ class Lives:
             )
         if memory > _MORE_MEMORY:
             self.found.append(f"LEAK in life {self.house.lives}: {memory >> 20} MiB of memory more than at its start")
+        self.checked["lives that came to rest"] += 1
+
+    def _terminate(self, daemon: Daemon, numbers: random.Random) -> Counter[str]:
+        """It has to end in time, in every other case with a Redis that is there and silent."""
+        redis, silent = self.house.redis, numbers.random() < 0.5
+        if silent:
+            redis.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         code = daemon.end(_END_S)
         took = time.monotonic() - began
@@ -191,9 +200,11 @@ class Lives:
         if code != 0:
             self.found.append(f"life {self.house.lives} ended with {code} after {took:.1f} s of SIGTERM")
             daemon.kill()
+        if silent:
+            redis.process.send_signal(signal.SIGCONT)
         if left := [path.name for path in (self.house.disk / "d" / "tmp").iterdir()]:
             self.found.append(f"LEAK in life {self.house.lives}: {left} in tmp")
-        self.checked["lives that came to rest"] += 1
+        return Counter({"Redis stopped while the daemon ends": 1} if silent else {})
 
     def _at_rest(self, daemon: Daemon) -> str:
         """What is still held, or ""."""

@@ -22,7 +22,17 @@ OPERATIONS = (
     "raise", "compress", "decompress", "copy", "status", "list", "tree", "events", "adapter_add", "adapter_get",
     "adapter_remove", "connect", "rest_read", "rest_change",
 )  # fmt: skip
-OUTCOMES = ("done", "unavailable", "rejected", "lease_lost", "acknowledged", "not_durable", "bytes_proven", "rest_5xx")
+OUTCOMES = (
+    "done",
+    "unavailable",
+    "rejected",
+    "lease_lost",
+    "acknowledged",
+    "not_durable",
+    "bytes_proven",
+    "rest_5xx",
+    "hung",
+)
 _ONE = struct.Struct("<d")
 _BEGAN, _LIMIT, _STOPPED, _BEFORE, _NAME, _LAST, _END = (8 * at for at in range(7))
 _COUNTS = 8 * 8
@@ -31,7 +41,7 @@ _BYTES = _WORST + 8 * len(OPERATIONS)
 
 
 class Pulse:
-    """One process's numbers, in the file at `path`."""
+    """One process's numbers, in the file at `path`. Whole calls that took too long are counted as "hung"."""
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
@@ -74,6 +84,8 @@ class Pulse:
             self._set(counts, self._get(counts) + 1)
             if took > self._get(worst):
                 self._set(worst, took)
+            if took > limit + HANG_S:  # while nobody watched
+                self.count("hung")
 
     @property
     def ends(self) -> bool:
