@@ -52,7 +52,7 @@ class LoadedAdapters:
         original = LRUCacheWorkerLoRAManager._load_adapter
 
         def load(manager: Any, lora_request: LoRARequest) -> Any:
-            self._in_use = lambda: manager.list_adapters()
+            self._in_use = manager.list_adapters
             before = self._content(lora_request)
             model = original(manager, lora_request)
             after = self._content(lora_request)
