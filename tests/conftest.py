@@ -212,7 +212,7 @@ def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     def mount(mib: int) -> Path:
         point = tmp_path / f"file-system-{len(mounted)}"
         point.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "loracache-test", str(point)]
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=0700", "loracache-test", str(point)]
         if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
             pytest.skip("needs to be root and to mount a file system")
         mounted.append(point)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -24,11 +25,12 @@ from loracache.mapping import ArenaMap, map_arena
 from loracache.wire import protocol
 from loracache.wire.frames import Frames
 
-__all__ = ["Connection", "Reply", "socket_path"]
+__all__ = ["Connection", "Reply", "server_uid", "socket_path"]
 
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_UNSENT = 16 << 20
 _RECEIVE = 1 << 20
+_UID = "?uid="
 _ERRORS: dict[int, type[Rejected]] = {protocol.ERROR: Rejected, protocol.UNKNOWN: Unknown}
 
 
@@ -41,8 +43,8 @@ class Reply:
 
 
 def socket_path(server: str) -> str:
-    """The path in "unix:///path" (or a plain path). Raises ConfigError."""
-    path = server.removeprefix("unix://")
+    """The path in "unix:///path" (or a plain path), without a "?uid=NUMBER" behind it. Raises ConfigError."""
+    path = server.removeprefix("unix://").partition(_UID)[0]
     if "://" in path or not path.startswith("/"):
         raise ConfigError(f"server={server!r} is not a unix socket address; give unix:///absolute/path.sock")
     if len(os.fsencode(path)) > protocol.SOCKET_PATH_BYTES:
@@ -53,11 +55,20 @@ def socket_path(server: str) -> str:
     return path
 
 
+def server_uid(server: str) -> int | None:
+    """The user that an address says its server has: NUMBER of "unix:///path?uid=NUMBER". Raises ConfigError."""
+    _, said, uid = server.partition(_UID)
+    if said and not (uid.isascii() and uid.isdigit()):
+        raise ConfigError(f"server={server!r}: {uid!r} is not a user's number; give ?uid=NUMBER, or nothing")
+    return int(uid) if said else None
+
+
 class Connection:
     """Frames to and from one daemon. See the module's docstring for what blocks."""
 
     def __init__(self, server: str, *, name: str) -> None:
         self._path = socket_path(server)
+        self._uid = server_uid(server)
         self._name = name
         self._socket: socket.socket | None = None
         self._frames = Frames()
@@ -116,6 +127,9 @@ class Connection:
         except OSError as error:
             sock.close()
             raise self._nobody(error.strerror) from None
+        if problem := self._stranger(sock):
+            sock.close()
+            raise Unavailable(problem)
         self._joining = sock
         self._join_until = time.monotonic() + _CONNECT_TIMEOUT_S
 
@@ -283,6 +297,21 @@ class Connection:
         if self._socket is None:
             raise Unavailable(f"not connected to the daemon at {self._path}")
         return self._socket
+
+    def _stranger(self, sock: socket.socket) -> str:
+        """In words why the server is not believed: bytes are mapped from it, and given to it. "" where it is: one of
+        this user or root, of the user whose folder the socket lies in, or of the one that the address names.
+        """
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if self._uid is not None:
+            return "" if uid == self._uid else f"the server at {self._path} has uid {uid}, not {self._uid} as named"
+        with contextlib.suppress(OSError):
+            if uid in (0, os.geteuid()) or uid == os.stat(os.path.dirname(self._path)).st_uid:
+                return ""
+        return (
+            f"the server at {self._path} has uid {uid}, which is not this user's, root's, nor the folder owner's; "
+            f"if it is the right one, give the address as unix://{self._path}?uid={uid}"
+        )
 
     def _nobody(self, reason: str | None) -> Unavailable:
         return Unavailable(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loracache.errors import ConfigError
+from loracache.folder import open_file
 from loracache.logs import utc_text
 
 __all__ = ["Audit"]
@@ -73,6 +74,6 @@ class Audit:
         if self._descriptor >= 0 and place == self._place:
             return
         self.close()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._descriptor = open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         made = os.fstat(self._descriptor)
         self._place = (made.st_dev, made.st_ino)

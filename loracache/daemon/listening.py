@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from loracache.errors import ConfigError
 from loracache.wire import protocol
 
 __all__ = ["PATIENCE_S", "listen", "unlink", "unlink_unless_locked"]
+
+_log = logging.getLogger(__name__)
 
 PATIENCE_S = 20.0  # longer than a daemon drains
 _PAUSE_S = 0.05
@@ -28,6 +32,7 @@ def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.
             f"socket={str(path)!r} is longer than the {protocol.SOCKET_PATH_BYTES} bytes a unix socket's path may have"
         )
     try:
+        _look_at_folder(path.parent)
         stack.callback(os.close, _lock(path, time.monotonic() + (PATIENCE_S if private else 0.0)))
         if private:
             stack.callback(unlink, Path(f"{path}.lock"))  # while it is held: later it may be another daemon's
@@ -52,6 +57,18 @@ def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.
     return listener
 
 
+def _look_at_folder(folder: Path) -> None:
+    """Who owns the socket's folder could put another in its place: clients believe whom they find there."""
+    found = os.stat(folder)
+    if found.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f"socket: its folder {folder} belongs to another user (uid {found.st_uid}); give --socket a path in a "
+            "folder of this user or of root"
+        )
+    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        _log.warning("others may write to %s, and put another socket in the place of this one: chmod go-w it", folder)
+
+
 def unlink(path: Path) -> None:
     """Remove a file where that can be done."""
     with contextlib.suppress(OSError):
@@ -61,7 +78,7 @@ def unlink(path: Path) -> None:
 def unlink_unless_locked(lock: Path, others: list[Path]) -> None:
     """Remove `others` and their lock file, unless somebody holds it: then they are in use again."""
     with contextlib.suppress(OSError):
-        held = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        held = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in (*others, lock):
@@ -76,7 +93,7 @@ def _lock(path: Path, deadline: float) -> int:
     """
     name = f"{path}.lock"
     while True:
-        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(name) and os.path.samestat(os.fstat(lock), os.stat(name)):

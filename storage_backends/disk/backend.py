@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loracache.errors import ConfigError
-from loracache.folder import make_folders, sync_folder
+from loracache.folder import make_folders, owner_fault, sync_folder
 from loracache.storage_backends import header
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, Standing, StorageBackend, Transfer
 from loracache.storage_backends.disk.lock import lock_folder
@@ -94,6 +94,8 @@ class DiskBackend(StorageBackend):
         """In words why the folder cannot be opened now, empty where it is. Raises ConfigError."""
         try:
             make_folders(self.path, sync=self._sync)
+            if fault := owner_fault(self.path):
+                raise ConfigError(f"disk_path {str(self.path)!r} cannot be trusted: {fault}")
             self._lock_fd = lock_folder(self.path, self._owner)
             self._unwritable = self._files.open()
         except OSError as error:
@@ -101,7 +103,7 @@ class DiskBackend(StorageBackend):
             if error.errno in _MAY_PASS:
                 return error.strerror or str(error)
             raise ConfigError(
-                f"disk_path {str(self.path)!r} cannot be used: {error.strerror or error}; give a folder that this "
+                f"disk_path {str(self.path)!r} cannot be used: {_named(error, self.path)}; give a folder that this "
                 "process may create and write"
             ) from error
         if self._manifest.is_short():
@@ -310,6 +312,12 @@ class DiskBackend(StorageBackend):
         except OSError as error:
             _log.warning("%s not examined: %s", self._files.file(key), error)
         return None
+
+
+def _named(error: OSError, path: Path) -> str:
+    """What is wrong, and with what in the folder."""
+    what = error.strerror or str(error)
+    return what if error.filename in (None, str(path), path) else f"{error.filename}: {what}"
 
 
 def _failure(error: OSError) -> Result:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from loracache.errors import ConfigError
+from loracache.folder import open_file
 from loracache.storage_backends.disk.object_files import UNWRITABLE
 
 __all__ = ["DiskInUse", "lock_folder"]
@@ -32,12 +33,12 @@ def lock_folder(path: Path, owner: str) -> int:
     there and nobody can. Raises DiskInUse, and OSError for what the device does."""
     lock = path / "lock"
     try:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_file(lock, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         try:
-            fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_file(lock, os.O_RDONLY)
         except FileNotFoundError:
             return -1
     try:

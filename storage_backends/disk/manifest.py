@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loracache.folder import sync_folder
+from loracache.folder import open_file, sync_folder
 from loracache.storage_backends.base import Kind, ObjectInfo
 
 __all__ = ["RECORD_BYTES", "Manifest", "Records", "parents_first", "records_of"]
@@ -67,7 +67,8 @@ class Manifest:
         later `compact`.
         """
         try:
-            raw = self._path.read_bytes()
+            with os.fdopen(open_file(self._path, os.O_RDONLY), "rb") as file:
+                raw = file.read()
         except FileNotFoundError:
             raw = b""
         except OSError as error:
@@ -81,7 +82,7 @@ class Manifest:
             return live
         self._records = whole = records.count
         with contextlib.suppress(OSError):  # a disk that is full, or read only, is no reason not to start
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            fd = open_file(self._path, os.O_WRONLY | os.O_APPEND)
             try:
                 # A torn record at the end would put all later ones out of step.
                 os.ftruncate(fd, len(_MAGIC) + whole * RECORD_BYTES)
@@ -136,7 +137,8 @@ class Manifest:
         """Replaces the manifest by one that holds `live` alone. Raises OSError; then the old one stays."""
         self._compact_from = 2 * self._records  # should this fail, not again before it is worth twice as much
         fresh = self._path.with_suffix(".new")
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        fresh.unlink(missing_ok=True)
+        fd = open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
             block = _MAGIC + b"".join(_pack(_ADD, info) for info in live.values())
             if os.write(fd, block) != len(block):

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from loracache.folder import sync_folder
+from loracache.folder import open_file, own_folder, sync_folder
 from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ALIGNMENT, KEY_BYTES, ObjectInfo, Transfer, padded
 from loracache.storage_backends.vectors import head, length, move
@@ -68,10 +68,10 @@ class ObjectFiles:
         file is being written, and this may be called again.
         """
         try:
-            self._tmp.mkdir(mode=0o700, exist_ok=True)
-            self._objects.mkdir(mode=0o700, exist_ok=True)
+            own_folder(self._tmp)
+            own_folder(self._objects)
             for number in range(256):
-                (self._objects / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+                own_folder(self._objects / f"{number:02x}")
             for leftover in os.scandir(self._tmp):
                 os.unlink(leftover.path)
             if self._sync:
@@ -98,7 +98,7 @@ class ObjectFiles:
         info = transfer.info
         page = self._header_page()
         stored = stored if 0 < stored < info.size else 0
-        fd = os.open(self.file(info.key), os.O_RDONLY | self._flags)
+        fd = os.open(self.file(info.key), os.O_RDONLY | os.O_NOFOLLOW | self._flags)
         try:
             for _ in range(2):
                 body = [self._body(padded(stored))] if stored else transfer.buffers
@@ -187,7 +187,7 @@ class ObjectFiles:
             _log.warning("%s not listed: %s", self._objects / folder, error)
 
     def _write(self, path: Path, views: list[memoryview]) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._flags, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | self._flags, 0o600)
         try:
             if move(os.pwritev, fd, views) < length(views):
                 raise OSError(errno.ENOSPC, "short write")
@@ -199,7 +199,7 @@ class ObjectFiles:
     def _takes_direct(self) -> bool:
         probe = self._tmp / "probe"
         try:
-            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_DIRECT, 0o600)
+            fd = open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
             try:
                 os.pwritev(fd, [self._header_page()], 0)
             finally:

@@ -21,6 +21,7 @@ import os
 import re
 import select
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -90,8 +91,11 @@ def ensure_private_daemon(server: str, options: Options) -> None:
 
 def _ensure(path: Path, server: str, options: Options) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.parent.stat().st_uid != os.getuid():
-        raise ConfigError(f"{path.parent} belongs to another user; remove it or set XDG_RUNTIME_DIR")
+    found = path.parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{path.parent} belongs to another user, or others may write to it; remove it or set XDG_RUNTIME_DIR"
+        )
     with _only_one_starts(Path(f"{path}.start")):
         wanted, settings = _settings(options), Path(f"{path}.settings")
         if _bound(path):
