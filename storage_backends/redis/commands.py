@@ -15,6 +15,7 @@ from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Rep
 
 __all__ = ["RETIRED_S", "ObjectCommands"]
 
+_HEADER_RANGE = b"$1\r\n0\r\n" + b"$%d\r\n%d\r\n" % (len(str(HEADER_BYTES - 1)), HEADER_BYTES - 1)
 RETIRED_S = 60  # how long segments outlive their header: longer than a load takes that found it
 
 
@@ -67,7 +68,8 @@ class ObjectCommands:
 
     def question(self, key: bytes) -> bytes:
         """The command for the header of one object."""
-        return command(b"GETRANGE", self.layout.header_key(key), b"0", b"%d" % (HEADER_BYTES - 1))
+        name = self.layout.header_key(key)
+        return b"*4\r\n$8\r\nGETRANGE\r\n$%d\r\n%b\r\n%b" % (len(name), name, _HEADER_RANGE)
 
     def alive(self, wire: Wire, keys: Sequence[bytes]) -> list[Reply]:
         """1 for each object that has a header, else 0."""

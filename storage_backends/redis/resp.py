@@ -25,6 +25,7 @@ __all__ = ["ErrorReply", "ProtocolFault", "Reply", "Wire", "command", "opening"]
 SLOWEST = 16 << 20  # bytes a second below which a peer counts as not answering
 LONGEST = 1 << 20  # what is asked for as a value of its own is a header; nobody else sizes our memory
 _AHEAD = 64 << 10  # received ahead of what does not go to the caller's buffers
+_VALUE = ord("$")
 _UNSENT = 1 << 20  # what a unix socket should take without waiting for its reader: we prepare the next meanwhile
 
 
@@ -107,6 +108,14 @@ class Wire:
 
     def value(self) -> bytes | ErrorReply | None:
         """Receives one reply that is a value or an error, as `reply` does."""
+        raw, start = self._raw, self._start
+        if (stop := raw.find(b"\r\n", start, self._end)) >= 0 and raw[start] == _VALUE:  # most have come in already
+            first, size = stop + 2, _number(raw[start + 1 : stop])
+            behind = first + size
+            if size >= 0 and behind + 2 <= self._end:
+                self._check_end(raw[behind : behind + 2])
+                self._start = behind + 2
+                return bytes(self._ahead[first:behind])
         mark, rest = self._line(_AHEAD)
         if mark == b"-":
             return self._error(rest)
@@ -238,7 +247,7 @@ class Wire:
             raise TimeoutError("the server did not answer in time")
 
 
-def _number(digits: bytes) -> int:
+def _number(digits: bytes | bytearray) -> int:
     try:
         return int(digits)
     except ValueError:

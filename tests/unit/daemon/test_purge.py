@@ -7,10 +7,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from loracache import CacheClient, Namespace, Selection, chunk_keys
@@ -52,6 +55,17 @@ class Shared:
         """Of how many objects of each chain Redis has anything."""
         names = b" ".join(self.server.redis.keys("*"))
         return [sum(key.hex().encode() in names for key in chain) for chain in chains]
+
+
+def peft(folder: Path, rank: int) -> str:
+    """A PEFT folder."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 4}))
+    name = "base_model.model.model.layers.0.q_proj.lora_{}.weight"
+    shapes = {"A": (rank, 16), "B": (16, rank)}
+    tensors = {name.format(part): np.ones(shape, np.float32) for part, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return str(folder)
 
 
 @pytest.fixture
@@ -178,6 +192,17 @@ def test_a_user_who_may_not_look_at_all_keys_is_told_that_something_may_be_left(
     assert (code, said["state"]) == (1, "failed")
     assert "SCAN" in said["error"]
     assert shared.held(keys) == [0]  # what it knows of is gone all the same
+
+
+def test_what_has_a_name_anywhere_stays_when_redis_is_cleared(shared: Shared, tmp_path: Path) -> None:
+    one, two = (shared.daemon(memory="4MiB").client() for _ in range(2))
+    digests = [one.add_adapter(peft(tmp_path / name, rank), name) for rank, name in enumerate(("a", "b", "c"), start=1)]
+    one.flush()
+    one.remove_adapter("c")
+    assert two.clear(tiers=["redis"]).causes == {"held": 2}
+    assert one.clear(tiers=["redis"]).causes == {"held": 2}
+    one.clear(tiers=["cpu"])
+    assert [two.get(bytes.fromhex(digest)) is not None for digest in digests] == [True, True, False]
 
 
 def test_a_cancelled_purge_ends(shared: Shared) -> None:
