@@ -70,20 +70,27 @@ def raise_refusals(module: Any) -> None:
             state = self.request_states.get(output.request_id) if refusal is not None else None
             if refusal is None or state is None or output.finish_reason != module.FinishReason.ERROR:
                 continue
-            if state.queue is not None:  # what vLLM puts there next does not replace it
-                state.queue.put(_raised(refusal))
+            raised = _raised(refusal)
+            if state.queue is not None and raised is not None:  # what vLLM puts there next does not replace it
+                state.queue.put(raised)
             if state.detokenizer is None:  # of a pooling request: without an output vLLM's loop ends
-                output.pooling_output = module.EMPTY_CPU_TENSOR
+                import torch
+
+                output.pooling_output = torch.empty(0)
         return stock(self, engine_core_outputs, *args, **kwargs)
 
     module.OutputProcessor.process_outputs = process_outputs
 
 
 def _raised(refusal: Refusal) -> Any:
-    """What vLLM hands on as it is, and answers with 400 or 503."""
-    from vllm.exceptions import RetryableRequestError, VLLMValidationError
-    from vllm.v1.engine.async_llm import InputStreamError
+    """What vLLM hands on as it is, and answers with 400 or 503; None where this release has none."""
+    from vllm import exceptions
 
     if refusal.forever:
-        return VLLMValidationError(str(refusal))
-    return InputStreamError(RetryableRequestError(str(refusal)))
+        return getattr(exceptions, "VLLMValidationError", ValueError)(str(refusal))
+    try:
+        from vllm.v1.engine.async_llm import InputStreamError
+
+        return InputStreamError(exceptions.RetryableRequestError(str(refusal)))
+    except (ImportError, AttributeError):
+        return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.payload import AdapterDigests
@@ -42,7 +42,7 @@ class LoadedAdapters:
         self._news: dict[int, str] = {}
         self._forgotten = 0  # the highest id that was forgotten: those up to it may have been
         self._most_contents = 0  # of a forgotten id
-        self._in_use: Callable[[], Container[int]] | None = None  # ids of vLLM's manager, where that decides
+        self._manager: Any = None  # vLLM's, which says what ids are in use where nobody else does
         self.step = 0
 
     def install(self) -> None:
@@ -52,7 +52,7 @@ class LoadedAdapters:
         original = LRUCacheWorkerLoRAManager._load_adapter
 
         def load(manager: Any, lora_request: LoRARequest) -> Any:
-            self._in_use = manager.list_adapters
+            self._manager = manager
             before = self._content(lora_request)
             model = original(manager, lora_request)
             after = self._content(lora_request)
@@ -128,7 +128,7 @@ class LoadedAdapters:
             if old is None or old[0] != digest or not digest:
                 self._contents[adapter] = 1 + self._contents.get(adapter, 0 if known else self._most_contents)
             self._news[adapter] = digest
-            if self._in_use is not None and len(self._loaded) > MOST_ADAPTERS:
-                self._forget(self._loaded.drop_oldest(self._in_use()))
+            if self._manager is not None and len(self._loaded) > MOST_ADAPTERS:
+                self._forget(self._loaded.drop_oldest(self._manager.list_adapters()))
         if old is None or old[0] != digest:
             self._changed(adapter)

@@ -62,7 +62,15 @@ def test_what_vllm_passes_is_taken(own: type, base: type, name: str) -> None:
     ("module", "names"),
     [
         ("vllm.v1.worker.lora_model_runner_mixin", ["LRUCacheWorkerLoRAManager("]),
-        ("vllm.v1.core.sched.scheduler", ["class Scheduler(", "self.grammar_compile_error_reqs", "self.connector"]),
+        (
+            "vllm.v1.core.sched.scheduler",
+            ["class Scheduler(", "self.grammar_compile_error_reqs", "self.connector", "def update_from_output("],
+        ),
+        ("vllm.v1.engine.async_llm", ["class AsyncLLM(", "async def add_lora(self, lora_request", "self.vllm_config"]),
+        (
+            "vllm.v1.engine.output_processor",
+            ["class OutputProcessor", "def process_outputs(", "self.request_states", "FinishReason", ".queue.put("],
+        ),
         (
             "vllm.entrypoints.openai.models.serving",
             ["class OpenAIServingModels", "def resolve_lora(", "self.lora_resolver_lock", "self.lora_requests",

@@ -58,6 +58,15 @@ def test_an_embedding_is_what_float64_says(
     batch.check(run(batch))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_may_be_as_high_as_peft_s_adapters_have_them(
+    paged: Callable[..., Any], batch_of: Callable[..., Any], dtype: str
+) -> None:
+    weights = paged([[320, 8], [512, 512], [1, 0]], inputs=100, widths=[96, 33], dtype=dtype)
+    batch = batch_of(weights, np.array([0, 1, 2, -1, 1, 0]), dtype=dtype)
+    batch.check(run(batch))
+
+
 @pytest.mark.parametrize(("weights_dtype", "dtype"), list(itertools.permutations(DTYPES, 2)))
 def test_inputs_may_have_another_dtype_than_weights(
     paged: Callable[..., Any], batch_of: Callable[..., Any], weights_dtype: str, dtype: str

@@ -110,6 +110,14 @@ class TestKernels:
         batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1, dtype=dtype, embeds=True)
         batch.check(run(batch))
 
+    @pytest.mark.parametrize("rows", [7, 600], ids=["narrow tiles", "wide tiles"])
+    def test_ranks_may_be_as_high_as_peft_s_adapters_have_them(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], rows: int
+    ) -> None:
+        weights = paged([[320, 8], [512, 512]], inputs=96, widths=[64, 32])
+        batch = batch_of(weights, np.arange(rows) % 3 - 1)
+        batch.check(run(batch))
+
     @pytest.mark.parametrize("page_elements", [32, 160])
     @pytest.mark.parametrize("rows", [17, 600], ids=["narrow tiles", "wide tiles"])
     def test_pages_may_be_shorter_or_longer_than_rows(

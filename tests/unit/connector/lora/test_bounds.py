@@ -148,7 +148,7 @@ def test_a_worker_forgets_ids_and_uses_no_number_twice(stock: bool) -> None:
     changed: list[int] = []
     loaded = LoadedAdapters(changed.append)
     if stock:
-        loaded._in_use = lambda: {1, 2}
+        loaded._manager = SimpleNamespace(list_adapters=lambda: {1, 2})
     told: dict[int, set[int]] = defaultdict(set)
     for turn in range(2):
         for number in range(1, MANY):

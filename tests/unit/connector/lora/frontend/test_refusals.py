@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import RetryableRequestError, VLLMValidationError
@@ -175,5 +174,11 @@ def test_where_nobody_waits_on_a_queue_the_output_says_why() -> None:
     assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("error", str(NEVER))
 
 
-def test_the_tensor_that_ends_a_pooling_request_is_empty() -> None:
-    assert torch.equal(output_processor.EMPTY_CPU_TENSOR, torch.empty(0))
+@pytest.mark.parametrize(("refusal", "name"), [(NEVER, "VLLMValidationError"), (NOT_NOW, "RetryableRequestError")])
+def test_a_release_that_lacks_an_error_goes_on(monkeypatch: pytest.MonkeyPatch, refusal: Refusal, name: str) -> None:
+    monkeypatch.delattr(f"vllm.exceptions.{name}")
+    ended = outcome(str(refusal))
+    if refusal.forever:
+        assert (type(ended), str(ended)) == (ValueError, str(refusal))
+    else:
+        assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("error", str(refusal))
