@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from loracache.connectors.vllm.common.stats import ConnectorStats, PromMetrics, Tally
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Load, StepPlan, Store
+from loracache.connectors.vllm.common.stats import _BY_CAUSE, _COUNTERS, ConnectorStats, PromMetrics, Tally
 from loracache.connectors.vllm.connector import LoRACacheConnector
+from loracache.keys import Namespace
 
 
 def test_counts_are_taken_once_and_nothing_where_nothing_was_done() -> None:
@@ -74,3 +78,52 @@ def test_metrics_have_vllms_labels_and_the_cause(metrics: PromMetrics, registry:
     labels = {"model_name": "m", "engine": "1", "cause": "checksum"}
     assert sample("vllm:loracache_load_failures_total", labels) == 4
     assert sample("vllm:loracache_lookups_total", {"model_name": "m", "engine": "0"}) == 0
+
+
+def test_every_metric_is_in_the_docs() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "vllm.md").read_text()
+    assert not [name for name in [*_COUNTERS, *_BY_CAUSE] if f"_{name}_total" not in text]
+
+
+# -- where they come from ----------
+
+
+def test_a_worker_counts_bytes_seconds_and_failures(daemon: Any, make_side: Any, eventually: Any) -> None:
+    side = make_side(daemon().url)  # with blocks of 2048 bytes
+    here, gone = os.urandom(32), os.urandom(32)
+    space = Namespace("m" * 64, "float32", "cpu/H.N.C", 16)
+    stores = [Store("a", space, b"", (ChunkBlocks(here, (0,)),), None, 1)]
+    orphan = [Store("b", space, gone, (ChunkBlocks(os.urandom(32), (1,)),), None, 1)]
+    for step, each in enumerate((stores, orphan), 1):
+        whole = StepPlan(step=step, stores=each, await_stores={each[0].request_id})
+        side.handle_preemptions(whole)
+        side.take_stores(whole)
+        side.start_stores()
+        eventually(lambda: side.take_finished()[0], "it is stored")
+    counts = side.tally.take().data
+    assert counts == {"store_bytes": 2048, "store_failures.no_parent": 1}
+    loads = [Load("c", (ChunkBlocks(here, (2,)), ChunkBlocks(gone, (3,))), None, 1)]
+    side.start_loads(StepPlan(step=3, loads=loads))
+    eventually(lambda: side.take_finished()[1], "it is loaded")
+    counts = side.tally.take().data
+    assert counts.pop("load_seconds") > 0
+    assert counts == {"load_bytes": 2048, "load_failures.absent": 1}
+    assert side.tally.take() is None
+
+
+def test_the_scheduler_counts_lookups_loads_and_waits(driver: Any, make_request: Any) -> None:
+    request = make_request("a", 4 * 32)
+    driver.hold(request, ["cpu"] * 2)
+    driver.side.tally.take()
+    driver.link.answers = False
+    driver.arrive(request)
+    driver.link.answers = True
+    assert driver.side.matched_tokens(request, 0) == (64, True)
+    driver.side.planned_load(request, list(range(8)), 64)
+    late = make_request("b", 4 * 32, seed=2)
+    driver.link.connected = False
+    driver.arrive(late)
+    counts = driver.side.tally.take().data
+    assert counts.pop("parked_seconds") > 0
+    assert counts.pop("loop_wait_seconds") > 0
+    assert counts == {"lookups": 1, "loads": 1, "lookups_late": 1}
