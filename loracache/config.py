@@ -116,6 +116,9 @@ class Config(BaseModel):
     redis_ttl: int | None = Field(
         None, ge=1, le=10**9, description="Seconds after which an object leaves Redis that nobody loaded."
     )
+    redis_max_bytes: Size | None = Field(
+        None, ge=1 << 20, description="Most bytes of Redis's memory that our keys may take, about."
+    )
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
     http: str | None = Field(None, description="HOST:PORT of REST and metrics; without it there are none.")

@@ -51,7 +51,7 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 # Settings that make of the tensors something else than x @ A.T @ B.T added to the base model's output.
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_bdlora",
+    "use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_bdlora",
     "use_qalora", "target_parameters", "trainable_token_indices", "megatron_config",
 )  # fmt: skip
 # Initialisations that leave the base model as it is; the others (PiSSA, OLoRA, ...) change its weights when loaded.
@@ -184,6 +184,8 @@ class PeftFolder:
         module, part = module_of(tensor.name)
         if not part:
             reason = "DoRA is not supported" if "magnitude" in tensor.name else "it is not a LoRA weight"
+            if self.config.get("modules_to_save"):
+                reason += ", but a whole module's (modules_to_save), which is not supported"
             raise UsageError(f"{self._weights}: tensor {tensor.name!r}: {reason}")
         return module, part
 

@@ -5,6 +5,7 @@ its own: what seems wrong is looked at again after a while, longer than a store 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,7 +77,10 @@ class RedisCheck:
             yield self._target.client()
 
     def _check(self, client: Any) -> None:
-        client.pttl(b"%b:{check}" % self._prefix.encode())  # before anything is changed: the right may be missing
+        with contextlib.suppress(redis.exceptions.MovedError):  # rights are looked at before
+            client.pttl(
+                b"%b:{check}" % self._prefix.encode()
+            )  # and before anything is changed here: one may be missing
         segments = self._scan(client)
         doubtful = {}
         for key, there in segments.items():

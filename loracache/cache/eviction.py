@@ -49,7 +49,7 @@ class Remover:
         slices, for others to be served; whoever asks for no more ends it there.
         """
         keys = list(dict.fromkeys(keys))
-        if Tier.REDIS in tiers:  # the index does not know all that Redis holds
+        if Tier.REDIS in tiers and self._redis is not None:  # the index does not know all that Redis holds
             self._delete([key for key in keys if self._index.get(key) is None], did)
         roots = [node for node in map(self._index.get, keys) if node is not None]
         yield from self._remove_below(roots, tiers, did)
@@ -88,6 +88,9 @@ class Remover:
             self._drop(nodes, Tier.DISK, total, "asked")
 
     def _delete(self, keys: list[bytes], did: Evicted) -> None:
+        named = [key for key in keys if key in self._index.retained]  # without a disk Redis may be all that has them
+        did.skipped += len(named)
+        keys = [key for key in keys if key not in self._index.retained] if named else keys
         if keys and self._redis is not None:
             self._redis.io.delete(keys, lambda results: did.redis.update(result.outcome for result in results))
 

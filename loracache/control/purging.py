@@ -34,7 +34,8 @@ _LOOK_S = 0.25  # between two looks at how far it is
 @dataclass(frozen=True, slots=True)
 class Whose:
     """Whose objects go, in the words of Namespaces.matching. ours: the namespaces known here, and those of them that
-    are meant. everything: nobody is asked whose they are."""
+    are meant. everything: nobody is asked whose they are. kept: keys of what stays all the same. counted: those of
+    them that the operation has counted."""
 
     model: str = ""
     adapter: str | None = None
@@ -42,6 +43,8 @@ class Whose:
     everything: bool = False
     known: frozenset[bytes] = frozenset()
     ours: frozenset[bytes] = frozenset()
+    kept: frozenset[bytes] = frozenset()
+    counted: frozenset[bytes] = frozenset()
 
     def matching(self, namespaces: Namespaces) -> list[bytes]:
         """Digests of the namespaces that are meant."""
@@ -58,7 +61,7 @@ class _Choice:
 
     def choose(self, fields: Mapping[bytes, bytes]) -> Purpose:
         if self.whose.everything:
-            return Purpose()
+            return Purpose(kept=self.whose.kept)
         self.shared.learn(fields)
         self.wanted = {*self.whose.ours, *self.whose.matching(self.shared)}
         return Purpose(self.wanted, {*self.whose.known, *self.shared, LORA_NAMESPACE} - self.wanted)
@@ -76,10 +79,14 @@ class _Choice:
 
 async def known_in_redis(redis: TierIO, whose: Whose) -> bool:
     """Whether Redis knows of any namespace that is meant."""
-    fields: dict[bytes, bytes] = await answer(redis.descriptors)
-    shared = Namespaces(None)
-    shared.learn(fields)
-    return bool(whose.matching(shared))
+
+    def look(fields: dict[bytes, bytes]) -> bool:
+        shared = Namespaces(None)
+        shared.learn(fields)
+        return bool(whose.matching(shared))
+
+    known: asyncio.Future[bool] = answer(lambda done: redis.consult(look, done))
+    return await known
 
 
 def whose_of(selector: Selector, namespaces: Namespaces, scope: str) -> Whose | None:
@@ -111,6 +118,7 @@ async def empty_redis(redis: TierIO, operation: Operation, deletions: Counter[Ou
         await asyncio.wait({end}, timeout=_LOOK_S)
         operation.objects, operation.nbytes = before[0] + did.objects, before[1] + did.nbytes
     operation.skip(Cause.UNDESCRIBED, did.undescribed)
+    operation.skip(Cause.HELD, len(did.kept - whose.counted))
     if did.error:
         raise Unavailable(
             f"{did.error}; {did.objects} objects that only Redis held were removed, and what is left there is not known"

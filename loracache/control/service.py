@@ -277,9 +277,13 @@ class Control:
 
     async def _clear(self, operation: Operation, tiers: list[Tier]) -> None:
         deletions: Counter[Outcome] = Counter()
+        redis = self._cache.redis if Tier.REDIS in tiers else None
+        kept = await self._adapters.named() if redis is not None else frozenset()
+        counted = frozenset(key for key in kept if self._cache.index.get(key) is not None)
         await self._remove(operation, partial(self._cache.clear, tiers), deletions)
-        if Tier.REDIS in tiers and self._cache.redis is not None:
-            await empty_redis(self._cache.redis.io, operation, deletions, Whose(everything=True))
+        if redis is not None:
+            whose = Whose(everything=True, kept=kept, counted=counted)
+            await empty_redis(redis.io, operation, deletions, whose)
 
     async def _remove(
         self, operation: Operation, slices: Callable[[Evicted], Iterator[None]], deletions: Counter[Outcome]

@@ -50,6 +50,7 @@ def redis_backend(config: Config, describe: Callable[[bytes], Mapping[bytes, byt
         password_file=config.redis_password_file,
         integrity_key=_secret(config),
         ttl_s=config.redis_ttl or 0,
+        max_bytes=config.redis_max_bytes or 0,
         describe=describe,
     )
 

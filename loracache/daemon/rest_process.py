@@ -59,7 +59,8 @@ class RestProcess:
         ours = self._listener.fileno()
         theirs, self._life = os.pipe()
         settings = rest_settings(self._config, self.port, ours, theirs).model_dump_json()
-        command = [sys.executable, "-m", "loracache.rest", settings]
+        # -P: what lies in the folder that the daemon was started in is no module of ours.
+        command = [sys.executable, "-P", "-m", "loracache.rest", settings]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
         try:
             self._process = subprocess.Popen(

@@ -36,6 +36,7 @@ from loracache.storage_backends.base import (
     Result,
     Standing,
     StorageBackend,
+    Tended,
     Transfer,
 )
 from loracache.storage_backends.redis import rights
@@ -48,6 +49,7 @@ from loracache.storage_backends.redis.layout import Layout, read_header
 from loracache.storage_backends.redis.purge import Purger
 from loracache.storage_backends.redis.resp import ErrorReply, Reply, Wire
 from loracache.storage_backends.redis.servers import Call, OneServer, Servers
+from loracache.storage_backends.redis.sweep import Sweeper
 from loracache.storage_backends.redis.urls import parse_target
 from loracache.storage_backends.redis.walk import ENDLESS
 
@@ -60,7 +62,8 @@ class RedisBackend(StorageBackend):
     password_file: holds the password where the URL has none. timeout_s: how long a call waits for a silent server.
     segment_bytes: largest value written; what was written with another is read all the same. integrity_key: as in
     DiskBackend. describe(namespace): what others shall know of a namespace that has objects.
-    ttl_s: seconds after which an object goes that nobody loaded; 0: none does.
+    ttl_s: seconds after which an object goes that nobody loaded; 0: none does. max_bytes: of Redis's memory that our
+    keys may take; 0: any.
     Raises ConfigError for settings that cannot work; whether a server answers is asked by `check`.
     """
 
@@ -76,6 +79,7 @@ class RedisBackend(StorageBackend):
         timeout_s: float = 2.0,
         segment_bytes: int = 8 << 20,
         ttl_s: int = 0,
+        max_bytes: int = 0,
         describe: Callable[[bytes], Mapping[bytes, bytes]] = lambda namespace: {},
     ) -> None:
         header.check_integrity_key(integrity_key)
@@ -90,14 +94,17 @@ class RedisBackend(StorageBackend):
         self._objects = ObjectCommands(
             Layout(prefix.encode()), bool(target.cluster), integrity_key, segment_bytes, ttl_s
         )
+        self.limit = max_bytes
         self._descriptors = Descriptors(RedisHash(target, f"{prefix}:namespaces"), describe)
         self._servers: Servers = Cluster(target) if target.cluster else OneServer(target)
+        self._lock = RedisHash(target, f"{prefix}:sweep")
+        self._sweeper = Sweeper(self._objects, self._servers, self._lock, max_bytes)
 
     def check(self) -> Standing:
         """Whether a server answers and lets us do all that we need to do. Raises ConfigError for a wrong login and
         other settings that cannot work.
         """
-        return rights.check(self._servers, self._objects)
+        return rights.check(self._servers, self._objects, limited=bool(self.limit))
 
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
         return self._run(keys, lambda numbers: _Question(self._objects, [keys[number] for number in numbers]))
@@ -109,7 +116,10 @@ class RedisBackend(StorageBackend):
     def store(self, transfers: Sequence[Transfer]) -> list[Result]:
         keys = [transfer.info.key for transfer in transfers]
         self._descriptors.note({transfer.info.namespace for transfer in transfers})
-        return self._run(keys, lambda numbers: Store(self._objects, [transfers[number] for number in numbers]))
+        results = self._run(keys, lambda numbers: Store(self._objects, [transfers[number] for number in numbers]))
+        stored = zip(transfers, results, strict=True)
+        self._sweeper.wrote(sum(each.stored or sent.info.size for sent, each in stored if each.outcome is Outcome.OK))
+        return results
 
     def delete(self, keys: Sequence[bytes]) -> list[Result]:
         return self._run(keys, lambda numbers: _Removal(self._objects, [keys[number] for number in numbers]))
@@ -128,8 +138,16 @@ class RedisBackend(StorageBackend):
         if lost is not None:
             did.fail(f"redis {self._servers.place}: {lost.text}")
 
+    @property
+    def due(self) -> bool:
+        return self._sweeper.due
+
+    def tend(self, go_on: Callable[[], bool]) -> Tended:
+        return self._sweeper.sweep(go_on)
+
     def close(self) -> None:
         self._descriptors.close()
+        self._lock.close()
         self._servers.close()
 
     def _run(self, keys: Sequence[bytes], call: Callable[[Sequence[int]], Call]) -> list[Result]:

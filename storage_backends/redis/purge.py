@@ -56,7 +56,9 @@ class Purger:
         """Answers the keys of those of which nothing is left."""
         going: dict[bytes, list[bytes]] = {}
         sizes: list[int] = []
-        for key, raw in zip(part.headers, self._objects.headers(wire, part.headers), strict=True):
+        keys = [key for key in part.headers if key not in self._purpose.kept]
+        self._did.kept.update(self._purpose.kept.intersection(part.headers))
+        for key, raw in zip(keys, self._objects.headers(wire, keys), strict=True):
             if isinstance(raw, ErrorReply):
                 self._did.fail(raw.text)
                 continue

@@ -28,9 +28,9 @@ _ELSEWHERE = {
 _OTHER_SETTINGS = {"NOAUTH", "WRONGPASS", "MOVED", "CLUSTERDOWN", "CROSSSLOT"}
 
 
-def check(servers: Servers, objects: ObjectCommands) -> Standing:
-    """What a server lets us do of what `objects` does, where one answers. Raises ConfigError where one refuses our
-    settings."""
+def check(servers: Servers, objects: ObjectCommands, *, limited: bool) -> Standing:
+    """What a server lets us do of what `objects` does, and of what a limit takes where there is one. Raises ConfigError
+    where a server refuses our settings."""
     prefix, cluster = objects.layout.prefix, objects.cluster
     harmless = _NO_FAULT | (_ELSEWHERE if cluster else set())
     answered = 0
@@ -38,11 +38,13 @@ def check(servers: Servers, objects: ObjectCommands) -> Standing:
 
     def work(wire: Wire) -> None:
         nonlocal answered
-        commands = _commands(objects)
+        commands = _commands(objects, limited)
         wire.send([b"".join(encoded for _, encoded in commands)])
         for name, _ in commands:
             reply = wire.reply()
-            if isinstance(reply, ErrorReply) and reply.code not in harmless:
+            if not isinstance(reply, ErrorReply) or reply.code in harmless:
+                continue
+            if "|" not in name or reply.code == "NOPERM":  # a policy may know no idle time, and has the other then
                 refused[name] = reply
         answered += 1
 
@@ -75,7 +77,7 @@ def _fix(first: ErrorReply, refused: dict[str, ErrorReply], prefix: bytes) -> st
     return "correct redis"
 
 
-def _commands(objects: ObjectCommands) -> list[tuple[str, bytes]]:
+def _commands(objects: ObjectCommands, limited: bool) -> list[tuple[str, bytes]]:
     """Names and encodings. The hash commands go to what the first of them made no hash: they change nothing. The keys
     of MGET are of two slots, so that any node of a cluster shows what it is.
     """
@@ -87,4 +89,6 @@ def _commands(objects: ObjectCommands) -> list[tuple[str, bytes]]:
         (b"GETRANGE", key, b"0", b"0"), (b"EXISTS", key), (b"SCAN", b"0", b"MATCH", key, b"COUNT", b"1"),
         (b"EXPIRE", key, b"60"), *([(b"GETEX", key, b"EX", b"60")] if objects.ttl_s else []), (b"UNLINK", key),
     )  # fmt: skip
-    return [(each[0].decode(), command(*each)) for each in words]
+    found = [(each[0].decode(), command(*each)) for each in words]
+    budget = ((b"MEMORY", b"USAGE"), (b"OBJECT", b"IDLETIME"), (b"OBJECT", b"FREQ")) if limited else ()
+    return [*((b"|".join(each).decode(), command(*each, key)) for each in budget), *found]

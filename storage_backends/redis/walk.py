@@ -33,11 +33,11 @@ class Slice:
     others: list[bytes] = field(default_factory=list)
 
 
-def walk(wire: Wire, layout: Layout) -> Iterator[Slice]:
-    """All keys of objects on the server at the other end. Raises WalkRefused."""
+def walk(wire: Wire, layout: Layout, count: int = _COUNT) -> Iterator[Slice]:
+    """All keys of objects on the server at the other end, about `count` in a slice. Raises WalkRefused."""
     cursor = b"0"
     while True:
-        wire.send([command(b"SCAN", cursor, b"MATCH", layout.prefix + b":{*", b"COUNT", b"%d" % _COUNT)])
+        wire.send([command(b"SCAN", cursor, b"MATCH", layout.prefix + b":{*", b"COUNT", b"%d" % count)])
         reply = wire.reply()
         if isinstance(reply, ErrorReply):
             raise WalkRefused(f"{reply.text} (SCAN)")

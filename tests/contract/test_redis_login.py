@@ -105,6 +105,20 @@ def test_a_time_to_live_needs_one_right_more(user: Callable[..., str], redis_tie
     assert "`+getex` with `redis_ttl`" in (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 
 
+def test_a_budget_needs_three_rights_more(
+    user: Callable[..., str], objects: Any, redis_tier: Callable[..., RedisBackend]
+) -> None:
+    more = ["memory|usage", "object|idletime", "object|freq"]
+    assert redis_tier(f"unix://cache:{QUOTED}@{user()}", max_bytes=1 << 20).check().reason
+    tier = redis_tier(f"unix://cache:{QUOTED}@{user([*RIGHTS, *more])}", max_bytes=50_000)
+    assert tier.check() == Standing()
+    objects.store(tier, [objects.new(20_000) for _ in range(6)])
+    did = tier.tend(lambda: True)
+    assert (did.objects >= 4, did.error) == (True, "")
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    assert "`" + " ".join(f"+{right}" for right in more) + "` with `redis_max_bytes`" in text
+
+
 def test_keys_that_a_user_may_not_touch_are_named_when_the_daemon_starts(
     user: Callable[..., str], redis_tier: Callable[..., RedisBackend]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loracache.storage_backends.base import Purge, Purpose, Transfer
-from loracache.storage_backends.redis import purge
+from loracache.storage_backends.redis import descriptors, purge
 from loracache.storage_backends.redis.backend import RedisBackend
 
 MINE, OTHER = b"m" * 32, b"o" * 32
@@ -83,6 +83,29 @@ def test_a_damaged_header_is_nobodys_and_goes_and_one_of_another_version_is_coun
     assert (did.objects, did.undescribed) == (1, 1)
     names = b" ".join(server.redis.keys("*"))
     assert [each.info.key.hex().encode() in names for each in (damaged, newer)] == [False, True]
+
+
+def test_what_redis_is_told_of_namespaces_is_told_again_when_it_lost_it(
+    any_redis: Any, objects: Any, redis_tier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bytes] = []
+
+    def describe(namespace: bytes) -> dict[bytes, bytes]:
+        told.append(namespace)
+        return {namespace: b"what it is", b"its name": b""}
+
+    tier = redis_tier(any_redis.url, describe=describe)
+    stored = [of(objects.new(100), MINE) for _ in range(2)]
+    for each in stored:
+        objects.store(tier, [each])
+    assert told == [MINE]
+    assert tier.descriptors() == {MINE: b"what it is", b"its name": b""}
+    any_redis.redis.delete("loracache:namespaces")
+    monkeypatch.setattr(descriptors, "_AGAIN_S", 0.0)
+    objects.store(tier, stored)
+    assert tier.descriptors() == {MINE: b"what it is", b"its name": b""}
+    tier.forget([MINE, b"its name"])
+    assert tier.descriptors() == {}
 
 
 def test_where_not_all_keys_can_be_seen_it_is_said(redis_server: Any, objects: Any, redis_tier: Any) -> None:

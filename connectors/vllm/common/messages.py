@@ -89,11 +89,13 @@ class Prefix:
 @dataclass(slots=True)
 class AdapterOrders:
     """What the workers do with their pools, in this order. evict: digests whose pages are free from now on. load:
-    (order's number, digest, folder or "") to copy in. bind: which content serves an adapter id from now on.
+    (order's number, digest, folder or "") to copy in. forget: adapter ids that no request has. bind: which content
+    serves an adapter id from now on.
     """
 
     evict: list[str] = field(default_factory=list)
     load: list[tuple[int, str, str]] = field(default_factory=list)
+    forget: list[int] = field(default_factory=list)
     bind: dict[int, str] = field(default_factory=dict)
 
 

@@ -18,13 +18,16 @@ from typing import Any
 from loracache.client import requests
 from loracache.client.link import Link
 from loracache.errors import LoRACacheError, Rejected
-from loracache.tiers import labels
+from loracache.tiers import Tier, labels
 
-__all__ = ["SchedulerLink"]
+__all__ = ["LONGEST_PIN_S", "SchedulerLink"]
+
+LONGEST_PIN_S = requests.MAX_TTL_S
 
 _log = logging.getLogger(__name__)
 _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
+_EVENTS_PAGE, _EVENTS_WAIT_S = 500, 30.0
 
 
 @dataclass(slots=True)
@@ -50,6 +53,8 @@ class SchedulerLink(Link):
         self._next_report = 0.0
         self._lookups: dict[int, _Lookup] = {}  # by the number of the first part
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
+        self._events_asked = self._events_last = 0  # the question that waits, and the last event that was told
+        self._events_gone = False
         self._unwanted: set[int] = set()
         self._early: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
         self._resident: set[bytes] = set()  # what the daemon was told that we hold
@@ -149,6 +154,39 @@ class SchedulerLink(Link):
         """Have slow tiers start raising `keys`."""
         self.connection.send(requests.Prefetch(lease, requests.join_keys(keys), ttl), answer=False)
 
+    def pin(self, keys: Sequence[bytes], ttl: float) -> None:
+        """Keep objects in the daemon's memory for `ttl` seconds."""
+        for part in requests.lookup_parts(keys, 1):
+            pin = requests.Pin("", "", {"keys": requests.join_keys(part)}, Tier.CPU.label, ttl, 0.0)
+            self.connection.send(pin, answer=False)
+
+    def demote(self, keys: Sequence[bytes], tier: str) -> None:
+        """Have objects leave the daemon's memory for a slower tier."""
+        for part in requests.lookup_parts(keys, 1):
+            selector = {"keys": requests.join_keys(part)}
+            move = requests.Move("", "", selector, Tier.CPU.label, tier, False, 0.0)
+            self.connection.send(move, answer=False)
+
+    def take_events(self) -> tuple[bool, list[tuple[str, str, bytes]]] | None:
+        """(whether some are lost, the next events as (what, tier, key)), or None where there are none. The daemon is
+        asked for them, and asked again when it has told some."""
+        gone, self._events_gone = self._events_gone, False
+        if gone:
+            return True, []
+        if not self._events_asked:
+            wait = _EVENTS_WAIT_S
+            self._events_asked = self._ask(requests.EventList("", "", self._events_last, _EVENTS_PAGE, wait))
+            if not self._events_asked:
+                return None
+        done, payload = self._answer(self._events_asked)
+        if not done:
+            return None
+        self._events_asked = 0
+        if payload is None:
+            return None
+        self._events_last, lost, *events = payload
+        return bool(lost), [(each["event"], each["tier"], bytes.fromhex(each["key"])) for each in events]
+
     def release(self, lease: bytes) -> None:
         """End a request's lease."""
         self.connection.send(requests.Release(lease, b""), answer=False)
@@ -160,6 +198,10 @@ class SchedulerLink(Link):
         self._early.pop(number, None)
         if number in self._asked:
             self._unwanted.add(number)
+
+    def abandon(self, number: int) -> None:
+        """As `forget`, of a question about an adapter, which is no sign of life."""
+        self.connection.forget(number)
 
     def count(self, cause: str, amount: int) -> None:
         """Count a failure seen in the engine; the daemon's status shows it."""
@@ -209,6 +251,8 @@ class SchedulerLink(Link):
 
     def _lost(self) -> None:
         self._lookups.clear()
+        self._events_gone = self._events_gone or bool(self._events_asked or self._events_last)
+        self._events_asked = self._events_last = 0
         self._asked.clear()
         self._unwanted.clear()
         self._early.clear()

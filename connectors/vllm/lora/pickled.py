@@ -87,7 +87,7 @@ def _pickle_in(folder: str | os.PathLike[str]) -> Path | None:
 
 def _own_folder() -> Path:
     """In the temporary folder, where anybody may write: ours alone."""
-    path = Path(tempfile.gettempdir(), f"loracache-adapters-{os.getuid()}")
+    path = Path(tempfile.gettempdir(), f"loracache-converted-{os.getuid()}")
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.patience import Patience
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from loracache.connectors.vllm.scheduler.chunks import Chunks
     from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
     from loracache.connectors.vllm.scheduler.requests import RequestState
+    from loracache.connectors.vllm.scheduler.tier_events import TierEvents
 
 __all__ = ["LEASE_TTL_S", "Lookups"]
 
@@ -27,9 +29,17 @@ class Lookups:
     """Questions of one engine's requests. chunks: set once the workers' facts are known."""
 
     def __init__(
-        self, link: SchedulerLink, namespace: EngineNamespace, adapters: ServedAdapters, patience: Patience
+        self,
+        link: SchedulerLink,
+        namespace: EngineNamespace,
+        adapters: ServedAdapters,
+        patience: Patience,
+        tally: Tally,
+        events: TierEvents,
     ) -> None:
+        self._events = events
         self._link = link
+        self._tally = tally
         self._namespace = namespace
         self._adapters = adapters
         self._patience = patience
@@ -56,10 +66,11 @@ class Lookups:
             if not state.question:
                 return False
             state.asked_at = time.monotonic()
+            self._tally.add("lookups")
         tiers = self._link.answer_lookup(state.question)
         if tiers is None:
             return False
-        state.answer(self.chunks.slowest_of_shards(tiers))
+        self._take(state, tiers)
         return True
 
     def comes(self, state: RequestState) -> bool:
@@ -72,11 +83,12 @@ class Lookups:
             return False
         tiers = self._link.wait_lookup(state.question, seconds)
         after = time.monotonic()
+        self._tally.add("loop_wait_seconds", after - now)
         if tiers is None:
             self._patience.answers.missed(after, after - now)
             return False
         self._patience.answers.answered(after - state.asked_at, after - now)
-        state.answer(self.chunks.slowest_of_shards(tiers))
+        self._take(state, tiers)
         return True
 
     def parked(self, state: RequestState) -> bool:
@@ -87,6 +99,7 @@ class Lookups:
         if self._link.answering() and now - state.parked_since < patience:
             return True
         self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
+        self._tally.add("lookups_late")
         return False
 
     def drop_lease(self, state: RequestState) -> None:
@@ -99,6 +112,13 @@ class Lookups:
         """End it, and want no answer any more."""
         self.drop_lease(state)
         self._link.forget(state.question)
+
+    def _take(self, state: RequestState, tiers: tuple[str, ...]) -> None:
+        assert self.chunks is not None
+        if state.parked_since is not None:
+            self._tally.add("parked_seconds", time.monotonic() - state.parked_since)
+        state.answer(self.chunks.slowest_of_shards(tiers))
+        self._events.learn(state, self.chunks)
 
     def _awaits(self, state: RequestState) -> bool:
         """Whether an answer is on its way: to its question, or to what the content of its adapter or media is."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.common.messages import Facts, Prefix, StepPlan, WorkerNews
 from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
+from loracache.connectors.vllm.scheduler.afterwards import Afterwards
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
 from loracache.connectors.vllm.scheduler.chunks import Chunks
 from loracache.connectors.vllm.scheduler.lookups import LEASE_TTL_S, Lookups
@@ -25,6 +27,8 @@ from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
 from loracache.connectors.vllm.scheduler.patience import Patience
 from loracache.connectors.vllm.scheduler.requests import RequestState, Stage, is_cacheable, uses_draft_kv, wants_reading
 from loracache.connectors.vllm.scheduler.resets import HeldBlocks, KnownWeights
+from loracache.connectors.vllm.scheduler.tier_events import TierEvents
+from loracache.connectors.vllm.scheduler.wishes import Wishes, wishes_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,6 +40,8 @@ __all__ = ["SchedulerSide"]
 
 _log = logging.getLogger(__name__)
 _STORE_AGAIN_S = 1.0
+_SAID = 100  # different complaints about requests that the log gets
+_PREFETCH_CHUNKS = 4096
 _PREFETCH_SHARE = 4  # of the arena is raised at most before the workers ask for it: they need room for the rest
 
 
@@ -56,14 +62,20 @@ class SchedulerSide:
         self._chunks: Chunks | None = None
         self._requests: dict[str, RequestState] = {}
         ask = (lambda path: None) if options.lora_pool else link.ask_adapter
-        self._adapters = ServedAdapters(ask, link.answer_adapter)
+        self._adapters = ServedAdapters(ask, link.answer_adapter, link.abandon)
         self._blocks = BlockKeys(bool(getattr(vllm_config.lora_config, "enable_tower_connector_lora", False)))
         self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
         self.held = HeldBlocks()
         self._weights = KnownWeights()
         self._patience = Patience(options.lookup_wait, options.lookup_wait_most)
-        self._lookups = Lookups(link, self._namespace, self._adapters, self._patience)
+        self.tally = Tally()
+        published = getattr(vllm_config, "kv_events_config", None)
+        self.events = TierEvents(link, bool(published is not None and published.enable_kv_cache_events))
+        self._lookups = Lookups(link, self._namespace, self._adapters, self._patience, self.tally, self.events)
+        self._afterwards = Afterwards(link)
+        self._said: set[str] = set()
+        self._ahead: list[RequestState] = []  # asks for its chunks to be raised before its turn comes
         self._plan = StepPlan(step=0)
         self._step = 0
 
@@ -140,7 +152,10 @@ class SchedulerSide:
         if not self.on:
             return
         state = self._requests[request.request_id] = RequestState(
-            request, cacheable=is_cacheable(request), reads=self._may_load and wants_reading(request)
+            request,
+            cacheable=is_cacheable(request),
+            reads=self._may_load and wants_reading(request),
+            wishes=self._wishes(request),
         )
         state.content = content
         if not state.cacheable:
@@ -154,6 +169,8 @@ class SchedulerSide:
         if state.cacheable and not self._namespace.known:
             self._link.count("identity.pending", 1)
         self._lookups.advance(state)
+        if state.wishes.prefetch:
+            self._ahead.append(state)
 
     def adapter_reloaded(self, lora_request: LoRARequest) -> None:
         """An adapter's id may serve another content from now on."""
@@ -194,10 +211,9 @@ class SchedulerSide:
         if not state.cacheable:  # since it was promised, the weights have changed
             self._plan.void.add(request.request_id)
         self._plan.loads.append(load)
+        self.tally.add("loads")
         slow = [chunk.key for chunk, tier in zip(load.chunks, state.load_tiers, strict=True) if tier != "cpu"]
-        few = slow[: max(1, self._link.arena_bytes // _PREFETCH_SHARE // self._chunks.nbytes)]
-        if few:
-            self._link.prefetch(state.lease, self._chunks.object_keys(few), LEASE_TTL_S)
+        self._prefetch(state, slow)
 
     def load_tiers(self, request_id: str) -> tuple[str, ...]:
         """The tier of each chunk of a request's planned load."""
@@ -216,11 +232,19 @@ class SchedulerSide:
         if state.cacheable:
             state.blocks = list(block_ids)
             self._plan_store(state, request.num_computed_tokens)
+        if self._chunks is not None and state.cacheable and (state.wishes.pin or state.wishes.demote):
+            keys, nbytes = self._chunks.object_keys(state.chunk_keys), len(state.chunk_keys) * self._chunks.nbytes
+            self._afterwards.finished(request.request_id, keys, nbytes, state.wishes, storing=state.has_stored)
         if not state.has_stored:  # else blocks may be read still, whatever was learnt about the request meanwhile
             return False
         self._plan.await_stores.add(request.request_id)
         self.held.hold(request)
         return True
+
+    def stores_done(self, request_ids: Iterable[str]) -> None:
+        """All stores of these requests, which are over, are done."""
+        self.held.stored(request_ids)
+        self._afterwards.stored(request_ids)
 
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
         """This step's plan for the workers."""
@@ -247,6 +271,7 @@ class SchedulerSide:
         cached = output.scheduled_cached_reqs
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             self._scheduled(request_id, list(blocks[0]) if blocks else [], replace=request_id in cached.resumed_req_ids)
+        self._ahead = [state for state in self._ahead if not self._raised(state)]
         for request_id in output.num_scheduled_tokens:
             state = self._requests.get(request_id)
             if state is not None and state.cacheable and time.monotonic() >= state.store_after:
@@ -307,14 +332,41 @@ class SchedulerSide:
             if state.blocks and state.stage is not Stage.LOADING and state.request.status.name == "PREEMPTED"
         }
 
+    def _raised(self, state: RequestState) -> bool:
+        """Whether nothing more is to be done to raise a waiting request's chunks ahead of its turn."""
+        if self._requests.get(state.request.request_id) is not state or state.stage is not Stage.WAITING:
+            return True
+        if not self._lookups.advance(state):
+            return not (state.cacheable and state.reads)
+        self._prefetch(state, [key for key, tier in zip(state.chunk_keys, state.hits, strict=False) if tier != "cpu"])
+        return True
+
+    def _prefetch(self, state: RequestState, slow: list[bytes]) -> None:
+        """Have chunks raised that will be loaded: as many as leave room for the loads themselves."""
+        assert self._chunks is not None
+        most = min(self._link.arena_bytes // _PREFETCH_SHARE // self._chunks.nbytes, _PREFETCH_CHUNKS)
+        few = slow[: max(1, most)]
+        if few:
+            self._link.prefetch(state.lease, self._chunks.object_keys(few), LEASE_TTL_S)
+
+    def _wishes(self, request: Request) -> Wishes:
+        wishes, problems = wishes_of(request)
+        for problem in problems:
+            self._link.count("wish.refused", 1)
+            if problem not in self._said and len(self._said) < _SAID:
+                self._said.add(problem)
+                _log.warning("request %s: %s; it is served without that", request.request_id, problem)
+        return wishes
+
     def _plan_store(self, state: RequestState, computed_tokens: int) -> None:
         """Plan to store what is computed and confirmed: whole chunks beyond those that are held or planned already."""
-        if self._chunks is None or not self._may_store or not self._namespace.settle(state):
+        if self._chunks is None or not self._may_store or not state.wishes.store or not self._namespace.settle(state):
             return
         if state.adapter is not None and not self._adapters.serves(state.adapter.lora_int_id, state.adapter.digest):
             state.cacheable = False
             return
         state.extend_keys(self._chunks.tokens)
+        self.events.learn(state, self._chunks)
         store = self._chunks.store(state, computed_tokens)
         if store is not None:
             self._plan.stores.append(store)

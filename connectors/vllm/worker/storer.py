@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +32,35 @@ _CALL_TIMEOUT_S = 5.0
 _WRITE_LEASE_S = 60.0
 _PART_SHARE = 16  # of the arena is a part at most
 _PART_CHUNKS = 4096
+_NO_ROOM_S = 1.0  # for which a store waits for room without getting any
+_LONGEST_S = 5.0  # and with it: what comes behind waits, too
+_FULL_S = 10.0  # after which the next one waits again
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
 _END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
+
+
+class _Room:
+    """Waits for room in the arena: writes to disk make some. Not before `after` (monotonic seconds): the engine's
+    blocks wait meanwhile, and an arena that was full for long is full of what stays."""
+
+    def __init__(self, after: float) -> None:
+        self._most = _NO_ROOM_S if time.monotonic() >= after else 0.0
+        self._pause = _FIRST_PAUSE_S
+        self._waited = self._in_vain = 0.0
+
+    def found(self) -> None:
+        """There was some."""
+        self._pause, self._in_vain = _FIRST_PAUSE_S, 0.0
+
+    def waits(self) -> bool:
+        """Whether to ask again, after a pause."""
+        if self._in_vain >= self._most or self._waited >= _LONGEST_S:
+            return False
+        time.sleep(self._pause)
+        self._waited += self._pause
+        self._in_vain += self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        return True
 
 
 class StoreJob:
@@ -41,6 +70,7 @@ class StoreJob:
         self.store = store
         self.after = after  # a CUDA event: the blocks are written once it has happened
         self.gate = Gate()
+        self.nbytes = 0  # committed
 
 
 class Storer:
@@ -67,6 +97,7 @@ class Storer:
         self._may_store = may_store
         self._names = names
         self._finished = finished
+        self._full_until = 0.0
         self._jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loracache-store", daemon=True)
         self._link.ready()
@@ -105,11 +136,23 @@ class Storer:
             raise Unavailable("no daemon")
         self._link.register(store.namespace.digest(), store.namespace.descriptor(), self._names)
         parent = object_key(store.parent, self._shard) if store.parent else requests.NO_PARENT
+        room = _Room(self._full_until)
         for chunks in self._parts(store.chunks):
             keys = [object_key(chunk.key, self._shard) for chunk in chunks]
-            self._store_part(job, chunks, keys, [parent, *keys[:-1]], causes)
-            if Cause.CANCELLED in causes:
-                return
+            done = 0
+            while True:
+                above = [keys[done - 1] if done else parent, *keys[done:-1]]
+                part = self._store_part(job, chunks[done:], keys[done:], above, causes)
+                if Cause.CANCELLED in causes:
+                    return
+                if part:
+                    room.found()
+                done += part
+                if done == len(keys) or not room.waits():
+                    break
+            if done < len(keys):  # the chain ends here
+                self._full_until = time.monotonic() + _FULL_S
+                causes[Cause.FULL] = causes.get(Cause.FULL, 0) + len(keys) - done
             parent = keys[-1]
 
     def _parts(self, chunks: Sequence[ChunkBlocks]) -> Iterator[Sequence[ChunkBlocks]]:
@@ -129,7 +172,8 @@ class Storer:
         keys: list[bytes],
         parents: list[bytes],
         causes: dict[str, int],
-    ) -> None:
+    ) -> int:
+        """Store a part; answers how many of its first chunks were dealt with: there is no room for the next."""
         connection = self._link.connection
         lease = os.urandom(16)
         reserve = requests.Reserve(
@@ -142,11 +186,15 @@ class Storer:
         )
         try:
             answer = connection.call(reserve, _CALL_TIMEOUT_S).payload
+            done = next((place for place, item in enumerate(answer) if item == Cause.FULL), len(answer))
+            for place, item in enumerate(answer[done:], done):
+                if item in (Cause.FULL, Cause.NO_PARENT):  # because the chunk before it has no room
+                    answer[place] = Cause.BUSY
             written = self._write(job, chunks, keys, answer, causes)
             if not written:
                 if any(isinstance(item, list) for item in answer):
                     connection.abort(lease)
-                return
+                return done
             commit = requests.Commit(
                 lease, requests.join_keys([key for key, _ in written]), [total for _, total in written]
             )
@@ -154,9 +202,13 @@ class Storer:
         except BaseException:  # of a copier, too: else the extents stay reserved for as long as the lease
             connection.abort(lease)
             raise
-        for cause in answer:
-            if cause and cause != Cause.EXISTS:
+        sizes = {key: self._block_bytes * len(chunk.blocks) for key, chunk in zip(keys, chunks, strict=True)}
+        for (key, _), cause in zip(written, answer, strict=True):
+            if not cause:
+                job.nbytes += sizes[key]
+            elif cause != Cause.EXISTS:
                 causes[cause] = causes.get(cause, 0) + 1
+        return done
 
     def _write(
         self,

@@ -18,7 +18,7 @@ from loracache.cache.state.events import Events
 from loracache.cache.tier.questions import Question, Questions
 from loracache.cache.tier.workers import Workers
 from loracache.errors import ConfigError, Unavailable
-from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Standing, StorageBackend, Transfer
+from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Standing, StorageBackend, Tended, Transfer
 from loracache.tiers import Tier
 from loracache.tracing import span
 
@@ -41,7 +41,8 @@ class TierIO:
     asked of it either, until it says that it can: `tick` looks. All methods belong to the cache's thread; `post` hands
     a callable over to it.
 
-    standing: what the backend can do as far as known. asks: round trips of questions that may be under way.
+    standing: what the backend can do as far as known. used: bytes of its own budget, as far as known. asks: round trips
+    of questions that may be under way.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class TierIO:
         self._looking = False
         self._next_look = 0.0
         self._closing = False
+        self._tending = False
+        self._purges = 0  # which what is done in the background makes way for
+        self.used: int | None = None
 
     @property
     def available(self) -> bool:
@@ -89,7 +93,7 @@ class TierIO:
             does = (
                 "in use, but" if standing.writes else "is read, and takes nothing" if standing.reads else "not in use"
             )
-            _log.warning("%s: %s: %s", label, does, standing.reason)
+            _log.warning(f"{label}: %s: %s", does, standing.reason)
         elif before.reason and not standing.reason:
             _log.info("%s: in full use again", label)
         if standing.reads and not before.reads:
@@ -98,7 +102,10 @@ class TierIO:
             self._trouble = ""
 
     def tick(self) -> None:
-        """Look again at a backend that cannot do all that it should."""
+        """Have done what is due, and look again at a backend that cannot do all that it should."""
+        if self.available and not self._tending and self.backend.due:
+            self._tending = True
+            self._care.submit(self._tend)
         now = time.monotonic()
         if not self.reason or self._looking or now < self._next_look:
             return
@@ -114,6 +121,24 @@ class TierIO:
             self.stand(standing)
 
         self._asks.submit(look)
+
+    def _tend(self) -> None:
+        try:
+            did = self.backend.tend(lambda: not self._closing and not self._purges)
+        except Exception as error:  # noqa: BLE001 - top of a thread: it must be tended again
+            _log.exception("%s: tending failed", self.tier.label)
+            did = Tended(error=repr(error))
+        self._post(lambda: self._tended(did))
+
+    def _tended(self, did: Tended) -> None:
+        self._tending = False
+        label = self.tier.label
+        self._counters.add(f"evict.{label}.budget", did.objects)
+        self._counters.add(f"evicted_bytes.{label}.budget", did.nbytes)
+        self._counters.add(f"swept.{label}.orphans", did.orphans)
+        self.used = did.used if did.used is not None else self.used
+        if did.error:
+            _log.debug("%s: not tended to the end: %s", label, did.error)
 
     def _look(self) -> Standing:
         try:
@@ -159,18 +184,19 @@ class TierIO:
         """Call `done` after all writes and deletions asked for before."""
         self._run(self._writes, "wait", 0, list, lambda results: done())
 
-    def descriptors(self, done: Callable[[dict[bytes, bytes]], None]) -> None:
-        """What the backend has been told of its namespaces; nothing where it cannot be asked."""
+    def consult(self, look: Callable[[dict[bytes, bytes]], bool], done: Callable[[bool], None]) -> None:
+        """What `look`, called on a thread, says of what the backend has been told of its namespaces; False where it
+        cannot be asked."""
 
         def ask() -> None:
             try:
-                found = self.backend.descriptors()
+                found = look(self.backend.descriptors())
             except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for the answer
                 _log.warning("%s: descriptors: %s", self.tier.label, error)
-                found = {}
+                found = False
             self._post(lambda: done(found))
 
-        self._care.submit(ask)
+        self._asks.submit(ask)
 
     def purge(
         self,
@@ -192,8 +218,13 @@ class TierIO:
             except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for its end
                 _log.exception("%s: a purge failed", self.tier.label)
                 did.fail(repr(error))
-            self._post(lambda: done(None))
+            self._post(ended)
 
+        def ended() -> None:
+            self._purges -= 1
+            done(None)
+
+        self._purges += 1
         self.when_written(lambda: self._care.submit(work))
 
     def close(self) -> None:
@@ -262,6 +293,6 @@ class TierIO:
                 if not any(result.outcome is Outcome.UNAVAILABLE for result in results):
                     self._trouble = ""
         elif self.available:
-            _log.warning("%s: unavailable (%s); left alone for %.1f s", label, results[-1].detail, self._pause)
+            _log.warning(f"{label}: unavailable (%s); left alone for %.1f s", results[-1].detail, self._pause)
             self._paused_until = time.monotonic() + self._pause
             self._pause = min(self._pause * 2, _LONGEST_PAUSE_S)

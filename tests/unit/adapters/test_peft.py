@@ -132,8 +132,9 @@ def test_targets_may_be_a_list_of_suffixes_or_a_pattern_that_is_not_run(tmp_path
         {"target_modules": [Q, Q.replace("q_proj", "k_proj")], "exclude_modules": r".*k_proj"},
         {"target_modules": ["q_proj", "c_attn", "wqkv"], "exclude_modules": None},
         {"target_modules": [Q.replace("layers.0", "layers.1"), "q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["classifier", "score"]},
     ],
-    ids=["excluded", "all-linear without some", "of other models", "layers_to_transform"],
+    ids=["excluded", "all-linear without some", "of other models", "layers_to_transform", "modules_to_save"],
 )
 def test_targets_that_have_no_tensors_are_served_without(tmp_path: Path, config: dict[str, Any]) -> None:
     """As PEFT writes them: "all-linear" is resolved before what is excluded is left out, and names that this model does
@@ -155,7 +156,6 @@ def test_initialisations_that_leave_the_base_model_alone_are_served(tmp_path: Pa
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"peft_type": None}, "peft_type is None"),
         ({"use_dora": True}, "use_dora=True"), ({"lora_bias": True}, "lora_bias=True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
         ({"layer_replication": [[0, 4]]}, "layer_replication"), ({"use_bdlora": True}, "use_bdlora"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"), ({"use_qalora": True}, "use_qalora"),
         ({"target_parameters": ["w"]}, "target_parameters"), ({"megatron_config": {"a": 1}}, "megatron_config"),
@@ -211,6 +211,13 @@ def test_tensors_that_cannot_be_served_are_named(
     assert message.startswith(f"{tmp_path / WEIGHTS}: ")
     assert named in message
     assert reason in message
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.lm_head.weight", "model.norm.weight"])
+def test_whole_modules_are_refused_as_such(tmp_path: Path, name: str) -> None:
+    config = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    message = refusal(write(tmp_path, config, pair() | {f"{PREFIX}{name}": zeros("F32", 3, 6)}))
+    assert f"tensor '{PREFIX}{name}': it is not a LoRA weight, but a whole module's (modules_to_save)" in message
 
 
 def test_a_rank_that_is_not_the_patterns_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ class ScriptedLink:
         self.lookups: list[list[bytes]] = []
         self.forgotten: list[int] = []
         self.waits: list[float] = []
+        self.pins: list[tuple[list[bytes], float]] = []
+        self.demoted: list[tuple[list[bytes], str]] = []
+        self.told: list[tuple[bool, list[tuple[str, str, bytes]]]] = []
         self.on_wait: Callable[[float], object] = lambda seconds: None
         self.counts: Counter[str] = Counter()
         self._asked: dict[int, Any] = {}
@@ -70,11 +73,23 @@ class ScriptedLink:
     def answer_adapter(self, number: int) -> tuple[bool, str | None]:
         return (True, self._asked.pop(number)) if self.answers else (False, None)
 
+    def pin(self, keys: Sequence[bytes], ttl: float) -> None:
+        self.pins.append((list(keys), ttl))
+
+    def demote(self, keys: Sequence[bytes], tier: str) -> None:
+        self.demoted.append((list(keys), tier))
+
+    def take_events(self) -> tuple[bool, list[tuple[str, str, bytes]]] | None:
+        return self.told.pop(0) if self.told else None
+
     def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
         self.prefetched += keys
 
     def release(self, lease: bytes) -> None:
         self.leases.discard(lease)
+
+    def abandon(self, number: int) -> None:
+        """Of an adapter's question."""
 
     def forget(self, number: int) -> None:
         if number:

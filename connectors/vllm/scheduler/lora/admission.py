@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.payload import ModuleSize, Packed
 from loracache.connectors.vllm.common.messages import AdapterOrders, PoolFacts, WorkerNews
+from loracache.connectors.vllm.common.recent import MOST_ADAPTERS, Recent
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.lora.names import model_names
 from loracache.connectors.vllm.lora.paths import digest_in
@@ -87,7 +88,7 @@ class AdapterAdmission:
         self._bound = bound
         self._pools: list[PoolFacts] = []
         self._ledger = PageLedger(())
-        self._ids: dict[int, str] = {}
+        self._ids: Recent[int, str] = Recent()
         self._folders = Folders(link, patience)
         self._adapters: dict[str, _Adapter] = {}
         self._waits: dict[str, _Wait] = {}
@@ -95,7 +96,9 @@ class AdapterAdmission:
         self._running: dict[str, int] = {}  # request -> adapter id, from admission to its end
         self._orders = AdapterOrders()
         self._last_order = 0
-        self._told: dict[int, str] = {}  # what the workers were told serves an adapter id
+        self._told: Recent[int, str] = Recent()  # what the workers were told serves an adapter id
+        self._pinned: set[int] = set()
+        self._most_contents = MOST_ADAPTERS  # more, where more are in use
         self._next_resident = 0.0
         self.fail: Callable[[str, Refusal], None] = lambda request_id, refusal: None
 
@@ -176,7 +179,7 @@ class AdapterAdmission:
         place, are served by it too from then on.
         """
         ready = found.ready >= len(self._pools)
-        if self._told.get(adapter) == found.digest:
+        if self._told.used(adapter) == found.digest:
             return ready
         running = [request for request, served in self._running.items() if served == adapter]
         if ready or not running:
@@ -215,6 +218,7 @@ class AdapterAdmission:
                 self._ledger.drop(digest)
                 self._orders.evict.append(digest)  # what was being copied in comes to its pages after the loss
         for adapter, pinned in news.pinned.items():
+            (self._pinned.add if pinned and adapter in self._told else self._pinned.discard)(adapter)
             if adapter in self._told:
                 self._ledger.pin(self._told[adapter], pinned)
 
@@ -232,6 +236,7 @@ class AdapterAdmission:
 
     def take_orders(self) -> AdapterOrders:
         """What the workers do in the next step."""
+        self._forget_unused()
         orders, self._orders = self._orders, AdapterOrders()
         self._told.update(orders.bind)
         now = time.monotonic()
@@ -241,12 +246,30 @@ class AdapterAdmission:
             self._link.resident({bytes.fromhex(digest) for digest in ready})
         return orders
 
+    def _forget_unused(self) -> None:
+        """Of ids and contents that no request has, those are remembered that were used last."""
+        if max(len(self._ids), len(self._told)) > MOST_ADAPTERS:
+            kept = {*self._running.values(), *self._pinned, *self._orders.bind}
+            ids, told = self._ids.drop_oldest(kept), self._told.drop_oldest(kept)
+            for adapter in ids.keys() | told.keys():
+                self._ids.pop(adapter, None)
+                if adapter in told or self._told.pop(adapter, None) is not None:
+                    self._orders.forget.append(adapter)
+        if len(self._adapters) > self._most_contents:
+            used = {*self._ids.values(), *self._told.values(), *self._ledger.adapters()}
+            for digest in [digest for digest in self._adapters if digest not in used]:
+                found = self._adapters.pop(digest)
+                self._link.abandon(found.asked)
+                self._let_go(found)
+            self._most_contents = max(MOST_ADAPTERS, len(self._adapters) + MOST_ADAPTERS // 4)
+
     # -- which content ----------
 
     def _digest(self, request_id: str, adapter: LoRARequest) -> str | None:
         """The content that serves an adapter id, or None while it is not known."""
-        known = self._ids.get(adapter.lora_int_id)
+        known = self._ids.used(adapter.lora_int_id)
         if known is not None:
+            self._bound(adapter.lora_int_id, known)  # whoever else was told may have forgotten it
             return known
         named = digest_in(adapter.lora_path)
         if named is not None:

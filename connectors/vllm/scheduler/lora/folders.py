@@ -19,6 +19,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from loracache.adapters.payload import ModuleSize, Packing, adapter_digest
 from loracache.adapters.peft import PeftFolder
+from loracache.connectors.vllm.common.recent import Recent
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.lora.pickled import is_pickled, plain_folder
 from loracache.connectors.vllm.lora.refusals import Refusal
@@ -60,11 +61,16 @@ class Folders:
     def __init__(self, link: SchedulerLink, patience: float) -> None:
         self._link = link
         self._patience = patience
-        self._folders: dict[str, _Folder] = {}
+        self._folders: Recent[str, _Folder] = Recent()
 
     def ask(self, path: str) -> FolderContent | Refusal | None:
         """What is in a folder, why it cannot be served, or None while neither is known. An answer is given once."""
-        folder = self._folders.setdefault(path, _Folder())
+        folder = self._folders.used(path)
+        if folder is None:
+            folder = self._folders[path] = _Folder()
+            for gone in self._folders.drop_oldest().values():  # whoever asked for it is gone too
+                if gone.asked:
+                    self._link.abandon(gone.asked)
         answer = self._look(folder, path)
         if answer is not None:
             del self._folders[path]

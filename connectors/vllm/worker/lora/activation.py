@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 _LEASE_S = 60.0
 _FETCHED_S = 10.0  # in the arena at least, after it was fetched ahead
 _END_S = 2.0
+_MOST_FAILED = 64
 _UNFIT = {Cause.NONE, Cause.POOL_FULL, Cause.EVICTED, Cause.BUG}  # where the folder would fare no better
 
 
@@ -113,6 +114,8 @@ class Activator:
             if self._failed.get(order.digest) != repr(error):  # it will be tried again
                 _log.exception("adapter %s was not loaded", order.digest[:12])
             self._failed[order.digest] = repr(error)
+            if len(self._failed) > _MOST_FAILED:
+                del self._failed[next(iter(self._failed))]
             return Cause.BUG, ""
         if not cause:
             self._failed.pop(order.digest, None)

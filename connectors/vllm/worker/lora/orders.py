@@ -57,6 +57,8 @@ class PoolWorker:
         for number, digest, path in orders.load:
             self._manager.pool.want(digest)
             self._activator.submit(Order(number, digest, path, after))
+        for adapter in orders.forget:
+            self._manager.ids.pop(adapter, None)
         for adapter, digest in orders.bind.items():
             self._manager.ids[adapter] = digest
             self._bound(adapter, digest)

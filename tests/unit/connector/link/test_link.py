@@ -185,6 +185,68 @@ def test_a_long_lookup_that_is_forgotten_or_lost_between_parts_is_over(
     link.close()
 
 
+# -- verbs and events ----------
+
+
+def test_objects_are_pinned_for_a_time_and_moved_down(daemon: Any, eventually: Any, tmp_path: Any) -> None:
+    running = daemon(disk_path=tmp_path / "disk")
+    client = running.client()
+    with client.reserve(client.register(NAMESPACE), KEYS[1:], [100] * 3) as reservation:
+        for position in range(3):
+            reservation.write(position, bytes(100))
+    client.flush()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link.pin(KEYS[1:3], 3600.0)
+    eventually(lambda: client.operations() and client.operations()[0].objects == 2, "two are pinned")
+    assert client.evict(KEYS[1:2], tiers=["cpu"]).skipped == 2  # the third goes, as what depends on it
+    client.unpin(KEYS[1:3])
+    link.demote(KEYS[1:3], "disk")
+    eventually(lambda: client.lookup(KEYS[1:]).tiers == ("disk",) * 3, "they are on disk alone")
+    link.close()
+
+
+def test_more_keys_than_a_message_holds_are_told_in_parts(daemon: Any, eventually: Any) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link.pin([KEYS[1]] * 300_000, 5.0)
+    link.demote([KEYS[1]] * 300_000, "disk")
+    assert eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the connection is there still")
+    link.close()
+
+
+def test_what_enters_and_leaves_tiers_is_told_until_the_daemon_is_lost(
+    daemon: Any, fast_silence: None, eventually: Any
+) -> None:
+    running = daemon()
+    client = running.client()
+    link = SchedulerLink(running.url)
+    heard: list[tuple[str, str, bytes]] = []
+
+    def listens(what: str, key: bytes) -> bool:
+        told = link.take_events()
+        assert told is None or not told[0]
+        heard.extend(told[1] if told else ())
+        return (what, "cpu", key) in heard
+
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    assert link.take_events() is None
+    assert running.status()["connections"]  # it has heard the question
+    with client.reserve(client.register(NAMESPACE), KEYS[1:2], [100]) as reservation:
+        reservation.write(0, bytes(100))
+    eventually(lambda: listens("admitted", KEYS[1]), "it is told what was stored")
+    client.evict(KEYS[1:2])
+    eventually(lambda: listens("evicted", KEYS[1]), "and that it is gone")
+    running.stop(signal.SIGKILL)
+    lost = eventually(link.take_events, "the loss is told")
+    assert lost == (True, [])
+    daemon(socket=running.socket)
+    eventually(link.begin, "the new daemon greets")
+    assert link.take_events() is None
+    link.close()
+
+
 # -- what is said of an outage -----------------------------------------------------------------------------------------
 
 

@@ -373,6 +373,8 @@ class Engine:
             assert digest not in self.resident, "it is there already"
             self.orders.append((number, digest, path))
             self.open[number] = digest
+        for adapter in orders.forget:
+            del self.told[adapter]
         self.told.update(orders.bind)
         for each in self.workers:
             each.carry_out(orders)

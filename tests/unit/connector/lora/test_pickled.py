@@ -26,7 +26,7 @@ from loracache.errors import UsageError
 @pytest.fixture(autouse=True)
 def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"loracache-adapters-{os.getuid()}"
+    return tmp_path / f"loracache-converted-{os.getuid()}"
 
 
 def pickled(adapter: Any, name: str = "adapter_model.bin") -> str:

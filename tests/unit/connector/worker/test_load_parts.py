@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads and stores in parts: larger than the daemon's memory, ended early, beside one another. With a real daemon, and
-with a scripted one for what comes when.
-"""
+"""The parts of a load, with a scripted daemon: which are asked for when, and what counts of one that ends early."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import queue
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,13 +16,12 @@ import pytest
 import torch
 
 from loracache.client.connection import Reply
-from loracache.connectors.vllm.common.messages import ChunkBlocks, Load, Store
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
 from loracache.connectors.vllm.worker import loader as loader_module
 from loracache.connectors.vllm.worker.loader import Loader
-from loracache.connectors.vllm.worker.storer import StoreJob, Storer
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
-from loracache.keys import Namespace, checksum, chunk_keys, object_key
+from loracache.keys import Namespace, checksum, chunk_keys
 from loracache.wire import protocol
 
 SIZE = 64 << 10
@@ -68,107 +64,6 @@ def make_worker() -> Iterator[Make]:
         worker.loader.close()
         assert worker.done.empty()
         assert not worker.loader._thread.is_alive()
-
-
-@pytest.fixture
-def content() -> torch.Tensor:
-    return torch.randint(1, 1 << 60, (COUNT, SIZE // 8), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def stocked(daemon: Any, tmp_path: Any, content: torch.Tensor) -> Any:
-    """A daemon with 1 MiB of memory and all chunks on disk, which a store of all at once has put there."""
-    running = daemon(memory="1MiB", page_size="4KiB", disk_path=tmp_path / "disk", disk="1GiB")
-    done: queue.Queue[dict[str, int]] = queue.Queue()
-    storer = Storer(
-        running.url,
-        lambda: None,
-        PageCopier((content,)),
-        "s",
-        SIZE,
-        lambda store: True,
-        lambda job, causes: done.put(causes),
-    )
-    with running.client() as client:
-        for first in range(0, COUNT, 8):  # what waits to be written is given up for what comes: wait for the disk
-            chunks = tuple(ChunkBlocks(CHUNKS[at], (at,)) for at in range(first, first + 8))
-            storer.submit(StoreJob(Store("r", SPACE, CHUNKS[first - 1] if first else b"", chunks, None, 1)))
-            assert done.get(timeout=30) == {}
-            client.flush()
-    storer.close()
-    return running
-
-
-def test_a_load_larger_than_the_memory_arrives_whole(stocked: Any, make_worker: Make, content: torch.Tensor) -> None:
-    worker = make_worker(stocked.url)
-    worker.load()
-    assert worker.loaded() == ([], {})
-    assert torch.equal(worker.rows, content)
-    assert stocked.status()["leases"] == 0
-
-
-def test_so_do_several_at_once_in_two_engines(stocked: Any, make_worker: Make, content: torch.Tensor) -> None:
-    one, two = make_worker(stocked.url), make_worker(stocked.url)
-    for worker in (one, two):
-        worker.load(name="a")
-        worker.load(name="b")
-    for worker in (one, two, one, two):
-        assert worker.loaded() == ([], {})
-    assert torch.equal(one.rows, content)
-    assert torch.equal(two.rows, content)
-
-
-def test_a_load_waits_for_room_that_others_hold(
-    stocked: Any, make_worker: Make, content: torch.Tensor, monkeypatch: pytest.MonkeyPatch, eventually: Any
-) -> None:
-    monkeypatch.setattr(loader_module, "_NO_ROOM_S", 60.0)
-    worker, client = make_worker(stocked.url), stocked.client()
-    keys = [object_key(chunk, "s") for chunk in CHUNKS[:16]]
-    with client.acquire(keys) as reading:
-        assert all(reading.slots)
-        worker.load(range(16, 48))
-        eventually(lambda: stocked.status()["counters"].get("acquire.failed.memory_full", 0) > 2, "it asks again")
-        assert worker.done.empty()
-    assert worker.loaded() == ([], {})
-    assert torch.equal(worker.rows[16:48], content[16:48])
-
-
-def test_room_that_nobody_gives_is_waited_for_a_while(
-    stocked: Any, make_worker: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader_module, "_NO_ROOM_S", 0.1)
-    worker, client = make_worker(stocked.url), stocked.client()
-    with client.acquire([object_key(chunk, "s") for chunk in CHUNKS[:16]]):
-        worker.load(range(16, 20))
-        assert worker.loaded() == ([16, 17, 18, 19], {"memory_full": 4})
-        worker.load(range(8, 20))  # what is there is of use
-        assert worker.loaded() == ([16, 17, 18, 19], {"memory_full": 4})
-    assert stocked.status()["leases"] == 0
-
-
-def test_what_a_silent_daemon_brought_before_counts(
-    stocked: Any, make_worker: Make, content: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = make_worker(stocked.url, timeout=2.0)
-    scatter, copied = worker.copier.scatter, []
-
-    def watched(*arguments: Any, **options: Any) -> None:
-        scatter(*arguments, **options)
-        copied.append(arguments)
-        if len(copied) == 40:
-            stocked.send(signal.SIGSTOP)
-
-    monkeypatch.setattr(worker.copier, "scatter", watched)
-    worker.load()
-    failed, causes = worker.loaded()
-    stocked.send(signal.SIGCONT)
-    assert causes == {"deadline": 1}
-    assert failed == list(range(failed[0], COUNT))
-    assert 0 < failed[0] <= len(copied)
-    assert torch.equal(worker.rows[: failed[0]], content[: failed[0]])
-
-
-# -- a scripted daemon ----------
 
 
 class ScriptedConnection:
@@ -309,21 +204,21 @@ def test_the_deadline_is_for_the_next_byte(
     assert worker.loaded() == ([], {})
 
 
+@pytest.mark.parametrize(("held", "failed"), [(True, [2, 3, 4, 5]), (False, [0, 1, 2, 3, 4, 5])])
 def test_what_arrived_before_the_deadline_counts_where_its_lease_held(
-    script: ScriptedConnection, make_worker: Make, eventually: Any, clock: list[float]
+    script: ScriptedConnection, make_worker: Make, eventually: Any, clock: list[float], held: bool, failed: list[int]
 ) -> None:
-    for held, failed in ((True, [2, 3, 4, 5]), (False, [0, 1, 2, 3, 4, 5])):
-        worker = make_worker("unix:///none", timeout=100.0)
-        script.held, asked = held, len(script.parts)
-        worker.load(range(6))
-        eventually(lambda: len(script.parts) == asked + 2)  # noqa: B023
-        script.bring(asked, 0, 1)
-        eventually(lambda: bool(worker.loader._active[0].parts[0].copied))  # noqa: B023
-        clock[0] += 200.0
-        os.eventfd_write(worker.loader._wake, 1)
-        assert worker.loaded()[0] == failed
-        script.bring(asked, 2, 3, last=True)  # too late
-        assert not script.releases[-1].keys
+    worker = make_worker("unix:///none", timeout=100.0)
+    script.held = held
+    worker.load(range(6))
+    eventually(lambda: len(script.parts) == 2)
+    script.bring(0, 0, 1)
+    eventually(lambda: worker.loader._active[0].parts[0].copied)
+    clock[0] += 200.0
+    os.eventfd_write(worker.loader._wake, 1)
+    assert worker.loaded()[0] == failed
+    script.bring(0, 2, 3, last=True)  # too late
+    assert not worker.rows[2:4].any()
 
 
 def test_of_a_daemon_that_does_not_confirm_only_what_was_let_go_before_counts(
