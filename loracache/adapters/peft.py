@@ -7,6 +7,7 @@ pickle is read, and patterns that could keep a regular expression busy for ever 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -220,8 +221,11 @@ class PeftFolder:
             if length > _MAX_HEADER:
                 raise ValueError(f"its header of {length} bytes is over the limit of {_MAX_HEADER}")
             # Checks offsets, sizes and overlaps: of the file that is open, whatever has its name by now.
-            with safe_open(f"/proc/self/fd/{self._fd}", framework="numpy"):
-                pass
+            try:
+                with safe_open(f"/proc/self/fd/{self._fd}", framework="numpy"):
+                    pass
+            except FileNotFoundError:  # what it says where it finds no descriptor: the file is open, and so it is there
+                raise UsageError(f"{self._weights} cannot be read: {os.strerror(errno.EMFILE)}") from None
             header = json.loads(os.pread(self._fd, length, 8))
             header.pop("__metadata__", None)
             found = []
@@ -230,6 +234,8 @@ class PeftFolder:
                     raise ValueError(f"the name {name[:40]!r}... has more than {_MAX_NAME} characters")
                 first, end = entry["data_offsets"]
                 found.append(TensorInfo(name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, end - first))
+        except UsageError:
+            raise
         except (OSError, ValueError, SafetensorError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{self._weights} is not a safetensors file: {error}") from None
         return found

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,23 @@ def test_names_may_be_long_but_not_too_long(tmp_path: Path) -> None:
     check(write(tmp_path, {}, pair(longest, prefix="")))
     write(tmp_path, {}, pair(longest + "a", prefix=""))
     with pytest.raises(UsageError, match=rf"{WEIGHTS} is not a safetensors file: the name 'a{{40}}'\.\.\. has"):
+        PeftFolder(tmp_path)
+
+
+def test_a_process_without_descriptors_says_so_and_blames_no_file(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Of the last descriptor the weights were opened with; safetensors opens them once more."""
+    write(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    request.addfinalizer(lambda: [os.close(fd) for fd in taken] and None)
+    while taken[-1] <= highest:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 2, hard))
+    with pytest.raises(UsageError, match=rf"{WEIGHTS} cannot be read: Too many open files"):
         PeftFolder(tmp_path)
 
 
