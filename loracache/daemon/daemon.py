@@ -31,6 +31,7 @@ from loracache.control.audit import Audit
 from loracache.control.lookup import Finder
 from loracache.control.service import Control
 from loracache.control.status import cache_status
+from loracache.daemon.lag import LoopLag
 from loracache.daemon.listening import listen, unlink_unless_locked
 from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
 from loracache.daemon.processes import Peer
@@ -59,6 +60,7 @@ class Daemon:
         """Takes the socket and the tiers. Raises ConfigError naming what is in the way."""
         self.config = config
         self._started = time.monotonic()
+        self._lag = LoopLag()
         self._sessions: set[Session] = set()
         self._stack = contextlib.ExitStack()
         try:
@@ -107,7 +109,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ended.set)
         loop.add_reader(self._listener.fileno(), self._accept)
-        ticking = loop.create_task(self._tick())
+        background = [loop.create_task(work) for work in (self._tick(), self._lag.watch())]
         self._start("populate", self._populate)
         if self.cache.disk is not None:
             self._start("disk-scan", self._scan)
@@ -122,7 +124,8 @@ class Daemon:
         await self._ended.wait()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()  # whoever comes from now on is told at once, and a private daemon's successor waits
-        ticking.cancel()
+        for task in background:
+            task.cancel()
         await self._drain()
         self._close()
 
@@ -137,6 +140,7 @@ class Daemon:
             "connections": len(self._sessions),
             "namespaces": len(self._namespaces),
             "operations": self._control.operations.running,
+            "loop": self._lag.describe(),
         } | cache_status(self.cache)
         said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
         return said
