@@ -106,7 +106,7 @@ def _messages(folder: Path, part: int) -> Iterator[Row]:
         client.register(Namespace("benchmark", "bfloat16", "benchmark", 16))
         body = json.dumps({"selector": {"model": "*", "tokens": list(range(TOKENS // part))}}).encode()
         lookups = f"{LOOKUPS} HTTP lookups of {TOKENS // part:,} token ids"
-        yield from probe.beside(lookups, lambda: [_post(port, body) for _ in range(LOOKUPS)])
+        yield from probe.beside(lookups, lambda: _post(port, body, LOOKUPS))
         asked = [os.urandom(32) for _ in range(KEYS // part)]
         acquire = protocol.Acquire(os.urandom(16), protocol.join_keys(asked), 60.0)
         yield from probe.beside(f"an acquire of {len(asked):,} keys", lambda: _refused(client.connection, acquire))
@@ -115,7 +115,12 @@ def _messages(folder: Path, part: int) -> Iterator[Row]:
         yield from _halves(running, probe, part)
 
 
-def _post(port: int, body: bytes) -> None:
+def _post(port: int, body: bytes, times: int) -> None:
+    for _ in range(times):
+        _post_once(port, body)
+
+
+def _post_once(port: int, body: bytes) -> None:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/lookup", body, {"content-type": "application/json"})
     deadline = time.monotonic() + 20
     while True:
