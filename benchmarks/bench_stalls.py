@@ -55,7 +55,8 @@ class Probe:
         self._process = subprocess.Popen(
             [sys.executable, script, str(running.socket)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self._beside(lambda: time.sleep(0.5))
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
 
     def beside(self, what: str, work: Callable[[], object]) -> list[Row]:
         """A row: its longest wait while `work` ran; and how long that took."""
@@ -71,19 +72,20 @@ class Probe:
         self._process.wait(10)
 
     def _beside(self, work: Callable[[], object]) -> list[float]:
-        assert self._process.stdout is not None
-        self._tell("begin")
+        self._waits()
         time.sleep(0.05)
         work()
         time.sleep(0.05)
-        self._tell("end")
+        return self._waits()
+
+    def _waits(self) -> list[float]:
+        """Those since it was asked last. One at a time, so that its reader never holds two lines."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
         waits: list[float] = json.loads(self._process.stdout.readline())
         return waits
-
-    def _tell(self, word: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{word}\n")
-        self._process.stdin.flush()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 
     python benchmarks/stall_probe.py SOCKET
 
-"begin" on standard input begins a measurement; "end" ends it and has the waits printed, in milliseconds, as JSON.
+Prints a line when it has begun. A line on standard input ends a measurement and begins the next: the waits until then
+are printed, in milliseconds, as JSON.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ def main() -> None:
     connection.connect()
     question = protocol.Renew(os.urandom(protocol.LEASE_BYTES), 1.0)  # of a lease that there is not
     waits: list[float] = []
+    print("ready", flush=True)
     while True:
         started = time.perf_counter()
         connection.call(question, 120)
         waits.append(1e3 * (time.perf_counter() - started))
         if select.select([sys.stdin], [], [], PAUSE_S)[0]:
-            word = sys.stdin.readline().strip()
-            if word == "end":
-                print(json.dumps(waits), flush=True)
-            elif word != "begin":
+            if not sys.stdin.readline():
                 return
+            print(json.dumps(waits), flush=True)
             waits = []
 
 
