@@ -25,6 +25,7 @@ from loracache.results import Cause, NodeKind
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
+from loracache.wire.protocol import split_keys
 from loracache.wire.requests import ControlRequest
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = ["Control"]
 
 _MOVES_AT_ONCE = 2  # each holds a slice of the arena
 _PART = 500  # keys of one step: a few milliseconds
+_PAGE = 1000  # items of one answer, however many are asked for: a few milliseconds too
 
 Parts = Iterator[list[bytes]]
 
@@ -70,6 +72,10 @@ class Control:
         match request:
             case messages.Locate():
                 return await self._on_locate(request, label)
+            case messages.LocateChain():
+                return await self._on_locate_chain(request, label)
+            case messages.SpaceList():
+                return await self._on_space_list(request, label)
             case messages.Pin():
                 return await self._on_pin(request, label)
             case messages.Unpin():
@@ -200,16 +206,32 @@ class Control:
     async def _on_locate(self, request: messages.Locate, label: str) -> list[Any]:
         return await self._locator.locate(await self._select(request))
 
+    async def _on_space_list(self, request: messages.SpaceList, label: str) -> list[Any]:
+        spaces = (await self._select(request)).spaces[: min(request.count, _PAGE)]
+        return [space.descriptor() for space in map(self._namespaces.get, spaces) if space is not None]
+
+    async def _on_locate_chain(self, request: messages.LocateChain, label: str) -> list[Any]:
+        namespace = self._namespaces.get(request.namespace)
+        if namespace is None or (request.scope and namespace.salt != request.scope):
+            raise Unknown(f"namespace {request.namespace.hex()} is not registered here")
+        return [bytes(await self._locator.leading(iter(split_keys(request.keys))))]
+
     async def _on_objects(self, request: messages.ObjectList, label: str) -> list[Any]:
         tier = Tier.named(request.tier) if request.tier else None
         if tier in (Tier.GPU, Tier.REDIS):
             raise UsageError(f"tier {request.tier!r} keeps its own books; list cpu or disk")
         selected = await self._select(request) if request.selector or request.scope else None
-        end, objects = self._listing.objects(selected, tier, request.after, request.count, request.scope)
+        if selected is not None and selected.chains and request.after.isdigit():
+            for count, _ in enumerate(selected.keys()):  # hashed here, where others are let in
+                if count >= int(request.after):
+                    break
+                if not count % _PART:
+                    await turn()
+        end, objects = self._listing.objects(selected, tier, request.after, min(request.count, _PAGE), request.scope)
         return [end, *objects]
 
     async def _on_tree(self, request: messages.Tree, label: str) -> list[Any]:
-        end, found = self._listing.tree(request.name, request.after, request.count, request.scope)
+        end, found = self._listing.tree(request.name, request.after, min(request.count, _PAGE), request.scope)
         adapters = [node for node in found if node["kind"] == NodeKind.ADAPTER]
         names = self._adapters.names() if adapters and not request.scope else {}
         for node in adapters:
@@ -223,7 +245,7 @@ class Control:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + request.wait
         while True:
-            found, lost = events.after(since, request.count)
+            found, lost = events.after(since, min(request.count, _PAGE))
             left = deadline - loop.time()
             if found or left <= 0:
                 end = found[-1].number if found else min(since, events.last)
