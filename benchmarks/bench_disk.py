@@ -152,7 +152,7 @@ def _end_to_end(folder: Path, tier: Path, rounds: int, buffers: Sequence[memoryv
             client.flush()
             time.sleep(DELETE_S)
             commit = commit_objects(client, keys, buffers[0])
-            return seconds(lambda: (commit(), client.flush()))  # type: ignore[func-returns-value]
+            return seconds(lambda: (commit(), client.flush()))
 
         def acquire() -> float:
             client.evict(keys, tiers=["cpu"])

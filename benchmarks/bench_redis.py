@@ -197,7 +197,7 @@ def _end_to_end(path: Path, size: int, rounds: int, running: Daemon) -> list[Row
         def write_behind() -> float:
             client.evict(keys, tiers=["cpu"])
             commit = commit_objects(client, keys, values.buffers[0])
-            return seconds(lambda: (commit(), client.flush()))  # type: ignore[func-returns-value]
+            return seconds(lambda: (commit(), client.flush()))
 
         def acquire() -> float:
             client.evict(keys, tiers=["cpu"])

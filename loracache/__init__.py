@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loracache.client.client import Adapter, CacheClient, Lookup, Reading, Reservation, Slot
+    from loracache.client.client import Adapter, CacheClient, Flushed, Lookup, Reading, Reservation, Slot
     from loracache.client.control import Located, OperationReport, Selection
     from loracache.errors import (
         ConfigError,
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "KEY_BYTES", "LORA_NAMESPACE", "Adapter", "CacheClient", "Cause", "ConfigError", "LeaseLost", "LoRACacheError",
-    "Located", "Lookup", "Media", "Namespace", "OperationReport", "OperationState", "ProtocolError", "Reading",
-    "Rejected", "Reservation", "Selection", "Slot", "Tier", "Unavailable", "Unknown", "UsageError", "__version__",
-    "chunk_keys", "object_key", "salt_digest",
+    "KEY_BYTES", "LORA_NAMESPACE", "Adapter", "CacheClient", "Cause", "ConfigError", "Flushed", "LeaseLost",
+    "LoRACacheError", "Located", "Lookup", "Media", "Namespace", "OperationReport", "OperationState", "ProtocolError",
+    "Reading", "Rejected", "Reservation", "Selection", "Slot", "Tier", "Unavailable", "Unknown", "UsageError",
+    "__version__", "chunk_keys", "object_key", "salt_digest",
 ]  # fmt: skip
 
 _HOMES = ("errors", "tiers", "results", "keys", "client.control", "client.client")  # the cheapest first

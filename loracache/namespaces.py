@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered namespaces, kept beside the disk tier so that an operator can name a model and not a digest.
 
-Threading: the cache's thread; a descriptor is a few hundred bytes, written once per namespace.
+Threading: the cache's thread, but for `keep`, which blocks and has a thread of its own; a descriptor is a few hundred
+bytes, written once per namespace.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import itertools
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sortedcontainers import SortedDict, SortedList
 
 from loracache.errors import UsageError
-from loracache.folder import make_folder
+from loracache.folder import make_folder, make_folders, sync_folder, write_file
 from loracache.keys import Namespace
 
 __all__ = ["Namespaces"]
@@ -28,10 +30,15 @@ _SHORTEST = 8  # digits of an identity that stand for it
 
 
 class Namespaces:
-    """Digest -> Namespace, and what engines call its model. With a folder, what is registered survives a restart."""
+    """Digest -> Namespace, and what engines call its model. With a folder, what is registered survives a restart once
+    it was kept; with `sync` a crash of the machine, too.
+    """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, sync: bool = False) -> None:
         self._folder = folder
+        self._sync = sync
+        self._unkept: dict[bytes, str] = {}  # of each descriptor that is to be written, the file's content
+        self._lock = threading.Lock()  # around changes of `_unkept`
         self._known: dict[bytes, Namespace] = {}
         self._by_model: SortedDict[str, list[bytes]] = SortedDict()
         self._by_adapter: SortedDict[str, SortedList[bytes]] = SortedDict()
@@ -46,7 +53,7 @@ class Namespaces:
         """
         if self._folder is None:
             return
-        problem = make_folder(self._folder)
+        problem = make_folder(self._folder, sync=self._sync)
         if problem:
             _log.warning("namespaces are not kept in %s for now: %s", self._folder, problem)
         for path in self._folder.glob("*.json"):
@@ -119,9 +126,44 @@ class Namespaces:
             raise UsageError(f"{_MOST} namespaces are registered already; restart with an empty namespaces folder")
         if fresh:
             self._remember(namespace)
-        if self._name(namespace.model, names) or fresh:
-            self._write(digest, namespace)
+        if (self._name(namespace.model, names) or fresh) and self._folder is not None:
+            with self._lock:
+                self._unkept[digest] = f"{namespace.descriptor()}\n{json.dumps(self.names(namespace.model))}\n"
         return namespace
+
+    @property
+    def unkept(self) -> Sequence[bytes]:
+        """Digests of those that are not written yet, or could not be."""
+        with self._lock:
+            return list(self._unkept)
+
+    def keep(self) -> None:
+        """Write what was registered and is not kept yet. What cannot be written now, on a full disk for example, is
+        tried again at the next call. One call at a time.
+        """
+        with self._lock:
+            going = dict(self._unkept)
+        if self._folder is None or not going:
+            return
+        written = []
+        try:
+            make_folders(self._folder, sync=self._sync)
+            for digest, text in going.items():
+                path = self._folder / f"{digest.hex()}.json"
+                fresh = path.with_suffix(".tmp")
+                write_file(fresh, text.encode(), sync=self._sync)
+                os.replace(fresh, path)
+                written.append(digest)
+            if self._sync:
+                sync_folder(self._folder)
+        except OSError as error:
+            _log.warning("%d namespaces are not kept for now: %s", len(going) - len(written), error)
+            if self._sync:  # of none it is known whether its name is durable
+                return
+        with self._lock:
+            for digest in written:
+                if self._unkept[digest] is going[digest]:
+                    del self._unkept[digest]
 
     def _name(self, model: str, names: Sequence[str]) -> bool:
         known = self._names.setdefault(model, []) if names else []
@@ -150,18 +192,6 @@ class Namespaces:
             found = []
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
             self._name(namespace.model, found)
-
-    def _write(self, digest: bytes, namespace: Namespace) -> None:
-        if self._folder is None:
-            return
-        path = self._folder / f"{digest.hex()}.json"
-        temporary = path.with_suffix(".tmp")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(f"{namespace.descriptor()}\n{json.dumps(self.names(namespace.model))}\n")
-            os.replace(temporary, path)
-        except OSError as error:  # a full disk must not stop the cache; the name is lost at the next start
-            _log.warning("namespace %s is not kept: %s", path.name, error)
 
 
 def _matches(namespace: Namespace, models: set[str] | None, adapter: str | None, salt: str | None) -> bool:

@@ -279,8 +279,8 @@ CACHE = [
     Mutation(
         "making room for a child does not take its parent",
         "loracache/cache/reserving.py",
-        "yield from self._make_room(size, protected)",
-        "yield from self._make_room(size, set())",
+        "yield from self._make_room(size, protected, promised)",
+        "yield from self._make_room(size, set(), promised)",
         _VICTIMS,
     ),
     Mutation(

@@ -26,7 +26,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from loracache.errors import Unavailable, UsageError
-from loracache.folder import make_folder
+from loracache.folder import make_folder, make_folders, sync_folder, write_file
 from loracache.keys import is_digest
 
 __all__ = ["AdapterNames", "NameRecord", "SharedNames", "check_name"]
@@ -102,10 +102,13 @@ class SharedNames(ABC):
 
 class AdapterNames:
     """Name -> record. `changed(before, after)` is called, on the calling thread, when what is known here changes; it
-    asks nothing here."""
+    asks nothing here. sync: what `put` and `remove` did survives a crash of the machine."""
 
-    def __init__(self, folder: Path | None, shared: SharedNames | None, integrity_key: bytes | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, shared: SharedNames | None, integrity_key: bytes | None = None, *, sync: bool = False
+    ) -> None:
         self._folder = folder
+        self.sync = sync
         self._shared = shared
         self._key = integrity_key
         self.changed: Callable[[NameRecord | None, NameRecord], None] = lambda before, after: None
@@ -121,7 +124,7 @@ class AdapterNames:
         """
         if self._folder is None:
             return
-        problem = make_folder(self._folder)
+        problem = make_folder(self._folder, sync=self.sync)
         self._unmade = bool(problem)
         if problem:
             _log.warning("names are not kept in %s for now: %s", self._folder, problem)
@@ -198,6 +201,11 @@ class AdapterNames:
         if self._shared is not None:
             self._shared.put(name, record.encode(self._key))
         self._remember(record, file)
+        if self.sync and self._folder is not None:
+            try:
+                sync_folder(self._folder)
+            except OSError as error:
+                raise Unavailable(f"the name {name} may not outlive a crash of the machine: {error}") from None
 
     def _latest(self, name: str) -> NameRecord | None:
         """The newest record there is; raises Unavailable where that cannot be known."""
@@ -239,9 +247,9 @@ class AdapterNames:
         path = self._path(record.name).with_suffix(f".{threading.get_ident()}.tmp")
         try:
             if self._unmade:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                make_folders(self._folder, sync=self.sync)
                 self._unmade = False
-            path.write_bytes(record.encode(self._key))
+            write_file(path, record.encode(self._key), sync=self.sync)
         except OSError as error:
             raise Unavailable(f"the name {record.name} cannot be kept in {self._folder}: {error}") from None
         return path

@@ -16,13 +16,14 @@ from loracache.cache.state.leases import Leases, Writing
 from loracache.cache.state.slices import parts
 from loracache.results import Cause
 from loracache.storage_backends.base import ObjectInfo
+from loracache.tiers import Tier
 
 __all__ = ["Reserver"]
 
 
 class Reserver:
-    """Reserves. make_room(nbytes, protected) returns whether the arena has that much free now; held(node) says whether
-    an object need not be stored again."""
+    """Reserves. make_room(nbytes, protected, promised) returns whether the arena has that much free now; held(node)
+    says whether an object need not be stored again; queue_again(node) has one that exists written where it is not."""
 
     def __init__(
         self,
@@ -30,8 +31,9 @@ class Reserver:
         index: Index,
         leases: Leases,
         counters: Counters,
-        make_room: Callable[[int, set[Node]], Generator[None, None, bool]],
+        make_room: Callable[[int, set[Node], bool], Generator[None, None, bool]],
         held: Callable[[Node], bool],
+        queue_again: Callable[[Node], None],
     ) -> None:
         self._arena = arena
         self._index = index
@@ -39,9 +41,10 @@ class Reserver:
         self._counters = counters
         self._make_room = make_room
         self._held = held
+        self._queue_again = queue_again
 
     def reserve(
-        self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float
+        self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float, *, promised: bool
     ) -> Generator[None, None, list[Writing | Cause]]:
         """See TieredCache.reserve."""
         answers: list[Writing | Cause] = []
@@ -55,7 +58,10 @@ class Reserver:
             if answers:
                 yield
             parents = self._parents(part) if len(slices) > 1 else protected
-            yield from self._reserve_part(_Reserving(owner, lease_id, ttl, parents), part, protected, answers)
+            reserving = _Reserving(owner, lease_id, ttl, promised, parents)
+            yield from self._reserve_part(reserving, part, protected, answers)
+            if promised and answers and answers[-1] is Cause.FULL:
+                break
         return answers
 
     def _parents(self, infos: Sequence[ObjectInfo]) -> set[Node]:
@@ -65,24 +71,33 @@ class Reserver:
     def _reserve_part(
         self, reserving: _Reserving, infos: Sequence[ObjectInfo], protected: set[Node], answers: list[Writing | Cause]
     ) -> Iterator[None]:
-        fresh = reserving.fresh
+        fresh, promised = reserving.fresh, reserving.promised
         for info in infos:
             cause = self._refused(info, fresh)
             size = self._arena.rounded(info.size)
             if not cause and self._arena.free_bytes < size:
                 self._keep_reserved(reserving)  # others may come in between
-                cause = Cause.NONE if (yield from self._make_room(size, protected)) else Cause.FULL
+                cause = Cause.NONE if (yield from self._make_room(size, protected, promised)) else Cause.FULL
                 cause = self._refused(info, fresh) or cause
             if not cause and (extents := self._arena.allocate(info.size)) is not None:
-                answers.append(fresh.setdefault(info.key, Writing(info, extents)))
+                answers.append(fresh.setdefault(info.key, Writing(info, extents, promised)))
                 continue
             cause = cause or Cause.FULL
             if cause is Cause.EXISTS:
-                self._index.touch(self._index.get(info.key))  # type: ignore[arg-type]  # it exists
-            elif cause is not Cause.BUSY:
+                self._exists(info.key, promised)
+            elif cause is not Cause.BUSY and not (promised and cause is Cause.FULL):
                 self._counters.add(f"store.refused.{cause}")
             answers.append(cause)
+            if promised and cause is Cause.FULL:
+                break
         self._keep_reserved(reserving)
+
+    def _exists(self, key: bytes, promised: bool) -> None:
+        node = self._index.get(key)
+        assert node is not None, f"{key.hex()} exists and is not in the index"
+        self._index.touch(node)
+        if promised and node.held_in(Tier.CPU):
+            self._queue_again(node)
 
     def _keep_reserved(self, reserving: _Reserving) -> None:
         """Put what was reserved under its lease, with its parents."""
@@ -114,5 +129,6 @@ class _Reserving:
     owner: int
     lease_id: bytes
     ttl: float
+    promised: bool
     parents: set[Node]
     fresh: dict[bytes, Writing] = field(default_factory=dict)

@@ -38,15 +38,15 @@ class Room:
         self._writers = writers
         self._evict = evict
 
-    def make(self, nbytes: int, protected: set[Node]) -> Generator[None, None, bool]:
-        """Free arena bytes: clean victims first, then leaves whose queued write is given up, the oldest chain's first.
-        False where even that is not enough. Yields between two slices; there is room when it returns, and may not be
-        any more after the caller's next yield.
+    def make(self, nbytes: int, protected: set[Node], promised: bool = False) -> Generator[None, None, bool]:
+        """Free arena bytes: clean victims first, then leaves whose queued write is given up, the oldest chain's first,
+        but not for who can wait instead (`promised`). False where even that is not enough. Yields between two slices;
+        there is room when it returns, and may not be any more after the caller's next yield.
         """
         while (missing := nbytes - self._arena.free_bytes) > 0:
             victims, freed = yield from self._policies[Tier.CPU].victims(missing, protected)
             if freed < missing:
-                if not self._give_up_writes(missing - freed, protected):
+                if promised or not self._give_up_writes(missing - freed, protected):
                     return False
                 yield
                 continue
@@ -74,6 +74,7 @@ class Room:
         for writer in self._writers:
             for node in writer.oldest(_GIVE_UP_AMONG):
                 leaf = self._index.leaf_below(node, Tier.CPU)
-                if not leaf.leases and not self._index.stays(leaf, Tier.CPU) and leaf not in protected:
+                kept = leaf.leases or leaf in protected or any(leaf in each.promised for each in self._writers)
+                if not kept and not self._index.stays(leaf, Tier.CPU):
                     return leaf
         return None

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import POLICIES, Policy
@@ -25,6 +26,7 @@ from loracache.cache.state.node import State
 from loracache.cache.state.pins import Pins
 from loracache.cache.state.slices import Slices, parts
 from loracache.cache.tier.disk import DiskTier
+from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import Post, TierIO
 from loracache.cache.tier.promotion import Promoter
 from loracache.cache.tier.write_behind import WriteBehind
@@ -71,7 +73,8 @@ class TieredCache:
         self.pins = Pins(self.index, self.events, clock)
         self.writers: list[WriteBehind] = []
         self._room = Room(arena, self.index, self._policies, self.writers, self._evict_from_arena)
-        self._reserver = Reserver(arena, self.index, self.leases, self.counters, self._room.make, self._held)
+        again = partial(self._queue_writes, promised=True, again=True)
+        self._reserver = Reserver(arena, self.index, self.leases, self.counters, self._room.make, self._held, again)
         self._promoter = Promoter(arena, self.index, self.counters, slices, self._room.make, self._arrived, self._lost)
         make = POLICIES[policy]
         self._policies[Tier.CPU] = make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))
@@ -80,15 +83,20 @@ class TieredCache:
         self.leaving: set[bytes] = set()
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None
+        self.flushes = Flushes()
         if disk is not None:
             disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
             self._policies[Tier.DISK] = disk_policy
             io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
-            self.disk = DiskTier(io, arena, self.index, self.counters, slices, disk_policy, disk_limit, self._written)
+            self.disk = DiskTier(
+                io, arena, self.index, self.counters, slices, self.flushes, disk_policy, disk_limit, self._written
+            )
             self.writers.append(self.disk.writer)
         if redis is not None:
             io = TierIO(Tier.REDIS, redis, post, self.counters, self.events)
-            self.redis = WriteBehind(io, arena, self.index, self.counters, slices, _takes_all, self._written)
+            self.redis = WriteBehind(
+                io, arena, self.index, self.counters, slices, self.flushes, _takes_all, self._written
+            )
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
@@ -175,12 +183,16 @@ class TieredCache:
     # -- writing ----------
 
     def reserve(
-        self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float
+        self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float, *, promised: bool = False
     ) -> Generator[None, None, list[Writing | Cause]]:
         """Extents to write each object into, or why not: EXISTS, BUSY (somebody is writing it), NO_PARENT,
         TOO_LARGE, FULL. Yields between two slices, for others to be served; what it has reserved by then is under the
-        lease."""
-        return self._reserver.reserve(owner, lease_id, infos, ttl)
+        lease.
+
+        promised: no queued write is given up for these, nor one of these for others, and what exists is queued for the
+        tier below that lacks it. The answers end with the first FULL: there may be room when the queues are shorter.
+        """
+        return self._reserver.reserve(owner, lease_id, infos, ttl, promised=promised)
 
     def commit(
         self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]
@@ -214,7 +226,7 @@ class TieredCache:
         self.index.enter(node, Tier.CPU, "stored", item.extents)
         self.counters.add("store.objects")
         self.counters.add("store.bytes", node.size)
-        self._queue_writes(node)
+        self._queue_writes(node, item.promised)
         return Cause.NONE
 
     def pump(self) -> None:
@@ -314,15 +326,16 @@ class TieredCache:
         if source is Tier.DISK and self.disk is not None:
             self.disk.load_ended(node, outcome)
 
-    def _written(self, node: Node, outcome: Outcome) -> None:
+    def _written(self, node: Node, outcome: Outcome) -> bool:
         if outcome is Outcome.CORRUPT:  # the tier proved the arena's bytes against the checksum, and they disagree
             self.report_bad([node.key])
+        return outcome is Outcome.OK
 
-    def _queue_writes(self, node: Node) -> None:
+    def _queue_writes(self, node: Node, promised: bool, again: bool = False) -> None:
         if self.disk is not None:
-            self.disk.queue_write(node)
-        if self.redis is not None:
-            self.redis.enqueue(node)
+            self.disk.queue_write(node, promised=promised)
+        if self.redis is not None and not (again and self.disk is not None):
+            self.redis.enqueue(node, promised=promised)
 
     def audit(self) -> list[str]:
         """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""

@@ -15,7 +15,17 @@ import typer
 
 from loracache import __version__
 from loracache.cli import adapters, check, jobs, objects, tokens, top
-from loracache.cli.common import EXIT_CODES, Commands, JsonOption, SocketOption, client_of, expanded, number, print_json
+from loracache.cli.common import (
+    EXIT_CODES,
+    PARTLY,
+    Commands,
+    JsonOption,
+    SocketOption,
+    client_of,
+    expanded,
+    number,
+    print_json,
+)
 from loracache.errors import ConfigError
 
 __all__ = ["main"]
@@ -133,11 +143,17 @@ def flush(
     socket: SocketOption = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Seconds to wait.")] = 60.0,
 ) -> None:
-    """Wait until everything committed by now is written to disk and Redis."""
+    """Wait until everything committed by now is written to disk and Redis; 4 where something was given up."""
     if not 0 < timeout <= 86_400:
         raise ConfigError(f"--timeout {timeout} must be seconds, more than 0 and at most 86400")
     with client_of(socket) as client:
-        client.flush(timeout)
+        flushed = client.flush(timeout)
+    for tier, durable in flushed.durable.items():
+        typer.echo(f"{tier}: {durable} objects durable, {flushed.given_up[tier]} given up since the last flush")
+    if not flushed.durable:
+        typer.echo("there is no tier below memory: nothing is durable")
+    if not flushed.complete:
+        raise typer.Exit(PARTLY)
 
 
 app.command("check", rich_help_panel=_MANAGE)(check.check)

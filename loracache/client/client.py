@@ -21,11 +21,13 @@ from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.results import Cause
 from loracache.tiers import labels
 from loracache.wire import protocol
+from loracache.wire.fields import MAX_WAIT_S
 
-__all__ = ["Adapter", "CacheClient", "Lookup", "Reading", "Reservation", "Slot"]
+__all__ = ["Adapter", "CacheClient", "Flushed", "Lookup", "Reading", "Reservation", "Slot"]
 
 _LEASE_TTL_S = 30.0
 _PAGE = 500
+_ANSWER_S = 10.0  # on top of what the daemon is told to wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,33 @@ class Slot:
         return data
 
 
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What a flush found, by lower tier: "disk", "redis". What was written since the client's last flush counts, or, at
+    its first, since anybody's; of all clients of the daemon, for they share its queues.
+    """
+
+    durable: dict[str, int]
+    """Objects that were written there and are there."""
+    given_up: dict[str, int]
+    """Objects that are not: the device was full or failed, the queue was longer than memory, or they had to make room
+    for later ones. The counters `write.TIER.dropped.CAUSE` and `evict.disk.CAUSE` of `status` say why."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was given up."""
+        return not any(self.given_up.values())
+
+    @classmethod
+    def of(cls, payload: Sequence[Any]) -> Flushed:
+        """From the daemon's answer. Raises ProtocolError where it is none."""
+        try:
+            counts = {str(tier): (int(counts[0]), int(counts[1])) for tier, counts in payload[0].items()}
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
+        return cls({tier: each[0] for tier, each in counts.items()}, {tier: each[1] for tier, each in counts.items()})
+
+
 @dataclass(slots=True)
 class Reading:
     """Objects held for reading."""
@@ -135,11 +164,16 @@ class CacheClient(ControlCalls):
 
     Every method raises Unavailable where the daemon does not answer within `timeout` seconds (reconnecting is a
     matter of calling again), Rejected where it refuses, and ProtocolError where it answers nonsense.
+
+    durable: what this client stores is meant to last. Its `reserve` waits for room, `timeout` seconds at most, rather
+    than have writes given up that are queued for the lower tiers, and its own are given up for nobody.
     """
 
-    def __init__(self, server: str, *, timeout: float = 10.0, name: str = "client") -> None:
+    def __init__(self, server: str, *, timeout: float = 10.0, name: str = "client", durable: bool = False) -> None:
         self.connection = Connection(server, name=name)
         self._timeout = timeout
+        self._wait = min(timeout, MAX_WAIT_S) if durable else 0.0
+        self._committed_to = b""  # the daemon's run that took the first commit since the last flush
         self.connection.connect()
 
     def __enter__(self) -> CacheClient:
@@ -186,7 +220,8 @@ class CacheClient(ControlCalls):
         lease = os.urandom(protocol.LEASE_BYTES)
         blob = protocol.join_keys([parent or protocol.NO_PARENT for parent in parents])
         try:
-            answer = self._call(protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl))
+            request = protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl, self._wait)
+            answer = self._call(request, self._timeout + (self._wait and _ANSWER_S))
             causes = [Cause.NONE if isinstance(item, list) else _cause(item) for item in answer]
         except (Unavailable, ProtocolError):  # which do not say that nothing was reserved
             self.connection.abort(lease)
@@ -208,6 +243,7 @@ class CacheClient(ControlCalls):
         except BaseException:
             self.connection.abort(lease)
             raise
+        self._committed_to = self._committed_to or self.connection.instance
         reservation.causes = [
             done[slot.key] if slot is not None else cause for slot, cause in zip(slots, causes, strict=True)
         ]
@@ -291,10 +327,17 @@ class CacheClient(ControlCalls):
         found = self._call(protocol.AdapterRemove(name, ""))
         return (found[0], found[1], found[2]) if found else None
 
-    def flush(self, timeout: float | None = None) -> None:
-        """Wait until all that is committed by now is written to disk and Redis (or given up, which is counted), and all
-        that is evicted from them by now is deleted."""
-        self._call(protocol.Flush(), timeout)
+    def flush(self, timeout: float | None = None) -> Flushed:
+        """Wait until all that is committed by now is written to disk and Redis or given up, and all that is evicted
+        from them by now is deleted; answers how many objects are durable there, and how many were given up. Raises
+        Unavailable, too, where the daemon was started anew since this client committed: what the one before it had not
+        written is lost.
+        """
+        flushed = Flushed.of(self._call(protocol.Flush(), timeout))
+        committed_to, self._committed_to = self._committed_to, b""
+        if committed_to not in (b"", self.connection.instance):
+            raise Unavailable("the daemon was started anew since objects were committed; store what is not there again")
+        return flushed
 
     def status(self) -> dict[str, object]:
         """Tiers, bytes, objects, leases and all counters."""

@@ -55,6 +55,7 @@ class Adapters:
         self._files = Workers(_TAKEN_IN_AT_ONCE, "adapter-files")
         self._turns = asyncio.Semaphore(_TAKEN_IN_AT_ONCE)
         self._others = Workers(2, "adapter-names")  # never behind somebody's gigabytes
+        self._descriptors = Workers(1, "namespaces")
         self._post = post
         self.engines: Counter[bytes] = Counter()
         names.changed = self._renamed
@@ -100,6 +101,10 @@ class Adapters:
         names = await self._others.result(lambda: self._page(after, min(count, _PAGE)))
         return [self._describe(bytes.fromhex(record.digest), record) for record in names]
 
+    async def keep_namespaces(self) -> None:
+        """Write the descriptors that are registered and not written yet."""
+        await self._descriptors.result(self._namespaces.keep)
+
     async def remove(self, name: str) -> list[Any]:
         """Forget a name, and evict what no other name points to: [objects, bytes, skipped], or [] for no such name."""
         record = await self._others.result(lambda: self._forget(name))
@@ -122,6 +127,7 @@ class Adapters:
         """The last call."""
         self._files.end()
         self._others.end()
+        self._descriptors.end()
         self._names.close()
 
     # -- on other threads ----------
@@ -161,10 +167,30 @@ class Adapters:
         digest, _ = await self._files.result(lambda: self._digests.digest(path))
         await self._store(bytes.fromhex(digest), packing, path)
         if name:
+            await self._keep(bytes.fromhex(digest), path)
             await self._files.result(lambda: self._names.put(name, digest, folder.config_text))
             # Its last other name may have been removed meanwhile, and it with that. From now on it stays.
             await self._store(bytes.fromhex(digest), packing, path)
+            await self._keep(bytes.fromhex(digest), path)
         return digest
+
+    async def _keep(self, key: bytes, path: str) -> None:
+        """Once the tiers below have the content, or gave it up: its name is not to outlive it by a crash. Raises
+        Rejected where names are synced, and the disk has not taken what this one would stand for.
+        """
+        cache = self._cache
+        node = cache.index.get(key)
+        if cache.disk is not None and node is not None:
+            cache.disk.queue_write(node)  # again, where it was not taken before
+        cache.pump()
+        flushed: asyncio.Future[None] = answer(lambda done: cache.when_flushed(lambda: done(None)))
+        await flushed
+        node = cache.index.get(key)
+        if self._names.sync and cache.disk is not None and (node is None or not node.held_in(Tier.DISK)):
+            raise Rejected(
+                f"{path} is in memory, but the disk does not take it, and a name for it would outlive it (disk_sync); "
+                "see failures and write.disk.dropped in loracache status, and add it again"
+            )
 
     async def _store(self, key: bytes, packing: Packing, path: str) -> None:
         lease = os.urandom(16)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from loracache.cache.state.leases import Writing
 from loracache.cache.tiered import Acquired
 from loracache.control.steps import done
+from loracache.daemon.room import reserve_in_time
 from loracache.errors import UsageError
 from loracache.keys import KEY_BYTES
+from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 from loracache.wire import protocol
@@ -50,7 +52,7 @@ class DataRequests:
         self._answer = answer
         self._later = later
         self._gone = False
-        self._asking: set[bytes] = set()  # leases of lookups that wait for Redis, until they are released
+        self._asking: set[bytes] = set()  # leases of what waits for a tier, until they are released
 
     def serve(self, number: int, request: DataRequest) -> Iterator[None]:
         """Do what is asked. Raises UsageError."""
@@ -67,6 +69,10 @@ class DataRequests:
                 return self._release(number, request)
             case protocol.Prefetch():
                 return self._prefetch(number, request)
+
+    def forget(self, lease: bytes) -> None:
+        """Its holder is done with a lease: what waits for a tier takes it no more."""
+        self._asking.discard(lease)
 
     def close(self) -> None:
         """The connection is gone: nothing is held for it any more."""
@@ -173,8 +179,23 @@ class DataRequests:
                 ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
                 for key, parent, size in zip(keys, parents, sizes, strict=True)
             ]
-        answers = yield from self._cache.reserve(self._owner, request.lease, infos, request.ttl)
-        self._answer(number, OK, [_extents(item.extents) if isinstance(item, Writing) else item for item in answers])
+        if request.wait:
+            self._later(number, self._reserve_in_time(request, infos))
+        else:
+            answers = yield from self._cache.reserve(self._owner, request.lease, infos, request.ttl)
+            self._answer(number, OK, _reserved(answers))
+
+    async def _reserve_in_time(self, request: protocol.Reserve, infos: list[ObjectInfo]) -> list[Any]:
+        if not self._cache.writers:
+            raise UsageError("nothing is durable without a tier below memory; give the daemon a disk or a Redis")
+        self._asking.add(request.lease)
+
+        def wanted() -> bool:
+            return not self._gone and request.lease in self._asking
+
+        answers = await reserve_in_time(self._cache, self._owner, request, infos, wanted)
+        self._asking.discard(request.lease)
+        return _reserved(answers)
 
     def _commit(self, number: int, request: protocol.Commit) -> Iterator[None]:
         count = len(request.keys) // KEY_BYTES
@@ -192,6 +213,10 @@ def _parts(blob: bytes, count: int) -> Iterator[list[bytes]]:
     """The keys in `blob`, so many at a time; one empty list where there are none."""
     size = count * KEY_BYTES
     return (split_keys(blob[at : at + size]) for at in range(0, max(len(blob), 1), size))
+
+
+def _reserved(answers: list[Writing | Cause]) -> list[Any]:
+    return [_extents(item.extents) if isinstance(item, Writing) else item for item in answers]
 
 
 def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:

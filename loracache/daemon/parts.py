@@ -55,7 +55,8 @@ def books(config: Config) -> tuple[Namespaces, AdapterNames]:
     """What is kept beside the disk tier, where there is one. Raises ConfigError."""
     folders = [config.disk_path / name if config.disk_path else None for name in ("namespaces", "adapters")]
     try:
-        return Namespaces(folders[0]), AdapterNames(folders[1], _shared_names(config), _secret(config))
+        namespaces = Namespaces(folders[0], sync=config.disk_sync)
+        return namespaces, AdapterNames(folders[1], _shared_names(config), _secret(config), sync=config.disk_sync)
     except OSError as error:
         raise ConfigError(
             f"disk_path: {error.filename!r} cannot be used: {error.strerror}; remove what stands there, or give "

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from loracache.cache.state.slices import advance
-from loracache.control.steps import start
+from loracache.control.steps import answer, start
 from loracache.daemon.data_requests import DataRequests
 from loracache.daemon.inbox import PAUSE, Inbox
 from loracache.daemon.turns import Turns
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.keys import KEY_BYTES
+from loracache.tiers import Tier
 from loracache.wire import protocol
 from loracache.wire.frames import frame
 from loracache.wire.protocol import ERROR, OK, UNKNOWN, split_keys
@@ -45,6 +46,7 @@ _MOST_UNSERVED = 1 << 20  # bytes of a connection's messages; it is read no furt
 _MOST_PENDING = 4096
 _MOST_RESIDENT = 10_000
 _ENDING = (protocol.Release, protocol.Abort, protocol.Commit, protocol.Renew)  # what makes others wait for less
+_KEEP_S = 2.0
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
 
@@ -81,6 +83,7 @@ class Session(asyncio.Protocol):
         self._data = DataRequests(owner, served.cache, served.namespaces, served.finder, self._answer, self._later)
         self._transport: asyncio.Transport | None = None
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
+        self._flushed = served.cache.flushes.interval  # which began with the last flush
         self._work: Iterator[None] | None = None  # on what has come, until all of it is served
         self._paused = False  # nothing more is read meanwhile
         self._ending = False  # nothing more comes
@@ -272,7 +275,16 @@ class Session(asyncio.Protocol):
         namespace = self._served.namespaces.register(request.descriptor, request.names)
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
-        self._answer(number, OK, [namespace.digest()])
+        if namespace.digest() in self._served.namespaces.unkept:
+            self._later(number, self._kept(namespace.digest()))
+        else:
+            self._answer(number, OK, [namespace.digest()])
+
+    async def _kept(self, digest: bytes) -> list[Any]:
+        """Answers when the descriptor is as durable as what will be stored under it; a disk that hangs or is full keeps
+        nobody waiting: a flush says what that costs."""
+        await asyncio.wait([asyncio.ensure_future(self._served.adapters.keep_namespaces())], timeout=_KEEP_S)
+        return [digest]
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
         self._later(number, self._served.adapters.digest(request.path))
@@ -307,10 +319,25 @@ class Session(asyncio.Protocol):
         self._answer(number, OK, [self._cache.leases.renew(self.owner, request.lease, request.ttl)])
 
     def _on_abort(self, number: int, request: protocol.Abort) -> None:
+        self._data.forget(request.lease)
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
-        self._cache.when_flushed(lambda: self._answer(number, OK, []))
+        self._later(number, self._flush())
+
+    async def _flush(self) -> list[Any]:
+        flushed: asyncio.Future[None] = answer(lambda done: self._cache.when_flushed(lambda: done(None)))
+        await flushed
+        if self._served.namespaces.unkept:
+            await self._served.adapters.keep_namespaces()
+        told = self._cache.flushes.since(self._flushed)
+        self._flushed = self._cache.flushes.end()
+        if Tier.DISK.label in told:  # what has no descriptor may not be found after a restart
+            spaces = self._cache.index.spaces
+            lost = sum(spaces[each].objects[Tier.DISK] for each in self._served.namespaces.unkept if each in spaces)
+            durable, given_up = told[Tier.DISK.label]
+            told[Tier.DISK.label] = [durable - min(lost, durable), given_up + min(lost, durable)]
+        return [told]
 
     def _on_status(self, number: int, request: protocol.Status) -> None:
         self._answer(number, OK, [self._served.status()])

@@ -12,7 +12,8 @@ from loracache.results import NodeKind, OperationState
 from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
-    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Found",
+    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flushed",
+    "Found",
     "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin", "Selector", "TreeNode",
     "TreePage",
     "Unpin",
@@ -132,6 +133,21 @@ class Clear(_Strict):
     """Remove everything that is not leased, pinned or named."""
 
     tiers: list[Tier] = Field(list(ALL_TIERS), min_length=1, max_length=3, description="From where.")
+
+
+class Flushed(BaseModel):
+    """What a flush found, by lower tier; since the last flush over HTTP, or, at the first, since anybody's."""
+
+    durable: dict[str, int] = Field(description="Objects that were written there and are there.")
+    given_up: dict[str, int] = Field(description="Objects that are not; the counters write.TIER.dropped.CAUSE say why.")
+
+    @classmethod
+    def of(cls, counts: dict[str, list[int]]) -> Flushed:
+        """From the daemon's pairs."""
+        return cls(
+            durable={tier: durable for tier, (durable, _) in counts.items()},
+            given_up={tier: given_up for tier, (_, given_up) in counts.items()},
+        )
 
 
 class Held(BaseModel):

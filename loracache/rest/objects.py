@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Query, Response
+from fastapi import FastAPI, HTTPException, Path, Query, Response
 
 from loracache.rest import models
 from loracache.rest.link import DaemonLink
@@ -15,6 +16,7 @@ from loracache.rest.roles import needs
 from loracache.rest.tokens import Principal
 from loracache.results import OperationState
 from loracache.wire import control_messages as messages
+from loracache.wire import protocol
 
 __all__ = ["add_routes", "name_of"]
 
@@ -24,6 +26,7 @@ _SHORT_S = 10.0  # what is mostly done by then is answered with its result
 
 Reader = Annotated[Principal, needs("read", tenants=True)]
 Caller = Annotated[Principal, needs("operate", tenants=True)]
+Operator = Annotated[Principal, needs("operate")]
 Admin = Annotated[Principal, needs("admin")]
 Wait = Annotated[
     float,
@@ -55,6 +58,7 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
         return Response(models.Found.of(found).model_dump_json(), media_type="application/json")
 
     _add_changes(app, link)
+    _add_flush(app, link)
     _add_moves(app, link)
     _add_operations(app, link)
 
@@ -93,6 +97,18 @@ def _add_changes(app: FastAPI, link: DaemonLink) -> None:
     async def clear(body: models.Clear, who: Admin, response: Response, wait: Wait = _SHORT_S) -> models.Operation:
         """Remove everything from tiers."""
         return await _started(link, messages.Clear(name_of(who), who.tenant, [*body.tiers], wait), response)
+
+
+def _add_flush(app: FastAPI, link: DaemonLink) -> None:
+    @app.post("/v1/flush", tags=["objects"], responses=problems(422, 504))
+    async def flush(who: Operator, wait: Wait = _MOST_WAIT_S) -> models.Flushed:
+        """Wait until what is committed is written to disk and Redis, and say what of it is not there."""
+        try:
+            async with asyncio.timeout(wait):
+                (counts,) = await link.call(protocol.Flush(), wait + _ANSWER_S)
+        except TimeoutError:
+            raise HTTPException(504, f"not all was written within {wait:g} s; ask again") from None
+        return models.Flushed.of(counts)
 
 
 def _add_moves(app: FastAPI, link: DaemonLink) -> None:

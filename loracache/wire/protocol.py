@@ -82,8 +82,11 @@ class Request:
     __slots__ = ()
 
     def encode(self, number: int) -> bytes:
-        """As a frame."""
-        return frame([number, self.operation, *(getattr(self, field.name) for field in fields(self))])  # type: ignore[arg-type]
+        """As a frame. Fields at the end that have their default value are left out: an older daemon has none."""
+        values = [(getattr(self, field.name), field.default) for field in fields(self)]  # type: ignore[arg-type]
+        while values and values[-1][0] == values[-1][1]:
+            values.pop()
+        return frame([number, self.operation, *(value for value, _ in values)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +239,9 @@ class Reserve(Request):
     """A key each, NO_PARENT for a chain's first."""
     sizes: list[int]
     ttl: float
+    wait: float = 0.0
+    """Seconds that it may take for room, where the writer waits rather than have a queued write given up; 0: at once,
+    and the oldest queued writes make room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +265,10 @@ class Abort(Request):
 
 @dataclass(frozen=True, slots=True)
 class Flush(Request):
-    """Wait until what is committed by now is written to the lower tiers, and what is evicted deleted there. -> []"""
+    """Wait until what is committed by now is written to the lower tiers or given up, and what is evicted deleted there.
+    -> [a map: a lower tier's label -> [objects durable there, objects given up]]: of what was written since this
+    connection's last flush, or, at its first, since anybody's
+    """
 
     operation: ClassVar[str] = "flush"
 

@@ -6,7 +6,7 @@ The unions are for `match`: mypy sees a request that no branch serves. A request
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, get_args
 
 from loracache.errors import ProtocolError
@@ -71,7 +71,8 @@ def decode_request(message: Any) -> tuple[int, AnyRequest]:
     if cls is None:
         raise ProtocolError(f"unknown operation {protocol.shown(operation)}; known: {', '.join(OPERATIONS)}")
     names = [field.name for field in fields(cls)]
-    if len(values) != len(names):
+    needed = sum(field.default is MISSING for field in fields(cls))
+    if not needed <= len(values) <= len(names):
         raise ProtocolError(f"{operation} takes {len(names)} fields ({', '.join(names)}), not {len(values)}")
     request = cls(*values)
     if wrong := protocol.fault(request):

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loracache.errors import ConfigError
+from loracache.folder import make_folders, sync_folder
 from loracache.storage_backends import header
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, Standing, StorageBackend, Transfer
 from loracache.storage_backends.disk.lock import lock_folder
@@ -43,7 +44,7 @@ _MAY_PASS = _GONE | UNWRITABLE | {errno.EIO}  # of a folder that cannot be opene
 class DiskBackend(StorageBackend):
     """Objects under the folder `path`, which is made where it is missing.
 
-    sync: store answers OK only once the object would survive a crash of the machine, not just of the process.
+    sync: store and delete answer OK only once that would survive a crash of the machine, not just of the process.
     integrity_key: 16 to 64 bytes; objects then carry a MAC, and what lacks the right one is CORRUPT.
     owner: what another backend that finds the folder in use is told of who uses it, "NAME at ADDRESS".
     A folder that cannot be written is read, and one that cannot be reached now answers UNAVAILABLE, until `check` finds
@@ -92,7 +93,7 @@ class DiskBackend(StorageBackend):
     def _open(self) -> str:
         """In words why the folder cannot be opened now, empty where it is. Raises ConfigError."""
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(self.path, sync=self._sync)
             self._lock_fd = lock_folder(self.path, self._owner)
             self._unwritable = self._files.open()
         except OSError as error:
@@ -133,7 +134,7 @@ class DiskBackend(StorageBackend):
             return self._out_of_reach(len(transfers))
         results = [self._store_one(transfer) for transfer in transfers]
         if self._sync:
-            self._sync_folders(transfers, results)
+            self._sync_folders([transfer.info.key for transfer in transfers], results)
         self._flush_manifest()
         return results
 
@@ -148,6 +149,8 @@ class DiskBackend(StorageBackend):
                 results.append(_failure(error))
             else:
                 results.append(Result(Outcome.OK if was_there else Outcome.MISS))
+        if self._sync:
+            self._sync_folders(keys, results)
         self._flush_manifest()
         return results
 
@@ -215,17 +218,17 @@ class DiskBackend(StorageBackend):
             return _failure(error)
         return Result(Outcome.OK, stored=stored)
 
-    def _sync_folders(self, transfers: Sequence[Transfer], results: list[Result]) -> None:
-        """Makes the renames of this batch durable; where that fails, so did the items in that folder."""
-        stored = [item for item, result in enumerate(results) if result.outcome is Outcome.OK]
+    def _sync_folders(self, keys: Sequence[bytes], results: list[Result]) -> None:
+        """Makes the names of this batch durable; where that fails, so did the items in that folder."""
+        done = [item for item, result in enumerate(results) if result.outcome is Outcome.OK]
         failures: dict[Path, Result] = {}
-        for folder in {self._files.file(transfers[item].info.key).parent for item in stored}:
+        for folder in {self._files.file(keys[item]).parent for item in done}:
             try:
-                self._files.sync_folder(folder)
+                sync_folder(folder)
             except OSError as error:
                 failures[folder] = _failure(error)
-        for item in stored:
-            results[item] = failures.get(self._files.file(transfers[item].info.key).parent, results[item])
+        for item in done:
+            results[item] = failures.get(self._files.file(keys[item]).parent, results[item])
 
     def _remove(self, key: bytes) -> bool:
         """Unlinks an object; whether there was a file. Raises OSError where the file stays."""

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from loracache.folder import sync_folder
 from loracache.storage_backends.base import Kind, ObjectInfo
 
 __all__ = ["RECORD_BYTES", "Manifest", "Records", "parents_first", "records_of"]
@@ -153,6 +154,8 @@ class Manifest:
         self._records = len(live)
         self._compact_from = _COMPACT_AT_LEAST
         self._queue.clear()
+        if self._sync:
+            sync_folder(self._path.parent)
 
     def close(self) -> None:
         """Appends what is queued, where that still works, and closes the file."""

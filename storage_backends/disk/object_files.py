@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from loracache.folder import sync_folder
 from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ALIGNMENT, KEY_BYTES, ObjectInfo, Transfer, padded
 from loracache.storage_backends.vectors import head, length, move
@@ -73,6 +74,9 @@ class ObjectFiles:
                 (self._objects / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
             for leftover in os.scandir(self._tmp):
                 os.unlink(leftover.path)
+            if self._sync:
+                for folder in (self._objects, self._objects.parent):
+                    sync_folder(folder)
             self.direct = self._takes_direct()
         except OSError as error:
             if error.errno not in UNWRITABLE:
@@ -181,14 +185,6 @@ class ObjectFiles:
             return
         except OSError as error:
             _log.warning("%s not listed: %s", self._objects / folder, error)
-
-    def sync_folder(self, folder: Path) -> None:
-        """Makes the renames into it durable."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def _write(self, path: Path, views: list[memoryview]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._flags, 0o600)

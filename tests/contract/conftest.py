@@ -40,6 +40,7 @@ def _load(path: Path) -> Any:
 
 
 net_servers = _load(Path(__file__).parent / "net_servers.py")
+_power_cut = _load(Path(__file__).parent / "power_cut.py")
 
 
 def buffers(size: int, pieces: int) -> list[memoryview]:
@@ -162,6 +163,12 @@ def outcomes(results: Sequence[Any]) -> list[Outcome]:
 @pytest.fixture
 def objects() -> Objects:
     return Objects()
+
+
+@pytest.fixture
+def power_cut() -> Any:
+    """`Recorder` and `looked` of power_cut.py."""
+    return _power_cut
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ REACHES = {
     "rest": "adapters client config errors folder keys logs loracache mapping results tiers tracing wire",
     "results": "",
     "storage_backends": "errors",
-    "storage_backends.disk": "errors storage_backends",
+    "storage_backends.disk": "errors folder storage_backends",
     "storage_backends.redis": "adapters errors folder keys storage_backends",
     "tiers": "errors",
     "tracing": "errors",

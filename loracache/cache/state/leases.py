@@ -29,6 +29,8 @@ class Writing:
 
     info: ObjectInfo
     extents: tuple[Extent, ...]
+    promised: bool = False
+    """Its write to the lower tiers is not given up to make room."""
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import Slices
+from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import TierIO
 from loracache.cache.tier.write_behind import WriteBehind
 from loracache.results import Cause
@@ -25,6 +26,7 @@ __all__ = ["DiskTier"]
 
 _DELETE_AGAIN_S = 5.0
 _EVICTED = 64  # objects evicted between two looks at the socket
+_ASKED = ("asked", "moved", "replaced")  # causes of leaving that nobody has to be told of
 
 
 class DiskTier:
@@ -39,19 +41,23 @@ class DiskTier:
         index: Index,
         counters: Counters,
         slices: Slices,
+        flushes: Flushes,
         policy: Policy,
         limit: int,
-        written: Callable[[Node, Outcome], None],
+        written: Callable[[Node, Outcome], bool],
     ) -> None:
         self.io = io
         self.limit = limit
         self.used = 0
         self.loaded = False
-        self.writer = WriteBehind(io, arena, index, counters, slices, self._refuse, self._written, started=False)
+        self.writer = WriteBehind(
+            io, arena, index, counters, slices, flushes, self._refuse, self._written, started=False
+        )
         self._arena = arena
         self._index = index
         self._counters = counters
         self._slices = slices
+        self._flushes = flushes
         self._policy = policy
         self._on_written = written
         self._unreadable: set[Node] = set()
@@ -62,15 +68,16 @@ class DiskTier:
         """Bytes of the budget that a node takes."""
         return self.io.backend.footprint(node.stored or node.size)
 
-    def queue_write(self, node: Node) -> None:
-        """Queue an object of the arena, and before it those ancestors that the disk lacks but the arena has."""
+    def queue_write(self, node: Node, *, promised: bool = False) -> None:
+        """Queue an object of the arena, and before it those ancestors that the disk lacks but the arena has. promised:
+        as of WriteBehind."""
         missing = []
         above: Node | None = node
-        while above is not None and above.held_in(Tier.CPU) and not _on_disk_or_coming(above):
+        while above is not None and above.held_in(Tier.CPU) and not self._is_coming(above, promised):
             missing.append(above)
             above = above.parent
         for ancestor in reversed(missing):
-            self.writer.enqueue(ancestor)
+            self.writer.enqueue(ancestor, promised=promised)
 
     def reads(self, node: Node) -> bool:
         """Whether to try to read the object from here now."""
@@ -169,7 +176,8 @@ class DiskTier:
             if node is None:
                 waiting.append(info)
             elif not node.held_in(Tier.DISK):
-                self.writer.forget(node, Cause.EXISTS)
+                if self.writer.forget(node, Cause.EXISTS):
+                    node.written = self._flushes.wrote(Tier.DISK)
                 node.stored = info.stored
                 self._index.enter(node, Tier.DISK, "found")
                 self.used += self.cost(node)
@@ -198,19 +206,20 @@ class DiskTier:
         self.used += cost
         return Cause.NONE
 
-    def _written(self, node: Node, outcome: Outcome) -> None:
+    def _written(self, node: Node, outcome: Outcome) -> bool:
         self.used -= self.cost(node)
         self._on_written(node, outcome)
         if outcome is not Outcome.OK or node.held_in(Tier.DISK):  # a scan was faster
-            return
+            return node.held_in(Tier.DISK)
         self._no_longer_undeleted(node.key)  # its file took the old one's place
         parent = node.parent
         if parent is not None and parent.kind is not Kind.LORA and not parent.held_in(Tier.DISK):
             self._delete({node.key: self.cost(node)})
             self._counters.add("write.disk.dropped.no_parent")
-            return
+            return False
         self._index.enter(node, Tier.DISK, "written")
         self.used += self.cost(node)
+        return True
 
     def _make_room(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, bool]:
         """Evict until so many bytes fit; False, and nothing evicted, where they cannot. Yields between two slices."""
@@ -232,7 +241,9 @@ class DiskTier:
 
     def _leave(self, node: Node, cause: str) -> None:
         self.used -= self.cost(node)
-        node.stored = 0
+        if node.written:
+            self._flushes.left(Tier.DISK, node.written, asked=cause in _ASKED)
+        node.stored = node.written = 0
         self._unreadable.discard(node)
         self._index.leave(node, Tier.DISK, cause)
 
@@ -248,6 +259,11 @@ class DiskTier:
                     self.used += cost
 
         self.io.delete(list(going), deleted)
+
+    def _is_coming(self, node: Node, promised: bool) -> bool:
+        if promised and node.dirty >> Tier.DISK & 1:
+            return node in self.writer.promised
+        return _on_disk_or_coming(node)
 
     def _no_longer_undeleted(self, key: bytes) -> None:
         self.used -= self._undeleted.pop(key, 0)

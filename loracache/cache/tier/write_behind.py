@@ -3,7 +3,8 @@
 
 Objects are written in the order they were committed, a batch at a time with one batch waiting behind it, so that the
 tier's thread never idles. A queued object is dirty: its pages stay until it is written, or until the arena is so full
-that the oldest queued writes are given up (counted). Threading: the cache's thread.
+that the oldest queued writes are given up (counted); those that a writer was promised are not. Threading: the cache's
+thread.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import Slices
+from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import TierIO
 from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
@@ -25,6 +27,7 @@ __all__ = ["WriteBehind"]
 _BATCH_BYTES = 32 << 20
 _BATCH_OBJECTS = 64
 _BATCHES_IN_FLIGHT = 2
+_NOT_LOST = (Cause.EXISTS, "moved")  # the tier has it, or shall not have it: an operator moves it from there
 
 
 class WriteBehind:
@@ -32,7 +35,7 @@ class WriteBehind:
 
     refuse(node) returns NONE where the object may be written now (room was made for it), else the cause why not, and
     yields where that takes long.
-    written(node, outcome): how the writing of an object that was not refused ended.
+    written(node, outcome): how the writing of an object that was not refused ended; answers whether the tier keeps it.
     started: whether writing may begin; else objects queue until `start`.
     """
 
@@ -43,8 +46,9 @@ class WriteBehind:
         index: Index,
         counters: Counters,
         slices: Slices,
+        flushes: Flushes,
         refuse: Callable[[Node], Generator[None, None, Cause]],
-        written: Callable[[Node, Outcome], None],
+        written: Callable[[Node, Outcome], bool],
         *,
         started: bool = True,
     ) -> None:
@@ -54,6 +58,8 @@ class WriteBehind:
         self._index = index
         self._counters = counters
         self._slices = slices
+        self._flushes = flushes
+        flushes.open(io.tier)
         self._refuse = refuse
         self._on_written = written
         self._queue: OrderedDict[Node, int] = OrderedDict()  # a dict finds its first key only behind all deleted ones
@@ -62,14 +68,18 @@ class WriteBehind:
         self._pumping = False
         self._sequence = 0
         self._waiting: list[tuple[int, Callable[[], None]]] = []
+        self._watching: list[Callable[[None], None]] = []
+        self.promised: set[Node] = set()  # queued for a writer that waits rather than have them given up
 
     @property
     def depth(self) -> int:
         """Objects queued or being written."""
         return len(self._queue) + len(self._in_flight)
 
-    def enqueue(self, node: Node) -> None:
-        """Queue one object that is in the arena."""
+    def enqueue(self, node: Node, *, promised: bool = False) -> None:
+        """Queue one object that is in the arena. promised: room for others is never made by giving it up."""
+        if promised:
+            self.promised.add(node)
         if node.dirty >> self.io.tier & 1:
             return
         self._index.queue(node, self.io.tier)
@@ -94,6 +104,9 @@ class WriteBehind:
         finally:
             self._pumping = False
         self._answer_flushes()
+        watching, self._watching = self._watching, []
+        for shorter in watching:
+            shorter(None)
 
     def _fill_batch(self) -> Iterator[None]:
         nodes: list[Node] = []
@@ -108,7 +121,7 @@ class WriteBehind:
             transfer = Transfer(node.info(), self._arena.buffers(node.extents, padded(node.size)))
             cause = yield from self._refuse(node)
             if cause:
-                self._counters.add(f"write.{self.io.tier.label}.dropped.{cause}")
+                self._give_up(cause)
                 self._finish(node)
                 continue
             nodes.append(node)
@@ -122,10 +135,16 @@ class WriteBehind:
         """The first objects of the queue."""
         return list(itertools.islice(self._queue, limit))
 
-    def forget(self, node: Node, cause: str) -> None:
-        """Drop a queued write, of an object that is being evicted."""
-        if node in self._queue:
-            self._drop(node, cause)
+    def when_shorter(self, done: Callable[[None], None]) -> None:
+        """Call `done` when fewer objects may be queued than now."""
+        self._watching.append(done)
+
+    def forget(self, node: Node, cause: str) -> bool:
+        """Drop a queued write, of an object that is being evicted; whether one was queued."""
+        if node not in self._queue:
+            return False
+        self._drop(node, cause)
+        return True
 
     def when_flushed(self, done: Callable[[], None]) -> None:
         """Call `done` once everything queued so far is written or dropped."""
@@ -141,8 +160,14 @@ class WriteBehind:
 
     def _drop(self, node: Node, cause: str) -> None:
         del self._queue[node]
-        self._counters.add(f"write.{self.io.tier.label}.dropped.{cause}")
+        self.promised.discard(node)
+        self._give_up(cause)
         self._index.unqueue(node, self.io.tier)
+
+    def _give_up(self, cause: str) -> None:
+        self._counters.add(f"write.{self.io.tier.label}.dropped.{cause}")
+        if cause not in _NOT_LOST:
+            self._flushes.gave_up(self.io.tier)
 
     def _written(self, nodes: list[Node], results: list[Result]) -> None:
         self._batches -= 1
@@ -153,12 +178,18 @@ class WriteBehind:
                 self._counters.add(f"write.{label}.bytes", node.size)
             else:
                 self._counters.add(f"write.{label}.dropped.{result.outcome.value}")
-            self._on_written(node, result.outcome)
+            if self._on_written(node, result.outcome):
+                interval = self._flushes.wrote(self.io.tier)
+                if node.held_in(self.io.tier):  # which the index says of the disk alone
+                    node.written = interval
+            else:
+                self._flushes.gave_up(self.io.tier)
             self._finish(node)
         self.pump()
 
     def _finish(self, node: Node) -> None:
         del self._in_flight[node]
+        self.promised.discard(node)
         self._index.unqueue(node, self.io.tier)
         self._index.unhold(node)
 

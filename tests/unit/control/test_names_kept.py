@@ -24,6 +24,7 @@ def test_names_outlive_the_daemon_and_are_those_of_the_model(tmp_path: Path) -> 
     made.register(space().descriptor(), ["llama"])
     made.register(space(salt="ab" * 32).descriptor())
     made.register(space().descriptor(), ["assistant", "llama", ""])
+    made.keep()
     again = Namespaces(tmp_path)
     assert sorted(again.names(IDENTITY)) == ["assistant", "llama"]
     for name in ("llama", "assistant", IDENTITY[:8]):
@@ -52,6 +53,7 @@ def test_sixteen_names_are_kept_each_once(tmp_path: Path) -> None:
     made.register(space().descriptor(), ["another"])
     assert list(made.names(IDENTITY)) == ["twice", *(f"name {number}" for number in range(15))]
     assert made.matching("another", None, None) == []
+    made.keep()
     assert len(json.loads(next(tmp_path.glob("*.json")).read_text().split("\n")[1])) == 16
 
 

@@ -45,7 +45,7 @@ EXPECTED = {
     "read": {"GET *", "POST /v1/lookup"},
     "operate": {
         "POST /v1/admit", "POST /v1/evict", "POST /v1/pin", "POST /v1/unpin", "POST /v1/move", "POST /v1/compress",
-        "POST /v1/decompress", "DELETE /v1/operations/{}",
+        "POST /v1/decompress", "POST /v1/flush", "DELETE /v1/operations/{}",
     },
     "admin": {"POST /v1/clear", "PUT /v1/adapters/{}", "DELETE /v1/adapters/{}", "GET /v1/config"},
 }  # fmt: skip
