@@ -19,7 +19,7 @@ from loracache.control.location import Locator
 from loracache.control.selection import Selected, Selector, select
 from loracache.control.steps import start, turn
 from loracache.control.transfer import Mover
-from loracache.errors import Unknown, UsageError
+from loracache.errors import Rejected, Unknown, UsageError
 from loracache.keys import is_digest
 from loracache.results import Cause, NodeKind
 from loracache.tiers import Tier
@@ -39,6 +39,7 @@ __all__ = ["Control"]
 
 _MOVES_AT_ONCE = 2  # each holds a slice of the arena
 _PART = 500  # keys of one step: a few milliseconds
+_KNOWN_S, _LOOK_S = 8.0, 0.05
 _PAGE = 1000  # items of one answer, however many are asked for: a few milliseconds too
 
 Parts = Iterator[list[bytes]]
@@ -231,6 +232,7 @@ class Control:
         return [end, *objects]
 
     async def _on_tree(self, request: messages.Tree, label: str) -> list[Any]:
+        await self._all_known()
         end, found = self._listing.tree(request.name, request.after, min(request.count, _PAGE), request.scope)
         adapters = [node for node in found if node["kind"] == NodeKind.ADAPTER]
         names = self._adapters.names() if adapters and not request.scope else {}
@@ -333,10 +335,19 @@ class Control:
 
     async def _select(self, request: Any) -> Selected:
         """What the request's selector stands for."""
+        await self._all_known()
         fields = dict(request.selector)
         if fields.get("adapter"):
             fields["adapter"] = await self._digest(fields["adapter"], len(fields) == 1, request.scope)
         return select(Selector(**fields), self._namespaces, request.scope)
+
+    async def _all_known(self) -> None:
+        """Wait while the namespaces of an earlier run are read: a model may be known then. Raises Rejected."""
+        for _ in range(int(_KNOWN_S / _LOOK_S)):
+            if not self._namespaces.reading:
+                return
+            await asyncio.sleep(_LOOK_S)
+        raise Rejected("the namespaces beside the disk tier are being read still; ask again later")
 
     async def _digest(self, name: str, alone: bool, scope: str) -> str:
         """Of an adapter by name or digest; `alone`: nothing else is selected, so that there must be one."""

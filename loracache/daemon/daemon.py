@@ -18,7 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ READY = b"ready\n"
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _ACCEPT_PAUSE_S = 1.0
-_SCAN_SLICE = 500  # objects entered between two looks at the socket: a few milliseconds
+_SCAN_SLICE = 200  # objects entered between two looks at the socket: a few milliseconds
+_UNUSED_S, _UNUSED_WITH_REDIS_S = 3600.0, 7 * 24 * 3600.0  # a namespace without objects is kept so long
 _LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
 _PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
 
@@ -86,7 +88,7 @@ class Daemon:
         except BaseException:
             self._stack.close()
             raise
-        self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
+        self._namespaces.reading = self.cache.disk is not None and self.cache.disk.io.standing.reads
         self._adapters = Adapters(self.cache, self._namespaces, self._names, self._post)
         finder = Finder(self.cache, config.redis_lookup_ms / 1000)
         self._control = Control(
@@ -212,6 +214,8 @@ class Daemon:
             self.cache.tick()
             if self._rest is not None:
                 self._rest.tick()
+            if self.cache.disk is None or self.cache.disk.loaded:
+                self._collect_namespaces()
             gc.collect(1)
 
     def _end_if_alone(self) -> None:
@@ -228,52 +232,87 @@ class Daemon:
         _log.info("arena of %d MiB ready after %.1f s", self.cache.arena.size >> 20, time.monotonic() - started)
 
     def _scan(self) -> None:
-        """Feed what the disk tier holds to the cache, a slice at a time, so that the socket answers meanwhile."""
+        """Feed what stands beside and in the disk tier to the loop, a slice at a time, so that the socket answers
+        meanwhile: the namespaces first, for a chain's parent may be an adapter that only they tell of."""
         assert self.cache.disk is not None
         disk = self.cache.disk
-        orphans: list[ObjectInfo] = []
-        idle = threading.Event()
 
-        def adopt(infos: Iterable[ObjectInfo]) -> None:
-            orphans.extend(disk.adopt(infos))
-            idle.set()
+        def adopt(infos: list[ObjectInfo], left: list[ObjectInfo]) -> None:
+            left.extend(disk.adopt(infos))
 
         if not disk.io.standing.reads:
             self._post(disk.writer.start)  # what is asked of it is refused, and nobody waits
             while not disk.io.standing.reads:
                 if self._stopping.wait(_TICK_S):
                     return
-            self._post(self._read_books)
+            self._namespaces.reading = True
+            self._post(self._read_names)
+        try:
+            for found in self._namespaces.files():
+                if not self._feed(partial(self._namespaces.learn, found)):
+                    return
+        except OSError as error:
+            _log.error("the namespaces beside the disk tier cannot be read: %s", error)
+        if not self._feed(self._namespaces_read):
+            return
+        waiting: list[ObjectInfo] = []
         try:
             objects = disk.io.backend.scan()
             while infos := list(itertools.islice(objects, _SCAN_SLICE)):
-                if self._stopping.is_set():
+                if not self._feed(partial(adopt, infos, waiting)):
                     return
-                idle.clear()
-                self._post(lambda infos=infos: adopt(infos))  # type: ignore[misc]
-                while not idle.wait(0.1):
-                    if self._stopping.is_set():  # the loop is gone that would have set it
-                        return
         except OSError as error:
             _log.error("the disk tier cannot be read and starts empty: %s", error)
-        self._post(lambda: self._scanned(orphans))
+        while waiting:  # a child may have come before its parent
+            left: list[ObjectInfo] = []
+            for at in range(0, len(waiting), _SCAN_SLICE):
+                if not self._feed(partial(adopt, waiting[at : at + _SCAN_SLICE], left)):
+                    return
+            if len(left) == len(waiting):
+                break
+            waiting = left
+        self._post(lambda: self._scanned(waiting))
 
-    def _read_books(self) -> None:
+    def _feed(self, call: Callable[[], None]) -> bool:
+        """Have `call` called on the loop, and wait for that; False where the daemon ends."""
+        done = threading.Event()
+
+        def do() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        if self._stopping.is_set():
+            return False
+        self._post(do)
+        while not done.wait(0.1):
+            if self._stopping.is_set():  # the loop is gone that would have set it
+                return False
+        return True
+
+    def _read_names(self) -> None:
         """Of a disk that was out of reach when the daemon started."""
         try:
-            self._namespaces.read()
             self._names.read()
         except OSError as error:
-            _log.error("namespaces and names beside the disk tier cannot be read: %s", error)
+            _log.error("the names beside the disk tier cannot be read: %s", error)
+
+    def _namespaces_read(self) -> None:
+        self._namespaces.reading = False
         self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
+
+    def _collect_namespaces(self) -> None:
+        """Forget some that hold nothing. What Redis holds nobody knows, so with one they are kept for long."""
+        spaces, registered = self.cache.index.spaces, self._served.registered
+        unused_s = _UNUSED_S if self.cache.redis is None else _UNUSED_WITH_REDIS_S
+        gone = self._namespaces.collect(
+            lambda digest: digest in spaces or digest in registered, unused_s, time.monotonic()
+        )
+        self.cache.index.adapters.difference_update(map(bytes.fromhex, gone))
 
     def _scanned(self, orphans: list[ObjectInfo]) -> None:
         assert self.cache.disk is not None
-        while orphans:  # a child may have come before its parent
-            left = self.cache.disk.adopt(orphans)
-            if len(left) == len(orphans):
-                break
-            orphans = left
         self.cache.disk.adopted_all(orphans)
         _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
 

@@ -64,6 +64,8 @@ class Served:
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
     turns: Turns = field(default_factory=Turns)
+    registered: Counter[bytes] = field(default_factory=Counter)
+    """Digests of namespaces, by how many connections have registered them."""
     waiting: Counter[int] = field(default_factory=Counter)
     """Bytes of messages that are not served yet, by client."""
 
@@ -82,6 +84,7 @@ class Session(asyncio.Protocol):
         self._inbox = Inbox(self.client, served.waiting, self._broken)
         self._data = DataRequests(owner, served.cache, served.namespaces, served.finder, self._answer, self._later)
         self._transport: asyncio.Transport | None = None
+        self._registered: set[bytes] = set()  # digests of namespaces
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
         self._flushed = served.cache.flushes.interval  # which began with the last flush
         self._work: Iterator[None] | None = None  # on what has come, until all of it is served
@@ -103,6 +106,10 @@ class Session(asyncio.Protocol):
         self._inbox.close()
         self._work = None
         self._served.adapters.engines.subtract(self._resident)
+        for digest in self._registered:
+            self._served.registered[digest] -= 1
+            if not self._served.registered[digest]:
+                del self._served.registered[digest]
         self._served.ended(self)
 
     def data_received(self, data: bytes) -> None:
@@ -273,6 +280,9 @@ class Session(asyncio.Protocol):
 
     def _on_register(self, number: int, request: protocol.Register) -> None:
         namespace = self._served.namespaces.register(request.descriptor, request.names)
+        if namespace.digest() not in self._registered:
+            self._registered.add(namespace.digest())
+            self._served.registered[namespace.digest()] += 1
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
         if namespace.digest() in self._served.namespaces.unkept:
