@@ -33,7 +33,7 @@ from loracache.control.lookup import Finder
 from loracache.control.service import Control
 from loracache.control.status import cache_status
 from loracache.daemon.lag import LoopLag
-from loracache.daemon.listening import listen, unlink_unless_locked
+from loracache.daemon.listening import listen, unlink, unlink_unless_locked
 from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
 from loracache.daemon.processes import Peer
 from loracache.daemon.session import Served, Session
@@ -49,6 +49,8 @@ READY = b"ready\n"
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _ACCEPT_PAUSE_S = 1.0
+_END_S = 3.0  # to end in after the draining, whatever hangs: most of it is waiting, _LEFT_S are for the last steps
+_LEFT_S, _SURE_S = 1.5, 0.3
 _SCAN_SLICE = 200  # objects entered between two looks at the socket: a few milliseconds
 _UNUSED_S, _UNUSED_WITH_REDIS_S = 3600.0, 7 * 24 * 3600.0  # a namespace without objects is kept so long
 _LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
@@ -99,6 +101,8 @@ class Daemon:
         )
         self._owners = itertools.count(1)
         self._instance = os.urandom(16)
+        self._end_by = 0.0
+        self._step = "the writing of what is queued"  # that the end waits for
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -124,6 +128,8 @@ class Daemon:
         if self.config.private:  # for the engine that waits for it, whatever is logged
             os.write(sys.stdout.fileno(), READY)
         await self._ended.wait()
+        self._end_by = time.monotonic() + self.config.drain + _END_S
+        threading.Thread(target=self._last_resort, name="last-resort", daemon=True).start()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()  # whoever comes from now on is told at once, and a private daemon's successor waits
         for task in background:
@@ -320,6 +326,8 @@ class Daemon:
         for session in list(self._sessions):
             session.close()
         self._control.stop()
+        if self._rest is not None:
+            self._rest.end()
         flushed = asyncio.Event()
         self.cache.pump()
         self.cache.when_flushed(flushed.set)
@@ -335,13 +343,27 @@ class Daemon:
                         self.config.drain,
                     )
 
+    def _last_resort(self) -> None:
+        """End the process, whatever hangs."""
+        time.sleep(max(0.0, self._end_by - _SURE_S - time.monotonic()))
+        _log.error("%s hangs and is given up; ended", self._step)
+        unlink(self.config.socket)
+        os._exit(1)
+
     def _close(self) -> None:
         self._stopping.set()
+        for writer in self.cache.writers:
+            writer.io.end()
+        waited_until = self._end_by - _LEFT_S
         for thread in self._threads:
-            thread.join(timeout=10)
+            self._step = f"the thread {thread.name}"
+            thread.join(max(0.0, waited_until - time.monotonic()))
+        self._step = "the names of adapters"
         self._adapters.close()
         for writer in self.cache.writers:
-            writer.io.close()
+            self._step = f"tier {writer.io.tier.label}"
+            writer.io.close(max(0.0, waited_until - time.monotonic()))
+        self._step = "the end of what stands beside the cache"
         self._control.close()
         if self.config.private:  # unless an engine is starting the next one, which waits for the socket's lock
             start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in (".start", ".log", ".settings"))

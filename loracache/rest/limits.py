@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loracache.rest.problems import problem
 
-__all__ = ["ABORT", "Limits", "Rates", "address_of", "limited"]
+__all__ = ["ABORT", "Limits", "Rates", "address_of", "limited", "network_of"]
 
 ABORT = "loracache.abort"  # in a scope: ends its connection without a word (connections.py)
 _MOST_KEYS = 10_000
@@ -66,12 +66,14 @@ class Rates:
 
 
 def address_of(scope: Scope) -> str:
-    """Where a request comes from: an IPv4 address, or the /64 of an IPv6 one, of which a client has as many as it
-    likes.
-    """
-    host = scope["client"][0] if scope.get("client") else ""
+    """Where a request comes from, as `network_of`."""
+    return network_of(str(scope["client"][0]) if scope.get("client") else "")
+
+
+def network_of(host: str) -> str:
+    """An IPv4 address, or the /64 of an IPv6 one, of which a client has as many as it likes."""
     if ":" not in host:
-        return str(host)
+        return host
     address = ipaddress.IPv6Address(host.partition("%")[0])
     return str(address.ipv4_mapped or ipaddress.IPv6Network((address, 64), strict=False))
 

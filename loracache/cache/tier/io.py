@@ -149,16 +149,20 @@ class TierIO:
         """Call `done` after all writes and deletions asked for before."""
         self._run(self._writes, "wait", 0, list, lambda results: done())
 
-    def close(self) -> None:
-        """Wait for what runs, a few seconds at most, drop what is queued, close the backend."""
-        deadline = time.monotonic() + _END_S
-        workers = (self._asks, self._loads, self._writes)
-        for each in workers:
+    def end(self) -> None:
+        """Take no more work up, and drop what is queued."""
+        for each in (self._asks, self._loads, self._writes):
             each.end()
+
+    def close(self, seconds: float = _END_S) -> None:
+        """Drop what is queued, wait that long at most for what runs, and close the backend."""
+        self.end()
+        deadline = time.monotonic() + seconds
+        workers = (self._asks, self._loads, self._writes)
         if all(each.ended(deadline) for each in workers):
             self.backend.close()
         else:
-            _log.error("%s: a call hangs; left behind after %g s", self.tier.label, _END_S)
+            _log.error("%s: a call hangs; left behind after %.1f s", self.tier.label, seconds)
 
     @property
     def waiting(self) -> dict[str, int]:
