@@ -134,7 +134,7 @@ class Config(BaseModel):
         None, description="File of what operators changed, one JSON object a line; without it the daemon's own log."
     )
     policy: Literal["lru"] = Field("lru", description="Eviction policy.")
-    drain: float = Field(10.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
+    drain: float = Field(5.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
     log_format: LogFormat = Field("text", description="How it logs: text, or json, one object a line.")

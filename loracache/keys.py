@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -91,6 +91,15 @@ class Namespace:
         chunks = chunk_keys(self.digest(), tokens, self.chunk_tokens)
         shards = self.shards
         return [object_key(chunk, shard) for chunk in chunks for shard in shards] if shards else chunks
+
+    def keys_by_parts(self, tokens: Sequence[int] | TokenArray, chunks: int) -> Iterator[bytes]:
+        """The same, hashed when they are asked for, the keys of so many chunks at a time."""
+        ids, parent, shards = token_array(tokens), self.digest(), self.shards
+        for at in range(0, len(ids), chunks * self.chunk_tokens):
+            part = chunk_keys(parent, ids[at : at + chunks * self.chunk_tokens], self.chunk_tokens)
+            if part:
+                parent = part[-1]
+            yield from (object_key(chunk, shard) for chunk in part for shard in shards) if shards else part
 
     def adapter_key(self) -> bytes:
         """32 bytes of the adapter's digest, or b"" for the base model."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered namespaces, kept beside the disk tier so that an operator can name a model and not a digest.
 
-Threading: the cache's thread, but for `keep`, which blocks and has a thread of its own; a descriptor is a few hundred
-bytes, written once per namespace.
+Threading: the cache's thread, but for `files`, which any thread may run, and `keep`, which blocks and has a thread of
+its own; a descriptor is a few hundred bytes, written once per namespace.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sortedcontainers import SortedDict, SortedList
@@ -27,41 +28,101 @@ __all__ = ["Namespaces"]
 _log = logging.getLogger(__name__)
 _MOST = 1 << 20
 _MOST_NAMES = 16
+_FILES = 100  # read between two looks at the socket
+_LOOKED_AT, _FORGOTTEN = 500, 20  # in one call of `collect`: a millisecond
 _SHORTEST = 8  # digits of an identity that stand for it
+
+
+Found = tuple[Namespace, list[str]]
+"""A namespace that a file told of, and what engines call its model."""
 
 
 class Namespaces:
     """Digest -> Namespace, and what engines call its model. With a folder, what is registered survives a restart once
     it was kept; with `sync` a crash of the machine, too.
+
+    read: whether to read the folder at once; else somebody feeds what `files` finds to `learn`, and `reading` is set
+    while there is more to come. Until then one that is asked for by its digest is looked for in its file.
     """
 
-    def __init__(self, folder: Path | None, *, sync: bool = False) -> None:
+    def __init__(self, folder: Path | None, *, sync: bool = False, read: bool = True) -> None:
+        """Raises OSError for what is no folder of ours; one that cannot be reached now holds nothing."""
         self._folder = folder
         self._sync = sync
         self._unkept: dict[bytes, str] = {}  # of each descriptor that is to be written, the file's content
         self._lock = threading.Lock()  # around changes of `_unkept`
+        self.reading = False
         self._known: dict[bytes, Namespace] = {}
-        self._by_model: SortedDict[str, list[bytes]] = SortedDict()
+        self._used: dict[bytes, float] = {}  # when each was registered, or seen to hold something
+        self._by_model: SortedDict[str, dict[bytes, None]] = SortedDict()
         self._by_adapter: SortedDict[str, SortedList[bytes]] = SortedDict()
-        self._by_salt: dict[str, list[bytes]] = {}
+        self._by_salt: dict[str, dict[bytes, None]] = {}
         self._names: dict[str, list[str]] = {}  # of each model identity
         self._called: dict[str, list[str]] = {}  # the identities behind each name
-        self.read()
+        self._next: list[bytes] = []  # to be looked at by `collect`
+        if self._folder is not None and (problem := make_folder(self._folder, sync=self._sync)):
+            _log.warning("namespaces are not kept in %s for now: %s", self._folder, problem)
+        if read:
+            for found in self.files():
+                self.learn(found)
 
-    def read(self) -> None:
-        """Learn what the folder holds. One that cannot be reached now holds nothing. Raises OSError for what is no
-        folder of ours.
-        """
+    def files(self) -> Iterator[list[Found]]:
+        """What the folder holds, a few files at a time. Raises OSError."""
         if self._folder is None:
             return
-        problem = make_folder(self._folder, sync=self._sync)
-        if problem:
-            _log.warning("namespaces are not kept in %s for now: %s", self._folder, problem)
-        for path in self._folder.glob("*.json"):
-            try:
-                self._read(path.read_text())
-            except (OSError, UsageError, UnicodeDecodeError) as error:
-                _log.warning("%s is not a namespace descriptor and is ignored: %s", path, error)
+        make_folder(self._folder, sync=self._sync)
+        paths = (path for path in self._folder.iterdir() if path.suffix == ".json")
+        while part := list(itertools.islice(paths, _FILES)):
+            yield [found for path in part if (found := _content(path)) is not None]
+
+    def learn(self, found: Iterable[Found]) -> None:
+        """Take note of what files told."""
+        for namespace, names in found:
+            if namespace.digest() not in self._known:
+                self._remember(namespace)
+            self._name(namespace.model, names)
+
+    def collect(self, holds: Callable[[bytes], bool], unused_s: float, now: float) -> list[str]:
+        """Look at the next few; forget those that were not registered, and held nothing, for so many seconds. Answers
+        the adapters (hex digests) that none is of any more. holds(digest): whether it is in use now."""
+        if not self._next:
+            self._next = list(self._known)
+        gone = []
+        forgotten = 0
+        for _ in range(min(_LOOKED_AT, len(self._next))):
+            digest = self._next.pop()
+            if digest not in self._known:
+                continue
+            if holds(digest):
+                self._used[digest] = now
+            elif now - self._used[digest] > unused_s:
+                gone += self._forget(digest)
+                forgotten += 1
+                if forgotten == _FORGOTTEN:
+                    break
+        return gone
+
+    def _forget(self, digest: bytes) -> list[str]:
+        namespace = self._known.pop(digest)
+        del self._used[digest], self._by_model[namespace.model][digest], self._by_salt[namespace.salt][digest]
+        self._by_adapter[namespace.adapter].remove(digest)
+        if not self._by_salt[namespace.salt]:
+            del self._by_salt[namespace.salt]
+        if not self._by_model[namespace.model]:
+            del self._by_model[namespace.model]
+            for name in self._names.pop(namespace.model, ()):
+                self._called[name].remove(namespace.model)
+                if not self._called[name]:
+                    del self._called[name]
+        if self._folder is not None:
+            with self._lock:
+                self._unkept.pop(digest, None)
+            with contextlib.suppress(OSError):
+                os.unlink(self._folder / f"{digest.hex()}.json")
+        if self._by_adapter[namespace.adapter]:
+            return []
+        del self._by_adapter[namespace.adapter]
+        return [namespace.adapter] if namespace.adapter else []
 
     def __len__(self) -> int:
         return len(self._known)
@@ -71,7 +132,13 @@ class Namespaces:
 
     def get(self, digest: bytes) -> Namespace | None:
         """The namespace of a digest."""
-        return self._known.get(digest)
+        found = self._known.get(digest)
+        if found is None and self.reading and self._folder is not None:
+            content = _content(self._folder / f"{digest.hex()}.json", missing=True)
+            if content is not None:
+                self.learn([content])
+                found = self._known.get(digest)
+        return found
 
     def names(self, model: str) -> Sequence[str]:
         """What engines call the model of an identity."""
@@ -86,7 +153,7 @@ class Namespaces:
         names = tuple(self._names.get(namespace.model, ()))
         return {digest: namespace.descriptor().encode()} | {_name_field(namespace.model, name): b"" for name in names}
 
-    def learn(self, fields: Mapping[bytes, bytes]) -> None:
+    def learn_fields(self, fields: Mapping[bytes, bytes]) -> None:
         """Know what such fields say, for as long as this lives. What is none of them is nobody's word."""
         for field, value in fields.items():
             with contextlib.suppress(UsageError, ValueError, RecursionError):
@@ -125,7 +192,7 @@ class Namespaces:
         adapter ("": none, None: any) and a tenant's salt digest ("": none, None: any).
         """
         models = self._models(model) if model else None
-        lists: list[Sequence[bytes]] = []  # there may be very many namespaces: begin with the fewest
+        lists: list[Collection[bytes]] = []  # there may be very many namespaces: begin with the fewest
         if models is not None:
             lists.append([digest for each in models for digest in self._by_model[each]])
         if adapter is not None:
@@ -150,7 +217,8 @@ class Namespaces:
         one."""
         namespace = Namespace.parse(descriptor)
         digest = namespace.digest()
-        fresh = digest not in self._known
+        fresh = self.get(digest) is None
+        self._used[digest] = time.monotonic()
         if fresh and len(self._known) >= _MOST:
             raise UsageError(f"{_MOST} namespaces are registered already; restart with an empty namespaces folder")
         if fresh:
@@ -191,7 +259,7 @@ class Namespaces:
                 return
         with self._lock:
             for digest in written:
-                if self._unkept[digest] is going[digest]:
+                if self._unkept.get(digest) is going[digest]:
                     del self._unkept[digest]
 
     def _name(self, model: str, names: Sequence[str]) -> bool:
@@ -205,22 +273,10 @@ class Namespaces:
     def _remember(self, namespace: Namespace) -> None:
         digest = namespace.digest()
         self._known[digest] = namespace
-        self._by_model.setdefault(namespace.model, []).append(digest)
+        self._used[digest] = time.monotonic()
+        self._by_model.setdefault(namespace.model, {})[digest] = None
         self._by_adapter.setdefault(namespace.adapter, SortedList()).add(digest)
-        self._by_salt.setdefault(namespace.salt, []).append(digest)
-
-    def _read(self, text: str) -> None:
-        """A file's content: a descriptor, and the model's names behind it."""
-        descriptor, _, names = text.partition("\n")
-        namespace = Namespace.parse(descriptor)
-        if namespace.digest() not in self._known:
-            self._remember(namespace)
-        try:
-            found = json.loads(names) if names.strip() else []
-        except (ValueError, RecursionError):
-            found = []
-        if isinstance(found, list) and all(isinstance(name, str) for name in found):
-            self._name(namespace.model, found)
+        self._by_salt.setdefault(namespace.salt, {})[digest] = None
 
 
 def _name_field(model: str, name: str) -> bytes:
@@ -233,3 +289,21 @@ def _matches(namespace: Namespace, models: set[str] | None, adapter: str | None,
         and (adapter is None or namespace.adapter == adapter)
         and (salt is None or namespace.salt == salt)
     )
+
+
+def _content(path: Path, *, missing: bool = False) -> Found | None:
+    """What a file tells: a descriptor, and the model's names behind it. None where it is none of ours. missing: it may
+    well not be there."""
+    try:
+        descriptor, _, names = path.read_text().partition("\n")
+        namespace = Namespace.parse(descriptor)
+    except (OSError, UsageError, UnicodeDecodeError) as error:
+        if not (missing and isinstance(error, FileNotFoundError)):
+            _log.warning("%s is not a namespace descriptor and is ignored: %s", path, error)
+        return None
+    try:
+        found = json.loads(names) if names.strip() else []
+    except (ValueError, RecursionError):
+        found = []
+    known = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return namespace, found if known else []

@@ -18,7 +18,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Evicted", "Remover"]
 
-_SLICE = 500  # objects between two looks at the socket: a few milliseconds
+_SLICE = 100  # objects between two looks at the socket: a millisecond or two
 
 
 @dataclass(slots=True)

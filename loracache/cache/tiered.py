@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from loracache.cache.eviction import Evicted, Remover
-from loracache.cache.policy import POLICIES
+from loracache.cache.policy import POLICIES, Policy
+from loracache.cache.reserving import Reserver
+from loracache.cache.room import Room
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.events import Events
@@ -21,6 +24,7 @@ from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Grip, Leases, Writing
 from loracache.cache.state.node import State
 from loracache.cache.state.pins import Pins
+from loracache.cache.state.slices import Slices, parts
 from loracache.cache.tier.disk import DiskTier
 from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import Post, TierIO
@@ -33,7 +37,6 @@ from loracache.tiers import Tier
 __all__ = ["Acquired", "TieredCache"]
 
 _REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
-_GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +64,43 @@ class TieredCache:
     ) -> None:
         self.arena = arena
         self.counters = Counters()
-        self.index = Index(self._offer, arena.free)
-        self.leases = Leases(arena, self.index, clock)
+        self._policies: dict[Tier, Policy] = {}
+        self.index = Index(lambda tier, node: self._policies[tier].offer(node), arena.free)
+        self.index.on_used = lambda tier, node, before: self._policies[tier].used(node, before)
+        self.index.on_left = lambda tier, node: self._policies[tier].withdraw(node)
+        slices = Slices(post)
+        self.leases = Leases(arena, self.index, slices, clock)
         self.events = Events()
         self.index.on_change = self.events.changed
         self.pins = Pins(self.index, self.events, clock)
-        self._promoter = Promoter(arena, self.index, self.counters, self._make_room, self._arrived, self._lost)
+        self.writers: list[WriteBehind] = []
+        self._room = Room(
+            arena, self.index, self.leases, self.counters, self._policies, self.writers, self._evict_from_arena,
+            self._in_lower_tier,
+        )  # fmt: skip
+        again = partial(self._queue_writes, promised=True, again=True)
+        self._reserver = Reserver(arena, self.index, self.leases, self.counters, self._room.make, self._held, again)
+        self._promoter = Promoter(arena, self.index, self.counters, slices, self._room.make, self._arrived, self._lost)
         make = POLICIES[policy]
-        self._policies = {Tier.CPU: make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))}
+        self._policies[Tier.CPU] = make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))
         # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
         self.passing: Counter[bytes] = Counter()
         self.leaving: set[bytes] = set()
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None
-        self.writers: list[WriteBehind] = []
         self.flushes = Flushes()
         if disk is not None:
             disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
             self._policies[Tier.DISK] = disk_policy
             io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
             self.disk = DiskTier(
-                io, arena, self.index, self.counters, self.flushes, disk_policy, disk_limit, self._written
+                io, arena, self.index, self.counters, slices, self.flushes, disk_policy, disk_limit, self._written
             )
             self.writers.append(self.disk.writer)
         if redis is not None:
             io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
             self.redis = WriteBehind(
-                io, arena, self.index, self.counters, self.flushes, lambda node: None, self._written
+                io, arena, self.index, self.counters, slices, self.flushes, _takes_all, self._written
             )
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
@@ -175,59 +188,29 @@ class TieredCache:
 
     def reserve(
         self, owner: int, lease_id: bytes, infos: Sequence[ObjectInfo], ttl: float, *, promised: bool = False
-    ) -> list[Writing | Cause]:
+    ) -> Generator[None, None, list[Writing | Cause]]:
         """Extents to write each object into, or why not: EXISTS, BUSY (somebody is writing it), NO_PARENT,
-        TOO_LARGE, FULL.
+        TOO_LARGE, FULL. Yields between two slices, for others to be served; what it has reserved by then is under the
+        lease.
 
         promised: no queued write is given up for these, nor one of these for others, and what exists is queued for the
         tier below that lacks it. The answers end with the first FULL: there may be room when the queues are shorter.
         """
-        answers: list[Writing | Cause] = []
-        accepted: list[Writing] = []
-        batch: set[bytes] = set()
-        parents = {node for node in (self.index.get(info.parent) for info in infos if info.parent) if node is not None}
-        for info in infos:
-            answer = self._reserve_one(info, batch, parents, promised)
-            if isinstance(answer, Writing):
-                accepted.append(answer)
-                batch.add(info.key)
-            elif answer not in (Cause.EXISTS, Cause.BUSY) and not (promised and answer is Cause.FULL):
-                self.counters.add(f"store.refused.{answer}")
-            answers.append(answer)
-            if promised and answer is Cause.FULL:
-                break
-        if accepted:
-            self.leases.hold(owner, lease_id, ttl, list(parents))
-            self.leases.open_writing(owner, lease_id, ttl, accepted)
-        return answers
+        return self._reserver.reserve(owner, lease_id, infos, ttl, promised=promised)
 
-    def _reserve_one(self, info: ObjectInfo, batch: set[bytes], parents: set[Node], promised: bool) -> Writing | Cause:
-        node = self.index.get(info.key)
-        if node is not None and self._held(node):
-            self.index.touch(node)
-            if promised and node.held_in(Tier.CPU):
-                self._queue_writes(node, promised, again=True)
-            return Cause.EXISTS
-        if info.key in self.leases.being_written or info.key in batch:
-            return Cause.BUSY
-        parent_coming = info.parent in batch or info.parent in self.leases.being_written
-        if info.parent == info.key or (info.parent and not parent_coming and not self.index.knows(info.parent)):
-            return Cause.NO_PARENT
-        if info.size <= 0 or self.arena.rounded(info.size) > self.arena.size:
-            return Cause.TOO_LARGE
-        if not self._make_room(self.arena.rounded(info.size), parents, promised=promised):
-            return Cause.FULL
-        extents = self.arena.allocate(info.size)
-        return Writing(info, extents, promised) if extents is not None else Cause.FULL
-
-    def commit(self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]) -> list[Cause]:
+    def commit(
+        self, owner: int, lease_id: bytes, written: Sequence[tuple[bytes, int]]
+    ) -> Generator[None, None, list[Cause]]:
         """Make written objects visible, given (key, checksum) with parents before children; NONE or why not:
-        LEASE_LOST, EXISTS, NO_PARENT. The write lease ends.
+        LEASE_LOST, EXISTS, NO_PARENT. The write lease ends. Yields between two slices, for others to be served.
         """
-        answers = []
-        for key, checksum in written:
-            item = self.leases.take_written(owner, lease_id, key)
-            answers.append(self._commit_one(item, checksum) if item is not None else Cause.LEASE_LOST)
+        answers: list[Cause] = []
+        for part in parts(written):
+            if answers:
+                yield
+            for key, checksum in part:
+                item = self.leases.take_written(owner, lease_id, key)
+                answers.append(self._commit_one(item, checksum) if item is not None else Cause.LEASE_LOST)
         self.leases.release(owner, lease_id)
         self.pump()
         return answers
@@ -313,6 +296,7 @@ class TieredCache:
         """End what is over: leases and pins past their time."""
         self.counters.add("lease.expired", self.leases.expire())
         self.pins.tick()
+        self.index.shrink()
         if self.disk is not None:
             self.disk.tick()
         for writer in self.writers:
@@ -321,53 +305,13 @@ class TieredCache:
 
     # -- inside ----------
 
-    def _offer(self, tier: Tier, node: Node) -> None:
-        self._policies[tier].offer(node)
-
     def _held(self, node: Node) -> bool:
         """Whether the object need not be stored again: a tier has it that can be read now."""
         return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
 
-    def _make_room(self, nbytes: int, protected: set[Node], *, promised: bool = False) -> bool:
-        """Free arena bytes: clean victims first, then those of the protected that disk has too (a chain longer than
-        the arena ends in its next chunk's parent), then what is held loosely and lies in a lower tier, then leaves
-        whose queued write is given up, the oldest chain's first, but not for who can wait instead (`promised`). False
-        where even that is not enough.
-        """
-        policy = self._policies[Tier.CPU]
-        while (missing := nbytes - self.arena.free_bytes) > 0:
-            victims = policy.victims(missing, protected)
-            cause = "policy"
-            if victims is None and protected:
-                victims = policy.victims(missing, {node for node in protected if not node.held_in(Tier.DISK)})
-            if victims is None and (count := self.leases.give_way(missing, self._in_lower_tier)):
-                self.counters.add("lease.gave_way", count)
-                continue
-            if victims is None:
-                leaf = self._unwritten_leaf(protected) if not promised else None
-                if leaf is None:
-                    return False
-                cause = Cause.MEMORY_FULL
-                for writer in self.writers:
-                    writer.forget(leaf, cause)
-                victims = [leaf]
-            for node in victims:
-                self._evict_from_arena(node, cause)
-        return True
-
     def _in_lower_tier(self, node: Node) -> bool:
         """Whether a clean object of the arena can be had again: from disk, or from Redis, which got it once."""
         return node.held_in(Tier.DISK) or self.redis is not None
-
-    def _unwritten_leaf(self, protected: set[Node]) -> Node | None:
-        """An object that nothing keeps in the arena but a queued write; of the chain that is queued the longest."""
-        for writer in self.writers:
-            for node in writer.oldest(_GIVE_UP_AMONG):
-                leaf = self.index.leaf_below(node, Tier.CPU)
-                kept = leaf.leases or leaf in protected or any(leaf in each.promised for each in self.writers)
-                if not kept and not self.index.stays(leaf, Tier.CPU):
-                    return leaf
-        return None
 
     def _evict_from_arena(self, node: Node, cause: str) -> None:
         self.counters.add(f"evict.cpu.{cause}")
@@ -406,3 +350,9 @@ class TieredCache:
         held = [extent for node in self.index for extent in (*node.extents, *node.condemned)]
         held += self.leases.held_extents()
         return self.arena.audit(held)
+
+
+def _takes_all(node: Node) -> Generator[None, None, Cause]:
+    """What Redis refuses: nothing. It makes room itself."""
+    return Cause.NONE
+    yield

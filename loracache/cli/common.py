@@ -80,6 +80,9 @@ class Commands(TyperGroup):
         except LoRACacheError as error:
             typer.echo(f"loracache: {error}", err=True)
             raise typer.Exit(_code(error)) from None
+        except MemoryError:
+            typer.echo("loracache: this process may take no more memory; raise its limits (ulimit -v)", err=True)
+            raise typer.Exit(REFUSED) from None
 
 
 def _code(error: LoRACacheError) -> int:

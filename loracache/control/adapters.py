@@ -20,7 +20,7 @@ from loracache.adapters.peft import PeftFolder
 from loracache.cache.eviction import Evicted
 from loracache.cache.state.leases import Writing
 from loracache.cache.tier.workers import Workers
-from loracache.control.steps import answer, turn
+from loracache.control.steps import answer, done, turn
 from loracache.errors import Rejected, UsageError
 from loracache.keys import LORA_NAMESPACE, checksum
 from loracache.results import Cause
@@ -39,6 +39,7 @@ _LEASE_S = 600.0
 _REDIS_S = 30.0
 _TRY_AGAIN_S = 0.02
 _TAKEN_IN_AT_ONCE = 2  # each holds room in the arena while it is read
+_PAGE = 1000  # adapters of one answer, however many are asked for
 _PAGE_BYTES = 6 << 20  # of an answer, which is one frame; behind it one more record, with its configuration of a MiB
 _BESIDES = 700  # bytes of a record, at most, but for its configuration
 
@@ -97,7 +98,7 @@ class Adapters:
 
     async def page(self, after: str, count: int) -> list[Any]:
         """The next named adapters behind `after`: `count`, or as many as one answer holds."""
-        names = await self._others.result(lambda: self._page(after, count))
+        names = await self._others.result(lambda: self._page(after, min(count, _PAGE)))
         return [self._describe(bytes.fromhex(record.digest), record) for record in names]
 
     async def keep_namespaces(self) -> None:
@@ -204,7 +205,7 @@ class Adapters:
         try:
             buffers = self._cache.arena.buffers(place.extents, packing.size)
             total = await self._files.result(lambda: _written(key, packing, buffers, path))
-            cause = self._cache.commit(_OWNER, lease, [(key, total)])[0]
+            cause = (await done(self._cache.commit(_OWNER, lease, [(key, total)])))[0]
         except BaseException:
             self._cache.leases.release(_OWNER, lease)
             raise
@@ -216,7 +217,7 @@ class Adapters:
         deadline = time.monotonic() + _LEASE_S
         info = ObjectInfo(key, b"", Kind.LORA, LORA_NAMESPACE, packing.size, 0)
         while True:
-            place = self._cache.reserve(_OWNER, lease, [info], _LEASE_S)[0]
+            place = (await done(self._cache.reserve(_OWNER, lease, [info], _LEASE_S)))[0]
             if isinstance(place, Writing):
                 return place
             if place is Cause.EXISTS:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loracache.control.selection import Chain, Selected
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Locator"]
 
 _TIERS = (Tier.CPU, Tier.DISK)
+_PART = 512  # keys looked for between two looks at the socket
 
 
 class Locator:
@@ -50,21 +51,30 @@ class Locator:
         return best
 
     async def _chain(self, chain: Chain) -> dict[str, Any]:
-        group = len(chain.namespace.shards) or 1
-        tiers = (await self._finder.find(chain.keys())).tiers
+        tiers, group = await self.leading(chain.keys()), len(chain.namespace.shards) or 1
         chunks = [max(tiers[at : at + group]) for at in range(0, len(tiers) // group * group, group)]
         return _told(chunks, len(chain) // group) | {
             "tokens": len(chunks) * chain.namespace.chunk_tokens,
             "namespace": chain.namespace.digest().hex(),
         }
 
+    async def leading(self, keys: Iterator[bytes]) -> list[Tier]:
+        """The tiers of the leading keys that are held, asked for in parts, and no further than they are."""
+        tiers: list[Tier] = []
+        while part := list(itertools.islice(keys, _PART)):
+            found = (await self._finder.find(part)).tiers
+            tiers += found
+            if len(found) < len(part):
+                break
+            await turn()
+        return tiers
+
     async def _keys(self, selected: Selected) -> dict[str, Any]:
         index, namespaces = self._cache.index, self._namespaces
-        keys = list(itertools.takewhile(lambda key: selected.shows(index, namespaces, key), selected.keys()))
-        told = _told((await self._finder.find(keys)).tiers, selected.total or 0)
-        if len(keys) == 1 and self._adapters.engines[keys[0]] and not selected.scope:
-            told |= {"tiers": [Tier.GPU.label], "hits": 1, "engines": self._adapters.engines[keys[0]]}
-        return told
+        shown = itertools.takewhile(lambda key: selected.shows(index, namespaces, key), selected.keys())
+        told = _told(await self.leading(shown), selected.total or 0)
+        engines = self._adapters.engines[selected.named] if selected.total == 1 and not selected.scope else 0
+        return told | {"tiers": [Tier.GPU.label], "hits": 1, "engines": engines} if engines else told
 
     def _held(self, selected: Selected) -> dict[str, list[int]]:
         index = self._cache.index

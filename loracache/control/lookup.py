@@ -40,9 +40,12 @@ class Finder:
 
     def look(self, keys: Sequence[bytes]) -> Hits:
         """What the index knows of `keys`: all there is to know, where the cause says so."""
-        tiers = self._cache.lookup(keys)
+        return self.judge(self._cache.lookup(keys), len(keys))
+
+    def judge(self, tiers: list[Tier], asked: int) -> Hits:
+        """What it means that of so many keys the index knows the first ones, in these tiers."""
         redis = self._cache.redis
-        if redis is None or len(tiers) == len(keys):
+        if redis is None or len(tiers) == asked:
             return Hits(tiers, Cause.ABSENT)
         return Hits(tiers, Cause.REDIS_SLOW if redis.io.asked_too_long(self._redis_s) else Cause.NONE)
 

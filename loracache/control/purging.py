@@ -62,7 +62,7 @@ class _Choice:
     def choose(self, fields: Mapping[bytes, bytes]) -> Purpose:
         if self.whose.everything:
             return Purpose(kept=self.whose.kept)
-        self.shared.learn(fields)
+        self.shared.learn_fields(fields)
         self.wanted = {*self.whose.ours, *self.whose.matching(self.shared)}
         return Purpose(self.wanted, {*self.whose.known, *self.shared, LORA_NAMESPACE} - self.wanted)
 
@@ -82,7 +82,7 @@ async def known_in_redis(redis: TierIO, whose: Whose) -> bool:
 
     def look(fields: dict[bytes, bytes]) -> bool:
         shared = Namespaces(None)
-        shared.learn(fields)
+        shared.learn_fields(fields)
         return bool(whose.matching(shared))
 
     known: asyncio.Future[bool] = answer(lambda done: redis.consult(look, done))

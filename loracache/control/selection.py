@@ -17,6 +17,7 @@ from loracache.namespaces import Namespaces
 __all__ = ["ANY_MODEL", "Chain", "Selected", "Selector", "select", "visible"]
 
 ANY_MODEL = "*"
+_CHUNKS = 64  # hashed between two looks at the socket
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,9 @@ class Chain:
     def __len__(self) -> int:
         return len(self.tokens) // self.namespace.chunk_tokens * (len(self.namespace.shards) or 1)
 
-    def keys(self) -> list[bytes]:
-        """Keys of the objects."""
-        return self.namespace.object_keys(self.tokens)
+    def keys(self) -> Iterator[bytes]:
+        """Keys of the objects, hashed a few chunks at a time as they are asked for."""
+        return self.namespace.keys_by_parts(self.tokens, _CHUNKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Selected:
         start = max(0, start - len(self.named) // KEY_BYTES)
         for chain in self.chains:
             if start < len(chain):
-                yield from chain.keys()[start:]
+                yield from itertools.islice(chain.keys(), start, None)
             start = max(0, start - len(chain))
 
     def parts(self, index: Index, namespaces: Namespaces, size: int) -> Iterator[list[bytes]]:

@@ -22,13 +22,14 @@ from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_
 from loracache.control.selection import Selected, Selector, select
 from loracache.control.steps import start, turn
 from loracache.control.transfer import Mover
-from loracache.errors import Unknown, UsageError
+from loracache.errors import Rejected, Unknown, UsageError
 from loracache.keys import is_digest
 from loracache.results import Cause, NodeKind
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
+from loracache.wire.protocol import split_keys
 from loracache.wire.requests import ControlRequest
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ __all__ = ["Control"]
 
 _MOVES_AT_ONCE = 2  # each holds a slice of the arena
 _PART = 500  # keys of one step: a few milliseconds
+_KNOWN_S, _LOOK_S = 8.0, 0.05
+_PAGE = 1000  # items of one answer, however many are asked for: a few milliseconds too
 
 Parts = Iterator[list[bytes]]
 
@@ -76,6 +79,10 @@ class Control:
         match request:
             case messages.Locate():
                 return await self._on_locate(request, label)
+            case messages.LocateChain():
+                return await self._on_locate_chain(request, label)
+            case messages.SpaceList():
+                return await self._on_space_list(request, label)
             case messages.Pin():
                 return await self._on_pin(request, label)
             case messages.Unpin():
@@ -220,16 +227,33 @@ class Control:
     async def _on_locate(self, request: messages.Locate, label: str) -> list[Any]:
         return await self._locator.locate(await self._select(request))
 
+    async def _on_space_list(self, request: messages.SpaceList, label: str) -> list[Any]:
+        spaces = (await self._select(request)).spaces[: min(request.count, _PAGE)]
+        return [space.descriptor() for space in map(self._namespaces.get, spaces) if space is not None]
+
+    async def _on_locate_chain(self, request: messages.LocateChain, label: str) -> list[Any]:
+        namespace = self._namespaces.get(request.namespace)
+        if namespace is None or (request.scope and namespace.salt != request.scope):
+            raise Unknown(f"namespace {request.namespace.hex()} is not registered here")
+        return [bytes(await self._locator.leading(iter(split_keys(request.keys))))]
+
     async def _on_objects(self, request: messages.ObjectList, label: str) -> list[Any]:
         tier = Tier.named(request.tier) if request.tier else None
         if tier in (Tier.GPU, Tier.REDIS):
             raise UsageError(f"tier {request.tier!r} keeps its own books; list cpu or disk")
         selected = await self._select(request) if request.selector or request.scope else None
-        end, objects = self._listing.objects(selected, tier, request.after, request.count, request.scope)
+        if selected is not None and selected.chains and request.after.isdigit():
+            for count, _ in enumerate(selected.keys()):  # hashed here, where others are let in
+                if count >= int(request.after):
+                    break
+                if not count % _PART:
+                    await turn()
+        end, objects = self._listing.objects(selected, tier, request.after, min(request.count, _PAGE), request.scope)
         return [end, *objects]
 
     async def _on_tree(self, request: messages.Tree, label: str) -> list[Any]:
-        end, found = self._listing.tree(request.name, request.after, request.count, request.scope)
+        await self._all_known()
+        end, found = self._listing.tree(request.name, request.after, min(request.count, _PAGE), request.scope)
         adapters = [node for node in found if node["kind"] == NodeKind.ADAPTER]
         names = self._adapters.names() if adapters and not request.scope else {}
         for node in adapters:
@@ -243,7 +267,7 @@ class Control:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + request.wait
         while True:
-            found, lost = events.after(since, request.count)
+            found, lost = events.after(since, min(request.count, _PAGE))
             left = deadline - loop.time()
             if found or left <= 0:
                 end = found[-1].number if found else min(since, events.last)
@@ -349,10 +373,19 @@ class Control:
 
     async def _selector(self, request: Any) -> Selector:
         """The request's selector, an adapter by its digest."""
+        await self._all_known()
         fields = dict(request.selector)
         if fields.get("adapter"):
             fields["adapter"] = await self._digest(fields["adapter"], len(fields) == 1, request.scope)
         return Selector(**fields)
+
+    async def _all_known(self) -> None:
+        """Wait while the namespaces of an earlier run are read: a model may be known then. Raises Rejected."""
+        for _ in range(int(_KNOWN_S / _LOOK_S)):
+            if not self._namespaces.reading:
+                return
+            await asyncio.sleep(_LOOK_S)
+        raise Rejected("the namespaces beside the disk tier are being read still; ask again later")
 
     async def _digest(self, name: str, alone: bool, scope: str) -> str:
         """Of an adapter by name or digest; `alone`: nothing else is selected, so that there must be one."""

@@ -10,11 +10,14 @@ still read or write the pages that it holds. What shall end early is told so, an
 from __future__ import annotations
 
 import asyncio
+import time
 import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
-__all__ = ["answer", "start", "turn"]
+from loracache.cache.state.slices import TURN_S
+
+__all__ = ["answer", "done", "start", "turn"]
 
 _T = TypeVar("_T")
 _under_way: set[asyncio.Task[None]] = set()  # a loop keeps no task alive by itself
@@ -37,6 +40,19 @@ def start(work: Coroutine[Any, Any, None]) -> None:
 async def turn() -> None:
     """Let the loop do everything else that is ready."""
     await asyncio.sleep(0)
+
+
+async def done(work: Generator[None, None, _T]) -> _T:
+    """What `work` returns, which is done in slices; others are let in after each millisecond of it."""
+    while True:
+        deadline = time.perf_counter() + TURN_S
+        while time.perf_counter() < deadline:
+            try:
+                next(work)
+            except StopIteration as end:
+                result: _T = end.value
+                return result
+        await turn()
 
 
 def answer(ask: Callable[[Callable[[_T], None]], object]) -> asyncio.Future[_T]:

@@ -18,7 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from loracache.control.audit import Audit
 from loracache.control.lookup import Finder
 from loracache.control.service import Control
 from loracache.control.status import cache_status
-from loracache.daemon.listening import listen, unlink_unless_locked
+from loracache.daemon.lag import LoopLag
+from loracache.daemon.listening import listen, unlink, unlink_unless_locked
 from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
 from loracache.daemon.processes import Peer
 from loracache.daemon.session import Served, Session
@@ -47,7 +49,10 @@ READY = b"ready\n"
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _ACCEPT_PAUSE_S = 1.0
-_SCAN_SLICE = 500  # objects entered between two looks at the socket: a few milliseconds
+_END_S = 3.0  # to end in after the draining, whatever hangs: most of it is waiting, _LEFT_S are for the last steps
+_LEFT_S, _SURE_S = 1.5, 0.3
+_SCAN_SLICE = 200  # objects entered between two looks at the socket: a few milliseconds
+_UNUSED_S, _UNUSED_WITH_REDIS_S = 3600.0, 7 * 24 * 3600.0  # a namespace without objects is kept so long
 _LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
 _PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
 
@@ -59,6 +64,7 @@ class Daemon:
         """Takes the socket and the tiers. Raises ConfigError naming what is in the way."""
         self.config = config
         self._started = time.monotonic()
+        self._lag = LoopLag()
         self._sessions: set[Session] = set()
         self._stack = contextlib.ExitStack()
         try:
@@ -85,7 +91,7 @@ class Daemon:
         except BaseException:
             self._stack.close()
             raise
-        self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
+        self._namespaces.reading = self.cache.disk is not None and self.cache.disk.io.standing.reads
         self._adapters = Adapters(self.cache, self._namespaces, self._names, self._post)
         finder = Finder(self.cache, config.redis_lookup_ms / 1000)
         self._control = Control(
@@ -103,6 +109,8 @@ class Daemon:
         )
         self._owners = itertools.count(1)
         self._instance = os.urandom(16)
+        self._end_by = 0.0
+        self._step = "the writing of what is queued"  # that the end waits for
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,7 +123,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ended.set)
         loop.add_reader(self._listener.fileno(), self._accept)
-        ticking = loop.create_task(self._tick())
+        background = [loop.create_task(work) for work in (self._tick(), self._lag.watch())]
         self._start("populate", self._populate)
         if self.cache.disk is not None:
             self._start("disk-scan", self._scan)
@@ -128,9 +136,12 @@ class Daemon:
         if self.config.private:  # for the engine that waits for it, whatever is logged
             os.write(sys.stdout.fileno(), READY)
         await self._ended.wait()
+        self._end_by = time.monotonic() + self.config.drain + _END_S
+        threading.Thread(target=self._last_resort, name="last-resort", daemon=True).start()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()  # whoever comes from now on is told at once, and a private daemon's successor waits
-        ticking.cancel()
+        for task in background:
+            task.cancel()
         await self._drain()
         self._close()
 
@@ -149,6 +160,7 @@ class Daemon:
             "connections": len(self._sessions),
             "namespaces": len(self._namespaces),
             "operations": self._control.operations.running,
+            "loop": self._lag.describe(),
         } | cache_status(self.cache)
         said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
         return said
@@ -223,6 +235,8 @@ class Daemon:
             self.cache.tick()
             if self._rest is not None:
                 self._rest.tick()
+            if self.cache.disk is None or self.cache.disk.loaded:
+                self._collect_namespaces()
             gc.collect(1)
 
     def _end_if_alone(self) -> None:
@@ -239,52 +253,87 @@ class Daemon:
         _log.info("arena of %d MiB ready after %.1f s", self.cache.arena.size >> 20, time.monotonic() - started)
 
     def _scan(self) -> None:
-        """Feed what the disk tier holds to the cache, a slice at a time, so that the socket answers meanwhile."""
+        """Feed what stands beside and in the disk tier to the loop, a slice at a time, so that the socket answers
+        meanwhile: the namespaces first, for a chain's parent may be an adapter that only they tell of."""
         assert self.cache.disk is not None
         disk = self.cache.disk
-        orphans: list[ObjectInfo] = []
-        idle = threading.Event()
 
-        def adopt(infos: Iterable[ObjectInfo]) -> None:
-            orphans.extend(disk.adopt(infos))
-            idle.set()
+        def adopt(infos: list[ObjectInfo], left: list[ObjectInfo]) -> None:
+            left.extend(disk.adopt(infos))
 
         if not disk.io.standing.reads:
             self._post(disk.writer.start)  # what is asked of it is refused, and nobody waits
             while not disk.io.standing.reads:
                 if self._stopping.wait(_TICK_S):
                     return
-            self._post(self._read_books)
+            self._namespaces.reading = True
+            self._post(self._read_names)
+        try:
+            for found in self._namespaces.files():
+                if not self._feed(partial(self._namespaces.learn, found)):
+                    return
+        except OSError as error:
+            _log.error("the namespaces beside the disk tier cannot be read: %s", error)
+        if not self._feed(self._namespaces_read):
+            return
+        waiting: list[ObjectInfo] = []
         try:
             objects = disk.io.backend.scan()
             while infos := list(itertools.islice(objects, _SCAN_SLICE)):
-                if self._stopping.is_set():
+                if not self._feed(partial(adopt, infos, waiting)):
                     return
-                idle.clear()
-                self._post(lambda infos=infos: adopt(infos))  # type: ignore[misc]
-                while not idle.wait(0.1):
-                    if self._stopping.is_set():  # the loop is gone that would have set it
-                        return
         except OSError as error:
             _log.error("the disk tier cannot be read and starts empty: %s", error)
-        self._post(lambda: self._scanned(orphans))
+        while waiting:  # a child may have come before its parent
+            left: list[ObjectInfo] = []
+            for at in range(0, len(waiting), _SCAN_SLICE):
+                if not self._feed(partial(adopt, waiting[at : at + _SCAN_SLICE], left)):
+                    return
+            if len(left) == len(waiting):
+                break
+            waiting = left
+        self._post(lambda: self._scanned(waiting))
 
-    def _read_books(self) -> None:
+    def _feed(self, call: Callable[[], None]) -> bool:
+        """Have `call` called on the loop, and wait for that; False where the daemon ends."""
+        done = threading.Event()
+
+        def do() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        if self._stopping.is_set():
+            return False
+        self._post(do)
+        while not done.wait(0.1):
+            if self._stopping.is_set():  # the loop is gone that would have set it
+                return False
+        return True
+
+    def _read_names(self) -> None:
         """Of a disk that was out of reach when the daemon started."""
         try:
-            self._namespaces.read()
             self._names.read()
         except OSError as error:
-            _log.error("namespaces and names beside the disk tier cannot be read: %s", error)
+            _log.error("the names beside the disk tier cannot be read: %s", error)
+
+    def _namespaces_read(self) -> None:
+        self._namespaces.reading = False
         self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
+
+    def _collect_namespaces(self) -> None:
+        """Forget some that hold nothing. What Redis holds nobody knows, so with one they are kept for long."""
+        spaces, registered = self.cache.index.spaces, self._served.registered
+        unused_s = _UNUSED_S if self.cache.redis is None else _UNUSED_WITH_REDIS_S
+        gone = self._namespaces.collect(
+            lambda digest: digest in spaces or digest in registered, unused_s, time.monotonic()
+        )
+        self.cache.index.adapters.difference_update(map(bytes.fromhex, gone))
 
     def _scanned(self, orphans: list[ObjectInfo]) -> None:
         assert self.cache.disk is not None
-        while orphans:  # a child may have come before its parent
-            left = self.cache.disk.adopt(orphans)
-            if len(left) == len(orphans):
-                break
-            orphans = left
         self.cache.disk.adopted_all(orphans)
         _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
 
@@ -292,6 +341,8 @@ class Daemon:
         for session in list(self._sessions):
             session.close()
         self._control.stop()
+        if self._rest is not None:
+            self._rest.end()
         flushed = asyncio.Event()
         self.cache.pump()
         self.cache.when_flushed(flushed.set)
@@ -307,13 +358,27 @@ class Daemon:
                         self.config.drain,
                     )
 
+    def _last_resort(self) -> None:
+        """End the process, whatever hangs."""
+        time.sleep(max(0.0, self._end_by - _SURE_S - time.monotonic()))
+        _log.error("%s hangs and is given up; ended", self._step)
+        unlink(self.config.socket)
+        os._exit(1)
+
     def _close(self) -> None:
         self._stopping.set()
+        for writer in self.cache.writers:
+            writer.io.end()
+        waited_until = self._end_by - _LEFT_S
         for thread in self._threads:
-            thread.join(timeout=10)
+            self._step = f"the thread {thread.name}"
+            thread.join(max(0.0, waited_until - time.monotonic()))
+        self._step = "the names of adapters"
         self._adapters.close()
         for writer in self.cache.writers:
-            writer.io.close()
+            self._step = f"tier {writer.io.tier.label}"
+            writer.io.close(max(0.0, waited_until - time.monotonic()))
+        self._step = "the end of what stands beside the cache"
         self._control.close()
         if self.config.private:  # unless an engine is starting the next one, which waits for the socket's lock
             if self._rest is not None:  # first, for it makes its token anew

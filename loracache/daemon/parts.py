@@ -59,7 +59,7 @@ def books(config: Config) -> tuple[Namespaces, AdapterNames]:
     """What is kept beside the disk tier, where there is one. Raises ConfigError."""
     folders = [config.disk_path / name if config.disk_path else None for name in ("namespaces", "adapters")]
     try:
-        namespaces = Namespaces(folders[0], sync=config.disk_sync)
+        namespaces = Namespaces(folders[0], sync=config.disk_sync, read=False)
         return namespaces, AdapterNames(folders[1], _shared_names(config), _secret(config), sync=config.disk_sync)
     except OSError as error:
         raise ConfigError(

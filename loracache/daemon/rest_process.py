@@ -24,7 +24,7 @@ __all__ = ["RestProcess"]
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 5.0
-_END_S = 10.0
+_END_S = 2.0  # it was told before the cache was drained, and gives its clients three seconds
 _BACKLOG = 128
 _PORT_PATIENCE_S = 5.0
 
@@ -41,6 +41,7 @@ class RestProcess:
         self._life: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._next_start = 0.0
+        self._ending = False
 
     @property
     def pid(self) -> int | None:
@@ -71,21 +72,31 @@ class RestProcess:
 
     def tick(self) -> None:
         """Start it again where it died."""
-        if time.monotonic() < self._next_start or (self._process is not None and self._process.poll() is None):
+        if (
+            self._ending
+            or time.monotonic() < self._next_start
+            or (self._process is not None and self._process.poll() is None)
+        ):
             return
         if self._process is not None:
             _log.error("the REST process ended with %d and is started again", self._process.returncode)
         self._let_go()
         self.start()
 
+    def end(self) -> None:
+        """Have the process end; `close` waits for it."""
+        self._ending = True
+        self._let_go()
+
     def close(self) -> None:
         """End the process and give the port back. A second call does nothing."""
-        self._let_go()
+        self.end()
         self._listener.close()
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
                 return
+            _log.error("the REST process does not end and is killed")
             self._process.kill()
             self._process.wait()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 from loracache.cache.state.leases import Writing
-from loracache.control.steps import answer
+from loracache.control.steps import answer, done
 from loracache.results import Cause
 from loracache.storage_backends.base import ObjectInfo
 from loracache.wire.protocol import Reserve
@@ -29,7 +29,8 @@ async def reserve_in_time(
     deadline = time.monotonic() + request.wait
     answers: list[Writing | Cause] = []
     while wanted():
-        answers += cache.reserve(owner, request.lease, infos[len(answers) :], request.ttl, promised=True)
+        reserving = cache.reserve(owner, request.lease, infos[len(answers) :], request.ttl, promised=True)
+        answers += await done(_while(wanted, reserving))
         left = deadline - time.monotonic()
         if not answers or answers[-1] is not Cause.FULL:
             break
@@ -42,3 +43,18 @@ async def reserve_in_time(
     refused = len(infos) - len(answers)
     cache.counters.add(f"store.refused.{Cause.FULL}", refused)
     return answers + [Cause.FULL] * refused
+
+
+def _while(
+    wanted: Callable[[], bool], reserving: Generator[None, None, list[Writing | Cause]]
+) -> Generator[None, None, list[Writing | Cause]]:
+    """A reservation that ends where nobody waits for it: nothing is put under a lease that nobody would end."""
+    while wanted():
+        try:
+            next(reserving)
+        except StopIteration as end:
+            answers: list[Writing | Cause] = end.value
+            return answers
+        yield
+    reserving.close()
+    return []

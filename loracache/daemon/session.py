@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One client's connection: decodes requests, calls the cache, encodes answers.
 
-What the index can answer is answered in the same call that received it; what waits for a tier answers later, and the
-requests behind it do not wait. Threading: the event loop.
+What the index can answer is answered in the same call that received it, in the order of the requests, unless that takes
+longer than a turn (turns.py); what waits for a tier answers later, and the requests behind it do not wait. Threading:
+the event loop.
 """
 
 from __future__ import annotations
@@ -11,27 +12,28 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from loracache.cache.state.leases import Grip, Writing
-from loracache.cache.tiered import Acquired
+from loracache.cache.state.slices import advance
 from loracache.control.steps import answer, start
-from loracache.daemon.room import reserve_in_time
+from loracache.daemon.data_requests import DataRequests
+from loracache.daemon.inbox import PAUSE, Inbox
+from loracache.daemon.turns import Turns
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
-from loracache.results import Cause
-from loracache.storage_backends.base import Kind, ObjectInfo
+from loracache.keys import KEY_BYTES
 from loracache.tiers import Tier
 from loracache.wire import protocol
-from loracache.wire.frames import Frames, frame
-from loracache.wire.protocol import ERROR, NO_PARENT, OK, PART, UNKNOWN, split_keys
+from loracache.wire.frames import frame
+from loracache.wire.protocol import ERROR, OK, UNKNOWN, split_keys
 from loracache.wire.requests import AnyRequest, decode_request
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.adapters import Adapters
-    from loracache.control.lookup import Finder, Hits
+    from loracache.control.lookup import Finder
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
     from loracache.namespaces import Namespaces
@@ -43,6 +45,10 @@ _MAX_UNSENT = 64 << 20
 _REPORTED = "client."
 _REST = "http"  # what its REST process is called where it does not say whom it asks for
 _Asked = TypeVar("_Asked", bound=protocol.Request)
+_MOST_UNSERVED = 1 << 20  # bytes of a connection's messages; it is read no further then
+_MOST_PENDING = 4096
+_MOST_RESIDENT = 10_000
+_ENDING = (protocol.Release, protocol.Abort, protocol.Commit, protocol.Renew)  # what makes others wait for less
 _KEEP_S = 2.0
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
@@ -61,6 +67,11 @@ class Served:
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
     rest_pid: Callable[[], int | None]
+    turns: Turns = field(default_factory=Turns)
+    registered: Counter[bytes] = field(default_factory=Counter)
+    """Digests of namespaces, by how many connections have registered them."""
+    waiting: Counter[int] = field(default_factory=Counter)
+    """Bytes of messages that are not served yet, by client."""
 
 
 class Session(asyncio.Protocol):
@@ -73,11 +84,18 @@ class Session(asyncio.Protocol):
         self._since = time.monotonic()
         self._served = served
         self._cache = served.cache
-        self._frames = Frames()
+        self.client = peer.pid or -owner  # of another pid namespace nobody knows which connections are one process's
+        self._inbox = Inbox(self.client, served.waiting, self._broken)
+        self._data = DataRequests(owner, served.cache, served.namespaces, served.finder, self._answer, self._later)
         self._transport: asyncio.Transport | None = None
+        self._registered: set[bytes] = set()  # digests of namespaces
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
-        self._asking: set[bytes] = set()  # leases of what waits for a tier, until they are released
         self._flushed = served.cache.flushes.interval  # which began with the last flush
+        self._work: Iterator[None] | None = None  # on what has come, until all of it is served
+        self._paused = False  # nothing more is read meanwhile
+        self._ending = False  # nothing more comes
+        self._closing = False
+        self._pending = 0  # requests that are answered later
 
     # -- asyncio.Protocol ----------
 
@@ -88,20 +106,54 @@ class Session(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection's leases."""
         self._transport = None
+        self._data.close()
+        self._inbox.close()
+        self._work = None
         self._served.adapters.engines.subtract(self._resident)
+        for digest in self._registered:
+            self._served.registered[digest] -= 1
+            if not self._served.registered[digest]:
+                del self._served.registered[digest]
         self._served.ended(self)
 
     def data_received(self, data: bytes) -> None:
-        """Serve every request that is complete."""
+        """Serve every request that is complete: at once, unless others wait for a turn or it takes long."""
         try:
-            for message in self._frames.feed(data):
-                number, request = decode_request(message)
-                self._serve(number, request)
+            self._inbox.add(data)
         except ProtocolError as error:
-            self._cache.counters.add("failure.protocol")
-            _log.warning("connection %d (%s, pid %d): %s", self.owner, self.name, self.peer.pid, error)
-            self._answer(0, ERROR, str(error))
-            self.close()
+            self._broken(error)
+            return
+        if self._work is None:
+            self._work = self._requests()
+            self._served.turns.ready(self)
+        if self._busy and not self._paused and len(self._inbox) > _MOST_UNSERVED:
+            self._paused = True
+            cast(asyncio.Transport, self._transport).pause_reading()
+
+    @property
+    def _busy(self) -> bool:
+        return self._work is not None
+
+    def eof_received(self) -> bool:
+        """Nothing more comes: close once what came is served."""
+        self._ending = self._busy
+        return self._ending
+
+    def work(self, deadline: float) -> bool:
+        """Serve what has come until `deadline`; whether there is more of it."""
+        if self._work is None:
+            return False
+        if advance(self._work, deadline) and self._transport is not None:
+            return True
+        self._work = None
+        if self._transport is not None and not self._closing:
+            self._inbox.rest()
+            if self._ending:
+                self.close()
+            elif self._paused:
+                self._paused = False
+                self._transport.resume_reading()
+        return False
 
     @property
     def age(self) -> float:
@@ -122,35 +174,57 @@ class Session(asyncio.Protocol):
 
     def close(self) -> None:
         """Close after what was answered is sent."""
+        self._closing = True
         if self._transport is not None:
             self._transport.close()
 
     # -- requests ----------
 
-    def _serve(self, number: int, request: AnyRequest) -> None:
+    def _requests(self) -> Iterator[None]:
+        """Serve, one after another; a yield after each, and after each slice of a long one."""
         try:
-            self._dispatch(number, request)
-        except ProtocolError:
-            raise
-        except LoRACacheError as error:
-            self._refuse(number, error)
+            for message in self._inbox.messages():
+                if message is not PAUSE:
+                    number, request = decode_request(message)
+                    try:
+                        yield from self._dispatch(number, request)
+                    except ProtocolError:
+                        raise
+                    except LoRACacheError as error:
+                        self._refuse(number, error)
+                yield
+        except ProtocolError as error:
+            self._broken(error)
+        except Exception:  # noqa: BLE001 - top of the work for a connection: others have theirs to be done
+            self._cache.counters.add("failure.control")
+            _log.exception("connection %d (%s): a request failed", self.owner, self.name)
+            if self._transport is not None:
+                self._transport.abort()
 
-    def _dispatch(self, number: int, request: AnyRequest) -> None:
+    def _broken(self, error: ProtocolError) -> None:
+        self._cache.counters.add("failure.protocol")
+        _log.warning("connection %d (%s, pid %d): %s", self.owner, self.name, self.peer.pid, error)
+        self._answer(0, ERROR, str(error))
+        self.close()
+
+    def _dispatch(self, number: int, request: AnyRequest) -> Iterable[None]:
+        """Serve it, or begin to; answers what is still to be done of it here, in slices."""
+        if self._pending >= _MOST_PENDING and not isinstance(request, _ENDING):
+            raise UsageError(
+                f"{self._pending} requests of this connection are not answered yet, the limit; wait for some"
+            )
         match request:  # what engines send most stands first; mypy sees that what is left is all the control's
-            case protocol.Lookup():
-                self._on_lookup(number, request)
-            case protocol.Acquire():
-                self._on_acquire(number, request)
-            case protocol.Reserve():
-                self._on_reserve(number, request)
-            case protocol.Commit():
-                self._on_commit(number, request)
-            case protocol.Release():
-                self._on_release(number, request)
+            case (
+                protocol.Lookup()
+                | protocol.Acquire()
+                | protocol.Reserve()
+                | protocol.Commit()
+                | protocol.Release()
+                | protocol.Prefetch()
+            ):
+                return self._data.serve(number, request)
             case protocol.Renew():
                 self._on_renew(number, request)
-            case protocol.Prefetch():
-                self._on_prefetch(number, request)
             case protocol.Abort():
                 self._on_abort(number, request)
             case protocol.Flush():
@@ -179,7 +253,12 @@ class Session(asyncio.Protocol):
                 self._on_adapter_remove(number, request)
             case _:
                 who, asked = self._asker(request)
-                start(self._reply(number, self._served.control.serve(asked, who)))
+                self._later(number, self._served.control.serve(asked, who))
+        return ()
+
+    def _later(self, number: int, work: Awaitable[list[Any]]) -> None:
+        self._pending += 1
+        start(self._reply(number, work))
 
     async def _reply(self, number: int, work: Awaitable[list[Any]]) -> None:
         """Answer `number` with what `work` comes to, or with the words of its error."""
@@ -191,6 +270,8 @@ class Session(asyncio.Protocol):
             self._cache.counters.add("failure.control")
             _log.exception("connection %d (%s): a request failed", self.owner, self.name)
             self._refuse(number, Rejected(repr(error)))
+        finally:
+            self._pending -= 1
 
     def _refuse(self, number: int, error: LoRACacheError) -> None:
         self._answer(number, UNKNOWN if isinstance(error, Unknown) else ERROR, str(error))
@@ -211,10 +292,13 @@ class Session(asyncio.Protocol):
 
     def _on_register(self, number: int, request: protocol.Register) -> None:
         namespace = self._served.namespaces.register(request.descriptor, request.names)
+        if namespace.digest() not in self._registered:
+            self._registered.add(namespace.digest())
+            self._served.registered[namespace.digest()] += 1
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
         if namespace.digest() in self._served.namespaces.unkept:
-            start(self._reply(number, self._kept(namespace.digest())))
+            self._later(number, self._kept(namespace.digest()))
         else:
             self._answer(number, OK, [namespace.digest()])
 
@@ -225,142 +309,45 @@ class Session(asyncio.Protocol):
         return [digest]
 
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
-        start(self._reply(number, self._served.adapters.digest(request.path)))
+        self._later(number, self._served.adapters.digest(request.path))
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
         work = self._served.adapters.add(request.path, request.name)
         who, request = self._asker(request)
-        start(self._reply(number, self._served.control.audited(request, who, work)))
+        self._later(number, self._served.control.audited(request, who, work))
 
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
-        start(self._reply(number, self._served.adapters.find(request.name)))
+        self._later(number, self._served.adapters.find(request.name))
 
     def _on_adapter_show(self, number: int, request: protocol.AdapterShow) -> None:
-        start(self._reply(number, self._served.adapters.show(request.name)))
+        self._later(number, self._served.adapters.show(request.name))
 
     def _on_adapter_list(self, number: int, request: protocol.AdapterList) -> None:
-        start(self._reply(number, self._served.adapters.page(request.name, request.count)))
+        self._later(number, self._served.adapters.page(request.name, request.count))
 
     def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
         work = self._served.adapters.remove(request.name)
         who, request = self._asker(request)
-        start(self._reply(number, self._served.control.audited(request, who, work)))
+        self._later(number, self._served.control.audited(request, who, work))
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
+        if len(request.keys) > _MOST_RESIDENT * KEY_BYTES:
+            raise UsageError(f"{len(request.keys) // KEY_BYTES} adapters are more than an engine's {_MOST_RESIDENT}")
         engines = self._served.adapters.engines
         engines.subtract(self._resident)
         self._resident = set(split_keys(request.keys))
         engines.update(self._resident)
         self._answer(number, OK, [])
 
-    def _on_lookup(self, number: int, request: protocol.Lookup) -> None:
-        keys = split_keys(request.keys)
-        hits = self._served.finder.look(keys)
-        if hits.cause:
-            self._asking.discard(request.lease)
-            self._answer(number, OK, self._hits(request, keys, hits))
-        else:
-            start(self._reply(number, self._look_in_redis(request, keys, hits)))
-
-    async def _look_in_redis(self, request: protocol.Lookup, keys: list[bytes], hits: Hits) -> list[Any]:
-        self._asking.add(request.lease)
-        hits = await self._served.finder.ask_redis(keys, hits)
-        wanted = request.lease in self._asking
-        self._asking.discard(request.lease)
-        return self._hits(request, keys, hits, hold=wanted)
-
-    def _hits(self, request: protocol.Lookup, keys: list[bytes], hits: Hits, hold: bool = True) -> list[Any]:
-        """Hold and count what was found, in whole groups."""
-        counters = self._cache.counters
-        count = len(hits.tiers) // request.group * request.group
-        tiers = hits.tiers[:count]
-        if request.lease and hold and self._transport is not None:
-            self._cache.hold(self.owner, request.lease, keys[:count], request.ttl)
-        counters.add("lookup")
-        for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
-            counters.add(f"hit.{tier.label}", tiers.count(tier))
-        counters.add(f"miss.{hits.cause}", len(keys) - count)
-        return [bytes(tiers)]
-
-    def _on_prefetch(self, number: int, request: protocol.Prefetch) -> None:
-        keys = split_keys(request.keys)
-        self._cache.acquire(self.owner, request.lease, keys, request.ttl, lambda acquired: None, Grip.LOOSE)
-        self._answer(number, OK, [])
-
-    def _on_acquire(self, number: int, request: protocol.Acquire) -> None:
-        keys = split_keys(request.keys)
-        left = len(keys)
-        if not keys:
-            self._answer(number, OK, [])
-
-        def ready(acquired: list[Acquired]) -> None:
-            nonlocal left
-            left -= len(acquired)
-            for item in acquired:
-                if item.node is None:
-                    self._cache.counters.add(f"acquire.failed.{item.cause}")
-            self._answer(number, PART if left else OK, [_acquired(item) for item in acquired])
-
-        self._cache.acquire(self.owner, request.lease, keys, request.ttl, ready)
-
     def _on_renew(self, number: int, request: protocol.Renew) -> None:
         self._answer(number, OK, [self._cache.leases.renew(self.owner, request.lease, request.ttl)])
 
-    def _on_release(self, number: int, request: protocol.Release) -> None:
-        self._asking.discard(request.lease)
-        held = self._cache.leases.release(self.owner, request.lease)
-        if held:  # else the reader saw what came into the pages after it
-            self._cache.report_bad(split_keys(request.keys))
-        if not held:
-            self._cache.counters.add("lease.lost")
-        self._answer(number, OK, [held])
-
-    def _on_reserve(self, number: int, request: protocol.Reserve) -> None:
-        keys, parents = split_keys(request.keys), split_keys(request.parents)
-        if not len(keys) == len(parents) == len(request.sizes):
-            raise UsageError(
-                f"{len(keys)} keys, {len(parents)} parents and {len(request.sizes)} sizes: give one of each"
-            )
-        namespace = self._served.namespaces.get(request.namespace)
-        if namespace is None:
-            raise UsageError(
-                f"namespace {request.namespace.hex()} is not registered; register it on this connection first"
-            )
-        root = namespace.adapter_key()
-        infos = [
-            ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
-            for key, parent, size in zip(keys, parents, request.sizes, strict=True)
-        ]
-        if request.wait:
-            start(self._reply(number, self._reserve_in_time(request, infos)))
-        else:
-            self._answer(number, OK, _reserved(self._cache.reserve(self.owner, request.lease, infos, request.ttl)))
-
-    async def _reserve_in_time(self, request: protocol.Reserve, infos: list[ObjectInfo]) -> list[Any]:
-        if not self._cache.writers:
-            raise UsageError("nothing is durable without a tier below memory; give the daemon a disk or a Redis")
-        self._asking.add(request.lease)
-
-        def wanted() -> bool:
-            return self._transport is not None and request.lease in self._asking
-
-        answers = await reserve_in_time(self._cache, self.owner, request, infos, wanted)
-        self._asking.discard(request.lease)
-        return _reserved(answers)
-
-    def _on_commit(self, number: int, request: protocol.Commit) -> None:
-        keys = split_keys(request.keys)
-        if len(keys) != len(request.checksums):
-            raise UsageError(f"{len(keys)} keys and {len(request.checksums)} checksums: give one of each")
-        pairs = list(zip(keys, request.checksums, strict=True))
-        self._answer(number, OK, self._cache.commit(self.owner, request.lease, pairs))
-
     def _on_abort(self, number: int, request: protocol.Abort) -> None:
-        self._asking.discard(request.lease)
+        self._data.forget(request.lease)
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
-        start(self._reply(number, self._flush()))
+        self._later(number, self._flush())
 
     async def _flush(self) -> list[Any]:
         flushed: asyncio.Future[None] = answer(lambda done: self._cache.when_flushed(lambda: done(None)))
@@ -385,18 +372,3 @@ class Session(asyncio.Protocol):
             known = len(counters) < _MOST_COUNTERS or counters[_REPORTED + name]
             counters.add(_REPORTED + (name if known else "other"), count)
         self._answer(number, OK, [])
-
-
-def _extents(extents: tuple[tuple[int, int], ...]) -> list[int]:
-    return [number for extent in extents for number in extent]
-
-
-def _reserved(answers: list[Writing | Cause]) -> list[Any]:
-    return [_extents(item.extents) if isinstance(item, Writing) else item for item in answers]
-
-
-def _acquired(item: Acquired) -> list[Any]:
-    node = item.node
-    if node is None:
-        return [item.position, item.cause]
-    return [item.position, node.size, node.checksum, _extents(node.extents)]

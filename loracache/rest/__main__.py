@@ -18,6 +18,7 @@ from loracache.rest.access import Access
 from loracache.rest.app import make_app
 from loracache.rest.certificate import Certificate
 from loracache.rest.connections import LimitedConnection
+from loracache.rest.gate import GatedServer
 from loracache.rest.limits import Limits, Rates
 from loracache.rest.settings import RestSettings
 from loracache.rest.tokens import TokenStore
@@ -25,8 +26,7 @@ from loracache.rest.upload import remove_leftovers
 from loracache.tracing import start_traces, stop_traces
 
 _KEEP_ALIVE_S = 30
-_MOST_CONNECTIONS = 512
-_END_S = 5
+_END_S = 3
 _REFRESH_S = 1.0
 _HEADERS = [  # for browsers: no guessing of types, no frame, no use by other sites, no address told to them
     ("x-content-type-options", "nosniff"),
@@ -61,12 +61,12 @@ async def _serve(settings: RestSettings) -> None:
         server_header=False,
         headers=_HEADERS,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        limit_concurrency=_MOST_CONNECTIONS,
         timeout_graceful_shutdown=_END_S,
     )
     config.load()
-    config.ssl = certificate.context if certificate is not None else None
-    server = uvicorn.Server(config)
+    tls = certificate.context if certificate is not None else None
+    config.ssl = tls  # says which scheme URLs have
+    server = GatedServer(config, socket.socket(fileno=settings.listener), tls)
 
     def end() -> None:
         server.should_exit = True
@@ -81,7 +81,7 @@ async def _serve(settings: RestSettings) -> None:
 
     asyncio.get_running_loop().add_reader(settings.life, end)
     following = asyncio.create_task(follow_files())
-    await server.serve(sockets=[socket.socket(fileno=settings.listener)])
+    await server.serve()
     following.cancel()
     await asyncio.to_thread(stop_traces)
 

@@ -73,8 +73,12 @@ class Access:
         principal = dataclasses.replace(self._principal(headers.get(b"authorization")), address=address)
         scope.setdefault("state", {})["principal"] = principal
         key = principal.name if principal.name != ANONYMOUS else f"@{address_of(scope)}"
-        if wait := self._rates.wait(key):
-            detail = f"more requests than http_rate allows; come again in {wait:.2g} s"
+        length = headers.get(b"content-length", "0")
+        if wait := self._rates.wait(key, int(length[:18]) if length.isascii() and length.isdigit() else 0):
+            detail = (
+                f"more requests than the {self._rates.rate:g} a second that http_rate allows one caller, each 64 KiB "
+                f"of a body counting as one; come again in {wait:.2g} s"
+            )
             return problem(429, detail, headers={"retry-after": str(math.ceil(wait))})
         return None
 

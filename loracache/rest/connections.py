@@ -10,6 +10,7 @@ Threading: the event loop.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -19,6 +20,7 @@ from loracache.rest.limits import ABORT
 __all__ = ["LimitedConnection"]
 
 _CLOSE_S = 5.0
+_HEALTH = (b"/healthz", b"/readyz", b"/metrics")
 
 
 class LimitedConnection(HttpToolsProtocol):
@@ -32,7 +34,14 @@ class LimitedConnection(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._timer: asyncio.TimerHandle | None = None
         self._in_body = False  # between a head's end and its body's
+        self.only_health = False  # the others are answered 503: there are too many connections
+        self.ended: Callable[[], None] = lambda: None
         self._unused = 0  # bytes since the last that were body or ended a head: head, trailer, framing
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is on its way: its head is whole, its answer not."""
+        return self._in_body or not self._idle()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """asyncio's."""
@@ -42,6 +51,7 @@ class LimitedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's."""
         self._in_time()
+        self.ended()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -67,6 +77,8 @@ class LimitedConnection(HttpToolsProtocol):
         self._in_time()
         self._in_body = True
         self._unused = 0
+        if self.only_health:
+            self.limit_concurrency = None if self.url.partition(b"?")[0] in _HEALTH else 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

@@ -20,10 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loracache.rest.problems import problem
 
-__all__ = ["ABORT", "Limits", "Rates", "address_of", "limited"]
+__all__ = ["ABORT", "Limits", "Rates", "address_of", "limited", "network_of"]
 
 ABORT = "loracache.abort"  # in a scope: ends its connection without a word (connections.py)
 _MOST_KEYS = 10_000
+_COUNTED_BYTES, _MOST_COUNTED = 64 << 10, 8 << 20  # of a body: what takes about as long as a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +44,36 @@ class Rates:
     """A token bucket for each key, of a second's worth of requests (one at least). rate: requests a second; 0: any."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate = rate
+        self.rate = rate
         self._most = max(1.0, rate)
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, and when that was
 
-    def wait(self, key: str) -> float:
-        """0, and the request counts; or the seconds until it may come again."""
-        if not self._rate:
+    def wait(self, key: str, nbytes: int = 0) -> float:
+        """0, and the request counts, one more for every 64 KiB of its body; or the seconds until it may come again."""
+        if not self.rate:
             return 0.0
         now = self._clock()
         left, then = self._buckets.get(key, (self._most, now))
-        left = min(self._most, left + (now - then) * self._rate)
-        may = left >= 1
-        self._buckets[key] = (left - 1 if may else left, now)
+        left = min(self._most, left + (now - then) * self.rate)
+        cost = min(1 + min(nbytes, _MOST_COUNTED) // _COUNTED_BYTES, self._most)
+        may = left >= cost
+        self._buckets[key] = (left - cost if may else left, now)
         self._buckets.move_to_end(key)
         if len(self._buckets) > _MOST_KEYS:
             self._buckets.popitem(last=False)
-        return 0.0 if may else (1 - left) / self._rate
+        return 0.0 if may else (cost - left) / self.rate
 
 
 def address_of(scope: Scope) -> str:
-    """Where a request comes from: an IPv4 address, or the /64 of an IPv6 one, of which a client has as many as it
-    likes.
-    """
-    host = scope["client"][0] if scope.get("client") else ""
+    """Where a request comes from, as `network_of`."""
+    return network_of(str(scope["client"][0]) if scope.get("client") else "")
+
+
+def network_of(host: str) -> str:
+    """An IPv4 address, or the /64 of an IPv6 one, of which a client has as many as it likes."""
     if ":" not in host:
-        return str(host)
+        return host
     address = ipaddress.IPv6Address(host.partition("%")[0])
     return str(address.ipv4_mapped or ipaddress.IPv6Network((address, 64), strict=False))
 

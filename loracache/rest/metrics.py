@@ -6,7 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -53,6 +59,7 @@ class _Status(Collector):
             yield counter
         yield from self._moved()
         yield self._evictions()
+        yield from self._lag()
 
     def _gauges(self) -> Iterable[Metric]:
         tiers = self._status["tiers"]
@@ -102,6 +109,17 @@ class _Status(Collector):
             if what == "evict" and "." in rest:
                 family.add_metric(rest.split(".", 1), count)
         return family
+
+    def _lag(self) -> Iterable[Metric]:
+        """How late the daemon's event loop was."""
+        loop = self._status["loop"]
+        about = "How long after its time the daemon's event loop came to what was due."
+        histogram = HistogramMetricFamily("loracache_loop_lag_seconds", about)
+        histogram.add_metric([], [(bound, count) for bound, count in loop["lag_counts"]], loop["lag_sum_s"])
+        longest = GaugeMetricFamily(
+            "loracache_loop_lag_max_seconds", "The longest such delay of the last minute.", value=loop["lag_max_s"]
+        )
+        return histogram, longest
 
 
 def render(status: Mapping[str, Any]) -> bytes:

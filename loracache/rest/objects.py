@@ -11,6 +11,7 @@ from fastapi import FastAPI, HTTPException, Path, Query, Response
 from loracache.rest import models
 from loracache.rest.link import DaemonLink
 from loracache.rest.problems import problems
+from loracache.rest.prompts import locate_tokens
 from loracache.rest.roles import needs
 from loracache.rest.tokens import Principal
 from loracache.results import OperationState
@@ -49,7 +50,10 @@ def add_routes(app: FastAPI, link: DaemonLink) -> None:
     @app.post("/v1/lookup", tags=["objects"], responses=problems(404, 409, 413, 422), response_model=models.Found)
     async def lookup(body: models.Lookup, who: Reader) -> Response:
         """How far what is selected is held, and where. Changes nothing."""
-        (found,) = await link.call(messages.Locate(name_of(who), who.tenant, body.selector.encode()))
+        if body.selector.tokens is not None:
+            found = await locate_tokens(link, name_of(who), who.tenant, body.selector)
+        else:
+            (found,) = await link.call(messages.Locate(name_of(who), who.tenant, body.selector.encode()))
         # As bytes: the framework would check it all a second time, and this is called without pause.
         return Response(models.Found.of(found).model_dump_json(), media_type="application/json")
 

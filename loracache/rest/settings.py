@@ -19,7 +19,7 @@ from loracache.rest.tokens import own_token_path, read_private, read_tokens, tok
 __all__ = ["RestSettings", "check", "rest_settings"]
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-_RATE_OFF_LOOPBACK = 100.0
+_RATE_ON_LOOPBACK, _RATE_OFF_LOOPBACK = 2000.0, 100.0
 
 
 class RestSettings(BaseModel):
@@ -49,7 +49,7 @@ def rest_settings(config: Config, port: int, listener: int, life: int) -> RestSe
     assert config.http is not None
     host = http_address(config.http)[0]
     near = on_loopback(host)
-    rate = config.http_rate if config.http_rate is not None else (0.0 if near else _RATE_OFF_LOOPBACK)
+    rate = config.http_rate if config.http_rate is not None else (_RATE_ON_LOOPBACK if near else _RATE_OFF_LOOPBACK)
     return RestSettings(
         socket=str(config.socket.absolute()),
         hosts=_hosts(host, config.http_hosts, port, config.tls_cert is not None),

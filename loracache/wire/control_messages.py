@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from loracache.wire.protocol import Request
 
 __all__ = [
-    "Admit", "Cancel", "Clear", "Compress", "ConfigShow", "Decompress", "EventList", "Evict", "Locate", "Move",
-    "ObjectList", "OperationList", "OperationShow", "Pin", "Tree", "Unpin",
+    "Admit", "Cancel", "Clear", "Compress", "ConfigShow", "Decompress", "EventList", "Evict", "Locate", "LocateChain",
+    "Move",
+    "ObjectList", "OperationList", "OperationShow", "Pin", "SpaceList", "Tree", "Unpin",
 ]  # fmt: skip
 
 
@@ -33,6 +34,25 @@ class Locate(_ControlRequest):
 
     operation: ClassVar[str] = "locate"
     selector: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceList(_ControlRequest):
+    """The namespaces that a selector without tokens stands for; for whoever hashes those. -> [descriptor, ...]"""
+
+    operation: ClassVar[str] = "space_list"
+    selector: dict[str, Any]
+    count: int
+    """At most so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocateChain(_ControlRequest):
+    """Leading run of the keys of a chain that is held. -> [tiers: one byte a hit, a Tier value]"""
+
+    operation: ClassVar[str] = "locate_chain"
+    namespace: bytes
+    keys: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ DataRequest = (
 )
 ControlRequest = (
     control_messages.Locate
+    | control_messages.LocateChain
+    | control_messages.SpaceList
     | control_messages.Pin
     | control_messages.Unpin
     | control_messages.Evict

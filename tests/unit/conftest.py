@@ -19,6 +19,7 @@ from loracache.cache.state.arena import Arena
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Writing
 from loracache.cache.state.node import ARENA, LOWER, State
+from loracache.cache.state.slices import whole
 from loracache.cache.tier import io as tier_io
 from loracache.cache.tiered import Acquired, TieredCache
 from loracache.control import steps
@@ -242,7 +243,7 @@ class Rig:
     def reserve(
         self, name: object, parent: object = None, size: int = PAGE, *, owner: int = 1, lease: bytes = b"w"
     ) -> Writing | str:
-        return self.cache.reserve(owner, lease, [self.info(name, parent, size)], 30.0)[0]
+        return whole(self.cache.reserve(owner, lease, [self.info(name, parent, size)], 30.0))[0]
 
     def write(self, writing: Writing) -> int:
         """Copy the object's payload into its extents; answers its checksum."""
@@ -264,7 +265,10 @@ class Rig:
         writing = self.reserve(name, parent, size, owner=owner, lease=b"s")
         if isinstance(writing, str):
             return writing
-        return self.cache.commit(owner, b"s", [(writing.info.key, self.write(writing))])[0]
+        return self.commit(owner, b"s", [(writing.info.key, self.write(writing))])[0]
+
+    def commit(self, owner: int, lease: bytes, written: Sequence[tuple[bytes, int]]) -> list[str]:
+        return [*whole(self.cache.commit(owner, lease, written))]
 
     def chain(self, *names: object, size: int = PAGE) -> None:
         for parent, name in zip((None, *names), names, strict=False):

@@ -70,7 +70,7 @@ def test_the_later_source_wins(written: Any, monkeypatch: pytest.MonkeyPatch) ->
     config = load_config({"page_size": "16KiB", "memory": None}, file)
     assert (config.memory, config.disk, config.page_size) == (1 << 30, 2 << 30, 16 << 10)
     assert config.socket == Path("/run/file.sock")
-    assert config.drain == 10.0
+    assert config.drain == 5.0
 
 
 def test_an_empty_file_sets_nothing(written: Any) -> None:

@@ -43,6 +43,23 @@ def machine(root: Path, groups: str, limits: dict[str, str]) -> Path:
         ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
         ("4:cpu,memory:/a\n", {"memory/a/memory.limit_in_bytes": f"{GIB}\n"}, GIB),
         ("0::/\n", {"memory.max": "4096\n"}, BESIDE_THE_ARENA),
+        (  # what others of the group have is taken, but for the page cache
+            "0::/a\n",
+            {
+                "a/memory.max": f"{8 * GIB}\n", "a/memory.current": f"{5 * GIB}\n",
+                "a/memory.stat": f"anon 7\ninactive_file {GIB}\nactive_file {GIB}\nshmem 3\n",
+            },
+            5 * GIB,
+        ),
+        (
+            "4:memory:/a/b\n",
+            {
+                "memory/a/memory.limit_in_bytes": f"{8 * GIB}\n", "memory/a/memory.usage_in_bytes": f"{6 * GIB}\n",
+                "memory/a/memory.stat": f"inactive_file {4 * GIB}\ntotal_inactive_file {GIB}\ntotal_active_file 0\n",
+            },
+            3 * GIB,
+        ),
+        ("0::/a\n4:memory:/\n", {"unified/a/memory.max": f"{2 * GIB}\n"}, 2 * GIB),
     ],
 )  # fmt: skip
 def test_the_lowest_limit_counts_less_what_the_daemon_needs_itself(
@@ -74,3 +91,20 @@ def test_a_daemon_in_a_limited_group_refuses_an_arena_that_would_get_it_killed(g
     assert done.returncode == 2
     assert "is more than the 0.3 GiB" in done.stderr
     assert "give --memory less" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "memory", "said"),
+    [("-v 1000000", "1200MiB", "ulimit -v is 1.0 GiB"), ("-f 100000", "200MiB", "ulimit -f is 0.0 GiB")],
+)
+def test_a_limit_of_the_process_ends_the_start_with_its_name_and_no_traceback(
+    limit: str, memory: str, said: str, short_tmp: Path
+) -> None:
+    serve = [sys.executable, "-m", "loracache", "serve", "--socket", str(short_tmp / "s"), "--memory", memory]
+    bound = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+    done = subprocess.run([*bound, *serve], capture_output=True, text=True, timeout=50, check=False, env=environment)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+    assert "give --memory less, or this process more" in done.stderr

@@ -7,7 +7,7 @@ Threads: the daemon's loop alone. A policy orders nodes and changes nothing else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Generator
 from typing import Protocol
 
 from loracache.cache.policy.lru import LRU
@@ -23,9 +23,16 @@ class Policy(Protocol):
     def offer(self, node: Node) -> None:
         """`node` has become a leaf of the tier that may leave it."""
 
-    def victims(self, nbytes: int, protected: Container[Node]) -> list[Node] | None:
-        """Nodes whose bytes add up to at least `nbytes`, children before parents, none of them `protected`; or None,
-        and nothing changed, where there are not enough.
+    def used(self, node: Node, before: int) -> None:
+        """A node that was offered was used: its tick was `before`."""
+
+    def withdraw(self, node: Node) -> None:
+        """A node that was offered has left the tier, or is no leaf of it any more."""
+
+    def victims(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, tuple[list[Node], int]]:
+        """Nodes, children before parents, none of them `protected`, and the bytes that they add up to: at least
+        `nbytes`, or those of all that may go. Yields between two slices of the choice, for others to be served: what
+        was chosen before may be in use after it, which whoever evicts it has to look at again.
         """
 
 

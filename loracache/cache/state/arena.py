@@ -13,12 +13,13 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import resource
 from collections.abc import Callable, Iterable
 
 from loracache.errors import ConfigError
 from loracache.free_pages import FreePages
 from loracache.mapping import fill_page_tables
-from loracache.memory_limit import available_memory
+from loracache.memory_limit import BESIDE_THE_ARENA, available_memory
 
 __all__ = ["Arena", "Extent"]
 
@@ -31,12 +32,12 @@ class Arena:
     """A sealed memfd of `size` bytes in pages of `page_size`, mapped here and by every client."""
 
     def __init__(self, size: int, page_size: int) -> None:
-        """Raises ConfigError where the machine has less memory available than `size`."""
+        """Raises ConfigError where the machine, or a limit, has less memory available than `size`."""
         available = available_memory()
         if size > available:
             raise ConfigError(
                 f"memory={size} bytes ({size / 2**30:.1f} GiB) is more than the {available / 2**30:.1f} GiB this "
-                f"machine, or its control group, has available for it; give --memory less"
+                f"machine, or its control group, has available for it now; give --memory less, or the group more"
             )
         self.page_size = page_size
         self.size = size // page_size * page_size
@@ -45,9 +46,12 @@ class Arena:
             os.ftruncate(self.fd, self.size)
             self.map = mmap.mmap(self.fd, self.size)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError:
+        except OSError as error:
             os.close(self.fd)
-            raise
+            raise ConfigError(
+                f"memory={size} bytes ({size / 2**30:.1f} GiB) cannot be had: {error.strerror}{_limits_text(size)}; "
+                "give --memory less, or this process more"
+            ) from None
         self.view = memoryview(self.map)
         self.populated = 0
         self._pages = FreePages(self.size // page_size)
@@ -90,3 +94,13 @@ class Arena:
     def audit(self, held: Iterable[Extent]) -> list[str]:
         """Compare free runs with the extents that are `held`; answers what is wrong, in words."""
         return self._pages.audit((offset // self.page_size, length // self.page_size) for offset, length in held)
+
+
+def _limits_text(size: int) -> str:
+    """Those limits of this process that an arena of `size` bytes does not fit into, in words."""
+    limits = (("-v", resource.RLIMIT_AS), ("-f", resource.RLIMIT_FSIZE))
+    found = [(option, resource.getrlimit(limit)[0]) for option, limit in limits]
+    low = [
+        f"ulimit {option} is {soft / 2**30:.1f} GiB" for option, soft in found if 0 <= soft < size + BESIDE_THE_ARENA
+    ]
+    return f" ({', '.join(low)})" if low else ""

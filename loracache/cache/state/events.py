@@ -7,17 +7,20 @@ A ring of the last few thousand; whoever reads too slowly is told how many were 
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from loracache.cache.state.index import Node
+from loracache.storage_backends.base import KEY_BYTES
 from loracache.tiers import Tier
 
 __all__ = ["Event", "Events"]
 
 _REMEMBERED = 20_000
 _FAILURES_KEPT = 200
+_MOST_WORDS = 10_000
 
 
 @dataclass(slots=True)  # not frozen: that would cost a microsecond each
@@ -36,13 +39,49 @@ class Event:
     count: int = 1
 
 
+class _Ring:
+    """The last events, each in a place of its own that the one `_REMEMBERED` later takes. Kept as columns, not as
+    objects: 20,000 small objects among those of the index would keep most of its memory when all else is gone.
+    """
+
+    def __init__(self) -> None:
+        self._times = array("d", bytes(8 * _REMEMBERED))
+        self._nbytes, self._counts = (array("q", bytes(8 * _REMEMBERED)) for _ in range(2))
+        self._keys = bytearray(KEY_BYTES * _REMEMBERED)
+        self._keyed = bytearray(_REMEMBERED)
+        self._words: list[tuple[str, str, str, bytes]] = [("", "", "", b"")] * _REMEMBERED
+        # Few are ever used: what, tier, cause, namespace. One tuple for all events that share them.
+        self._known: dict[tuple[str, str, str, bytes], tuple[str, str, str, bytes]] = {}
+
+    def put(
+        self, number: int, time: float, words: tuple[str, str, str, bytes], key: bytes, nbytes: int, count: int
+    ) -> None:
+        at = number % _REMEMBERED
+        if len(self._known) > _MOST_WORDS:
+            self._known.clear()
+        self._times[at] = time
+        self._words[at] = self._known.setdefault(words, words)
+        self._keyed[at] = bool(key)
+        if key:
+            self._keys[at * KEY_BYTES : (at + 1) * KEY_BYTES] = key
+        self._nbytes[at] = nbytes
+        self._counts[at] = count
+
+    def get(self, number: int) -> Event:
+        at = number % _REMEMBERED
+        what, tier, cause, namespace = self._words[at]
+        key = bytes(self._keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]) if self._keyed[at] else b""
+        nbytes, count = self._nbytes[at], self._counts[at]
+        return Event(number, self._times[at], what, tier, cause, key, namespace, nbytes, count)
+
+
 class Events:
     """The ring. `wake` holds callables that are called, once, when the next event comes; who no longer waits takes its
     own out."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._ring: deque[Event] = deque(maxlen=_REMEMBERED)
+        self._ring = _Ring()
         self.failures: deque[Event] = deque(maxlen=_FAILURES_KEPT)
         self.last = int(clock() * 1000)  # numbers grow over restarts, for those who come back with one
         self._began = self.last
@@ -54,13 +93,12 @@ class Events:
 
     def add(self, what: str, tier: Tier, cause: str, node: Node) -> None:
         """One object's event."""
-        self._add(Event(self.last + 1, self._clock(), what, tier.label, cause, node.key, node.namespace, node.size))
+        self._add((what, tier.label, cause, node.namespace), node.key, node.size)
 
     def fail(self, tier: Tier, cause: str, count: int = 1, key: bytes = b"") -> None:
         """Something on the data path failed."""
-        event = Event(self.last + 1, self._clock(), "failed", tier.label, cause, key, b"", 0, count)
-        self.failures.append(event)
-        self._add(event)
+        self._add(("failed", tier.label, cause, b""), key, 0, count)
+        self.failures.append(self._ring.get(self.last))
 
     def after(self, number: int, count: int) -> tuple[list[Event], int]:
         """The next events behind `number`, at most `count`, and how many before them are lost. Whoever comes with a
@@ -68,16 +106,16 @@ class Events:
         if number > self.last:  # an earlier run said more than one event a millisecond
             number = self._began
         number = max(number, self._began)
-        if not self._ring or number == self.last:
+        if number == self.last:
             return [], 0
-        first = self._ring[0].number
-        start = max(0, number + 1 - first)
-        end = min(len(self._ring), start + count)
-        return [self._ring[place] for place in range(start, end)], max(0, first - number - 1)
+        first = max(self._began, self.last - _REMEMBERED) + 1
+        start = max(first, number + 1)
+        end = min(self.last + 1, start + count)
+        return [self._ring.get(each) for each in range(start, end)], max(0, first - number - 1)
 
-    def _add(self, event: Event) -> None:
-        self.last = event.number
-        self._ring.append(event)
+    def _add(self, words: tuple[str, str, str, bytes], key: bytes, nbytes: int, count: int = 1) -> None:
+        self.last += 1
+        self._ring.put(self.last, self._clock(), words, key, nbytes, count)
         if self.wake:
             waiting, self.wake = self.wake, set()
             for call in waiting:

@@ -18,26 +18,33 @@ from sortedcontainers import SortedDict, SortedList
 
 from loracache.cache.state.arena import Extent
 from loracache.cache.state.node import Node, State
+from loracache.memory_limit import give_back_memory
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
 __all__ = ["Index", "Node", "Space", "parents_first"]
 
+_WORTH_SHRINKING = 10_000  # nodes
+_OFFERED = (Tier.CPU, Tier.DISK)  # tiers that somebody chooses victims of
+
 
 class Index:
     """The tree, by key.
 
-    `on_candidate(tier, node)` is called whenever a node may have become a victim; `free` takes back extents that nobody
-    holds any more. `adapters` are keys that stand for a node without a tier as soon as a chain needs one as its parent:
-    adapters that an engine serves and the cache does not hold. `retained` are keys of adapters that have a name: such a
-    node stays in the tier `retaining_tier`, and in the arena until it is there. `spaces` says what there is of each
-    namespace that has anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every
-    change.
+    `on_candidate(tier, node)` is called whenever a node may have become a victim; of one that its policy has taken as
+    a candidate (`Node.offered`), `on_used(tier, node, its tick before)` when it is used and `on_left(tier, node)` when
+    it leaves the tier or is no leaf of it any more. `free` takes back extents that nobody holds any more. `adapters`
+    are keys that stand for a node without a tier as soon as a chain needs one as its parent: adapters that an engine
+    serves and the cache does not hold. `retained` are keys of adapters that have a name: such a node stays in the tier
+    `retaining_tier`, and in the arena until it is there. `spaces` says what there is of each namespace that has
+    anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every change.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], free: Callable[[Iterable[Extent]], None]) -> None:
         self._nodes: dict[bytes, Node] = {}
         self._on_candidate = on_candidate
+        self.on_used: Callable[[Tier, Node, int], None] = lambda tier, node, before: None
+        self.on_left: Callable[[Tier, Node], None] = lambda tier, node: None
         self._free = free
         self._clock = itertools.count(1)
         self.adapters: set[bytes] = set()
@@ -47,6 +54,7 @@ class Index:
         self.on_change: Callable[[Node, Tier, bool, str], None] = lambda node, tier, entered, cause: None
         self.objects = [0, 0, 0, 0]
         self.bytes = [0, 0, 0, 0]
+        self._most = 0
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -127,8 +135,11 @@ class Index:
         node.present |= bit
         node.dirty &= ~bit
         self._count(node, tier, 1)
-        if node.parent is not None:
-            node.parent.children[tier] += 1
+        parent = node.parent
+        if parent is not None:
+            parent.children[tier] += 1
+            if parent.offered & bit:
+                self.on_left(tier, parent)
         self.touch(node)
         self.offer(node, tier)
         if node.key in self.retained and tier is self.retaining_tier:
@@ -149,6 +160,8 @@ class Index:
             node.extents = ()
         node.present &= ~bit
         node.pins &= ~bit
+        if node.offered & bit:
+            self.on_left(tier, node)
         self._count(node, tier, -1)
         parent = node.parent
         if parent is not None:
@@ -194,9 +207,21 @@ class Index:
                 _unlink(parent, node)
             node = parent
 
+    def shrink(self) -> None:
+        """Give memory back after very many nodes have gone: a dict from which they were deleted keeps their places."""
+        self._most = max(self._most, len(self._nodes))
+        if self._most > _WORTH_SHRINKING + 4 * len(self._nodes):
+            self._most = len(self._nodes)
+            self._nodes = dict(self._nodes)
+            give_back_memory()
+
     def touch(self, node: Node) -> None:
         """Record a use."""
-        node.tick = next(self._clock)
+        before, node.tick = node.tick, next(self._clock)
+        if node.offered:
+            for tier in _OFFERED:
+                if node.offered >> tier & 1:
+                    self.on_used(tier, node, before)
 
     def hold(self, node: Node) -> None:
         """Keep the node's extents where they are until `unhold`."""
@@ -241,7 +266,10 @@ class Index:
             node = find(key)
             if node is None or not node.present & tiers:
                 break
-            node.tick = next(clock)
+            if node.offered:
+                self.touch(node)
+            else:
+                node.tick = next(clock)
             node.hits += 1
             nodes.append(node)
         if nodes:

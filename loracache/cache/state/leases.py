@@ -13,16 +13,19 @@ those out that have it. Threading: the cache's thread.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loracache.cache.state.arena import Arena, Extent
 from loracache.cache.state.index import Index, Node
+from loracache.cache.state.slices import Slices
 from loracache.storage_backends.base import ObjectInfo
 
 __all__ = ["Grip", "Leases", "Writing"]
 
 _LOOKS = 4096  # at loosely held objects for some that give way: about a millisecond
+
+_SLICE = 2048  # holds ended between two looks at the socket: a millisecond
 
 LeaseKey = tuple[int, bytes]  # (owner's number, the lease's id chosen by its client)
 
@@ -57,9 +60,10 @@ class _Lease:
 class Leases:
     """All leases, by owner (a connection) and id."""
 
-    def __init__(self, arena: Arena, index: Index, clock: Callable[[], float]) -> None:
+    def __init__(self, arena: Arena, index: Index, slices: Slices, clock: Callable[[], float]) -> None:
         self._arena = arena
         self._index = index
+        self._slices = slices
         self._clock = clock
         self._leases: dict[LeaseKey, _Lease] = {}
         self._owners: dict[int, set[bytes]] = {}
@@ -201,7 +205,13 @@ class Leases:
         del self._leases[key]
         self._loose.pop(key, None)
         self._owners[owner].discard(lease_id)
-        for node in lease.nodes:
-            self._index.unhold(node)
+        self._slices.run(self._let_go(lease.nodes))
         self.being_written.difference_update(lease.writing)
         return [item.extents for item in lease.writing.values()]
+
+    def _let_go(self, nodes: Collection[Node]) -> Iterator[None]:
+        """End the holds of a lease that is over."""
+        for count, node in enumerate(nodes, start=1):
+            self._index.unhold(node)
+            if not count % _SLICE:
+                yield

@@ -8,12 +8,13 @@ never stays where the parent is missing when it lands. Threading: the cache's th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 
 from loracache.cache.policy import Policy
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
+from loracache.cache.state.slices import Slices
 from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import TierIO
 from loracache.cache.tier.write_behind import WriteBehind
@@ -24,6 +25,7 @@ from loracache.tiers import Tier
 __all__ = ["DiskTier"]
 
 _DELETE_AGAIN_S = 5.0
+_EVICTED = 64  # objects evicted between two looks at the socket
 _ASKED = ("asked", "moved", "replaced")  # causes of leaving that nobody has to be told of
 
 
@@ -38,6 +40,7 @@ class DiskTier:
         arena: Arena,
         index: Index,
         counters: Counters,
+        slices: Slices,
         flushes: Flushes,
         policy: Policy,
         limit: int,
@@ -47,10 +50,13 @@ class DiskTier:
         self.limit = limit
         self.used = 0
         self.loaded = False
-        self.writer = WriteBehind(io, arena, index, counters, flushes, self._refuse, self._written, started=False)
+        self.writer = WriteBehind(
+            io, arena, index, counters, slices, flushes, self._refuse, self._written, started=False
+        )
         self._arena = arena
         self._index = index
         self._counters = counters
+        self._slices = slices
         self._flushes = flushes
         self._policy = policy
         self._on_written = written
@@ -123,15 +129,21 @@ class DiskTier:
         the old one still stands, so there must be room for both; what has none answers FULL. `done` is told how each
         went.
         """
+        self._slices.run(self._rewrite(items, done))
+
+    def _rewrite(
+        self, items: Sequence[tuple[Node, int]], done: Callable[[list[tuple[Node, Result]]], None]
+    ) -> Iterator[None]:
         going: list[Node] = []
         transfers: list[Transfer] = []
         results: list[tuple[Node, Result]] = []
         protected = {node for node, _ in items}
         for node, planes in items:
             room = self.io.backend.footprint(node.size)
+            enough = node.held_in(Tier.DISK) and (yield from self._make_room(room, protected))
             if not node.held_in(Tier.DISK):
                 results.append((node, Result(Outcome.MISS)))
-            elif not self._make_room(room, protected):
+            elif not enough:
                 results.append((node, Result(Outcome.FULL)))
             else:
                 self.used += room
@@ -177,19 +189,22 @@ class DiskTier:
         """
         self._counters.add("disk.orphans", len(orphans))
         self._delete({info.key: self.io.backend.footprint(info.stored or info.size) for info in orphans})
-        self._make_room(0, ())
+        self._slices.run(self._open())
+
+    def _open(self) -> Iterator[None]:
+        yield from self._make_room(0, ())
         self.loaded = True
         self.writer.start()
 
-    def _refuse(self, node: Node) -> Cause | None:
+    def _refuse(self, node: Node) -> Generator[None, None, Cause]:
         parent = node.parent
         if parent is not None and parent.kind is not Kind.LORA and not _on_disk_or_coming(parent):
             return Cause.NO_PARENT
         cost = self.cost(node)
-        if not self._make_room(cost, () if parent is None else {parent}):
+        if not (yield from self._make_room(cost, () if parent is None else {parent})):
             return Cause.FULL
         self.used += cost
-        return None
+        return Cause.NONE
 
     def _written(self, node: Node, outcome: Outcome) -> bool:
         self.used -= self.cost(node)
@@ -206,17 +221,23 @@ class DiskTier:
         self.used += self.cost(node)
         return True
 
-    def _make_room(self, nbytes: int, protected: Container[Node]) -> bool:
-        excess = self.used + nbytes - self.limit
-        if excess <= 0:
-            return True
-        if nbytes > self.limit:  # without asking every object on disk whether it would go for this one
-            return False
-        victims = self._policy.victims(excess, protected)
-        if victims is None:
-            return False
-        self.evict(victims, "policy")
+    def _make_room(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, bool]:
+        """Evict until so many bytes fit; False, and nothing evicted, where they cannot. Yields between two slices."""
+        while (excess := self.used + nbytes - self.limit) > 0:
+            if nbytes > self.limit:  # without asking every object on disk whether it would go for this one
+                return False
+            victims, freed = yield from self._policy.victims(excess, protected)
+            if freed < excess:
+                return False
+            for at in range(0, len(victims), _EVICTED):
+                if at:
+                    yield
+                part = victims[at : at + _EVICTED]
+                self.evict((node for node in part if node not in protected and self._may_go(node)), "policy")
         return True
+
+    def _may_go(self, node: Node) -> bool:
+        return not node.children[Tier.DISK] and self._index.evictable(node, Tier.DISK)
 
     def _leave(self, node: Node, cause: str) -> None:
         self.used -= self.cost(node)

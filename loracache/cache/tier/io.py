@@ -227,17 +227,21 @@ class TierIO:
         self._purges += 1
         self.when_written(lambda: self._care.submit(work))
 
-    def close(self) -> None:
-        """Wait for what runs, a few seconds at most, drop what is queued, close the backend."""
-        deadline = time.monotonic() + _END_S
+    def end(self) -> None:
+        """Take no more work up, and drop what is queued."""
         self._closing = True
-        workers = (self._asks, self._loads, self._writes, self._care)
-        for each in workers:
+        for each in (self._asks, self._loads, self._writes, self._care):
             each.end()
+
+    def close(self, seconds: float = _END_S) -> None:
+        """Drop what is queued, wait that long at most for what runs, and close the backend."""
+        self.end()
+        deadline = time.monotonic() + seconds
+        workers = (self._asks, self._loads, self._writes, self._care)
         if all(each.ended(deadline) for each in workers):
             self.backend.close()
         else:
-            _log.error("%s: a call hangs; left behind after %g s", self.tier.label, _END_S)
+            _log.error("%s: a call hangs; left behind after %.1f s", self.tier.label, seconds)
 
     @property
     def waiting(self) -> dict[str, int]:

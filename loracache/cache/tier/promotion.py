@@ -6,12 +6,13 @@ Threading: the cache's thread; the reading itself runs on the tiers' threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.node import State
+from loracache.cache.state.slices import Slices
 from loracache.cache.tier.io import TierIO
 from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
@@ -22,13 +23,14 @@ __all__ = ["Promoter", "Waiter"]
 Waiter = Callable[[Node | None, Cause], None]  # (the node now in the arena, NONE) or (None, cause)
 
 _BATCH_BYTES = 8 << 20
+_SLICE = 128  # objects that a load begins for between two looks at the socket
 
 
 class Promoter:
     """Loads into the arena.
 
-    make_room(nbytes, protected) answers whether the arena has that much free now; arrived(node, source) and
-    lost(node, outcome) tell the cache how a load went.
+    make_room(nbytes, protected) returns whether the arena has that much free now, and yields where that takes long;
+    arrived(node, source) and lost(node, outcome) tell the cache how a load went.
     """
 
     def __init__(
@@ -36,13 +38,15 @@ class Promoter:
         arena: Arena,
         index: Index,
         counters: Counters,
-        make_room: Callable[[int, set[Node]], bool],
+        slices: Slices,
+        make_room: Callable[[int, set[Node]], Generator[None, None, bool]],
         arrived: Callable[[Node, Tier], None],
         lost: Callable[[Node, Tier, Outcome], None],
     ) -> None:
         self._arena = arena
         self._index = index
         self._counters = counters
+        self._slices = slices
         self._make_room = make_room
         self._arrived = arrived
         self._lost = lost
@@ -57,7 +61,7 @@ class Promoter:
 
     def from_disk(self, io: TierIO, wanted: Sequence[tuple[Node, Waiter]]) -> None:
         """Load objects that the disk tier holds."""
-        self._load(io, [(node, waiter) for node, waiter in wanted])
+        self._slices.run(self._load(io, wanted))
 
     def from_redis(self, io: TierIO, wanted: Sequence[tuple[bytes, Waiter]]) -> None:
         """Ask Redis for keys that no other tier holds, in one round trip, and load what it has."""
@@ -81,7 +85,7 @@ class Promoter:
                     self.wait(node, waiter)
                 else:
                     found.append((node, waiter))
-            self._load(io, found)
+            self._slices.run(self._load(io, found))
 
         io.contains([key for key, _ in wanted], answered)
 
@@ -92,24 +96,33 @@ class Promoter:
             self._index.ghost(info.parent, Kind.LORA if info.parent in self._index.adapters else Kind.KV)
         return self._index.insert(info)
 
-    def _load(self, io: TierIO, wanted: list[tuple[Node, Waiter]]) -> None:
+    def _load(self, io: TierIO, wanted: Sequence[tuple[Node, Waiter]]) -> Iterator[None]:
         """Allocate, then read in batches small enough that the first bytes are copied on while the last are read."""
         protected = {node for node, _ in wanted}
         for node, _ in wanted:
             self._index.hold(node)  # making room for one may take the last child, and with it the node, of another
         batch: list[Node] = []
         nbytes = 0
-        refused = self._arena.size + 1  # bytes for which there was no room: none is made while this runs
-        for node, waiter in wanted:
+        refused = self._arena.size + 1  # bytes for which there was no room; who waits behind asks for no less in vain
+        for count, (node, waiter) in enumerate(wanted, start=1):
+            size = self._arena.rounded(node.size)
+            if node.state(Tier.CPU) is State.LOADING or node.held_in(Tier.CPU):
+                enough = True
+            elif size >= refused:
+                enough = self._arena.free_bytes >= size
+            elif not (enough := (yield from self._make_room(size, protected))):
+                refused = size
+            # Others were served meanwhile: the object may be on its way, or here.
             if node.state(Tier.CPU) is State.LOADING:
                 self.wait(node, waiter)
                 self._index.unhold(node)
                 continue
-            size = self._arena.rounded(node.size)
-            room = size < refused and self._make_room(size, protected)
-            extents = self._arena.allocate(node.size) if room else None
+            if node.held_in(Tier.CPU):
+                waiter(node, Cause.NONE)
+                self._index.unhold(node)
+                continue
+            extents = self._arena.allocate(node.size) if enough else None
             if extents is None:
-                refused = min(size, refused)
                 waiter(None, Cause.MEMORY_FULL)
                 self._index.unhold(node)
                 continue
@@ -120,6 +133,8 @@ class Promoter:
             if nbytes >= _BATCH_BYTES:
                 self._submit(io, batch)
                 batch, nbytes = [], 0
+            if not count % _SLICE:
+                yield
         if batch:
             self._submit(io, batch)
 

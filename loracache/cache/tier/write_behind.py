@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
+from loracache.cache.state.slices import Slices
 from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import TierIO
 from loracache.results import Cause
@@ -32,7 +33,8 @@ _NOT_LOST = (Cause.EXISTS, "moved")  # the tier has it, or shall not have it: an
 class WriteBehind:
     """Writes committed objects to one tier.
 
-    refuse(node): None where the object may be written now (room was made for it), else the cause why not.
+    refuse(node) returns NONE where the object may be written now (room was made for it), else the cause why not, and
+    yields where that takes long.
     written(node, outcome): how the writing of an object that was not refused ended; answers whether the tier keeps it.
     started: whether writing may begin; else objects queue until `start`.
     """
@@ -43,8 +45,9 @@ class WriteBehind:
         arena: Arena,
         index: Index,
         counters: Counters,
+        slices: Slices,
         flushes: Flushes,
-        refuse: Callable[[Node], Cause | None],
+        refuse: Callable[[Node], Generator[None, None, Cause]],
         written: Callable[[Node, Outcome], bool],
         *,
         started: bool = True,
@@ -54,6 +57,7 @@ class WriteBehind:
         self._arena = arena
         self._index = index
         self._counters = counters
+        self._slices = slices
         self._flushes = flushes
         flushes.open(io.tier)
         self._refuse = refuse
@@ -61,6 +65,7 @@ class WriteBehind:
         self._queue: OrderedDict[Node, int] = OrderedDict()  # a dict finds its first key only behind all deleted ones
         self._in_flight: dict[Node, int] = {}
         self._batches = 0
+        self._pumping = False
         self._sequence = 0
         self._waiting: list[tuple[int, Callable[[], None]]] = []
         self._watching: list[Callable[[None], None]] = []
@@ -88,27 +93,43 @@ class WriteBehind:
 
     def pump(self) -> None:
         """Start as many batches as may run."""
-        while self._started and self._queue and self._batches < _BATCHES_IN_FLIGHT:
-            nodes: list[Node] = []
-            nbytes = 0
-            while self._queue and len(nodes) < _BATCH_OBJECTS and nbytes < _BATCH_BYTES:
-                node = next(iter(self._queue))
-                sequence = self._queue.pop(node)
-                self._in_flight[node] = sequence
-                self._index.hold(node)
-                cause = self._refuse(node)
-                if cause is not None:
-                    self._give_up(cause)
-                    self._finish(node)
-                    continue
-                nodes.append(node)
-                nbytes += node.size
-            if nodes:
-                self._submit(nodes)
+        if not self._pumping:
+            self._slices.run(self._pump())
+
+    def _pump(self) -> Iterator[None]:
+        self._pumping = True
+        try:
+            while self._started and self._queue and self._batches < _BATCHES_IN_FLIGHT:
+                yield from self._fill_batch()
+        finally:
+            self._pumping = False
         self._answer_flushes()
         watching, self._watching = self._watching, []
         for shorter in watching:
             shorter(None)
+
+    def _fill_batch(self) -> Iterator[None]:
+        nodes: list[Node] = []
+        transfers: list[Transfer] = []
+        nbytes = 0
+        while self._queue and len(nodes) < _BATCH_OBJECTS and nbytes < _BATCH_BYTES:
+            node = next(iter(self._queue))
+            self._in_flight[node] = self._queue.pop(node)
+            self._index.hold(node)
+            # Made before others are served: an object that leaves the arena keeps its held pages, but not its extents.
+            # Pages are whole multiples of 4096, so the padding is there.
+            transfer = Transfer(node.info(), self._arena.buffers(node.extents, padded(node.size)))
+            cause = yield from self._refuse(node)
+            if cause:
+                self._give_up(cause)
+                self._finish(node)
+                continue
+            nodes.append(node)
+            transfers.append(transfer)
+            nbytes += node.size
+        if nodes:
+            self._batches += 1
+            self.io.store(transfers, lambda results: self._written(nodes, results))
 
     def oldest(self, limit: int) -> list[Node]:
         """The first objects of the queue."""
@@ -147,13 +168,6 @@ class WriteBehind:
         self._counters.add(f"write.{self.io.tier.label}.dropped.{cause}")
         if cause not in _NOT_LOST:
             self._flushes.gave_up(self.io.tier)
-
-    def _submit(self, nodes: list[Node]) -> None:
-        self._batches += 1
-        transfers = [
-            Transfer(node.info(), self._arena.buffers(node.extents, padded(node.size))) for node in nodes
-        ]  # pages are whole multiples of 4096, so the padding is there
-        self.io.store(transfers, lambda results: self._written(nodes, results))
 
     def _written(self, nodes: list[Node], results: list[Result]) -> None:
         self._batches -= 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loracache.cache.state.leases import Writing
+from loracache.cache.state.slices import whole
 from loracache.errors import UsageError
 from loracache.tiers import Tier
 
@@ -40,7 +41,7 @@ def test_an_object_is_visible_at_commit_and_not_before(nothing_leaks: Make) -> N
     assert isinstance(writing, Writing)
     assert rig.cache.lookup([writing.info.key]) == []
     assert rig.get("a") == "absent"
-    assert rig.cache.commit(1, b"w", [(writing.info.key, rig.write(writing))]) == [""]
+    assert rig.commit(1, b"w", [(writing.info.key, rig.write(writing))]) == [""]
     assert rig.cache.lookup([writing.info.key]) == [Tier.CPU]
     assert len(rig.get("a")) == PAGE
 
@@ -60,7 +61,7 @@ def test_what_is_held_or_being_written_is_not_written_twice(nothing_leaks: Make)
     assert rig.reserve("a") == "exists"
     rig.reserve("b", lease=b"w1")
     assert rig.reserve("b", lease=b"w2", owner=2) == "busy"
-    answers = rig.cache.reserve(1, b"w3", [rig.info("c"), rig.info("c")], 30.0)
+    answers = whole(rig.cache.reserve(1, b"w3", [rig.info("c"), rig.info("c")], 30.0))
     assert isinstance(answers[0], Writing)
     assert answers[1] == "busy"
 
@@ -70,7 +71,7 @@ def test_a_child_needs_its_parent_held_or_coming(nothing_leaks: Make) -> None:
     assert rig.reserve("b", "a") == "no_parent"
     parent = rig.reserve("a", lease=b"p")
     assert isinstance(rig.reserve("b", "a", lease=b"c", owner=2), Writing)
-    answers = rig.cache.reserve(3, b"w", [rig.info("x"), rig.info("y", "x"), rig.info("z", "nobody")], 30.0)
+    answers = whole(rig.cache.reserve(3, b"w", [rig.info("x"), rig.info("y", "x"), rig.info("z", "nobody")], 30.0))
     assert [isinstance(answer, Writing) for answer in answers] == [True, True, False]
     assert answers[2] == "no_parent"
     assert isinstance(parent, Writing)
@@ -81,7 +82,7 @@ def test_a_child_whose_parent_was_given_up_is_not_committed(nothing_leaks: Make)
     rig.reserve("a", lease=b"p")
     child = rig.reserve("b", "a", lease=b"c")
     rig.cache.leases.release(1, b"p")
-    assert rig.cache.commit(1, b"c", [(child.info.key, rig.write(child))]) == ["no_parent"]
+    assert rig.commit(1, b"c", [(child.info.key, rig.write(child))]) == ["no_parent"]
     assert rig.arena.free_bytes == rig.arena.size
     assert len(rig.cache.index) == 0
 
@@ -92,7 +93,7 @@ def test_a_parent_stays_while_its_child_is_being_written(nothing_leaks: Make) ->
     child = rig.reserve("b", "a")
     assert rig.store("big", size=3 * PAGE) == "full"
     assert rig.evict("a") == (0, 0, 1)
-    assert rig.cache.commit(1, b"w", [(child.info.key, rig.write(child))]) == [""]
+    assert rig.commit(1, b"w", [(child.info.key, rig.write(child))]) == [""]
     assert rig.store("big", size=3 * PAGE) == ""  # now the chain may go
 
 
@@ -114,10 +115,10 @@ def test_an_object_may_not_be_its_own_parent(nothing_leaks: Make) -> None:
 
 def test_what_is_not_committed_with_its_lease_is_free_again(nothing_leaks: Make) -> None:
     rig = nothing_leaks()
-    one, two = rig.cache.reserve(1, b"w", [rig.info("a"), rig.info("b")], 30.0)
-    assert rig.cache.commit(1, b"w", [(one.info.key, rig.write(one))]) == [""]
+    one, two = whole(rig.cache.reserve(1, b"w", [rig.info("a"), rig.info("b")], 30.0))
+    assert rig.commit(1, b"w", [(one.info.key, rig.write(one))]) == [""]
     assert rig.arena.free_bytes == 15 * PAGE
-    assert rig.cache.commit(1, b"w", [(two.info.key, 0)]) == ["lease_lost"]
+    assert rig.commit(1, b"w", [(two.info.key, 0)]) == ["lease_lost"]
 
 
 def test_what_a_tier_brought_meanwhile_is_kept_and_the_copy_dropped(nothing_leaks: Make) -> None:
@@ -126,7 +127,7 @@ def test_what_a_tier_brought_meanwhile_is_kept_and_the_copy_dropped(nothing_leak
     slow = rig.reserve("a")
     rig.put(slow.extents, b"x" * PAGE)
     rig.cache.disk.adopt([rig.info("a", size=PAGE)])  # an earlier run's, found by the scan
-    assert rig.cache.commit(1, b"w", [(slow.info.key, 99)]) == ["exists"]
+    assert rig.commit(1, b"w", [(slow.info.key, 99)]) == ["exists"]
     assert rig.arena.free_bytes == rig.arena.size
 
 
@@ -323,7 +324,7 @@ def test_a_late_word_of_the_writer_frees_what_its_lost_lease_held(nothing_leaks:
     assert rig.cache.leases.quarantined == PAGE
     assert isinstance(rig.reserve("a", owner=2, lease=b"other"), Writing)  # the key is free at once
     if word == "commit":
-        assert rig.cache.commit(1, b"w", [(writing.info.key, 0)]) == ["lease_lost"]
+        assert rig.commit(1, b"w", [(writing.info.key, 0)]) == ["lease_lost"]
     else:
         assert not rig.cache.leases.release(1, b"w")
     assert rig.cache.leases.quarantined == 0
@@ -374,7 +375,7 @@ def test_a_condemned_object_comes_back_from_disk(nothing_leaks: Make) -> None:
 def test_bytes_that_do_not_match_their_checksum_reach_no_tier_and_are_served_no_more(nothing_leaks: Make) -> None:
     rig = nothing_leaks(disk=1 << 20, redis=True)
     writing = rig.reserve("a")
-    assert rig.cache.commit(1, b"w", [(writing.info.key, rig.write(writing) ^ 1)]) == [""]
+    assert rig.commit(1, b"w", [(writing.info.key, rig.write(writing) ^ 1)]) == [""]
     rig.settle()
     assert rig.disk.held() == rig.redis.held() == {}
     assert rig.count("failure.disk.corrupt") == 1

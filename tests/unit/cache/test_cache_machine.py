@@ -103,7 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not good:  # a writer that computes a wrong checksum
             proof ^= 1
             self.scribbled.add(writer.name)
-        answers = self.cache.commit(writer.owner, writer.lease, [(writer.writing.info.key, proof)])
+        answers = self.rig.commit(writer.owner, writer.lease, [(writer.writing.info.key, proof)])
         assert (answers == ["lease_lost"]) == (not held)
 
     @precondition(lambda self: self.writers)

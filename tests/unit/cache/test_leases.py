@@ -55,9 +55,9 @@ def test_a_lease_that_is_not_broken_is_nobody_elses_to_end(rig_of: Make) -> None
     assert isinstance(writing, Writing)
     assert not rig.cache.leases.release(2, b"w")
     assert not rig.cache.leases.release(2, b"r")
-    assert rig.cache.commit(2, b"w", [(writing.info.key, 0)]) == ["lease_lost"]
+    assert rig.commit(2, b"w", [(writing.info.key, 0)]) == ["lease_lost"]
     assert rig.cache.leases.held_objects == 1
-    assert rig.cache.commit(1, b"w", [(writing.info.key, rig.write(writing))]) == [""]
+    assert rig.commit(1, b"w", [(writing.info.key, rig.write(writing))]) == [""]
     assert rig.get("a") == rig.payload("a")
     assert rig.release(owner=1)
 
@@ -69,7 +69,7 @@ def test_only_the_broken_one_of_two_leases_with_one_id_is_ended(rig_of: Make) ->
     writing = rig.reserve("a", owner=3)
     assert not rig.cache.leases.release(2, b"w")
     assert rig.cache.leases.quarantined == 0
-    assert rig.cache.commit(3, b"w", [(writing.info.key, rig.write(writing))]) == [""]
+    assert rig.commit(3, b"w", [(writing.info.key, rig.write(writing))]) == [""]
 
 
 def test_a_lease_that_ran_out_of_time_is_ended_from_another_connection_too(rig_of: Make) -> None:
@@ -77,7 +77,7 @@ def test_a_lease_that_ran_out_of_time_is_ended_from_another_connection_too(rig_o
     writing = rig.reserve("a", owner=1)
     rig.later(31)
     assert rig.cache.leases.quarantined == PAGE
-    assert rig.cache.commit(2, b"w", [(writing.info.key, 0)]) == ["lease_lost"]
+    assert rig.commit(2, b"w", [(writing.info.key, 0)]) == ["lease_lost"]
     assert rig.cache.leases.quarantined == 0
 
 

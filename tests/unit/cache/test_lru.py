@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Container
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from loracache.cache.policy import LRU
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.node import State
+from loracache.cache.state.slices import whole
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
@@ -28,7 +30,15 @@ class Tree:
 
     def __init__(self) -> None:
         self.index = Index(lambda tier, node: self.policies[tier].offer(node), lambda node: None)
+        self.index.on_used = lambda tier, node, before: self.policies[tier].used(node, before)
+        self.index.on_left = lambda tier, node: self.policies[tier].withdraw(node)
         self.policies = {tier: LRU(self.index, tier, lambda node: node.size) for tier in TIERS}
+
+    def victims(self, tier: Tier, nbytes: int, protected: Container[Node] = ()) -> list[Node] | None:
+        """What would go; None where that is not enough."""
+        chosen, freed = whole(self.policies[tier].victims(nbytes, protected))
+        assert freed == sum(node.size for node in chosen)
+        return chosen if freed >= nbytes else None
 
     def store(self, number: int, parent: int | None = None, size: int = 1, tier: Tier = Tier.CPU) -> Node:
         above = b"" if parent is None else key(parent)
@@ -123,7 +133,7 @@ class LRUMachine(RuleBasedStateMachine):
     def choose(self, data: st.DataObject, tier: Tier, nbytes: int, evict: bool) -> None:
         protected = {node for node in [self.some(data), self.some(data)] if node}
         expected = self.tree.greedy(tier, nbytes, protected)
-        victims = self.tree.policies[tier].victims(nbytes, protected)
+        victims = self.tree.victims(tier, nbytes, protected)
         assert victims == expected
         if victims is None or not evict:
             for node in victims or ():
@@ -134,11 +144,12 @@ class LRUMachine(RuleBasedStateMachine):
             self.index.leave(node, tier)
 
     @invariant()
-    def a_heap_holds_each_node_once(self) -> None:
+    def a_line_holds_each_candidate_once_and_where_it_belongs(self) -> None:
         for tier, policy in self.tree.policies.items():
-            offered = [node for _, _, node in policy._heap]
-            assert len(offered) == len(set(offered))
-            assert all(node.offered >> tier & 1 for node in offered)
+            assert all(node.tick == tick and node.held_in(tier) for tick, node in policy.candidates().items())
+            offered = {node for node in self.index if node.offered >> tier & 1}
+            assert offered == set(policy.candidates().values())
+            assert len(policy) == len(offered)
 
 
 @pytest.mark.timeout(300)  # a failure takes long to shrink
@@ -150,23 +161,22 @@ def test_the_least_recently_used_goes_first_and_no_more_than_needed() -> None:
     tree = Tree()
     nodes = [tree.store(number, size=10) for number in range(4)]
     tree.index.touch(nodes[0])
-    assert tree.policies[Tier.CPU].victims(11, ()) == [nodes[1], nodes[2]]
+    assert tree.victims(Tier.CPU, 11) == [nodes[1], nodes[2]]
 
 
 def test_a_chain_goes_from_its_end() -> None:
     tree = Tree()
     nodes = [tree.store(number, number - 1 if number else None) for number in range(4)]
     tree.index.leading([key(number) for number in range(4)], 1 << Tier.CPU)
-    assert tree.policies[Tier.CPU].victims(3, ()) == nodes[:0:-1]
+    assert tree.victims(Tier.CPU, 3) == nodes[:0:-1]
 
 
 def test_not_enough_changes_nothing() -> None:
     tree = Tree()
     nodes = [tree.store(number, number - 1 if number else None) for number in range(4)]
-    policy = tree.policies[Tier.CPU]
-    assert policy.victims(5, ()) is None
-    assert policy.victims(4, {nodes[0]}) is None
-    assert policy.victims(4, ()) == nodes[::-1]
+    assert tree.victims(Tier.CPU, 5, ()) is None
+    assert tree.victims(Tier.CPU, 4, {nodes[0]}) is None
+    assert tree.victims(Tier.CPU, 4, ()) == nodes[::-1]
 
 
 @pytest.mark.parametrize("reason", ["leased", "pinned", "dirty", "protected"])
@@ -180,9 +190,8 @@ def test_what_is_in_use_is_no_victim_and_neither_are_its_ancestors(reason: str) 
     elif reason == "dirty":
         tree.index.queue(used, Tier.REDIS)
     protected = {used} if reason == "protected" else set()
-    policy = tree.policies[Tier.CPU]
-    assert policy.victims(2, protected) is None
-    assert policy.victims(1, protected) == [other]
+    assert tree.victims(Tier.CPU, 2, protected) is None
+    assert tree.victims(Tier.CPU, 1, protected) == [other]
     assert parent.held_in(Tier.CPU)
 
 
@@ -192,21 +201,42 @@ def test_a_lease_and_a_queued_write_hold_nothing_on_disk() -> None:
     tree.index.enter(node, Tier.DISK)
     tree.index.hold(node)
     tree.index.queue(node, Tier.REDIS)
-    assert tree.policies[Tier.DISK].victims(1, ()) == [node]
+    assert tree.victims(Tier.DISK, 1) == [node]
 
 
-def test_the_heap_does_not_grow_with_what_came_and_went() -> None:
+def test_the_line_does_not_grow_with_what_came_and_went() -> None:
     tree = Tree()
     for number in range(20_000):
         tree.index.leave(tree.store(number), Tier.CPU)
-    assert len(tree.index) == 0
-    assert len(tree.policies[Tier.CPU]._heap) <= 1024 + 1
+    assert len(tree.index) == len(tree.policies[Tier.CPU]) == 0
+
+
+def test_a_choice_among_very_many_that_were_used_looks_at_no_more_than_it_takes() -> None:
+    tree = Tree()
+    nodes = [tree.store(number) for number in range(1000)]
+    for node in reversed(nodes):
+        tree.index.touch(node)
+    assert list(tree.policies[Tier.CPU].victims(2)) == []  # not one slice ends before it is made
+    assert tree.victims(Tier.CPU, 2) == nodes[:-3:-1]
+
+
+def test_a_long_choice_lets_others_in_and_goes_on_where_it_was() -> None:
+    tree = Tree()
+    nodes = [tree.store(number) for number in range(1000)]
+    choosing = tree.policies[Tier.CPU].victims(600)
+    next(choosing)
+    tree.index.leave(nodes[500], Tier.CPU)
+    tree.index.touch(nodes[501])
+    tree.store(2000)
+    chosen, freed = whole(choosing)
+    assert freed == len(chosen) == 600
+    assert chosen == [*nodes[:500], *nodes[502:602]]
 
 
 def test_an_object_whose_write_is_over_or_given_up_is_a_candidate_again() -> None:
     tree = Tree()
     node = tree.store(0)
     tree.index.queue(node, Tier.DISK)
-    assert tree.policies[Tier.CPU].victims(1) is None  # looked at, and no candidate from now on
+    assert tree.victims(Tier.CPU, 1) is None  # looked at, and no candidate from now on
     tree.index.unqueue(node, Tier.DISK)
-    assert tree.policies[Tier.CPU].victims(1) == [node]
+    assert tree.victims(Tier.CPU, 1) == [node]

@@ -116,7 +116,7 @@ def test_what_was_computed_anew_takes_the_place_of_what_could_not_be_read(
     writing = rig.reserve("a", lease=b"again")
     other = bytes(PAGE)  # another computation, other rounding
     rig.put(writing.extents, other)
-    assert rig.cache.commit(1, b"again", [(writing.info.key, checksum([other]))]) == [""]
+    assert rig.commit(1, b"again", [(writing.info.key, checksum([other]))]) == [""]
     rig.settle()
     now[0] += 60
     rig.later(60)
@@ -184,7 +184,7 @@ def test_a_copy_computed_while_redis_is_read_gives_way(rig_of: Make) -> None:
     answers = rig.acquire("a")
     assert isinstance(writing, Writing)
     rig.step("redis-ask")  # found, now being read
-    assert rig.cache.commit(1, b"w", [(writing.info.key, rig.write(writing))]) == ["exists"]
+    assert rig.commit(1, b"w", [(writing.info.key, rig.write(writing))]) == ["exists"]
     rig.settle()
     assert len(rig.read(answers[0])) == PAGE
     rig.release()

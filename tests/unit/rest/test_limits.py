@@ -20,11 +20,13 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
+from loracache.config import Config
 from loracache.rest.access import Access
 from loracache.rest.connections import LimitedConnection
 from loracache.rest.limits import Limits, Rates, address_of
 from loracache.rest.problems import install
 from loracache.rest.roles import guard, needs
+from loracache.rest.settings import rest_settings
 from loracache.rest.tokens import TokenStore, add_token, tokens_path
 
 # -- rates ----------
@@ -39,6 +41,20 @@ def test_a_caller_gets_a_seconds_worth_at_once_and_then_its_rate() -> None:
     assert [rates.wait("a"), rates.wait("a")] == [0, 0.25]
     now[0] += 1000
     assert [rates.wait("a") for _ in range(5)] == [0, 0, 0, 0, 0.25]
+
+
+def test_a_large_body_counts_as_many_requests_and_never_as_more_than_there_can_be() -> None:
+    now = [100.0]
+    rates = Rates(10, lambda: now[0])
+    assert [rates.wait("a", 4 * 65536), rates.wait("a", 4 * 65536), rates.wait("a")] == [0, 0, pytest.approx(0.1)]
+    assert [rates.wait("b", 1 << 60), rates.wait("b")] == [0, pytest.approx(0.1)]
+
+
+def test_callers_on_loopback_have_a_rate_too_and_a_setting_goes_before_it() -> None:
+    def rate(**settings: Any) -> float:
+        return rest_settings(Config(socket=Path("/s"), http="127.0.0.1:1", **settings), 1, 3, 4).rate
+
+    assert (rate(), rate(http_rate=0), rate(http_rate=7)) == (2000, 0, 7)
 
 
 def test_a_rate_below_one_lets_one_through() -> None:

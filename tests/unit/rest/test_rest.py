@@ -32,6 +32,7 @@ def test_health_readiness_and_statistics(anybody: httpx.Client, client: CacheCli
     assert anybody.get("/healthz").json() == anybody.get("/readyz").json() == {"status": "ok"}
     said, known = anybody.get("/v1/stats").json(), client.status()
     assert said.pop("uptime_s") <= float(str(known.pop("uptime_s")))
+    assert said.pop("loop").keys() == dict(known.pop("loop")).keys()  # type: ignore[call-overload]
     assert said == known
 
 
