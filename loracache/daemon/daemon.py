@@ -270,7 +270,7 @@ class Daemon:
             if len(left) == len(orphans):
                 break
             orphans = left
-        self.cache.disk.adopted_all(orphans)
+        self.cache.disk.adopted_all(orphans, self.cache.disk.io.backend.left_alone())
         _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
 
     async def _drain(self) -> None:
