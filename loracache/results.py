@@ -30,11 +30,13 @@ class Cause(enum.StrEnum):
     MEMORY_FULL = "memory_full"  # no room in the arena to raise it into
     DISK_MISS = "disk_miss"  # f"{tier}_{outcome}": storage_backends.base.Outcome of the tier that should have it
     DISK_CORRUPT = "disk_corrupt"
+    DISK_UNPROVEN = "disk_unproven"  # of another release or integrity_key, and left as it is
     DISK_FULL = "disk_full"
     DISK_UNAVAILABLE = "disk_unavailable"
     DISK_FAILED = "disk_failed"
     REDIS_MISS = "redis_miss"
     REDIS_CORRUPT = "redis_corrupt"
+    REDIS_UNPROVEN = "redis_unproven"
     REDIS_FULL = "redis_full"
     REDIS_UNAVAILABLE = "redis_unavailable"
     REDIS_FAILED = "redis_failed"
@@ -49,6 +51,7 @@ class Cause(enum.StrEnum):
     UNDESCRIBED = "undescribed"  # only Redis has it, and nobody knows whose it is
     INCOMPRESSIBLE = "incompressible"  # compression makes it no smaller
     NOT_WRITTEN = "not_written"  # the target did not take it
+    UNPROVEN = "unproven"  # of another release or integrity_key
     CORRUPT = "corrupt"  # what a tier says of a rewrite: storage_backends.base.Outcome
     UNAVAILABLE = "unavailable"  # of an engine's load or store: no daemon answers
     FAILED = "failed"

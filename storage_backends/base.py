@@ -76,6 +76,7 @@ class Outcome(enum.Enum):
     OK = "ok"
     MISS = "miss"  # the key is not there
     CORRUPT = "corrupt"  # it is there, but key, size, checksum or MAC disagree; it is deleted by the backend
+    UNPROVEN = "unproven"  # it is there, of another version or whole under another integrity_key; it is left alone
     FULL = "full"  # no room: ENOSPC, quota, Redis OOM
     UNAVAILABLE = "unavailable"  # the device or server cannot be reached, or did not answer in time
     FAILED = "failed"  # any other I/O error
@@ -211,6 +212,11 @@ class StorageBackend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Finish and release everything. No call follows."""
+
+    def left_alone(self) -> dict[bytes, int]:
+        """What `scan` found and did not yield, because it is of another version or without the right MAC: key ->
+        bytes of the tier's budget. It is not served, and goes where somebody deletes its key."""
+        return {}
 
     def check(self) -> Standing:
         """Look what the backend can do, and bring back what can be: a cache starts with what it has, and looks again

@@ -33,6 +33,8 @@ __all__ = [
     "as_stored",
     "check_integrity_key",
     "header_fault",
+    "is_of_damaged_version",
+    "is_unproven",
     "pack",
     "payload_checksum",
     "payload_fault",
@@ -136,6 +138,17 @@ def unpack(raw: bytes | memoryview) -> Header:
     return Header(info, segment_bytes, planes, stored_checksum, body[layout.size :], body[: layout.size])
 
 
+def is_of_damaged_version(raw: bytes | memoryview) -> bool:
+    """Whether what is of OtherVersion is one of ours in all else: its CRC tells that its version was another."""
+    for version, layout in ((1, _FIELDS_1), (VERSION, _FIELDS)):
+        end = layout.size + MAC_BYTES
+        if len(raw) >= end + _CRC.size:
+            body = _MAGIC_VERSION.pack(MAGIC, version) + bytes(raw[_MAGIC_VERSION.size : end])
+            if _CRC.unpack_from(raw, end)[0] == zlib.crc32(body):
+                return True
+    return False
+
+
 def payload_checksum(payload: Sequence[memoryview]) -> int:
     """xxh3_64 of the bytes of all views in their order."""
     if len(payload) == 1:
@@ -184,6 +197,15 @@ def restore(
         except CodecError as error:
             return str(error)
     return payload_fault(header, payload)
+
+
+def is_unproven(
+    header: Header, compressed: memoryview | None, payload: Sequence[memoryview], integrity_key: bytes | None
+) -> bool:
+    """Whether the bytes are those that the header was made for, and its MAC alone is not of this key."""
+    stored = payload if compressed is None else [compressed]
+    whole = payload_checksum(stored) == (header.info.checksum if compressed is None else header.stored_checksum)
+    return integrity_key is not None and whole and header.mac != _mac(header.fields, stored, integrity_key)
 
 
 def transfer_fault(transfer: Transfer) -> str:

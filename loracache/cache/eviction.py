@@ -58,6 +58,10 @@ class Remover:
         """Take everything that is there now out of `tiers` (out of Redis: what the index knows of), as `remove`."""
         there = list(self._index)
         roots = (node for node in there if node.parent is None)  # looked for a slice at a time
+        if Tier.DISK in tiers and self._disk is not None:
+            objects, nbytes = self._disk.drop_left_alone()
+            did.objects += objects
+            did.nbytes += nbytes
         yield from self._remove_below(roots, tiers, did)
 
     def _remove_below(self, roots: Iterable[Node], tiers: Collection[Tier], did: Evicted) -> Iterator[None]:

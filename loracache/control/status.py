@@ -38,6 +38,8 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             "limit_bytes": cache.disk.limit,
             "used_bytes": cache.disk.used,
             "queued_writes": cache.disk.writer.depth,
+            "left_alone_objects": len(cache.disk.left_alone),
+            "left_alone_bytes": cache.disk.left_alone_bytes,
             "direct_io": bool(getattr(cache.disk.io.backend, "direct", False)),
             "scanned": cache.disk.loaded,
         } | _use(cache.disk.io)

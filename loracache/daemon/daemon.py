@@ -334,7 +334,7 @@ class Daemon:
 
     def _scanned(self, orphans: list[ObjectInfo]) -> None:
         assert self.cache.disk is not None
-        self.cache.disk.adopted_all(orphans)
+        self.cache.disk.adopted_all(orphans, self.cache.disk.io.backend.left_alone())
         _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
 
     async def _drain(self) -> None:

@@ -24,6 +24,8 @@ _TIER_GAUGES = {
     "used_bytes": "Bytes taken, rounding included.",
     "limit_bytes": "Most bytes the tier may take.",
     "queued_writes": "Objects that still have to be written.",
+    "left_alone_objects": "Objects of another release or integrity_key, kept and not served.",
+    "left_alone_bytes": "What those take.",
     "available": "Whether the tier is used now.",
     "writable": "Whether the tier takes anything now.",
 }

@@ -30,7 +30,7 @@ from loracache.storage_backends import header
 from loracache.storage_backends.base import ObjectInfo, Outcome, Result, Standing, StorageBackend, Transfer
 from loracache.storage_backends.disk.lock import lock_folder
 from loracache.storage_backends.disk.manifest import Manifest, parents_first
-from loracache.storage_backends.disk.object_files import FULL, UNWRITABLE, ObjectFiles, footprint
+from loracache.storage_backends.disk.object_files import FULL, UNWRITABLE, NotOurs, ObjectFiles, footprint
 from loracache.storage_backends.vectors import head
 
 __all__ = ["DiskBackend"]
@@ -67,6 +67,7 @@ class DiskBackend(StorageBackend):
         self._manifest = Manifest(self.path / "manifest", sync=sync)
         self._lock_fd = -1
         self._known: dict[bytes, ObjectInfo] | None = None
+        self._left_alone: dict[bytes, int] = {}
         self._unwritable = ""
         self._unreachable = self._open()
 
@@ -199,6 +200,10 @@ class DiskBackend(StorageBackend):
         except FileNotFoundError:
             self._forget(info.key)
             return Result(Outcome.MISS)
+        except NotOurs as error:
+            with self._lock:
+                self._held().pop(info.key, None)
+            return Result(Outcome.UNPROVEN, detail=str(error))
         except OSError as error:
             return _failure(error)
         return Result(Outcome.CORRUPT, detail=fault) if fault else Result(Outcome.OK)
@@ -269,6 +274,9 @@ class DiskBackend(StorageBackend):
                 # No item fails for it: what was stored is found by its file, and the records wait for the next flush.
                 _log.warning("manifest of %s not written: %s", self.path, error)
 
+    def left_alone(self) -> dict[bytes, int]:
+        return self._left_alone
+
     def _still_held(self, infos: Iterable[ObjectInfo]) -> Iterator[ObjectInfo]:
         return (info for info in infos if info.key in self._held())
 
@@ -297,7 +305,14 @@ class DiskBackend(StorageBackend):
         """Brings the index in line with one file: returns it if adopted; a bad file goes, a missing one is dropped."""
         before = self._held().get(key)
         try:
-            found = self._files.inspect(key)
+            try:
+                found = self._files.inspect(key)
+            except NotOurs:
+                with self._lock:
+                    if self._held().get(key) is before:
+                        self._left_alone[key] = os.lstat(self._files.file(key)).st_size
+                        self._held().pop(key, None)
+                return None
             with self._lock:
                 if self._held().get(key) is not before:
                     return None  # stored or deleted while we looked

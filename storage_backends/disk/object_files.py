@@ -26,7 +26,7 @@ from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import ALIGNMENT, KEY_BYTES, ObjectInfo, Transfer, padded
 from loracache.storage_backends.vectors import head, length, move
 
-__all__ = ["FULL", "UNWRITABLE", "ObjectFiles", "footprint", "object_file"]
+__all__ = ["FULL", "UNWRITABLE", "NotOurs", "ObjectFiles", "footprint", "object_file"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,14 @@ def object_file(objects: Path, key: bytes) -> Path:
 def footprint(size: int) -> int:
     """Bytes of a file whose object takes `size` bytes as it is kept."""
     return ALIGNMENT + padded(size)
+
+
+def _is_of_another_version(error: header.HeaderError, page: memoryview) -> bool:
+    return isinstance(error, header.OtherVersion) and not header.is_of_damaged_version(page)
+
+
+class NotOurs(Exception):
+    """A file of another version, or whole under another integrity_key."""
 
 
 class ObjectFiles:
@@ -90,7 +98,7 @@ class ObjectFiles:
         return object_file(self._objects, key)
 
     def read(self, transfer: Transfer, stored: int) -> str:
-        """Fills the transfer's buffers; in words what is wrong with the file, empty where nothing is.
+        """Fills the transfer's buffers; in words what is wrong with the file, empty where nothing is. Raises NotOurs.
 
         stored: how the object is thought to be kept. Where the header says otherwise, the same file is read again: it
         stays open, so that this time its header says the same, whatever replaces it meanwhile.
@@ -112,14 +120,18 @@ class ObjectFiles:
             else:
                 return "the header changes while it is read"
         except header.HeaderError as error:
+            if _is_of_another_version(error, page):
+                raise NotOurs(str(error)) from None
             return str(error)
         finally:
             os.close(fd)
         if moved < footprint(stored or info.size):
             return f"file ends after {moved} bytes"
-        return header.restore(
-            found, body[0][:stored] if stored else None, head(transfer.buffers, info.size), self._integrity_key
-        )
+        compressed, payload = body[0][:stored] if stored else None, head(transfer.buffers, info.size)
+        fault = header.restore(found, compressed, payload, self._integrity_key)
+        if fault and header.is_unproven(found, compressed, payload, self._integrity_key):
+            raise NotOurs(fault)
+        return fault
 
     def write(self, transfer: Transfer) -> tuple[Path, int]:
         """Writes an object to a file of its own in `tmp/`; returns that and ObjectInfo.stored. Leaves nothing where it
@@ -153,7 +165,9 @@ class ObjectFiles:
             raise
 
     def inspect(self, key: bytes) -> ObjectInfo | None:
-        """What a file's header says it holds; None where file, header or size are not as they should be."""
+        """What a file's header says it holds; None where file, header or size are not as they should be. Raises
+        NotOurs, also where there is an integrity_key, and the header has no MAC at all.
+        """
         page = self._header_page()
         try:
             fd = os.open(self.file(key), os.O_RDONLY | os.O_NOFOLLOW | self._flags)
@@ -165,9 +179,14 @@ class ObjectFiles:
         finally:
             os.close(fd)
         try:
-            info = header.unpack(page[:moved]).info
-        except header.HeaderError:
+            found = header.unpack(page[:moved])
+        except header.HeaderError as error:
+            if _is_of_another_version(error, page[:moved]):
+                raise NotOurs(str(error)) from None
             return None
+        info = found.info
+        if self._integrity_key is not None and found.mac == header.NO_MAC:
+            raise NotOurs("it has no MAC, and there is an integrity_key")
         return info if info.key == key and size == footprint(info.stored or info.size) else None
 
     def listing(self, number: int) -> Iterator[tuple[bytes, int]]:

@@ -7,8 +7,9 @@ never stays where the parent is missing when it lands. Threading: the cache's th
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 
 from loracache.cache.policy import Policy
 from loracache.cache.state.arena import Arena
@@ -24,6 +25,7 @@ from loracache.tiers import Tier
 
 __all__ = ["DiskTier"]
 
+_log = logging.getLogger(__name__)
 _DELETE_AGAIN_S = 5.0
 _EVICTED = 64  # objects evicted between two looks at the socket
 _ASKED = ("asked", "moved", "replaced")  # causes of leaving that nobody has to be told of
@@ -62,6 +64,9 @@ class DiskTier:
         self._on_written = written
         self._unreadable: set[Node] = set()
         self._undeleted: dict[bytes, int] = {}  # key -> bytes it still takes
+        self.left_alone: dict[bytes, int] = {}  # the same, of what another version or integrity_key wrote
+        self.left_alone_bytes = 0
+        self._replacing: dict[bytes, int] = {}  # of those, what is being written anew
         self._next_deletion = 0.0
 
     def cost(self, node: Node) -> int:
@@ -104,6 +109,10 @@ class DiskTier:
             return
         if outcome in (Outcome.MISS, Outcome.CORRUPT):
             self._leave(node, outcome.value)
+        elif outcome is Outcome.UNPROVEN:
+            cost = self.cost(node)
+            self._leave(node, outcome.value)
+            self._leave_alone({node.key: cost})
         elif outcome is Outcome.FAILED:
             self._unreadable.add(node)
 
@@ -123,6 +132,20 @@ class DiskTier:
             for key in going:
                 self._no_longer_undeleted(key)
             self._delete(going)
+
+    def drop_left_alone(self, nbytes: int | None = None) -> tuple[int, int]:
+        """Delete what another version or integrity_key left: all, or as much as `nbytes` need. (objects, bytes)"""
+        going: dict[bytes, int] = {}
+        freed = 0
+        while self.left_alone and (nbytes is None or freed < nbytes):
+            key, cost = self.left_alone.popitem()
+            going[key] = cost
+            freed += cost
+        self.used -= freed
+        self.left_alone_bytes -= freed
+        self._counters.add("evict.disk.left_alone", len(going))
+        self._delete(going)
+        return len(going), freed
 
     def rewrite(self, items: Sequence[tuple[Node, int]], done: Callable[[list[tuple[Node, Result]]], None]) -> None:
         """Keep objects, which are in the arena and here, in another way: (node, its planes). While the new is written
@@ -183,10 +206,15 @@ class DiskTier:
                 self.used += self.cost(node)
         return waiting
 
-    def adopted_all(self, orphans: Sequence[ObjectInfo]) -> None:
+    def adopted_all(self, orphans: Sequence[ObjectInfo], left_alone: Mapping[bytes, int] | None = None) -> None:
         """The earlier run's objects are entered, but for `orphans`, whose parent is nowhere: delete those, and shrink
         to the limit. Only now are objects written: before, nobody knows how much room there is.
+
+        left_alone: what the backend found and does not serve, key -> bytes. It stays until there is no room, and with
+        it what depends on it.
         """
+        self._leave_alone(left_alone or {})
+        orphans = self._without_dependants(orphans)
         self._counters.add("disk.orphans", len(orphans))
         self._delete({info.key: self.io.backend.footprint(info.stored or info.size) for info in orphans})
         self._slices.run(self._open())
@@ -201,13 +229,28 @@ class DiskTier:
         if parent is not None and parent.kind is not Kind.LORA and not _on_disk_or_coming(parent):
             return Cause.NO_PARENT
         cost = self.cost(node)
+        replaced = self.left_alone.pop(node.key, 0)  # its file takes that one's place, which nobody is to delete
+        self.left_alone_bytes -= replaced
         if not (yield from self._make_room(cost, () if parent is None else {parent})):
+            self._take_back(node.key, replaced)
             return Cause.FULL
         self.used += cost
+        if replaced:
+            self._replacing[node.key] = replaced
         return Cause.NONE
+
+    def _take_back(self, key: bytes, cost: int) -> None:
+        if cost:
+            self.left_alone[key] = cost
+            self.left_alone_bytes += cost
 
     def _written(self, node: Node, outcome: Outcome) -> bool:
         self.used -= self.cost(node)
+        replaced = self._replacing.pop(node.key, 0)
+        if outcome is Outcome.OK:
+            self.used -= replaced
+        else:
+            self._take_back(node.key, replaced)
         self._on_written(node, outcome)
         if outcome is not Outcome.OK or node.held_in(Tier.DISK):  # a scan was faster
             return node.held_in(Tier.DISK)
@@ -222,10 +265,14 @@ class DiskTier:
         return True
 
     def _make_room(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, bool]:
-        """Evict until so many bytes fit; False, and nothing evicted, where they cannot. Yields between two slices."""
+        """Delete what was left alone, then evict, until so many bytes fit; False, and nothing evicted, where they cannot.
+        Yields between two slices."""
         while (excess := self.used + nbytes - self.limit) > 0:
             if nbytes > self.limit:  # without asking every object on disk whether it would go for this one
                 return False
+            excess -= self.drop_left_alone(excess)[1]
+            if excess <= 0:
+                return True
             victims, freed = yield from self._policy.victims(excess, protected)
             if freed < excess:
                 return False
@@ -264,6 +311,29 @@ class DiskTier:
         if promised and node.dirty >> Tier.DISK & 1:
             return node in self.writer.promised
         return _on_disk_or_coming(node)
+
+    def _leave_alone(self, found: Mapping[bytes, int]) -> None:
+        if found and not self.left_alone:
+            _log.warning(
+                "disk: objects that another release, or another integrity_key, wrote are left alone and not served; "
+                "they go when their room is needed, or with: loracache clear --tier disk"
+            )
+        for key, cost in found.items():
+            if key not in self.left_alone and not self._wanted(key):
+                self._take_back(key, cost)
+                self.used += cost
+
+    def _without_dependants(self, orphans: Sequence[ObjectInfo]) -> list[ObjectInfo]:
+        """The orphans but for those whose parents are left alone, which are left with them."""
+        left = list(orphans)
+        while self.left_alone:
+            cost = self.io.backend.footprint
+            with_parent = [info for info in left if info.parent in self.left_alone]
+            if not with_parent:
+                break
+            self._leave_alone({info.key: cost(info.stored or info.size) for info in with_parent})
+            left = [info for info in left if info.key not in self.left_alone]
+        return left
 
     def _no_longer_undeleted(self, key: bytes) -> None:
         self.used -= self._undeleted.pop(key, 0)

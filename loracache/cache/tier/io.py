@@ -284,7 +284,7 @@ class TierIO:
             if result.outcome is Outcome.UNAVAILABLE:
                 unavailable += not result.partial
                 self._trouble = result.detail or "no answer"
-            elif result.outcome is not Outcome.MISS:
+            elif result.outcome not in (Outcome.MISS, Outcome.UNPROVEN):  # of which the tier says once that there are
                 _log.warning(f"{label}: {what}: {result.outcome.value}: %s", result.detail)  # each a kind of its own
             if result.outcome is not Outcome.MISS or what == "load":
                 self._counters.add(f"failure.{label}.{result.outcome.value}")
