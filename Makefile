@@ -1,6 +1,6 @@
-# Every target but help, docs, package, image and clean makes .venv first; that takes no time when nothing changed.
+# Every target but help, docs, test-lowest, package, image and clean makes .venv first; that takes no time when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check check-lint docs package image fuzz chaos bench clean
+.PHONY: help setup demo test test-vllm test-lowest check check-lint docs package image fuzz chaos bench clean
 
 BIN := .venv/bin
 
@@ -18,6 +18,9 @@ test: setup ## Run every test: fast ones first, then those with a real vLLM
 
 test-vllm: setup ## The end-to-end tests on other releases: make test-vllm VERSIONS="0.29.0 0.31.0"
 	@scripts/test_vllm.sh $(VERSIONS)
+
+test-lowest: ## The fast tests with the lowest version of each dependency that pyproject.toml declares
+	@PYTHON="$(PYTHON)" scripts/test_lowest.sh
 
 check: check-lint ## Lint, types and the fast tests (under 90 seconds)
 	@scripts/test.sh fast
@@ -46,5 +49,5 @@ bench: setup ## Measure, and print what was measured on what
 	@$(BIN)/python benchmarks/run.py
 
 clean: ## Remove .venv and everything built or cached
-	rm -rf .venv .venv-docs build dist site *.egg-info chaos.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-lowest build dist site *.egg-info chaos.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

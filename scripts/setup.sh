@@ -17,7 +17,7 @@ die() {
 
 # The folder is part of the stamp: a virtual environment does not survive being moved or copied.
 packages=$({ pwd -P; cat "$lock"; } | sha256sum | cut -d' ' -f1)
-project=$(sha256sum <pyproject.toml | cut -d' ' -f1)
+project=$(cat pyproject.toml scripts/vllm_name.py | sha256sum | cut -d' ' -f1)
 found=none
 if [[ -x $venv/bin/python && -f $stamp ]]; then
     found=$(cat "$stamp")
@@ -26,6 +26,7 @@ fi
 install_loracache() {
     step 3 "Installing loracache itself, editable"
     "$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+    "$venv/bin/python" scripts/vllm_name.py >/dev/null # else .venv/bin/vllm does not start
     echo "$packages $project" >"$stamp"
     echo "Ready: $venv/bin/loracache"
 }

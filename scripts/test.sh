@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # test.sh fast: tests/unit and tests/contract. test.sh all: everything, in stages; the first stage that fails ends the run,
-# so that pytest's closing line is always the last line and tells the outcome.
+# so that pytest's closing line is always the last line and tells the outcome. test.sh lowest [TEST...]: what of the fast
+# tests needs neither vLLM nor torch, in the environment that test_lowest.sh makes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,11 +38,18 @@ need_chromium() {
     fi
 }
 
+# What the documents show is run.
+need_tools() {
+    if ! command -v jq >/dev/null || ! command -v curl >/dev/null; then
+        get "The documents' commands" jq curl
+    fi
+}
+
 # A folder with no tests yet is no failure (pytest says 5).
 stage() {
     local status=0
     echo "== $1"
-    .venv/bin/pytest "${@:2}" || status=$?
+    "${VENV:-.venv}/bin/pytest" "${@:2}" || status=$?
     [[ $status == 5 ]] && status=0
     return "$status"
 }
@@ -56,12 +64,22 @@ fast)
     stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract
     ;;
 all)
+    need_tools
     stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract
     stage 'stress tests' tests/stress
     stage 'end to end, with a real vLLM (minutes)' tests/e2e
     ;;
+lowest)
+    tests=("${@:2}")
+    if [[ ${#tests[@]} == 0 ]]; then
+        tests=(tests/unit tests/contract --ignore=tests/unit/connector --ignore=tests/unit/kernels)
+    fi
+    # What old versions warn of is theirs: they and what they depend on are years apart.
+    stage 'fast tests, lowest versions' "${side_by_side[@]}" -W ignore::DeprecationWarning \
+        -W ignore::PendingDeprecationWarning "${tests[@]}"
+    ;;
 *)
-    echo 'usage: test.sh fast | all' >&2
+    echo 'usage: test.sh fast | all | lowest [TEST...]' >&2
     exit 2
     ;;
 esac

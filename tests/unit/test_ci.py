@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import lowest  # scripts/lowest.py
 import pytest
 import yaml
 
@@ -60,6 +61,24 @@ def test_the_matrix_is_every_python_that_the_package_names() -> None:
     jobs = read(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]
     for job in ("check", "package"):
         assert jobs[job]["strategy"]["matrix"]["python"] == named
+
+
+def test_the_lowest_versions_are_those_of_the_package_and_older_than_the_locks() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    found = dict(each.split("==") for each in lowest.lowest(text))
+    project = tomllib.loads(text)["project"]
+    needed = project["dependencies"] + project["optional-dependencies"]["otel"]
+    assert list(found) == [re.split(r"[\[><=]", each)[0] for each in needed]
+    lock = (ROOT / "requirements" / "dev.lock").read_text()
+    pinned = re.findall(r"^([A-Za-z0-9._-]+)==([0-9.]+)", lock, re.MULTILINE)
+    locked = {name.lower().replace("_", "-"): version for name, version in pinned}
+
+    def numbers(version: str) -> list[int]:
+        return [int(each) for each in version.split(".")]
+
+    assert not [name for name, version in found.items() if numbers(version) > numbers(locked[name])]
+    with pytest.raises(ValueError, match="'numpy' has no lower bound"):
+        lowest.lowest('[project]\ndependencies = ["numpy"]\noptional-dependencies = {otel = []}\n')
 
 
 def test_what_has_to_pass_is_a_program_of_targets_that_exist() -> None:

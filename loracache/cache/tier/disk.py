@@ -265,8 +265,8 @@ class DiskTier:
         return True
 
     def _make_room(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, bool]:
-        """Delete what was left alone, then evict, until so many bytes fit; False, and nothing evicted, where they cannot.
-        Yields between two slices."""
+        """Delete what was left alone, then evict, until so many bytes fit; False, and nothing evicted, where they
+        cannot. Yields between two slices."""
         while (excess := self.used + nbytes - self.limit) > 0:
             if nbytes > self.limit:  # without asking every object on disk whether it would go for this one
                 return False

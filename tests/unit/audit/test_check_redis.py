@@ -71,7 +71,7 @@ def test_what_is_written_meanwhile_is_no_fault(
 
 def test_what_may_be_good_is_left_in_a_redis(filled: Any, server: Any, check: Any, faults: Any) -> None:
     plain = filled.chains[0]
-    raw = bytearray(server.get(head(plain[0])))
+    raw: bytes = server.get(head(plain[0]))
     server.set(head(plain[0]), raw[:8] + b"\x09" + raw[9:])
     server.set("loracache:{somebody}", b"else's")
     server.set("loracache:b:{else}", b"another prefix")
