@@ -46,6 +46,7 @@ class Crew:
 
     def _spawn(self, number: int) -> None:
         self._generation += 1
+        self.pulses[number].begin()  # or the call in which its predecessor was killed would go on, as a hang
         work = run_owner if number < self._place.owners else run_http
         process = self._context.Process(
             target=work, args=(self._place, number, self._generation, self._seed), daemon=True
