@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import socket
 import time
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 from loracache.errors import ConfigError
 from loracache.wire import protocol
 
-__all__ = ["PATIENCE_S", "listen", "unlink", "unlink_unless_locked"]
+__all__ = ["PATIENCE_S", "listen", "most_clients", "unlink", "unlink_unless_locked"]
 
 PATIENCE_S = 20.0  # longer than a daemon drains
 _PAUSE_S = 0.05
+_MOST_CLIENTS = 100_000
+_OTHER_DESCRIPTORS = 96  # of tiers, adapters, the REST process and the event loop
 
 
 def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.socket:
@@ -50,6 +53,19 @@ def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.
     listener.listen(128)
     listener.setblocking(False)
     return listener
+
+
+def most_clients() -> int:
+    """How many connections this process has descriptors for, two each (the socket, and one that watches its process).
+    Raises the soft limit to the hard one first.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_CLIENTS
+    return max(1, min(_MOST_CLIENTS, (soft - _OTHER_DESCRIPTORS) // 2))
 
 
 def unlink(path: Path) -> None:
