@@ -156,6 +156,9 @@ class Connection:
         except ProtocolError:
             sock.close()
             raise
+        except _Refused as refusal:
+            sock.close()
+            raise Unavailable(f"the daemon at {self._path} takes no more clients: {refusal}") from None
         try:
             if self.map is None or greeting.instance != self.instance:
                 self.map = map_arena(fd, greeting.arena_size, greeting.instance)
@@ -362,9 +365,17 @@ class Connection:
             queue.append(kind(str(payload)) if kind is not None else Reply(payload, status == protocol.OK))
 
 
+class _Refused(Exception):
+    """The daemon said why it takes nobody, in place of a greeting."""
+
+
 def _receive_greeting(sock: socket.socket) -> tuple[int, protocol.Greeting]:
     data, fds, _, _ = socket.recv_fds(sock, 4096, 1)
     try:
+        if data and not fds:
+            for message in Frames().feed(data):
+                if isinstance(message, list) and message[:2] == [0, protocol.ERROR] and len(message) == 3:
+                    raise _Refused(str(message[2])[:500])
         if not data or not fds:
             raise ProtocolError("the server closed the connection or sent no arena; is it a LoRACache daemon?")
         frames = Frames()

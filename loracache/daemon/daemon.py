@@ -33,7 +33,7 @@ from loracache.control.lookup import Finder
 from loracache.control.service import Control
 from loracache.control.status import cache_status
 from loracache.daemon.lag import LoopLag
-from loracache.daemon.listening import listen, unlink, unlink_unless_locked
+from loracache.daemon.listening import listen, most_clients, unlink, unlink_unless_locked
 from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
 from loracache.daemon.processes import Peer
 from loracache.daemon.session import Served, Session
@@ -41,6 +41,8 @@ from loracache.storage_backends.base import ObjectInfo
 from loracache.tiers import Tier
 from loracache.tracing import start_traces, stop_traces
 from loracache.wire import protocol
+from loracache.wire.frames import frame
+from loracache.wire.protocol import ERROR
 
 __all__ = ["READY", "Daemon"]
 
@@ -49,6 +51,7 @@ READY = b"ready\n"
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _ACCEPT_PAUSE_S = 1.0
+_SAY_AGAIN_S = 10.0
 _END_S = 3.0  # to end in after the draining, whatever hangs: most of it is waiting, _LEFT_S are for the last steps
 _LEFT_S, _SURE_S = 1.5, 0.3
 _SCAN_SLICE = 200  # objects entered between two looks at the socket: a few milliseconds
@@ -108,6 +111,8 @@ class Daemon:
             self._rest_pid,
         )
         self._owners = itertools.count(1)
+        self._most_clients = most_clients()
+        self._say_again = 0.0
         self._instance = os.urandom(16)
         self._end_by = 0.0
         self._step = "the writing of what is queued"  # that the end waits for
@@ -196,8 +201,11 @@ class Daemon:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
-            _log.warning("a connection was not accepted; trying again in %g s: %s", _ACCEPT_PAUSE_S, error)
+            self._say(f"a connection was not accepted; trying again in {_ACCEPT_PAUSE_S:g} s: {error}")
             self._pause_accepting()
+            return
+        if len(self._sessions) >= self._most_clients:
+            self._refuse(sock)
             return
         greeting = protocol.Greeting(
             protocol.VERSION, self._instance, self.cache.arena.size, self.config.page_size
@@ -216,6 +224,23 @@ class Daemon:
         assert self._loop is not None
         task = self._loop.create_task(self._loop.connect_accepted_socket(lambda: session, sock))
         task.add_done_callback(lambda done: self._adopted(session, sock, done))
+
+    def _refuse(self, sock: socket.socket) -> None:
+        why = (
+            f"{len(self._sessions)} clients are connected, as many as its descriptors allow; raise its limit "
+            "(ulimit -n, LimitNOFILE), or run fewer clients"
+        )
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            sock.send(frame([0, ERROR, why]))
+        sock.close()
+        self._say(f"a client was refused: {why}")
+
+    def _say(self, what: str) -> None:
+        """Log what may happen very often, at most every few seconds."""
+        if time.monotonic() >= self._say_again:
+            self._say_again = time.monotonic() + _SAY_AGAIN_S
+            _log.warning("%s", what)
 
     def _pause_accepting(self) -> None:
         """Out of descriptors, the listener stays readable: without a pause the loop would do nothing but fail."""

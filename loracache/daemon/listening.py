@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import socket
 import stat
 import time
@@ -15,12 +16,14 @@ from pathlib import Path
 from loracache.errors import ConfigError
 from loracache.wire import protocol
 
-__all__ = ["PATIENCE_S", "listen", "unlink", "unlink_unless_locked"]
+__all__ = ["PATIENCE_S", "listen", "most_clients", "unlink", "unlink_unless_locked"]
 
 _log = logging.getLogger(__name__)
 
 PATIENCE_S = 20.0  # longer than a daemon drains
 _PAUSE_S = 0.05
+_MOST_CLIENTS = 100_000
+_OTHER_DESCRIPTORS = 96  # of tiers, adapters, the REST process and the event loop
 
 
 def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.socket:
@@ -57,6 +60,7 @@ def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.
     return listener
 
 
+<<<<<<< HEAD
 def _look_at_folder(folder: Path) -> None:
     """Who owns the socket's folder could put another in its place: clients believe whom they find there."""
     found = os.stat(folder)
@@ -67,6 +71,19 @@ def _look_at_folder(folder: Path) -> None:
         )
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
         _log.warning("others may write to %s, and put another socket in the place of this one: chmod go-w it", folder)
+=======
+def most_clients() -> int:
+    """How many connections this process has descriptors for, two each (the socket, and one that watches its process).
+    Raises the soft limit to the hard one first.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_CLIENTS
+    return max(1, min(_MOST_CLIENTS, (soft - _OTHER_DESCRIPTORS) // 2))
+>>>>>>> stalls
 
 
 def unlink(path: Path) -> None:

@@ -76,7 +76,7 @@ class Access:
         length = headers.get(b"content-length", "0")
         if wait := self._rates.wait(key, int(length[:18]) if length.isascii() and length.isdigit() else 0):
             detail = (
-                f"more requests than the {self._rates.rate:g} a second that http_rate allows one caller, each 64 KiB "
+                f"more requests than the {self._rates.rate:g} a second that http_rate allows one caller, each 16 KiB "
                 f"of a body counting as one; come again in {wait:.2g} s"
             )
             return problem(429, detail, headers={"retry-after": str(math.ceil(wait))})

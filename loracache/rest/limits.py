@@ -24,7 +24,7 @@ __all__ = ["ABORT", "Limits", "Rates", "address_of", "limited", "network_of"]
 
 ABORT = "loracache.abort"  # in a scope: ends its connection without a word (connections.py)
 _MOST_KEYS = 10_000
-_COUNTED_BYTES, _MOST_COUNTED = 64 << 10, 8 << 20  # of a body: what takes about as long as a request
+_COUNTED_BYTES, _MOST_COUNTED = 16 << 10, 8 << 20  # of a body: what takes about as long as a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Rates:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, and when that was
 
     def wait(self, key: str, nbytes: int = 0) -> float:
-        """0, and the request counts, one more for every 64 KiB of its body; or the seconds until it may come again."""
+        """0, and the request counts, one more for every 16 KiB of its body; or the seconds until it may come again."""
         if not self.rate:
             return 0.0
         now = self._clock()

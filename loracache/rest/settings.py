@@ -19,7 +19,7 @@ from loracache.rest.tokens import own_token_path, read_private, read_tokens, tok
 __all__ = ["RestSettings", "check", "rest_settings"]
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-_RATE_ON_LOOPBACK, _RATE_OFF_LOOPBACK = 2000.0, 100.0
+_RATE_ON_LOOPBACK, _RATE_OFF_LOOPBACK = 5000.0, 100.0
 
 
 class RestSettings(BaseModel):

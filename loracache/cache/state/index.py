@@ -10,6 +10,7 @@ it is in some tier or has children, and no longer. Threading: one thread, the ca
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from loracache.tiers import Tier
 __all__ = ["Index", "Node", "Space", "parents_first"]
 
 _WORTH_SHRINKING = 10_000  # nodes
+_FEW = 5_000  # of them a whole collection takes a few milliseconds
 _OFFERED = (Tier.CPU, Tier.DISK)  # tiers that somebody chooses victims of
 
 
@@ -213,6 +215,8 @@ class Index:
         if self._most > _WORTH_SHRINKING + 4 * len(self._nodes):
             self._most = len(self._nodes)
             self._nodes = dict(self._nodes)
+            if len(self._nodes) < _FEW:
+                gc.collect()  # the daemon looks at young objects only: what it takes grows with all there are
             give_back_memory()
 
     def touch(self, node: Node) -> None:

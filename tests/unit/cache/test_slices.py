@@ -80,10 +80,10 @@ def test_a_store_that_takes_the_place_of_very_many_lets_others_in(rig_of: Make) 
         turns += 1
         if turns == 3:  # somebody else, who takes some of what was freed for it, and uses one of those that shall go
             assert rig.store("other", owner=2) == ""
-            rig.acquire(500)
+            rig.acquire(10, 500)
     assert turns > 20
     assert rig.node("other") is not None
-    assert rig.node(500) is not None
+    assert all(rig.node(name).held_in(Tier.CPU) for name in (10, 500))
     assert isinstance(whole(rig.cache.reserve(2, b"big", [rig.info("big", size=PAGE)], 30.0))[0], str)  # BUSY
     assert rig.cache.audit() == []
 

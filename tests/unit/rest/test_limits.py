@@ -46,7 +46,7 @@ def test_a_caller_gets_a_seconds_worth_at_once_and_then_its_rate() -> None:
 def test_a_large_body_counts_as_many_requests_and_never_as_more_than_there_can_be() -> None:
     now = [100.0]
     rates = Rates(10, lambda: now[0])
-    assert [rates.wait("a", 4 * 65536), rates.wait("a", 4 * 65536), rates.wait("a")] == [0, 0, pytest.approx(0.1)]
+    assert [rates.wait("a", 4 * 16384), rates.wait("a", 4 * 16384), rates.wait("a")] == [0, 0, pytest.approx(0.1)]
     assert [rates.wait("b", 1 << 60), rates.wait("b")] == [0, pytest.approx(0.1)]
 
 
@@ -54,7 +54,7 @@ def test_callers_on_loopback_have_a_rate_too_and_a_setting_goes_before_it() -> N
     def rate(**settings: Any) -> float:
         return rest_settings(Config(socket=Path("/s"), http="127.0.0.1:1", **settings), 1, 3, 4).rate
 
-    assert (rate(), rate(http_rate=0), rate(http_rate=7)) == (2000, 0, 7)
+    assert (rate(), rate(http_rate=0), rate(http_rate=7)) == (5000, 0, 7)
 
 
 def test_a_rate_below_one_lets_one_through() -> None:

@@ -288,10 +288,10 @@ def test_a_certificate_that_is_gone_is_served_on(pair: Pair, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "hosts", "open_reading", "rate"),
     [
-        ({"http": "127.0.0.1:9"}, {"localhost:9", "127.0.0.1:9", "[::1]:9"}, True, 2000),
+        ({"http": "127.0.0.1:9"}, {"localhost:9", "127.0.0.1:9", "[::1]:9"}, True, 5000),
         ({"http": "localhost:80"},
-         {"localhost:80", "127.0.0.1:80", "[::1]:80", "localhost", "127.0.0.1", "[::1]"}, True, 2000),
-        ({"http": "127.0.0.2:9"}, {"localhost:9", "127.0.0.1:9", "[::1]:9", "127.0.0.2:9"}, True, 2000),
+         {"localhost:80", "127.0.0.1:80", "[::1]:80", "localhost", "127.0.0.1", "[::1]"}, True, 5000),
+        ({"http": "127.0.0.2:9"}, {"localhost:9", "127.0.0.1:9", "[::1]:9", "127.0.0.2:9"}, True, 5000),
         ({"http": "[::1]:9", "http_rate": 5}, {"localhost:9", "127.0.0.1:9", "[::1]:9"}, True, 5),
         ({"http": "a.b:9"}, {"localhost:9", "127.0.0.1:9", "[::1]:9", "a.b:9"}, False, 100),
         ({"http": "0.0.0.0:9", "http_hosts": "A.b, [2001:db8::1]:1", "http_rate": 0},
