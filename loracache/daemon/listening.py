@@ -60,7 +60,6 @@ def listen(path: Path, stack: contextlib.ExitStack, *, private: bool) -> socket.
     return listener
 
 
-<<<<<<< HEAD
 def _look_at_folder(folder: Path) -> None:
     """Who owns the socket's folder could put another in its place: clients believe whom they find there."""
     found = os.stat(folder)
@@ -71,7 +70,8 @@ def _look_at_folder(folder: Path) -> None:
         )
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
         _log.warning("others may write to %s, and put another socket in the place of this one: chmod go-w it", folder)
-=======
+
+
 def most_clients() -> int:
     """How many connections this process has descriptors for, two each (the socket, and one that watches its process).
     Raises the soft limit to the hard one first.
@@ -83,7 +83,6 @@ def most_clients() -> int:
     if soft == resource.RLIM_INFINITY:
         return _MOST_CLIENTS
     return max(1, min(_MOST_CLIENTS, (soft - _OTHER_DESCRIPTORS) // 2))
->>>>>>> stalls
 
 
 def unlink(path: Path) -> None:
