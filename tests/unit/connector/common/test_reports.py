@@ -63,7 +63,8 @@ def test_the_scheduler_hears_what_a_step_with_a_failed_worker_left_behind_once()
     connector: Any = object.__new__(LoRACacheConnector)
     heard: list[WorkerNews] = []
     connector._inbox = Inbox()
-    connector._scheduler = SimpleNamespace(take_news=heard.append, held=HeldBlocks())
+    done = {"step_done": lambda: None, "stores_done": HeldBlocks().stored}
+    connector._scheduler = SimpleNamespace(take_news=heard.append, **done)
     workers = [Outbox(), Outbox()]
     aggregator = KVOutputAggregator(expected_finished_count=2)
     kept = outputs(workers[0].report(WorkerNews(activated={1: 1}, failures={"load.lost": 2})))
