@@ -1,6 +1,6 @@
 # Every target but help, docs, package, image and clean makes .venv first; that takes no time when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check check-lint docs package image fuzz bench clean
+.PHONY: help setup demo test test-vllm check check-lint docs package image fuzz chaos bench clean
 
 BIN := .venv/bin
 
@@ -39,9 +39,12 @@ image: ## Build the daemon's image with docker, start it, and stop it
 fuzz: setup ## 20,000 calls of REST made up from its OpenAPI document (minutes)
 	@LORACACHE_FUZZ_CALLS=20000 $(BIN)/pytest tests/stress/test_rest_fuzz.py
 
+chaos: setup ## Faults by the second under load, mutated frames, made-up calls: make chaos MINUTES=15 (SEED=n: the same again)
+	@$(BIN)/python tests/stress/chaos/chaos.py --minutes $(or $(MINUTES),15) $(if $(SEED),--seed $(SEED)) --report chaos.json
+
 bench: setup ## Measure, and print what was measured on what
 	@$(BIN)/python benchmarks/run.py
 
 clean: ## Remove .venv and everything built or cached
-	rm -rf .venv .venv-docs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs build dist site *.egg-info chaos.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,7 +31,7 @@ from loracache import CacheClient
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
 from loracache.connectors.vllm.link.pinned import prepare_mapping
 from loracache.connectors.vllm.worker.layout import read_layout
-from loracache.connectors.vllm.worker.transfer import Loader
+from loracache.connectors.vllm.worker.loader import Loader
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import checksum, object_key
 

@@ -49,9 +49,9 @@ class _Turns:
         self._digests = itertools.cycle(digests)
         self._pool = make_pool(64 << 20)
         manager = SimpleNamespace(pool=self._pool, layers=[SimpleNamespace(tp_size=1)] * (4 * SPEC.layers))
-        manager.peft_name = lambda name: name
+        manager.by_model_name = dict
         self._done: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.activator = Activator(server, lambda: None, manager, lambda order, cause: self._done.put(cause), 60)
+        self.activator = Activator(server, lambda: None, manager, lambda order, cause, why: self._done.put(cause), 60)
         self._sources = itertools.cycle(np.frombuffer(aligned_buffer(size, n), np.uint8) for n in range(len(digests)))
         self._target = np.frombuffer(aligned_buffer(size), np.uint8)
 

@@ -34,7 +34,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "examples"))
 
-NAMES = ("lookup", "rest", "load", "disk", "compress", "redis", "scale", "ttft", "overhead", "lora")
+NAMES = ("lookup", "rest", "load", "disk", "compress", "redis", "redis_far", "scale", "ttft", "overhead", "lora")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 

@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loracache.client.client import Adapter, CacheClient, Flushed, Lookup, Reading, Reservation, Slot
+    from loracache.client.answers import Adapter, Flushed, Lookup, Reading, Reservation, Slot
+    from loracache.client.client import CacheClient
     from loracache.client.control import Located, OperationReport, Selection
     from loracache.errors import (
         ConfigError,
@@ -36,7 +37,15 @@ __all__ = [
     "__version__", "chunk_keys", "object_key", "salt_digest",
 ]  # fmt: skip
 
-_HOMES = ("errors", "tiers", "results", "keys", "client.control", "client.client")  # the cheapest first
+_HOMES = (
+    "errors",
+    "tiers",
+    "results",
+    "keys",
+    "client.control",
+    "client.answers",
+    "client.client",
+)  # the cheapest first
 
 
 def __getattr__(name: str) -> object:

@@ -29,18 +29,26 @@ from pydantic import (
 from loracache.errors import ConfigError
 from loracache.logs import LogFormat
 
-__all__ = ["Config", "http_address", "load_config", "on_loopback", "parse_size", "shown_config"]
+__all__ = [
+    "ENVIRONMENT", "Config", "holds_password", "http_address", "load_config", "on_loopback", "parse_size",
+    "shown_config",
+]  # fmt: skip
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": factor for unit, factor in list(_UNITS.items()) if unit not in ("", "B")}
 _UNITS |= {f"{unit}IB": 1024**power for power, unit in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-_PREFIX = "LORACACHE_"
+ENVIRONMENT = "LORACACHE_"  # what the name of every setting's variable begins with
 _SEEN = "command line"
 _LOGIN = re.compile(r"://[^/?#]*:.*@|[?&][a-z_]*password=")
 _HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z](?:[0-9A-Za-z.-]*[0-9A-Za-z])?")
 _HOST_OF_HEADER = re.compile(rf"(?:{_HOST.pattern})(?::[0-9]{{1,5}})?")
 _SECRET = ("integrity_key", "redis")
+
+
+def holds_password(value: object) -> bool:
+    """Whether what somebody wrote, a URL or a structure with one in it, has a password in it."""
+    return _LOGIN.search(str(value)) is not None
 
 
 def parse_size(value: object) -> int:
@@ -105,6 +113,12 @@ class Config(BaseModel):
     )
     redis_password_file: Path | None = Field(None, description="File with the password of Redis alone.")
     redis_prefix: str = Field("loracache", description="What every Redis key starts with.")
+    redis_ttl: int | None = Field(
+        None, ge=1, le=10**9, description="Seconds after which an object leaves Redis that nobody loaded."
+    )
+    redis_max_bytes: Size | None = Field(
+        None, ge=1 << 20, description="Most bytes of Redis's memory that our keys may take, about."
+    )
     redis_lookup_ms: float = Field(10.0, gt=0, le=1000, description="How long a lookup waits for Redis.")
     integrity_key: SecretStr | None = Field(None, description="Secret of a MAC over what disk and Redis hold.")
     http: str | None = Field(None, description="HOST:PORT of REST and metrics; without it there are none.")
@@ -149,6 +163,13 @@ class Config(BaseModel):
                     raise ValueError(f"{name!r} is not a name that a Host header has; write NAME or NAME:PORT")
         return names
 
+    @field_validator("traces")
+    @classmethod
+    def _traces(cls, value: str | None) -> str | None:
+        if value is not None and "@" in value:  # it stands in the REST process's command line
+            raise ValueError("has a login in it; give that as a header by OTEL_EXPORTER_OTLP_HEADERS")
+        return value
+
     @field_validator("tls_cert", "tls_key", mode="before")
     @classmethod
     def _tls_path(cls, value: object) -> object:
@@ -192,10 +213,10 @@ def load_config(flags: Mapping[str, Any], file: str | os.PathLike[str] | None = 
                 continue
             if key not in Config.model_fields:
                 raise ConfigError(f"unknown key {key!r} in the {name}{_suggestion(key)}; known: {', '.join(_known())}")
-            if name == _SEEN and key == "redis" and _LOGIN.search(str(value)):
+            if name == _SEEN and key == "redis" and holds_password(value):
                 raise ConfigError(
                     f"redis on the command line has a password, and a command line can be read by every user; give "
-                    f"redis by {_PREFIX}REDIS or a config file, or the password by redis_password_file"
+                    f"redis by {ENVIRONMENT}REDIS or a config file, or the password by redis_password_file"
                 )
             values[key], origin[key] = value, name
     try:
@@ -218,9 +239,12 @@ def _explain(item: Any, values: dict[str, Any], origin: dict[str, str]) -> str:
     if not key:
         return message
     if item["type"] == "missing":
-        return f"{key} is not set; give --{key.replace('_', '-')} or {_PREFIX}{key.upper()}"
-    secret = key in _SECRET or "-----BEGIN" in str(values.get(key))
-    shown = "(secret)" if secret else repr(values.get(key))
+        return f"{key} is not set; give --{key.replace('_', '-')} or {ENVIRONMENT}{key.upper()}"
+    given = values.get(key)
+    secret = key in _SECRET or "-----BEGIN" in str(given) or ("://" in str(given) and "@" in str(given))
+    shown = "(secret)" if secret else repr(given)
+    if secret:
+        message = message.replace(str(given), shown)
     return f"{key}={shown} ({origin.get(key, 'default')}): {message}"
 
 
@@ -248,7 +272,7 @@ def _place(error: Exception) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    found = {key[len(_PREFIX) :].lower(): value for key, value in os.environ.items() if key.startswith(_PREFIX)}
+    found = {key[len(ENVIRONMENT) :].lower(): value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}
     return {key: value for key, value in found.items() if not key.startswith("connector_")}
 
 

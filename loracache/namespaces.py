@@ -7,12 +7,13 @@ bytes, written once per namespace.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sortedcontainers import SortedDict, SortedList
@@ -65,6 +66,9 @@ class Namespaces:
     def __len__(self) -> int:
         return len(self._known)
 
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._known)
+
     def get(self, digest: bytes) -> Namespace | None:
         """The namespace of a digest."""
         return self._known.get(digest)
@@ -72,6 +76,31 @@ class Namespaces:
     def names(self, model: str) -> Sequence[str]:
         """What engines call the model of an identity."""
         return self._names.get(model, ())
+
+    def record(self, digest: bytes) -> dict[bytes, bytes]:
+        """Fields that tell other machines of a namespace: its digest -> its descriptor, and of each of its model's
+        names -> nothing. Any thread may ask."""
+        namespace = self._known.get(digest)
+        if namespace is None:
+            return {}
+        names = tuple(self._names.get(namespace.model, ()))
+        return {digest: namespace.descriptor().encode()} | {_name_field(namespace.model, name): b"" for name in names}
+
+    def learn(self, fields: Mapping[bytes, bytes]) -> None:
+        """Know what such fields say, for as long as this lives. What is none of them is nobody's word."""
+        for field, value in fields.items():
+            with contextlib.suppress(UsageError, ValueError, RecursionError):
+                if not value:
+                    model, name = json.loads(field)
+                    self._name(str(model), [str(name)])
+                    continue
+                namespace = Namespace.parse(value.decode())
+                if namespace.digest() == field and field not in self._known:
+                    self._remember(namespace)
+
+    def name_fields(self, models: Collection[str]) -> list[bytes]:
+        """The fields of the names that models (identities) have."""
+        return [_name_field(model, name) for model in models for name in self._names.get(model, ())]
 
     def adapters(self) -> list[str]:
         """Hex digests of the adapters that any namespace is of."""
@@ -192,6 +221,10 @@ class Namespaces:
             found = []
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
             self._name(namespace.model, found)
+
+
+def _name_field(model: str, name: str) -> bytes:
+    return json.dumps([model, name]).encode()
 
 
 def _matches(namespace: Namespace, models: set[str] | None, adapter: str | None, salt: str | None) -> bool:

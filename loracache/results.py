@@ -48,6 +48,8 @@ class Cause(enum.StrEnum):
     HELD = "held"  # leased, pinned, named, being written, or needed by what is
     STAYS = "stays"  # the same, of a move's source
     ALREADY = "already"  # nothing is to do
+    UNDESCRIBED = "undescribed"  # only Redis has it, and nobody knows whose it is
+    INCOMPRESSIBLE = "incompressible"  # compression makes it no smaller
     NOT_WRITTEN = "not_written"  # the target did not take it
     UNPROVEN = "unproven"  # of another release or integrity_key
     CORRUPT = "corrupt"  # what a tier says of a rewrite: storage_backends.base.Outcome

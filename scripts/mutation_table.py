@@ -150,8 +150,8 @@ CACHE = [
     ),
     Mutation(
         "of writes that are given up, the leaf's goes first",
-        "loracache/cache/tiered.py",
-        "leaf = self.index.leaf_below(node, Tier.CPU)",
+        "loracache/cache/tier/write_behind.py",
+        "leaf = index.leaf_below(node, Tier.CPU)",
         "leaf = node",
         _VICTIMS,
     ),

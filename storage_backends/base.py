@@ -2,8 +2,9 @@
 """The interface of a storage backend, and the contract every backend keeps.
 
 A backend holds immutable objects under 32-byte keys and knows nothing of trees, leases or policies: which object enters
-or leaves is the cache's decision. Six methods, all batched, all blocking; and `check`, for those that may be out of
-reach.
+or leaves is the cache's decision. Six methods, all batched, all blocking; `check`, for those that may be out of reach;
+and for those whose content is found by asking `descriptors`, `forget`, `purge`, and `tend`
+where one is `due`.
 
 What the cache guarantees
     - Buffers belong to the caller and stay valid and unmoved for the duration of the call. They are handed over as a
@@ -33,7 +34,8 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 __all__ = [
@@ -42,9 +44,12 @@ __all__ = [
     "Kind",
     "ObjectInfo",
     "Outcome",
+    "Purge",
+    "Purpose",
     "Result",
     "Standing",
     "StorageBackend",
+    "Tended",
     "Transfer",
     "padded",
 ]
@@ -134,10 +139,53 @@ class Standing:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """Whose objects a purge removes. wanted: namespaces; None: everybody's. others: namespaces that are known, and not
+    meant. kept: keys of objects that stay, whosever they are."""
+
+    wanted: AbstractSet[bytes] | None = None
+    others: AbstractSet[bytes] = frozenset()
+    kept: frozenset[bytes] = frozenset()
+
+
+@dataclass(slots=True)
+class Purge:
+    """What a purge did so far. objects, nbytes: removed, as they were kept. loose: parts of objects removed that are
+    none. kept: keys of objects that were to stay. undescribed: objects left of which nobody knows whose they are.
+    present: of the other namespaces, those that have objects. error: why not everything was seen or removed, or "".
+    """
+
+    objects: int = 0
+    nbytes: int = 0
+    loose: int = 0
+    kept: set[bytes] = field(default_factory=set)
+    undescribed: int = 0
+    present: set[bytes] = field(default_factory=set)
+    error: str = ""
+
+    def fail(self, error: str) -> None:
+        """Note why something may be left; the first reason stands."""
+        self.error = self.error or error
+
+
+@dataclass(slots=True)
+class Tended:
+    """What `tend` did. objects, nbytes: evicted, beyond the limit. orphans: parts of objects that are none, removed.
+    used: bytes that are used of the limit, None where not known. error: why it did less than it should, or ""."""
+
+    objects: int = 0
+    nbytes: int = 0
+    orphans: int = 0
+    used: int | None = None
+    error: str = ""
+
+
 class StorageBackend(ABC):
     """A tier below the arena. See the module's docstring for the contract."""
 
     name: str  # "disk", "redis", "memory": what counters and status call it
+    limit: int = 0  # bytes that a backend keeps within by itself, about; 0: it leaves that to the cache
 
     @abstractmethod
     def contains(self, keys: Sequence[bytes]) -> list[Result]:
@@ -175,6 +223,27 @@ class StorageBackend(ABC):
         while that is not all. Blocks as the others do. Raises ConfigError for what no waiting will mend.
         """
         return Standing()
+
+    def descriptors(self) -> dict[bytes, bytes]:
+        """What those who store here say of their namespaces (see Namespaces.record). Raises Unavailable."""
+        return {}
+
+    def forget(self, fields: Collection[bytes]) -> None:  # noqa: B027 - most have none
+        """Drop some of the descriptors' fields. Raises Unavailable."""
+
+    def purge(self, purpose: Purpose, did: Purge, go_on: Callable[[], bool]) -> None:  # noqa: B027 - as above
+        """Remove what is found by asking alone, whoever stored it, noting in `did` what came of it, as long as
+        `go_on()`. A backend whose `scan` yields all that it holds has nothing that its cache does not know."""
+
+    @property
+    def due(self) -> bool:
+        """Whether `tend` has something to do."""
+        return False
+
+    def tend(self, go_on: Callable[[], bool]) -> Tended:
+        """Do what is due of a backend that keeps its own house, as long as `go_on()`; slowly, on a thread of its own
+        beside the other methods."""
+        return Tended()
 
     def footprint(self, size: int) -> int:
         """Bytes of the tier's budget that an object takes: `size` is `info.stored or info.size`."""

@@ -21,12 +21,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from loracache.connectors.vllm.common.geometry import uncacheable
+from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.messages import Facts, StepPlan
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.patches import problem
 from loracache.connectors.vllm.common.private import private_server
 from loracache.connectors.vllm.common.releases import unknown_release
 from loracache.connectors.vllm.common.reports import Inbox, Outbox
+from loracache.connectors.vllm.common.stats import ConnectorStats, PromMetrics
 from loracache.connectors.vllm.identity.model import ModelIdentity
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.hit_sources import hits_by_source
@@ -38,6 +40,8 @@ from loracache.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from loracache.connectors.vllm.lora.refusals import Refusal
 
 __all__ = ["LoRACacheConnector"]
 
@@ -56,7 +62,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_as_vllm_does()
+        log_as_vllm_does()
         transfer = vllm_config.kv_transfer_config
         options = Options.parse(dict(transfer.kv_connector_extra_config))
         if not options.server and getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
@@ -170,6 +176,27 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.start_stores()
 
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What was done since the last step; asked of both sides."""
+        side = self._worker or self._scheduler
+        return side.tally.take() if side is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """From what was carried to another process."""
+        return ConnectorStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """Our counters in vLLM's /metrics."""
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of the loads just reported that hold no valid KV."""
         assert self._worker is not None
@@ -192,7 +219,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The workers' facts, by pipeline and tensor rank."""
         self._take_facts(metadata.values())
 
-    def fail_requests_through(self, fail: Callable[[str], None]) -> None:
+    def fail_requests_through(self, fail: Callable[[str, Refusal], None]) -> None:
         """Take vLLM's way to end a request with an error (plugin.py)."""
         if self._scheduler is not None:
             self._scheduler.admission.fail = fail
@@ -231,7 +258,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' results."""
         assert self._scheduler is not None
-        self._scheduler.held.stored(connector_output.finished_sending or ())
+        self._scheduler.step_done()
+        self._scheduler.stores_done(connector_output.finished_sending or ())
         news = self._inbox.news(connector_output.kv_connector_worker_meta)
         if news is not None:
             if news.facts:
@@ -240,6 +268,11 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         loaded, invalid = connector_output.finished_recving or set(), connector_output.invalid_block_ids or set()
         if loaded or invalid:
             self._scheduler.finished_loading(loaded, invalid)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """What has entered and left our tiers, for vLLM's KV events."""
+        assert self._scheduler is not None
+        return self._scheduler.events.take()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Plan the last stores; True where blocks must wait for them."""
@@ -288,12 +321,3 @@ def _check_release(options: Options, role: KVConnectorRole) -> None:
     unknown = unknown_release()
     if unknown and role is KVConnectorRole.SCHEDULER:
         _log.warning("%s; its KV is cached all the same", unknown)
-
-
-def _log_as_vllm_does() -> None:
-    """vLLM gives handlers to loggers of its own name only; without one, Python shows nothing below a warning."""
-    ours, theirs = logging.getLogger("loracache"), logging.getLogger("vllm")
-    if not ours.hasHandlers():
-        ours.setLevel(theirs.level)
-        for handler in theirs.handlers:
-            ours.addHandler(handler)

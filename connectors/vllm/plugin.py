@@ -16,8 +16,11 @@ from typing import Any
 
 from loracache.connectors.vllm.common import patches
 from loracache.connectors.vllm.common.connectors_of import connectors_of
+from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.releases import unknown_release, vllm_version
+from loracache.connectors.vllm.frontend.refusals import answer_refusals, check_what_is_added, raise_refusals
 from loracache.connectors.vllm.frontend.reload import forget_orders, tell_of_reloads
+from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.errors import ConfigError
 
 __all__ = ["register"]
@@ -31,6 +34,7 @@ def register() -> None:
     """
     if not patches.begin():
         return
+    log_as_vllm_does()
     unknown = unknown_release()
     if unknown:
         patches.problems.append(unknown)
@@ -41,6 +45,8 @@ def register() -> None:
         "vllm.v1.worker.lora_model_runner_mixin": _patch_worker,
         "vllm.v1.core.sched.scheduler": _patch_scheduler,
         "vllm.v1.engine.core": tell_of_reloads,
+        "vllm.v1.engine.async_llm": lambda module: check_what_is_added(module, _wants_pool),
+        "vllm.v1.engine.output_processor": raise_refusals,
         "vllm.entrypoints.openai.models.serving": _patch_front_end,
     }
     patches.install(wanted)
@@ -98,28 +104,43 @@ def _patch_scheduler(module: Any) -> None:
     module.Scheduler.__init__ = init
 
 
-def _failer(scheduler: Any) -> Callable[[str], None]:
+def _failer(scheduler: Any) -> Callable[[str, Refusal], None]:
     """Ends requests with an error, by id: vLLM has a set of their ids up to 0.32, a dict of their errors from 0.33 on,
-    and there a new one for each step.
+    and there a new one for each step. For the set the reason travels as why the request stopped.
     """
+    reasons: dict[str, Refusal] = {}
 
-    def fail(request_id: str) -> None:
+    def fail(request_id: str, refusal: Refusal) -> None:
         failed = scheduler.grammar_compile_error_reqs
         if isinstance(failed, set):
             failed.add(request_id)
+            reasons[request_id] = refusal
         else:
-            failed[request_id] = _request_error()
+            failed[request_id] = _request_error(refusal)
 
+    if isinstance(scheduler.grammar_compile_error_reqs, set):
+        stock = scheduler.update_from_output
+
+        def update_from_output(*args: Any, **kwargs: Any) -> Any:
+            answer = stock(*args, **kwargs)
+            ended = [output for each in answer.values() for output in each.outputs] if reasons else []
+            for output in ended:
+                if output.request_id in reasons and output.finish_reason is not None:
+                    output.stop_reason = str(reasons[output.request_id])
+            reasons.clear()  # this step has ended all that were to be
+            return answer
+
+        scheduler.update_from_output = update_from_output
     return fail
 
 
-def _request_error() -> Any:
+def _request_error(refusal: Refusal) -> Any:
     try:
         from vllm.outputs import RequestError
     except ImportError:  # then vLLM has words of its own
         return None
-    why = "the LoRA adapter of this request cannot be served; the engine's log says why"
-    return RequestError(code="lora_adapter_error", message=why)
+    code = "validation_error" if refusal.forever else "lora_adapter_error"
+    return RequestError(code=code, message=str(refusal), retryable=not refusal.forever)
 
 
 def _patch_front_end(module: Any) -> None:
@@ -142,6 +163,7 @@ def _patch_front_end(module: Any) -> None:
             from loracache.connectors.vllm.frontend.resolver import resolve_names_through_the_cache
 
             resolve_names_through_the_cache(self)
+            answer_refusals(self)
         except (ImportError, AttributeError) as error:
             raise _does_not_fit(error) from error
 

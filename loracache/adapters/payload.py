@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ from loracache.adapters.peft import (
     WEIGHTS,
     PeftFolder,
     Settings,
-    is_finite,
     module_of,
     unusable_settings,
 )
@@ -45,10 +45,11 @@ __all__ = [
 Identity = tuple[int, ...]
 
 _SETTLED_S = 2.0
+_MOST_KNOWN = 4096
 _MAGIC = b"LoRA\0\0\0\1"
 _ALIGNMENT = 64
 _MOST_HEADER = 64 << 20
-_SAFETENSORS_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def folder_identity(path: str) -> Identity:
@@ -78,9 +79,11 @@ def adapter_digest(path: str) -> str:
 
 
 class AdapterDigests:
-    """Digests remembered by the identity of the files, so that a request costs two stats. Safe from any thread."""
+    """Digests remembered by the identity of the files, so that a request costs two stats; the oldest are forgotten.
+    Safe from any thread."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._known: dict[Identity, str] = {}
 
     def digest(self, path: str) -> tuple[str, Identity]:
@@ -94,7 +97,10 @@ class AdapterDigests:
             raise UsageError(f"{path} changed while it was read; try again")
         newest = max(identity[3], identity[4], identity[8], identity[9]) / 1e9
         if time.time() - newest > _SETTLED_S:  # a younger file may change again without its times moving
-            self._known[identity] = digest
+            with self._lock:
+                self._known[identity] = digest
+                if len(self._known) > _MOST_KNOWN:
+                    del self._known[next(iter(self._known))]
         return digest, identity
 
 
@@ -168,11 +174,9 @@ class Packing:
         end = len(self._head)
         state = _digest_of_settings(folder)
         for tensor, stored in zip(folder.tensors, self._stored, strict=True):
-            data = b"".join(folder.chunks(tensor))
+            data = folder.data(tensor)
             state.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
             state.update(data)
-            if not is_finite(data, tensor.dtype):
-                raise UsageError(f"{folder.path / WEIGHTS}: tensor {tensor.name!r} has an infinity or a NaN in it")
             _write_at(buffers, end, bytes(stored.offset - end))
             _write_at(buffers, stored.offset, _to_rank_major(data, stored))
             end = stored.offset + stored.nbytes

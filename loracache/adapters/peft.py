@@ -7,7 +7,6 @@ pickle is read, and patterns that could keep a regular expression busy for ever 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -23,27 +22,27 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from loracache.adapters.patterns import MOST_PATTERNS, compiled
 from loracache.errors import UsageError
 
 __all__ = [
-    "CONFIG", "DTYPE_BYTES", "WEIGHTS", "PeftFolder", "Settings", "TensorInfo", "is_finite", "module_of",
-    "unusable_settings",
+    "CONFIG", "CONVERT", "DTYPE_BYTES", "PICKLES", "WEIGHTS", "PeftFolder", "Settings", "TensorInfo", "is_finite",
+    "module_of", "unusable_settings",
 ]  # fmt: skip
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-MAX_RANK = 256
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+MAX_RANK = 512
+CONVERT = ", where torch is: python -m loracache.connectors.vllm.lora.pickled FOLDER NEW_FOLDER"
 
 # The bits of an exponent: a number with all of them set is infinite or none at all.
-_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_EXPONENT = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _READ = 8 << 20
-_MAX_CONFIG, _MAX_HEADER, _MAX_NAME, _MAX_PATTERNS = 1 << 20, 32 << 20, 512, 4096
-_MAX_STEPS = 5 * 10**9  # of matching patterns: a few seconds
+_MAX_CONFIG, _MAX_HEADER, _MAX_NAME = 1 << 20, 32 << 20, 512
+_MAX_PATTERN_STEPS, _MAX_STEPS = 1 << 20, 1 << 30  # of matching patterns: at the worst some seconds together
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
 _UNUSED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # copies of the base model's
-_PATTERN = re.compile(r"[\w.\\|()\[\]^$*+-]{1,200}")
-# Repeated groups, references to groups, and sets that a later Python may read as something else.
-_OBSCURE = re.compile(r"\)[*+]|\\\d|\[\^?\[|--|\|\|")
 # What changes the effect of the same tensors, and what PEFT takes where it is left out.
 _DEFAULTS: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
@@ -51,7 +50,7 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 # Settings that make of the tensors something else than x @ A.T @ B.T added to the base model's output.
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_bdlora",
+    "use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_bdlora",
     "use_qalora", "target_parameters", "trainable_token_indices", "megatron_config",
 )  # fmt: skip
 # Initialisations that leave the base model as it is; the others (PiSSA, OLoRA, ...) change its weights when loaded.
@@ -140,6 +139,18 @@ class PeftFolder:
             yield data
             offset, left = offset + len(data), left - len(data)
 
+    def data(self, tensor: TensorInfo) -> bytes:
+        """All of its bytes. Raises UsageError where there is an infinity or a NaN among its numbers."""
+        data = b"".join(self.chunks(tensor))
+        if not is_finite(data, tensor.dtype):
+            raise UsageError(f"{self._weights}: tensor {tensor.name!r} has an infinity or a NaN in it")
+        return data
+
+    def check_numbers(self) -> None:
+        """What only reading all of it can say. Raises as `data`."""
+        for tensor in self.tensors:
+            self.data(tensor)
+
     def check(self) -> Settings:
         """What can be said without reading the tensors: settings, names, pairs and shapes. Raises UsageError."""
         problem = unusable_settings(self.config)
@@ -149,7 +160,8 @@ class PeftFolder:
         pairs: dict[str, dict[str, TensorInfo]] = {}
         for tensor in self.tensors:
             if tensor.dtype not in DTYPE_BYTES:
-                raise UsageError(f"{self._weights}: tensor {tensor.name!r} is {tensor.dtype}; give F32, F16 or BF16")
+                kinds = ", ".join(DTYPE_BYTES)
+                raise UsageError(f"{self._weights}: tensor {tensor.name!r} is {tensor.dtype}; give one of {kinds}")
             if not tensor.name.endswith(_UNUSED):
                 module, part = self._part(tensor)
                 if pairs.setdefault(module, {}).setdefault(part, tensor) is not tensor:
@@ -157,18 +169,22 @@ class PeftFolder:
         if not pairs:
             raise UsageError(f"{self._weights} holds no LoRA tensors")
         longest = max(map(len, pairs))
-        steps = sum(_ways(pattern, longest) for pattern in (*settings.rank_pattern, *settings.alpha_pattern))
-        if len(pairs) * longest * steps > _MAX_STEPS:
+        patterns = (*settings.rank_pattern, *settings.alpha_pattern)
+        if len(pairs) * sum(compiled(pattern).steps(longest) for pattern in patterns) > _MAX_STEPS:
             raise UsageError(f"{self.path / CONFIG}: its patterns are too much for {len(pairs)} modules")
+        for module in pairs:
+            if patterns and not module.isascii():
+                raise UsageError(f"{self._weights}: module {module!r}: patterns are for names in ASCII")
         for module, parts in pairs.items():
             self._check_pair(module, parts, settings.rank_of(module))
-        self._check_targets(pairs)
         return settings
 
     def _part(self, tensor: TensorInfo) -> tuple[str, str]:
         module, part = module_of(tensor.name)
         if not part:
             reason = "DoRA is not supported" if "magnitude" in tensor.name else "it is not a LoRA weight"
+            if self.config.get("modules_to_save"):
+                reason += ", but a whole module's (modules_to_save), which is not supported"
             raise UsageError(f"{self._weights}: tensor {tensor.name!r}: {reason}")
         return module, part
 
@@ -183,12 +199,6 @@ class PeftFolder:
                 raise UsageError(
                     f"{self._weights}: tensor {tensor.name!r} has shape {tensor.shape}; {CONFIG} says {wanted}"
                 )
-
-    def _check_targets(self, pairs: dict[str, dict[str, TensorInfo]]) -> None:
-        targets = self.config.get("target_modules")
-        for target in dict.fromkeys(map(str, targets)) if isinstance(targets, list) else ():
-            if not any(module == target or module.endswith(f".{target}") for module in pairs):
-                raise UsageError(f"{self._weights}: target module {target!r} of {CONFIG} has no tensors")
 
     def _read_config(self) -> str:
         path = self.path / CONFIG
@@ -225,9 +235,9 @@ class PeftFolder:
         return found
 
     def _what_is_there_instead(self) -> str:
-        for name in ("adapter_model.bin", "adapter_model.pt"):
+        for name in PICKLES:
             if (self.path / name).exists():
-                return f"; {name} is a pickle, which can run anything when it is read: save it as safetensors"
+                return f"; {name} is a pickle, which can run anything when it is read: save it as safetensors{CONVERT}"
         return ""
 
 
@@ -287,36 +297,22 @@ def _unusable_patterns(values: dict[str, Any]) -> str:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values[key], dict):
             return f"{key}={values[key]!r} must map module names to numbers"
-        if len(values[key]) > _MAX_PATTERNS:
-            return f"{key} has {len(values[key])} patterns; {_MAX_PATTERNS} are the limit"
+        if len(values[key]) > MOST_PATTERNS:
+            return f"{key} has {len(values[key])} patterns; {MOST_PATTERNS} are the limit"
         for pattern in values[key]:
-            plain = isinstance(pattern, str) and _PATTERN.fullmatch(pattern) and not _OBSCURE.search(pattern)
-            if not plain or _ways(pattern, _MAX_NAME) > 4 * _MAX_NAME**2:
-                return f"{key}: {pattern!r} is too much of a pattern; give module names, with at most two of * and +"
             try:
-                re.compile(pattern)
-            except re.error as error:
-                return f"{key}: {pattern!r} is not a regular expression: {error}"
+                if compiled(pattern).steps(_MAX_NAME) > _MAX_PATTERN_STEPS:
+                    return f"{key}: {pattern!r} is too much of a pattern; repeat less"
+            except ValueError as error:
+                return f"{key}: {pattern!r} {error}"
     return ""
-
-
-def _ways(pattern: str, length: int) -> int:
-    """About how often a match may go back and try another way, on a name of this length."""
-    bare = re.sub(r"\\.", "_", pattern)
-    repeats, groups = len(re.findall(r"[*+]", bare)), bare.count("(")
-    return int(length**repeats * (bare.count("|") + 1) ** groups)
 
 
 def _matching(patterns: dict[str, Any], module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        if _compiled(pattern).match(module):
+        if compiled(pattern).matches(module):
             return value
     return default
-
-
-@functools.lru_cache(maxsize=2 * _MAX_PATTERNS)  # there may be one for every module; re itself keeps 512
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _open(path: Path, hint: Any) -> int:

@@ -12,11 +12,13 @@ from loracache.audit.faults import Fault, Report
 from loracache.audit.redis import RedisCheck
 from loracache.config import Config
 from loracache.errors import ConfigError, Unavailable
+from loracache.keys import LORA_NAMESPACE
 from loracache.storage_backends.base import ObjectInfo
 from loracache.storage_backends.disk.lock import DiskInUse, lock_folder
 from loracache.storage_backends.header import check_integrity_key
+from loracache.storage_backends.redis.hashes import RedisHash
 from loracache.storage_backends.redis.names import RedisNames
-from loracache.storage_backends.redis.urls import parse_target
+from loracache.storage_backends.redis.urls import Target, parse_target
 
 __all__ = ["check"]
 
@@ -94,6 +96,13 @@ def _check_redis(
     target = parse_target(config.redis, _TIMEOUT_S, config.redis_password_file)
     work = RedisCheck(target, config.redis_prefix, report, integrity_key=key, fix=fix)
     work.run()
+    try:
+        told = _descriptors(target, config.redis_prefix)
+        for key_, info in work.objects.items():
+            if info.namespace not in told:
+                report.add("redis", Fault.UNDESCRIBED, f"{key_.hex()} of {info.namespace.hex()}", nbytes=info.size)
+    except Unavailable as error:
+        report.add("redis", Fault.UNREADABLE, f"the hash of namespaces: {error}")
     names = RedisNames(config.redis, prefix=config.redis_prefix, password_file=config.redis_password_file)
     try:
         return work.objects, names.all()
@@ -102,6 +111,15 @@ def _check_redis(
         return work.objects, []
     finally:
         names.close()
+
+
+def _descriptors(target: Target, prefix: str) -> set[bytes]:
+    """The namespaces that the Redis has a word on."""
+    fields = RedisHash(target, f"{prefix}:namespaces")
+    try:
+        return {LORA_NAMESPACE, *fields.ask(lambda server: server.hgetall(fields.key))}
+    finally:
+        fields.close()
 
 
 def _content(info: ObjectInfo) -> tuple[object, ...]:

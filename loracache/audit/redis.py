@@ -5,7 +5,7 @@ its own: what seems wrong is looked at again after a while, longer than a store 
 
 from __future__ import annotations
 
-import re
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,6 +77,10 @@ class RedisCheck:
             yield self._target.client()
 
     def _check(self, client: Any) -> None:
+        with contextlib.suppress(redis.exceptions.MovedError):  # rights are looked at before
+            client.pttl(
+                b"%b:{check}" % self._prefix.encode()
+            )  # and before anything is changed here: one may be missing
         segments = self._scan(client)
         doubtful = {}
         for key, there in segments.items():
@@ -92,14 +96,12 @@ class RedisCheck:
 
     def _scan(self, client: Any) -> dict[bytes, set[bytes]]:
         """Key -> the Redis keys of its segments, for all of which anything is there."""
-        start = re.escape(self._prefix.encode())
-        ours = re.compile(rb"%b:\{([0-9a-f]{64})\}(:(?:[0-9a-f]{16}:)?[0-9]+)?" % start)
         found: dict[bytes, set[bytes]] = {}
         for name in client.scan_iter(match=f"{self._prefix}:{{*", count=_COUNT):
-            match = ours.fullmatch(name)
-            if match is not None:
-                segments = found.setdefault(bytes.fromhex(match[1].decode()), set())
-                if match[2]:
+            read = self._layout.read_name(name)
+            if read is not None:
+                segments = found.setdefault(read[0], set())
+                if read[1]:
                     segments.add(name)
             elif name != b"%b:{check}" % self._prefix.encode():  # which a daemon that starts tries its rights on
                 self._report.add("redis", Fault.FOREIGN, name.decode(errors="replace"))
@@ -129,6 +131,11 @@ class RedisCheck:
 
     def _judge(self, client: Any, found: header.Header, made: _Object) -> Verdict:
         total = found.info.stored or found.info.size
+        if not found.segment_bytes:
+            whole = memoryview(made.raw or b"")[header.HEADER_BYTES :]
+            if whole.nbytes != total:
+                return Verdict(None, Fault.DAMAGED, "its value has the wrong length")
+            return judge(found, whole, self._integrity_key)
         kept = bytearray()
         for segment in made.named or ():
             value = _get(client, segment)

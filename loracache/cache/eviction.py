@@ -6,12 +6,14 @@ Children go before their parents. What is leased or pinned stays, and its ancest
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loracache.cache.state.index import Index, Node
 from loracache.cache.tier.disk import DiskTier
-from loracache.cache.tier.io import TierIO
+from loracache.cache.tier.write_behind import WriteBehind
+from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
 __all__ = ["Evicted", "Remover"]
@@ -22,19 +24,20 @@ _SLICE = 500  # objects between two looks at the socket: a few milliseconds
 @dataclass(slots=True)
 class Evicted:
     """What an eviction did so far: objects and bytes that left, objects skipped because of a lease, a write that reads
-    them, a pin, a name or a kept child.
+    them, a pin, a name or a kept child. redis: how its deletions ended, which is known only when they are done.
     """
 
     objects: int = 0
     nbytes: int = 0
     skipped: int = 0
+    redis: Counter[Outcome] = field(default_factory=Counter, compare=False)
 
 
 class Remover:
     """Evicts by key. leave_arena(node, cause) takes one object out of the arena."""
 
     def __init__(
-        self, index: Index, leave_arena: Callable[[Node, str], None], disk: DiskTier | None, redis: TierIO | None
+        self, index: Index, leave_arena: Callable[[Node, str], None], disk: DiskTier | None, redis: WriteBehind | None
     ) -> None:
         self._index = index
         self._leave_arena = leave_arena
@@ -45,8 +48,9 @@ class Remover:
         """Take `keys` and all their descendants out of `tiers`, noting in `did` what came of it. Yields between two
         slices, for others to be served; whoever asks for no more ends it there.
         """
-        if Tier.REDIS in tiers and self._redis is not None:
-            self._redis.delete(list(dict.fromkeys(keys)))  # the index does not know all that Redis holds
+        keys = list(dict.fromkeys(keys))
+        if Tier.REDIS in tiers and self._redis is not None:  # the index does not know all that Redis holds
+            self._delete([key for key in keys if self._index.get(key) is None], did)
         roots = [node for node in map(self._index.get, keys) if node is not None]
         yield from self._remove_below(roots, tiers, did)
 
@@ -78,12 +82,21 @@ class Remover:
         yield part
 
     def _remove(self, nodes: list[Node], tiers: Collection[Tier], total: Evicted) -> None:
-        if Tier.REDIS in tiers and self._redis is not None and nodes:
-            self._redis.delete([node.key for node in nodes])
+        if Tier.REDIS in tiers and self._redis is not None:
+            for node in nodes:
+                self._redis.forget(node, "evicted")  # else it would be written after all
+            self._delete([node.key for node in nodes], total)
         if Tier.CPU in tiers:
             self._drop(nodes, Tier.CPU, total, "asked")
         if Tier.DISK in tiers:
             self._drop(nodes, Tier.DISK, total, "asked")
+
+    def _delete(self, keys: list[bytes], did: Evicted) -> None:
+        named = [key for key in keys if key in self._index.retained]  # without a disk Redis may be all that has them
+        did.skipped += len(named)
+        keys = [key for key in keys if key not in self._index.retained] if named else keys
+        if keys and self._redis is not None:
+            self._redis.io.delete(keys, lambda results: did.redis.update(result.outcome for result in results))
 
     def drop(self, nodes: Iterable[Node], tier: Tier, cause: str) -> Evicted:
         """Take just these objects, children before parents, out of the arena or the disk, as far as they may go. The

@@ -18,21 +18,21 @@ from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.events import Events
 from loracache.cache.state.index import Index, Node
-from loracache.cache.state.leases import Leases, Writing
+from loracache.cache.state.leases import Grip, Leases, Writing
 from loracache.cache.state.node import State
 from loracache.cache.state.pins import Pins
 from loracache.cache.tier.disk import DiskTier
 from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import Post, TierIO
 from loracache.cache.tier.promotion import Promoter
-from loracache.cache.tier.write_behind import WriteBehind
+from loracache.cache.tier.write_behind import WriteBehind, unwritten_leaf
 from loracache.results import Cause
 from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
 from loracache.tiers import Tier
 
 __all__ = ["Acquired", "TieredCache"]
 
-_GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
+_REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,14 @@ class TieredCache:
             )
             self.writers.append(self.disk.writer)
         if redis is not None:
-            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events)
+            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
             self.redis = WriteBehind(
                 io, arena, self.index, self.counters, self.flushes, lambda node: None, self._written
             )
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
-        self._remover = Remover(
-            self.index, self._evict_from_arena, self.disk, self.redis.io if self.redis is not None else None
-        )
+        self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
 
     # -- reading ----------
 
@@ -108,9 +106,9 @@ class TieredCache:
         return [cpu if node.present & in_cpu else disk for node in self.index.leading(keys, tiers)]
 
     def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
-        """Keep those of `keys` that are in the arena there until the lease ends."""
+        """Keep those of `keys` that are in the arena there until the lease ends, loosely."""
         nodes = [node for node in map(self.index.get, keys) if node is not None and node.held_in(Tier.CPU)]
-        self.leases.hold(owner, lease_id, ttl, nodes)
+        self.leases.hold(owner, lease_id, ttl, nodes, Grip.LOOSE)
 
     def acquire(
         self,
@@ -119,13 +117,14 @@ class TieredCache:
         keys: Sequence[bytes],
         ttl: float,
         ready: Callable[[list[Acquired]], None],
+        grip: Grip = Grip.FIRM,
     ) -> None:
         """Hold `keys` under a read lease, raising them into the arena where needed.
 
         `ready` is called at once with what is there already (or known to be nowhere) and again for the rest as it
         arrives, until every position was answered once.
         """
-        self.leases.hold(owner, lease_id, ttl, ())
+        self.leases.hold(owner, lease_id, ttl, (), grip)
         at_once: list[Acquired] = []
         on_disk: list[tuple[Node, Callable[[Node | None, Cause], None]]] = []
         elsewhere: list[tuple[bytes, Callable[[Node | None, Cause], None]]] = []
@@ -135,7 +134,7 @@ class TieredCache:
                 if node is not None and not self.leases.alive(owner, lease_id):
                     node, cause = None, Cause.LEASE_LOST
                 if node is not None:
-                    self.leases.hold(owner, lease_id, ttl, (node,))
+                    self.leases.hold(owner, lease_id, ttl, (node,), grip)
                 ready([Acquired(position, node, cause)])
 
             return arrived
@@ -144,7 +143,7 @@ class TieredCache:
             node = self.index.get(key)
             if node is not None and node.held_in(Tier.CPU):
                 self.index.touch(node)
-                self.leases.hold(owner, lease_id, ttl, (node,))
+                self.leases.hold(owner, lease_id, ttl, (node,), grip)
                 at_once.append(Acquired(position, node))
             elif node is not None and node.state(Tier.CPU) is State.LOADING:
                 self._promoter.wait(node, waiter(position))
@@ -329,14 +328,22 @@ class TieredCache:
         return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
 
     def _make_room(self, nbytes: int, protected: set[Node], *, promised: bool = False) -> bool:
-        """Free arena bytes: clean victims first, then leaves whose queued write is given up, the oldest chain's first,
-        but not for who can wait instead (`promised`). False where even that is not enough.
+        """Free arena bytes: clean victims first, then those of the protected that disk has too (a chain longer than
+        the arena ends in its next chunk's parent), then what is held loosely and lies in a lower tier, then leaves
+        whose queued write is given up, the oldest chain's first, but not for who can wait instead (`promised`). False
+        where even that is not enough.
         """
+        policy = self._policies[Tier.CPU]
         while (missing := nbytes - self.arena.free_bytes) > 0:
-            victims = self._policies[Tier.CPU].victims(missing, protected)
+            victims = policy.victims(missing, protected)
             cause = "policy"
+            if victims is None and protected:
+                victims = policy.victims(missing, {node for node in protected if not node.held_in(Tier.DISK)})
+            if victims is None and (count := self.leases.give_way(missing, self._in_lower_tier)):
+                self.counters.add("lease.gave_way", count)
+                continue
             if victims is None:
-                leaf = self._unwritten_leaf(protected) if not promised else None
+                leaf = unwritten_leaf(self.writers, self.index, protected) if not promised else None
                 if leaf is None:
                     return False
                 cause = Cause.MEMORY_FULL
@@ -347,15 +354,9 @@ class TieredCache:
                 self._evict_from_arena(node, cause)
         return True
 
-    def _unwritten_leaf(self, protected: set[Node]) -> Node | None:
-        """An object that nothing keeps in the arena but a queued write; of the chain that is queued the longest."""
-        for writer in self.writers:
-            for node in writer.oldest(_GIVE_UP_AMONG):
-                leaf = self.index.leaf_below(node, Tier.CPU)
-                kept = leaf.leases or leaf in protected or any(leaf in each.promised for each in self.writers)
-                if not kept and not self.index.stays(leaf, Tier.CPU):
-                    return leaf
-        return None
+    def _in_lower_tier(self, node: Node) -> bool:
+        """Whether a clean object of the arena can be had again: from disk, or from Redis, which got it once."""
+        return node.held_in(Tier.DISK) or self.redis is not None
 
     def _evict_from_arena(self, node: Node, cause: str) -> None:
         self.counters.add(f"evict.cpu.{cause}")

@@ -11,7 +11,8 @@ import typer
 
 from loracache.cli.common import JsonOption, SocketOption, client_of, print_json
 from loracache.cli.completion import complete_adapter
-from loracache.client.client import Adapter, CacheClient
+from loracache.client.answers import Adapter
+from loracache.client.client import CacheClient
 from loracache.errors import Rejected, Unknown, UsageError
 
 __all__ = ["app"]

@@ -45,6 +45,7 @@ _DONE = {
     "admit": "admitted", "evict": "removed", "clear": "removed", "pin": "pinned", "unpin": "unpinned", "move": "moved",
     "compress": "compressed", "decompress": "decompressed",
 }  # fmt: skip
+_ALL_THERE_IS = (Cause.ALREADY, Cause.INCOMPRESSIBLE)  # skipped, and more cannot be wanted
 _LOCAL, _STORED = ("cpu", "disk"), ("disk", "redis")
 
 
@@ -164,7 +165,7 @@ def move(
 
 
 def compress(options: SelectionOptions, waiting: Waiting, tier: StoredOption = "disk") -> None:
-    """Keep objects of a tier compressed, losslessly; loading undoes it."""
+    """Keep objects of a tier compressed, losslessly, where that makes them smaller; loading undoes it."""
     _one_of("--tier", tier, _STORED)
     _run(waiting, lambda: messages.Compress("", "", options.selection().encode(), tier, 0.0))
 
@@ -320,7 +321,7 @@ def _print_outcome(report: OperationReport) -> None:
         text += f" ({size_text(report.bytes)})"
     text += f", skipped {report.skipped}"
     text += f" ({causes_text(report.causes)})" if report.causes else ""
-    text += f", saved {size_text(report.saved)}" if report.saved else ""
+    text += f", saved {size_text(report.saved)}" if report.verb == messages.Compress.operation else ""
     if report.state is not OperationState.DONE:
         text += f"; {report.state}, see: loracache operations show {report.id}"
     typer.echo(text)
@@ -342,7 +343,7 @@ def _exit(report: OperationReport) -> None:
     """Raise Exit with what a report means, where that is not 0."""
     if report.state is OperationState.FAILED:
         raise Rejected(f"operation {report.id} failed: {report.error or 'see the log of the daemon'}")
-    left = {cause for cause, count in report.causes.items() if count and cause != Cause.ALREADY}
+    left = {cause for cause, count in report.causes.items() if count and cause not in _ALL_THERE_IS}
     if report.state is OperationState.DONE and left == {Cause.ABSENT} and not report.objects:
         raise typer.Exit(NOTHING)
     if report.state is not OperationState.DONE or left:

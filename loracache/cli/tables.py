@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loracache.client.client import Adapter
+from loracache.client.answers import Adapter
 from loracache.tiers import tier_state
 
 __all__ = [

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from loracache.client.answers import Adapter, Flushed, Lookup, Reading, Reservation, Slot
 from loracache.client.connection import Connection, Reply
 from loracache.client.control import ControlCalls
+from loracache.client.requests import lookup_parts
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.results import Cause
@@ -23,137 +25,13 @@ from loracache.tiers import labels
 from loracache.wire import protocol
 from loracache.wire.fields import MAX_WAIT_S
 
-__all__ = ["Adapter", "CacheClient", "Flushed", "Lookup", "Reading", "Reservation", "Slot"]
+__all__ = ["CacheClient"]
 
 _LEASE_TTL_S = 30.0
 _PAGE = 500
 _ANSWER_S = 10.0  # on top of what the daemon is told to wait
-
-
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """How far a chain is held."""
-
-    tiers: tuple[str, ...]
-    """For each leading key that is there the fastest tier that has it: "cpu", "disk" or "redis"."""
-
-    @property
-    def hits(self) -> int:
-        """How many leading keys are held."""
-        return len(self.tiers)
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """A LoRA adapter of the cache."""
-
-    name: str
-    digest: str
-    """Of its content, in hex."""
-    added: float
-    """Unix seconds."""
-    config: str
-    """The adapter_config.json it was added with."""
-    size: int
-    """Bytes, 0 where no tier of this daemon but Redis has it."""
-    tiers: tuple[str, ...]
-    """Where it is; "gpu": in some engine's memory."""
-    engines: int
-    """How many engines hold it in their own memory."""
-    kv: dict[str, tuple[int, int]]
-    """What depends on it, by tier as (objects, bytes)."""
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> Adapter:
-        """From the daemon's answer. Raises ProtocolError where it is none."""
-        try:
-            kv = {str(tier): (int(held[0]), int(held[1])) for tier, held in fields["kv"].items()}
-            return cls(**(fields | {"tiers": tuple(fields["tiers"]), "kv": kv}))
-        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-            raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One object in the arena."""
-
-    key: bytes
-    """32 bytes."""
-    size: int
-    """Bytes of payload."""
-    checksum: int
-    """xxh3_64 of the payload; 0 where it is to be written."""
-    buffers: tuple[memoryview, ...]
-    """The payload as views of the mapped memory, in order; together `size` bytes."""
-
-    def tobytes(self) -> bytes:
-        """A copy of the payload. Raises LeaseLost where it does not match its checksum."""
-        data = b"".join(self.buffers)
-        if checksum([data]) != self.checksum:
-            raise LeaseLost(f"object {self.key.hex()}: the bytes do not match their checksum")
-        return data
-
-
-@dataclass(frozen=True, slots=True)
-class Flushed:
-    """What a flush found, by lower tier: "disk", "redis". What was written since the client's last flush counts, or, at
-    its first, since anybody's; of all clients of the daemon, for they share its queues.
-    """
-
-    durable: dict[str, int]
-    """Objects that were written there and are there."""
-    given_up: dict[str, int]
-    """Objects that are not: the device was full or failed, the queue was longer than memory, or they had to make room
-    for later ones. The counters `write.TIER.dropped.CAUSE` and `evict.disk.CAUSE` of `status` say why."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing was given up."""
-        return not any(self.given_up.values())
-
-    @classmethod
-    def of(cls, payload: Sequence[Any]) -> Flushed:
-        """From the daemon's answer. Raises ProtocolError where it is none."""
-        try:
-            counts = {str(tier): (int(counts[0]), int(counts[1])) for tier, counts in payload[0].items()}
-        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-            raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
-        return cls({tier: each[0] for tier, each in counts.items()}, {tier: each[1] for tier, each in counts.items()})
-
-
-@dataclass(slots=True)
-class Reading:
-    """Objects held for reading."""
-
-    slots: list[Slot | None]
-    """One a key, in their order; None where it could not be read."""
-    causes: list[Cause]
-    """Why not, one a key; NONE where it can be read."""
-    bad: list[bytes] = field(default_factory=list)
-    """Keys that the reader adds because their bytes do not match their checksum; they are not served again."""
-
-
-@dataclass(slots=True)
-class Reservation:
-    """Space reserved for new objects: write each slot's buffers, then leave the context to commit."""
-
-    slots: list[Slot | None]
-    """One a key, in their order; None where it has no space."""
-    causes: list[Cause]
-    """Why not, one a key (EXISTS: nothing needs to be written); after the commit, why it was not committed."""
-
-    def write(self, position: int, data: bytes | memoryview) -> None:
-        """Copy the payload of one object into its slot."""
-        slot = self.slots[position]
-        if slot is None:
-            raise UsageError(f"object {position} has no space reserved: {self.causes[position]}")
-        view = memoryview(data).cast("B")
-        if len(view) != slot.size:
-            raise UsageError(f"object {position} was reserved with {slot.size} bytes, not {len(view)}")
-        at = 0
-        for buffer in slot.buffers:
-            buffer[:] = view[at : at + len(buffer)]
-            at += len(buffer)
+_GET_KEYS = 64
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
 
 
 class CacheClient(ControlCalls):
@@ -195,9 +73,15 @@ class CacheClient(ControlCalls):
         return namespace.digest()
 
     def lookup(self, keys: Sequence[bytes], *, group: int = 1) -> Lookup:
-        """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together."""
-        (tiers,) = self._call(protocol.Lookup(b"", protocol.join_keys(keys), group, 0.0))
-        return Lookup(labels(tiers))
+        """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together. Many
+        keys are asked for in parts, as far as they are held."""
+        held: tuple[str, ...] = ()
+        for part in lookup_parts(keys, group):
+            (tiers,) = self._call(protocol.Lookup(b"", protocol.join_keys(part), group, 0.0))
+            held += labels(tiers)
+            if len(tiers) < len(part):
+                break
+        return Lookup(held)
 
     @contextlib.contextmanager
     def reserve(
@@ -285,17 +169,46 @@ class CacheClient(ControlCalls):
             raise LeaseLost(f"the lease ended while {len(keys)} objects were read; do not use them")
 
     def get(self, key: bytes) -> bytes | None:
-        """A copy of one object's payload, or None where no tier holds it. Raises LeaseLost where its bytes do not match
+        """A copy of one object's payload, or None where it cannot be had. Raises LeaseLost where its bytes do not match
         their checksum; they are not served again."""
-        with self.acquire([key]) as reading:
-            slot = reading.slots[0]
-            if slot is None:
-                return None
-            try:
-                return slot.tobytes()
-            except LeaseLost:
-                reading.bad.append(key)
-                raise
+        return next(self.get_many([key]))
+
+    def get_many(self, keys: Sequence[bytes]) -> Iterator[bytes | None]:
+        """Copies of objects' payloads, one a key, in their order, as `get`. Together they may be larger than the arena:
+        as many are held at a time as it has room for. Where it has none, it is waited for, `timeout` seconds at most.
+        """
+        done, most = 0, _GET_KEYS
+        deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE_S
+        while done < len(keys):
+            payloads, full = self._get_part(keys[done : done + most])
+            yield from payloads
+            done += len(payloads)
+            if not full:
+                continue
+            most = max(1, most // 2)
+            if payloads:
+                deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE_S
+            elif time.monotonic() < deadline:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                yield None
+                done += 1
+
+    def _get_part(self, keys: Sequence[bytes]) -> tuple[list[bytes | None], bool]:
+        """(copies of the first of `keys`, whether the arena had no room for the next)."""
+        payloads: list[bytes | None] = []
+        with self.acquire(keys) as reading:
+            for slot, cause in zip(reading.slots, reading.causes, strict=True):
+                if cause is Cause.MEMORY_FULL:
+                    return payloads, True
+                try:
+                    payloads.append(slot.tobytes() if slot is not None else None)
+                except LeaseLost:
+                    assert slot is not None
+                    reading.bad.append(slot.key)
+                    raise
+        return payloads, False
 
     def add_adapter(self, path: str, name: str = "", *, timeout: float = 600.0) -> str:
         """Take the PEFT folder at `path` (on the daemon's machine) into the cache and point `name` at it; answers its

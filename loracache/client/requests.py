@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests of the data path, for those who hold a `Connection` or a `Link` and look for the answers themselves.
+"""The requests of the data path, and what engines use of the others, for those who hold a `Connection` or a `Link` and
+look for the answers themselves.
 
 What each stands for and how it is answered is said beside its definition in the wire room; most users want CacheClient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+from loracache.wire.control_messages import EventList, Move, Pin
 from loracache.wire.protocol import (
     LEASE_BYTES,
+    MAX_TTL_S,
     NO_PARENT,
     SOCKET_PATH_BYTES,
     Acquire,
@@ -27,6 +32,16 @@ from loracache.wire.protocol import (
 )
 
 __all__ = [
-    "LEASE_BYTES", "NO_PARENT", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "Commit",
-    "Lookup", "Prefetch", "Register", "Release", "Report", "Request", "Reserve", "Resident", "join_keys",
+    "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd", "AdapterDigest",
+    "AdapterFind", "Commit", "EventList", "Lookup", "Move", "Pin", "Prefetch", "Register", "Release", "Report",
+    "Request", "Reserve", "Resident", "join_keys", "lookup_parts",
 ]  # fmt: skip
+
+_PART_KEYS = 8192  # of a lookup: a quarter of a megabyte, which the daemon answers within milliseconds
+
+
+def lookup_parts(keys: Sequence[bytes], group: int) -> Iterator[Sequence[bytes]]:
+    """`keys` in parts of whole groups that are asked for one after the other, as far as they are held."""
+    most = max(group, _PART_KEYS // group * group)
+    for at in range(0, max(len(keys), 1), most):
+        yield keys[at : at + most]

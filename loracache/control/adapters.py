@@ -115,6 +115,11 @@ class Adapters:
                 await turn()
         return [did.objects, did.nbytes, did.skipped]
 
+    async def named(self) -> frozenset[bytes]:
+        """Keys of the adapters that have a name, given on any machine."""
+        await self._others.result(self._names.refresh)
+        return frozenset(bytes.fromhex(record.digest) for record in self._names.known().values())
+
     def names(self) -> dict[str, list[str]]:
         """What is known here of names, by hex digest."""
         found: dict[str, list[str]] = {}

@@ -45,7 +45,8 @@ class Audit:
                 _log.warning("the audit log %s cannot be written now: %s; its lines go here", path, error.strerror)
 
     def write(self, by: str, verb: str, **facts: Any) -> None:
-        """One line. What cannot be written goes to the daemon's log, and nothing fails for it."""
+        """One line. by: who it was, as the kernel or a token says. What cannot be written goes to the daemon's log, and
+        nothing fails for it."""
         told = {name: fact for name, fact in facts.items() if fact not in ("", None)}
         line = json.dumps({"time": utc_text(time.time()), "by": by, "verb": verb} | told)
         if self._path is None:

@@ -15,10 +15,10 @@ from loracache.control.jobs import Operation
 from loracache.errors import UsageError
 from loracache.namespaces import Namespaces
 from loracache.results import Cause
-from loracache.storage_backends.base import Kind
+from loracache.storage_backends.base import Kind, Outcome
 from loracache.tiers import Tier
 
-__all__ = ["audit_summary", "count_evicted", "describe_event", "planes", "removable_tiers"]
+__all__ = ["audit_summary", "count_deletions", "count_evicted", "describe_event", "planes", "removable_tiers"]
 
 _PLANES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _ADAPTER_PLANES = 2  # most are bfloat16; another width compresses less, and is as lossless
@@ -37,6 +37,15 @@ def count_evicted(operation: Operation, did: Evicted) -> None:
     operation.objects += did.objects
     operation.nbytes += did.nbytes
     operation.skip(Cause.HELD, did.skipped)
+
+
+def count_deletions(operation: Operation, outcomes: Mapping[Outcome, int]) -> None:
+    """Add how deletions in Redis ended."""
+    for outcome, count in outcomes.items():
+        if outcome is Outcome.OK:
+            operation.objects += count
+        elif outcome is not Outcome.MISS:
+            operation.skip(Cause(f"{Tier.REDIS.label}_{outcome.value}"), count)
 
 
 def audit_summary(selector: Mapping[str, Any]) -> dict[str, Any]:

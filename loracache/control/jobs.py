@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from loracache.errors import Unknown
+from loracache.errors import LoRACacheError, Unknown
 from loracache.results import Cause, OperationState
 
 __all__ = ["Operation", "Operations", "Turns"]
@@ -107,6 +107,9 @@ class Operations:
         """Do its work. Where that raises, it has failed."""
         try:
             await work
+        except LoRACacheError as error:
+            _log.warning("operation %s (%s) failed: %s", operation.id, operation.verb, error)
+            self.end(operation, str(error))
         except Exception as error:  # noqa: BLE001 - top of a coroutine: an operation must end, not hang
             _log.exception("operation %s (%s) failed", operation.id, operation.verb)
             self.end(operation, repr(error))

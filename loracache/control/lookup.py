@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from loracache.control.steps import answer
@@ -13,6 +13,7 @@ from loracache.storage_backends.base import Outcome, Result
 from loracache.tiers import Tier
 
 if TYPE_CHECKING:
+    from loracache.cache.tier.questions import Question
     from loracache.cache.tiered import TieredCache
 
 __all__ = ["Finder", "Hits"]
@@ -50,13 +51,20 @@ class Finder:
         redis = self._cache.redis
         assert redis is not None
         unknown = keys[len(hits.tiers) :]
-        asked: asyncio.Future[list[Result]] = answer(lambda done: redis.io.contains(unknown, done))
+        question: Question
+
+        def ask(done: Callable[[list[Result]], None]) -> None:
+            nonlocal question
+            question = redis.io.contains(unknown, done, leading=True)
+
+        asked: asyncio.Future[list[Result]] = answer(ask)
         await asyncio.wait({asked}, timeout=self._redis_s)
-        if not asked.done():
-            return Hits(hits.tiers, Cause.REDIS_SLOW)
-        results = asked.result()
+        results = question.results  # of a long chain maybe its beginning
         count = next((at for at, result in enumerate(results) if result.outcome is not Outcome.OK), len(results))
         tiers = [*hits.tiers, *[Tier.REDIS] * count]
-        if count == len(results) or results[count].outcome is Outcome.MISS:
+        if not asked.done():
+            question.cancel()
+            return Hits(tiers, Cause.REDIS_SLOW)
+        if count == len(unknown) or results[count].outcome is Outcome.MISS:
             return Hits(tiers, Cause.ABSENT)
         return Hits(tiers, Cause(f"redis_{results[count].outcome.value}"))

@@ -14,7 +14,7 @@ from loracache.errors import Unknown, UsageError
 from loracache.keys import KEY_BYTES, Namespace, TokenArray
 from loracache.namespaces import Namespaces
 
-__all__ = ["Chain", "Selected", "Selector", "select", "visible"]
+__all__ = ["ANY_MODEL", "Chain", "Selected", "Selector", "select", "visible"]
 
 ANY_MODEL = "*"
 

@@ -7,21 +7,25 @@ Threading: the event loop.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from loracache.cache.eviction import Evicted
 from loracache.control.fields import audit_summary, count_evicted, describe_event, planes, removable_tiers
+from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
+from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
 from loracache.control.selection import Selected, Selector, select
 from loracache.control.steps import start, turn
 from loracache.control.transfer import Mover
 from loracache.errors import Unknown, UsageError
 from loracache.keys import is_digest
 from loracache.results import Cause, NodeKind
+from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
@@ -63,10 +67,12 @@ class Control:
         self._locator = Locator(cache, namespaces, adapters, finder)
         self._about: dict[str, dict[str, Any]] = {}  # of running operations: what the audit log says of them
         self.operations = Operations(self._ended)
+        self._incompressible = Incompressible()
         self._turns = Turns(_MOVES_AT_ONCE)
 
     async def serve(self, request: ControlRequest, label: str) -> list[Any]:
-        """Answer a request of the connection called `label`. Raises LoRACacheError for one that cannot be served."""
+        """Answer a request. label: who asks, for the audit log; request.by: who the client says that it is. Raises
+        LoRACacheError for one that cannot be served."""
         match request:
             case messages.Locate():
                 return await self._on_locate(request, label)
@@ -117,7 +123,7 @@ class Control:
         """What `work` answers, noted down where something changed."""
         payload = await work
         if payload:
-            self._audit.write(by, request.operation, name=request.name)
+            self._audit.write(by, request.operation, says=request.by, name=request.name)
         return payload
 
     # -- operations ----------
@@ -138,8 +144,19 @@ class Control:
 
     async def _on_evict(self, request: messages.Evict, label: str) -> list[Any]:
         tiers = removable_tiers(request.tiers)
-        operation, parts = await self._begin(request, label)
-        return await self._run(request, operation, self._evict(operation, parts, tiers))
+        selector = await self._selector(request)
+        redis = self._cache.redis
+        whose = (
+            whose_of(selector, self._namespaces, request.scope) if redis is not None and Tier.REDIS in tiers else None
+        )
+        try:
+            selected = select(selector, self._namespaces, request.scope)
+        except Unknown:  # here; other machines may have stored it
+            if redis is None or whose is None or not await known_in_redis(redis.io, whose):
+                raise
+            selected = Selected(scope=request.scope)
+        operation, parts = self._begin_with(request, label, selected)
+        return await self._run(request, operation, self._evict(operation, parts, tiers, whose))
 
     async def _on_clear(self, request: messages.Clear, label: str) -> list[Any]:
         tiers = removable_tiers(request.tiers)
@@ -167,6 +184,8 @@ class Control:
             source=tier,
             planes=lambda node: planes(node, self._namespaces),
             wanted=lambda node: tier is not Tier.DISK or not node.stored,
+            in_redis=lambda stored: tier is not Tier.REDIS or not stored,
+            hopeless=self._incompressible,
         )
 
     async def _on_decompress(self, request: messages.Decompress, label: str) -> list[Any]:
@@ -178,6 +197,7 @@ class Control:
             source=tier,
             planes=lambda node: 0,
             wanted=lambda node: tier is not Tier.DISK or bool(node.stored),
+            in_redis=lambda stored: tier is not Tier.REDIS or bool(stored),
         )
 
     async def _on_operation_show(self, request: messages.OperationShow, label: str) -> list[Any]:
@@ -190,7 +210,7 @@ class Control:
 
     async def _on_cancel(self, request: messages.Cancel, label: str) -> list[Any]:
         operation = self.operations.cancel(request.name, request.scope)
-        self._audit.write(request.by or label, "cancel", operation=operation.id, state=operation.state)
+        self._audit.write(label, "cancel", says=request.by, operation=operation.id, state=operation.state)
         if self._turns.leave(operation):
             self.operations.end(operation)
         return [operation.describe()]
@@ -247,16 +267,28 @@ class Control:
             operation.skip(Cause.ABSENT, len(keys) - changed)
             await turn()
 
-    async def _evict(self, operation: Operation, parts: Parts, tiers: list[Tier]) -> None:
+    async def _evict(self, operation: Operation, parts: Parts, tiers: list[Tier], whose: Whose | None) -> None:
+        deletions: Counter[Outcome] = Counter()
         for keys in operation.while_running(parts):
-            await self._remove(operation, partial(self._cache.evict, keys, tiers))
+            await self._remove(operation, partial(self._cache.evict, keys, tiers), deletions)
             await turn()
+        if Tier.REDIS in tiers and self._cache.redis is not None:
+            await empty_redis(self._cache.redis.io, operation, deletions, whose)
 
     async def _clear(self, operation: Operation, tiers: list[Tier]) -> None:
-        await self._remove(operation, partial(self._cache.clear, tiers))
+        deletions: Counter[Outcome] = Counter()
+        redis = self._cache.redis if Tier.REDIS in tiers else None
+        kept = await self._adapters.named() if redis is not None else frozenset()
+        counted = frozenset(key for key in kept if self._cache.index.get(key) is not None)
+        await self._remove(operation, partial(self._cache.clear, tiers), deletions)
+        if redis is not None:
+            whose = Whose(everything=True, kept=kept, counted=counted)
+            await empty_redis(redis.io, operation, deletions, whose)
 
-    async def _remove(self, operation: Operation, slices: Callable[[Evicted], Iterator[None]]) -> None:
-        did = Evicted()
+    async def _remove(
+        self, operation: Operation, slices: Callable[[Evicted], Iterator[None]], deletions: Counter[Outcome]
+    ) -> None:
+        did = Evicted(redis=deletions)
         try:
             for _ in operation.while_running(slices(did)):
                 await turn()
@@ -277,7 +309,9 @@ class Control:
 
     async def _begin(self, request: Any, label: str) -> tuple[Operation, Parts]:
         """A new operation, and what was selected for it."""
-        selected = await self._select(request)
+        return self._begin_with(request, label, await self._select(request))
+
+    def _begin_with(self, request: Any, label: str, selected: Selected) -> tuple[Operation, Parts]:
         operation = self._new(request, label, request.selector)
         operation.total = selected.total
         return operation, selected.parts(self._cache.index, self._namespaces, _PART)
@@ -289,9 +323,9 @@ class Control:
         return [operation.describe()]
 
     def _new(self, request: Any, label: str, selector: Mapping[str, Any]) -> Operation:
-        operation = self.operations.begin(request.operation, request.by or label, request.scope)
+        operation = self.operations.begin(request.operation, label, request.scope)
         where = {name: getattr(request, name) for name in ("tier", "tiers", "source") if hasattr(request, name)}
-        self._about[operation.id] = audit_summary(selector) | where
+        self._about[operation.id] = {"says": request.by} | audit_summary(selector) | where
         return operation
 
     def _ended(self, operation: Operation) -> None:
@@ -311,10 +345,14 @@ class Control:
 
     async def _select(self, request: Any) -> Selected:
         """What the request's selector stands for."""
+        return select(await self._selector(request), self._namespaces, request.scope)
+
+    async def _selector(self, request: Any) -> Selector:
+        """The request's selector, an adapter by its digest."""
         fields = dict(request.selector)
         if fields.get("adapter"):
             fields["adapter"] = await self._digest(fields["adapter"], len(fields) == 1, request.scope)
-        return select(Selector(**fields), self._namespaces, request.scope)
+        return Selector(**fields)
 
     async def _digest(self, name: str, alone: bool, scope: str) -> str:
         """Of an adapter by name or digest; `alone`: nothing else is selected, so that there must be one."""

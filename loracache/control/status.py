@@ -44,7 +44,9 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             "scanned": cache.disk.loaded,
         } | _use(cache.disk.io)
     if cache.redis is not None:
-        tiers["redis"] = {"queued_writes": cache.redis.depth} | _use(cache.redis.io)
+        io = cache.redis.io
+        limit = {"used_bytes": io.used or 0, "limit_bytes": io.backend.limit} if io.backend.limit else {}
+        tiers["redis"] = {"queued_writes": cache.redis.depth} | limit | _use(io)
     return {
         "tiers": tiers,
         "adapters": {tier.label: adapters.objects[tier] if adapters is not None else 0 for tier in _HERE},

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from loracache.cache.state.index import Node, parents_first
 from loracache.cache.tier.write_behind import WriteBehind
 from loracache.cache.tiered import Acquired, TieredCache
+from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import Operation
 from loracache.control.steps import answer, turn
 from loracache.results import Cause
@@ -36,7 +37,8 @@ Parts = Iterator[list[bytes]]
 
 class Mover:
     """One operation's work. planes(node): how to keep an object on its target, where it is already (0: as it is); None
-    where objects are brought there. wanted(node): whether there is anything to do.
+    where objects are brought there. wanted(node): whether there is anything to do; in_redis(stored): the same, of what
+    Redis is asked for. hopeless: what compression makes no smaller; it is left alone, and more is learnt.
 
     source: objects that are not there are skipped; None takes them from wherever they are. keep: leave them there.
     """
@@ -52,6 +54,8 @@ class Mover:
         keep: bool = True,
         planes: Callable[[Node], int] | None = None,
         wanted: Callable[[Node], bool] = lambda node: True,
+        in_redis: Callable[[int], bool] = lambda stored: True,
+        hopeless: Incompressible | None = None,
     ) -> None:
         self._cache = cache
         self._operation = operation
@@ -61,6 +65,8 @@ class Mover:
         self._keep = keep
         self._planes = planes
         self._wanted = wanted
+        self._wanted_in_redis = in_redis
+        self._hopeless = hopeless
         self._room = min(_SLICE_BYTES, cache.arena.size // _SHARE)
         self._lease = os.urandom(16)  # while a slice is raised; then its nodes are held without a time to live
         self._held: list[Node] = []
@@ -113,12 +119,14 @@ class Mover:
                 self._operation.skip(Cause.ABSENT)
             elif node is not None and held and not self._wanted(node):
                 self._operation.skip(Cause.ALREADY)
+            elif self._hopeless is not None and key in self._hopeless:
+                self._operation.skip(Cause.INCOMPRESSIBLE)
             else:
                 sizes[key] = node.size if node is not None and held else 0
                 if source is Tier.REDIS or bringing or not held:
                     unsure.append(key)
         for key, result in zip(unsure, await self._ask_redis(unsure), strict=True):
-            if result.outcome is Outcome.OK and bringing:
+            if result.outcome is Outcome.OK and (bringing or self._kept_so(result)):
                 del sizes[key]
                 self._operation.skip(Cause.ALREADY)
             elif result.outcome is Outcome.OK:
@@ -128,6 +136,10 @@ class Mover:
                 missing = result.outcome is Outcome.MISS
                 self._operation.skip(Cause.ABSENT if missing else Cause(f"redis_{result.outcome.value}"))
         return sizes
+
+    def _kept_so(self, found: Result) -> bool:
+        """Whether Redis keeps it as it shall be."""
+        return found.info is not None and not self._wanted_in_redis(found.info.stored)
 
     async def _ask_redis(self, keys: list[bytes]) -> list[Result]:
         """What it says of each; it has none where there is none."""
@@ -235,12 +247,19 @@ class Mover:
 
     async def _rewrite(self, nodes: list[Node], planes: Callable[[Node], int]) -> list[Node]:
         results = await (self._on_disk(nodes, planes) if self._target is Tier.DISK else self._at_redis(nodes, planes))
+        done, larger = [], []
         for node, result in results:
             if result.outcome is not Outcome.OK:
                 self._operation.skip(Cause.ABSENT if result.outcome is Outcome.MISS else result.outcome.value)
-            elif result.stored:
-                self._operation.saved += node.size - result.stored
-        return [node for node, result in results if result.outcome is Outcome.OK]
+            elif self._hopeless is not None and not result.stored:
+                larger.append(node.key)
+            else:
+                done.append(node)
+                self._operation.saved += node.size - result.stored if result.stored else 0
+        if self._hopeless is not None:
+            self._hopeless.update(larger)
+        self._operation.skip(Cause.INCOMPRESSIBLE, len(larger))
+        return done
 
     async def _on_disk(self, nodes: list[Node], planes: Callable[[Node], int]) -> list[tuple[Node, Result]]:
         disk = self._cache.disk

@@ -63,7 +63,8 @@ class Daemon:
         self._stack = contextlib.ExitStack()
         try:
             self._listener = listen(config.socket, self._stack, private=config.private)
-            disk, redis = disk_backend(config), redis_backend(config)
+            disk = disk_backend(config)
+            redis = redis_backend(config, self._describe)
             self._rest = rest_process(config, self._stack)
             self._namespaces, self._names = books(config)
             if config.traces is not None:
@@ -91,7 +92,14 @@ class Daemon:
             self.cache, self._namespaces, self._adapters, finder, audit, lambda: shown_config(config)
         )
         self._served = Served(
-            self.cache, self._namespaces, self._adapters, finder, self._control, self._status, self._session_ended
+            self.cache,
+            self._namespaces,
+            self._adapters,
+            finder,
+            self._control,
+            self._status,
+            self._session_ended,
+            self._rest_pid,
         )
         self._owners = itertools.count(1)
         self._instance = os.urandom(16)
@@ -126,6 +134,10 @@ class Daemon:
         await self._drain()
         self._close()
 
+    def _describe(self, namespace: bytes) -> dict[bytes, bytes]:
+        """What Redis is told of a namespace, once the books are read."""
+        return self._namespaces.record(namespace)
+
     # -- what sessions need ----------
 
     def _status(self) -> dict[str, Any]:
@@ -140,6 +152,9 @@ class Daemon:
         } | cache_status(self.cache)
         said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
         return said
+
+    def _rest_pid(self) -> int | None:
+        return self._rest.pid if self._rest is not None else None
 
     def _session_ended(self, session: Session) -> None:
         """A connection is gone: its leases end; what it was writing stays out of use until its process is gone."""
@@ -211,7 +226,7 @@ class Daemon:
             gc.collect(1)
 
     def _end_if_alone(self) -> None:
-        if any(session.name for session in self._sessions):
+        if any(session.name and session.peer.pid != self._rest_pid() for session in self._sessions):
             return
         if any(session.age < _LINGER_S for session in self._sessions) and self._loop is not None:
             self._loop.call_later(_LINGER_S, self._end_if_alone)
@@ -301,7 +316,10 @@ class Daemon:
             writer.io.close()
         self._control.close()
         if self.config.private:  # unless an engine is starting the next one, which waits for the socket's lock
-            start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in (".start", ".log", ".settings"))
+            if self._rest is not None:  # first, for it makes its token anew
+                self._rest.close()
+            ours = (".start", ".log", ".settings", ".token")
+            start, *others = (Path(f"{self.config.socket}{suffix}") for suffix in ours)
             unlink_unless_locked(start, others)
         self._stack.close()
         _log.info("ended")

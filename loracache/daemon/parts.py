@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Mapping
 
 from loracache.adapters.names import AdapterNames, SharedNames
 from loracache.config import Config
@@ -37,8 +38,8 @@ def disk_backend(config: Config) -> StorageBackend | None:
             time.sleep(0.1)
 
 
-def redis_backend(config: Config) -> StorageBackend | None:
-    """The Redis tier, where there is one. Raises ConfigError."""
+def redis_backend(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]]) -> StorageBackend | None:
+    """The Redis tier, where there is one; describe(namespace): see Namespaces.record. Raises ConfigError."""
     if config.redis is None:
         return None
     from loracache.storage_backends.redis.backend import RedisBackend
@@ -48,6 +49,9 @@ def redis_backend(config: Config) -> StorageBackend | None:
         prefix=config.redis_prefix,
         password_file=config.redis_password_file,
         integrity_key=_secret(config),
+        ttl_s=config.redis_ttl or 0,
+        max_bytes=config.redis_max_bytes or 0,
+        describe=describe,
     )
 
 

@@ -42,6 +42,11 @@ class RestProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._next_start = 0.0
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process while it runs, or is not known to have ended: until then nobody else has the number."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
     def start(self) -> None:
         """Start the process; where that cannot be done now, `tick` tries again."""
         try:
@@ -54,7 +59,8 @@ class RestProcess:
         ours = self._listener.fileno()
         theirs, self._life = os.pipe()
         settings = rest_settings(self._config, self.port, ours, theirs).model_dump_json()
-        command = [sys.executable, "-m", "loracache.rest", settings]
+        # -P: what lies in the folder that the daemon was started in is no module of ours.
+        command = [sys.executable, "-P", "-m", "loracache.rest", settings]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
         try:
             self._process = subprocess.Popen(
@@ -73,7 +79,7 @@ class RestProcess:
         self.start()
 
     def close(self) -> None:
-        """End the process and give the port back."""
+        """End the process and give the port back. A second call does nothing."""
         self._let_go()
         self._listener.close()
         if self._process is not None:

@@ -8,16 +8,17 @@ requests behind it do not wait. Threading: the event loop.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from loracache.cache.state.leases import Writing
+from loracache.cache.state.leases import Grip, Writing
 from loracache.cache.tiered import Acquired
 from loracache.control.steps import answer, start
-from loracache.daemon.room import reserve_in_time
+from loracache.daemon.room import durable_since, reserve_in_time
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo
@@ -40,6 +41,8 @@ __all__ = ["Served", "Session"]
 _log = logging.getLogger(__name__)
 _MAX_UNSENT = 64 << 20
 _REPORTED = "client."
+_REST = "http"  # what its REST process is called where it does not say whom it asks for
+_Asked = TypeVar("_Asked", bound=protocol.Request)
 _KEEP_S = 2.0
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
@@ -47,7 +50,7 @@ _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 @dataclass(frozen=True, slots=True)
 class Served:
     """What all sessions of a daemon work on. status() is what `loracache status` shows; ended(session) is called when a
-    connection is gone.
+    connection is gone; rest_pid() is the daemon's own REST process, the one client that is believed who it asks for.
     """
 
     cache: TieredCache
@@ -57,6 +60,7 @@ class Served:
     control: Control
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
+    rest_pid: Callable[[], int | None]
 
 
 class Session(asyncio.Protocol):
@@ -104,10 +108,17 @@ class Session(asyncio.Protocol):
         """Seconds since it was accepted."""
         return time.monotonic() - self._since
 
-    @property
-    def label(self) -> str:
-        """Who is at the other end, for logs."""
-        return f"{self.name} (pid {self.peer.pid}, uid {self.peer.uid})"
+    def _asker(self, request: _Asked) -> tuple[str, _Asked]:
+        """Who asks, for the audit log, and the request, where `by` then is what the client says of itself. The kernel
+        knows the process at the other end; our REST process knows whose token it was sent."""
+        process = f"pid {self.peer.pid}, uid {self.peer.uid}"
+        said: str | None = getattr(request, "by", None)
+        if said is None:
+            return process, request
+        named: Any = dataclasses.replace
+        if self.peer.pid == self._served.rest_pid():
+            return said or _REST, named(request, by="")
+        return process, named(request, by=said or self.name)
 
     def close(self) -> None:
         """Close after what was answered is sent."""
@@ -167,7 +178,8 @@ class Session(asyncio.Protocol):
             case protocol.AdapterRemove():
                 self._on_adapter_remove(number, request)
             case _:
-                start(self._reply(number, self._served.control.serve(request, self.label)))
+                who, asked = self._asker(request)
+                start(self._reply(number, self._served.control.serve(asked, who)))
 
     async def _reply(self, number: int, work: Awaitable[list[Any]]) -> None:
         """Answer `number` with what `work` comes to, or with the words of its error."""
@@ -217,7 +229,8 @@ class Session(asyncio.Protocol):
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
         work = self._served.adapters.add(request.path, request.name)
-        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
+        who, request = self._asker(request)
+        start(self._reply(number, self._served.control.audited(request, who, work)))
 
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
         start(self._reply(number, self._served.adapters.find(request.name)))
@@ -230,7 +243,8 @@ class Session(asyncio.Protocol):
 
     def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
         work = self._served.adapters.remove(request.name)
-        start(self._reply(number, self._served.control.audited(request, request.by or self.label, work)))
+        who, request = self._asker(request)
+        start(self._reply(number, self._served.control.audited(request, who, work)))
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
         engines = self._served.adapters.engines
@@ -270,7 +284,7 @@ class Session(asyncio.Protocol):
 
     def _on_prefetch(self, number: int, request: protocol.Prefetch) -> None:
         keys = split_keys(request.keys)
-        self._cache.acquire(self.owner, request.lease, keys, request.ttl, lambda acquired: None)
+        self._cache.acquire(self.owner, request.lease, keys, request.ttl, lambda acquired: None, Grip.LOOSE)
         self._answer(number, OK, [])
 
     def _on_acquire(self, number: int, request: protocol.Acquire) -> None:
@@ -353,13 +367,8 @@ class Session(asyncio.Protocol):
         await flushed
         if self._served.namespaces.unkept:
             await self._served.adapters.keep_namespaces()
-        told = self._cache.flushes.since(self._flushed)
+        told = durable_since(self._flushed, self._cache, self._served.namespaces.unkept)
         self._flushed = self._cache.flushes.end()
-        if Tier.DISK.label in told:  # what has no descriptor may not be found after a restart
-            spaces = self._cache.index.spaces
-            lost = sum(spaces[each].objects[Tier.DISK] for each in self._served.namespaces.unkept if each in spaces)
-            durable, given_up = told[Tier.DISK.label]
-            told[Tier.DISK.label] = [durable - min(lost, durable), given_up + min(lost, durable)]
         return [told]
 
     def _on_status(self, number: int, request: protocol.Status) -> None:

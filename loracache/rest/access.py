@@ -10,6 +10,7 @@ Threading: the event loop.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from starlette.responses import JSONResponse
@@ -68,7 +69,9 @@ class Access:
             return problem(403, f"requests from {origin[:100]!a} are not answered")
         if headers.get(b"sec-fetch-site") in ("cross-site", "same-site") and not _followed_link(scope, headers):
             return problem(403, "requests from other sites are not answered")
-        principal = scope.setdefault("state", {})["principal"] = self._principal(headers.get(b"authorization"))
+        address = scope["client"][0] if scope.get("client") else ""
+        principal = dataclasses.replace(self._principal(headers.get(b"authorization")), address=address)
+        scope.setdefault("state", {})["principal"] = principal
         key = principal.name if principal.name != ANONYMOUS else f"@{address_of(scope)}"
         if wait := self._rates.wait(key):
             detail = f"more requests than http_rate allows; come again in {wait:.2g} s"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from fastapi import FastAPI, Path, Query, Request
 from starlette.exceptions import HTTPException
 
 from loracache.adapters.names import check_name
+from loracache.adapters.peft import PeftFolder
 from loracache.errors import Rejected, UsageError
 from loracache.rest import models
 from loracache.rest.link import DaemonLink
@@ -80,9 +82,11 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
         except OSError as error:
             raise HTTPException(507, f"the upload cannot be written: {error.strerror}") from None
         try:
+            await asyncio.to_thread(_check, folder)
             await link.call(protocol.AdapterAdd(str(folder), name, name_of(who)), _TAKE_IN_S)
-        except Rejected as error:  # its text names a folder that nobody knows
-            raise HTTPException(409, str(error).replace(str(folder), "the upload")) from None
+        except (UsageError, Rejected) as error:  # its text names a folder that nobody knows
+            status = 422 if isinstance(error, UsageError) else 409
+            raise HTTPException(status, str(error).replace(str(folder), "the upload")) from None
         finally:
             await discard(folder)
         return models.Adapter.of(await _adapter(link, name))
@@ -94,6 +98,13 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
         if not found:
             raise HTTPException(404, f"no adapter has the name {name!a}")
         return models.Changed(objects=found[0], bytes=found[1], skipped=found[2])
+
+
+def _check(folder: FilePath) -> None:
+    """What the daemon would refuse too, and could not tell from a refusal for want of room. Raises UsageError."""
+    with PeftFolder(folder) as peft:
+        peft.check()
+        peft.check_numbers()
 
 
 async def _adapter(link: DaemonLink, name: str) -> dict[str, Any]:

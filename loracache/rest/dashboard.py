@@ -16,16 +16,16 @@ from starlette.exceptions import HTTPException
 from loracache.rest.problems import problems
 from loracache.rest.roles import needs
 
-__all__ = ["add_routes"]
+__all__ = ["HEADERS", "TYPES", "add_routes"]
 
 _FOLDER = Path(__file__).with_name("dashboard")
 _PAGE = "index.html"
-_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 _ASSETS = (
     "actions.js", "api.js", "chart.js", "details.js", "dom.js", "feed.js", "format.js", "history.js", "layout.css",
     "main.js", "operations.js", "overview.js", "search.js", "signin.js", "style.css", "targets.js", "tree.js",
 )  # fmt: skip
-_HEADERS = {
+HEADERS = {
     # Adapters are named by users: were one of them ever taken for markup, nothing of it would run or load.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -47,7 +47,7 @@ def add_routes(app: FastAPI) -> None:
     )
     async def dashboard() -> Response:
         """The dashboard, for a browser."""
-        return Response(page, media_type="text/html; charset=utf-8", headers=_HEADERS)
+        return Response(page, media_type="text/html; charset=utf-8", headers=HEADERS)
 
     @app.get(
         "/assets/{name}",
@@ -60,4 +60,4 @@ def add_routes(app: FastAPI) -> None:
         """Scripts and styles of the dashboard."""
         if name not in assets:
             raise HTTPException(404, f"the dashboard has no part {name!a}")
-        return Response(assets[name], media_type=_TYPES[Path(name).suffix], headers=_HEADERS)
+        return Response(assets[name], media_type=TYPES[Path(name).suffix], headers=HEADERS)

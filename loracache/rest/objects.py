@@ -40,7 +40,7 @@ _STARTED: dict[int | str, dict[str, Any]] = {
 
 def name_of(who: Principal) -> str:
     """Who asks, for the audit log."""
-    return f"{who.name} (http)"
+    return f"{who.name} (http, {who.address})"
 
 
 def add_routes(app: FastAPI, link: DaemonLink) -> None:

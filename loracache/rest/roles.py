@@ -86,8 +86,7 @@ def needs_of(app: FastAPI, route: BaseRoute, others: Mapping[str, Needs] | None 
             raise ValueError(f"{route.path} says twice what it needs")
         return said[0] if said else Needs("admin")
     path = getattr(route, "path", "")
-    about = (app.openapi_url, app.docs_url, app.redoc_url, app.swagger_ui_oauth2_redirect_url)
-    return (others or {}).get(path) or Needs("read" if path in about else "admin")
+    return (others or {}).get(path) or Needs("read" if path == app.openapi_url else "admin")
 
 
 def guard(app: FastAPI, limits: Limits, others: Mapping[str, Needs] | None = None) -> None:

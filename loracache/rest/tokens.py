@@ -47,12 +47,13 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Whom a token stands for. name: what an audit log shows. tenant: hex digest of the only salt it may reach, or
-    "" where it may reach all.
+    "" where it may reach all. address: where one who calls is, of whom the audit log shows that too.
     """
 
     name: str
     role: Role
     tenant: str = ""
+    address: str = ""
 
 
 class Token(BaseModel):

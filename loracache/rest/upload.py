@@ -17,7 +17,7 @@ from typing import IO, Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from loracache.adapters.peft import CONFIG, WEIGHTS
+from loracache.adapters.peft import CONFIG, CONVERT, PICKLES, WEIGHTS
 
 __all__ = ["BadUpload", "discard", "receive", "remove_leftovers"]
 
@@ -132,7 +132,9 @@ async def receive(body: AsyncIterator[bytes], content_type: str, parent: Path) -
             raise BadUpload("the body ends in the middle of a part; send it again")
         missing = [name for name in _WANTED if name not in parts.seen]
         if missing:
-            raise BadUpload(f"{' and '.join(missing)} not among the files {parts.seen}; a PEFT folder has both")
+            pickled = f"; save pickles as safetensors{CONVERT}" if any(name in PICKLES for name in parts.seen) else ""
+            what = f"{' and '.join(missing)} not among the files {parts.seen}"
+            raise BadUpload(f"{what}; a PEFT folder has both{pickled}")
     except BaseException as error:
         parts.close()
         await discard(folder)

@@ -22,7 +22,7 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class _ControlRequest(Request):
     by: str
-    """Who asked, for the audit log, where the connection asks for somebody else."""
+    """Who asked, for the audit log. Believed of the daemon's own REST process; of others noted as what they say."""
     scope: str
     """Salt digest of the tenant that asks, outside of which nothing is seen; "": everything is."""
 

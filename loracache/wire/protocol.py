@@ -123,7 +123,7 @@ class AdapterAdd(Request):
     name: str
     """An empty one points nowhere."""
     by: str
-    """Who asked, for the audit log, where the connection asks for somebody else."""
+    """Who asked, for the audit log. Believed of the daemon's own REST process; of others noted as what they say."""
 
 
 @dataclass(frozen=True, slots=True)

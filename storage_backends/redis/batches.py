@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import Outcome, Result, Transfer
-from loracache.storage_backends.redis.commands import ObjectCommands
-from loracache.storage_backends.redis.layout import read_header
-from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire, command, opening
+from loracache.storage_backends.redis.commands import RETIRED_S, ObjectCommands
+from loracache.storage_backends.redis.layout import LARGEST_WHOLE, read_header
+from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire
 from loracache.storage_backends.vectors import head, length, pieces
 
 __all__ = ["Load", "Store", "refusal"]
@@ -119,6 +119,9 @@ class Load(_Batch):
             if self.results[item] is not None or (found := self._take_header(item, raw)) is None:
                 continue
             stored, target = found.info.stored, transfer.buffers
+            if not found.segment_bytes:
+                self._take_whole(item, memoryview(raw if isinstance(raw, bytes) else b"")[header.HEADER_BYTES :])
+                continue
             if stored:
                 target = [self._compressed.setdefault(item, memoryview(bytearray(stored)))]
             runs = list(pieces(target, stored or found.info.size, found.segment_bytes))
@@ -128,7 +131,7 @@ class Load(_Batch):
             for segment, run in zip(self.objects.layout.held(found), runs, strict=True):
                 if self.results[item] is not None:
                     break
-                yield _Command(item, [command(b"GET", segment)], run)
+                yield _Command(item, [self.objects.get(segment, RETIRED_S)], run)
 
     def _take_header(self, item: int, raw: Reply) -> header.Header | None:
         """The item's header where it is as expected; else the item has its result."""
@@ -148,6 +151,18 @@ class Load(_Batch):
             self._headers[item] = found
             return found
         return None
+
+    def _take_whole(self, item: int, kept: memoryview) -> None:
+        """What stood behind the header."""
+        info = self._headers[item].info
+        if kept.nbytes != (info.stored or info.size):
+            self.fail(item, Outcome.CORRUPT, f"{kept.nbytes} bytes stand behind the header", [])
+            return
+        if info.stored:
+            self._compressed[item] = kept
+        else:
+            codec.scatter(kept, head(self.transfers[item].buffers, info.size))
+        self._prove(item)
 
     def next_segment(self) -> _Command | None:
         return next(self._commands, None)
@@ -204,23 +219,26 @@ class Store(_Batch):
                 continue
             encoded = codec.encoded(payload, transfer.planes, codec.scratch_for(info.size, transfer.planes))
             nbytes, segment_bytes = encoded.stored or info.size, self.objects.segment_bytes
-            names = self.objects.layout.segment_keys(info.key, nbytes, segment_bytes, encoded.checksum)
+            whole = info.size <= min(LARGEST_WHOLE, segment_bytes)
+            names = [] if whole else self.objects.layout.segment_keys(info.key, nbytes, segment_bytes, encoded.checksum)
             self._encoded[item], self._segment_keys[item], self.missing[item] = encoded, names, len(names)
-            question = command(b"GET", self.objects.layout.header_key(info.key))
+            question = self.objects.question(info.key)
             self.headers.append(_Command(item, [question], is_header=True, is_question=True))
-            if not names:
-                self.headers.append(self._header(item))
+            if whole:
+                yield self._header(item, encoded.views)
+                continue
             for name, run in zip(names, pieces(encoded.views, nbytes, segment_bytes), strict=True):
                 if self.results[item] is not None:
                     break
-                start = opening(3, b"SET", name) + b"$%d\r\n" % length(run)
-                yield _Command(item, [start, *run, b"\r\n"])
+                yield _Command(item, self.objects.set(name, run, RETIRED_S))
 
-    def _header(self, item: int) -> _Command:
+    def _header(self, item: int, behind: Sequence[memoryview] = ()) -> _Command:
+        """Sets the header, and what stands behind it of an object without segments."""
         info = self.transfers[item].info
-        encoded = self._encoded[item]
-        raw = header.pack(info, encoded, self.objects.integrity_key, segment_bytes=self.objects.segment_bytes)
-        return _Command(item, [command(b"SET", self.objects.layout.header_key(info.key), raw)], is_header=True)
+        segment_bytes = self.objects.segment_bytes if self._segment_keys[item] else 0
+        raw = header.pack(info, self._encoded[item], self.objects.integrity_key, segment_bytes=segment_bytes)
+        name = self.objects.layout.header_key(info.key)
+        return _Command(item, self.objects.set(name, [raw, *behind]), is_header=True)
 
     def next_segment(self) -> _Command | None:
         return next(self._segments, None)

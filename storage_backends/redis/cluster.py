@@ -21,7 +21,7 @@ from loracache.storage_backends.base import Outcome, Result
 from loracache.storage_backends.redis.connections import Connections
 from loracache.storage_backends.redis.resp import Wire
 from loracache.storage_backends.redis.servers import Call, Servers, finished
-from loracache.storage_backends.redis.slots import SlotMap, slot_of
+from loracache.storage_backends.redis.slots import SLOTS, SlotMap, slot_of
 from loracache.storage_backends.redis.urls import Address, Lost, Target
 
 __all__ = ["Cluster"]
@@ -121,11 +121,16 @@ class Cluster(Servers):
                 break
         return self._judged(results)
 
-    def everywhere(self, work: Callable[[Wire], object]) -> Lost | None:
-        self._slots.owners([])
+    def everywhere(self, work: Callable[[Wire], object], nbytes: int = 0) -> Lost | None:
+        every = range(SLOTS)
+        before = self._slots.owners(every)
         lost = self._slots.lost
         for address in self._slots.nodes:
-            lost = self._node(address).talk(work, 0) or lost
+            lost = self._node(address).talk(work, nbytes) or lost
+        if lost is None and nbytes:  # it was to see everything
+            self._slots.doubt()
+            if None in before or self._slots.owners(every) != before:
+                return Lost("some slots have no node, or have moved meanwhile")
         return lost
 
     def close(self) -> None:

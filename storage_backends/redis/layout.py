@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an object lies in Redis: the names of its keys, and what its header says. Pure functions of the prefix."""
+"""Where an object lies in Redis: the names of its keys, and what its header says. Pure functions of the prefix.
+
+A small object's bytes stand in one value behind its header, which then names no size of segments: a Redis key costs
+about a hundred bytes and its name. What has segments, of whatever size, is read all the same.
+"""
 
 from __future__ import annotations
+
+import re
 
 from loracache.storage_backends import header
 from loracache.storage_backends.redis.resp import Reply
 
-__all__ = ["Layout", "read_header"]
+__all__ = ["LARGEST_WHOLE", "Layout", "read_header"]
+
+LARGEST_WHOLE = 64 << 10  # payload bytes; part of the format: a load asks for the whole value of such an object at once
 
 
 class Layout:
@@ -14,9 +22,15 @@ class Layout:
 
     def __init__(self, prefix: bytes) -> None:
         self.prefix = prefix
+        self._ours = re.compile(rb"%b:\{([0-9a-f]{64})\}(:(?:[0-9a-f]{16}:)?[0-9]+)?" % re.escape(prefix))
 
     def header_key(self, key: bytes) -> bytes:
         return b"%b:{%b}" % (self.prefix, key.hex().encode())
+
+    def read_name(self, name: bytes) -> tuple[bytes, bool] | None:
+        """The object's key, and whether the name is a segment's; None for what is not ours."""
+        match = self._ours.fullmatch(name)
+        return (bytes.fromhex(match[1].decode()), match[2] is not None) if match is not None else None
 
     def segment_keys(self, key: bytes, nbytes: int, segment_bytes: int, checksum: int = 0) -> list[bytes]:
         """Of `nbytes` kept bytes. Compressed ones, which have a checksum of their own, lie apart from the payload."""
@@ -25,6 +39,8 @@ class Layout:
 
     def held(self, found: header.Header) -> list[bytes]:
         """The segments that a header names."""
+        if not found.segment_bytes:
+            return []
         info = found.info
         return self.segment_keys(info.key, info.stored or info.size, found.segment_bytes, found.stored_checksum)
 
@@ -39,4 +55,6 @@ def read_header(key: bytes, raw: Reply) -> header.Header | str | None:
         return str(error)
     if found.info.key != key:
         return f"header names the object {found.info.key.hex()}"
-    return found if found.segment_bytes else "header names no segment size"
+    if not found.segment_bytes and found.info.size > LARGEST_WHOLE:
+        return "header names no segment size"
+    return found

@@ -105,6 +105,15 @@ class Wire:
             return None if count < 0 else [self.reply() for _ in range(count)]
         raise ProtocolFault(f"a reply begins with {mark!r}")
 
+    def value(self) -> bytes | ErrorReply | None:
+        """Receives one reply that is a value or an error, as `reply` does."""
+        mark, rest = self._line(_AHEAD)
+        if mark == b"-":
+            return self._error(rest)
+        if mark != b"$":
+            raise ProtocolFault(f"a value begins with {mark!r}")
+        return self._bulk(_number(rest))
+
     def reply_into(self, views: Sequence[memoryview]) -> Reply:
         """Receives one reply; a bulk value goes into `views` and its length is returned.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from loracache.errors import ConfigError
 from loracache.storage_backends.base import Standing
+from loracache.storage_backends.redis.commands import ObjectCommands
 from loracache.storage_backends.redis.resp import ErrorReply, Wire, command
 from loracache.storage_backends.redis.servers import Servers
 
@@ -27,19 +28,23 @@ _ELSEWHERE = {
 _OTHER_SETTINGS = {"NOAUTH", "WRONGPASS", "MOVED", "CLUSTERDOWN", "CROSSSLOT"}
 
 
-def check(servers: Servers, prefix: bytes, *, cluster: bool) -> Standing:
-    """What a server lets us do, where one answers. Raises ConfigError where one refuses our settings."""
+def check(servers: Servers, objects: ObjectCommands, *, limited: bool) -> Standing:
+    """What a server lets us do of what `objects` does, and of what a limit takes where there is one. Raises ConfigError
+    where a server refuses our settings."""
+    prefix, cluster = objects.layout.prefix, objects.cluster
     harmless = _NO_FAULT | (_ELSEWHERE if cluster else set())
     answered = 0
     refused: dict[str, ErrorReply] = {}
 
     def work(wire: Wire) -> None:
         nonlocal answered
-        commands = _commands(prefix)
+        commands = _commands(objects, limited)
         wire.send([b"".join(encoded for _, encoded in commands)])
         for name, _ in commands:
             reply = wire.reply()
-            if isinstance(reply, ErrorReply) and reply.code not in harmless:
+            if not isinstance(reply, ErrorReply) or reply.code in harmless:
+                continue
+            if "|" not in name or reply.code == "NOPERM":  # a policy may know no idle time, and has the other then
                 refused[name] = reply
         answered += 1
 
@@ -57,8 +62,8 @@ def check(servers: Servers, prefix: bytes, *, cluster: bool) -> Standing:
         raise ConfigError(said)
     if first.code in _ELSEWHERE:
         return Standing(reads=False, writes=False, reason=said)
-    reading = {"GET"} if cluster else {"GET", "MGET"}
-    return Standing(refused.keys().isdisjoint(reading), refused.keys().isdisjoint({"GET", "SET"}), said)
+    reading = {"GETRANGE", "GETEX"} if objects.ttl_s else {"GETRANGE", "GET"} | (set() if cluster else {"MGET"})
+    return Standing(refused.keys().isdisjoint(reading), refused.keys().isdisjoint({"GETRANGE", "SET"}), said)
 
 
 def _fix(first: ErrorReply, refused: dict[str, ErrorReply], prefix: bytes) -> str:
@@ -72,14 +77,18 @@ def _fix(first: ErrorReply, refused: dict[str, ErrorReply], prefix: bytes) -> st
     return "correct redis"
 
 
-def _commands(prefix: bytes) -> list[tuple[str, bytes]]:
+def _commands(objects: ObjectCommands, limited: bool) -> list[tuple[str, bytes]]:
     """Names and encodings. The hash commands go to what the first of them made no hash: they change nothing. The keys
     of MGET are of two slots, so that any node of a cluster shows what it is.
     """
+    prefix = objects.layout.prefix
     key = b"%b:{check}" % prefix
     words = (
         (b"SET", key, b""), (b"GET", key), (b"MGET", key, b"%b:{other}" % prefix), (b"HSET", key, b"f", b"v"),
-        (b"HSETNX", key, b"f", b"v"), (b"HGET", key, b"f"), (b"HGETALL", key), (b"EXPIRE", key, b"60"),
-        (b"UNLINK", key),
+        (b"HSETNX", key, b"f", b"v"), (b"HGET", key, b"f"), (b"HGETALL", key), (b"HDEL", key, b"f"),
+        (b"GETRANGE", key, b"0", b"0"), (b"EXISTS", key), (b"SCAN", b"0", b"MATCH", key, b"COUNT", b"1"),
+        (b"EXPIRE", key, b"60"), *([(b"GETEX", key, b"EX", b"60")] if objects.ttl_s else []), (b"UNLINK", key),
     )  # fmt: skip
-    return [(each[0].decode(), command(*each)) for each in words]
+    found = [(each[0].decode(), command(*each)) for each in words]
+    budget = ((b"MEMORY", b"USAGE"), (b"OBJECT", b"IDLETIME"), (b"OBJECT", b"FREQ")) if limited else ()
+    return [*((b"|".join(each).decode(), command(*each, key)) for each in budget), *found]

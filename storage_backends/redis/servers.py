@@ -41,8 +41,8 @@ class Servers(ABC):
         server; it is made once more for those that have moved to another."""
 
     @abstractmethod
-    def everywhere(self, work: Callable[[Wire], object]) -> Lost | None:
-        """Gives `work` a connection to each server; how one was lost, where one was."""
+    def everywhere(self, work: Callable[[Wire], object], nbytes: int = 0) -> Lost | None:
+        """Gives `work` a connection for moving about `nbytes` to each server; how one was lost, where one was."""
 
     @abstractmethod
     def close(self) -> None:
@@ -67,8 +67,8 @@ class OneServer(Servers):
         lost = self._connections.talk(made.run, made.nbytes)
         return finished(made, lost)
 
-    def everywhere(self, work: Callable[[Wire], object]) -> Lost | None:
-        return self._connections.talk(work, 0)
+    def everywhere(self, work: Callable[[Wire], object], nbytes: int = 0) -> Lost | None:
+        return self._connections.talk(work, nbytes)
 
     def close(self) -> None:
         self._connections.close()

@@ -17,11 +17,12 @@ from typing import Any
 
 import redis
 from redis.cluster import parse_cluster_slots
-from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
+from redis.crc import key_slot
 
 from loracache.storage_backends.redis.urls import Address, Lost, Target
 
-__all__ = ["SlotMap", "slot_of"]
+__all__ = ["SLOTS", "SlotMap", "slot_of"]
 
 _MOVED = re.compile(r"MOVED (?P<slot>[0-9]{1,5}) (?P<host>.*):(?P<port>[0-9]{1,5})")
 _AGAIN_S = 0.5  # between two questions
@@ -39,7 +40,7 @@ class SlotMap:
     def __init__(self, target: Target, seems_alive: Callable[[Address], bool] = lambda address: True) -> None:
         self._target = target
         self._seems_alive = seems_alive
-        self._owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._owners: list[Address | None] = [None] * SLOTS
         self._nodes: tuple[Address, ...] = ()
         self._in_doubt = True
         self._not_before = 0.0
@@ -100,7 +101,7 @@ class SlotMap:
     def _take(self, ranges: dict[tuple[int, int], dict[str, Any]]) -> None:
         if not ranges:
             raise redis.exceptions.ClusterDownError("the node knows of no slots")
-        owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        owners: list[Address | None] = [None] * SLOTS
         for (first, last), servers in ranges.items():
             host, port = servers["primary"]
             owners[first : last + 1] = [Address(host, int(port))] * (last + 1 - first)

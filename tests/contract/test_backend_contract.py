@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend, Transfer
+from loracache.storage_backends.base import ObjectInfo, Outcome, Purge, Purpose, StorageBackend, Transfer
 from loracache.storage_backends.disk.backend import DiskBackend
 from loracache.storage_backends.memory import MemoryBackend
 from loracache.storage_backends.redis.backend import RedisBackend
 
 OK, MISS, CORRUPT, FAILED = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FAILED
-SIZES = [0, 1, 4095, 4096, 4097, 256 << 10, (256 << 10) + 1, (1 << 20) + 1, 3 << 20]
+SIZES = [0, 1, 4095, 4096, 4097, 64 << 10, (64 << 10) + 1, 256 << 10, (256 << 10) + 1, (1 << 20) + 1, 3 << 20]
 
 
 def outcomes(results: list[Any]) -> list[Outcome]:
@@ -226,6 +226,28 @@ def test_redis_scan_yields_nothing(objects: Any, redis_server: Callable[[], Any]
     backend = redis_tier(redis_server().url)
     objects.store(backend, [objects.new(10)])
     assert list(backend.scan()) == []
+
+
+def test_a_purge_leaves_nothing_of_a_namespace_that_only_asking_finds(backend: StorageBackend, objects: Any) -> None:
+    """What `scan` yields is the cache's own to delete; what it does not is removed by `purge`, and nothing else is."""
+    mine, other, nobodys = (objects.new(size) for size in (600_000, 5000, 10))
+    spaces = [bytes([number]) * 32 for number in range(3)]
+    stored = [
+        replace(each, info=replace(each.info, namespace=space))
+        for each, space in zip((mine, other, nobodys), spaces, strict=True)
+    ]
+    objects.store(backend, stored)
+    did = Purge()
+    backend.purge(Purpose({spaces[0]}, {spaces[1]}), did, lambda: True)
+    found = outcomes(backend.contains([each.info.key for each in stored]))
+    if not isinstance(backend, RedisBackend):
+        assert (did, found) == (Purge(), [OK, OK, OK])
+        return
+    assert did == Purge(objects=1, nbytes=600_000, undescribed=1, present={spaces[1]})
+    assert found == [MISS, OK, OK]
+    backend.purge(Purpose(), everything := Purge(), lambda: True)
+    assert (everything.objects, everything.error) == (2, "")
+    assert outcomes(backend.contains([each.info.key for each in stored])) == [MISS, MISS, MISS]
 
 
 def test_memory_answers_full_and_keeps_what_it_has(objects: Any) -> None:

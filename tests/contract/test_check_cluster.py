@@ -22,7 +22,7 @@ def test_faults_of_every_node_are_seen_and_mended(
     monkeypatch.setattr(redis_check, "GRACE_S", 0.1)
     for node in redis_cluster.nodes:
         node.redis.flushall()
-    backend = redis_tier(redis_cluster.url)
+    backend = redis_tier(redis_cluster.url, describe=lambda namespace: {namespace: b"what it is"})
     backend.check()
     stored = [objects.new(300_000) for _ in range(24)]  # two segments each
     objects.store(backend, stored)

@@ -256,7 +256,8 @@ def test_a_server_of_its_own_is_no_cluster(
 def test_a_user_of_a_cluster_needs_its_rights_on_every_node(
     cluster: Any, redis_tier: Callable[..., RedisBackend], objects: Any, missing: str
 ) -> None:
-    rights = ["get", "mget", "set", "unlink", "expire", "hget", "hgetall", "hset", "hsetnx", "cluster|slots"]
+    more = ["getrange", "exists", "scan", "hdel"]
+    rights = ["get", "mget", "set", "unlink", "expire", "hget", "hgetall", "hset", "hsetnx", "cluster|slots", *more]
     url = cluster.url.replace("://", "://cache:s3cr3t@")
     for number, node in enumerate(cluster.nodes):
         commands = [f"+{right}" for right in rights if right != missing or (number == 0 and missing != "cluster|slots")]

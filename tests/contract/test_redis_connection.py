@@ -133,21 +133,24 @@ def impostor(short_tmp: Path) -> Iterator[Impostor]:
     "reply",
     [
         b"",
-        b"*1\r\n$-1\r\n$-1\r\n",  # more than was asked
-        b"*2\r\n$-1\r\n$-1\r\n",  # for another question
-        b"*1\r\n$5\r\nabcdefg\r\n",
+        b"$0\r\n\r\n$0\r\n\r\n",  # more than was asked
+        b"*1\r\n$-1\r\n",  # for another question
+        b"*2\r\n$-1\r\n$-1\r\n",
+        b":1\r\n",
+        b"$5\r\nabcdefg\r\n",
         b"*x\r\n",
         b"?\r\n",
         b"#" * 10_000,
         b"+OK\r\n",
-        b"*1\r\n$100\r\nabc",
-        b"*1\r\n$5\r\nabcdexx",
+        b"$100\r\nabc",
+        b"$5\r\nabcdexx",
+        b"$x\r\n",
     ],
 )
 def test_a_connection_that_lost_its_place_is_never_used_again(
     impostor: Impostor, redis_tier: Callable[..., RedisBackend], reply: bytes
 ) -> None:
-    impostor.scripts = [[reply] if reply else [], [b"*1\r\n$-1\r\n"] * 2]
+    impostor.scripts = [[reply] if reply else [], [b"$0\r\n\r\n"] * 2]
     tier = redis_tier(impostor.url, timeout_s=0.4)
     assert outcomes(tier.contains([bytes(32)])) == [UNAVAILABLE]
     assert outcomes(tier.contains([bytes(32)])) == [MISS]
@@ -168,7 +171,7 @@ def test_a_connection_that_lost_its_place_is_never_used_again(
 def test_an_error_reply_fails_its_item_and_keeps_the_connection(
     impostor: Impostor, redis_tier: Callable[..., RedisBackend], reply: str, outcome: Outcome
 ) -> None:
-    impostor.scripts = [[f"-{reply}\r\n".encode(), b"*1\r\n$-1\r\n"]]
+    impostor.scripts = [[f"-{reply}\r\n".encode(), b"$0\r\n\r\n"]]
     tier = redis_tier(impostor.url)
     (result,) = tier.contains([bytes(32)])
     assert (result.outcome, result.detail) == (outcome, reply)

@@ -10,6 +10,7 @@ import pytest
 
 from loracache.storage_backends.base import Outcome, Transfer
 from loracache.storage_backends.redis.backend import RedisBackend
+from loracache.storage_backends.redis.resp import Wire
 
 OK, MISS, CORRUPT, FULL = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL
 
@@ -51,6 +52,56 @@ def test_objects_lie_in_segments_under_a_small_header_in_one_slot(
     assert sizes == {name(stored, 0): 262_144, name(stored, 1): 262_144, name(stored, 2): 75_712}
     tier.delete([stored.info.key])
     assert server.redis.dbsize() == 0
+
+
+@pytest.mark.parametrize("planes", [0, 2])
+def test_a_small_object_is_one_key_and_costs_little_more_than_its_bytes(
+    tier: RedisBackend, server: Any, objects: Any, planes: int
+) -> None:
+    small, limit, above = (objects.new(size, compressible=True) for size in (256, 64 << 10, (64 << 10) + 1))
+    objects.store(tier, [objects.keep(each, planes) for each in (small, limit, above)])
+    names = [key.decode() for key in server.redis.keys("*")]
+    assert len(names) == 4  # the last has a header and a segment
+    assert server.redis.memory_usage(name(small)) - 256 < 400
+    assert all(objects.holds(tier, each) for each in (small, limit, above))
+    assert outcomes(tier.delete([small.info.key, limit.info.key, above.info.key])) == [OK] * 3
+    assert server.redis.dbsize() == 0
+
+
+def test_a_small_object_in_segments_is_read_and_replaced_by_one_key(
+    server: Any, objects: Any, redis_tier: Callable[..., RedisBackend]
+) -> None:
+    """As earlier releases kept all."""
+    before, tier = redis_tier(server.url, segment_bytes=2000), redis_tier(server.url)
+    stored = objects.new(5000)
+    objects.store(before, [stored])
+    assert server.redis.dbsize() == 4
+    assert objects.found(tier, stored) is OK
+    assert objects.holds(tier, stored)
+    objects.store(tier, [stored])
+    assert objects.holds(tier, stored)
+    assert {server.redis.ttl(key) > 0 for key in server.redis.keys("*:[0-9]")} == {
+        True
+    }  # whoever reads them still, may
+    assert objects.holds(before, stored)
+
+
+@pytest.mark.parametrize("how", ["bit in payload", "bit in header", "short", "long", "header alone"])
+def test_a_damaged_small_object_is_corrupt_and_deleted_and_its_neighbours_are_fine(
+    tier: RedisBackend, server: Any, objects: Any, how: str
+) -> None:
+    before, stored, after = (objects.new(3000) for _ in range(3))
+    objects.store(tier, [before, stored, after])
+    raw = server.redis.get(name(stored))
+    damaged = {
+        "bit in payload": flipped(raw, len(raw) - 5), "bit in header": flipped(raw, 30), "short": raw[:-1],
+        "long": raw + b"x", "header alone": raw[:-3000],
+    }  # fmt: skip
+    server.redis.set(name(stored), damaged[how])
+    targets = [objects.empty(item) for item in (before, stored, after)]
+    assert outcomes(tier.load(targets)) == [OK, CORRUPT, OK]
+    assert objects.payload(targets[2]) == objects.payload(after)
+    assert gone(server, stored)
 
 
 def test_another_segment_size_reads_and_deletes_what_is_there(
@@ -168,12 +219,18 @@ def test_segments_without_a_header_are_not_found(tier: RedisBackend, server: Any
     assert objects.holds(tier, stored)
 
 
-def test_contains_is_one_round_trip(tier: RedisBackend, server: Any, objects: Any) -> None:
-    stored = [objects.new(10) for _ in range(50)]
+def test_contains_is_one_round_trip_and_reads_headers_alone(
+    tier: RedisBackend, server: Any, objects: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = [objects.new(60_000) for _ in range(50)]
     objects.store(tier, stored)
-    before = server.redis.info("stats")["total_commands_processed"]
-    tier.contains([item.info.key for item in stored])
-    assert server.redis.info("stats")["total_commands_processed"] - before == 2  # ours, and the first question
+    sends: list[int] = []
+    send = Wire.send
+    monkeypatch.setattr(Wire, "send", lambda wire, parts: (sends.append(1), send(wire, parts)))
+    before = server.redis.info("stats")["total_net_output_bytes"]
+    assert outcomes(tier.contains([item.info.key for item in stored])) == [OK] * 50
+    assert sends == [1]
+    assert server.redis.info("stats")["total_net_output_bytes"] - before < 50 * 500
 
 
 def test_many_headers_come_through_whole(tier: RedisBackend, objects: Any) -> None:

@@ -14,12 +14,26 @@ from typing import Any
 import pytest
 
 from loracache.errors import ConfigError, Unavailable
-from loracache.storage_backends.base import Outcome, Standing
+from loracache.storage_backends.base import Outcome, Purge, Purpose, Standing
 from loracache.storage_backends.redis.backend import RedisBackend
 from loracache.storage_backends.redis.names import RedisNames
 
 SECRET, QUOTED = "0p3n-s3cr3t@/word", "0p3n-s3cr3t%40%2Fword"
-RIGHTS = ["get", "mget", "set", "unlink", "expire", "hget", "hgetall", "hset", "hsetnx"]  # as docs/operations.md says
+RIGHTS = [  # as docs/operations.md says
+    "get",
+    "mget",
+    "getrange",
+    "set",
+    "exists",
+    "unlink",
+    "expire",
+    "scan",
+    "hget",
+    "hgetall",
+    "hset",
+    "hsetnx",
+    "hdel",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +57,8 @@ def test_the_rights_the_manual_names_are_all_that_is_needed(
     user: Callable[..., str], server: Any, objects: Any, redis_tier: Callable[..., RedisBackend]
 ) -> None:
     url = f"unix://cache:{QUOTED}@{user()}"
-    backend, names = redis_tier(url), RedisNames(url)
-    backend.check()
+    backend, names = redis_tier(url, describe=lambda namespace: {namespace: b"what it is"}), RedisNames(url)
+    assert backend.check() == Standing()
     stored = [objects.new(600_000, compressible=True), objects.new(10)]
     objects.store(backend, stored)
     objects.store(backend, [objects.keep(stored[0], 2)])
@@ -52,6 +66,13 @@ def test_the_rights_the_manual_names_are_all_that_is_needed(
     assert sum(server.redis.ttl(key) > 0 for key in server.redis.keys("*")) == 3  # the segments as they were before
     assert objects.load(backend, objects.unmatched(stored[0])) is Outcome.CORRUPT
     backend.delete([item.info.key for item in stored])
+    objects.store(backend, stored)
+    server.redis.delete(f"loracache:{{{stored[0].info.key.hex()}}}")
+    (namespace,) = backend.descriptors()
+    backend.purge(Purpose({namespace}), did := Purge(), lambda: True)
+    assert (did.objects, did.loose, did.error) == (1, 1, "")
+    backend.forget([namespace])
+    assert backend.descriptors() == {}
     names.put("a", b"record", only_new=True)
     names.put("b", b"record")
     assert (names.get("a"), len(names.all())) == (b"record", 2)
@@ -70,9 +91,32 @@ def test_a_missing_right_is_named_when_the_daemon_starts(
     path = user([right for right in RIGHTS if right != missing])
     standing = redis_tier(f"unix://cache:{QUOTED}@{path}").check()
     assert re.search(rf"NOPERM.*'{missing}'.*give its user ~loracache:\* \+{missing} ", standing.reason)
-    assert (standing.reads, standing.writes) == (missing not in ("get", "mget"), missing not in ("get", "set"))
+    assert standing.reads == (missing not in ("get", "mget", "getrange"))
+    assert standing.writes == (missing not in ("getrange", "set"))
     assert SECRET not in standing.reason
     assert QUOTED not in standing.reason
+
+
+def test_a_time_to_live_needs_one_right_more(user: Callable[..., str], redis_tier: Callable[..., RedisBackend]) -> None:
+    standing = redis_tier(f"unix://cache:{QUOTED}@{user()}", ttl_s=60).check()
+    assert re.search(r"NOPERM.*'getex'.*give its user ~loracache:\* \+getex ", standing.reason)
+    assert not standing.reads
+    assert redis_tier(f"unix://cache:{QUOTED}@{user([*RIGHTS, 'getex'])}", ttl_s=60).check() == Standing()
+    assert "`+getex` with `redis_ttl`" in (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+
+
+def test_a_budget_needs_three_rights_more(
+    user: Callable[..., str], objects: Any, redis_tier: Callable[..., RedisBackend]
+) -> None:
+    more = ["memory|usage", "object|idletime", "object|freq"]
+    assert redis_tier(f"unix://cache:{QUOTED}@{user()}", max_bytes=1 << 20).check().reason
+    tier = redis_tier(f"unix://cache:{QUOTED}@{user([*RIGHTS, *more])}", max_bytes=50_000)
+    assert tier.check() == Standing()
+    objects.store(tier, [objects.new(20_000) for _ in range(6)])
+    did = tier.tend(lambda: True)
+    assert (did.objects >= 4, did.error) == (True, "")
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    assert "`" + " ".join(f"+{right}" for right in more) + "` with `redis_max_bytes`" in text
 
 
 def test_keys_that_a_user_may_not_touch_are_named_when_the_daemon_starts(

@@ -39,6 +39,7 @@ class Answer:
     logprobs: int = 0
     error: str = ""
     aborted: bool = False
+    why: str = ""
 
 
 class Engine:
@@ -112,6 +113,7 @@ class Engine:
             answer.get("logprobs", 0),
             answer.get("error", ""),
             answer.get("aborted", False),
+            answer.get("why", ""),
         )
 
     def ask(self, tokens: list[int], **options: Any) -> Answer:

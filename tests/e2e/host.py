@@ -41,9 +41,9 @@ async def generate(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
         async for output in engine.generate(prompt, params, command["id"], lora_request=request):  # noqa: B007
             first = first or time.perf_counter() - started
     except Exception as error:
-        if type(error).__name__ != "GenerationError":
+        if type(error).__name__ not in ("GenerationError", "RetryableRequestError", "VLLMValidationError"):
             raise
-        return {"reason": "error"}  # vLLM 0.33 raises what earlier ones answer
+        return {"reason": "error", "why": str(error)}
     return {
         "tokens": list(output.outputs[0].token_ids),
         "cached": output.num_cached_tokens,

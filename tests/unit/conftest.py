@@ -195,7 +195,7 @@ class Rig:
     def threads(self) -> list[Steps]:
         """Writing before reading before asking, the disk's before Redis's."""
         ios = [writer.io for writer in self.cache.writers]
-        threads: list[Any] = [thread for io in ios for thread in (io._writes, io._loads, io._asks)]
+        threads: list[Any] = [thread for io in ios for thread in (io._writes, io._loads, io._asks, io._care)]
         return threads
 
     def answer(self) -> None:

@@ -41,21 +41,21 @@ REACHES = {
     "config": "errors logs",
     "connectors": "",
     "vllm": (
-        "adapters client config errors free_pages kernels keys logs mapping results tiers vllm.common "
+        "adapters client config errors free_pages kernels keys logs mapping results s3_fifo tiers vllm.common "
         "vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora vllm.worker "
         "vllm.worker.lora wire"
     ),
     "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
-    "vllm.frontend": "client config errors keys logs mapping vllm.common vllm.lora wire",
+    "vllm.frontend": "adapters client config errors keys logs mapping vllm.common vllm.lora wire",
     "vllm.identity": "errors vllm.common",
     "vllm.link": "client errors keys mapping tiers wire",
     "vllm.lora": "adapters errors kernels",
     "vllm.scheduler": (
-        "adapters client config errors kernels keys logs mapping results tiers vllm.common vllm.link "
+        "adapters client config errors kernels keys logs mapping results s3_fifo tiers vllm.common vllm.link "
         "vllm.lora vllm.scheduler.lora wire"
     ),
     "vllm.scheduler.lora": (
-        "adapters client errors kernels keys mapping results tiers vllm.common vllm.link vllm.lora wire"
+        "adapters client errors kernels keys mapping results s3_fifo tiers vllm.common vllm.link vllm.lora wire"
     ),
     "vllm.worker": (
         "adapters client config errors free_pages kernels keys logs mapping results tiers vllm.common "
@@ -85,6 +85,7 @@ REACHES = {
     "namespaces": "errors folder keys",
     "rest": "adapters client config errors folder keys logs loracache mapping results tiers tracing wire",
     "results": "",
+    "s3_fifo": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors folder storage_backends",
     "storage_backends.redis": "adapters errors folder keys storage_backends",

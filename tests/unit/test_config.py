@@ -243,6 +243,25 @@ def test_a_url_without_a_password_may_stand_on_the_command_line(monkeypatch: pyt
     assert (config.redis, config.redis_password_file) == ("redis://:hunter2@host", Path("/secret"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("traces", "http://user:hunter2@collector:4318"),
+        ("http", "redis://:hunter2@host"),  # one key's value in another's place
+        ("disk", "redis://:hunter2@host"),
+    ],
+)
+@pytest.mark.parametrize("source", ["environment", "command line"])
+def test_a_login_in_any_value_is_refused_and_not_repeated(
+    key: str, value: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A REST process is told the address of traces by its command line."""
+    monkeypatch.setenv(f"LORACACHE_{key.upper()}", value)
+    with pytest.raises(ConfigError, match=rf"{key}=\(secret\) \({source}\)") as caught:
+        load_config(SOCKET | ({key: value} if source == "command line" else {}))
+    assert "hunter2" not in str(caught.value)
+
+
 def test_secrets_are_not_shown_with_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORACACHE_REDIS", "redis://:hunter2@host:6379")
     config = load_config(SOCKET | {"integrity_key": "hunter2" * 4})

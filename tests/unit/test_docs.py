@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import rooms  # scripts/rooms.py
+import typer
 
+from loracache.cli.app import app
 from loracache.config import Config
 from loracache.results import Cause, NodeKind, OperationState
 
@@ -22,6 +24,16 @@ def test_every_setting_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     missing = [key for key in Config.model_fields if f"\n| `{key}` |" not in text]
     assert not missing
+
+
+def test_every_setting_has_a_flag_but_those_that_the_page_names() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    sentence = re.search(r"A flag is the key with dashes; ([^.]*) have no flag\.", text)
+    assert sentence is not None
+    without = set(re.findall(r"`(\w+)`", sentence[1]))
+    serve = next(each for each in typer.main.get_command(app).commands.items() if each[0] == "serve")[1]  # type: ignore[attr-defined]
+    flags = {option.name for option in serve.params} - {"config"}
+    assert flags == Config.model_fields.keys() - without
 
 
 def test_every_connector_setting_is_documented() -> None:

@@ -74,8 +74,10 @@ def run_installed(installed: Path, code: str) -> list[str]:
 
 
 def modules(folder: Path) -> set[str]:
-    packed = (".py", ".cu", ".cuh", ".typed", ".html", ".css", ".js")
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in packed}
+    packed = (".py", ".cu", ".cuh", ".typed", ".html", ".css", ".js", ".txt", ".md")
+    named = ("LICENSE", "NOTICE", "SHA256SUMS")  # of what others wrote
+    found = (path for path in folder.rglob("*") if path.suffix in packed or path.name in named)
+    return {str(path.relative_to(folder)) for path in found}
 
 
 def expected_files() -> set[str]:
@@ -104,10 +106,13 @@ def test_wheel_made_from_the_sdist_is_the_same(source: Path, wheel: Path, tmp_pa
 
 def test_metadata_names_the_extras_and_the_license(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        names = archive.namelist()
+        (name,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         metadata = HeaderParser().parsestr(archive.read(name).decode())
     assert set(metadata.get_all("Provides-Extra", [])) == {*EXTRAS, "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
+    licences = [name.partition(".dist-info/licenses/")[2] for name in names if "/licenses/" in name]
+    assert sorted(licences) == ["LICENSE", "loracache/rest/api_page/swagger_ui/LICENSE"]
     assert metadata["Requires-Python"] == "<3.14,>=3.11"
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 TAG = "SPDX-License-Identifier: Apache-2.0"
 LINES = {".py": f"# {TAG}", ".sh": f"# {TAG}", ".cu": f"// {TAG}", ".cuh": f"// {TAG}", ".js": f"// {TAG}"}
 LINES |= {".css": f"/* {TAG} */", "": f"# {TAG}"}
-NOT_OURS = {"build", "dist", "site", "__pycache__"}
+NOT_OURS = {"build", "dist", "site", "__pycache__", "swagger_ui"}
 
 
 def sources() -> Iterator[Path]:

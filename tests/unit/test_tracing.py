@@ -73,9 +73,10 @@ def test_requests_and_tiers_are_traced(
 
 @pytest.mark.parametrize("endpoint", ["collector:4318", "ftp://x", "http://a b"])
 def test_an_endpoint_that_is_none_is_refused(serve_fails: Callable[..., tuple[int, str]], endpoint: str) -> None:
-    code, said = serve_fails(environment={"LORACACHE_TRACES": endpoint})
-    assert code == 2
-    assert "traces=" in said
+    for how in ({"environment": {"LORACACHE_TRACES": endpoint}}, {"traces": endpoint}):
+        code, said = serve_fails(**how)
+        assert code == 2
+        assert "traces=" in said
 
 
 def test_a_span_costs_nothing_where_nobody_asked() -> None:

@@ -89,11 +89,13 @@ class Prefix:
 @dataclass(slots=True)
 class AdapterOrders:
     """What the workers do with their pools, in this order. evict: digests whose pages are free from now on. load:
-    (order's number, digest, folder or "") to copy in. bind: which content serves an adapter id from now on.
+    (order's number, digest, folder or "") to copy in. forget: adapter ids that no request has. bind: which content
+    serves an adapter id from now on.
     """
 
     evict: list[str] = field(default_factory=list)
     load: list[tuple[int, str, str]] = field(default_factory=list)
+    forget: list[int] = field(default_factory=list)
     bind: dict[int, str] = field(default_factory=dict)
 
 
@@ -150,16 +152,17 @@ class Facts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What workers tell the scheduler after a step: adapters as really loaded (hex digest, "" for unknown), failures by
     cause, requests whose chunks did not all reach the cache and may at another try, and facts until the scheduler has
-    them. activated: orders done -> by how many workers; not_activated: orders that failed -> why; pools_lost: nothing
-    is on any page any more; pinned: adapter ids that may not be evicted, or may again; weights: rank -> (version, the
-    last step computed with those before), where they changed; contents: how many contents an adapter id has served."""
+    them. activated: orders done -> by how many workers; not_activated: orders that failed -> (cause, and words where
+    nothing will help); pools_lost: nothing is on any page any more; pinned: adapter ids that may not be evicted, or may
+    again; weights: rank -> (version, the last step computed with those before), where they changed; contents: how many
+    contents an adapter id has served."""
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     unstored: set[str] = field(default_factory=set)
     facts: list[Facts] = field(default_factory=list)
     activated: dict[int, int] = field(default_factory=dict)
-    not_activated: dict[int, str] = field(default_factory=dict)
+    not_activated: dict[int, tuple[str, str]] = field(default_factory=dict)
     pools_lost: bool = False
     pinned: dict[int, bool] = field(default_factory=dict)
     weights: dict[int, tuple[int, int]] = field(default_factory=dict)

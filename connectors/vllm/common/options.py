@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from loracache.client.connection import socket_path
-from loracache.config import parse_size
+from loracache.config import ENVIRONMENT, holds_password, http_address, parse_size
 from loracache.errors import ConfigError
 
 __all__ = ["Options", "is_ours", "own_options", "pool_bytes"]
 
 _CONNECTOR = "LoRACacheConnector"
-_DAEMON_KEYS = ("memory", "disk_path", "disk", "redis")
+_DAEMON_KEYS = ("memory", "disk_path", "disk", "redis", "redis_password_file", "http")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,12 @@ class Options:
     """Settings of one engine's connector.
 
     server: the daemon's socket, "unix:///path"; without it the engine starts a private daemon that takes memory (a
-    size), disk_path, disk (a size) and redis (a URL) from here. model_id: names the model's weights where they
-    are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses. load_timeout:
-    seconds after which a load is given up and recomputed. lookup_wait: seconds for which a request may be parked for
-    the answer to its lookup. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's
-    own matter.
+    size), disk_path, disk (a size), redis (a URL without a password: process lists and vLLM's log show what stands
+    here), redis_password_file and http (HOST:PORT of its REST) from here. model_id: names the model's weights where
+    they are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses.
+    load_timeout: seconds without a byte after which a load is given up and recomputed. lookup_wait: seconds for which
+    any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has much to
+    gain. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
     """
 
     server: str = ""
@@ -34,10 +35,13 @@ class Options:
     disk_path: str = ""
     disk: str = "20GiB"
     redis: str = ""
+    redis_password_file: str = ""
+    http: str = ""
     model_id: str = ""
     chunk_tokens: int = 0
     load_timeout: float = 10.0
     lookup_wait: float = 0.02
+    lookup_wait_most: float = 1.0
     lora_pool: str = ""
 
     @classmethod
@@ -49,10 +53,17 @@ class Options:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}; known: {', '.join(known)}")
+            if holds_password(value):
+                raise ConfigError(
+                    f"kv_connector_extra_config: {key} has a password in it, and this configuration stands in process "
+                    f"lists and in vLLM's log: change that password; give redis by {ENVIRONMENT}REDIS in the engine's "
+                    "environment, or the password alone by redis_password_file"
+                )
             default = known[key].default
             kinds = (int, float) if isinstance(default, float) else (type(default),)
             if isinstance(value, bool) or not isinstance(value, kinds):
-                raise ConfigError(f"kv_connector_extra_config: {key}={value!r} must be a {type(default).__name__}")
+                shown = "(secret)" if key == "redis" else repr(value)
+                raise ConfigError(f"kv_connector_extra_config: {key}={shown} must be a {type(default).__name__}")
         options = cls(**extra)
         options._check(extra)
         return options
@@ -74,12 +85,18 @@ class Options:
                 raise ConfigError(f"kv_connector_extra_config: {key}: {error}") from None
             if key == "lora_pool" and not size:
                 raise ConfigError("kv_connector_extra_config: lora_pool is 0; leave it out to have no pool")
+        if self.http:
+            try:
+                http_address(self.http)
+            except ValueError as error:
+                raise ConfigError(f"kv_connector_extra_config: http: {error}") from None
         if self.chunk_tokens < 0:
             raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
-        if not 0 <= self.lookup_wait <= 10:
-            raise ConfigError(
-                f"kv_connector_extra_config: lookup_wait={self.lookup_wait} must be within 0 and 10 seconds"
-            )
+        for key in ("lookup_wait", "lookup_wait_most"):
+            if not 0 <= getattr(self, key) <= 10:
+                raise ConfigError(
+                    f"kv_connector_extra_config: {key}={getattr(self, key)} must be within 0 and 10 seconds"
+                )
         if not 0 < self.load_timeout <= 600:
             raise ConfigError(
                 f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"

@@ -4,6 +4,9 @@
 The first process that needs it starts it, under a lock, in a session of its own; it flushes and ends when its last
 connection closes, so it outlives an engine that is killed just long enough to save what it holds. One that is started
 meanwhile waits for that. A folder has one daemon a machine: engines that name the same one share it.
+
+What the daemon is (socket, memory, disk) the connector's configuration says. Every other setting may stand in the
+engine's environment: how the daemon is watched, and secrets, which a configuration that vLLM logs has no place for.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loracache.client.requests import SOCKET_PATH_BYTES
-from loracache.config import parse_size
+from loracache.config import ENVIRONMENT, Config, parse_size
 from loracache.connectors.vllm.common.cores import on_all_cores
 from loracache.connectors.vllm.common.options import Options
 from loracache.errors import ConfigError, Unavailable
@@ -39,7 +42,9 @@ _START_TIMEOUT_S = 40.0  # more than it waits for the one before it to write wha
 _RANK = re.compile(r"(_dp\d+)+$")  # what vLLM adds to the engine's id in each data parallel rank
 _READY = b"ready"  # what a private daemon writes to its standard output
 # A CPU worker's OpenMP settings would pin the daemon, too, to the core of a thread that never sleeps.
-_NOT_FOR_THE_DAEMON = ("LORACACHE_", "GOMP_", "KMP_", "OMP_", "LD_PRELOAD")
+_NOT_FOR_THE_DAEMON = (ENVIRONMENT, "GOMP_", "KMP_", "OMP_", "LD_PRELOAD")
+_OF_THE_CONFIGURATION = ("socket", "private", "memory", "disk_path", "disk")  # whatever the environment says of them
+_REDIS = f"{ENVIRONMENT}REDIS"
 # vLLM kills every descendant of an engine that ends slowly, whatever its session. So the daemon is nobody's descendant.
 _DETACH = "import os, sys; os.fork() and os._exit(0); os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -114,14 +119,17 @@ def _only_one_starts(path: Path) -> Iterator[None]:
 
 def _settings(options: Options) -> dict[str, str]:
     """What engines that share a daemon should agree on. Of a Redis its place, without login, and only as a digest."""
-    scheme, _, rest = options.redis.partition("://")
+    url = options.redis or os.environ.get(_REDIS, "")
+    scheme, _, rest = url.partition("://")
     place = rest.rpartition("@")[2].partition("?")[0]
-    redis = hashlib.sha256(f"{scheme} {place}".encode()).hexdigest() if options.redis else ""
-    return {"memory": options.memory, "disk": options.disk if options.disk_path else "", "redis": redis}
+    redis = hashlib.sha256(f"{scheme} {place}".encode()).hexdigest() if url else ""
+    http = options.http or os.environ.get(f"{ENVIRONMENT}HTTP", "")
+    return {"memory": options.memory, "disk": options.disk if options.disk_path else "", "redis": redis, "http": http}
 
 
 def _compare(wanted: dict[str, str], settings: Path, server: str) -> None:
-    """Warn where the daemon that runs was started with other sizes; with another Redis it is none of ours."""
+    """Warn where the daemon that runs was started with other sizes or another address of REST; with another Redis it is
+    none of ours."""
     try:
         running = json.loads(settings.read_text())
     except (OSError, ValueError):
@@ -131,15 +139,16 @@ def _compare(wanted: dict[str, str], settings: Path, server: str) -> None:
             f"kv_connector_extra_config: redis is another one than that of the private daemon at {server}, which "
             "another engine started for this disk_path; give both engines the same redis, or this one another disk_path"
         )
-    for key in ("memory", "disk"):
-        if parse_size(wanted[key] or "0") != parse_size(running[key] or "0"):
+    for key in ("memory", "disk", "http"):
+        here, there = wanted[key], running.get(key, "")
+        if here and here != there and (key == "http" or parse_size(here) != parse_size(there or "0")):
             _log.warning(
                 "the private daemon at %s runs with %s=%s, and %s=%s is asked for here: what it was started with holds",
                 server,
                 key,
-                running[key],
+                there or "none",
                 key,
-                wanted[key],
+                here,
             )
 
 
@@ -156,9 +165,6 @@ def _start(path: Path, options: Options) -> None:
     command = ["-m", "loracache", "serve", "--private", "--socket", str(path), "--memory", options.memory]
     if options.disk_path:  # absolute, for the daemon has another working directory
         command += ["--disk-path", os.path.abspath(options.disk_path), "--disk", options.disk]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_FOR_THE_DAEMON)}
-    if options.redis:  # not on the command line, where every user could read a password
-        environment["LORACACHE_REDIS"] = options.redis
     Path(log_path).unlink(missing_ok=True)  # one that is ending may still write to it
     said, held_by_daemon = os.pipe()  # ends with the daemon: nobody waits for a process that is not a child of ours
     try:
@@ -168,14 +174,29 @@ def _start(path: Path, options: Options) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=held_by_daemon,
                 stderr=log,
-                env=environment,
+                env=_environment(options),
                 cwd="/",
                 check=True,
             )
         os.close(held_by_daemon)
         _wait_until_ready(path, log_path, said)
+        _log.info("the private daemon listens on %s and logs to %s", path, log_path)
     finally:
         os.close(said)
+
+
+def _environment(options: Options) -> dict[str, str]:
+    """The engine's own, as far as it is the daemon's business, and what the configuration says besides. Not on the
+    command line, which every user can read."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_FOR_THE_DAEMON)}
+    for key, field in Config.model_fields.items():
+        name = f"{ENVIRONMENT}{key.upper()}"
+        given = getattr(options, key, "") or os.environ.get(name)
+        if given is None or key in _OF_THE_CONFIGURATION:
+            continue
+        # The daemon has another working directory.
+        environment[name] = os.path.abspath(given) if field.annotation == Path | None else given
+    return environment
 
 
 def _wait_until_ready(path: Path, log_path: str, said: int) -> None:

@@ -11,7 +11,9 @@ Threading: the front end's event loop.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import weakref
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +21,7 @@ from vllm.lora.request import LoRARequest
 
 from loracache.connectors.vllm.common.options import own_options
 from loracache.connectors.vllm.common.private import private_server
+from loracache.connectors.vllm.common.recent import Recent
 from loracache.connectors.vllm.frontend.questions import NameQuestions
 from loracache.connectors.vllm.lora.paths import digest_in, path_of
 from loracache.errors import LoRACacheError, Unavailable
@@ -37,9 +40,10 @@ def resolve_names_through_the_cache(models: Any) -> NameQuestions:
     questions = NameQuestions(options.server or private_server(config.kv_transfer_config.engine_id, options.disk_path))
     stock = models.resolve_lora
     models.lora_requests = requests = _Requests(models.lora_requests)
+    models.lora_resolver_lock = _Locks()
 
     async def resolve(lora_name: str) -> Any:
-        known = requests.get(lora_name)
+        known = requests.used(lora_name)
         if known is not None and digest_in(known.lora_path) is None:
             return known  # given to vLLM by path
         try:
@@ -59,7 +63,7 @@ def resolve_names_through_the_cache(models: Any) -> NameQuestions:
             if known is None or digest_in(known.lora_path) != digest:
                 known = LoRARequest(lora_name, models.lora_id_counter.inc(1), path_of(digest))
                 await models.engine_client.add_lora(known)
-                requests[lora_name] = known
+                requests.remember(lora_name, known)
         _asked.set(lora_name)
         return known
 
@@ -69,8 +73,39 @@ def resolve_names_through_the_cache(models: Any) -> NameQuestions:
 
 class _Requests(dict[str, LoRARequest]):
     """vLLM's names. One of the cache's is in here only for the task that has just asked what it stands for, so that the
-    next one asks again."""
+    next one asks again; and of those only the ones that were asked for last."""
+
+    def __init__(self, given: dict[str, LoRARequest]) -> None:
+        super().__init__(given)
+        self._resolved: Recent[str, None] = Recent()
+
+    def remember(self, name: str, request: LoRARequest) -> None:
+        """What a name of the cache stands for."""
+        self[name] = request
+        self._resolved[name] = None
+        for dropped in self._resolved.drop_oldest():
+            known = self.get(dropped)
+            if known is not None and digest_in(known.lora_path) is not None:
+                del self[dropped]
+
+    def used(self, name: str) -> LoRARequest | None:
+        """What it stood for last."""
+        self._resolved.used(name)
+        return self.get(name)
 
     def __contains__(self, name: object) -> bool:
         known = self.get(name)  # type: ignore[call-overload]
         return known is not None and (digest_in(known.lora_path) is None or _asked.get() == name)
+
+
+class _Locks:
+    """A lock for each name, as long as somebody waits for it or has it: anybody may ask for any name."""
+
+    def __init__(self) -> None:
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        return lock

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's connection: questions that are sent and never waited for.
+"""The scheduler's connection: questions that are sent and not waited for, but where `wait_lookup` is told for how long.
 
 A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's
 patience for half a second; then it is asked nothing more until it has answered.
@@ -8,20 +8,40 @@ patience for half a second; then it is asked nothing more until it has answered.
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loracache.client import requests
 from loracache.client.link import Link
 from loracache.errors import LoRACacheError, Rejected
-from loracache.tiers import labels
+from loracache.tiers import Tier, labels
 
-__all__ = ["SchedulerLink"]
+__all__ = ["LONGEST_PIN_S", "SchedulerLink"]
+
+LONGEST_PIN_S = requests.MAX_TTL_S
 
 _log = logging.getLogger(__name__)
 _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
+_EVENTS_PAGE, _EVENTS_WAIT_S = 500, 30.0
+
+
+@dataclass(slots=True)
+class _Lookup:
+    """A question in parts. number: of the part that was asked last, of so many keys; parts: what is left; tiers: of
+    those before it."""
+
+    lease: bytes
+    shards: int
+    ttl: float
+    parts: Iterator[Sequence[bytes]]
+    number: int = 0
+    keys: int = 0
+    tiers: tuple[str, ...] = ()
 
 
 class SchedulerLink(Link):
@@ -31,7 +51,10 @@ class SchedulerLink(Link):
         super().__init__(server, name="vllm-scheduler", log=_log)
         self._counts: Counter[str] = Counter()
         self._next_report = 0.0
+        self._lookups: dict[int, _Lookup] = {}  # by the number of the first part
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
+        self._events_asked = self._events_last = 0  # the question that waits, and the last event that was told
+        self._events_gone = False
         self._unwanted: set[int] = set()
         self._early: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
         self._resident: set[bytes] = set()  # what the daemon was told that we hold
@@ -40,16 +63,53 @@ class SchedulerLink(Link):
         """Whether the daemon is there and answers; collects what it has said."""
         return self.connection.connected and not self._silent()
 
-    def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
-        """Ask for the leading run of `keys`, holding it under `lease`."""
-        return self._ask(requests.Lookup(lease, requests.join_keys(keys), shards, ttl))
+    @property
+    def arena_bytes(self) -> int:
+        """Of the daemon's memory; 0 where it is not there."""
+        arena = self.connection.map
+        return len(arena) if arena is not None else 0
+
+    def ask_lookup(self, lease: bytes, keys: Sequence[bytes], shards: int, ttl: float) -> int:
+        """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held."""
+        lookup = _Lookup(lease, shards, ttl, requests.lookup_parts(keys, shards))
+        if self._ask_part(lookup):
+            self._lookups[lookup.number] = lookup
+        return lookup.number
 
     def answer_lookup(self, number: int) -> tuple[str, ...] | None:
         """Tier names of the leading keys, or None while there is no answer. A question that failed is a miss."""
-        done, payload = self._answer(number)
-        if not done:
-            return None
-        return labels(payload[0]) if payload else ()
+        lookup = self._lookups.get(number)
+        if lookup is None:  # of a connection that ended
+            return ()
+        while True:
+            done, payload = self._answer(lookup.number)
+            if not done:
+                return None
+            tiers = labels(payload[0]) if payload else ()
+            lookup.tiers += tiers
+            if len(tiers) < lookup.keys or not self._ask_part(lookup):
+                self._lookups.pop(number, None)
+                return lookup.tiers
+
+    def wait_lookup(self, number: int, seconds: float) -> tuple[str, ...] | None:
+        """As `answer_lookup`, waiting up to `seconds` for the answer."""
+        deadline = time.monotonic() + seconds
+        while (tiers := self.answer_lookup(number)) is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self.connection.connected:
+                return None
+            ready = select.poll()
+            ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
+            ready.poll(left * 1000)
+        return tiers
+
+    def _ask_part(self, lookup: _Lookup) -> bool:
+        part = next(lookup.parts, None)
+        if part is None:
+            return False
+        lookup.keys = len(part)
+        lookup.number = self._ask(requests.Lookup(lookup.lease, requests.join_keys(part), lookup.shards, lookup.ttl))
+        return bool(lookup.number)
 
     def ask_adapter(self, path: str) -> int | None:
         """Ask for an adapter's digest; None where it could not be asked."""
@@ -94,15 +154,54 @@ class SchedulerLink(Link):
         """Have slow tiers start raising `keys`."""
         self.connection.send(requests.Prefetch(lease, requests.join_keys(keys), ttl), answer=False)
 
+    def pin(self, keys: Sequence[bytes], ttl: float) -> None:
+        """Keep objects in the daemon's memory for `ttl` seconds."""
+        for part in requests.lookup_parts(keys, 1):
+            pin = requests.Pin("", "", {"keys": requests.join_keys(part)}, Tier.CPU.label, ttl, 0.0)
+            self.connection.send(pin, answer=False)
+
+    def demote(self, keys: Sequence[bytes], tier: str) -> None:
+        """Have objects leave the daemon's memory for a slower tier."""
+        for part in requests.lookup_parts(keys, 1):
+            selector = {"keys": requests.join_keys(part)}
+            move = requests.Move("", "", selector, Tier.CPU.label, tier, False, 0.0)
+            self.connection.send(move, answer=False)
+
+    def take_events(self) -> tuple[bool, list[tuple[str, str, bytes]]] | None:
+        """(whether some are lost, the next events as (what, tier, key)), or None where there are none. The daemon is
+        asked for them, and asked again when it has told some."""
+        gone, self._events_gone = self._events_gone, False
+        if gone:
+            return True, []
+        if not self._events_asked:
+            wait = _EVENTS_WAIT_S
+            self._events_asked = self._ask(requests.EventList("", "", self._events_last, _EVENTS_PAGE, wait))
+            if not self._events_asked:
+                return None
+        done, payload = self._answer(self._events_asked)
+        if not done:
+            return None
+        self._events_asked = 0
+        if payload is None:
+            return None
+        self._events_last, lost, *events = payload
+        return bool(lost), [(each["event"], each["tier"], bytes.fromhex(each["key"])) for each in events]
+
     def release(self, lease: bytes) -> None:
         """End a request's lease."""
         self.connection.send(requests.Release(lease, b""), answer=False)
 
     def forget(self, number: int) -> None:
         """An answer nobody wants any more; it still counts as a sign of life."""
+        lookup = self._lookups.pop(number, None)
+        number = lookup.number if lookup is not None else number
         self._early.pop(number, None)
         if number in self._asked:
             self._unwanted.add(number)
+
+    def abandon(self, number: int) -> None:
+        """As `forget`, of a question about an adapter, which is no sign of life."""
+        self.connection.forget(number)
 
     def count(self, cause: str, amount: int) -> None:
         """Count a failure seen in the engine; the daemon's status shows it."""
@@ -151,6 +250,9 @@ class SchedulerLink(Link):
         return True, reply.payload
 
     def _lost(self) -> None:
+        self._lookups.clear()
+        self._events_gone = self._events_gone or bool(self._events_asked or self._events_last)
+        self._events_asked = self._events_last = 0
         self._asked.clear()
         self._unwanted.clear()
         self._early.clear()

@@ -92,11 +92,9 @@ class PoolShape:
         return placement
 
     def place(self, ranks: Mapping[str, int]) -> Placement:
-        """Where an adapter with these ranks (by part) goes. Raises UsageError naming a part that the model has not, or
-        a rank that the engine does not allow."""
-        nobodys = [part for part in ranks.keys() - self.parts() if not is_within(part, self.elsewhere)]
-        if nobodys:
-            raise UsageError(f"module {min(nobodys)!r} of the adapter is none that this model can adapt")
+        """Where an adapter with these ranks (by part) goes; a surplus goes nowhere. Raises as `surplus`, and UsageError
+        naming a rank that the engine does not allow."""
+        self.surplus(ranks)
         places = np.zeros((self.slices, PLACE_FIELDS), dtype=np.int64)
         lengths = np.zeros((self.slices, 2), dtype=np.int64)
         row = end = 0
@@ -115,6 +113,17 @@ class PoolShape:
                 end += int(lengths[number, 1])
             row += count
         return Placement(places, lengths, end)
+
+    def surplus(self, parts: Iterable[str]) -> list[str]:
+        """Those of an adapter's parts that are for layers beyond the model's. Raises UsageError naming a part that no
+        layer has, or one of an adapter that has nothing else."""
+        own, given = self.parts(), set(parts)
+        nobodys = sorted(part for part in given - own if not is_within(part, self.elsewhere))
+        known = {_layerless(part) for part in own} if nobodys else set()
+        strange = [part for part in nobodys if _layerless(part) not in known]
+        if strange or (nobodys and len(nobodys) == len(given)):
+            raise UsageError(f"module {(strange or nobodys)[0]!r} of the adapter is none that this model can adapt")
+        return nobodys
 
     def parts(self) -> frozenset[str]:
         """All modules, as adapters call them, that this worker has pages for."""
@@ -150,6 +159,11 @@ class PoolShape:
 def is_within(part: str, modules: Iterable[str]) -> bool:
     """Whether a module is one of these, or inside one."""
     return any(part == module or part.startswith(f"{module}.") for module in modules)
+
+
+def _layerless(part: str) -> str:
+    """The part's name with a place in the layers of every number in it."""
+    return ".".join("*" if piece.isdigit() else piece for piece in part.split("."))
 
 
 def choose_chunk(widths: set[int]) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loracache.connectors.vllm.common.recent import Recent
 from loracache.connectors.vllm.lora.paths import digest_in
 
 if TYPE_CHECKING:
@@ -33,14 +34,16 @@ class BlockKeys:
 
     def __init__(self, towers: bool = False) -> None:
         self._towers = towers
-        self._first: dict[str, int] = {}  # name -> the id it was first seen with
-        self._contents: dict[int, int] = {}
+        self._first: Recent[str, int] = Recent()  # name -> the id it was first seen with
+        self._forgot = False  # names: one that is not known may have been, so no id is its first
+        self._contents: Recent[int, int] = Recent()
 
     def learn(self, contents: dict[int, int]) -> set[int]:
         """Take the numbers of the contents that ids serve now; answers the ids that serve another one than before."""
         changed = {each for each, number in contents.items() if number > max(self._contents.get(each, 0), 1)}
         for adapter, number in contents.items():
             self._contents[adapter] = max(number, self._contents.get(adapter, 0))
+        self._contents.drop_oldest()  # a worker finds out who is hashed without the number then
         return changed
 
     def key(self, request: Request) -> int:
@@ -60,14 +63,18 @@ class BlockKeys:
                         feature.identifier = f"{adapter.lora_name}{mark}:{feature.identifier[len(before) :]}"
             request.block_hashes.clear()
             request.update_block_hashes()
-        return self._contents.get(adapter.lora_int_id, 0)
+        return self._contents.used(adapter.lora_int_id) or 0
 
     def _mark(self, adapter: LoRARequest) -> str:
         digest = digest_in(adapter.lora_path)
         if digest is not None:
             return f"#{digest}"
         number = self._contents.get(adapter.lora_int_id, 0)
-        if self._first.setdefault(adapter.lora_name, adapter.lora_int_id) == adapter.lora_int_id and number <= 1:
+        first = self._first.used(adapter.lora_name)
+        if first is None:
+            first = self._first[adapter.lora_name] = 0 if self._forgot else adapter.lora_int_id
+            self._forgot = bool(self._first.drop_oldest()) or self._forgot
+        if first == adapter.lora_int_id and number <= 1:
             return ""
         return f"#{adapter.lora_int_id}.{max(number, 1)}"
 

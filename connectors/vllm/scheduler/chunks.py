@@ -19,13 +19,15 @@ _SLOWEST_LAST = ("cpu", "disk", "redis")
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """block_size: tokens of one of the engine's blocks. per_chunk: blocks of a chunk. shards: the workers', sorted.
-    layout: theirs together. drops_last_block: the last computed block is not confirmed (drafts write to it).
+    layout: theirs together. nbytes: of a chunk over all shards. drops_last_block: the last computed block is not
+    confirmed (drafts write to it).
     """
 
     block_size: int
     per_chunk: int
     shards: tuple[str, ...]
     layout: str
+    nbytes: int
     drops_last_block: bool
 
     @classmethod
@@ -37,7 +39,8 @@ class Chunks:
             return None
         smallest = min(fact.block_bytes for fact in by_shard.values())
         per_chunk = chunk_blocks(smallest, block_size, chunk_tokens)
-        return cls(block_size, per_chunk, tuple(sorted(by_shard)), layout, drops_last_block)
+        nbytes = per_chunk * sum(fact.block_bytes for fact in by_shard.values())
+        return cls(block_size, per_chunk, tuple(sorted(by_shard)), layout, nbytes, drops_last_block)
 
     @property
     def tokens(self) -> int:

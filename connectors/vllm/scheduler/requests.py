@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loracache.connectors.vllm.scheduler.wishes import Wishes
 from loracache.keys import Media, Namespace, chunk_keys
 
 if TYPE_CHECKING:
@@ -38,22 +39,26 @@ class RequestState:
     """One request from its arrival to its end.
 
     cacheable: its KV may be stored and loaded. reads: and is wanted to be loaded. chunk_keys: keys of its whole chunks,
-    grown as tokens are confirmed. hits: tiers of its leading chunks, as last answered. blocks: the engine's blocks, in
-    order. stored: chunks offered to the store so far; the next are offered after store_after (monotonic seconds).
-    local_tokens: what the engine's own prefix cache held. content: which of its adapter's contents that is of
-    (blocks.py). media: what its images and the like are (media.py). stage: how far it has come.
+    grown as tokens are confirmed. asked_at: when its question left (monotonic seconds). hits: tiers of its leading
+    chunks, as last answered. blocks: the engine's blocks, in order. stored: chunks offered to the store so far; the
+    next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache held.
+    content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are (media.py).
+    stage: how far it has come. wishes: what it asks for itself. told: leading
+    chunks that the engine's KV events know of.
     """
 
     __slots__ = (
-        "adapter", "answered_at", "blocks", "cacheable", "chunk_keys", "content", "first_step", "has_stored", "hits",
-        "lease", "leased", "load_tiers", "local_tokens", "media", "namespace", "parked_since",
-        "question", "reads", "request", "stage", "store_after", "stored",
+        "adapter", "answered_at", "asked_at", "blocks", "cacheable", "chunk_keys", "content", "first_step",
+        "has_stored", "hits", "lease", "leased", "load_tiers", "local_tokens", "media", "namespace", "parked_since",
+        "question", "reads", "request", "stage", "store_after", "stored", "told", "wishes",
     )  # fmt: skip
 
-    def __init__(self, request: Request, *, cacheable: bool, reads: bool) -> None:
+    def __init__(self, request: Request, *, cacheable: bool, reads: bool, wishes: Wishes) -> None:
         self.request = request
         self.cacheable = cacheable
-        self.reads = reads
+        self.reads = reads and wishes.load
+        self.wishes = wishes
+        self.told = 0
         self.lease = os.urandom(16)
         self.leased = False
         self.namespace: Namespace | None = None
@@ -61,6 +66,7 @@ class RequestState:
         self.chunk_keys: list[bytes] = []
         self.question = 0
         self.answered_at: float | None = None
+        self.asked_at = 0.0
         self.parked_since: float | None = None
         self.hits: tuple[str, ...] = ()
         self.blocks: list[int] = []
@@ -89,6 +95,7 @@ class RequestState:
 
     def answer(self, tiers: tuple[str, ...]) -> None:
         """Take the answer to the request's question."""
+        self.told = 0
         self.hits = tiers
         self.question = 0
         self.parked_since = None
@@ -103,6 +110,7 @@ class RequestState:
         """Its KV will be in another namespace than was thought."""
         self.namespace = None
         self.chunk_keys = []
+        self.told = 0
         self.question = 0
         self.answered_at = None
 

@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler's side of the connector: looks up, plans loads and stores, keeps leases.
 
-It runs inside EngineCore's loop and never waits: questions are sent when a request arrives, answers are collected
-when the scheduler asks, and an answer that is late is done without.
+It runs inside EngineCore's loop: questions are sent when a request arrives, answers are collected when the scheduler
+asks. One that was just sent is waited for a moment, where answers come that fast; then its request is parked while
+others run, for as long as that pays; then it is done without (patience.py).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.common.messages import Facts, Prefix, StepPlan, WorkerNews
 from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
+from loracache.connectors.vllm.scheduler.afterwards import Afterwards
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
 from loracache.connectors.vllm.scheduler.chunks import Chunks
+from loracache.connectors.vllm.scheduler.lookups import LEASE_TTL_S, Lookups
 from loracache.connectors.vllm.scheduler.lora.admission import AdapterAdmission
 from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
+from loracache.connectors.vllm.scheduler.patience import Patience
 from loracache.connectors.vllm.scheduler.requests import RequestState, Stage, is_cacheable, uses_draft_kv, wants_reading
 from loracache.connectors.vllm.scheduler.resets import HeldBlocks, KnownWeights
+from loracache.connectors.vllm.scheduler.tier_events import TierEvents
+from loracache.connectors.vllm.scheduler.wishes import Wishes, wishes_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,9 +39,10 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerSide"]
 
 _log = logging.getLogger(__name__)
-_LEASE_TTL_S = 30.0
 _STORE_AGAIN_S = 1.0
-_STALE_S = 10.0  # an answer older than this is asked for again
+_SAID = 100  # different complaints about requests that the log gets
+_PREFETCH_CHUNKS = 4096
+_PREFETCH_SHARE = 4  # of the arena is raised at most before the workers ask for it: they need room for the rest
 
 
 class SchedulerSide:
@@ -54,12 +62,20 @@ class SchedulerSide:
         self._chunks: Chunks | None = None
         self._requests: dict[str, RequestState] = {}
         ask = (lambda path: None) if options.lora_pool else link.ask_adapter
-        self._adapters = ServedAdapters(ask, link.answer_adapter)
+        self._adapters = ServedAdapters(ask, link.answer_adapter, link.abandon)
         self._blocks = BlockKeys(bool(getattr(vllm_config.lora_config, "enable_tower_connector_lora", False)))
         self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
         self.held = HeldBlocks()
         self._weights = KnownWeights()
+        self._patience = Patience(options.lookup_wait, options.lookup_wait_most)
+        self.tally = Tally()
+        published = getattr(vllm_config, "kv_events_config", None)
+        self.events = TierEvents(link, bool(published is not None and published.enable_kv_cache_events))
+        self._lookups = Lookups(link, self._namespace, self._adapters, self._patience, self.tally, self.events)
+        self._afterwards = Afterwards(link)
+        self._said: set[str] = set()
+        self._ahead: list[RequestState] = []  # asks for its chunks to be raised before its turn comes
         self._plan = StepPlan(step=0)
         self._step = 0
 
@@ -89,10 +105,14 @@ class SchedulerSide:
             layouts = sorted({fact.layout for fact in self._facts.values()})
             _log.warning("LoRACache is off for this model: its workers lay out KV differently: %s", layouts)
             return
-        self._chunks = chunks
+        self._chunks = self._lookups.chunks = chunks
         self._namespace.layout = chunks.layout
         self._namespace.chunk_tokens = chunks.tokens
         self._link.begin()
+
+    def step_done(self) -> None:
+        """The workers have computed the oldest step that was planned and not done."""
+        self._patience.steps.done(time.monotonic())
 
     def take_news(self, news: WorkerNews) -> None:
         """Learn what adapters the workers really loaded and what they could not store, and pass their failures on to
@@ -117,7 +137,7 @@ class SchedulerSide:
             state = self._requests.get(request_id)
             if state is not None and state.stage is Stage.LOADING:
                 state.stage = Stage.LOADED
-                self._drop_lease(state)
+                self._lookups.drop_lease(state)
         if invalid_blocks:
             for state in self._requests.values():
                 if not invalid_blocks.isdisjoint(state.blocks):
@@ -132,7 +152,10 @@ class SchedulerSide:
         if not self.on:
             return
         state = self._requests[request.request_id] = RequestState(
-            request, cacheable=is_cacheable(request), reads=self._may_load and wants_reading(request)
+            request,
+            cacheable=is_cacheable(request),
+            reads=self._may_load and wants_reading(request),
+            wishes=self._wishes(request),
         )
         state.content = content
         if not state.cacheable:
@@ -145,7 +168,9 @@ class SchedulerSide:
             self._adapters.renew(request.lora_request)
         if state.cacheable and not self._namespace.known:
             self._link.count("identity.pending", 1)
-        self._advance(state)
+        self._lookups.advance(state)
+        if state.wishes.prefetch:
+            self._ahead.append(state)
 
     def adapter_reloaded(self, lora_request: LoRARequest) -> None:
         """An adapter's id may serve another content from now on."""
@@ -167,13 +192,11 @@ class SchedulerSide:
             state.cacheable = False
         if not state.cacheable or not state.reads or not self._namespace.known:
             return 0, False
-        if state.answered_at is not None and time.monotonic() - state.answered_at > _STALE_S:
-            state.answered_at = None
-        if not self._advance(state):
-            return self._patience(state)
+        if not self._lookups.advance(state) and not self._lookups.comes(state):
+            return (None if self._lookups.parked(state) else 0), False
         tokens = self._chunks.loadable(state, num_computed)
         if tokens <= 0:
-            self._drop_lease(state)
+            self._lookups.drop_lease(state)
             return 0, False
         return tokens, True
 
@@ -188,9 +211,9 @@ class SchedulerSide:
         if not state.cacheable:  # since it was promised, the weights have changed
             self._plan.void.add(request.request_id)
         self._plan.loads.append(load)
+        self.tally.add("loads")
         slow = [chunk.key for chunk, tier in zip(load.chunks, state.load_tiers, strict=True) if tier != "cpu"]
-        if slow:
-            self._link.prefetch(state.lease, self._chunks.object_keys(slow), _LEASE_TTL_S)
+        self._prefetch(state, slow)
 
     def load_tiers(self, request_id: str) -> tuple[str, ...]:
         """The tier of each chunk of a request's planned load."""
@@ -203,22 +226,31 @@ class SchedulerSide:
         state = self._requests.pop(request.request_id, None)
         if state is None:
             return False
-        self._drop_lease(state)
-        self._link.forget(state.question)
+        self._lookups.forget(state)
         if state.stage is Stage.LOADING:
             return False
         if state.cacheable:
             state.blocks = list(block_ids)
             self._plan_store(state, request.num_computed_tokens)
+        if self._chunks is not None and state.cacheable and (state.wishes.pin or state.wishes.demote):
+            keys, nbytes = self._chunks.object_keys(state.chunk_keys), len(state.chunk_keys) * self._chunks.nbytes
+            self._afterwards.finished(request.request_id, keys, nbytes, state.wishes, storing=state.has_stored)
         if not state.has_stored:  # else blocks may be read still, whatever was learnt about the request meanwhile
             return False
         self._plan.await_stores.add(request.request_id)
         self.held.hold(request)
         return True
 
+    def stores_done(self, request_ids: Iterable[str]) -> None:
+        """All stores of these requests, which are over, are done."""
+        self.held.stored(request_ids)
+        self._afterwards.stored(request_ids)
+
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
         """This step's plan for the workers."""
         self._step += 1
+        self._patience.answers.begin_step()
+        self._patience.steps.planned(time.monotonic(), sum(output.num_scheduled_tokens.values()))
         plan = self._plan
         plan.step = self._step
         plan.adapters = self.admission.take_orders()
@@ -230,8 +262,7 @@ class SchedulerSide:
             state = self._requests.get(request_id)
             if state is not None:
                 if state.stage is not Stage.LOADING:
-                    self._drop_lease(state)
-                    self._link.forget(state.question)
+                    self._lookups.forget(state)
                 state.preempted()
                 if not state.blocks:
                     state.content = self._blocks.key(state.request)
@@ -240,6 +271,7 @@ class SchedulerSide:
         cached = output.scheduled_cached_reqs
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             self._scheduled(request_id, list(blocks[0]) if blocks else [], replace=request_id in cached.resumed_req_ids)
+        self._ahead = [state for state in self._ahead if not self._raised(state)]
         for request_id in output.num_scheduled_tokens:
             state = self._requests.get(request_id)
             if state is not None and state.cacheable and time.monotonic() >= state.store_after:
@@ -270,8 +302,7 @@ class SchedulerSide:
         self._plan.stores.clear()
         for request_id, state in self._requests.items():
             if state.is_fresh:
-                self._drop_lease(state)
-                self._link.forget(state.question)
+                self._lookups.forget(state)
                 state.begin_anew()
                 continue
             state.cacheable = False
@@ -301,52 +332,42 @@ class SchedulerSide:
             if state.blocks and state.stage is not Stage.LOADING and state.request.status.name == "PREEMPTED"
         }
 
-    def _patience(self, state: RequestState) -> tuple[int | None, bool]:
-        now = time.monotonic()
-        state.parked_since = state.parked_since or now
-        if self._link.answering() and now - state.parked_since < self._options.lookup_wait:
-            return None, False
-        self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
-        return 0, False
-
-    def _advance(self, state: RequestState) -> bool:
-        """Take the request's question one step further; True once its answer is there."""
-        if self._chunks is None or not state.cacheable or not self._namespace.settle(state):
-            return False
-        state.extend_keys(self._chunks.tokens)
-        if state.answered_at is not None:
+    def _raised(self, state: RequestState) -> bool:
+        """Whether nothing more is to be done to raise a waiting request's chunks ahead of its turn."""
+        if self._requests.get(state.request.request_id) is not state or state.stage is not Stage.WAITING:
             return True
-        if not state.reads:
-            return False
-        if not state.question:
-            if not state.chunk_keys:
-                state.answer(())
-                return True
-            keys = self._chunks.object_keys(state.chunk_keys)
-            state.question = self._link.ask_lookup(state.lease, keys, len(self._chunks.shards), _LEASE_TTL_S)
-            state.leased = bool(state.question)
-            if not state.question:
-                return False
-        tiers = self._link.answer_lookup(state.question)
-        if tiers is None:
-            return False
-        state.answer(self._chunks.slowest_of_shards(tiers))
+        if not self._lookups.advance(state):
+            return not (state.cacheable and state.reads)
+        self._prefetch(state, [key for key, tier in zip(state.chunk_keys, state.hits, strict=False) if tier != "cpu"])
         return True
+
+    def _prefetch(self, state: RequestState, slow: list[bytes]) -> None:
+        """Have chunks raised that will be loaded: as many as leave room for the loads themselves."""
+        assert self._chunks is not None
+        most = min(self._link.arena_bytes // _PREFETCH_SHARE // self._chunks.nbytes, _PREFETCH_CHUNKS)
+        few = slow[: max(1, most)]
+        if few:
+            self._link.prefetch(state.lease, self._chunks.object_keys(few), LEASE_TTL_S)
+
+    def _wishes(self, request: Request) -> Wishes:
+        wishes, problems = wishes_of(request)
+        for problem in problems:
+            self._link.count("wish.refused", 1)
+            if problem not in self._said and len(self._said) < _SAID:
+                self._said.add(problem)
+                _log.warning("request %s: %s; it is served without that", request.request_id, problem)
+        return wishes
 
     def _plan_store(self, state: RequestState, computed_tokens: int) -> None:
         """Plan to store what is computed and confirmed: whole chunks beyond those that are held or planned already."""
-        if self._chunks is None or not self._may_store or not self._namespace.settle(state):
+        if self._chunks is None or not self._may_store or not state.wishes.store or not self._namespace.settle(state):
             return
         if state.adapter is not None and not self._adapters.serves(state.adapter.lora_int_id, state.adapter.digest):
             state.cacheable = False
             return
         state.extend_keys(self._chunks.tokens)
+        self.events.learn(state, self._chunks)
         store = self._chunks.store(state, computed_tokens)
         if store is not None:
             self._plan.stores.append(store)
             state.offered(len(store.chunks))
-
-    def _drop_lease(self, state: RequestState) -> None:
-        if state.leased:
-            state.leased = False
-            self._link.release(state.lease)

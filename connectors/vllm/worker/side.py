@@ -21,11 +21,13 @@ from loracache.connectors.vllm.common.geometry import chunk_blocks, shard_name
 from loracache.connectors.vllm.common.messages import Facts, Load, Prefix, StepPlan, Store, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.private import ensure_private_daemon, private_server
+from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.worker.adapters import LoadedAdapters
 from loracache.connectors.vllm.worker.gate import GatedCopier
 from loracache.connectors.vllm.worker.layout import read_layout
+from loracache.connectors.vllm.worker.loader import Loader
 from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, paged_worker
-from loracache.connectors.vllm.worker.transfer import Loader, StoreJob, Storer
+from loracache.connectors.vllm.worker.storer import StoreJob, Storer
 from loracache.connectors.vllm.worker.weights import WeightsWatch
 from loracache.errors import UsageError
 from loracache.results import Cause
@@ -63,6 +65,8 @@ class WorkerSide:
             self.weights.install(vllm_config)
         if vllm_config.lora_config is not None and not options.lora_pool:
             self._adapters.install()
+        self.tally = Tally()
+        self._load_began: dict[str, float] = {}
         self._lock = threading.Lock()
         self._job_done = threading.Condition(self._lock)
         self._done_loads: dict[str, list[int]] = {}
@@ -147,6 +151,7 @@ class WorkerSide:
         self._adapters.step = plan.step
         self._prefixes += plan.prefixes
         if self._pool is not None:
+            self._adapters.forget(plan.adapters.forget)
             self._pool.carry_out(plan.adapters)
         for request_id in plan.preempted:
             with self._lock:
@@ -164,6 +169,7 @@ class WorkerSide:
         self._not_yet_run.update((load.request_id, load) for load in plan.loads)
         with self._lock:
             self._void.difference_update(load.request_id for load in plan.loads)
+            self._load_began.update((load.request_id, time.monotonic()) for load in plan.loads)
         void = plan.void & self._not_yet_run.keys()
         if not self.weights.believes(plan.weights):
             void |= {load.request_id for load in plan.loads}
@@ -347,10 +353,17 @@ class WorkerSide:
             if load.request_id in self._void or not self._may_load(load):  # maybe since the loader looked
                 failed = load.blocks
             self._done_loads[load.request_id] = failed
+            took = time.monotonic() - self._load_began.pop(load.request_id, time.monotonic())
             for cause, count in causes.items():
                 self._failures[f"load.{cause}"] += count
+        assert self._facts is not None
+        self.tally.add("load_bytes", (len(load.blocks) - len(failed)) * self._facts.block_bytes)
+        self.tally.add("load_seconds", took)
+        self.tally.add_causes("load_failures", causes)
 
     def _stored(self, job: StoreJob, causes: dict[str, int]) -> None:
+        self.tally.add("store_bytes", job.nbytes)
+        self.tally.add_causes("store_failures", causes)
         with self._lock:
             jobs = self._storing[job.store.request_id]
             jobs.discard(job)

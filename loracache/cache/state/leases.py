@@ -3,11 +3,16 @@
 
 A lease ends by release, by its time to live, or with its connection. Extents of a write lease that ended without its
 writer saying so go into quarantine: the writer may still be copying into them through its mapping, so they are used
-again only when the writer commits or aborts after all, or when its process is gone. Threading: the cache's thread.
+again only when the writer commits or aborts after all, or when its process is gone.
+
+What a lookup found, or a prefetch raises, is held loosely: nobody reads it yet, and where the arena is full it gives
+way to what somebody reads now, as far as a lower tier has it too. Else requests that wait for their turn would keep
+those out that have it. Threading: the cache's thread.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +20,20 @@ from loracache.cache.state.arena import Arena, Extent
 from loracache.cache.state.index import Index, Node
 from loracache.storage_backends.base import ObjectInfo
 
-__all__ = ["Leases", "Writing"]
+__all__ = ["Grip", "Leases", "Writing"]
+
+_LOOKS = 4096  # at loosely held objects for some that give way: about a millisecond
 
 LeaseKey = tuple[int, bytes]  # (owner's number, the lease's id chosen by its client)
+
+
+class Grip(enum.Enum):
+    """How a lease holds what it holds for reading."""
+
+    FIRM = "firm"
+    """Somebody reads it."""
+    LOOSE = "loose"
+    """Somebody will: it gives way where a lower tier has it."""
 
 
 @dataclass(slots=True)
@@ -33,6 +49,7 @@ class Writing:
 @dataclass(slots=True)
 class _Lease:
     expires: float
+    grip: Grip = Grip.FIRM
     nodes: dict[Node, int] = field(default_factory=dict)
     writing: dict[bytes, Writing] = field(default_factory=dict)
 
@@ -46,6 +63,7 @@ class Leases:
         self._clock = clock
         self._leases: dict[LeaseKey, _Lease] = {}
         self._owners: dict[int, set[bytes]] = {}
+        self._loose: dict[LeaseKey, _Lease] = {}  # the oldest first
         self._quarantine: dict[LeaseKey, list[Extent]] = {}
         self.being_written: set[bytes] = set()
         self.expired = 0
@@ -71,13 +89,33 @@ class Leases:
                 extents.extend(item.extents)
         return extents
 
-    def hold(self, owner: int, lease_id: bytes, ttl: float, nodes: Sequence[Node]) -> None:
-        """Add `nodes` to a read lease, made or prolonged as needed."""
-        lease = self._open(owner, lease_id, ttl)
+    def hold(self, owner: int, lease_id: bytes, ttl: float, nodes: Sequence[Node], grip: Grip = Grip.FIRM) -> None:
+        """Add `nodes` to a read lease, made or prolonged as needed. One that ever held firmly does so to its end."""
+        lease = self._open(owner, lease_id, ttl, grip)
+        if grip is Grip.FIRM and lease.grip is Grip.LOOSE:
+            lease.grip = grip
+            del self._loose[(owner, lease_id)]
         for node in nodes:
             if node not in lease.nodes:
                 lease.nodes[node] = 1
                 self._index.hold(node)
+
+    def give_way(self, nbytes: int, elsewhere: Callable[[Node], bool]) -> int:
+        """Let go of loosely held objects that a lower tier has too (`elsewhere`), of about `nbytes` bytes: those of the
+        youngest lease first, which is needed last, and of it the ends of chains. Answers how many.
+        """
+        freed = count = looks = 0
+        for lease in reversed(self._loose.values()):
+            for node in reversed(list(lease.nodes)):
+                looks += 1
+                if freed >= nbytes or looks > _LOOKS:
+                    return count
+                if node.leases == 1 and not node.dirty and elsewhere(node):
+                    del lease.nodes[node]
+                    self._index.unhold(node)
+                    freed += node.size
+                    count += 1
+        return count
 
     def open_writing(self, owner: int, lease_id: bytes, ttl: float, items: Sequence[Writing]) -> None:
         """Add reserved objects to a write lease."""
@@ -141,12 +179,14 @@ class Leases:
         for key in [key for key in self._quarantine if key[0] == owner]:
             self._arena.free(self._quarantine.pop(key))
 
-    def _open(self, owner: int, lease_id: bytes, ttl: float) -> _Lease:
+    def _open(self, owner: int, lease_id: bytes, ttl: float, grip: Grip = Grip.FIRM) -> _Lease:
         key = (owner, lease_id)
         expires = self._clock() + ttl
         lease = self._leases.get(key)
         if lease is None:
-            lease = self._leases[key] = _Lease(expires)
+            lease = self._leases[key] = _Lease(expires, grip)
+            if grip is Grip.LOOSE:
+                self._loose[key] = lease
             self._owners.setdefault(owner, set()).add(lease_id)
         lease.expires = max(lease.expires, expires)
         return lease
@@ -159,6 +199,7 @@ class Leases:
     def _close(self, key: LeaseKey, lease: _Lease) -> list[tuple[Extent, ...]]:
         owner, lease_id = key
         del self._leases[key]
+        self._loose.pop(key, None)
         self._owners[owner].discard(lease_id)
         for node in lease.nodes:
             self._index.unhold(node)

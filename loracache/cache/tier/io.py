@@ -3,7 +3,7 @@
 
 Stores and deletes share one thread, so that they happen in the order they were asked for: a child enters a tier with or
 after its parent, and a deletion that makes room precedes the store it makes room for. Loads have their own threads, and
-so has the one question a lookup may ask, so that neither waits behind bulk writes.
+so have questions, so that neither waits behind bulk writes; what takes minutes has one of its own.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.events import Events
+from loracache.cache.tier.questions import Question, Questions
 from loracache.cache.tier.workers import Workers
-from loracache.errors import ConfigError
-from loracache.storage_backends.base import Outcome, Result, Standing, StorageBackend, Transfer
+from loracache.errors import ConfigError, Unavailable
+from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Standing, StorageBackend, Tended, Transfer
 from loracache.tiers import Tier
 from loracache.tracing import span
 
@@ -40,10 +41,13 @@ class TierIO:
     asked of it either, until it says that it can: `tick` looks. All methods belong to the cache's thread; `post` hands
     a callable over to it.
 
-    standing: what the backend can do as far as known.
+    standing: what the backend can do as far as known. used: bytes of its own budget, as far as known. asks: round trips
+    of questions that may be under way.
     """
 
-    def __init__(self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters, events: Events) -> None:
+    def __init__(
+        self, tier: Tier, backend: StorageBackend, post: Post, counters: Counters, events: Events, asks: int = 1
+    ) -> None:
         self.tier = tier
         self._events = events
         self.backend = backend
@@ -52,14 +56,19 @@ class TierIO:
         label = tier.label
         self._writes = Workers(1, f"{label}-write")
         self._loads = Workers(2, f"{label}-load")
-        self._asks = Workers(1, f"{label}-ask")
+        self._asks = Workers(asks, f"{label}-ask")
+        self._questions = Questions(self._ask, asks, time.monotonic)
+        self._care = Workers(1, f"{label}-care")  # what takes minutes, and whom nobody else waits for
         self._paused_until = 0.0
         self._pause = _FIRST_PAUSE_S
-        self._asked_at: list[float] = []
         self.standing = Standing()
         self._trouble = ""
         self._looking = False
         self._next_look = 0.0
+        self._closing = False
+        self._tending = False
+        self._purges = 0  # which what is done in the background makes way for
+        self.used: int | None = None
 
     @property
     def available(self) -> bool:
@@ -84,7 +93,7 @@ class TierIO:
             does = (
                 "in use, but" if standing.writes else "is read, and takes nothing" if standing.reads else "not in use"
             )
-            _log.warning("%s: %s: %s", label, does, standing.reason)
+            _log.warning(f"{label}: %s: %s", does, standing.reason)
         elif before.reason and not standing.reason:
             _log.info("%s: in full use again", label)
         if standing.reads and not before.reads:
@@ -93,7 +102,10 @@ class TierIO:
             self._trouble = ""
 
     def tick(self) -> None:
-        """Look again at a backend that cannot do all that it should."""
+        """Have done what is due, and look again at a backend that cannot do all that it should."""
+        if self.available and not self._tending and self.backend.due:
+            self._tending = True
+            self._care.submit(self._tend)
         now = time.monotonic()
         if not self.reason or self._looking or now < self._next_look:
             return
@@ -110,6 +122,24 @@ class TierIO:
 
         self._asks.submit(look)
 
+    def _tend(self) -> None:
+        try:
+            did = self.backend.tend(lambda: not self._closing and not self._purges)
+        except Exception as error:  # noqa: BLE001 - top of a thread: it must be tended again
+            _log.exception("%s: tending failed", self.tier.label)
+            did = Tended(error=repr(error))
+        self._post(lambda: self._tended(did))
+
+    def _tended(self, did: Tended) -> None:
+        self._tending = False
+        label = self.tier.label
+        self._counters.add(f"evict.{label}.budget", did.objects)
+        self._counters.add(f"evicted_bytes.{label}.budget", did.nbytes)
+        self._counters.add(f"swept.{label}.orphans", did.orphans)
+        self.used = did.used if did.used is not None else self.used
+        if did.error:
+            _log.debug("%s: not tended to the end: %s", label, did.error)
+
     def _look(self) -> Standing:
         try:
             return self.backend.check()
@@ -119,19 +149,24 @@ class TierIO:
             return Standing(reads=False, writes=False, reason=f"its check failed: {error!r}")
 
     def asked_too_long(self, limit_s: float) -> bool:
-        """Whether a question is still unanswered after `limit_s`: asking more would only queue behind it."""
-        return bool(self._asked_at) and time.monotonic() - self._asked_at[0] > limit_s
+        """Whether a round trip takes longer than `limit_s`: the tier hangs, and asking more is of no use."""
+        return self._questions.stuck(limit_s)
 
-    def contains(self, keys: Sequence[bytes], done: Done) -> None:
-        """Ask which keys the tier holds."""
-        asked = time.monotonic()
-        self._asked_at.append(asked)
+    def contains(self, keys: Sequence[bytes], done: Done, *, leading: bool = False) -> Question:
+        """Ask which keys the tier holds. leading: as far as the first that it does not hold."""
+        question = Question(keys, leading, done)
 
-        def answered(results: list[Result]) -> None:
-            self._asked_at.remove(asked)
-            done(results)
+        def refused(results: list[Result]) -> None:
+            question.answered(results)
 
-        self._run(self._asks, "lookup", len(keys), lambda: self.backend.contains(keys), answered)
+        if self.available:
+            self._questions.put(question)
+        else:
+            self._ask(list(keys), refused)  # at once
+        return question
+
+    def _ask(self, keys: list[bytes], done: Done) -> None:
+        self._run(self._asks, "lookup", len(keys), lambda: self.backend.contains(keys), done)
 
     def load(self, transfers: Sequence[Transfer], done: Done) -> None:
         """Read objects into their buffers."""
@@ -149,10 +184,54 @@ class TierIO:
         """Call `done` after all writes and deletions asked for before."""
         self._run(self._writes, "wait", 0, list, lambda results: done())
 
+    def consult(self, look: Callable[[dict[bytes, bytes]], bool], done: Callable[[bool], None]) -> None:
+        """What `look`, called on a thread, says of what the backend has been told of its namespaces; False where it
+        cannot be asked."""
+
+        def ask() -> None:
+            try:
+                found = look(self.backend.descriptors())
+            except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for the answer
+                _log.warning("%s: descriptors: %s", self.tier.label, error)
+                found = False
+            self._post(lambda: done(found))
+
+        self._asks.submit(ask)
+
+    def purge(
+        self,
+        choose: Callable[[dict[bytes, bytes]], Purpose],
+        over: Callable[[Purge], Collection[bytes]],
+        did: Purge,
+        go_on: Callable[[], bool],
+        done: Callable[[None], None],
+    ) -> None:
+        """Remove what only the backend knows of, after all writes and deletions asked for before. All but `done` is
+        called on a thread: choose(descriptors) says whose, over(did) which descriptors nobody needs any more."""
+
+        def work() -> None:
+            try:
+                self.backend.purge(choose(self.backend.descriptors()), did, lambda: go_on() and not self._closing)
+                self.backend.forget(over(did))
+            except Unavailable as error:
+                did.fail(str(error))
+            except Exception as error:  # noqa: BLE001 - top of a thread: somebody waits for its end
+                _log.exception("%s: a purge failed", self.tier.label)
+                did.fail(repr(error))
+            self._post(ended)
+
+        def ended() -> None:
+            self._purges -= 1
+            done(None)
+
+        self._purges += 1
+        self.when_written(lambda: self._care.submit(work))
+
     def close(self) -> None:
         """Wait for what runs, a few seconds at most, drop what is queued, close the backend."""
         deadline = time.monotonic() + _END_S
-        workers = (self._asks, self._loads, self._writes)
+        self._closing = True
+        workers = (self._asks, self._loads, self._writes, self._care)
         for each in workers:
             each.end()
         if all(each.ended(deadline) for each in workers):
@@ -163,7 +242,7 @@ class TierIO:
     @property
     def waiting(self) -> dict[str, int]:
         """Calls that wait for a thread, by kind."""
-        return {"write": self._writes.waiting, "load": self._loads.waiting, "lookup": self._asks.waiting}
+        return {"write": self._writes.waiting, "load": self._loads.waiting, "lookup": len(self._questions)}
 
     def _run(self, workers: Workers, what: str, count: int, call: Callable[[], list[Result]], done: Done) -> None:
         def finish(results: list[Result], seconds: float) -> None:
@@ -202,7 +281,7 @@ class TierIO:
                 unavailable += not result.partial
                 self._trouble = result.detail or "no answer"
             elif result.outcome not in (Outcome.MISS, Outcome.UNPROVEN):  # of which the tier says once that there are
-                _log.warning("%s: %s: %s: %s", label, what, result.outcome.value, result.detail)
+                _log.warning(f"{label}: {what}: {result.outcome.value}: %s", result.detail)  # each a kind of its own
             if result.outcome is not Outcome.MISS or what == "load":
                 self._counters.add(f"failure.{label}.{result.outcome.value}")
                 causes[result.outcome.value] += 1
@@ -214,6 +293,6 @@ class TierIO:
                 if not any(result.outcome is Outcome.UNAVAILABLE for result in results):
                     self._trouble = ""
         elif self.available:
-            _log.warning("%s: unavailable (%s); left alone for %.1f s", label, results[-1].detail, self._pause)
+            _log.warning(f"{label}: unavailable (%s); left alone for %.1f s", results[-1].detail, self._pause)
             self._paused_until = time.monotonic() + self._pause
             self._pause = min(self._pause * 2, _LONGEST_PAUSE_S)

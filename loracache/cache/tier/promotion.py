@@ -99,14 +99,17 @@ class Promoter:
             self._index.hold(node)  # making room for one may take the last child, and with it the node, of another
         batch: list[Node] = []
         nbytes = 0
+        refused = self._arena.size + 1  # bytes for which there was no room: none is made while this runs
         for node, waiter in wanted:
             if node.state(Tier.CPU) is State.LOADING:
                 self.wait(node, waiter)
                 self._index.unhold(node)
                 continue
             size = self._arena.rounded(node.size)
-            extents = self._arena.allocate(node.size) if self._make_room(size, protected) else None
+            room = size < refused and self._make_room(size, protected)
+            extents = self._arena.allocate(node.size) if room else None
             if extents is None:
+                refused = min(size, refused)
                 waiter(None, Cause.MEMORY_FULL)
                 self._index.unhold(node)
                 continue

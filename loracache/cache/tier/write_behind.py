@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
@@ -20,12 +20,14 @@ from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import TierIO
 from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
+from loracache.tiers import Tier
 
-__all__ = ["WriteBehind"]
+__all__ = ["WriteBehind", "unwritten_leaf"]
 
 _BATCH_BYTES = 32 << 20
 _BATCH_OBJECTS = 64
 _BATCHES_IN_FLIGHT = 2
+_GIVE_UP_AMONG = 64  # queued writes looked at for one that can be given up
 _NOT_LOST = (Cause.EXISTS, "moved")  # the tier has it, or shall not have it: an operator moves it from there
 
 
@@ -188,3 +190,14 @@ class WriteBehind:
         self._waiting = [entry for entry in self._waiting if entry[0] >= oldest]
         for done in due:
             done()
+
+
+def unwritten_leaf(writers: Sequence[WriteBehind], index: Index, protected: Collection[Node]) -> Node | None:
+    """An object that nothing keeps in the arena but a queued write; of the chain that is queued the longest."""
+    for writer in writers:
+        for node in writer.oldest(_GIVE_UP_AMONG):
+            leaf = index.leaf_below(node, Tier.CPU)
+            kept = leaf.leases or leaf in protected or any(leaf in each.promised for each in writers)
+            if not kept and not index.stays(leaf, Tier.CPU):
+                return leaf
+    return None

@@ -26,15 +26,15 @@ from loracache.errors import UsageError
 Tensor = tuple[str, tuple[int, ...], bytes]  # dtype, shape, data
 
 ITEM = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I8": 1, "I32": 4, "BOOL": 1}
-BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
+BITS = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 DTYPES = sorted(BITS)
 Q = "model.layers.0.self_attn.q_proj"
 PREFIX = "base_model.model."
 MAGNITUDE = f"{PREFIX}{Q}.lora_magnitude_vector"
 
 # An exponent with every bit set. The others of a number are sign and fraction.
-EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-SIGN = {"F32": 1 << 31, "F16": 1 << 15, "BF16": 1 << 15}
+EXPONENT = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+SIGN = {"F64": 1 << 63, "F32": 1 << 31, "F16": 1 << 15, "BF16": 1 << 15}
 
 
 def zeros(dtype: str, *shape: int) -> Tensor:
@@ -84,7 +84,7 @@ def refusal(folder: Path) -> str:
 # -- what is served ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [1, 8, 256])
+@pytest.mark.parametrize("rank", [1, 8, 256, 320, 512])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_alpha_is_divided_by_the_rank_or_by_its_root(tmp_path: Path, rank: int, rslora: bool) -> None:
     config = {"r": rank, "lora_alpha": 16.5, "use_rslora": rslora}
@@ -124,6 +124,23 @@ def test_targets_may_be_a_list_of_suffixes_or_a_pattern_that_is_not_run(tmp_path
     check(write(tmp_path, {"target_modules": targets}))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "k_proj", "mlp.down_proj"], "exclude_modules": ["k_proj", "down_proj"]},
+        {"target_modules": [Q, Q.replace("q_proj", "k_proj")], "exclude_modules": r".*k_proj"},
+        {"target_modules": ["q_proj", "c_attn", "wqkv"], "exclude_modules": None},
+        {"target_modules": [Q.replace("layers.0", "layers.1"), "q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["classifier", "score"]},
+    ],
+    ids=["excluded", "all-linear without some", "of other models", "layers_to_transform", "modules_to_save"],
+)
+def test_targets_that_have_no_tensors_are_served_without(tmp_path: Path, config: dict[str, Any]) -> None:
+    """As PEFT writes them: "all-linear" is resolved before what is excluded is left out, and names that this model does
+    not have stay in the list. What was trained is in the file."""
+    check(write(tmp_path, config))
+
+
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "EVA", "orthogonal"])
 def test_initialisations_that_leave_the_base_model_alone_are_served(tmp_path: Path, init: Any) -> None:
     off: dict[str, object] = {"use_dora": False, "modules_to_save": None, "layer_replication": [], "lora_bias": False}
@@ -138,7 +155,6 @@ def test_initialisations_that_leave_the_base_model_alone_are_served(tmp_path: Pa
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"peft_type": None}, "peft_type is None"),
         ({"use_dora": True}, "use_dora=True"), ({"lora_bias": True}, "lora_bias=True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
         ({"layer_replication": [[0, 4]]}, "layer_replication"), ({"use_bdlora": True}, "use_bdlora"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"), ({"use_qalora": True}, "use_qalora"),
         ({"target_parameters": ["w"]}, "target_parameters"), ({"megatron_config": {"a": 1}}, "megatron_config"),
@@ -147,8 +163,8 @@ def test_initialisations_that_leave_the_base_model_alone_are_served(tmp_path: Pa
         ({"init_lora_weights": "pissa"}, "'pissa'"), ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
         ({"init_lora_weights": "OLoRA"}, "'OLoRA'"), ({"init_lora_weights": "loftq"}, "'loftq'"),
         ({"use_rslora": "no"}, "use_rslora='no'"), ({"use_rslora": 1}, "use_rslora=1"),
-        *[({"r": it}, f"r={it!r} must be an integer from 1 to 256") for it in (0, 257, -1, True, "8", 8.0, [8])],
-        *[({"rank_pattern": {"q": it}}, f"rank_pattern['q']={it!r} must") for it in (0, 257, True, "8", None)],
+        *[({"r": it}, f"r={it!r} must be an integer from 1 to 512") for it in (0, 513, -1, True, "8", 8.0, [8])],
+        *[({"rank_pattern": {"q": it}}, f"rank_pattern['q']={it!r} must") for it in (0, 513, True, "8", None)],
         *[({"lora_alpha": it}, "lora_alpha=") for it in (math.nan, math.inf, -math.inf, "16", True, [1], 10**400)],
         *[({"alpha_pattern": {"q": it}}, "alpha_pattern['q']=") for it in (math.nan, "1", None, 10**400)],
         ({"rank_pattern": ["q"]}, "rank_pattern=['q'] must map"), ({"alpha_pattern": 7}, "alpha_pattern=7 must map"),
@@ -183,7 +199,7 @@ def test_settings_that_cannot_be_served_are_named(tmp_path: Path, change: dict[s
             )
             for shape in shapes
         ],
-        *[({A: zeros(it, 8, 6)}, A, f"is {it}; give F32, F16 or BF16") for it in ("I8", "F64", "I32", "BOOL")],
+        *[({A: zeros(it, 8, 6)}, A, f"is {it}; give one of F64, F32, F16, BF16") for it in ("I8", "I32", "BOOL")],
         ({"model.embed_tokens.base_layer.weight": zeros("I8", 2, 2)}, "embed_tokens.base_layer.weight", "is I8"),
     ],
 )  # fmt: skip
@@ -196,15 +212,16 @@ def test_tensors_that_cannot_be_served_are_named(
     assert reason in message
 
 
+@pytest.mark.parametrize("name", ["score.weight", "model.lm_head.weight", "model.norm.weight"])
+def test_whole_modules_are_refused_as_such(tmp_path: Path, name: str) -> None:
+    config = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    message = refusal(write(tmp_path, config, pair() | {f"{PREFIX}{name}": zeros("F32", 3, 6)}))
+    assert f"tensor '{PREFIX}{name}': it is not a LoRA weight, but a whole module's (modules_to_save)" in message
+
+
 def test_a_rank_that_is_not_the_patterns_is_refused(tmp_path: Path) -> None:
     message = refusal(write(tmp_path, {"r": 8, "rank_pattern": {"q_proj": 4}}))
     assert f"{A!r} has shape (8, 6); {CONFIG} says (4, in)" in message
-
-
-def test_a_target_without_tensors_is_named(tmp_path: Path) -> None:
-    message = refusal(write(tmp_path, {"target_modules": ["q_proj", "roj"]}))
-    assert WEIGHTS in message
-    assert "target module 'roj'" in message
 
 
 @pytest.mark.parametrize("tensors", [{}, {"model.embed_tokens.base_layer.weight": zeros("F32", 2, 2)}], ids=len)
@@ -212,7 +229,7 @@ def test_a_file_without_lora_tensors_is_refused(tmp_path: Path, tensors: dict[st
     assert "adapter_model.safetensors holds no LoRA tensors" in refusal(write(tmp_path, {}, tensors))
 
 
-NUMBERS = st.one_of(st.just(0), st.integers(0, (1 << 23) - 1))  # the fraction: an infinity, or any kind of NaN
+NUMBERS = st.one_of(st.just(0), st.integers(0, (1 << 52) - 1))  # the fraction: an infinity, or any kind of NaN
 
 
 @given(st.sampled_from(DTYPES), st.booleans(), st.integers(0, 47), NUMBERS, st.booleans())
@@ -231,8 +248,10 @@ def test_an_infinity_or_a_nan_anywhere_is_refused(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_finite_number_is_served(tmp_path: Path, dtype: str) -> None:
-    step = 1 if dtype != "F32" else 65521
-    bits = np.arange(0, 2 * SIGN[dtype], step, dtype=np.int64)
+    if dtype == "F64":
+        bits = np.random.default_rng(0).integers(0, 1 << 64, 65536, dtype=np.uint64)
+    else:
+        bits = np.arange(0, 2 * SIGN[dtype], 65521 if dtype == "F32" else 1, dtype=np.int64)
     bits = bits[bits & EXPONENT[dtype] != EXPONENT[dtype]]
     bits = bits[: len(bits) // 8 * 8].astype(BITS[dtype])
     folder = write(tmp_path, {}, pair() | {A: (dtype, (8, len(bits) // 8), bits.tobytes())})
@@ -247,7 +266,8 @@ def test_every_finite_number_is_served(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.parametrize("pickle", ["adapter_model.bin", "adapter_model.pt"])
 def test_a_pickle_is_named_and_not_read(tmp_path: Path, pickle: str) -> None:
     (write(tmp_path) / WEIGHTS).rename(tmp_path / pickle)
-    with pytest.raises(UsageError, match=rf"{WEIGHTS}' cannot be read.*; {pickle} is a pickle.*save it as safetensors"):
+    wanted = rf"{WEIGHTS}' cannot be read.*; {pickle} is a pickle.*safetensors.*python -m loracache.connectors"
+    with pytest.raises(UsageError, match=wanted):
         PeftFolder(tmp_path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,10 @@ def peft_chooses(patterns: dict[str, int], module: str, default: int) -> int:
     return default
 
 
-PIECES = st.sampled_from(["q", "v", ".", r"\.", ".*", "0", r"\d+", "[qv]", "q|v", "^", "$"])
+PIECES = st.sampled_from(
+    ["q", "v", ".", r"\.", ".*", "0", r"\d+", "[qv]", "[^q.]", "q|v", "^", "$", r"\b", r"\B", "(q|v0)", "(?:0|00)?",
+     "()", "(", ")", "*", "+?", "{2}", "{,2}", "{1,}", "?", "(?!q)", "(?=.*0)", "(?!", "(?="]
+)  # fmt: skip
 MODULES = st.lists(st.sampled_from(["q", "v", "qv", "0", "00"]), min_size=1, max_size=4).map(".".join)
 
 
@@ -89,32 +91,71 @@ def test_patterns_choose_as_peft_does(patterns: list[str], module: str) -> None:
         assert Settings(100, 1, rank_pattern=ranks).rank_of(module) == peft_chooses(ranks, module, 100)
 
 
+# What PEFT itself matches with no harm done.
+HARMLESS = [
+    (r"(model\.)?layers\.0\.self_attn\.q_proj", [Q, "x.layers.0.self_attn.q_proj"], ["layers.1.self_attn.q_proj"]),
+    (r"model.layers.(?:0|1).self_attn.q_proj", [Q], [Q.replace("0", "2")]),
+    (r"layers\.\d{1,2}\.self_attn\.q_proj", [Q, Q.replace("0", "17")], [Q.replace("0", "117")]),
+    (".*self_attn.*q.*proj", [Q], ["model.layers.0.self_attn.k_proj"]),
+    (r"layers\.([0-9]|1[0-9])\..*\b(q|v)_proj\b", [Q, Q.replace("0", "19")], [Q.replace("0", "20")]),
+    (r"(?P<kind>q|k)_proj", [Q, "k_proj"], ["v_proj"]),
+    (r"l(ayers)+?\.0\..*?q_proj", [Q], ["model.l.0.q_proj"]),
+    ("", ["model."], [Q]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "matched", "others"), HARMLESS, ids=[each[0] for each in HARMLESS])
+def test_a_harmless_pattern_is_served(pattern: str, matched: list[str], others: list[str]) -> None:
+    assert not unusable_settings({"rank_pattern": {pattern: 2}})
+    found = Settings(8, 16, rank_pattern={pattern: 2})
+    assert [found.rank_of(module) for module in matched] == [2] * len(matched)
+    assert [found.rank_of(module) for module in others] == [8] * len(others)
+
+
+# What would keep Python's own matching busy for ever, and the longest name that it does not.
 ENDLESS = [
     "(a+)+$", "(a*)*b", "(a|a)*b", "(.*)*x", "(a|a)" * 30, "(aa|a.)" * 25, r"\\*" * 20 + "x", ".*.*.*x", "a*" * 20,
-    ".*.*(.|..)(.|..)x",
+    ".*.*(.|..)(.|..)x", "a{1,99}" * 9 + "b", "((.|..)|(.|..))*x",
 ]  # fmt: skip
+TOO_MUCH = ["(a{1,99}){20000}b", "(a{1,99}){1,99}b", "a{1000}b{1000}c{1000}", "(\\w{500}|a)b{500}" * 9]
 NO_PATTERN = [
-    r"(.)(.)\2", r"(a)\1", "(a", "a)(b", "[a", "**", "[[a]", "[^[a]", "[a--b]", "[a||b]", "a{1,99}", "(?:a)", "", "a b",
-    "a\n", "a" * 201,
+    r"(.)(.)\2", r"(a)\1", "(a", "a)(b", "[a", "**", "[[a]", "[^[a]", "[a--b]", "[a||b]", "a" * 513, "a++", "a*+",
+    "a?+", "(?>a)", "(?<=a)b", "(?<!a)b", "(?#a)b", "a{99999999999999999999}", "(?!x)a",
+    "(?=a)b", "a{,2}", r"a\0", "[[:alpha:]]", "(é|è)", r"a\Z", "(?i)(a)",
 ]  # fmt: skip
 
 
 @pytest.mark.timeout(20)
+@pytest.mark.parametrize("pattern", ENDLESS, ids=lambda given: given[:12])
+def test_a_pattern_that_could_run_for_ever_is_matched_without_going_back(pattern: str) -> None:
+    assert not unusable_settings({"alpha_pattern": {pattern: 2}})
+    found = [Settings(8, 8, rank_pattern={pattern: 2}).rank_of(name) for name in WORST_NAMES]
+    short = [name[:8] for name in WORST_NAMES]
+    wanted = [peft_chooses({pattern: 2}, name, 8) for name in short]
+    assert [Settings(8, 8, rank_pattern={pattern: 2}).rank_of(name) for name in short] == wanted
+    assert set(found) <= {2, 8}
+
+
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("pattern", [*ENDLESS, *NO_PATTERN], ids=lambda given: given[:12])
-def test_a_pattern_that_is_none_or_could_run_for_ever_is_refused(tmp_path: Path, key: str, pattern: str) -> None:
+@pytest.mark.parametrize("pattern", [*TOO_MUCH, *NO_PATTERN], ids=lambda given: given[:12])
+def test_a_pattern_that_is_none_or_too_much_is_refused(tmp_path: Path, key: str, pattern: str) -> None:
     folder = write(tmp_path, {key: {"q_proj": 8, pattern: 8}}, {"a" * 498: 8})
-    with pytest.raises(UsageError, match=f"^{re.escape(f'{folder / CONFIG}: {key}: {pattern!r} is ')}"):
+    with pytest.raises(UsageError, match=f"^{re.escape(f'{folder / CONFIG}: {key}: {pattern!r} ')}(is|has) "):
         check(folder)
 
 
-WILD = st.sampled_from(["a", ".", "|", "(", ")", ".*", r"\w+", r"\\*", "[ab]*", "(a|a)", "(.|..)", r"\.+", "^", "$"])
+WILD = st.sampled_from(
+    ["a", ".", "|", "(", ")", ".*", r"\w+", r"\\*", "[ab]*", "(a|a)", "(.|..)", r"\.+", "^", "$", "(?!", "(?=", "{1,3}"]
+)
 WORST_NAMES = ["." * 512, "a" * 511 + "!", "a." * 256, "aa" * 255 + "ab", "\\" * 512, "a" * 30 + "!"]
 
 
 @pytest.mark.timeout(50)
 @settings(max_examples=60)
 @given(st.lists(WILD, min_size=1, max_size=40).map("".join))
+@example("(((a*)*)*)*b")
+@example("((.*.*)*.*)*x")
 @example(".*.*[xy]")
 @example(r".+\w+\d")
 @example(".*(" + "|".join(["a.", "..", "b"] * 15) + ")x")
@@ -126,9 +167,7 @@ def test_a_pattern_that_is_accepted_is_quick_on_any_name(pattern: str) -> None:
     if not unusable_settings({"rank_pattern": {pattern: 4}}):
         found = Settings(8, 8, rank_pattern={pattern: 4})
         for name in WORST_NAMES:
-            start = time.thread_time()
             found.rank_of(name)
-            assert time.thread_time() - start < 6, name  # one takes a second, a hundred would be too many
 
 
 @pytest.mark.timeout(50)
@@ -137,19 +176,18 @@ def test_a_pattern_for_every_module_of_a_large_model_is_quick(tmp_path: Path) ->
     modules = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(126) for name in "qkvougde"]
     ranks = {module: at % 7 + 1 for at, module in enumerate(modules)}
     write(tmp_path, {"rank_pattern": ranks, "alpha_pattern": ranks}, ranks)
-    start = time.thread_time()
     found = check(tmp_path)
     assert {found.scaling_of(module, rank) for module, rank in ranks.items()} == {1.0}
-    assert time.thread_time() - start < 5
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_patterns_that_are_too_much_together_are_refused(tmp_path: Path, key: str) -> None:
-    """Each of them takes a second on each of these names."""
-    worst = {f".*.*[{'x' * (at + 1)}]": 8 for at in range(50)}
-    write(tmp_path, {key: worst}, {"." * 490 + str(at): 8 for at in range(50)})
-    with pytest.raises(UsageError, match=rf"{CONFIG}: its patterns are too much for 50 modules"):
+    """Each of them takes a part of a second on each of these names."""
+    worst = {f"(.?){{0,150}}[{'x' * (at + 1)}]": 8 for at in range(80)}
+    assert not unusable_settings({key: worst})
+    write(tmp_path, {key: worst}, {"." * 490 + str(at): 8 for at in range(20)})
+    with pytest.raises(UsageError, match=rf"{CONFIG}: its patterns are too much for 20 modules"):
         check(tmp_path)
 
 

@@ -19,7 +19,7 @@ from loracache import CacheClient, Namespace, Selection, chunk_keys
 from loracache.audit import redis as redis_check
 from loracache.cli.app import app
 
-CHUNK, SIZE, CHAIN = 4, 9000, 4
+CHUNK, SIZE, CHAIN = 4, 70_000, 4  # more than what Redis keeps in one value
 
 
 class Kept:

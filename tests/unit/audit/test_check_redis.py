@@ -124,7 +124,7 @@ def test_the_rights_that_the_documents_name_suffice(
     text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
     daemons = text.partition("~loracache:* ")[2].partition("\n")[0].split()
     more = text.partition("Beyond a daemon's rights the Redis user needs `")[2].partition("`")[0].split()
-    assert len(more) == 2
+    assert len(more) == 1
     server.delete(f"{head(filled.chains[0][3])}:0", head(filled.chains[0][2]))
     monkeypatch.setenv("LORACACHE_REDIS", f"unix://cache:secret@{filled.url.removeprefix('unix://')}")
     filled.url = ""
@@ -136,3 +136,11 @@ def test_the_rights_that_the_documents_name_suffice(
             assert "permission" in said["error"]
         else:
             assert (code, faults(said)) == (0, {("redis", "incomplete"): 1, ("redis", "orphan"): 1})
+
+
+def test_objects_of_which_the_redis_does_not_say_whose_they_are_are_told(
+    filled: Any, server: Any, check: Any, faults: Any
+) -> None:
+    server.delete("loracache:namespaces")
+    code, said = check(filled, "--fix")
+    assert (code, faults(said)) == (1, {("redis", "undescribed"): 12})  # the adapter has none

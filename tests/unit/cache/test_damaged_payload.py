@@ -109,7 +109,7 @@ HUGE = [[1 << 40, 2], [1 << 62, 4], [1 << 63, 2], [10**30, 2], [2**32, 2**32], [
     [
         *[{"settings": it} for it in (None, [], 7, "r", {"r": "2"}, {"r": 0}, {"r": 4}, {"r": 2, "use_dora": True})],  # type: ignore[var-annotated]
         *[{"settings": {"r": 2, "lora_alpha": it}} for it in ("x", math.nan, math.inf, [], 10**400)],  # type: ignore[var-annotated]
-        *[{"settings": {"r": 2, "rank_pattern": it}} for it in ([1], "q", {"q": 1}, {"q": "2"}, {"(a+)+$": 2})],
+        *[{"settings": {"r": 2, "rank_pattern": it}} for it in ([1], "q", {"q": 1}, {"q": "2"}, {"(a++)$": 2})],
         *[{"settings": {"r": 2, "alpha_pattern": it}} for it in ([1], "q", {"q": "x"}, {"q": None}, {r"(.)(.)\2": 2})],
         *[{"tensors": it} for it in (None, [], 7, [A], [B], [A, B, A], [A[:2], B], [A, [*B, 1]], "xyz", {"xyz": 1})],
         *[tensors_with(0, 0, it) for it in ("q.lora_B.weight", "p.lora_A.weight", "q", None, 7)],

@@ -96,6 +96,28 @@ def test_nobody_gives_up_its_own_parent_to_make_room_for_itself(rig_of: Make) ->
     assert rig.node("b") is None
 
 
+def test_a_chain_longer_than_the_arena_is_stored_as_fast_as_the_disk_takes_it(rig_of: Make) -> None:
+    """The only leaf is the parent of what comes: it goes when the disk has it."""
+    rig = rig_of(pages=4, disk=1 << 20)
+    names = list("abcdefghij")
+    for parent, name in zip([None, *names], names, strict=False):
+        assert rig.store(name, parent) == ""
+        rig.settle()
+    assert rig.count("write.disk.dropped.memory_full") == 0
+    assert set(rig.disk.held()) == keys(rig, names)
+    assert [rig.get(name) for name in names] == [rig.payload(name) for name in names]
+
+
+def test_another_leaf_goes_before_the_parent(rig_of: Make) -> None:
+    rig = rig_of(pages=4, disk=1 << 20)
+    rig.chain(*"ab")
+    rig.chain(*"xy")
+    rig.settle()
+    assert rig.store("c", "b") == ""
+    assert rig.node("b").held_in(Tier.CPU)
+    assert not rig.node("y").held_in(Tier.CPU)
+
+
 def test_what_is_given_up_is_given_up_in_every_tier_that_waits_for_it(rig_of: Make) -> None:
     rig = full_of_two_chains(rig_of, disk=1 << 20, redis=True)
     assert rig.store("new") == ""

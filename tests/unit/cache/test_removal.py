@@ -11,7 +11,7 @@ import pytest
 from loracache.cache import eviction as removal
 from loracache.cache.eviction import Evicted
 from loracache.control.steps import turn
-from loracache.storage_backends.base import Kind
+from loracache.storage_backends.base import Kind, Outcome
 from loracache.tiers import Tier
 
 PAGE = 4096
@@ -159,6 +159,29 @@ def test_lower_tiers_are_told_a_slice_at_a_time(rig_of: Make) -> None:
         assert [len(keys) for keys in backend.deletions] == [SLICE, SLICE, 5]
         assert backend.held() == {}
     assert rig.count("evict.disk.asked") == 25
+
+
+def test_queued_writes_do_not_bring_back_what_leaves_redis(rig_of: Make) -> None:
+    rig = rig_of(pages=256, redis=True)
+    store_many(rig, 200)  # two batches are on their way, others wait
+    clear(rig, Tier.REDIS)
+    rig.settle()
+    assert rig.redis.held() == {}
+    assert rig.cache.index.objects[Tier.CPU] == 200
+
+
+def test_how_deletions_in_redis_ended_is_told(rig_of: Make) -> None:
+    rig = rig_of(pages=64, redis=True)
+    store_many(rig, 3)
+    rig.settle()
+    rig.redis.fails["delete"] = Outcome.FAILED
+    (did,) = evicting(rig, EVERYWHERE, 0, "nobody")
+    rig.settle()
+    del rig.redis.fails["delete"]
+    (done,) = evicting(rig, [Tier.REDIS], 0, 1, "nobody")
+    rig.settle()
+    assert did.redis == {Outcome.FAILED: 2}
+    assert done.redis == {Outcome.OK: 2, Outcome.MISS: 1}
 
 
 def test_a_flush_after_a_clear_waits_for_its_deletions(rig_of: Make) -> None:

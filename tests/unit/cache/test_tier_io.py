@@ -18,7 +18,7 @@ from loracache.cache.state.events import Events
 from loracache.cache.tier import io as tier_io
 from loracache.cache.tier.io import TierIO
 from loracache.cache.tier.workers import Workers
-from loracache.storage_backends.base import Outcome, Result
+from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Tended
 from loracache.storage_backends.memory import MemoryBackend
 from loracache.tiers import Tier
 
@@ -123,6 +123,39 @@ def test_a_part_that_is_away_has_nobody_leave_the_others_alone(rig_of: Make, now
     io.contains([KEY], lambda results: None)
     rig.settle()
     assert not io.available
+
+
+def test_what_is_due_is_done_once_at_a_time_and_makes_way_for_a_purge(
+    rig_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = rig_of(redis=True)
+    io = rig.cache.redis.io
+    monkeypatch.setattr(type(rig.redis), "due", True)
+    wanted: list[bool] = []
+
+    def tend(go_on: Callable[[], bool]) -> Tended:
+        wanted.append(go_on())
+        return Tended(objects=2, nbytes=300, orphans=1, used=4000)
+
+    rig.redis.tend = tend
+    rig.later(1)
+    rig.later(1)
+    assert rig.step("redis-care")
+    assert not rig.step("redis-care")
+    counted = [
+        rig.count(f"{name}") for name in ("evict.redis.budget", "evicted_bytes.redis.budget", "swept.redis.orphans")
+    ]
+    assert (counted, io.used) == ([2, 300, 1], 4000)
+    ends: list[None] = []
+    rig.later(1)
+    io.purge(lambda fields: Purpose(), lambda did: [], Purge(), lambda: True, ends.append)
+    rig.settle()
+    rig.later(1)
+    rig.settle()
+    assert (wanted, ends) == ([True, False, True], [None])
+    gone(rig, "redis")
+    rig.later(1)
+    assert not rig.step("redis-care")
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def prompt(client: CacheClient) -> Callable[..., tuple[list[int], list[bytes]]]:
         salt: str | None = None,
         size: int = SIZE,
         of: CacheClient = client,
+        content: Callable[[int], bytes] = bytes,
     ) -> tuple[list[int], list[bytes]]:
         tokens = [int.from_bytes(os.urandom(3), "little") for _ in range(chunks * CHUNK)]
         identity = (model.encode().hex() * 64)[:64]
@@ -109,7 +110,7 @@ def prompt(client: CacheClient) -> Callable[..., tuple[list[int], list[bytes]]]:
         keys = chunk_keys(root, tokens, CHUNK)
         with of.reserve(root, keys, [size] * chunks) as reservation:
             for position in range(chunks):
-                reservation.write(position, bytes(size))
+                reservation.write(position, content(size))
         assert reservation.causes == [""] * chunks
         return tokens, keys
 

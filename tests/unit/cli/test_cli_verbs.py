@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -213,11 +214,44 @@ def test_compress_says_what_it_saved_and_decompress_undoes_it(cli: Any, client: 
     client.flush()
     done = cli("compress", *of_prompt(tokens))
     (report,) = [each for each in client.operations() if each.verb == "compress"]
-    saved = f", saved {size_text(report.saved)}" if report.saved else ""
-    assert (done.code, done.out) == (DONE, f"compressed 2 objects (39.1 KiB), skipped 0{saved}\n")
+    assert report.saved > size
+    saved = f"saved {size_text(report.saved)}"
+    assert (done.code, done.out) == (DONE, f"compressed 2 objects (39.1 KiB), skipped 0, {saved}\n")
+    again = cli("compress", *of_prompt(tokens))
+    assert (again.code, again.out) == (DONE, "compressed 0 objects (0 B), skipped 2 (already 2), saved 0 B\n")
     assert cli("decompress", *of_prompt(tokens)).code == DONE
     stored = {item["key"]: item["stored"] for item in cli("objects", *of_prompt(tokens), "--json").json}
     assert all(stored[key.hex()] == size for key in keys)
+
+
+def test_compress_of_noise_says_that_it_saved_nothing(cli: Any, client: CacheClient, prompt: Any) -> None:
+    tokens, keys = prompt(2, size=20_000, content=os.urandom)
+    client.flush()
+    for _ in range(2):
+        done = cli("compress", *of_prompt(tokens))
+        said = "compressed 0 objects (0 B), skipped 2 (incompressible 2), saved 0 B\n"
+        assert (done.code, done.out) == (DONE, said)  # which is all that can be had
+    assert all(client.get(key) is not None for key in keys)
+
+
+def test_what_redis_keeps_compressed_is_not_compressed_again(
+    cli: Any, daemon: Any, redis_server: Any, prompt: Any
+) -> None:
+    own = daemon(memory="4MiB", page_size="4KiB", redis=f"unix://{redis_server().socket}")
+    with own.client() as client:
+        tokens, keys = prompt(3, size=20_000, of=client)
+        client.flush()
+
+        def done(verb: str) -> str:
+            return str(cli(verb, *of_prompt(tokens), "--tier", "redis", socket=own.socket).out)
+
+        assert done("compress").startswith("compressed 3 objects")
+        assert "skipped 3 (already 3)" in done("compress")
+        client.clear(tiers=["cpu"])
+        assert "skipped 3 (already 3)" in done("compress")  # though no node of ours knows of it
+        assert done("decompress").startswith("decompressed 3 objects")
+        assert "skipped 3 (already 3)" in done("decompress")
+        assert [client.get(key) for key in keys] == [bytes(20_000)] * 3
 
 
 def test_clear_without_a_terminal_asks_nobody(cli: Any, daemon: Any, prompt: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient, Namespace, chunk_keys
+from loracache.client import requests as client_requests
 from loracache.errors import LeaseLost, Rejected, Unavailable, UsageError
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
@@ -80,6 +81,28 @@ def test_a_lookup_answers_the_leading_run_and_whole_groups(client: CacheClient, 
     assert client.lookup([*keys[:2], os.urandom(32), *keys[2:]]).hits == 2
     assert client.lookup(keys, group=2).hits == 4
     assert client.lookup([]).hits == 0
+
+
+def test_a_long_lookup_is_asked_in_parts_as_far_as_hits_go(
+    client: CacheClient, namespace: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_requests, "_PART_KEYS", 3)
+    keys = fresh_keys(8)
+    store(client, namespace, keys[:7])
+    asked: list[int] = []
+    call = client._call
+    monkeypatch.setattr(client, "_call", lambda request: asked.append(len(request.keys) // 32) or call(request))
+    assert client.lookup(keys).hits == 7
+    assert client.lookup(keys, group=2).hits == 6
+    assert client.lookup(keys, group=4).hits == 4
+    assert client.lookup([os.urandom(32), *keys]).hits == 0
+    assert asked == [3, 3, 2, 2, 2, 2, 2, 4, 4, 3]
+
+
+def test_more_keys_than_a_message_holds_can_be_looked_up(client: CacheClient, namespace: bytes) -> None:
+    (key,) = fresh_keys(1)
+    store(client, namespace, [key])
+    assert client.lookup([key] * 300_000).hits == 300_000
 
 
 def test_a_reservation_left_by_an_exception_is_given_back(client: CacheClient, namespace: bytes) -> None:
@@ -277,3 +300,36 @@ def test_views_of_the_arena_stay_valid_after_the_connection_is_closed(client: Ca
     with pytest.raises(LeaseLost):
         close_while_reading()
     assert read == [payload]
+
+
+# -- more than the arena -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(daemon: Any, tmp_path: Any) -> tuple[Any, list[bytes], list[bytes]]:
+    """A daemon with 1 MiB of memory, and 3 MiB on its disk: keys and payloads."""
+    running = daemon(memory="1MiB", page_size="4KiB", disk_path=tmp_path / "disk")
+    client = running.client()
+    root = client.register(NAMESPACE)
+    keys, payloads = fresh_keys(24), []
+    for at in range(0, 24, 4):
+        payloads += store(client, root, keys[at : at + 4], size=128 << 10)
+        client.flush()
+    return running, keys, payloads
+
+
+def test_many_objects_larger_than_the_memory_together_are_read(small: tuple[Any, list[bytes], list[bytes]]) -> None:
+    running, keys, payloads = small
+    unknown = os.urandom(32)
+    assert list(running.client().get_many([*keys, unknown])) == [*payloads, None]
+    assert running.status()["leases"] == 0
+
+
+def test_reading_waits_for_room_and_gives_up_in_time(small: tuple[Any, list[bytes], list[bytes]]) -> None:
+    running, keys, payloads = small
+    holder, reader = running.client(), running.client(timeout=0.3)
+    with holder.acquire(keys[:8]) as reading:
+        assert all(reading.slots)
+        assert list(reader.get_many([keys[0], keys[9], keys[1]])) == [payloads[0], None, payloads[1]]
+        assert reader.get(keys[9]) is None
+    assert reader.get(keys[9]) == payloads[9]

@@ -26,12 +26,18 @@ class ScriptedLink:
     def __init__(self) -> None:
         self.connected = True
         self.answers = True
+        self.arena_bytes = 1 << 30
         self.tiers: dict[bytes, str] = {}
         self.digests: dict[str, str | None] = {}
         self.leases: set[bytes] = set()
         self.prefetched: list[bytes] = []
         self.lookups: list[list[bytes]] = []
         self.forgotten: list[int] = []
+        self.waits: list[float] = []
+        self.pins: list[tuple[list[bytes], float]] = []
+        self.demoted: list[tuple[list[bytes], str]] = []
+        self.told: list[tuple[bool, list[tuple[str, str, bytes]]]] = []
+        self.on_wait: Callable[[float], object] = lambda seconds: None
         self.counts: Counter[str] = Counter()
         self._asked: dict[int, Any] = {}
 
@@ -56,17 +62,34 @@ class ScriptedLink:
     def answer_lookup(self, number: int) -> tuple[str, ...] | None:
         return self._asked.pop(number) if self.answers else None
 
+    def wait_lookup(self, number: int, seconds: float) -> tuple[str, ...] | None:
+        self.waits.append(seconds)
+        self.on_wait(seconds)
+        return self.answer_lookup(number)
+
     def ask_adapter(self, path: str) -> int | None:
         return self._ask(self.digests.get(path)) if self.connected else None
 
     def answer_adapter(self, number: int) -> tuple[bool, str | None]:
         return (True, self._asked.pop(number)) if self.answers else (False, None)
 
+    def pin(self, keys: Sequence[bytes], ttl: float) -> None:
+        self.pins.append((list(keys), ttl))
+
+    def demote(self, keys: Sequence[bytes], tier: str) -> None:
+        self.demoted.append((list(keys), tier))
+
+    def take_events(self) -> tuple[bool, list[tuple[str, str, bytes]]] | None:
+        return self.told.pop(0) if self.told else None
+
     def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
         self.prefetched += keys
 
     def release(self, lease: bytes) -> None:
         self.leases.discard(lease)
+
+    def abandon(self, number: int) -> None:
+        """Of an adapter's question."""
 
     def forget(self, number: int) -> None:
         if number:

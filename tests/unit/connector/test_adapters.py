@@ -46,7 +46,7 @@ def source() -> Daemon:
 
 @pytest.fixture
 def served(source: Daemon) -> ServedAdapters:
-    return ServedAdapters(source.ask, source.answer)
+    return ServedAdapters(source.ask, source.answer, lambda number: None)
 
 
 def request(path: Path | str, number: int = 1, name: str = "one") -> LoRARequest:

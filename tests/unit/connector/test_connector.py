@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.messages import StepPlan
 from loracache.connectors.vllm.common.reports import Inbox
-from loracache.connectors.vllm.connector import LoRACacheConnector, _log_as_vllm_does
+from loracache.connectors.vllm.connector import LoRACacheConnector
 
 
 class Kept(logging.Handler):
@@ -51,7 +52,7 @@ def test_what_it_logs_is_shown_as_vllm_shows_its_own() -> None:
         theirs.handlers = list(handlers)
         theirs.setLevel(logging.INFO)
         for _ in range(2):  # the scheduler's side and the worker's may be in one process
-            _log_as_vllm_does()
+            log_as_vllm_does()
         below = logging.getLogger("loracache.connectors.vllm.scheduler.side")
         below.info("shown")
         below.debug("not shown")
@@ -67,7 +68,7 @@ def test_a_logger_that_somebody_configured_is_left_alone() -> None:
         theirs.setLevel(logging.DEBUG)
         ours.addHandler(mine)
         ours.setLevel(logging.ERROR)
-        _log_as_vllm_does()
+        log_as_vllm_does()
         assert ours.handlers == [mine]
         assert ours.level == logging.ERROR
 
@@ -79,7 +80,7 @@ def test_a_root_logger_that_somebody_configured_is_enough() -> None:
         theirs.setLevel(logging.DEBUG)
         ours.propagate = True
         assert logging.getLogger().handlers
-        _log_as_vllm_does()
+        log_as_vllm_does()
         assert ours.handlers == []
         assert ours.level == logging.NOTSET
 
@@ -156,6 +157,8 @@ def test_resets_and_waiting_blocks_reach_the_scheduler() -> None:
         held=held,
         check_weights=lambda: seen.append("check"),
         prefix_cache_reset=lambda: seen.append("reset"),
+        step_done=lambda: None,
+        stores_done=held.stored,
     )
     connector = bare_connector(scheduler=scheduler)
     assert connector.has_pending_block_frees()

@@ -112,12 +112,13 @@ def settled(make_rig: Callable[..., Any]) -> Iterator[Callable[..., Operated]]:
 
 
 class Compressing:
-    """Makes a rig's disk or Redis answer how many bytes an object takes there: a quarter where it has planes. The
-    bytes themselves stay as they are."""
+    """Makes a rig's disk or Redis answer how many bytes an object takes there: a quarter where it has planes, unless it
+    is noise. The bytes themselves stay as they are."""
 
     def __init__(self, backend: Any) -> None:
         self.asked: list[tuple[bytes, int]] = []
         self.kept: dict[bytes, int] = {}  # key -> bytes it takes
+        self.noise: set[bytes] = set()
         self._backend = backend
         self._store = backend.store
         backend.store = self.store
@@ -127,7 +128,7 @@ class Compressing:
         for transfer, result in zip(transfers, self._store(transfers), strict=True):
             info = transfer.info
             self.asked.append((info.key, transfer.planes))
-            stored = info.size // 4 if transfer.planes else 0
+            stored = info.size // 4 if transfer.planes and info.key not in self.noise else 0
             if result.outcome is Outcome.OK:
                 self.kept[info.key] = stored or info.size
             results.append(Result(result.outcome, stored=stored))

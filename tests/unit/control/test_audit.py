@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,13 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from loracache import Namespace
+from loracache.client.connection import Connection
 from loracache.client.control import Selection
 from loracache.control.audit import Audit
 from loracache.errors import ConfigError, Rejected
 from loracache.keys import salt_digest
+from loracache.rest.tokens import add_token, tokens_path
+from loracache.wire.control_messages import Clear
 
 SPACE = Namespace("model", "float32", "layout", 16, salt=salt_digest("hunter2"))
 
@@ -111,9 +116,8 @@ def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path: Path, how: 
 
 @pytest.fixture
 def running(daemon: Any, short_tmp: Path) -> Any:
-    config = short_tmp / "lc.yaml"
-    config.write_text(f"audit_log: {short_tmp / 'audit'}\n")
-    return daemon(memory="4MiB", page_size="4KiB", disk_path=short_tmp / "disk", disk="8MiB", config=config)
+    audit = short_tmp / "audit"
+    return daemon(memory="4MiB", page_size="4KiB", disk_path=short_tmp / "disk", disk="8MiB", audit_log=audit)
 
 
 def test_every_change_is_noted_with_who_made_it_and_without_tokens_or_salts(running: Any, short_tmp: Path) -> None:
@@ -140,7 +144,7 @@ def test_every_change_is_noted_with_who_made_it_and_without_tokens_or_salts(runn
     audit = short_tmp / "audit"
     told = lines(audit)
     assert [line["verb"] for line in told] == ["pin", "unpin", "admit", "move", "evict", "clear", "cancel"]
-    assert {line["by"] for line in told} == {f"script (pid {os.getpid()}, uid {os.getuid()})"}
+    assert {(line["by"], line["says"]) for line in told} == {(f"pid {os.getpid()}, uid {os.getuid()}", "script")}
     pin, unpin, _, move, evict, *_ = told
     assert (pin["tokens"], pin["model"], pin["tier"], pin["objects"]) == (48, "served", "cpu", 3)
     assert (unpin["keys"], unpin["first_key"]) == (3, keys[0].hex())
@@ -158,7 +162,38 @@ def test_the_command_line_is_named_with_its_process(running: Any, short_tmp: Pat
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
         assert process.wait(30) == 0
     (line,) = lines(short_tmp / "audit")
-    assert (line["verb"], line["by"]) == ("clear", f"cli (pid {process.pid}, uid {os.getuid()})")
+    assert (line["verb"], line["by"], line["says"]) == ("clear", f"pid {process.pid}, uid {os.getuid()}", "cli")
+
+
+def test_who_claims_to_be_somebody_else_is_noted_as_what_the_kernel_says(running: Any, short_tmp: Path) -> None:
+    pretended = "root (http, 192.0.2.1)"
+    connection = Connection(running.url, name="daemon (pid 1, uid 0)")
+    connection.connect()
+    for by in (pretended, ""):
+        connection.call(Clear(by, "", ["cpu"], 5.0), 10)
+    connection.close()
+    told = lines(short_tmp / "audit")
+    assert {line["by"] for line in told} == {f"pid {os.getpid()}, uid {os.getuid()}"}
+    assert [line["says"] for line in told] == [pretended, "daemon (pid 1, uid 0)"]
+
+
+def test_over_rest_it_is_the_token_and_where_its_bearer_is(daemon: Any, short_tmp: Path, eventually: Any) -> None:
+    config = short_tmp / "lc.yaml"
+    config.write_text(f"audit_log: {short_tmp / 'audit'}\n")
+    running = daemon(http="127.0.0.1:0", config=config)
+    add_token(tokens_path(running.socket), "ops", "admin")
+    token = add_token(tokens_path(running.socket), "script", "admin")
+
+    def cleared() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            headers = {"Authorization": f"Bearer {token}"}
+            return httpx.post(f"{running.http}/v1/clear", json={}, headers=headers).status_code == 200
+        return False
+
+    eventually(cleared, "REST knows the token", 30)
+    (line,) = lines(short_tmp / "audit")
+    assert (line["verb"], line["by"]) == ("clear", "script (http, 127.0.0.1)")
+    assert "says" not in line
 
 
 def test_an_operation_does_not_fail_for_its_line(running: Any, short_tmp: Path) -> None:

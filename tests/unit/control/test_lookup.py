@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loracache.cache.tier import questions
 from loracache.control.lookup import Finder, Hits
 from loracache.results import Cause
 from loracache.storage_backends.base import Outcome
@@ -61,3 +62,16 @@ def test_a_redis_that_is_slow_is_waited_for_no_longer_than_that_and_its_answer_c
     assert slow == [Hits([CPU] * 3, Cause.REDIS_SLOW)]
     rig.settle()
     assert (len(slow), rig.loop.errors) == (1, [])
+
+
+def test_what_redis_has_said_when_time_is_up_counts(make_rig: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(questions, "MOST_KEYS", 2)
+    rig, finder, keys = half_in_redis(make_rig)
+    slow = rig.start(finder.find(keys))
+    rig.step("redis-ask")
+    assert slow == []
+    rig.loop.fire()
+    rig.answer()
+    assert slow == [Hits([CPU] * 3 + [REDIS] * 2, Cause.REDIS_SLOW)]
+    assert rig.step("redis-ask")  # which was under way
+    assert not rig.step("redis-ask")

@@ -6,6 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from loracache.control import incompressible
+from loracache.control.incompressible import Incompressible
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
@@ -46,6 +50,38 @@ def test_compressing_saves_what_it_says_and_decompressing_gives_it_back(operated
     assert made.cache.disk.used == kept.used() == 8 * PAGE
     assert dict(decompress(made, range(8)).causes) == {"already": 8}
     assert {planes for _, planes in kept.asked} == {0, 2}
+
+
+@pytest.mark.parametrize("tier", [DISK, REDIS])
+def test_what_does_not_shrink_is_said_and_not_tried_again(operated: Make, compressing: Make, tier: Tier) -> None:
+    made = operated(pages=64, disk=LARGE, redis=True)
+    kept = compressing(made.rig.backend(tier.label))
+    for name in range(4):
+        made.rig.store(name)
+    made.rig.settle()
+    kept.noise.update(made.keys([1, 3]))
+    hopeless = Incompressible()
+
+    def again() -> Any:
+        kept.asked.clear()
+        options = {"planes": lambda node: 2, "wanted": lambda node: tier is REDIS or not node.stored}
+        return made.move(range(4), tier, source=tier, hopeless=hopeless, **options)
+
+    first = again()
+    assert (first.objects, first.nbytes, first.saved) == (2, 2 * PAGE, 2 * PAGE * 3 // 4)
+    assert dict(first.causes) == {"incompressible": 2}
+    second = again()
+    assert second.causes["incompressible"] == 2
+    assert not kept.noise & {key for key, _ in kept.asked}
+
+
+def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incompressible, "_MOST", 10)
+    known = Incompressible()
+    keys = [bytes([number]) * 32 for number in range(25)]
+    known.update(keys)
+    assert len(known) == 10
+    assert [key in known for key in keys] == [False] * 15 + [True] * 10
 
 
 def test_redis_keeps_what_it_has_and_nothing_else(operated: Make, compressing: Make) -> None:

@@ -366,6 +366,19 @@ def test_content_that_another_daemon_named_stays_in_redis_when_its_name_here_goe
     assert [client.get(bytes.fromhex(digest)) for client in pair] == [None, None]
 
 
+def test_what_has_a_name_anywhere_stays_when_redis_is_cleared(pair: Pair, tmp_path: Path) -> None:
+    one, two = pair
+    digests = [one.add_adapter(peft(tmp_path / "one", 1), "one"), one.add_adapter(peft(tmp_path / "two", 2), "two")]
+    nameless = one.add_adapter(peft(tmp_path / "three", 3), "three")
+    one.flush()
+    one.remove_adapter("three")
+    assert two.clear(tiers=["redis"]).causes == {"held": 2}
+    assert one.clear(tiers=["redis"]).causes == {"held": 2}
+    one.clear(tiers=["cpu"])
+    found = [two.get(bytes.fromhex(digest)) is not None for digest in (*digests, nameless)]
+    assert found == [True, True, False]
+
+
 def test_names_known_here_are_answered_while_redis_is_stopped_and_none_is_changed(
     pair: Pair, redis: Any, tmp_path: Path
 ) -> None:

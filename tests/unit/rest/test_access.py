@@ -15,7 +15,9 @@ import pytest
 
 from loracache import CacheClient
 
-CHANGES = [f"/v1/{verb}" for verb in ["evict", "pin", "unpin", "clear", "admit", "move", "compress", "decompress"]]
+CHANGES = [
+    f"/v1/{verb}" for verb in ["evict", "pin", "unpin", "clear", "admit", "move", "compress", "decompress", "flush"]
+]
 
 
 def test_every_route_that_changes_something_is_known_here(anybody: httpx.Client) -> None:

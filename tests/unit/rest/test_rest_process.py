@@ -76,6 +76,15 @@ def test_a_silent_daemon_is_not_ready_and_no_request_hangs(daemon: Any, rest_is_
     eventually(lambda: rest_is_up(running))
 
 
+def test_what_lies_in_the_daemons_folder_is_not_run(
+    daemon: Any, rest_is_up: Any, eventually: Any, short_tmp: Path
+) -> None:
+    (short_tmp / "uvicorn.py").write_text("raise SystemExit('not ours')")
+    running = daemon(http="127.0.0.1:0")  # which it starts in
+    eventually(lambda: rest_is_up(running), "REST answers")
+    assert "not ours" not in running.log()
+
+
 def test_its_environment_holds_no_setting_of_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setenv("LORACACHE_INTEGRITY_KEY", "hunter2")

@@ -71,6 +71,7 @@ def test_a_name_is_pointed_at_the_new_upload(operator: httpx.Client, client: Cac
     [
         ({CONFIG: b"{}"}, "adapter_model.safetensors not among the files"),
         ({WEIGHTS: b""}, "adapter_config.json not among the files"),
+        ({CONFIG: b"{}", "adapter_model.bin": b""}, "python -m loracache.connectors.vllm.lora.pickled FOLDER"),
         (files() | {"../../evil": b"x"}, "not a file's name"),
         (files() | {"a/b": b"x"}, "not a file's name"),
         (files() | {"..": b"x"}, "not a file's name"),
@@ -94,6 +95,7 @@ def test_a_folder_that_is_none_is_refused(
         files() | {WEIGHTS: b"not safetensors"},
         files() | {WEIGHTS: files()[WEIGHTS][:-100]},
         files() | {CONFIG: json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}).encode()},
+        files() | {WEIGHTS: save({f"q_proj.lora_{each}.weight": np.full((4, 4), np.inf, np.float32) for each in "AB"})},
         files() | {CONFIG: b"{" * 100_000},
         files() | {CONFIG: b""},
     ],
@@ -102,7 +104,7 @@ def test_an_adapter_that_cannot_be_served_is_refused_with_its_reason(
     operator: httpx.Client, unchanged: Callable[[], bool], running: Any, content: Files
 ) -> None:
     answer = put(operator, "wrong", content)
-    assert answer.status_code == 409
+    assert answer.status_code == 422
     assert "the upload" in answer.json()["detail"]
     assert str(running.disk) not in answer.text
     assert unchanged()

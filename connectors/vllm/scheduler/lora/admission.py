@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.payload import ModuleSize, Packed
 from loracache.connectors.vllm.common.messages import AdapterOrders, PoolFacts, WorkerNews
+from loracache.connectors.vllm.common.recent import MOST_ADAPTERS, Recent
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
-from loracache.connectors.vllm.lora.names import model_name
+from loracache.connectors.vllm.lora.names import model_names
 from loracache.connectors.vllm.lora.paths import digest_in
+from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.connectors.vllm.scheduler.lora.folders import Folders
 from loracache.connectors.vllm.scheduler.lora.ledger import Answer, PageLedger
 from loracache.errors import LoRACacheError, UsageError
@@ -75,8 +77,8 @@ class _Wait:
 
 class AdapterAdmission:
     """Admission of one engine's requests: of all, unless a pool is `wanted`. bound(id, digest) is called when it
-    is known what serves an adapter id; `fail` takes the ids of requests that can never run, where there is a way to
-    tell vLLM. patience: seconds for which a request waits for a content that nobody has, or cannot be copied in.
+    is known what serves an adapter id; `fail` takes the ids of requests that are given up, and why, where vLLM can be
+    told. patience: seconds for which a request waits for a content that nobody has, or cannot be copied in.
     """
 
     def __init__(self, link: SchedulerLink, patience: float, bound: Callable[[int, str], None], wanted: bool) -> None:
@@ -86,7 +88,7 @@ class AdapterAdmission:
         self._bound = bound
         self._pools: list[PoolFacts] = []
         self._ledger = PageLedger(())
-        self._ids: dict[int, str] = {}
+        self._ids: Recent[int, str] = Recent()
         self._folders = Folders(link, patience)
         self._adapters: dict[str, _Adapter] = {}
         self._waits: dict[str, _Wait] = {}
@@ -94,9 +96,11 @@ class AdapterAdmission:
         self._running: dict[str, int] = {}  # request -> adapter id, from admission to its end
         self._orders = AdapterOrders()
         self._last_order = 0
-        self._told: dict[int, str] = {}  # what the workers were told serves an adapter id
+        self._told: Recent[int, str] = Recent()  # what the workers were told serves an adapter id
+        self._pinned: set[int] = set()
+        self._most_contents = MOST_ADAPTERS  # more, where more are in use
         self._next_resident = 0.0
-        self.fail: Callable[[str], None] = lambda request_id: None
+        self.fail: Callable[[str, Refusal], None] = lambda request_id, refusal: None
 
     def set_pools(self, pools: Sequence[PoolFacts]) -> None:
         """What the workers told of their pools."""
@@ -140,7 +144,8 @@ class AdapterAdmission:
     def _admit(self, request: Request, adapter: LoRARequest) -> bool:
         wait = self._waits.get(request.request_id)
         if wait is not None and wait.cause and time.monotonic() - wait.since > self._patience:
-            self._give_up(request.request_id, adapter.lora_name, f"it could not be copied in ({wait.cause})")
+            late = Refusal(f"it could not be copied in ({wait.cause})", forever=False)
+            self._give_up(request.request_id, adapter.lora_name, late)
             return False
         digest = self._digest(request.request_id, adapter)
         if digest is None:
@@ -157,7 +162,7 @@ class AdapterAdmission:
         if answer is Answer.NEVER:
             pages = min(pool.shape.pages for pool in self._pools)
             why = f"it needs {max(found.costs)} pages, the pool has {pages}: make lora_pool larger"
-            self._give_up(request.request_id, adapter.lora_name, why)
+            self._give_up(request.request_id, adapter.lora_name, Refusal(why, forever=True))
         if answer is Answer.GIVEN:
             self._orders.evict += victims
             self._last_order += 1
@@ -174,7 +179,7 @@ class AdapterAdmission:
         place, are served by it too from then on.
         """
         ready = found.ready >= len(self._pools)
-        if self._told.get(adapter) == found.digest:
+        if self._told.used(adapter) == found.digest:
             return ready
         running = [request for request, served in self._running.items() if served == adapter]
         if ready or not running:
@@ -201,16 +206,19 @@ class AdapterAdmission:
                 if found.ready >= len(self._pools):
                     found.failures = 0
                     self._let_go(found)
-        for order, cause in news.not_activated.items():
+        for order, (cause, why) in news.not_activated.items():
             self._link.count(f"adapter.{cause}", 1)
             found = under_way.get(order)
             if found is not None and found.digest in self._ledger:
                 self._failed(found, cause)
+                if cause == Cause.UNUSABLE:
+                    found.problem = why
         if news.pools_lost:
             for digest in self._ledger.adapters():
                 self._ledger.drop(digest)
                 self._orders.evict.append(digest)  # what was being copied in comes to its pages after the loss
         for adapter, pinned in news.pinned.items():
+            (self._pinned.add if pinned and adapter in self._told else self._pinned.discard)(adapter)
             if adapter in self._told:
                 self._ledger.pin(self._told[adapter], pinned)
 
@@ -225,11 +233,10 @@ class AdapterAdmission:
         found.failures = min(found.failures + 1, _MOST_FAILURES)
         if cause == Cause.CHANGED:
             self._forget_ids(found)
-        if cause == Cause.UNUSABLE:
-            found.problem = "the engine cannot use it; its log says why"
 
     def take_orders(self) -> AdapterOrders:
         """What the workers do in the next step."""
+        self._forget_unused()
         orders, self._orders = self._orders, AdapterOrders()
         self._told.update(orders.bind)
         now = time.monotonic()
@@ -239,12 +246,30 @@ class AdapterAdmission:
             self._link.resident({bytes.fromhex(digest) for digest in ready})
         return orders
 
+    def _forget_unused(self) -> None:
+        """Of ids and contents that no request has, those are remembered that were used last."""
+        if max(len(self._ids), len(self._told)) > MOST_ADAPTERS:
+            kept = {*self._running.values(), *self._pinned, *self._orders.bind}
+            ids, told = self._ids.drop_oldest(kept), self._told.drop_oldest(kept)
+            for adapter in ids.keys() | told.keys():
+                self._ids.pop(adapter, None)
+                if adapter in told or self._told.pop(adapter, None) is not None:
+                    self._orders.forget.append(adapter)
+        if len(self._adapters) > self._most_contents:
+            used = {*self._ids.values(), *self._told.values(), *self._ledger.adapters()}
+            for digest in [digest for digest in self._adapters if digest not in used]:
+                found = self._adapters.pop(digest)
+                self._link.abandon(found.asked)
+                self._let_go(found)
+            self._most_contents = max(MOST_ADAPTERS, len(self._adapters) + MOST_ADAPTERS // 4)
+
     # -- which content ----------
 
     def _digest(self, request_id: str, adapter: LoRARequest) -> str | None:
         """The content that serves an adapter id, or None while it is not known."""
-        known = self._ids.get(adapter.lora_int_id)
+        known = self._ids.used(adapter.lora_int_id)
         if known is not None:
+            self._bound(adapter.lora_int_id, known)  # whoever else was told may have forgotten it
             return known
         named = digest_in(adapter.lora_path)
         if named is not None:
@@ -252,7 +277,7 @@ class AdapterAdmission:
         content = self._folders.ask(adapter.lora_path)
         if content is None:
             return None
-        if isinstance(content, str):
+        if isinstance(content, Refusal):
             self._give_up(request_id, adapter.lora_name, content)
             return None
         self._bind(adapter.lora_int_id, content.digest, content.place)
@@ -318,10 +343,7 @@ class AdapterAdmission:
     def _price(self, found: _Adapter, sizes: Mapping[str, ModuleSize]) -> None:
         """Pages on every worker, each of which may have other modules, or other parts of the same."""
         try:
-            placements = [
-                pool.shape.fit({model_name(name, pool.mapper): size for name, size in sizes.items()})
-                for pool in self._pools
-            ]
+            placements = [pool.shape.fit(model_names(sizes, pool.mapper)) for pool in self._pools]
             costs = zip(self._pools, placements, strict=True)
             found.costs = tuple(pool.shape.cost(placement.elements) for pool, placement in costs)
             found.here = True
@@ -342,14 +364,16 @@ class AdapterAdmission:
         now = time.monotonic()
         since = self._waits.setdefault(request_id, _Wait(now)).since
         patience = self._patience * (_FOLDER_PATIENCES if found.path else 1)
-        if found.problem or (now - since > patience and not found.asked):
+        if found.problem:
+            self._give_up(request_id, name, Refusal(found.problem, forever=True))
+        elif now - since > patience and not found.asked:
             nobody = "its folder leaves the cache again and again" if found.path else "and there is no folder"
-            self._give_up(request_id, name, found.problem or f"no tier has it, {nobody}")
+            self._give_up(request_id, name, Refusal(f"no tier has it, {nobody}", forever=False))
 
-    def _give_up(self, request_id: str, name: str, why: str) -> None:
-        """End a request with an error; the log says why, once."""
+    def _give_up(self, request_id: str, name: str, refusal: Refusal) -> None:
+        """End a request with an error that says why; so does the log, once."""
         wait = self._waits.setdefault(request_id, _Wait(time.monotonic()))
         if not wait.over:
-            _log.error("adapter %s cannot be served: %s", name, why)
+            _log.error("adapter %s cannot be served: %s", name, refusal.why)
         wait.over = True
-        self.fail(request_id)
+        self.fail(request_id, refusal)

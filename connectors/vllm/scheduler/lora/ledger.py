@@ -2,7 +2,8 @@
 """Who may have pages of the workers' pools: the scheduler's books. Pure; no clock and no I/O of its own.
 
 An adapter has pages from the moment it is given them until it is evicted; requests hold it from admission to their
-end, and what is held or pinned is not evicted. Victims are the least recently used of the others.
+end, and what is held or pinned is not evicted. Who of the others leaves first, how often and how lately requests came
+for it says (s3_fifo.py): a scan of tenants that come once throws no other out.
 
 Fair order: a request that does not fit becomes the head, and pages that come free go to it before anybody behind it
 gets new ones. Requests for adapters that have pages already pass it for `PASSING_S` at most; then nobody passes, so
@@ -12,9 +13,10 @@ that the adapters that are held run out of holders, and the head gets its pages.
 from __future__ import annotations
 
 import enum
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from loracache.s3_fifo import S3FIFO
 
 __all__ = ["PASSING_S", "Answer", "PageLedger"]
 
@@ -33,7 +35,6 @@ class Answer(enum.Enum):
 @dataclass(slots=True)
 class _Entry:
     cost: tuple[int, ...]
-    used: int
     holders: set[str] = field(default_factory=set)
     pinned: bool = False
 
@@ -46,7 +47,7 @@ class PageLedger:
         self._budgets = tuple(budgets)
         self._entries: dict[str, _Entry] = {}
         self._held: dict[str, set[str]] = {}
-        self._clock = itertools.count()
+        self._order: S3FIFO[str] = S3FIFO()
         self._head: tuple[str, float] | None = None
 
     def __contains__(self, digest: str) -> bool:
@@ -80,16 +81,15 @@ class PageLedger:
                 return Answer.WAIT, []
             self._hold(request, digest)
             return Answer.HELD, []
-        victims = None if behind else self._victims(cost)
+        victims = None if behind else self._make_room(cost)
         if victims is None:
             if self._head is None:
                 self._head = (request, now)
             return Answer.WAIT, []
-        for victim in victims:
-            self.drop(victim)
-        self._entries[digest] = _Entry(tuple(cost), 0)
+        self._entries[digest] = _Entry(tuple(cost))
         self._free = [free - pages for free, pages in zip(self._free, cost, strict=True)]
-        self._hold(request, digest)
+        self._order.add(digest, max(cost, default=0))
+        self._take(request, digest)
         return Answer.GIVEN, victims
 
     def also_hold(self, request: str, digest: str) -> None:
@@ -103,16 +103,13 @@ class PageLedger:
             entry = self._entries.get(digest)
             if entry is not None:
                 entry.holders.discard(request)
-                entry.used = next(self._clock)
         if self._head is not None and self._head[0] == request:
             self._head = None
 
     def let_go_but(self, request: str, digest: str) -> None:
         """A request that does not run wants this adapter alone: what it held before is of no use to it."""
         for other in self._held.get(request, set()) - {digest}:
-            entry = self._entries[other]
-            entry.holders.discard(request)
-            entry.used = next(self._clock)
+            self._entries[other].holders.discard(request)
             self._held[request].discard(other)
 
     def pin(self, digest: str, pinned: bool) -> None:
@@ -125,27 +122,35 @@ class PageLedger:
         entry = self._entries.pop(digest, None)
         if entry is None:
             return set()
+        self._order.remove(digest)
         self._free = [free + pages for free, pages in zip(self._free, entry.cost, strict=True)]
         for request in entry.holders:
             self._held[request].discard(digest)
         return entry.holders
 
     def _hold(self, request: str, digest: str) -> None:
-        entry = self._entries[digest]
-        entry.holders.add(request)
-        entry.used = next(self._clock)
+        self._order.use(digest)
+        self._take(request, digest)
+
+    def _take(self, request: str, digest: str) -> None:
+        self._entries[digest].holders.add(request)
         self._held.setdefault(request, set()).add(digest)
         if self._head is not None and self._head[0] == request:
             self._head = None
 
-    def _victims(self, cost: Sequence[int]) -> list[str] | None:
-        """The least recently used adapters that make room, none where there is room; None where nothing would."""
-        missing = [pages - free for pages, free in zip(cost, self._free, strict=True)]
-        idle = [(entry.used, name) for name, entry in self._entries.items() if not entry.holders and not entry.pinned]
-        chosen: list[str] = []
-        for _, digest in sorted(idle):
-            if all(pages <= 0 for pages in missing):
-                break
-            chosen.append(digest)
-            missing = [pages - freed for pages, freed in zip(missing, self._entries[digest].cost, strict=True)]
-        return chosen if all(pages <= 0 for pages in missing) else None
+    def _make_room(self, cost: Sequence[int]) -> list[str] | None:
+        """Take the pages of adapters until so many are free; answers whose, or None, and nothing is taken, where that
+        does not help."""
+        idle = {name for name, entry in self._entries.items() if not entry.holders and not entry.pinned}
+        most = list(self._free)
+        for name in idle:
+            most = [free + pages for free, pages in zip(most, self._entries[name].cost, strict=True)]
+        if any(pages > free for pages, free in zip(cost, most, strict=True)):
+            return None
+        victims: list[str] = []
+        while any(pages > free for pages, free in zip(cost, self._free, strict=True)):
+            victim = self._order.evict(idle.__contains__)
+            assert victim is not None
+            self.drop(victim)
+            victims.append(victim)
+        return victims

@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 _LEASE_S = 60.0
 _FETCHED_S = 10.0  # in the arena at least, after it was fetched ahead
 _END_S = 2.0
+_MOST_FAILED = 64
 _UNFIT = {Cause.NONE, Cause.POOL_FULL, Cause.EVICTED, Cause.BUG}  # where the folder would fare no better
 
 
@@ -53,8 +54,8 @@ class Order:
 
 
 class Activator:
-    """finished(number, cause) is called on this thread once an order; no cause means that the adapter is resident.
-    timeout: seconds to wait for an answer of the daemon.
+    """finished(number, cause, why) is called on this thread once an order; no cause means that the adapter is resident,
+    and why is in words where nothing will help. timeout: seconds to wait for an answer of the daemon.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Activator:
         server: str,
         ensure: Callable[[], None],
         manager: Any,
-        finished: Callable[[int, str], None],
+        finished: Callable[[int, str, str], None],
         timeout: float,
     ) -> None:
         self._manager = manager
@@ -96,27 +97,29 @@ class Activator:
             if isinstance(order, str):
                 self._fetch(order)
             else:
-                cause = self._carry_out(order)
-                if not cause:
-                    self._failed.pop(order.digest, None)
-                self._finished(order.number, cause)
+                self._finished(order.number, *self._carry_out(order))
         self._link.connection.close()
 
-    def _carry_out(self, order: Order) -> str:
-        """Why the adapter is not resident, or ""."""
+    def _carry_out(self, order: Order) -> tuple[str, str]:
+        """Why the adapter is not resident: the cause, or "", and words where nothing will help."""
         try:
-            return self._load(order)
+            cause = self._load(order)
         except UsageError as error:
             _log.error("adapter %s cannot be served: %s", order.digest[:12], error)
-            return Cause.UNUSABLE
+            return Cause.UNUSABLE, str(error)
         except (LoRACacheError, OSError) as error:
             _log.warning("adapter %s was not loaded: %s", order.digest[:12], error)
-            return Cause.UNAVAILABLE
+            return Cause.UNAVAILABLE, ""
         except Exception as error:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
             if self._failed.get(order.digest) != repr(error):  # it will be tried again
                 _log.exception("adapter %s was not loaded", order.digest[:12])
             self._failed[order.digest] = repr(error)
-            return Cause.BUG
+            if len(self._failed) > _MOST_FAILED:
+                del self._failed[next(iter(self._failed))]
+            return Cause.BUG, ""
+        if not cause:
+            self._failed.pop(order.digest, None)
+        return cause, ""
 
     def _fetch(self, path: str) -> None:
         digest, connection = digest_in(path), self._link.connection

@@ -21,7 +21,7 @@ from loracache.kernels.tables import RANK, round_up
 
 __all__ = ["DTYPES", "fill_pages"]
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WORDS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16: words are copied
 
 
@@ -73,6 +73,8 @@ def _write(pool: PagePool, adapter: Resident, place: tuple[int, int], width: int
         raise UsageError(f"a matrix of shape {tuple(rows.shape)} has no place that is for {(rank, width)}")
     pieces = pool.matrix(adapter, *place)
     source = rows.to(pool.pages.dtype)
+    if source.dtype != rows.dtype and not torch.isfinite(source).all():
+        raise UsageError(f"the adapter has numbers that are too large for {source.dtype}, in which the engine has LoRA")
     if len(pieces) == 1:
         _copy(pieces[0].view(rank, row)[:, :width], source)
         return

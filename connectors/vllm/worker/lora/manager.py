@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from vllm.exceptions import LoRAAdapterNotFoundError
@@ -26,13 +26,17 @@ from loracache.adapters.payload import Packing
 from loracache.adapters.peft import CONFIG, PeftFolder
 from loracache.connectors.vllm.common.options import pool_bytes
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape, choose_chunk, choose_page
-from loracache.connectors.vllm.lora.names import model_name, name_mapper
+from loracache.connectors.vllm.lora.names import model_names, name_mapper
 from loracache.connectors.vllm.lora.paths import digest_in
+from loracache.connectors.vllm.lora.pickled import plain_folder
+from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.connectors.vllm.worker.lora.pool import PagePool, SlotTables
 from loracache.connectors.vllm.worker.lora.punica import PagedModule, PagedPunicaWrapper, page_embedding
 from loracache.errors import ConfigError, UsageError
 
 __all__ = ["PagedLoRAModelManager", "PagedWorkerLoRAManager", "pools"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -73,9 +77,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         """None while the layers are made, so that their dense tensors are empty."""
         return 0 if self._making_layers else int(self.lora_config.max_loras)
 
-    def peft_name(self, module: str) -> str:
-        """The model's name of a module as adapters call it."""
-        return model_name(module, self.names)
+    def by_model_name(self, modules: Mapping[str, T]) -> dict[str, T]:
+        """An adapter's modules by the model's names."""
+        return model_names(modules, self.names)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         import vllm.lora.model_manager as module
@@ -251,17 +255,30 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             path = get_adapter_absolute_path(path)
         if not os.path.isfile(os.path.join(path, CONFIG)):
             raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
+        try:
+            path = plain_folder(path)
+            self._check(path)
+        except UsageError as error:
+            raise UsageError(str(Refusal(str(error), forever=True))) from None
+        manager.added(path)
+        return True
+
+    def _check(self, path: str) -> None:
+        """Whether the engine can serve a folder, as far as its headers say. Raises UsageError."""
+        manager = self._adapter_manager
         with PeftFolder(path) as folder:
-            sizes = {manager.peft_name(name): size for name, size in Packing(folder).sizes().items()}
+            sizes = manager.by_model_name(Packing(folder).sizes())
         shape = manager.pool.shape
         try:
+            surplus = shape.surplus(sizes)
             pages = shape.cost(shape.fit(sizes).elements)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         if pages > shape.pages:
             raise UsageError(f"{path} needs {pages} pages, lora_pool has {shape.pages}; make lora_pool larger")
-        manager.added(path)
-        return True
+        if surplus and manager.fetches_ahead:
+            first, count = surplus[0], len(surplus)
+            _log.warning("%s: %d modules, %s the first, are of layers beyond this model's", path, count, first)
 
     def pin_adapter(self, adapter_id: int) -> bool:
         """Keep an adapter on its pages. Raises ValueError where it is on none."""

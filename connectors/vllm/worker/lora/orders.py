@@ -26,7 +26,7 @@ class PoolNews:
     """What the scheduler does not know yet: see WorkerNews."""
 
     activated: dict[int, int] = field(default_factory=dict)
-    not_activated: dict[int, str] = field(default_factory=dict)
+    not_activated: dict[int, tuple[str, str]] = field(default_factory=dict)
     lost: bool = False
     pinned: dict[int, bool] = field(default_factory=dict)
 
@@ -57,6 +57,8 @@ class PoolWorker:
         for number, digest, path in orders.load:
             self._manager.pool.want(digest)
             self._activator.submit(Order(number, digest, path, after))
+        for adapter in orders.forget:
+            self._manager.ids.pop(adapter, None)
         for adapter, digest in orders.bind.items():
             self._manager.ids[adapter] = digest
             self._bound(adapter, digest)
@@ -73,10 +75,10 @@ class PoolWorker:
         """End the thread."""
         self._activator.close()
 
-    def _finished(self, number: int, cause: str) -> None:
+    def _finished(self, number: int, cause: str, why: str) -> None:
         with self._lock:
             if cause:
-                self._news.not_activated[number] = cause
+                self._news.not_activated[number] = cause, why
             else:
                 self._news.activated[number] = 1
 

@@ -65,7 +65,7 @@ class Recipes:
 
     def _make(self, header: bytes, packed: Packed) -> Recipe:
         shape = self._pool.shape
-        parts = {self._manager.peft_name(name): module for name, module in packed.modules().items()}
+        parts = self._manager.by_model_name(packed.modules())
         placement = shape.fit({part: module.size for part, module in parts.items()})
         names = [part for module in shape.modules for part in module.parts]
         scales = np.array([parts[part].scaling if part in parts else 0.0 for part in names], dtype=np.float32)

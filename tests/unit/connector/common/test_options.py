@@ -31,6 +31,8 @@ def test_numbers_may_be_whole() -> None:
         ({"server": "unix:///" + "x" * 107}, ["server=", "at most 107 bytes"]),
         ({"server": "unix:///x", "memory": "1GiB"}, ["memory='1GiB'", "loracache serve", "leave server out"]),
         ({"server": "unix:///x", "redis": ""}, ["redis=''", "loracache serve"]),
+        ({"server": "unix:///x", "http": "127.0.0.1:9400"}, ["http=", "loracache serve"]),
+        ({"http": "9400"}, ["http", "'9400'", "127.0.0.1:9400"]),
         ({"memory": "much"}, ["memory", "'much'", "4GiB"]),
         ({"memory": 4096}, ["memory=4096", "must be a str"]),
         ({"disk": "-1GiB"}, ["disk", "'-1GiB'", "write it like"]),
@@ -40,6 +42,7 @@ def test_numbers_may_be_whole() -> None:
         ({"chunk_tokens": 16.0}, ["chunk_tokens=16.0", "must be a int"]),
         ({"chunk_tokens": "16"}, ["chunk_tokens='16'", "must be a int"]),
         ({"lookup_wait": -0.1}, ["lookup_wait=-0.1", "within 0 and 10 seconds"]),
+        ({"lookup_wait_most": 11}, ["lookup_wait_most=11", "within 0 and 10 seconds"]),
         ({"lookup_wait": float("nan")}, ["lookup_wait=nan", "within 0 and 10 seconds"]),
         ({"load_timeout": 0}, ["load_timeout=0", "within 0 and 600 seconds"]),
         ({"load_timeout": 601}, ["load_timeout=601", "within 0 and 600 seconds"]),
@@ -52,6 +55,29 @@ def test_a_wrong_setting_is_named_with_its_fix(extra: dict[str, Any], words: lis
     assert str(caught.value).startswith("kv_connector_extra_config: ") or "server=" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"redis": "redis://:hunter2@host"},
+        {"redis": "redis+cluster://a:1,b:2?password=hunter2"},
+        {"server": "unix:///x", "redis": "redis://:hunter2@host"},  # wrong for two reasons
+        {"server": "redis://:hunter2@host"},
+        {"redis": ["redis://:hunter2@host"]},
+    ],
+)
+def test_a_password_is_refused_and_not_repeated(extra: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"LORACACHE_REDIS .*redis_password_file") as caught:
+        Options.parse(extra)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [["hunter2"], {"password": "hunter2"}])
+def test_what_stands_in_the_place_of_a_url_is_not_shown(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"redis=\(secret\) must be a str") as caught:
+        Options.parse({"redis": value})
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_engine_is_ours_alone_and_inside_a_multiconnector() -> None:

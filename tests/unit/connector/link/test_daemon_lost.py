@@ -16,7 +16,8 @@ from loracache.connectors.vllm.link import pinned
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.layout import read_layout
-from loracache.connectors.vllm.worker.transfer import Loader, Storer
+from loracache.connectors.vllm.worker.loader import Loader
+from loracache.connectors.vllm.worker.storer import Storer
 from loracache.kernels.page_copy import PageCopier
 
 

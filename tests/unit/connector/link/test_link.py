@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from loracache import Namespace
 from loracache.client import link as client_link
+from loracache.client import requests
 from loracache.connectors.vllm.link import scheduler as link_module
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
 KEYS = [bytes([number]) * 32 for number in range(4)]
 LEASE = bytes(16)
+NAMESPACE = Namespace("m" * 64, "float32", "layout", 16)
 
 
 @pytest.fixture
@@ -60,6 +63,23 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_sil
     link.close()
 
 
+def test_an_answer_may_be_waited_for(daemon: Any, fast_silence: None, eventually: Any) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    assert link.wait_lookup(link.ask_lookup(LEASE, KEYS, 1, 5.0), 30.0) == ()  # and no longer than it takes
+    running.send(signal.SIGSTOP)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    assert link.wait_lookup(number, 0.002) is None
+    running.send(signal.SIGCONT)
+    assert link.wait_lookup(number, 30.0) == ()
+    running.send(signal.SIGSTOP)
+    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
+    running.stop(signal.SIGKILL)
+    assert link.wait_lookup(number, 30.0) in ((), None)  # gone: a miss, at once
+    link.close()
+
+
 def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
     daemon: Any, fast_silence: None, eventually: Any
 ) -> None:
@@ -100,6 +120,130 @@ def test_a_daemon_that_hangs_before_it_greets_costs_milliseconds(
     assert not link.answering()
     running.send(signal.SIGCONT)
     eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the daemon is asked as soon as it greets")
+    link.close()
+
+
+# -- many keys ----------
+
+
+def test_a_long_lookup_is_asked_in_parts_as_far_as_hits_go(
+    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_PART_KEYS", 2)
+    running = daemon()
+    client = running.client()
+    keys = [bytes([number]) * 32 for number in range(1, 10)]
+    with client.reserve(client.register(NAMESPACE), keys[:5], [100] * 5) as reservation:
+        for position in range(5):
+            reservation.write(position, bytes(100))
+    link = SchedulerLink(running.url)
+
+    def answer(wanted: list[bytes], shards: int = 1) -> Any:
+        number = eventually(lambda: link.ask_lookup(LEASE, wanted, shards, 5.0), "it is asked")
+        return eventually(lambda: [tiers] if (tiers := link.answer_lookup(number)) is not None else None)
+
+    assert answer(keys) == [("cpu",) * 5]
+    assert answer(keys[:4]) == [("cpu",) * 4]
+    assert answer(keys[:3], shards=3) == [("cpu",) * 3]
+    assert answer(keys[5:]) == [()]
+    assert running.status()["counters"]["lookup"] == 3 + 2 + 1 + 1
+    assert running.status()["leases"] == 1
+    link.close()
+
+
+def test_a_lookup_of_more_keys_than_a_message_holds_is_answered(
+    daemon: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = daemon()
+    client = running.client()
+    with client.reserve(client.register(NAMESPACE), [KEYS[1]], [100]) as reservation:
+        reservation.write(0, bytes(100))
+    link = SchedulerLink(running.url)
+    number = eventually(lambda: link.ask_lookup(LEASE, [KEYS[1]] * 300_000, 1, 5.0), "it is asked")
+    assert eventually(lambda: link.answer_lookup(number)) == ("cpu",) * 300_000
+    assert not caplog.messages  # nothing was wrong with the daemon
+    link.close()
+
+
+def test_a_long_lookup_that_is_forgotten_or_lost_between_parts_is_over(
+    daemon: Any, fast_silence: None, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_PART_KEYS", 1)
+    running = daemon()
+    client = running.client()
+    with client.reserve(client.register(NAMESPACE), KEYS[1:], [100] * 3) as reservation:
+        for position in range(3):
+            reservation.write(position, bytes(100))
+    link = SchedulerLink(running.url)
+    number = eventually(lambda: link.ask_lookup(LEASE, KEYS[1:], 1, 5.0), "it is asked")
+    link.forget(number)
+    assert link.answer_lookup(number) == ()
+    lost = link.ask_lookup(LEASE, KEYS[1:], 1, 5.0)
+    running.stop(signal.SIGKILL)
+    # What was answered by then is what it knows.
+    assert eventually(lambda: [tiers] if (tiers := link.answer_lookup(lost)) is not None else None)[0] in ((), ("cpu",))
+    link.close()
+
+
+# -- verbs and events ----------
+
+
+def test_objects_are_pinned_for_a_time_and_moved_down(daemon: Any, eventually: Any, tmp_path: Any) -> None:
+    running = daemon(disk_path=tmp_path / "disk")
+    client = running.client()
+    with client.reserve(client.register(NAMESPACE), KEYS[1:], [100] * 3) as reservation:
+        for position in range(3):
+            reservation.write(position, bytes(100))
+    client.flush()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link.pin(KEYS[1:3], 3600.0)
+    eventually(lambda: client.operations() and client.operations()[0].objects == 2, "two are pinned")
+    assert client.evict(KEYS[1:2], tiers=["cpu"]).skipped == 2  # the third goes, as what depends on it
+    client.unpin(KEYS[1:3])
+    link.demote(KEYS[1:3], "disk")
+    eventually(lambda: client.lookup(KEYS[1:]).tiers == ("disk",) * 3, "they are on disk alone")
+    link.close()
+
+
+def test_more_keys_than_a_message_holds_are_told_in_parts(daemon: Any, eventually: Any) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link.pin([KEYS[1]] * 300_000, 5.0)
+    link.demote([KEYS[1]] * 300_000, "disk")
+    assert eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the connection is there still")
+    link.close()
+
+
+def test_what_enters_and_leaves_tiers_is_told_until_the_daemon_is_lost(
+    daemon: Any, fast_silence: None, eventually: Any
+) -> None:
+    running = daemon()
+    client = running.client()
+    link = SchedulerLink(running.url)
+    heard: list[tuple[str, str, bytes]] = []
+
+    def listens(what: str, key: bytes) -> bool:
+        told = link.take_events()
+        assert told is None or not told[0]
+        heard.extend(told[1] if told else ())
+        return (what, "cpu", key) in heard
+
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    assert link.take_events() is None
+    assert running.status()["connections"]  # it has heard the question
+    with client.reserve(client.register(NAMESPACE), KEYS[1:2], [100]) as reservation:
+        reservation.write(0, bytes(100))
+    eventually(lambda: listens("admitted", KEYS[1]), "it is told what was stored")
+    client.evict(KEYS[1:2])
+    eventually(lambda: listens("evicted", KEYS[1]), "and that it is gone")
+    running.stop(signal.SIGKILL)
+    lost = eventually(link.take_events, "the loss is told")
+    assert lost == (True, [])
+    daemon(socket=running.socket)
+    eventually(link.begin, "the new daemon greets")
+    assert link.take_events() is None
     link.close()
 
 

@@ -181,8 +181,8 @@ class Manager:
         self.pinned_news: dict[int, bool] = {}
         self.fetches_ahead = True
 
-    def peft_name(self, module: str) -> str:
-        return module
+    def by_model_name(self, modules: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(modules)
 
     def evict(self, digest: str) -> None:
         self.pool.evict(digest)
@@ -280,7 +280,8 @@ class Engine:
         self.bound: dict[int, str] = {}
         self.admission = AdapterAdmission(self.link, patience, self.bound.__setitem__, True)
         self.failed: list[str] = []
-        self.admission.fail = self.failed.append
+        self.refusals: dict[str, Any] = {}  # the last of each request
+        self.admission.fail = self._fail
         self.admission.set_pools([PoolFacts(shape, None) for shape in shapes])
         self.waiting: list[Any] = []
         self.running: dict[str, str] = {}  # request -> the digest it was admitted with
@@ -299,6 +300,10 @@ class Engine:
         self.admission.on_new_request(request)
         self.waiting.append(request)
         return request
+
+    def _fail(self, name: str, refusal: Any) -> None:
+        self.failed.append(name)
+        self.refusals[name] = refusal
 
     def knows(self, *adapters: Adapter) -> None:
         """What these cost, for the books that `step` keeps."""
@@ -368,6 +373,8 @@ class Engine:
             assert digest not in self.resident, "it is there already"
             self.orders.append((number, digest, path))
             self.open[number] = digest
+        for adapter in orders.forget:
+            del self.told[adapter]
         self.told.update(orders.bind)
         for each in self.workers:
             each.carry_out(orders)

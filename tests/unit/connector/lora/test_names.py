@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.model_executor.models.utils import WeightsMapper
 
-from loracache.connectors.vllm.lora.names import model_name, name_mapper
+from loracache.connectors.vllm.lora.names import model_name, model_names, name_mapper
 
 RENAMES = {"orig_to_new_prefix": {"model.": "language_model.model."}}
 WITHOUT_STACKING = WeightsMapper(**RENAMES)
@@ -77,3 +77,18 @@ def test_what_a_multimodal_model_renames_is_renamed_first() -> None:
         Multimodal("language_model.", WeightsMapper(orig_to_new_prefix={"decoder.": "model."})), [inner]
     )
     assert model_name(f"decoder.{QUERY}", mapper) == inner
+
+
+class Skipping:
+    """A model that does not run what begins so, as vLLM's have it."""
+
+    lora_skip_prefixes = ("mtp.",)
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_what_a_model_skips_is_left_out_of_its_adapters(multimodal: bool) -> None:
+    model = type("Both", (Skipping, *([Multimodal] if multimodal else [])), {})(*["llm."] * multimodal)
+    mapper = name_mapper(model, [QUERY])
+    modules = {QUERY: 1, f"mtp.{QUERY}": 2, f"model.mtp.{QUERY}": 3, f"model.mtpx.{QUERY}": 4, "xmtp.up_proj": 5}
+    assert model_names(modules, mapper) == {QUERY: 1, f"model.mtpx.{QUERY}": 4, "xmtp.up_proj": 5}
+    assert model_names(modules, None) == modules

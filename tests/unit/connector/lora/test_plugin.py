@@ -17,6 +17,7 @@ import pytest
 from loracache.connectors.vllm import plugin
 from loracache.connectors.vllm.common import patches, releases
 from loracache.connectors.vllm.connector import LoRACacheConnector
+from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.errors import ConfigError
 
 OURS = SimpleNamespace(
@@ -25,6 +26,7 @@ OURS = SimpleNamespace(
     )
 )
 STOCK = SimpleNamespace(kv_transfer_config=None)
+NEVER, NOT_NOW = Refusal("rank 512 is over it", forever=True), Refusal("no tier has it", forever=False)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,7 @@ class Connector:
     def __init__(self) -> None:
         self.fail: Any = None
 
-    def fail_requests_through(self, fail: Callable[[str], None]) -> None:
+    def fail_requests_through(self, fail: Callable[[str, Refusal], None]) -> None:
         self.fail = fail
 
 
@@ -71,10 +73,17 @@ class SchedulerOf032:
         self.connector = connector
         self.vllm_config: Any = STOCK
 
-    def step(self) -> Any:
+    def update_from_output(self) -> Any:
         failed = set(self.grammar_compile_error_reqs)
         self.grammar_compile_error_reqs.clear()
-        return failed
+        outputs = [SimpleNamespace(request_id=each, finish_reason="error", stop_reason=None) for each in failed]
+        other = SimpleNamespace(request_id="other", finish_reason=None, stop_reason=None)
+        return {0: SimpleNamespace(outputs=[*outputs, other])}
+
+    def step(self) -> Any:
+        """Request -> why it was ended."""
+        outputs = self.update_from_output()[0].outputs
+        return {each.request_id: each.stop_reason for each in outputs if each.finish_reason}
 
 
 class SchedulerOf033(SchedulerOf032):
@@ -83,6 +92,7 @@ class SchedulerOf033(SchedulerOf032):
         self.grammar_compile_error_reqs = {}
 
     def step(self) -> Any:
+        """Request -> the error it was ended with."""
         failed, self.grammar_compile_error_reqs = self.grammar_compile_error_reqs, {}
         return failed
 
@@ -101,22 +111,32 @@ def test_requests_are_ended_in_every_step_whatever_vllm_keeps_them_in(kind: type
         made = scheduler(kind, inner)
         fail = connectors[inner is not connectors[0]].fail
         for step in ("a", "b", "c"):  # what they are kept in is another one each step on 0.33
-            fail(step)
+            fail(step, NEVER)
             assert list(made.step()) == [step]
             assert not made.step()
 
 
-def test_the_next_release_is_told_why_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def error(code: str, message: str) -> tuple[str, str]:
-        return code, message
+def test_up_to_032_the_reason_is_why_the_request_stopped() -> None:
+    connector = Connector()
+    made = scheduler(SchedulerOf032, connector)
+    for request, refusal in (("a", NEVER), ("b", NOT_NOW)):
+        connector.fail(request, refusal)
+    assert {name: Refusal.found_in(text) for name, text in made.step().items()} == {"a": NEVER, "b": NOT_NOW}
+    made.grammar_compile_error_reqs.add("a")  # for another reason, later
+    assert made.step() == {"a": None}
 
-    monkeypatch.setattr("vllm.outputs.RequestError", error, raising=False)
+
+@pytest.mark.parametrize(("refusal", "code"), [(NEVER, "validation_error"), (NOT_NOW, "lora_adapter_error")])
+def test_the_next_release_is_told_why_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, refusal: Refusal, code: str
+) -> None:
+    """Which it answers with 400 for the one, with 503 for the other."""
+    monkeypatch.setattr("vllm.outputs.RequestError", SimpleNamespace, raising=False)
     connector = Connector()
     made = scheduler(SchedulerOf033, connector)
-    connector.fail("a")
-    code, message = made.step()["a"]
-    assert code == "lora_adapter_error"
-    assert "adapter" in message
+    connector.fail("a", refusal)
+    error = made.step()["a"]
+    assert (error.code, error.message, error.retryable) == (code, str(refusal), not refusal.forever)
 
 
 @pytest.mark.parametrize("connector", [None, object(), Connector()])

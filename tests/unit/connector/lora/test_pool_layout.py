@@ -122,6 +122,17 @@ def test_what_the_model_has_not_and_too_high_ranks_are_refused_by_name(make_shap
     assert shape.place({"model.layers.1.mlp.down_proj": 16}).elements == 16 * (40 + 24)
 
 
+def test_layers_beyond_the_model_s_go_nowhere(make_shape: Callable[..., Any]) -> None:
+    """As vLLM has it; an adapter of nothing else is another model's, and so are modules that no layer has."""
+    shape = make_shape()
+    own, beyond = "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"
+    assert shape.surplus([own, beyond]) == [beyond]
+    assert shape.place({own: 4, beyond: 4}).elements == shape.place({own: 4}).elements
+    for parts in ([beyond], [own, "model.layers.2.mlp.experts"], [own, "visual.layers.2.mlp.down_proj"], [own, "2"]):
+        with pytest.raises(UsageError, match=rf"module '{parts[-1]}' of the adapter is none that this model can adapt"):
+            shape.place(dict.fromkeys(parts, 4))
+
+
 # -- what pages cost ---------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def keys_of(driver: Any, make_request: Any, eventually: Any) -> Callable[..., li
         driver.side.on_new_request(request)
         state = driver.side._requests.pop("a")
         eventually(state.media.done, "they are hashed")
-        driver.side._advance(state)
+        driver.side._lookups.advance(state)
         return list(state.chunk_keys) if state.cacheable else None
 
     return keys
@@ -273,7 +273,7 @@ def test_requests_that_vllm_tells_apart_have_other_chunk_keys(
         state = driver.side._requests[request.request_id]
         if features:
             eventually(state.media.done, "it is hashed")
-            driver.side._advance(state)
+            driver.side._lookups.advance(state)
         ours.append(list(state.chunk_keys))
         theirs.append(list(request.block_hashes))
     assert len(ours[0]) == len(ours[1]) == 2

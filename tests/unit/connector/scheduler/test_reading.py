@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from loracache.connectors.vllm.common.messages import Facts, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler import lookups
 from loracache.connectors.vllm.scheduler import side as scheduler
 
 BLOCK, CHUNK = 16, 32
@@ -105,7 +106,7 @@ def test_an_old_answer_is_asked_for_again(driver: Any, make_request: Any, monkey
     assert driver.arrive(request) == (CHUNK, True)
     driver.hold(request, ["cpu", "cpu"])
     assert driver.side.matched_tokens(request, 0) == (CHUNK, True)
-    monkeypatch.setattr(scheduler, "_STALE_S", 0.0)
+    monkeypatch.setattr(lookups, "_STALE_S", 0.0)
     assert driver.side.matched_tokens(request, 0) == (2 * CHUNK, True)
 
 
@@ -122,6 +123,18 @@ def test_a_load_names_every_chunk_and_its_blocks(driver: Any, make_request: Any)
     assert len(driver.link.prefetched) == 2  # disk and redis
     assert driver.side.load_tiers("a") == ("cpu", "disk", "redis")
     assert not driver.step().loads
+
+
+def test_little_is_raised_ahead_where_the_memory_is_small(driver: Any, make_request: Any) -> None:
+    """The workers need room for the rest."""
+    for arena, raised in ((64 * 8192, 6), (16 * 8192, 4), (8192, 1)):
+        request = make_request(f"a{arena}", 6 * CHUNK)
+        driver.hold(request, ["disk"] * 6)
+        driver.link.arena_bytes = arena
+        driver.link.prefetched.clear()
+        tokens, _ = driver.arrive(request)
+        driver.side.planned_load(request, list(range(12)), tokens)
+        assert driver.link.prefetched == driver.side._chunks.object_keys(driver.keys(request)[:raised])
 
 
 def test_a_local_prefix_may_end_inside_a_chunk(driver: Any, make_request: Any) -> None:

@@ -18,9 +18,10 @@ import torch
 
 from loracache.client import link as client_link
 from loracache.connectors.vllm.common.messages import AdapterBinding, ChunkBlocks, Load, Store
-from loracache.connectors.vllm.worker import transfer
+from loracache.connectors.vllm.worker import loader as loader_module
 from loracache.connectors.vllm.worker.layout import read_layout
-from loracache.connectors.vllm.worker.transfer import Loader, StoreJob, Storer
+from loracache.connectors.vllm.worker.loader import Loader
+from loracache.connectors.vllm.worker.storer import StoreJob, Storer
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace, object_key
 
@@ -227,7 +228,7 @@ def test_a_lease_that_ended_meanwhile_fails_the_whole_load(
     worker = make_worker(running.url)
     worker.fill()
     worker.store((0, (0, 1)))
-    monkeypatch.setattr(transfer, "_LEASE_MARGIN_S", -4.9)  # a lease of 0.1 s
+    monkeypatch.setattr(loader_module, "_LEASE_MARGIN_S", -4.9)  # a lease of 0.1 s
     scatter = worker.loader._copier.scatter
 
     def slow(*arguments: Any, **options: Any) -> None:

@@ -17,6 +17,7 @@ from vllm.lora.request import LoRARequest
 
 from loracache import Namespace
 from loracache.connectors.vllm.lora.paths import path_of
+from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.connectors.vllm.scheduler.lora import admission as admission_module
 from loracache.connectors.vllm.worker.lora.orders import PoolWorker
 
@@ -46,6 +47,7 @@ def test_a_content_that_nobody_has_is_given_up_after_a_while_and_the_others_run(
     assert time.monotonic() - started >= 0.4
     assert engine.failed == ["nobody has it"]
     assert "adapter adapter 1 cannot be served: no tier has it, and there is no folder" in caplog.text
+    assert engine.refusals["nobody has it"] == Refusal("no tier has it, and there is no folder", forever=False)
     assert len(engine.orders) == 1
     eventually(lambda: client.status()["leases"] == 0, "a question that found nothing leaves no lease")
 
@@ -77,6 +79,7 @@ def test_a_folder_that_cannot_be_served_fails_its_request_with_the_reason(
     assert sorted(engine.failed) == ["bad", "gone"]
     assert f"{config}: peft_type is 'LOHA'; only LORA is served" in caplog.text
     assert "'/nowhere/at/all/adapter_config.json' cannot be read: No such file or directory" in caplog.text
+    assert engine.refusals["bad"] == Refusal(f"{config}: peft_type is 'LOHA'; only LORA is served", forever=True)
     good = make_adapter("bad")  # mended
     engine.arrive("mended", lora(good, 1))
     eventually(lambda: engine.runs("mended"))
@@ -102,6 +105,7 @@ def test_what_the_model_cannot_adapt_fails_with_the_reason(
     eventually(lambda: engine.step() or len(set(engine.failed)) == 2)
     assert "is over max_lora_rank=8; raise that" in caplog.text
     assert "module 'lm_head' of the adapter is none that this model can adapt" in caplog.text
+    assert {refusal.forever for refusal in engine.refusals.values()} == {True}
     assert not engine.orders
     eventually(lambda: client.status()["leases"] == 0, "nobody needs what cannot be used")
     engine.arrive("again", lora(high.digest if by_digest else high, 1))
@@ -146,7 +150,7 @@ def test_a_copy_that_failed_is_ordered_again(
     engine.answers = False
     engine.arrive("a", lora(adapter))
     eventually(lambda: engine.step() or engine.orders)
-    engine.report(activated={1: 1}, not_activated={1: cause})  # of two workers
+    engine.report(activated={1: 1}, not_activated={1: (cause, "")})  # of two workers
     plans = []
     take = engine.admission.take_orders
 
@@ -158,7 +162,7 @@ def test_a_copy_that_failed_is_ordered_again(
     eventually(lambda: engine.step() or len(engine.orders) == 2)
     assert [plan.evict for plan in plans if plan.evict] == [[adapter.digest]]  # from the one that had it
     engine.report(activated={1: 2})  # what is said of the old order is not said of this
-    engine.report(not_activated={1: "late"})
+    engine.report(not_activated={1: ("late", "")})
     for _ in range(3):
         assert not engine.runs("a")
     assert len(engine.orders) == 2
@@ -174,10 +178,11 @@ def test_a_copy_that_never_will_succeed_fails_its_request(
     engine.answers = False
     engine.arrive("a", lora(adapter))
     eventually(lambda: engine.step() or engine.orders)
-    engine.report(not_activated={1: "unusable"})
+    engine.report(not_activated={1: ("unusable", "rank 9 is over it")})
     eventually(lambda: engine.step() or engine.failed)
     assert engine.failed == ["a"]
-    assert "the engine cannot use it" in caplog.text
+    assert engine.refusals["a"] == Refusal("rank 9 is over it", forever=True)
+    assert "adapter adapter 1 cannot be served: rank 9 is over it" in caplog.text
 
 
 def test_what_cannot_be_served_is_told_to_all_who_wait_for_it(
@@ -193,7 +198,7 @@ def test_what_cannot_be_served_is_told_to_all_who_wait_for_it(
         engine.arrive(name, lora(adapter, 1))
         engine.arrive(f"{name}, high", lora(high, 2))
     eventually(lambda: engine.step() or (engine.orders and len(set(engine.failed)) == 5))
-    engine.report(not_activated={1: "unusable"})
+    engine.report(not_activated={1: ("unusable", "rank 9 is over it")})
     eventually(lambda: engine.step() or len(set(engine.failed)) == 10)
 
 

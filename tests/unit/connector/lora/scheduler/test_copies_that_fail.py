@@ -23,7 +23,7 @@ def fail_all(engine: Any, cause: str, seen: set[int]) -> None:
     for number, _, _ in engine.orders:
         if number not in seen:
             seen.add(number)
-            engine.report(not_activated={number: cause})
+            engine.report(not_activated={number: (cause, "")})
 
 
 @pytest.mark.parametrize("cause", ["bug", "checksum", "unavailable", "pool_full", "lease_lost", "changed", "evicted"])
@@ -188,7 +188,7 @@ def test_patience_with_copies_begins_with_the_first_that_fails(
     engine.answers = False
     engine.end("runs")
     eventually(lambda: engine.step() or len(engine.orders) == 2)
-    engine.report(not_activated={2: "lease_lost"})
+    engine.report(not_activated={2: ("lease_lost", "")})
     engine.answers = True
     eventually(lambda: engine.runs("waits") or engine.failed)
     assert not engine.failed

@@ -26,13 +26,18 @@ NOWHERE = "unix:///nowhere/loracache.sock"
 
 
 class Worker:
-    """One worker's pool and its thread. `done` gets (order's number, cause)."""
+    """One worker's pool and its thread. `done` gets (order's number, cause), `why` the words of the last."""
 
     def __init__(self, url: str, manager: Any, timeout: float) -> None:
         self.manager, self.pool = manager, manager.pool
         self.done: queue.Queue[tuple[int, str]] = queue.Queue()
-        self.activator = Activator(url, lambda: None, manager, lambda *what: self.done.put(what), timeout)
+        self.activator = Activator(url, lambda: None, manager, self._finished, timeout)
         self._numbers = iter(range(1, 1000))
+        self.why = ""
+
+    def _finished(self, number: int, cause: str, why: str) -> None:
+        self.why = why
+        self.done.put((number, cause))
 
     def order(self, digest: str, path: str = "") -> int:
         number = next(self._numbers)
@@ -179,6 +184,7 @@ def test_what_the_model_cannot_adapt_is_unusable_and_the_thread_goes_on(
     for adapter, cause in ((high, "unusable"), (other, "unusable"), (good, "")):
         client.add_adapter(adapter.path)
         assert worker.load(adapter.digest) == cause
+        assert bool(worker.why) == bool(cause)
     assert worker.pool.digests() == [good.digest]
 
 

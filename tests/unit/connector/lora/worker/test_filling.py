@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from vllm.lora.layers import (
     LogitsProcessorWithLoRA,
     MergedColumnParallelLinearWithLoRA,
@@ -19,8 +20,11 @@ from vllm.lora.layers import (
     VocabParallelEmbeddingWithLoRA,
 )
 
+from loracache.adapters.payload import Packing
+from loracache.adapters.peft import WEIGHTS, PeftFolder
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape
 from loracache.connectors.vllm.worker.lora.pool import PagePool, SlotTables
+from loracache.errors import UsageError
 from loracache.kernels.sgmv import lora_embedding
 from loracache.kernels.tables import A_FLAT, RANK, plan_tiles
 
@@ -61,7 +65,7 @@ def output(pool: PagePool, resident: Any, compute: Any, number: int, x: torch.Te
 
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_what_is_on_pages_computes_what_peft_does(
     make_shape: Callable[..., Any],
     make_adapter: Any,
@@ -83,6 +87,23 @@ def test_what_is_on_pages_computes_what_peft_does(
         x = torch.randn(4, module.width)
         wanted = torch.cat([adapter.delta(part, x, TORCH[pool_dtype]) for part in module.parts], dim=1)
         torch.testing.assert_close(output(pool, resident, compute, number, x), wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "value", "pool_dtype"), [("float64", 1e300, "float32"), ("float32", 1e5, "float16")])
+def test_numbers_that_the_engine_s_dtype_cannot_hold_are_refused(
+    make_shape: Callable[..., Any], make_adapter: Any, fill: Any, dtype: str, value: float, pool_dtype: str
+) -> None:
+    shape = make_shape(pages=600, page=32, element_bytes=TORCH[pool_dtype].itemsize)
+    adapter = make_adapter("a", 2, dtype)
+    weights = load_file(f"{adapter.path}/{WEIGHTS}")
+    next(iter(weights.values()))[0, 1] = value
+    save_file(weights, f"{adapter.path}/{WEIGHTS}")
+    with PeftFolder(adapter.path) as folder:
+        packing = Packing(folder)
+        payload = bytearray(packing.size)
+        packing.write([memoryview(payload)])
+    with pytest.raises(UsageError, match=f"too large for torch.{pool_dtype}"):
+        fill(make_pool(shape, pool_dtype), [memoryview(payload)], layers_of(shape))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -18,7 +18,7 @@ def test_orders_are_carried_out_and_answered_once(
     manager, bound = make_manager(make_shape(100)), []
     worker = PoolWorker(manager, url, lambda: None, lambda *what: bound.append(what), 20.0)
     activated: dict[int, int] = {}
-    failed: dict[int, str] = {}
+    failed: dict[int, tuple[str, str]] = {}
 
     def all_answered(count: int) -> bool:
         news = worker.take_news()
@@ -33,7 +33,7 @@ def test_orders_are_carried_out_and_answered_once(
     worker.carry_out(AdapterOrders(load=[(1, adapter.digest, ""), (2, missing, "")], bind={7: adapter.digest}))
     assert (manager.ids, bound) == ({7: adapter.digest}, [(7, adapter.digest)])
     eventually(lambda: all_answered(2))
-    assert (activated, failed) == ({1: 1}, {2: "absent"})
+    assert (activated, failed) == ({1: 1}, {2: ("absent", "")})
     # What is evicted and ordered in one plan is copied in anew: elsewhere it may have failed.
     worker.carry_out(AdapterOrders(evict=[adapter.digest], load=[(3, adapter.digest, "")]))
     eventually(lambda: all_answered(3))

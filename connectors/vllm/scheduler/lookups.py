@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The question that each request asks the daemon: sent early, answered late, waited for as long as that pays, and the
+lease on what it found. Threading: the scheduler's loop.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from loracache.connectors.vllm.common.stats import Tally
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.scheduler.patience import Patience
+
+if TYPE_CHECKING:
+    from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
+    from loracache.connectors.vllm.scheduler.chunks import Chunks
+    from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
+    from loracache.connectors.vllm.scheduler.requests import RequestState
+    from loracache.connectors.vllm.scheduler.tier_events import TierEvents
+
+__all__ = ["LEASE_TTL_S", "Lookups"]
+
+LEASE_TTL_S = 30.0
+_STALE_S = 10.0  # an answer older than this is asked for again
+
+
+class Lookups:
+    """Questions of one engine's requests. chunks: set once the workers' facts are known."""
+
+    def __init__(
+        self,
+        link: SchedulerLink,
+        namespace: EngineNamespace,
+        adapters: ServedAdapters,
+        patience: Patience,
+        tally: Tally,
+        events: TierEvents,
+    ) -> None:
+        self._events = events
+        self._link = link
+        self._tally = tally
+        self._namespace = namespace
+        self._adapters = adapters
+        self._patience = patience
+        self.chunks: Chunks | None = None
+
+    def advance(self, state: RequestState) -> bool:
+        """Take the request's question one step further; True once its answer is there."""
+        if self.chunks is None or not state.cacheable or not self._namespace.settle(state):
+            return False
+        if state.answered_at is not None and time.monotonic() - state.answered_at > _STALE_S:
+            state.answered_at = None
+        state.extend_keys(self.chunks.tokens)
+        if state.answered_at is not None:
+            return True
+        if not state.reads:
+            return False
+        if not state.question:
+            if not state.chunk_keys:
+                state.answer(())
+                return True
+            keys = self.chunks.object_keys(state.chunk_keys)
+            state.question = self._link.ask_lookup(state.lease, keys, len(self.chunks.shards), LEASE_TTL_S)
+            state.leased = bool(state.question)
+            if not state.question:
+                return False
+            state.asked_at = time.monotonic()
+            self._tally.add("lookups")
+        tiers = self._link.answer_lookup(state.question)
+        if tiers is None:
+            return False
+        self._take(state, tiers)
+        return True
+
+    def comes(self, state: RequestState) -> bool:
+        """Wait a moment for the answer to a question that was just sent; True where it is there then."""
+        if self.chunks is None or not state.question or not self._link.answering():
+            return False
+        now = time.monotonic()
+        seconds = self._patience.allowance(now, state.asked_at, self._at_stake(state))
+        if not seconds:
+            return False
+        tiers = self._link.wait_lookup(state.question, seconds)
+        after = time.monotonic()
+        self._tally.add("loop_wait_seconds", after - now)
+        if tiers is None:
+            self._patience.answers.missed(after, after - now)
+            return False
+        self._patience.answers.answered(after - state.asked_at, after - now)
+        self._take(state, tiers)
+        return True
+
+    def parked(self, state: RequestState) -> bool:
+        """Whether a request without an answer is to be asked about again in a moment; else it goes without."""
+        now = time.monotonic()
+        state.parked_since = state.parked_since or now
+        patience = self._patience.parked(self._at_stake(state)) if self._awaits(state) else self._patience.least
+        if self._link.answering() and now - state.parked_since < patience:
+            return True
+        self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
+        self._tally.add("lookups_late")
+        return False
+
+    def drop_lease(self, state: RequestState) -> None:
+        """End the hold on what was found."""
+        if state.leased:
+            state.leased = False
+            self._link.release(state.lease)
+
+    def forget(self, state: RequestState) -> None:
+        """End it, and want no answer any more."""
+        self.drop_lease(state)
+        self._link.forget(state.question)
+
+    def _take(self, state: RequestState, tiers: tuple[str, ...]) -> None:
+        assert self.chunks is not None
+        if state.parked_since is not None:
+            self._tally.add("parked_seconds", time.monotonic() - state.parked_since)
+        state.answer(self.chunks.slowest_of_shards(tiers))
+        self._events.learn(state, self.chunks)
+
+    def _awaits(self, state: RequestState) -> bool:
+        """Whether an answer is on its way: to its question, or to what the content of its adapter or media is."""
+        if state.question or (state.media is not None and not state.media.done()):
+            return True
+        adapter = state.request.lora_request
+        return adapter is not None and self._adapters.asked(adapter.lora_int_id)
+
+    def _at_stake(self, state: RequestState) -> int:
+        """Tokens that need not be computed if all of a request's whole chunks are held."""
+        assert self.chunks is not None
+        return int(state.request.num_tokens) // self.chunks.tokens * self.chunks.tokens - state.local_tokens

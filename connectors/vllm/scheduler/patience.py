@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long it pays to wait for an answer. Pure: whoever asks brings the time (seconds of one monotonic clock).
+
+Two waits. The engine's loop itself waits a moment for a lookup that was just sent, because without its answer the
+request loses a whole step: no longer than answers take, a few milliseconds a step at most, and not at all for a while
+where one did not come in that time. And a request may be parked, while the engine runs others, for as long as half of
+what computing its tokens would take, which is learnt from the engine's own steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+__all__ = ["AnswerTimes", "Patience", "StepTimes"]
+
+_MOST_S = 0.003  # of a step that its waits take together
+_LEAST_S = 0.001  # the finest wait there is
+_FIRST_S = 0.001  # for an answer, before any was seen
+_WEIGHT = 1 / 8  # of a new answer's time; of its distance from the mean twice that, as TCP has it
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+
+_GAIN_SHARE = 0.5
+_TOKEN_S = 50e-6  # to compute a token, before any step was seen
+_MANY_TOKENS = 64  # that make a step one of prefill
+_STEP_WEIGHT = 1 / 4
+_STEPS = 8  # planned and not done at most: more have been lost sight of
+
+
+class AnswerTimes:
+    """What answers took, and how long the loop may wait for the next."""
+
+    def __init__(self) -> None:
+        self._mean, self._distance = _FIRST_S, _FIRST_S / 2
+        self._pause = 0.0
+        self._not_before = 0.0
+        self._left = _MOST_S
+
+    def begin_step(self) -> None:
+        """A step was planned: the next has all of its time."""
+        self._left = _MOST_S
+
+    def allowance(self, now: float, asked: float) -> float:
+        """Seconds for which the loop may wait for the answer to a question of `asked`; 0: not at all."""
+        if now < self._not_before or self._left < _LEAST_S:
+            return 0.0
+        until = asked + min(max(self._mean + 4 * self._distance, _LEAST_S), _MOST_S)
+        return min(until - now, self._left) if until - now > 0 else 0.0
+
+    def answered(self, took: float, waited: float) -> None:
+        """An answer came while the loop waited: `took` seconds after its question."""
+        self._left -= waited
+        self._pause = 0.0
+        self._distance += 2 * _WEIGHT * (abs(took - self._mean) - self._distance)
+        self._mean += _WEIGHT * (took - self._mean)
+
+    def missed(self, now: float, waited: float) -> None:
+        """None came in time: the daemon is silent, or slow. The next ones are not waited for, each time for longer."""
+        self._left -= waited
+        self._pause = min(max(2 * self._pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+        self._not_before = now + self._pause
+
+
+class StepTimes:
+    """What computing a token takes, learnt from steps that compute many. Steps may be planned ahead of those before
+    them being done."""
+
+    def __init__(self) -> None:
+        self.token_s = _TOKEN_S
+        self._planned: deque[tuple[float, int]] = deque()
+        self._last_done = 0.0
+        self._seen = False
+
+    def planned(self, now: float, tokens: int) -> None:
+        """A step of `tokens` tokens begins, as soon as those before it are done."""
+        if len(self._planned) >= _STEPS:
+            self._planned.clear()
+        self._planned.append((now, tokens))
+
+    def done(self, now: float) -> None:
+        """The oldest step that is not done is."""
+        if not self._planned:
+            return
+        began, tokens = self._planned.popleft()
+        if tokens >= _MANY_TOKENS:
+            took = (now - max(began, self._last_done)) / tokens
+            weight = _STEP_WEIGHT if self._seen else 1.0
+            self.token_s += weight * (took - self.token_s)
+            self._seen = True
+        self._last_done = now
+
+
+class Patience:
+    """One engine's. least: seconds for which any request may be parked; most: for which one may be that has much to
+    gain."""
+
+    def __init__(self, least: float, most: float) -> None:
+        self.least = least
+        self._most = max(least, most)
+        self.answers = AnswerTimes()
+        self.steps = StepTimes()
+
+    def gain(self, tokens: int) -> float:
+        """Seconds that are saved where `tokens` tokens need not be computed."""
+        return max(0, tokens) * self.steps.token_s
+
+    def parked(self, tokens: int) -> float:
+        """Seconds for which a request may be parked for an answer about `tokens` tokens."""
+        return min(max(self.least, _GAIN_SHARE * self.gain(tokens)), self._most)
+
+    def allowance(self, now: float, asked: float, tokens: int) -> float:
+        """Seconds for which the loop may wait for it; 0 where that pays for nothing."""
+        seconds = self.answers.allowance(now, asked)
+        return seconds if self.gain(tokens) > seconds else 0.0

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request asks of the cache for itself: in `kv_transfer_params`, or by an orchestrator's `kv_hints`.
+
+`kv_transfer_params` are shared with other connectors, so names that are not ours are theirs, unless one looks like a
+slip. Of hints (vLLM 0.32 on: an envelope of actions, each with a type, a version and a payload) the types `pin`,
+`retain`, `prefetch` and `demote` are ours. What cannot be meant is said once in the log and left undone: a request
+never fails, and no engine, because of a wish. Pure functions of what the request brings.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loracache.connectors.vllm.link.scheduler import LONGEST_PIN_S
+
+__all__ = ["Wishes", "wishes_of"]
+
+_VERSION = "1"
+_DEMOTE_TO = ("disk", "redis")
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """store, load: whether its KV may be. pin: seconds for which it stays in memory after the request, 0: as any
+    other. prefetch: raise what slow tiers have of it as soon as it arrives. demote: the tier that its KV goes to after
+    the request, or "".
+    """
+
+    store: bool = True
+    load: bool = True
+    pin: float = 0.0
+    prefetch: bool = False
+    demote: str = ""
+
+
+def wishes_of(request: Any) -> tuple[Wishes, list[str]]:
+    """A request's wishes, and in words what of them cannot be served, naming value and fix."""
+    wishes, problems = _of_params(getattr(request, "kv_transfer_params", None))
+    return _of_hints(getattr(request, "kv_hints", None), wishes, problems), problems
+
+
+def _of_params(params: Any) -> tuple[Wishes, list[str]]:
+    wishes = Wishes()
+    problems: list[str] = []
+    if not isinstance(params, Mapping):
+        return wishes, problems
+    for name, value in params.items():
+        check = _PARAMS.get(name)
+        if check is None:
+            close = difflib.get_close_matches(str(name), _PARAMS, n=1, cutoff=0.75)
+            if close:
+                problems.append(f"kv_transfer_params: {name!r} is not known; did you mean {close[0]!r}?")
+        elif problem := check(value):
+            problems.append(f"kv_transfer_params: {name}={value!r:.60} {problem}")
+        else:
+            wishes = replace(wishes, **{name: value})
+    return wishes, problems
+
+
+def _of_hints(envelope: Any, wishes: Wishes, problems: list[str]) -> Wishes:
+    for action in getattr(envelope, "actions", None) or ():
+        kind, version = str(action.action_type), str(action.action_version)
+        payload = action.payload if isinstance(action.payload, Mapping) else {}
+        if kind not in _ACTIONS:
+            continue  # somebody else's
+        if version.partition(".")[0] != _VERSION:
+            problems.append(f"kv_hints: {kind} has version {version!r:.20}; send version {_VERSION}")
+            continue
+        problem, change = _ACTIONS[kind](payload)
+        if problem:
+            problems.append(f"kv_hints: {kind}: {problem}")
+        else:
+            wishes = replace(wishes, **change)
+    return wishes
+
+
+def _flag(value: object) -> str:
+    return "" if isinstance(value, bool) else "must be true or false"
+
+
+def _seconds(value: object) -> str:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LONGEST_PIN_S
+    return "" if fits else f"must be seconds, more than 0 and at most {LONGEST_PIN_S:.0f}"
+
+
+def _pin(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    ttl = payload.get("ttl")
+    problem = _seconds(ttl)
+    return (f"ttl={ttl!r:.60} {problem}" if problem else ""), {"pin": ttl}
+
+
+def _demote(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    tier = payload.get("tier", _DEMOTE_TO[0])
+    problem = "" if tier in _DEMOTE_TO else f"tier={tier!r:.60} must be one of {', '.join(_DEMOTE_TO)}"
+    return problem, {"demote": tier}
+
+
+_PARAMS: dict[str, Callable[[object], str]] = {"store": _flag, "load": _flag, "pin": _seconds}
+_ACTIONS: dict[str, Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "pin": _pin,
+    "retain": _pin,
+    "prefetch": lambda payload: ("", {"prefetch": True}),
+    "demote": _demote,
+}

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's thread that stores. It has a connection and a copier of its own; loader.py has the one that loads.
+
+The engine's loop hands jobs over and collects what is done; it never waits for a daemon. A store is cut into parts
+that are small against the daemon's arena, and each is visible before the next is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from loracache.client import requests
+from loracache.connectors.vllm.common.cores import leave_pinned_core
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
+from loracache.connectors.vllm.link.worker import WorkerLink
+from loracache.connectors.vllm.worker.gate import Gate
+from loracache.errors import LoRACacheError, Rejected, Unavailable
+from loracache.kernels.page_copy import PageCopier
+from loracache.keys import checksum, object_key
+from loracache.results import Cause
+
+__all__ = ["StoreJob", "Storer"]
+
+_log = logging.getLogger(__name__)
+_CALL_TIMEOUT_S = 5.0
+_WRITE_LEASE_S = 60.0
+_PART_SHARE = 16  # of the arena is a part at most
+_PART_CHUNKS = 4096
+_NO_ROOM_S = 1.0  # for which a store waits for room without getting any
+_LONGEST_S = 5.0  # and with it: what comes behind waits, too
+_FULL_S = 10.0  # after which the next one waits again
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
+_END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
+
+
+class _Room:
+    """Waits for room in the arena: writes to disk make some. Not before `after` (monotonic seconds): the engine's
+    blocks wait meanwhile, and an arena that was full for long is full of what stays."""
+
+    def __init__(self, after: float) -> None:
+        self._most = _NO_ROOM_S if time.monotonic() >= after else 0.0
+        self._pause = _FIRST_PAUSE_S
+        self._waited = self._in_vain = 0.0
+
+    def found(self) -> None:
+        """There was some."""
+        self._pause, self._in_vain = _FIRST_PAUSE_S, 0.0
+
+    def waits(self) -> bool:
+        """Whether to ask again, after a pause."""
+        if self._in_vain >= self._most or self._waited >= _LONGEST_S:
+            return False
+        time.sleep(self._pause)
+        self._waited += self._pause
+        self._in_vain += self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        return True
+
+
+class StoreJob:
+    """A store on its way. Shutting its gate gives it up: no byte of its blocks is read any more when that returns."""
+
+    def __init__(self, store: Store, after: Any = None) -> None:
+        self.store = store
+        self.after = after  # a CUDA event: the blocks are written once it has happened
+        self.gate = Gate()
+        self.nbytes = 0  # committed
+
+
+class Storer:
+    """Copies computed chunks into the arena. finished(job, causes) is called on this thread once per job;
+    may_store(store) says whether the chunks were computed with the adapter they are stored for. names: what the engine
+    calls its model.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        ensure: Callable[[], None],
+        copier: PageCopier,
+        shard: str,
+        block_bytes: int,
+        may_store: Callable[[Store], bool],
+        finished: Callable[[StoreJob, dict[str, int]], None],
+        names: Sequence[str] = (),
+    ) -> None:
+        self._link = WorkerLink(server, "vllm-store", ensure, copier.device_type)
+        self._copier = copier
+        self._shard = shard
+        self._block_bytes = block_bytes
+        self._may_store = may_store
+        self._names = names
+        self._finished = finished
+        self._full_until = 0.0
+        self._jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="loracache-store", daemon=True)
+        self._link.ready()
+        self._thread.start()
+
+    def submit(self, job: StoreJob) -> None:
+        """Start a store; returns at once."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Finish what is queued, within a bounded time, and end the thread."""
+        self._jobs.put(None)
+        self._thread.join(timeout=_END_S)
+
+    def _run(self) -> None:
+        leave_pinned_core()
+        while (job := self._jobs.get()) is not None:
+            causes: dict[str, int] = {}
+            try:
+                self._store(job, causes)
+            except LoRACacheError as error:
+                _log.debug("store for %s: %s", job.store.request_id, error)
+                causes[Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE] = len(job.store.chunks)
+            except Exception:  # noqa: BLE001 - top of the thread: a bug must not keep a request's blocks for ever
+                _log.exception("a store failed")
+                causes[Cause.BUG] = len(job.store.chunks)
+            self._finished(job, causes)
+        self._link.connection.close()
+
+    def _store(self, job: StoreJob, causes: dict[str, int]) -> None:
+        store = job.store
+        if not self._may_store(store):
+            causes[Cause.ADAPTER_CHANGED] = len(store.chunks)
+            return
+        if not self._link.ready():
+            raise Unavailable("no daemon")
+        self._link.register(store.namespace.digest(), store.namespace.descriptor(), self._names)
+        parent = object_key(store.parent, self._shard) if store.parent else requests.NO_PARENT
+        room = _Room(self._full_until)
+        for chunks in self._parts(store.chunks):
+            keys = [object_key(chunk.key, self._shard) for chunk in chunks]
+            done = 0
+            while True:
+                above = [keys[done - 1] if done else parent, *keys[done:-1]]
+                part = self._store_part(job, chunks[done:], keys[done:], above, causes)
+                if Cause.CANCELLED in causes:
+                    return
+                if part:
+                    room.found()
+                done += part
+                if done == len(keys) or not room.waits():
+                    break
+            if done < len(keys):  # the chain ends here
+                self._full_until = time.monotonic() + _FULL_S
+                causes[Cause.FULL] = causes.get(Cause.FULL, 0) + len(keys) - done
+            parent = keys[-1]
+
+    def _parts(self, chunks: Sequence[ChunkBlocks]) -> Iterator[Sequence[ChunkBlocks]]:
+        """Runs that each take little of the arena, so that one store may be larger than it."""
+        arena = self._link.connection.map
+        if arena is None:
+            raise Unavailable("no daemon")
+        size = self._block_bytes * max(len(chunk.blocks) for chunk in chunks)
+        most = min(_PART_CHUNKS, max(1, len(arena) // _PART_SHARE // size))
+        for at in range(0, len(chunks), most):
+            yield chunks[at : at + most]
+
+    def _store_part(
+        self,
+        job: StoreJob,
+        chunks: Sequence[ChunkBlocks],
+        keys: list[bytes],
+        parents: list[bytes],
+        causes: dict[str, int],
+    ) -> int:
+        """Store a part; answers how many of its first chunks were dealt with: there is no room for the next."""
+        connection = self._link.connection
+        lease = os.urandom(16)
+        reserve = requests.Reserve(
+            lease,
+            job.store.namespace.digest(),
+            requests.join_keys(keys),
+            requests.join_keys(parents),
+            [self._block_bytes * len(chunk.blocks) for chunk in chunks],
+            _WRITE_LEASE_S,
+        )
+        try:
+            answer = connection.call(reserve, _CALL_TIMEOUT_S).payload
+            done = next((place for place, item in enumerate(answer) if item == Cause.FULL), len(answer))
+            for place, item in enumerate(answer[done:], done):
+                if item in (Cause.FULL, Cause.NO_PARENT):  # because the chunk before it has no room
+                    answer[place] = Cause.BUSY
+            written = self._write(job, chunks, keys, answer, causes)
+            if not written:
+                if any(isinstance(item, list) for item in answer):
+                    connection.abort(lease)
+                return done
+            commit = requests.Commit(
+                lease, requests.join_keys([key for key, _ in written]), [total for _, total in written]
+            )
+            answer = connection.call(commit, _CALL_TIMEOUT_S).payload
+        except BaseException:  # of a copier, too: else the extents stay reserved for as long as the lease
+            connection.abort(lease)
+            raise
+        sizes = {key: self._block_bytes * len(chunk.blocks) for key, chunk in zip(keys, chunks, strict=True)}
+        for (key, _), cause in zip(written, answer, strict=True):
+            if not cause:
+                job.nbytes += sizes[key]
+            elif cause != Cause.EXISTS:
+                causes[cause] = causes.get(cause, 0) + 1
+        return done
+
+    def _write(
+        self,
+        job: StoreJob,
+        chunks: Sequence[ChunkBlocks],
+        keys: Sequence[bytes],
+        answer: Sequence[Any],
+        causes: dict[str, int],
+    ) -> list[tuple[bytes, int]]:
+        written = []
+        for key, chunk, item in zip(keys, chunks, answer, strict=True):
+            if not isinstance(item, list):
+                if item not in (Cause.EXISTS, Cause.BUSY):
+                    causes[item] = causes.get(item, 0) + 1
+                continue
+            blocks = chunk.blocks
+            payload = self._link.connection.buffers(item, self._block_bytes * len(blocks))
+            if not job.gate.run(lambda: self._copier.gather(blocks, payload, job.after)):  # noqa: B023
+                causes[Cause.CANCELLED] = causes.get(Cause.CANCELLED, 0) + 1
+                return []
+            written.append((key, checksum(payload)))
+        return written

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads and stores larger than the daemon's memory, and beside one another, with a real daemon."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Load, Store
+from loracache.connectors.vllm.worker import loader as loader_module
+from loracache.connectors.vllm.worker import storer as storer_module
+from loracache.connectors.vllm.worker.loader import Loader
+from loracache.connectors.vllm.worker.storer import StoreJob, Storer
+from loracache.kernels.page_copy import PageCopier
+from loracache.keys import Namespace, chunk_keys, object_key
+
+SIZE = 64 << 10
+SPACE = Namespace("m" * 64, "float32", "rows", 1)
+COUNT = 96  # of SIZE: six times the smallest arena there is
+CHUNKS = chunk_keys(SPACE.digest(), range(COUNT), 1)
+Make = Callable[..., Any]
+
+
+class Worker:
+    """One engine's blocks of SIZE bytes, a chunk each, and its loader."""
+
+    def __init__(self, url: str, timeout: float = 20.0, blocks: int = COUNT) -> None:
+        self.rows = torch.zeros(blocks, SIZE // 8, dtype=torch.int64)
+        self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
+        self.copier = PageCopier((self.rows,))
+        finished = lambda *what: self.done.put(what)  # noqa: E731
+        self.loader = Loader(url, lambda: None, self.copier, "s", SIZE, timeout, lambda load: True, finished)
+
+    def load(self, positions: range = range(COUNT), name: str = "r") -> None:
+        """Each chunk into the block of its number."""
+        chunks = tuple(ChunkBlocks(CHUNKS[at], (at,)) for at in positions)
+        self.loader.submit(Load(name, chunks, None, 1))
+
+    def loaded(self) -> tuple[list[int], dict[str, int]]:
+        _, failed, causes = self.done.get(timeout=60)
+        return failed, causes
+
+
+@pytest.fixture
+def make_worker() -> Iterator[Make]:
+    made: list[Worker] = []
+
+    def make(*arguments: Any, **options: Any) -> Worker:
+        made.append(Worker(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.loader.close()
+        assert worker.done.empty()
+        assert not worker.loader._thread.is_alive()
+
+
+@pytest.fixture
+def content() -> torch.Tensor:
+    return torch.randint(1, 1 << 60, (COUNT, SIZE // 8), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def stocked(daemon: Any, tmp_path: Any, content: torch.Tensor) -> Any:
+    """A daemon with 1 MiB of memory and all chunks on disk, which one store has put there."""
+    running = daemon(memory="1MiB", page_size="4KiB", disk_path=tmp_path / "disk", disk="1GiB")
+    done: queue.Queue[dict[str, int]] = queue.Queue()
+    storer = Storer(
+        running.url,
+        lambda: None,
+        PageCopier((content,)),
+        "s",
+        SIZE,
+        lambda store: True,
+        lambda job, causes: done.put(causes),
+    )
+    storer.submit(
+        StoreJob(Store("r", SPACE, b"", tuple(ChunkBlocks(each, (at,)) for at, each in enumerate(CHUNKS)), None, 1))
+    )
+    assert done.get(timeout=60) == {}
+    with running.client() as client:
+        client.flush()
+    storer.close()
+    return running
+
+
+def test_a_load_larger_than_the_memory_arrives_whole(stocked: Any, make_worker: Make, content: torch.Tensor) -> None:
+    worker = make_worker(stocked.url)
+    worker.load()
+    assert worker.loaded() == ([], {})
+    assert torch.equal(worker.rows, content)
+    assert stocked.status()["leases"] == 0
+
+
+def test_a_store_that_gets_no_room_ends_and_the_next_does_not_wait(
+    stocked: Any, content: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of requests that have ended wait for their stores."""
+    monkeypatch.setattr(storer_module, "_NO_ROOM_S", 0.05)
+    monkeypatch.setattr(storer_module, "_FULL_S", 3600.0)
+    pauses: list[float] = []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda pause: pauses.append(pause) or time.sleep(pause))
+    monkeypatch.setattr(storer_module, "time", clock)
+    done: queue.Queue[dict[str, int]] = queue.Queue()
+    finished = lambda job, causes: done.put(causes)  # noqa: E731
+    storer = Storer(stocked.url, lambda: None, PageCopier((content,)), "s", SIZE, lambda store: True, finished)
+    other = chunk_keys(SPACE.digest(), range(500, 504), 1)
+    with stocked.client().acquire([object_key(chunk, "s") for chunk in CHUNKS[:16]]):
+        for waits in (True, False):
+            pauses.clear()
+            store = Store("r", SPACE, b"", tuple(ChunkBlocks(each, (at,)) for at, each in enumerate(other)), None, 1)
+            storer.submit(StoreJob(store))
+            assert done.get(timeout=60) == {"full": 1, "no_parent": 3}
+            assert bool(pauses) == waits
+    storer.close()
+
+
+def test_so_do_several_at_once_in_two_engines(stocked: Any, make_worker: Make, content: torch.Tensor) -> None:
+    one, two = make_worker(stocked.url), make_worker(stocked.url)
+    for worker in (one, two):
+        worker.load(name="a")
+        worker.load(name="b")
+    for worker in (one, two, one, two):
+        assert worker.loaded() == ([], {})
+    assert torch.equal(one.rows, content)
+    assert torch.equal(two.rows, content)
+
+
+def test_a_load_waits_for_room_that_others_hold(
+    stocked: Any, make_worker: Make, content: torch.Tensor, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    monkeypatch.setattr(loader_module, "_NO_ROOM_S", 60.0)
+    worker, client = make_worker(stocked.url), stocked.client()
+    keys = [object_key(chunk, "s") for chunk in CHUNKS[:16]]
+    with client.acquire(keys) as reading:
+        assert all(reading.slots)
+        worker.load(range(16, 48))
+        eventually(lambda: stocked.status()["counters"].get("acquire.failed.memory_full", 0) > 2, "it asks again")
+        assert worker.done.empty()
+    assert worker.loaded() == ([], {})
+    assert torch.equal(worker.rows[16:48], content[16:48])
+
+
+def test_room_that_nobody_gives_is_waited_for_a_while(
+    stocked: Any, make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_NO_ROOM_S", 0.1)
+    worker, client = make_worker(stocked.url), stocked.client()
+    with client.acquire([object_key(chunk, "s") for chunk in CHUNKS[:16]]):
+        worker.load(range(16, 20))
+        assert worker.loaded() == ([16, 17, 18, 19], {"memory_full": 4})
+        worker.load(range(8, 20))  # what is there is of use
+        assert worker.loaded() == ([16, 17, 18, 19], {"memory_full": 4})
+    assert stocked.status()["leases"] == 0
+
+
+def test_what_a_silent_daemon_brought_before_counts(
+    stocked: Any, make_worker: Make, content: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(stocked.url, timeout=2.0)
+    scatter, copied = worker.copier.scatter, []
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        scatter(*arguments, **options)
+        copied.append(arguments)
+        if len(copied) == 40:
+            stocked.send(signal.SIGSTOP)
+
+    monkeypatch.setattr(worker.copier, "scatter", watched)
+    worker.load()
+    failed, causes = worker.loaded()
+    stocked.send(signal.SIGCONT)
+    assert causes == {"deadline": 1}
+    assert failed == list(range(failed[0], COUNT))
+    assert 0 < failed[0] <= len(copied)
+    assert torch.equal(worker.rows[: failed[0]], content[: failed[0]])
