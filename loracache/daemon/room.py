@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reserving for a writer that waits for room, rather than have queued writes given up. Threading: the event loop."""
+"""For writers who want to keep: reserving that waits for room rather than have queued writes given up, and what a flush
+says. Threading: the event loop.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,13 @@ from loracache.cache.state.leases import Writing
 from loracache.control.steps import answer, done
 from loracache.results import Cause
 from loracache.storage_backends.base import ObjectInfo
+from loracache.tiers import Tier
 from loracache.wire.protocol import Reserve
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
 
-__all__ = ["reserve_in_time"]
+__all__ = ["durable_since", "reserve_in_time"]
 
 
 async def reserve_in_time(
@@ -58,3 +61,14 @@ def _while(
         yield
     reserving.close()
     return []
+
+
+def durable_since(interval: int, cache: TieredCache, unkept: Sequence[bytes]) -> dict[str, list[int]]:
+    """What a flush answers. unkept: namespaces without a descriptor on disk, whose objects a restart may not find."""
+    told = cache.flushes.since(interval)
+    if Tier.DISK.label in told:
+        spaces = cache.index.spaces
+        durable, given_up = told[Tier.DISK.label]
+        lost = min(durable, sum(spaces[each].objects[Tier.DISK] for each in unkept if each in spaces))
+        told[Tier.DISK.label] = [durable - lost, given_up + lost]
+    return told

@@ -21,10 +21,10 @@ from loracache.cache.state.slices import advance
 from loracache.control.steps import answer, start
 from loracache.daemon.data_requests import DataRequests
 from loracache.daemon.inbox import PAUSE, Inbox
+from loracache.daemon.room import durable_since
 from loracache.daemon.turns import Turns
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.keys import KEY_BYTES
-from loracache.tiers import Tier
 from loracache.wire import protocol
 from loracache.wire.frames import frame
 from loracache.wire.protocol import ERROR, OK, UNKNOWN, split_keys
@@ -354,13 +354,8 @@ class Session(asyncio.Protocol):
         await flushed
         if self._served.namespaces.unkept:
             await self._served.adapters.keep_namespaces()
-        told = self._cache.flushes.since(self._flushed)
+        told = durable_since(self._flushed, self._cache, self._served.namespaces.unkept)
         self._flushed = self._cache.flushes.end()
-        if Tier.DISK.label in told:  # what has no descriptor may not be found after a restart
-            spaces = self._cache.index.spaces
-            lost = sum(spaces[each].objects[Tier.DISK] for each in self._served.namespaces.unkept if each in spaces)
-            durable, given_up = told[Tier.DISK.label]
-            told[Tier.DISK.label] = [durable - min(lost, durable), given_up + min(lost, durable)]
         return [told]
 
     def _on_status(self, number: int, request: protocol.Status) -> None:
