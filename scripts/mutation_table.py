@@ -135,10 +135,10 @@ CACHE = [
         _VICTIMS,
     ),
     Mutation(
-        "a parent is not a victim before its children",
+        "a parent is a victim once its last child is, and not before",
         "loracache/cache/policy/lru.py",
-        "left.get(node, node.children[tier])",
-        "left.get(node, 0)",
+        "if not left[parent] and not parent.offered >> tier & 1",
+        "if not parent.offered >> tier & 1",
         _VICTIMS,
     ),
     Mutation(
