@@ -135,13 +135,6 @@ CACHE = [
         _VICTIMS,
     ),
     Mutation(
-        "a parent is a victim once its last child is, and not before",
-        "loracache/cache/policy/lru.py",
-        "if not left[parent] and not parent.offered >> tier & 1",
-        "if not parent.offered >> tier & 1",
-        _VICTIMS,
-    ),
-    Mutation(
         "a choice of victims that does not suffice changes nothing",
         "loracache/cache/room.py",
         "if freed < missing:",
