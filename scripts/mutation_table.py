@@ -135,13 +135,6 @@ CACHE = [
         _VICTIMS,
     ),
     Mutation(
-        "a parent is not a victim before its children",
-        "loracache/cache/policy/lru.py",
-        "left.get(node, node.children[tier])",
-        "left.get(node, 0)",
-        _VICTIMS,
-    ),
-    Mutation(
         "a choice of victims that does not suffice changes nothing",
         "loracache/cache/room.py",
         "if freed < missing:",

@@ -57,20 +57,25 @@ class Remover:
     def remove_all(self, tiers: Collection[Tier], did: Evicted) -> Iterator[None]:
         """Take everything that is there now out of `tiers` (out of Redis: what the index knows of), as `remove`."""
         there = list(self._index)
-        roots = (node for node in there if node.parent is None)  # looked for a slice at a time
+        there.reverse()
+        going = (there.pop() for _ in range(len(there)))  # so that what has gone is kept by nobody
+        roots = (node for node in going if node.parent is None)  # looked for a slice at a time
         if Tier.DISK in tiers and self._disk is not None:
             objects, nbytes = self._disk.drop_left_alone()
             did.objects += objects
             did.nbytes += nbytes
-        yield from self._remove_below(roots, tiers, did)
+        yield from self._remove_below(roots, tiers, did, disjoint=True)
 
-    def _remove_below(self, roots: Iterable[Node], tiers: Collection[Tier], did: Evicted) -> Iterator[None]:
-        for nodes in self._slices(roots):
+    def _remove_below(
+        self, roots: Iterable[Node], tiers: Collection[Tier], did: Evicted, *, disjoint: bool = False
+    ) -> Iterator[None]:
+        for nodes in self._slices(roots, disjoint):
             self._remove(nodes, tiers, did)
             if len(nodes) == _SLICE:  # not the last
                 yield
 
-    def _slices(self, roots: Iterable[Node]) -> Iterator[list[Node]]:
+    def _slices(self, roots: Iterable[Node], disjoint: bool) -> Iterator[list[Node]]:
+        """What is below `roots`, each once. disjoint: none of them is below another."""
         seen: set[Node] = set()
         part: list[Node] = []
         for root in roots:
@@ -79,6 +84,8 @@ class Remover:
                 if len(part) == _SLICE:
                     yield part
                     part = []
+            if disjoint:
+                seen.clear()
         yield part
 
     def _remove(self, nodes: list[Node], tiers: Collection[Tier], total: Evicted) -> None:

@@ -373,9 +373,10 @@ def _receive_greeting(sock: socket.socket) -> tuple[int, protocol.Greeting]:
     data, fds, _, _ = socket.recv_fds(sock, 4096, 1)
     try:
         if data and not fds:
-            for message in Frames().feed(data):
-                if isinstance(message, list) and message[:2] == [0, protocol.ERROR] and len(message) == 3:
-                    raise _Refused(str(message[2])[:500])
+            with contextlib.suppress(ProtocolError):  # it is no daemon at all
+                for message in Frames().feed(data):
+                    if isinstance(message, list) and message[:2] == [0, protocol.ERROR] and len(message) == 3:
+                        raise _Refused(str(message[2])[:500])
         if not data or not fds:
             raise ProtocolError("the server closed the connection or sent no arena; is it a LoRACache daemon?")
         frames = Frames()

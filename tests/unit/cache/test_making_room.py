@@ -55,6 +55,15 @@ def test_a_chain_whose_leaf_is_in_use_is_passed_over(rig_of: Make) -> None:
     assert [rig.node(name) is not None for name in "abcdef"] == [True] * 5 + [False]
 
 
+def test_what_would_not_suffice_is_not_evicted(rig_of: Make) -> None:
+    rig = rig_of(pages=4)
+    rig.chain(*"abcd")
+    rig.acquire("a", "b", "c")
+    assert rig.store("big", size=2 * PAGE) == "full"
+    assert rig.node("d") is not None
+    assert rig.store("small") == ""
+
+
 def test_clean_objects_go_before_any_write_is_given_up(rig_of: Make) -> None:
     rig = rig_of(pages=4, disk=1 << 20)
     rig.store("clean")
