@@ -35,8 +35,19 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "examples"))
 
 NAMES = (
-    "lookup", "rest", "load", "disk", "compress", "redis", "redis_far", "scale", "stalls", "ttft", "overhead", "lora",
-)  # fmt: skip
+    "lookup",
+    "rest",
+    "load",
+    "disk",
+    "compress",
+    "redis",
+    "redis_far",
+    "scale",
+    "stalls",
+    "ttft",
+    "overhead",
+    "lora",
+)
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 

@@ -19,9 +19,7 @@ import pwd
 import stat
 from pathlib import Path
 
-__all__ = [
-    "make_folder", "make_folders", "open_file", "own_folder", "owner_fault", "sync_folder", "write_file"
-]  # fmt: skip
+__all__ = ["make_folder", "make_folders", "open_file", "own_folder", "owner_fault", "sync_folder", "write_file"]
 
 
 def make_folder(path: Path, *, sync: bool = False) -> str:

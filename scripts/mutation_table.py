@@ -237,7 +237,7 @@ CACHE = [
     Mutation(
         "what was chosen as a victim and is in use by now stays",
         "loracache/cache/room.py",
-        "if node not in protected and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):",
+        "if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):",
         "if node.held_in(Tier.CPU) and not node.children[Tier.CPU]:",
         _cache("slices"),
     ),

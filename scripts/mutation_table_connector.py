@@ -215,7 +215,7 @@ CONNECTOR = [
     Mutation(
         "nothing is stored for an adapter that the worker does not serve",
         "connectors/vllm/scheduler/adapters.py",
-        "return self._digests.get(adapter) == digest",
+        "return self._digests.used(adapter) == digest",
         "return True",
         _STORING,
     ),

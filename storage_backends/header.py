@@ -27,6 +27,7 @@ from loracache.storage_backends.vectors import length
 __all__ = [
     "HEADER_BYTES",
     "MAC_BYTES",
+    "NO_MAC",
     "Header",
     "HeaderError",
     "OtherVersion",

@@ -74,10 +74,8 @@ class TieredCache:
         self.index.on_change = self.events.changed
         self.pins = Pins(self.index, self.events, clock)
         self.writers: list[WriteBehind] = []
-        self._room = Room(
-            arena, self.index, self.leases, self.counters, self._policies, self.writers, self._evict_from_arena,
-            self._in_lower_tier,
-        )  # fmt: skip
+        evict, lower = self._evict_from_arena, self._in_lower_tier
+        self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, lower)
         again = partial(self._queue_writes, promised=True, again=True)
         self._reserver = Reserver(arena, self.index, self.leases, self.counters, self._room.make, self._held, again)
         self._promoter = Promoter(arena, self.index, self.counters, slices, self._room.make, self._arrived, self._lost)

@@ -5,7 +5,7 @@ done. Pure functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from loracache.cache.eviction import Evicted
@@ -18,10 +18,37 @@ from loracache.results import Cause
 from loracache.storage_backends.base import Kind, Outcome
 from loracache.tiers import Tier
 
-__all__ = ["audit_summary", "count_deletions", "count_evicted", "describe_event", "planes", "removable_tiers"]
+__all__ = [
+    "audit_summary",
+    "compressible_tier",
+    "count_deletions",
+    "count_evicted",
+    "describe_event",
+    "own_tier",
+    "planes",
+    "removable_tiers",
+]
 
 _PLANES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _ADAPTER_PLANES = 2  # most are bfloat16; another width compresses less, and is as lossless
+
+
+def own_tier(name: str, tiers: Collection[Tier]) -> Tier:
+    """The tier of that name. Raises UsageError where this daemon, which has `tiers`, does not have it."""
+    tier = Tier.named(name)
+    if tier not in tiers:
+        why = "belongs to the engines" if tier is Tier.GPU else "is not configured here"
+        known = ", ".join(each.label for each in sorted(tiers))
+        raise UsageError(f"tier {tier.label!r} {why}; this daemon has {known}")
+    return tier
+
+
+def compressible_tier(name: str, tiers: Collection[Tier]) -> Tier:
+    """The same, of a tier that may keep its objects compressed."""
+    tier = own_tier(name, tiers)
+    if tier is Tier.CPU:
+        raise UsageError("engines map tier 'cpu' and read its bytes as they are; compress disk or redis")
+    return tier
 
 
 def removable_tiers(names: list[str]) -> list[Tier]:

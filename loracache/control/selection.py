@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from loracache.cache.state.index import Index, Node
-from loracache.errors import Unknown, UsageError
+from loracache.errors import Rejected, Unknown, UsageError
 from loracache.keys import KEY_BYTES, Namespace, TokenArray
 from loracache.namespaces import Namespaces
 
-__all__ = ["ANY_MODEL", "Chain", "Selected", "Selector", "select", "visible"]
+__all__ = ["ANY_MODEL", "Chain", "Selected", "Selector", "all_known", "select", "visible"]
 
 ANY_MODEL = "*"
+_KNOWN_S, _LOOK_S = 8.0, 0.05
 _CHUNKS = 64  # hashed between two looks at the socket
 
 
@@ -138,3 +140,12 @@ def select(selector: Selector, namespaces: Namespaces, scope: str) -> Selected:
     found = namespaces.matching(model, selector.adapter or "", salt or "")
     chains = [Chain(space, tokens) for space in map(namespaces.get, found) if space is not None]
     return Selected(chains=chains, scope=scope)
+
+
+async def all_known(namespaces: Namespaces) -> None:
+    """Wait while the namespaces of an earlier run are read: a model may be known then. Raises Rejected."""
+    for _ in range(int(_KNOWN_S / _LOOK_S)):
+        if not namespaces.reading:
+            return
+        await asyncio.sleep(_LOOK_S)
+    raise Rejected("the namespaces beside the disk tier are being read still; ask again later")

@@ -13,16 +13,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from loracache.cache.eviction import Evicted
-from loracache.control.fields import audit_summary, count_evicted, describe_event, planes, removable_tiers
+from loracache.control.fields import (
+    audit_summary,
+    compressible_tier,
+    count_evicted,
+    describe_event,
+    own_tier,
+    planes,
+    removable_tiers,
+)
 from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
 from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
-from loracache.control.selection import Selected, Selector, select
+from loracache.control.selection import Selected, Selector, all_known, select
 from loracache.control.steps import start, turn
 from loracache.control.transfer import Mover
-from loracache.errors import Rejected, Unknown, UsageError
+from loracache.errors import Unknown, UsageError
 from loracache.keys import is_digest
 from loracache.results import Cause, NodeKind
 from loracache.storage_backends.base import Outcome
@@ -43,7 +51,6 @@ __all__ = ["Control"]
 
 _MOVES_AT_ONCE = 2  # each holds a slice of the arena
 _PART = 500  # keys of one step: a few milliseconds
-_KNOWN_S, _LOOK_S = 8.0, 0.05
 _PAGE = 1000  # items of one answer, however many are asked for: a few milliseconds too
 
 Parts = Iterator[list[bytes]]
@@ -173,17 +180,17 @@ class Control:
         return await self._run(request, operation, self._clear(operation, tiers))
 
     async def _on_admit(self, request: messages.Admit, label: str) -> list[Any]:
-        target = self._own(request.tier)
+        target = own_tier(request.tier, self._cache.tiers)
         return await self._move(request, label, target, wanted=lambda node: not node.held_in(target))
 
     async def _on_move(self, request: messages.Move, label: str) -> list[Any]:
-        source, target = self._own(request.source), self._own(request.tier)
+        source, target = own_tier(request.source, self._cache.tiers), own_tier(request.tier, self._cache.tiers)
         if source is target:
             raise UsageError(f"source and tier are both {source.label}; give two tiers")
         return await self._move(request, label, target, source=source, keep=request.keep)
 
     async def _on_compress(self, request: messages.Compress, label: str) -> list[Any]:
-        tier = self._compressible(request.tier)
+        tier = compressible_tier(request.tier, self._cache.tiers)
         return await self._move(
             request,
             label,
@@ -196,16 +203,12 @@ class Control:
         )
 
     async def _on_decompress(self, request: messages.Decompress, label: str) -> list[Any]:
-        tier = self._compressible(request.tier)
-        return await self._move(
-            request,
-            label,
-            tier,
-            source=tier,
-            planes=lambda node: 0,
-            wanted=lambda node: tier is not Tier.DISK or bool(node.stored),
-            in_redis=lambda stored: tier is not Tier.REDIS or bool(stored),
-        )
+        tier = compressible_tier(request.tier, self._cache.tiers)
+        wanted = {
+            "wanted": lambda node: tier is not Tier.DISK or bool(node.stored),
+            "in_redis": lambda stored: tier is not Tier.REDIS or bool(stored),
+        }
+        return await self._move(request, label, tier, source=tier, planes=lambda node: 0, **wanted)
 
     async def _on_operation_show(self, request: messages.OperationShow, label: str) -> list[Any]:
         operation = self.operations.get(request.name, request.scope)
@@ -252,7 +255,7 @@ class Control:
         return [end, *objects]
 
     async def _on_tree(self, request: messages.Tree, label: str) -> list[Any]:
-        await self._all_known()
+        await all_known(self._namespaces)
         end, found = self._listing.tree(request.name, request.after, min(request.count, _PAGE), request.scope)
         adapters = [node for node in found if node["kind"] == NodeKind.ADAPTER]
         names = self._adapters.names() if adapters and not request.scope else {}
@@ -373,19 +376,11 @@ class Control:
 
     async def _selector(self, request: Any) -> Selector:
         """The request's selector, an adapter by its digest."""
-        await self._all_known()
+        await all_known(self._namespaces)
         fields = dict(request.selector)
         if fields.get("adapter"):
             fields["adapter"] = await self._digest(fields["adapter"], len(fields) == 1, request.scope)
         return Selector(**fields)
-
-    async def _all_known(self) -> None:
-        """Wait while the namespaces of an earlier run are read: a model may be known then. Raises Rejected."""
-        for _ in range(int(_KNOWN_S / _LOOK_S)):
-            if not self._namespaces.reading:
-                return
-            await asyncio.sleep(_LOOK_S)
-        raise Rejected("the namespaces beside the disk tier are being read still; ask again later")
 
     async def _digest(self, name: str, alone: bool, scope: str) -> str:
         """Of an adapter by name or digest; `alone`: nothing else is selected, so that there must be one."""
@@ -400,18 +395,3 @@ class Control:
         if scope:  # what there is of it is none of the tenant's
             return "0" * 64
         raise Unknown(f"no adapter has the name or digest {str(name)[:200]!a}; see: loracache adapters list")
-
-    def _own(self, name: str) -> Tier:
-        """The tier of that name. Raises UsageError where this daemon does not have it."""
-        tier = Tier.named(name)
-        if tier not in self._cache.tiers:
-            why = "belongs to the engines" if tier is Tier.GPU else "is not configured here"
-            known = ", ".join(each.label for each in sorted(self._cache.tiers))
-            raise UsageError(f"tier {tier.label!r} {why}; this daemon has {known}")
-        return tier
-
-    def _compressible(self, name: str) -> Tier:
-        tier = self._own(name)
-        if tier is Tier.CPU:
-            raise UsageError("engines map tier 'cpu' and read its bytes as they are; compress disk or redis")
-        return tier

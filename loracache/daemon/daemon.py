@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from loracache.daemon.lag import LoopLag
 from loracache.daemon.listening import listen, most_clients, unlink, unlink_unless_locked
 from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
 from loracache.daemon.processes import Peer
+from loracache.daemon.scanning import Scan
 from loracache.daemon.session import Served, Session
-from loracache.storage_backends.base import ObjectInfo
 from loracache.tiers import Tier
 from loracache.tracing import start_traces, stop_traces
 from loracache.wire import protocol
@@ -54,7 +53,6 @@ _ACCEPT_PAUSE_S = 1.0
 _SAY_AGAIN_S = 10.0
 _END_S = 3.0  # to end in after the draining, whatever hangs: most of it is waiting, _LEFT_S are for the last steps
 _LEFT_S, _SURE_S = 1.5, 0.3
-_SCAN_SLICE = 200  # objects entered between two looks at the socket: a few milliseconds
 _UNUSED_S, _UNUSED_WITH_REDIS_S = 3600.0, 7 * 24 * 3600.0  # a namespace without objects is kept so long
 _LINGER_S = 1.0  # an engine's processes connect one after another, some to see whether anybody answers
 _PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
@@ -132,7 +130,7 @@ class Daemon:
         background = [loop.create_task(work) for work in (self._tick(), self._lag.watch())]
         self._start("populate", self._populate)
         if self.cache.disk is not None:
-            self._start("disk-scan", self._scan)
+            self._start("disk-scan", Scan(self.cache, self._namespaces, self._names, self._post, self._stopping).run)
         if self.config.private:
             loop.call_later(_PRIVATE_PATIENCE_S, self._end_if_alone)
         if self._rest is not None:
@@ -278,77 +276,6 @@ class Daemon:
         self.cache.arena.populate(self._stopping.is_set)
         _log.info("arena of %d MiB ready after %.1f s", self.cache.arena.size >> 20, time.monotonic() - started)
 
-    def _scan(self) -> None:
-        """Feed what stands beside and in the disk tier to the loop, a slice at a time, so that the socket answers
-        meanwhile: the namespaces first, for a chain's parent may be an adapter that only they tell of."""
-        assert self.cache.disk is not None
-        disk = self.cache.disk
-
-        def adopt(infos: list[ObjectInfo], left: list[ObjectInfo]) -> None:
-            left.extend(disk.adopt(infos))
-
-        if not disk.io.standing.reads:
-            self._post(disk.writer.start)  # what is asked of it is refused, and nobody waits
-            while not disk.io.standing.reads:
-                if self._stopping.wait(_TICK_S):
-                    return
-            self._namespaces.reading = True
-            self._post(self._read_names)
-        try:
-            for found in self._namespaces.files():
-                if not self._feed(partial(self._namespaces.learn, found)):
-                    return
-        except OSError as error:
-            _log.error("the namespaces beside the disk tier cannot be read: %s", error)
-        if not self._feed(self._namespaces_read):
-            return
-        waiting: list[ObjectInfo] = []
-        try:
-            objects = disk.io.backend.scan()
-            while infos := list(itertools.islice(objects, _SCAN_SLICE)):
-                if not self._feed(partial(adopt, infos, waiting)):
-                    return
-        except OSError as error:
-            _log.error("the disk tier cannot be read and starts empty: %s", error)
-        while waiting:  # a child may have come before its parent
-            left: list[ObjectInfo] = []
-            for at in range(0, len(waiting), _SCAN_SLICE):
-                if not self._feed(partial(adopt, waiting[at : at + _SCAN_SLICE], left)):
-                    return
-            if len(left) == len(waiting):
-                break
-            waiting = left
-        self._post(lambda: self._scanned(waiting))
-
-    def _feed(self, call: Callable[[], None]) -> bool:
-        """Have `call` called on the loop, and wait for that; False where the daemon ends."""
-        done = threading.Event()
-
-        def do() -> None:
-            try:
-                call()
-            finally:
-                done.set()
-
-        if self._stopping.is_set():
-            return False
-        self._post(do)
-        while not done.wait(0.1):
-            if self._stopping.is_set():  # the loop is gone that would have set it
-                return False
-        return True
-
-    def _read_names(self) -> None:
-        """Of a disk that was out of reach when the daemon started."""
-        try:
-            self._names.read()
-        except OSError as error:
-            _log.error("the names beside the disk tier cannot be read: %s", error)
-
-    def _namespaces_read(self) -> None:
-        self._namespaces.reading = False
-        self.cache.index.adapters.update(map(bytes.fromhex, self._namespaces.adapters()))
-
     def _collect_namespaces(self) -> None:
         """Forget some that hold nothing. What Redis holds nobody knows, so with one they are kept for long."""
         spaces, registered = self.cache.index.spaces, self._served.registered
@@ -357,11 +284,6 @@ class Daemon:
             lambda digest: digest in spaces or digest in registered, unused_s, time.monotonic()
         )
         self.cache.index.adapters.difference_update(map(bytes.fromhex, gone))
-
-    def _scanned(self, orphans: list[ObjectInfo]) -> None:
-        assert self.cache.disk is not None
-        self.cache.disk.adopted_all(orphans, self.cache.disk.io.backend.left_alone())
-        _log.info("disk tier: %d objects found, %d orphans dropped", self.cache.index.objects[2], len(orphans))
 
     async def _drain(self) -> None:
         for session in list(self._sessions):

@@ -174,7 +174,6 @@ def bad(folder: Path) -> dict[str, tuple[str, str]]:
         "no b": (peft(folder / "b", tensors={A: good[A]}), f"{weights}: module .*q_proj.* has no lora_B"),
         "int": (peft(folder / "int", tensors=good | {A: good[A].astype(np.int8)}), f"{weights}.*{re.escape(A)}.*I8"),
         "other": (peft(folder / "other", tensors=good | {"x": nan}), f"{weights}: tensor 'x'.* not a LoRA weight"),
-        "target": (peft(folder / "target", target_modules=["v_proj"]), f"{weights}: target module 'v_proj'"),
         "dora": (peft(folder / "dora", use_dora=True), f"{config}: use_dora=True is not supported"),
         "cut": (str(folder / "cut"), f"{weights} is not a safetensors file"),
         "pickle": (str(folder / "lost"), rf"{weights}' cannot be read.*\.bin is a pickle"),

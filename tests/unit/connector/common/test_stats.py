@@ -28,8 +28,11 @@ def test_counts_are_taken_once_and_nothing_where_nothing_was_done() -> None:
     assert stats is not None
     assert not stats.is_empty()
     assert stats.data == {
-        "loads": 1, "load_seconds": 0.75, "load_failures.absent": 2, "load_failures.checksum": 1,
-    }  # fmt: skip
+        "loads": 1,
+        "load_seconds": 0.75,
+        "load_failures.absent": 2,
+        "load_failures.checksum": 1,
+    }
     assert tally.take() is None
 
 

@@ -92,9 +92,11 @@ def test_folders_that_nobody_asks_for_again_are_forgotten_with_their_questions()
     numbers = iter(range(1, 1 << 30))
     abandoned: list[int] = []
     link: Any = SimpleNamespace(
-        answering=lambda: True, ask_adapter_add=lambda place: next(numbers), answer=lambda number: (False, None),
+        answering=lambda: True,
+        ask_adapter_add=lambda place: next(numbers),
+        answer=lambda number: (False, None),
         abandon=abandoned.append,
-    )  # fmt: skip
+    )
     folders = Folders(link, 60.0)
     for number in range(MANY):
         folders.ask(f"/proc/self/../{'./' * (number % 100)}{'/' * (number // 100)}")
@@ -228,9 +230,11 @@ def test_names_of_the_cache_are_remembered_of_the_last(monkeypatch: pytest.Monke
     numbers = iter(range(1, 1 << 30))
     models: Any = SimpleNamespace(
         engine_client=SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=transfer), add_lora=add_lora),
-        lora_requests={"given": LoRARequest("given", 1 << 20, "/a/folder")}, resolve_lora=stock,
-        lora_id_counter=SimpleNamespace(inc=lambda by: next(numbers)), lora_resolver_lock=defaultdict(asyncio.Lock),
-    )  # fmt: skip
+        lora_requests={"given": LoRARequest("given", 1 << 20, "/a/folder")},
+        resolve_lora=stock,
+        lora_id_counter=SimpleNamespace(inc=lambda by: next(numbers)),
+        lora_resolver_lock=defaultdict(asyncio.Lock),
+    )
     resolver.resolve_names_through_the_cache(models)
 
     async def ask() -> None:
