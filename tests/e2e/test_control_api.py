@@ -232,6 +232,8 @@ def test_operations_are_listed_shown_and_cancelled(world: SimpleNamespace, promp
     assert world.call("GET", place, template, params={"wait": 10})["state"] == "done"
     assert started["id"] in [item["id"] for item in world.call("GET", "/v1/operations")["operations"]]
     assert world.call("DELETE", place, template)["state"] == "done"
+    flushed = world.call("POST", "/v1/flush")
+    assert flushed["durable"].keys() == flushed["given_up"].keys() == {"disk", "redis"}
 
 
 def test_health_statistics_metrics_and_settings(world: SimpleNamespace) -> None:
