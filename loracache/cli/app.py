@@ -8,6 +8,7 @@ script waits for.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,7 +122,7 @@ def serve(
     set_up_logging(settings.log_level, settings.log_format)
 
     async def main_task() -> None:
-        await Daemon(settings).run()
+        await Daemon(settings, give_up=os._exit).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main_task())

@@ -59,11 +59,15 @@ _PRIVATE_PATIENCE_S = 120.0  # a private daemon nobody ever connected to
 
 
 class Daemon:
-    """One running cache. `run` serves until SIGTERM, SIGINT or, where private, until the last client is gone."""
+    """One running cache. `run` serves until SIGTERM, SIGINT or, where private, until the last client is gone.
 
-    def __init__(self, config: Config) -> None:
+    give_up(status): ends the process where something hangs at its end; None where the process is not the daemon's own.
+    """
+
+    def __init__(self, config: Config, give_up: Callable[[int], object] | None = None) -> None:
         """Takes the socket and the tiers. Raises ConfigError naming what is in the way."""
         self.config = config
+        self._give_up = give_up
         self._started = time.monotonic()
         self._lag = LoopLag()
         self._sessions: set[Session] = set()
@@ -141,7 +145,8 @@ class Daemon:
             os.write(sys.stdout.fileno(), READY)
         await self._ended.wait()
         self._end_by = time.monotonic() + self.config.drain + _END_S
-        threading.Thread(target=self._last_resort, name="last-resort", daemon=True).start()
+        if self._give_up is not None:
+            threading.Thread(target=self._last_resort, args=(self._give_up,), name="last-resort", daemon=True).start()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()  # whoever comes from now on is told at once, and a private daemon's successor waits
         for task in background:
@@ -306,12 +311,12 @@ class Daemon:
                         self.config.drain,
                     )
 
-    def _last_resort(self) -> None:
+    def _last_resort(self, give_up: Callable[[int], object]) -> None:
         """End the process, whatever hangs."""
         time.sleep(max(0.0, self._end_by - _SURE_S - time.monotonic()))
         _log.error("%s hangs and is given up; ended", self._step)
         unlink(self.config.socket)
-        os._exit(1)
+        give_up(1)
 
     def _close(self) -> None:
         self._stopping.set()
