@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -177,9 +178,11 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.start_stores()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """What was done since the last step; asked of both sides."""
+        """What was done since the last step; asked of both sides. None where our plugin did not tell vLLM of our name:
+        in a MultiConnector that would end the engine."""
         side = self._worker or self._scheduler
-        return side.tally.take() if side is not None else None
+        known = type(self).__name__ in KVConnectorFactory._registry
+        return side.tally.take() if side is not None and known else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

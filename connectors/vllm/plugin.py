@@ -42,6 +42,7 @@ def register() -> None:
             _log.warning("%s: its plugin stays out of the way, and lora_pool cannot be set", unknown)
         return
     wanted = {
+        "vllm.distributed.kv_transfer.kv_connector.factory": _name_connector,
         "vllm.v1.worker.lora_model_runner_mixin": _patch_worker,
         "vllm.v1.core.sched.scheduler": _patch_scheduler,
         "vllm.v1.engine.core": tell_of_reloads,
@@ -50,6 +51,13 @@ def register() -> None:
         "vllm.entrypoints.openai.models.serving": _patch_front_end,
     }
     patches.install(wanted)
+
+
+def _name_connector(factory: Any) -> None:
+    """Inside a MultiConnector vLLM finds the class of what was counted by its name, among those it knows."""
+    name = "LoRACacheConnector"
+    if name not in factory.KVConnectorFactory._registry:
+        factory.KVConnectorFactory.register_connector(name, "loracache.connectors.vllm.connector", name)
 
 
 def _wants_pool(vllm_config: Any) -> bool:
