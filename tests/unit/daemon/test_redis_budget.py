@@ -23,7 +23,7 @@ def test_what_is_written_beyond_the_budget_pushes_the_oldest_out(
     other = daemon(memory="16MiB", redis=server.url)  # without a budget
 
     def taken() -> int:
-        return sum(server.redis.memory_usage(key) for key in server.redis.keys("loracache:{*"))
+        return sum(server.redis.memory_usage(key) or 0 for key in server.redis.keys("loracache:{*"))
 
     for number, each in enumerate((other, running)):
         with CacheClient(each.url) as client:
