@@ -117,7 +117,7 @@ def _descriptors(target: Target, prefix: str) -> set[bytes]:
     """The namespaces that the Redis has a word on."""
     fields = RedisHash(target, f"{prefix}:namespaces")
     try:
-        return {LORA_NAMESPACE, *fields.ask(lambda server: server.hgetall(fields.key))}
+        return {LORA_NAMESPACE, *fields.all()}
     finally:
         fields.close()
 

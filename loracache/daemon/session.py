@@ -292,15 +292,16 @@ class Session(asyncio.Protocol):
 
     def _on_register(self, number: int, request: protocol.Register) -> None:
         namespace = self._served.namespaces.register(request.descriptor, request.names)
-        if namespace.digest() not in self._registered:
-            self._registered.add(namespace.digest())
-            self._served.registered[namespace.digest()] += 1
+        digest = namespace.digest()
+        if digest not in self._registered:
+            self._registered.add(digest)
+            self._served.registered[digest] += 1
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
-        if namespace.digest() in self._served.namespaces.unkept:
-            self._later(number, self._kept(namespace.digest()))
+        if digest in self._served.namespaces.unkept:
+            self._later(number, self._kept(digest))
         else:
-            self._answer(number, OK, [namespace.digest()])
+            self._answer(number, OK, [digest])
 
     async def _kept(self, digest: bytes) -> list[Any]:
         """Answers when the descriptor is as durable as what will be stored under it; a disk that hangs or is full keeps

@@ -53,7 +53,7 @@ class Descriptors:
 
     def all(self) -> dict[bytes, bytes]:
         """All fields. Raises Unavailable."""
-        return dict(self._hash.ask(lambda server: server.hgetall(self._hash.key)))
+        return self._hash.all()
 
     def forget(self, fields: Collection[bytes]) -> None:
         """Drop fields. Raises Unavailable."""

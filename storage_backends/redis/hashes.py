@@ -42,6 +42,10 @@ class RedisHash:
             raise Unavailable(f"redis {self._target.place}: {said}")
         raise AssertionError
 
+    def all(self) -> dict[bytes, bytes]:
+        """All fields. Raises Unavailable."""
+        return dict(self.ask(lambda server: server.hgetall(self.key)))
+
     def close(self) -> None:
         """Closes all connections. No call follows."""
         self._owner.close()

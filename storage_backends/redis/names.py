@@ -28,7 +28,7 @@ class RedisNames(SharedNames):
         return cast("bytes | None", self._hash.ask(lambda server: server.hget(self._hash.key, name)))
 
     def all(self) -> list[bytes]:
-        return list(self._hash.ask(lambda server: server.hgetall(self._hash.key)).values())
+        return list(self._hash.all().values())
 
     def put(self, name: str, record: bytes, *, only_new: bool = False) -> None:
         self._hash.ask(lambda server: (server.hsetnx if only_new else server.hset)(self._hash.key, name, record))

@@ -5,22 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from loracache.client.connection import Reply
-from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
 from loracache.connectors.vllm.worker import loader as loader_module
-from loracache.connectors.vllm.worker.loader import Loader
 from loracache.errors import Unavailable
-from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace, checksum, chunk_keys
 from loracache.wire import protocol
 
@@ -31,39 +27,9 @@ CHUNKS = chunk_keys(SPACE.digest(), range(COUNT), 1)
 Make = Callable[..., Any]
 
 
-class Worker:
-    """One engine's blocks of SIZE bytes, a chunk each, and its loader."""
-
-    def __init__(self, url: str, timeout: float = 20.0, blocks: int = COUNT) -> None:
-        self.rows = torch.zeros(blocks, SIZE // 8, dtype=torch.int64)
-        self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
-        self.copier = PageCopier((self.rows,))
-        finished = lambda *what: self.done.put(what)  # noqa: E731
-        self.loader = Loader(url, lambda: None, self.copier, "s", SIZE, timeout, lambda load: True, finished)
-
-    def load(self, positions: range = range(COUNT), name: str = "r") -> None:
-        """Each chunk into the block of its number."""
-        chunks = tuple(ChunkBlocks(CHUNKS[at], (at,)) for at in positions)
-        self.loader.submit(Load(name, chunks, None, 1))
-
-    def loaded(self) -> tuple[list[int], dict[str, int]]:
-        _, failed, causes = self.done.get(timeout=60)
-        return failed, causes
-
-
 @pytest.fixture
-def make_worker() -> Iterator[Make]:
-    made: list[Worker] = []
-
-    def make(*arguments: Any, **options: Any) -> Worker:
-        made.append(Worker(*arguments, **options))
-        return made[-1]
-
-    yield make
-    for worker in made:
-        worker.loader.close()
-        assert worker.done.empty()
-        assert not worker.loader._thread.is_alive()
+def make_worker(make_rows_worker: Make) -> Make:
+    return partial(make_rows_worker, CHUNKS, SIZE)
 
 
 class ScriptedConnection:
