@@ -153,6 +153,15 @@ class NetCluster:
             for state in states
         )
 
+    def agreed(self) -> bool:
+        """Whether all nodes name the same owners, by claims of the same age. A node that takes a slot before it has
+        heard of the last such claim makes one that is no newer, and the others may then give the slot back.
+        """
+        told = [node.redis.execute_command("CLUSTER SLOTS") for node in self.nodes]
+        owners = [sorted((first, last, master[1]) for first, last, master, *_ in ranges) for ranges in told]
+        epochs = [node.redis.execute_command("CLUSTER INFO")["cluster_current_epoch"] for node in self.nodes]
+        return all(each == owners[0] for each in owners) and len(set(epochs)) == 1
+
     def owner(self, slot: int) -> int:
         """The number of the node that says it has the slot."""
         for number, node in enumerate(self.nodes):
@@ -169,6 +178,7 @@ class NetCluster:
             source.execute_command("MIGRATE", "127.0.0.1", self.nodes[to].tls_port, "", 0, 5000, "KEYS", *keys)
         for node in (target, source):
             node.execute_command("CLUSTER SETSLOT", slot, "NODE", self.id(to))
+        self._eventually(self.agreed, "the nodes agree on who has the slots")
 
     def begin_move(self, slot: int, to: int) -> None:
         """From now on the keys of the slot that are not there are asked for at the other node."""
