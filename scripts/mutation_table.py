@@ -130,7 +130,7 @@ CACHE = [
     Mutation(
         "an object that was used since it was offered is not the oldest",
         "loracache/cache/policy/lru.py",
-        "        self._take(before)\n        self.offer(node)",
+        "        line.take(before)\n        line.put(node.tick, node)",
         "        pass",
         _VICTIMS,
     ),

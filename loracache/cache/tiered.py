@@ -68,6 +68,7 @@ class TieredCache:
         self.index = Index(lambda tier, node: self._policies[tier].offer(node), arena.free)
         self.index.on_used = lambda tier, node, before: self._policies[tier].used(node, before)
         self.index.on_left = lambda tier, node: self._policies[tier].withdraw(node)
+        self.index.on_gone = lambda tier, node: self._policies[tier].gone(node)
         slices = Slices(post)
         self.leases = Leases(arena, self.index, slices, clock)
         self.events = Events()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eviction policies: one small class each, chosen by name in the configuration.
 
-May import: cache.state, tiers
+May import: cache.state, storage_backends, tiers
 Threads: the daemon's loop alone. A policy orders nodes and changes nothing else.
 """
 
@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Generator
 from typing import Protocol
 
+from loracache.cache.policy.cost import Cost
+from loracache.cache.policy.gdsf import GDSF
 from loracache.cache.policy.lru import LRU
+from loracache.cache.policy.s3_fifo import S3FIFO
+from loracache.cache.policy.sieve import Sieve
 from loracache.cache.state.index import Index, Node
 from loracache.tiers import Tier
 
-__all__ = ["LRU", "POLICIES", "Policy"]
+__all__ = ["GDSF", "LRU", "POLICIES", "S3FIFO", "Cost", "Policy", "Sieve"]
 
 
 class Policy(Protocol):
@@ -29,6 +33,9 @@ class Policy(Protocol):
     def withdraw(self, node: Node) -> None:
         """A node that was offered has left the tier, or is no leaf of it any more."""
 
+    def gone(self, node: Node) -> None:
+        """A node has left the tier, offered or not."""
+
     def victims(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, tuple[list[Node], int]]:
         """Nodes, children before parents, none of them `protected`, and the bytes that they add up to: at least
         `nbytes`, or those of all that may go. Yields between two slices of the choice, for others to be served: what
@@ -36,4 +43,10 @@ class Policy(Protocol):
         """
 
 
-POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {"lru": LRU}
+POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {
+    "lru": LRU,
+    "s3fifo": S3FIFO,
+    "sieve": Sieve,
+    "gdsf": GDSF,
+    "cost": Cost,
+}

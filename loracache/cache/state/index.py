@@ -35,11 +35,12 @@ class Index:
 
     `on_candidate(tier, node)` is called whenever a node may have become a victim; of one that its policy has taken as
     a candidate (`Node.offered`), `on_used(tier, node, its tick before)` when it is used and `on_left(tier, node)` when
-    it leaves the tier or is no leaf of it any more. `free` takes back extents that nobody holds any more. `adapters`
-    are keys that stand for a node without a tier as soon as a chain needs one as its parent: adapters that an engine
-    serves and the cache does not hold. `retained` are keys of adapters that have a name: such a node stays in the tier
-    `retaining_tier`, and in the arena until it is there. `spaces` says what there is of each namespace that has
-    anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every change.
+    it leaves the tier or is no leaf of it any more; `on_gone(tier, node)` whenever a node has left a tier. `free` takes
+    back extents that nobody holds any more. `adapters` are keys that stand for a node without a tier as soon as a chain
+    needs one as its parent: adapters that an engine serves and the cache does not hold. `retained` are keys of adapters
+    that have a name: such a node stays in the tier `retaining_tier`, and in the arena until it is there. `spaces` says
+    what there is of each namespace that has anything, in the order of their digests. `on_change(node, tier, entered,
+    cause)` is told of every change.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], free: Callable[[Iterable[Extent]], None]) -> None:
@@ -47,6 +48,7 @@ class Index:
         self._on_candidate = on_candidate
         self.on_used: Callable[[Tier, Node, int], None] = lambda tier, node, before: None
         self.on_left: Callable[[Tier, Node], None] = lambda tier, node: None
+        self.on_gone: Callable[[Tier, Node], None] = lambda tier, node: None
         self._free = free
         self._clock = itertools.count(1)
         self.adapters: set[bytes] = set()
@@ -164,6 +166,7 @@ class Index:
         node.pins &= ~bit
         if node.offered & bit:
             self.on_left(tier, node)
+        self.on_gone(tier, node)
         self._count(node, tier, -1)
         parent = node.parent
         if parent is not None:

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates of a tier in the order of their ranks, and one pass over them from the front.
+
+A rank is unique in its line. Most candidates come with the highest rank of all: those stand in `_recent`, where that
+costs next to nothing; the others, and those that were looked at, in `_line`. So no call ever has to put right what many
+uses before it left behind.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+from sortedcontainers import SortedDict
+
+from loracache.cache.state.index import Node
+
+__all__ = ["Front", "Line", "R"]
+
+R = TypeVar("R", int, tuple[float, int])
+
+
+class Line(Generic[R]):
+    """Nodes by rank, the first to go in front."""
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[R, Node] = OrderedDict()
+        self._latest: R | None = None  # no rank in `_recent` is above
+        self._line: SortedDict[R, Node] = SortedDict()
+
+    def __len__(self) -> int:
+        return len(self._line) + len(self._recent)
+
+    def all(self) -> dict[R, Node]:
+        """All of them by rank, for audits."""
+        return {**self._line, **self._recent}
+
+    def put(self, rank: R, node: Node) -> None:
+        """`node` stands in line from now on."""
+        if self._latest is None or rank > self._latest:
+            self._recent[rank] = node
+            self._latest = rank
+        else:
+            self._line[rank] = node
+
+    def take(self, rank: R) -> None:
+        """Who stood there does so no more."""
+        if self._recent.pop(rank, None) is None:
+            del self._line[rank]
+
+    def first(self) -> R | None:
+        """The lowest rank."""
+        recent = next(iter(self._recent), None)
+        line = self._line.peekitem(0)[0] if self._line else None
+        return recent if line is None or (recent is not None and recent < line) else line
+
+    def after(self, last: R | None) -> tuple[R, Node] | None:
+        """The next behind a rank, or the first."""
+        upcoming = next(self._line.irange(last, inclusive=(False, True)), None)
+        if self._recent and (upcoming is None or upcoming > next(iter(self._recent))):
+            upcoming, node = self._recent.popitem(last=False)
+            self._line[upcoming] = node
+        return None if upcoming is None else (upcoming, self._line[upcoming])
+
+
+class Front(Generic[R]):
+    """One pass over a line, with those in their places that the pass itself uncovers: parents of what it chose."""
+
+    def __init__(self, line: Line[R]) -> None:
+        self._line: Line[R] = line
+        self._last: R | None = None  # nobody up to here is looked at again
+        self._upcoming: tuple[R, Node] | None = None
+        self._uncovered: list[tuple[R, Node]] = []  # a heap
+
+    def push(self, rank: R, node: Node) -> None:
+        """`node`, which does not stand in line, is looked at where it would."""
+        heapq.heappush(self._uncovered, (rank, node))
+
+    def first(self) -> R | None:
+        """The rank of the next."""
+        if self._upcoming is None:
+            self._upcoming = self._line.after(self._last)
+        if self._uncovered and (self._upcoming is None or self._uncovered[0][0] < self._upcoming[0]):
+            return self._uncovered[0][0]
+        return self._upcoming[0] if self._upcoming is not None else None
+
+    def pop(self) -> tuple[R, Node]:
+        """The next, by rank; `first` has said that there is one."""
+        if self._upcoming is None or (self._uncovered and self._uncovered[0][0] < self._upcoming[0]):
+            return heapq.heappop(self._uncovered)
+        upcoming, self._upcoming = self._upcoming, None
+        self._last = upcoming[0]
+        return upcoming

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an object is worth: the seconds that it takes to have it again when a tier no longer holds it.
+
+KV is loaded from the tier below where that has it, or computed again, whichever is faster; an adapter is never computed
+again: it comes from the tier below, or from where its files are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loracache.cache.state.index import Node
+from loracache.storage_backends.base import Kind
+from loracache.tiers import Tier
+
+__all__ = ["Speeds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Bytes a second, and seconds before the first byte. The defaults are a model of 8B parameters (128 KiB of KV a
+    token, 8,000 tokens a second) beside a local NVMe disk; adapters come from files that have to be read and checked.
+    """
+
+    prefill: float = 8_000 * 128 * 1024
+    disk: float = 2e9
+    disk_latency: float = 0.001
+    origin: float = 0.5e9
+    origin_latency: float = 0.05
+
+    def seconds(self, node: Node, tier: Tier) -> float:
+        """To have `node` again once it has left `tier`."""
+        lower = tier is Tier.CPU and node.held_in(Tier.DISK)
+        loaded = self.disk_latency + node.size / self.disk if lower else float("inf")
+        if node.kind is Kind.LORA:
+            return min(loaded, self.origin_latency + node.size / self.origin)
+        return min(loaded, node.size / self.prefill)
