@@ -30,7 +30,7 @@ from loracache.errors import ConfigError
 from loracache.logs import LogFormat
 
 __all__ = [
-    "ENVIRONMENT", "Config", "holds_password", "http_address", "load_config", "on_loopback", "parse_size",
+    "ENVIRONMENT", "Config", "PolicyName", "holds_password", "http_address", "load_config", "on_loopback", "parse_size",
     "shown_config",
 ]  # fmt: skip
 
@@ -92,6 +92,7 @@ def on_loopback(host: str) -> bool:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
+PolicyName = Literal["lru", "s3fifo", "sieve", "gdsf", "cost", "adaptive"]
 
 
 class Config(BaseModel):
@@ -133,7 +134,11 @@ class Config(BaseModel):
     audit_log: Path | None = Field(
         None, description="File of what operators changed, one JSON object a line; without it the daemon's own log."
     )
-    policy: Literal["lru"] = Field("lru", description="Eviction policy.")
+    policy: PolicyName = Field("lru", description="Who leaves a tier for others.")
+    disk_policy: PolicyName | None = Field(None, description="The same of tier disk; without it as `policy`.")
+    admission: Literal["all", "second_touch"] = Field(
+        "all", description="What is written to disk and Redis: all, or what was asked for twice."
+    )
     drain: float = Field(5.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from loracache.cache.eviction import Evicted, Remover
-from loracache.cache.policy import POLICIES, Policy
+from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.reserving import Reserver
 from loracache.cache.room import Room
 from loracache.cache.state.arena import Arena
@@ -60,6 +60,8 @@ class TieredCache:
         disk_limit: int = 0,
         redis: StorageBackend | None = None,
         policy: str = "lru",
+        disk_policy: str | None = None,
+        admission: str = "all",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.arena = arena
@@ -75,13 +77,13 @@ class TieredCache:
         self.index.on_change = self.events.changed
         self.pins = Pins(self.index, self.events, clock)
         self.writers: list[WriteBehind] = []
-        evict, lower = self._evict_from_arena, self._in_lower_tier
-        self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, lower)
+        evict, below = self._evict_from_arena, self._in_lower_tier
+        self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
         again = partial(self._queue_writes, promised=True, again=True)
         self._reserver = Reserver(arena, self.index, self.leases, self.counters, self._room.make, self._held, again)
         self._promoter = Promoter(arena, self.index, self.counters, slices, self._room.make, self._arrived, self._lost)
-        make = POLICIES[policy]
-        self._policies[Tier.CPU] = make(self.index, Tier.CPU, lambda node: arena.rounded(node.size))
+        self._admission = ADMISSIONS[admission](lambda: max(self.index.objects))
+        self._policies[Tier.CPU] = POLICIES[policy](self.index, Tier.CPU, lambda node: arena.rounded(node.size))
         # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
         self.passing: Counter[bytes] = Counter()
         self.leaving: set[bytes] = set()
@@ -89,11 +91,13 @@ class TieredCache:
         self.redis: WriteBehind | None = None
         self.flushes = Flushes()
         if disk is not None:
-            disk_policy = make(self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
-            self._policies[Tier.DISK] = disk_policy
+            lower = POLICIES[disk_policy or policy](
+                self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size)
+            )
+            self._policies[Tier.DISK] = lower
             io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
             self.disk = DiskTier(
-                io, arena, self.index, self.counters, slices, self.flushes, disk_policy, disk_limit, self._written
+                io, arena, self.index, self.counters, slices, self.flushes, lower, disk_limit, self._written
             )
             self.writers.append(self.disk.writer)
         if redis is not None:
@@ -115,6 +119,8 @@ class TieredCache:
         tiers = 1 << Tier.CPU
         if self.disk is not None and self.disk.io.available:
             tiers |= 1 << Tier.DISK
+        for policy in self._policies.values():
+            policy.asked(keys)
         cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
         return [cpu if node.present & in_cpu else disk for node in self.index.leading(keys, tiers)]
 
@@ -158,6 +164,8 @@ class TieredCache:
                 self.index.touch(node)
                 self.leases.hold(owner, lease_id, ttl, (node,), grip)
                 at_once.append(Acquired(position, node))
+                if self._admission.again(node):
+                    self._used_again(node)
             elif node is not None and node.state(Tier.CPU) is State.LOADING:
                 self._promoter.wait(node, waiter(position))
             elif node is not None and self.disk is not None and self.disk.reads(node):
@@ -229,7 +237,8 @@ class TieredCache:
         self.index.enter(node, Tier.CPU, "stored", item.extents)
         self.counters.add("store.objects")
         self.counters.add("store.bytes", node.size)
-        self._queue_writes(node, item.promised)
+        if item.promised or self._admission.admits(node):
+            self._queue_writes(node, item.promised)
         return Cause.NONE
 
     def pump(self) -> None:
@@ -310,7 +319,7 @@ class TieredCache:
 
     def _in_lower_tier(self, node: Node) -> bool:
         """Whether a clean object of the arena can be had again: from disk, or from Redis, which got it once."""
-        return node.held_in(Tier.DISK) or self.redis is not None
+        return node.held_in(Tier.DISK) or (self.redis is not None and self._admission.admitted(node))
 
     def _evict_from_arena(self, node: Node, cause: str) -> None:
         self.counters.add(f"evict.cpu.{cause}")
@@ -343,6 +352,18 @@ class TieredCache:
             self.disk.queue_write(node, promised=promised)
         if self.redis is not None and not (again and self.disk is not None):
             self.redis.enqueue(node, promised=promised)
+
+    def _used_again(self, node: Node) -> None:
+        """Write down an object of the arena that was not admitted when it came, and its parents with it."""
+        missing = [node]
+        above = node.parent
+        while above is not None and above.held_in(Tier.CPU) and self._admission.again(above):
+            missing.append(above)
+            above = above.parent
+        for each in reversed(missing):
+            if each.key not in self.passing and each.key not in self.leaving:  # which an operation moves now
+                self._queue_writes(each, promised=False)
+        self.pump()
 
     def audit(self) -> list[str]:
         """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""

@@ -90,6 +90,8 @@ class Daemon:
                 disk_limit=config.disk,
                 redis=redis,
                 policy=config.policy,
+                disk_policy=config.disk_policy,
+                admission=config.admission,
             )
             for writer in self.cache.writers:  # what is out of reach is used once it is there
                 writer.io.stand(writer.io.backend.check())

@@ -112,8 +112,7 @@ class StepLoop(asyncio.AbstractEventLoop):
 
 class FaultyBackend(MemoryBackend):
     """The reference backend with faults on order: `fails[what]` is the outcome of every such call until it is
-    removed.
-    """
+    removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,10 +166,11 @@ def payload_of(key: bytes, size: int) -> bytes:
 
 class Rig:
     """The cache, its clock, its backends, and what a client does in one call each. Objects are named by anything.
-    scanned: whether the disk was read already that an earlier run left.
-    """
+    scanned: whether the disk was read already that an earlier run left."""
 
-    def __init__(self, pages: int = 16, disk: int | None = None, redis: bool = False, scanned: bool = True) -> None:
+    def __init__(
+        self, pages: int = 16, disk: int | None = None, redis: bool = False, scanned: bool = True, **options: Any
+    ) -> None:
         self.now = 0.0
         self.posted: deque[Callable[[], None]] = deque()
         self.loop = StepLoop(self.posted)  # type: ignore[abstract]  # what is not there fails when it is called
@@ -184,6 +184,7 @@ class Rig:
             disk_limit=disk or 0,
             redis=self.redis,
             clock=lambda: self.now,
+            **options,
         )
         if self.cache.disk is not None and scanned:
             self.cache.disk.adopted_all([])
@@ -364,8 +365,8 @@ def transitions(monkeypatch: pytest.MonkeyPatch) -> set[Transition]:
 
 @pytest.fixture
 def make_rig(monkeypatch: pytest.MonkeyPatch, transitions: set[Transition]) -> Iterator[Callable[..., Rig]]:
-    """make_rig(pages=16, disk=bytes or None, redis=False, scanned=True) gives a Rig. Its objects change their states
-    as the tables say, and in no other way."""
+    """make_rig(pages=16, disk=bytes or None, redis=False, scanned=True, policy="lru", ...) gives a Rig. Its objects
+    change their states as the tables say, and in no other way."""
     monkeypatch.setattr(tier_io, "Workers", Steps)
     rigs: list[Rig] = []
 

@@ -6,14 +6,15 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from loracache.config import Config, load_config, parse_size
+from loracache.cache.policy import ADMISSIONS, POLICIES
+from loracache.config import Config, PolicyName, load_config, parse_size
 from loracache.errors import ConfigError
 
 SOCKET = {"socket": "/run/lc.sock"}
@@ -268,3 +269,12 @@ def test_secrets_are_not_shown_with_the_configuration(monkeypatch: pytest.Monkey
     assert "hunter2" not in repr(config) + str(config)
     assert config.integrity_key is not None
     assert config.integrity_key.get_secret_value() == "hunter2" * 4
+
+
+def test_the_policies_that_can_be_set_are_those_there_are() -> None:
+    assert set(get_args(PolicyName)) == set(POLICIES)
+    assert set(get_args(Config.model_fields["admission"].annotation)) == set(ADMISSIONS)
+    for policy in POLICIES:
+        assert load_config({**SOCKET, "policy": policy, "disk_policy": policy}).disk_policy == policy
+    with pytest.raises(ConfigError, match="policy='best'"):
+        load_config({**SOCKET, "policy": "best"})

@@ -7,9 +7,11 @@ Threads: the daemon's loop alone. A policy orders nodes and changes nothing else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator
+from collections.abc import Callable, Container, Generator, Sequence
 from typing import Protocol
 
+from loracache.cache.policy.adaptive import Adaptive
+from loracache.cache.policy.admission import AdmitAll, SecondTouch
 from loracache.cache.policy.cost import Cost
 from loracache.cache.policy.gdsf import GDSF
 from loracache.cache.policy.lru import LRU
@@ -18,7 +20,10 @@ from loracache.cache.policy.sieve import Sieve
 from loracache.cache.state.index import Index, Node
 from loracache.tiers import Tier
 
-__all__ = ["GDSF", "LRU", "POLICIES", "S3FIFO", "Cost", "Policy", "Sieve"]
+__all__ = [
+    "ADMISSIONS", "GDSF", "LRU", "POLICIES", "S3FIFO", "Adaptive", "Admission", "AdmitAll", "Cost", "Policy",
+    "SecondTouch", "Sieve",
+]  # fmt: skip
 
 
 class Policy(Protocol):
@@ -36,11 +41,27 @@ class Policy(Protocol):
     def gone(self, node: Node) -> None:
         """A node has left the tier, offered or not."""
 
+    def asked(self, keys: Sequence[bytes]) -> None:
+        """A lookup asks for a chain, held or not."""
+
     def victims(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, tuple[list[Node], int]]:
         """Nodes, children before parents, none of them `protected`, and the bytes that they add up to: at least
         `nbytes`, or those of all that may go. Yields between two slices of the choice, for others to be served: what
         was chosen before may be in use after it, which whoever evicts it has to look at again.
         """
+
+
+class Admission(Protocol):
+    """Says what of the arena is written to the lower tiers."""
+
+    def admits(self, node: Node) -> bool:
+        """Whether an object that has come into the arena is to be written down."""
+
+    def again(self, node: Node) -> bool:
+        """Whether one that is used in the arena is to be written down, which was not to be before."""
+
+    def admitted(self, node: Node) -> bool:
+        """Whether it was to be written down once."""
 
 
 POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {
@@ -49,4 +70,7 @@ POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {
     "sieve": Sieve,
     "gdsf": GDSF,
     "cost": Cost,
+    "adaptive": Adaptive,
 }
+
+ADMISSIONS: dict[str, Callable[[Callable[[], int]], Admission]] = {"all": AdmitAll, "second_touch": SecondTouch}

@@ -42,7 +42,7 @@ class GDSF(Ranked):
 
     def withdraw(self, node: Node) -> None:
         """A candidate has left the tier, which raises L, or is no leaf any more."""
-        height = self._standing[node][0]
+        height = self._standing[node][1][0]
         super().withdraw(node)
         if node.held_in(self._tier):
             return

@@ -52,6 +52,9 @@ class LeafFirst(Generic[R]):
     def gone(self, node: Node) -> None:
         """A node has left the tier, a candidate or not."""
 
+    def asked(self, keys: Sequence[bytes]) -> None:
+        """A lookup asks for a chain, held or not."""
+
     def place(self, node: Node) -> R:
         """The rank that `node` has in its line, or would have there."""
         raise NotImplementedError
@@ -121,28 +124,37 @@ class Ranked(LeafFirst[tuple[float, int]]):
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], lines: int = 1) -> None:
         super().__init__(index, tier, cost, lines)
-        self._standing: dict[Node, tuple[float, int]] = {}
+        self._standing: dict[Node, tuple[int, tuple[float, int]]] = {}  # -> its line, and its rank there
 
     def rank(self, node: Node) -> tuple[float, int]:
-        """Where `node` belongs now."""
+        """Where `node` belongs now, in the line that is its own now."""
         raise NotImplementedError
 
     def place(self, node: Node) -> tuple[float, int]:
         """The rank that `node` has in its line, or would have there."""
-        return self._standing.get(node) or self.rank(node)
+        standing = self._standing.get(node)
+        return self.rank(node) if standing is None else standing[1]
 
     def offer(self, node: Node) -> None:
         """Make `node` a candidate."""
         node.offered |= 1 << self._tier
-        rank = self._standing[node] = self.rank(node)
-        self._lines[self.line_of(node)].put(rank, node)
+        line, rank = self._standing[node] = self.line_of(node), self.rank(node)
+        self._lines[line].put(rank, node)
 
     def used(self, node: Node, before: int) -> None:
         """A candidate was used."""
-        self._lines[self.line_of(node)].take(self._standing.pop(node))
-        self.offer(node)
+        self._move(node)
 
     def withdraw(self, node: Node) -> None:
         """A candidate has left the tier, or is no leaf any more."""
         node.offered &= ~(1 << self._tier)
-        self._lines[self.line_of(node)].take(self._standing.pop(node))
+        line, rank = self._standing.pop(node)
+        self._lines[line].take(rank)
+
+    def _move(self, node: Node) -> None:
+        """A candidate, if it is one, belongs elsewhere now."""
+        standing = self._standing.pop(node, None)
+        if standing is not None:
+            line, rank = standing
+            self._lines[line].take(rank)
+            self.offer(node)

@@ -74,15 +74,11 @@ class S3FIFO(Ranked):
         uses = min(node.hits - known.counted, _MOST_USES)
         if uses < (_PROMOTED_AT if known.queue == _SMALL else 1):
             return False
-        standing = self._standing.pop(node, None)
-        if standing is not None:
-            self._lines[known.queue].take(standing)
         self._bytes[known.queue] -= known.nbytes
         self._bytes[_MAIN] += known.nbytes
         known.counted = node.hits if known.queue == _SMALL else node.hits - uses + 1
         known.queue, known.turn = _MAIN, self._next_turn()
-        if standing is not None:
-            self.offer(node)
+        self._move(node)
         return True
 
     def gone(self, node: Node) -> None:

@@ -54,8 +54,7 @@ class Sieve(Ranked):
             return False
         known.seen = node.tick
         known.lap = self._lap + 1
-        if node in self._standing:
-            super().used(node, 0)
+        self._move(node)
         return True
 
     def gone(self, node: Node) -> None:

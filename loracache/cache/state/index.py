@@ -273,11 +273,11 @@ class Index:
             node = find(key)
             if node is None or not node.present & tiers:
                 break
+            node.hits += 1
             if node.offered:
                 self.touch(node)
             else:
                 node.tick = next(clock)
-            node.hits += 1
             nodes.append(node)
         if nodes:
             self.spaces[nodes[0].namespace].hits += len(nodes)

@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from loracache.cache.policy import POLICIES
 from loracache.cache.state.leases import Writing
 from loracache.cache.state.node import State
 from loracache.cache.tier import io as tier_io
@@ -62,9 +63,9 @@ class Writer:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    def __init__(self, make_rig: Callable[..., Any], clock: list[float]) -> None:
+    def __init__(self, make_rig: Callable[..., Any], clock: list[float], options: dict[str, Any]) -> None:
         super().__init__()
-        self.rig = make_rig(pages=PAGES, disk=DISK, redis=True)
+        self.rig = make_rig(pages=PAGES, disk=DISK, redis=True, **options)
         self.cache = self.rig.cache
         self.clock = clock
         self.rig.cache.index.adapters.add(self.rig.info(ADAPTER).key)
@@ -329,6 +330,20 @@ def test_no_sequence_of_events_loses_a_page_or_serves_wrong_bytes(
     clock = [1000.0]
     monkeypatch.setattr(tier_io, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     run_state_machine_as_test(
-        lambda: CacheMachine(make_rig, clock),  # type: ignore[arg-type]
+        lambda: CacheMachine(make_rig, clock, {}),  # type: ignore[arg-type]
         settings=settings(max_examples=120, stateful_step_count=50),
+    )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"lru"}))
+def test_nor_does_it_with_another_policy_and_admission(
+    policy: str, make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(tier_io, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    options = {"policy": policy, "admission": "second_touch"}
+    run_state_machine_as_test(
+        lambda: CacheMachine(make_rig, clock, options),  # type: ignore[arg-type]
+        settings=settings(max_examples=40, stateful_step_count=50),
     )

@@ -183,9 +183,9 @@ class PolicyMachine(RuleBasedStateMachine):
         for tier, policy in self.tree.policies.items():
             for remembered in (value for value in vars(policy).values() if isinstance(value, dict | set)):
                 assert all(node.held_in(tier) for node in remembered if isinstance(node, Node))
-            known = getattr(policy, "_known", {})
             if hasattr(policy, "_bytes"):
-                assert sum(policy._bytes) == sum(known[node].nbytes for node in known)
+                nbytes = [getattr(known, "nbytes", known) for known in policy._known.values()]
+                assert sum(policy._bytes) == sum(nbytes)
 
 
 @pytest.fixture(params=sorted(POLICIES))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission: what is written down the second time only, with its parents, and what is written down whatever it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loracache.cache.policy.names import Names
+from loracache.cache.state.slices import whole
+from loracache.storage_backends.base import Kind
+from loracache.tiers import Tier
+
+PAGE = 4096
+
+
+@pytest.fixture
+def rig(make_rig: Callable[..., Any]) -> Any:
+    return make_rig(pages=8, disk=64 * PAGE, redis=True, admission="second_touch")
+
+
+def on_disk(rig: Any, *names: object) -> list[bool]:
+    return [rig.info(name).key in rig.disk.held() for name in names]
+
+
+def store(rig: Any, name: object, *, kind: Kind = Kind.KV, promised: bool = False) -> None:
+    info = replace(rig.info(name), kind=kind)
+    (writing,) = whole(rig.cache.reserve(1, b"p", [info], 30.0, promised=promised))
+    rig.commit(1, b"p", [(info.key, rig.write(writing))])
+
+
+def test_a_load_without_reuse_writes_nothing(rig: Any) -> None:
+    for name in range(40):
+        rig.store(name)
+    rig.settle()
+    assert not rig.disk.held()
+    assert not rig.redis.held()
+
+
+def test_what_is_used_in_the_arena_is_written_with_its_parents_and_once(rig: Any) -> None:
+    for name in range(3):
+        rig.store(name, name - 1 if name else None)
+    rig.acquire(1)
+    rig.settle()
+    assert on_disk(rig, 0, 1, 2) == [True, True, False]
+    assert set(rig.redis.held()) == {rig.info(name).key for name in (0, 1)}
+    rig.acquire(1)
+    rig.settle()
+    assert len(rig.redis.stored) == len(rig.disk.stored) == 2
+
+
+def test_what_comes_again_after_it_left_is_written(rig: Any) -> None:
+    rig.store(0)
+    rig.evict(0, tiers=[Tier.CPU])
+    rig.store(0)
+    rig.settle()
+    assert on_disk(rig, 0) == [True]
+
+
+def test_all_is_the_default(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(disk=64 * PAGE)
+    rig.store(0)
+    rig.settle()
+    assert on_disk(rig, 0) == [True]
+
+
+def test_adapters_what_was_promised_and_what_has_a_name_are_written_at_once(rig: Any) -> None:
+    store(rig, "adapter", kind=Kind.LORA)
+    store(rig, 1, promised=True)
+    rig.store(2)
+    rig.cache.retain([rig.info(2).key])
+    rig.settle()
+    assert on_disk(rig, "adapter", 1, 2) == [True] * 3
+
+
+def test_what_an_operation_moves_is_not_written_down_by_that(rig: Any) -> None:
+    rig.store(0)
+    rig.cache.leaving.add(rig.info(0).key)
+    rig.acquire(0)
+    rig.settle()
+    assert on_disk(rig, 0) == [False]
+
+
+def test_names_are_forgotten_by_generations() -> None:
+    names = Names()
+    for number in range(200_000):
+        names.add(number, 10_000)
+    assert len(names) <= 8 * 10_000 + 1
+    assert 199_999 in names
+    assert 0 not in names
