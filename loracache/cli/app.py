@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: every operation of a daemon as `loracache VERB`. Here is the table of contents.
 
-objects.py looks, jobs.py changes, top.py watches; selector.py has the options that say which
+objects.py looks, jobs.py changes, top.py watches, simulate.py replays; selector.py has the options that say which
 objects, common.py the exit codes. What a command alone needs is imported when it runs: starting is most of what a
 script waits for.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from loracache import __version__
-from loracache.cli import adapters, check, jobs, objects, tokens, top
+from loracache.cli import adapters, check, jobs, objects, simulate, tokens, top
 from loracache.cli.common import (
     EXIT_CODES,
     PARTLY,
@@ -160,6 +160,7 @@ def flush(
 
 
 app.command("check", rich_help_panel=_MANAGE)(check.check)
+app.command("simulate", rich_help_panel=_LOOK)(simulate.simulate)
 for _name, _command, _panel in VERBS:
     app.command(_name, rich_help_panel=_panel)(expanded(_command))
 

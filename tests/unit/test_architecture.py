@@ -34,7 +34,7 @@ REACHES = {
     ),
     "cli": (
         "adapters audit cache cache.policy cache.state cache.tier client config control daemon errors folder "
-        "free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
+        "free_pages keys logs loracache mapping memory_limit namespaces rest results simulator storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
     "client": "errors keys mapping results tiers wire",
@@ -85,6 +85,7 @@ REACHES = {
     "namespaces": "errors folder keys",
     "rest": "adapters client config errors folder keys logs loracache mapping results tiers tracing wire",
     "results": "",
+    "simulator": "cache.policy cache.state errors free_pages mapping memory_limit storage_backends tiers",
     "s3_fifo": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors folder storage_backends",

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and disk of a simulated daemon: the daemon's own index, policies and admission, and nothing that moves bytes.
+
+What the daemon does in between is done at once: a write to disk has ended when the next request comes. A chunk enters
+memory when it was computed and disk where admission says so, with those of its parents that disk lacks; what is found
+on disk is raised into memory. An adapter that no tier has comes from its files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
+from loracache.cache.state.index import Index, Node
+from loracache.cache.state.slices import whole
+from loracache.errors import ConfigError
+from loracache.simulator.trace import Request
+from loracache.storage_backends.base import Kind, ObjectInfo
+from loracache.tiers import Tier
+
+__all__ = ["Found", "Sizes", "Store", "Way"]
+
+_BOTH = 1 << Tier.CPU | 1 << Tier.DISK
+_SPREAD = 0x9E3779B97F4A7C15F39CC0605CEDC8341082276BF3A27251F86C6A11D0C18E95  # odd: no two numbers become one
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes: of the tiers, of a token's KV, of each adapter."""
+
+    memory: int
+    disk: int
+    token: int
+    adapters: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How room is made and what is written. split: the percentage of memory that holds adapters and nothing else, where
+    both have pools of their own and no tree, as in an engine without a cache like this; 0: one pool."""
+
+    policy: str
+    disk_policy: str
+    admission: str = "all"
+    split: int = 0
+
+    @classmethod
+    def parse(cls, policy: str, disk_policy: str | None = None, admission: str = "all") -> Way:
+        """Of "lru", or of "static:20" for LRU in two pools. Raises ConfigError."""
+        kind, _, share = policy.strip().partition(":")
+        split = int(share) if kind == "static" and share.isascii() and share.isdigit() else 0
+        name = "lru" if 0 < split < 100 else policy.strip()
+        for option, given, known in (
+            ("policy", name, [*POLICIES, "static:P, with P from 1 to 99"]),
+            ("disk-policy", disk_policy or name, list(POLICIES)),
+            ("admission", admission, list(ADMISSIONS)),
+        ):
+            if given not in known:
+                raise ConfigError(f"--{option} {given!r} is none; give one of {', '.join(known)}")
+        return cls(name, disk_policy or name, admission, split)
+
+    @property
+    def label(self) -> str:
+        """What `parse` was given for the policy."""
+        return f"static:{self.split}" if self.split else self.policy
+
+
+@dataclass(slots=True)
+class Found:
+    """What one request found: blocks, tokens in each tier, the bytes that have to be loaded, where its adapter was."""
+
+    blocks: int = 0
+    cpu: int = 0
+    disk: int = 0
+    cpu_bytes: int = 0
+    disk_bytes: int = 0
+    adapter: Tier | None = Tier.CPU
+    adapter_bytes: int = 0
+
+
+class Store:
+    """One run's tiers. counts: bytes and objects by what happened to them."""
+
+    def __init__(self, sizes: Sizes, way: Way) -> None:
+        self.sizes = sizes
+        self._split = way.split
+        self.counts: Counter[str] = Counter()
+        self.choosing = 0.0  # seconds
+        self._policies: dict[Tier, Policy] = {}
+        self.index = index = Index(lambda tier, node: self._policy(tier, node).offer(node), lambda extents: None)
+        index.on_used = lambda tier, node, before: self._policy(tier, node).used(node, before)
+        index.on_left = lambda tier, node: self._policy(tier, node).withdraw(node)
+        index.on_gone = lambda tier, node: self._policy(tier, node).gone(node)
+        self._policies[Tier.CPU] = POLICIES[way.policy](index, Tier.CPU, _size)
+        self._policies[Tier.DISK] = POLICIES[way.disk_policy](index, Tier.DISK, _size)
+        self._own_pool = POLICIES[way.policy](index, Tier.CPU, _size)  # adapters', where they have one
+        self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK])
+        kv = sizes.memory * (100 - way.split) // 100
+        self._limits = {Tier.CPU: kv, Tier.DISK: sizes.disk, None: sizes.memory - kv}
+        self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
+        self._namespaces = {number: _namespace(number) for number in range(-1, len(sizes.adapters))}
+        self._kv_of: Counter[int] = Counter()  # an adapter's KV in memory and on disk, bytes
+
+    def serve(self, request: Request) -> Found:
+        """Look up, load, compute and store one prompt."""
+        found = Found()
+        adapter = self._serve_adapter(request.adapter, found) if request.adapter >= 0 else None
+        keys = [_key(request.adapter, block) for block in request.blocks]
+        last = self._load(request, keys, adapter, found)
+        admitted = self._compute(request, keys, adapter, last, found)
+        if admitted is not None and self.sizes.disk:
+            self._write(admitted)
+        return found
+
+    def _load(self, request: Request, keys: Sequence[bytes], adapter: Node | None, found: Found) -> Node | None:
+        """Raise what is there into memory; answers the last chunk that is there then."""
+        last: Node | None = None
+        again: Node | None = None
+        for policy in self._policies.values():
+            policy.asked(keys)
+        for node in self.index.leading(keys, _BOTH):
+            tokens = request.tokens_of(found.blocks)
+            if node.held_in(Tier.CPU):
+                found.cpu += tokens
+                found.cpu_bytes += node.size
+                if self.sizes.disk and not node.held_in(Tier.DISK) and self._admission.again(node):
+                    again = node
+            elif self._enter(node, Tier.CPU, _those(last, adapter)):
+                found.disk += tokens
+                found.disk_bytes += node.size
+            else:
+                break
+            found.blocks += 1
+            last = node
+        if again is not None:
+            self._write(again)
+        return last
+
+    def _compute(
+        self, request: Request, keys: Sequence[bytes], adapter: Node | None, last: Node | None, found: Found
+    ) -> Node | None:
+        """Store the chunks that follow; answers the last of them that is to be written to disk."""
+        admitted: Node | None = None
+        if last is None and not self._split:
+            last = adapter
+        token = self.sizes.token
+        missing = token * max(0, request.tokens - found.cpu - found.disk)
+        self._free(Tier.CPU, Tier.CPU, missing, _those(last, adapter))  # for all at once, where that is to be had
+        for position in range(found.blocks, len(keys)):
+            above = last.key if last is not None else b""
+            node = self._insert(keys[position], above, Kind.KV, request.adapter, request.tokens_of(position) * token)
+            if not node.held_in(Tier.CPU) and not self._enter(node, Tier.CPU, _those(last, adapter)):
+                self.index.prune(node)
+                break
+            self.counts["stored"] += node.size
+            last = node
+            if self.sizes.disk and self._admission.admits(node):
+                admitted = node
+        return admitted
+
+    def invalid_share(self) -> float:
+        """Bytes of KV whose adapter is in no tier, by bytes of KV."""
+        kv = sum(self._kv_of.values())
+        gone = (nbytes for number, nbytes in self._kv_of.items() if number >= 0 and not self._has_adapter(number))
+        return sum(gone) / kv if kv else 0.0
+
+    def _has_adapter(self, number: int) -> bool:
+        node = self.index.get(_key(number))
+        return node is not None and bool(node.present)
+
+    def _serve_adapter(self, number: int, found: Found) -> Node:
+        size = self.sizes.adapters[number]
+        node = self._insert(_key(number), b"", Kind.LORA, number, size)
+        node.hits += 1
+        if node.held_in(Tier.CPU):
+            self.index.touch(node)
+            return node
+        found.adapter = Tier.DISK if node.held_in(Tier.DISK) else None
+        found.adapter_bytes = size
+        self.counts["adapters_loaded"] += 1
+        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and self._admission.admits(node):
+            self._write(node)
+        return node
+
+    def _write(self, node: Node) -> None:
+        """Write to disk, the parents that it lacks first."""
+        missing = []
+        above: Node | None = node
+        while above is not None and above.held_in(Tier.CPU) and not above.held_in(Tier.DISK):
+            missing.append(above)
+            above = above.parent
+        self._free(Tier.DISK, Tier.DISK, sum(each.size for each in missing), _those(above))
+        for each in reversed(missing):
+            parent = each.parent
+            if parent is not None and not parent.held_in(Tier.DISK):
+                return
+            if not self._enter(each, Tier.DISK, _those(parent)):
+                return
+            self.counts["disk_written"] += each.size
+
+    def _insert(self, key: bytes, parent: bytes, kind: Kind, adapter: int, size: int) -> Node:
+        node = self.index.insert(ObjectInfo(key, parent, kind, self._namespaces[adapter], size, 0))
+        assert node is not None, "a parent was evicted under its child"
+        return node
+
+    def _enter(self, node: Node, tier: Tier, protected: Container[Node]) -> bool:
+        pool = self._pool(tier, node)
+        if not self._free(tier, pool, node.size, protected):
+            return False
+        self.index.enter(node, tier)
+        self._used[pool] += node.size
+        if node.kind is Kind.KV:
+            self._kv_of[_adapter_of(node)] += node.size
+        return True
+
+    def _free(self, tier: Tier, pool: Tier | None, nbytes: int, protected: Container[Node]) -> bool:
+        """Evict until so many bytes fit; False, and nothing evicted, where they cannot."""
+        excess = self._used[pool] + nbytes - self._limits[pool]
+        if excess <= 0:
+            return True
+        if nbytes > self._limits[pool]:
+            return False
+        policy = self._own_pool if pool is None else self._policies[tier]
+        began = time.perf_counter()
+        victims, freed = whole(policy.victims(excess, protected))
+        self.choosing += time.perf_counter() - began
+        if freed < excess:
+            return False
+        for victim in victims:
+            self.index.leave(victim, tier)
+            self._used[pool] -= victim.size
+            if victim.kind is Kind.KV:
+                self._kv_of[_adapter_of(victim)] -= victim.size
+        self.counts["evicted"] += len(victims)
+        return True
+
+    def _pool(self, tier: Tier, node: Node) -> Tier | None:
+        return None if self._split and tier is Tier.CPU and node.kind is Kind.LORA else tier
+
+    def _policy(self, tier: Tier, node: Node) -> Policy:
+        return self._own_pool if self._pool(tier, node) is None else self._policies[tier]
+
+
+def _those(*nodes: Node | None) -> set[Node]:
+    return {node for node in nodes if node is not None}
+
+
+def _size(node: Node) -> int:
+    return node.size
+
+
+def _key(adapter: int, block: int | None = None) -> bytes:
+    """Of a block of an adapter's KV, or of the adapter: spread as the daemon's keys are, which are hashes."""
+    number = adapter + 1 if block is None else (block + 1 << 32) + adapter + 1
+    return (number * _SPREAD % (1 << 256)).to_bytes(32, "big")
+
+
+def _namespace(adapter: int) -> bytes:
+    return (adapter + 1).to_bytes(32, "big")
+
+
+def _adapter_of(node: Node) -> int:
+    return int.from_bytes(node.namespace, "big") - 1
