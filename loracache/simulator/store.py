@@ -224,9 +224,9 @@ class Store:
         if nbytes > self._limits[pool]:
             return False
         policy = self._own_pool if pool is None else self._policies[tier]
-        began = time.perf_counter()
+        began = time.process_time()
         victims, freed = whole(policy.victims(excess, protected))
-        self.choosing += time.perf_counter() - began
+        self.choosing += time.process_time() - began
         if freed < excess:
             return False
         for victim in victims:

@@ -20,7 +20,7 @@ SHARES = (1.0, 0.7, 0.4, 0.0)
 
 _CAPACITY = 1024  # objects of a shadow, about
 _WINDOW = 1  # times the capacity: names asked between two looks at who does best
-_KEPT = 0.9  # of what was found before, at each look
+_KEPT = 0.97  # of what was found before, at each look
 _BETTER = 1.02  # who is not in force has to find that much more
 _WAITING = 256  # lookups that wait to be looked at
 
@@ -72,7 +72,7 @@ class Shadows:
         self._limit = b""  # those whose keys are below
         self._now = 0
         self._look_at = 0
-        self.best = 0
+        self.best = len(SHARES) - 1  # a chain that never comes again does no harm there
 
     def ask(self, keys: Sequence[bytes]) -> None:
         """A chain is looked up. It is looked at later, in `work`."""
