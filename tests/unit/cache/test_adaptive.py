@@ -67,7 +67,7 @@ def drive(shadows: Shadows, requests: Sequence[Request]) -> None:
         assert sum(1 for _ in shadows.work()) == 1
 
 
-@pytest.mark.parametrize(("requests", "shares"), [(scans(), {0.0}), (turns(), {1.0, 0.7})])
+@pytest.mark.parametrize(("requests", "shares"), [(scans(), {0.0}), (turns(), {1.0, 0.7, 0.4})])
 def test_the_best_shadow_is_in_force(requests: Sequence[Request], shares: set[float]) -> None:
     shadows = Shadows(lambda: 600)
     drive(shadows, requests)
