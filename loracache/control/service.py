@@ -27,6 +27,7 @@ from loracache.control.jobs import Operation, Operations, Turns
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
 from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
+from loracache.control.recount import Recounter
 from loracache.control.selection import Selected, Selector, all_known, select
 from loracache.control.steps import start, turn
 from loracache.control.transfer import Mover
@@ -79,6 +80,7 @@ class Control:
         self.operations = Operations(self._ended)
         self._incompressible = Incompressible()
         self._turns = Turns(_MOVES_AT_ONCE)
+        self._recounter = Recounter(cache)
 
     async def serve(self, request: ControlRequest, label: str) -> list[Any]:
         """Answer a request. label: who asks, for the audit log; request.by: who the client says that it is. Raises
@@ -119,7 +121,9 @@ class Control:
             case messages.EventList():
                 return await self._on_events(request, label)
             case messages.ConfigShow():
-                return await self._on_config(request, label)
+                return [self._settings()]
+            case messages.IndexCheck():
+                return await self._recounter.count()
             case _:
                 assert_never(request)
 
@@ -280,9 +284,6 @@ class Control:
             events.wake.add(wake)
             await asyncio.wait({woken}, timeout=left)
             events.wake.discard(wake)
-
-    async def _on_config(self, request: messages.ConfigShow, label: str) -> list[Any]:
-        return [self._settings()]
 
     # -- inside ----------
 

@@ -22,7 +22,10 @@ BANNED_CALLS = {"eval", "exec"}
 REACHES = {
     "loracache": "client errors keys mapping results tiers wire",
     "adapters": "errors folder keys",
-    "audit": "adapters config errors folder keys logs storage_backends storage_backends.disk storage_backends.redis",
+    "audit": (
+        "adapters client config errors folder keys logs mapping results storage_backends storage_backends.disk "
+        "storage_backends.redis tiers wire"
+    ),
     "cache": (
         "cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing"
