@@ -248,7 +248,8 @@ def busy(daemon: Callable[..., Any], redis_server: Callable[[], Any], tmp_path: 
     """A daemon with little room, its Redis, and clients that use it meanwhile."""
     server = redis_server()
     started = daemon(disk_path=tmp_path / "busy", memory="4MiB", page_size="4KiB", disk="2MiB", redis=server.url)
-    stop, failed = threading.Event(), []
+    stop = threading.Event()
+    failed: list[BaseException] = []
     users = [threading.Thread(target=_use, args=(started.url, seed, stop, failed)) for seed in range(3)]
     for user in users:
         user.start()
