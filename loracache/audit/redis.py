@@ -128,7 +128,7 @@ class RedisCheck:
             pass
         found = read_header(key, raw)
         if not isinstance(found, header.Header):
-            made.verdict = Verdict(None, Fault.DAMAGED, found or "")
+            made.verdict = Verdict(None, Fault.DAMAGED, found if isinstance(found, str) else "")
             return made
         made.named = self._layout.held(found)
         made.verdict = self._judge(client, found, made)
