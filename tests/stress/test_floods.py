@@ -54,7 +54,7 @@ class Place:
         with ThreadPoolExecutor(1, initializer=self.enter) as there:
             return there.submit(work).result()
 
-    def socket(self) -> socket.socket:
+    def opened(self) -> socket.socket:
         made = socket.socket()
         if self.source:
             made.bind((self.source, 0))
@@ -67,14 +67,14 @@ class Place:
         """So many connections, which stay. said: what each says, after a hello where there is TLS. None: nothing, not
         even that, and all come at once."""
         if said is None:
-            self.socks += [self.socket() for _ in range(count)]
+            self.socks += [self.opened() for _ in range(count)]
             for sock in self.socks:
                 sock.setblocking(False)
                 sock.connect_ex(self.server)
             return
         said = said.replace(b"PORT", str(self.server[1]).encode())
         for _ in range(count):
-            sock = self.socket()
+            sock = self.opened()
             sock.settimeout(5)
             with contextlib.suppress(OSError):
                 sock.connect(self.server)
@@ -95,7 +95,7 @@ class Place:
     def ask(self, path: str, sock: socket.socket | None = None) -> socket.socket:
         """Ask on a connection (a new one where none is given), which stays open; fails where the answer is not 200."""
         if sock is None:
-            sock = self.socket()
+            sock = self.opened()
             sock.settimeout(5)
             sock.connect(self.server)
             sock = self.secured(sock)
@@ -204,7 +204,7 @@ def secured(
     """A daemon with TLS on all addresses: asked from `near`, flooded from `far`."""
     folder = tmp_path_factory.mktemp("tls")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-    more = ["-addext", "subjectAltName=DNS:localhost", "-keyout", folder / "key", "-out", folder / "cert"]
+    more = ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{folder}/key", "-out", f"{folder}/cert"]
     subprocess.run([*command.split(), *more], check=True, capture_output=True)
     (folder / "key").chmod(0o600)
     with tempfile.TemporaryDirectory(prefix="lc-") as short:
