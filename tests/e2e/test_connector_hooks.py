@@ -166,13 +166,26 @@ def test_a_request_says_what_becomes_of_its_kv(
     eventually(lambda: number(server, "loads") == loads + 1, "it is loaded again")
 
 
-def test_a_wrong_wish_is_said_in_the_log_and_served_without(
+def test_a_wrong_wish_is_answered_with_400_and_the_fix(
     server: SimpleNamespace, prompts: Callable[[int], list[int]]
 ) -> None:
-    for params in ({"store": "no"}, {"pin": -5}, {"loads": False}, {"remote_host": "of another connector"}):
-        assert ask(server, prompts(20), **params)
-    text = server.log.read_text()
-    assert "store='no' must be true or false" in text
-    assert "pin=-5 must be seconds" in text
-    assert "'loads' is not known; did you mean 'load'?" in text
-    assert "remote_host" not in text
+    def answer(params: Any, **more: Any) -> tuple[int, str]:
+        body = {"model": "base", "max_tokens": 2, "kv_transfer_params": params} | more
+        status, said = server.http.call("/v1/completions", body)
+        return status, said if isinstance(said, str) else json.dumps(said)
+
+    computed = number(server, "lookups")
+    for params, words in (
+        ({"store": "no"}, "store='no' must be true or false"),
+        ({"pin": -5}, "pin=-5 must be seconds, more than 0 and at most 3600"),
+        ({"loads": False}, "'loads' is not known; did you mean 'load'?"),
+    ):
+        for more in ({"prompt": prompts(20)}, {"prompt": [prompts(20), prompts(20)], "n": 2, "temperature": 1}):
+            status, said = answer(params, **more)
+            assert (status, words in said) == (400, True), said
+        status, said = answer(params, prompt=prompts(20), stream=True)
+        assert words in said
+        assert '"code": 400' in said.replace('":400', '": 400')
+    assert number(server, "lookups") == computed
+    assert ask(server, prompts(20), remote_host="of another connector")
+    assert "must be true or false" not in server.log.read_text()  # the engine has heard of none

@@ -20,9 +20,7 @@ from loracache.client.link import Link
 from loracache.errors import LoRACacheError, Rejected
 from loracache.tiers import Tier, labels
 
-__all__ = ["LONGEST_PIN_S", "SchedulerLink"]
-
-LONGEST_PIN_S = requests.MAX_TTL_S
+__all__ = ["SchedulerLink"]
 
 _log = logging.getLogger(__name__)
 _REPORT_S = 1.0

@@ -10,8 +10,8 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
+from loracache.connectors.vllm.common.wishes import Wishes
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
-from loracache.connectors.vllm.scheduler.wishes import Wishes
 
 __all__ = ["Afterwards"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loracache.connectors.vllm.scheduler.wishes import Wishes
+from loracache.connectors.vllm.common.wishes import Wishes
 from loracache.keys import Media, Namespace, chunk_keys
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from loracache.connectors.vllm.common.wishes import Wishes, wishes_of
 from loracache.connectors.vllm.scheduler import afterwards
-from loracache.connectors.vllm.scheduler.wishes import Wishes, wishes_of
 
 CHUNK = 32
 CHUNK_BYTES = 8192
