@@ -78,8 +78,10 @@ class Selected:
 
     @property
     def total(self) -> int | None:
-        """How many keys there are; None where that is seen only when they are looked at."""
-        return None if self.spaces else len(self.named) // KEY_BYTES + sum(map(len, self.chains))
+        """How many keys there are; None where that is seen only when they are looked at, or by looking at very many."""
+        if self.spaces or len(self.chains) > _CHAINS:
+            return None
+        return len(self.named) // KEY_BYTES + sum(map(len, self.chains))
 
     def keys(self, start: int = 0) -> Iterator[bytes]:
         """Keys by name or of chains, from that position on."""

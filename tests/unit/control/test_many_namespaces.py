@@ -35,8 +35,8 @@ Ask = Callable[[Any], tuple[list[Any], float]]
 
 
 class Probed:
-    """The control path of a cache whose objects are in very many namespaces: a third of the base model's, a third of
-    one adapter's, a third of one tenant's; and in those of OTHERS adapters."""
+    """The control path of a cache whose objects are in very many namespaces: a quarter of one model's tenants', of one
+    adapter's, of one tenant's with OTHERS adapters, and of very many models'."""
 
     def __init__(self) -> None:
         posted: list[Callable[[], None]] = []
@@ -56,9 +56,10 @@ class Probed:
             fields = (
                 {"salt": f"{number:064x}"},
                 {"adapter": ADAPTER, "salt": f"{number:064x}"},
-                {"salt": TENANT, "adapter": f"{number % OTHERS:064x}" if number % 4 else ""},
-            )[number % 3]
-            model = f"{number:08x}model" if "adapter" in fields else "0" * 64
+                {"salt": TENANT, "adapter": f"{number // 4 % OTHERS:064x}" if number // 4 % 4 else ""},
+                {},
+            )[number % 4]
+            model = "0" * 64 if number % 4 == 0 else f"{number:08x}model"
             space = Namespace(model, "float32", "x", 16, **fields)
             self.namespaces.learn([(space, ["served"])])
             digest = space.digest()
@@ -119,7 +120,7 @@ def objects(selector: dict[str, Any], scope: str = "", after: str = "") -> messa
 
 
 ASKED: dict[str, tuple[Any, Callable[[Any], bool]]] = {
-    "top": (tree(""), lambda found: found[1]["children"] > COUNT / 3),
+    "top": (tree(""), lambda found: found[1]["children"] > COUNT / 4),
     "top of a tenant": (tree("", TENANT), lambda found: len(found) == 1001),
     "base models": (tree("base"), lambda found: len(found) == 1001),
     "base models of a tenant": (tree("base", TENANT), lambda found: len(found) == 1001),
@@ -144,6 +145,10 @@ ASKED: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "a prompt of all": (
         messages.Locate("", "", {"model": "*", "tokens": bytes(64), "adapter": ADAPTER, "salt": f"{1:064x}"}),
         lambda found: found[0]["hits"] == 0,
+    ),
+    "prompts of all models": (
+        messages.Pin("", "", {"model": "*", "tokens": bytes(64)}, "disk", 1.0, 600.0),
+        lambda found: found[0]["causes"] == {"absent": COUNT / 4},
     ),
     "pins": (
         messages.Pin("", "", {"model": "*"}, "disk", 1.0, 600.0),
