@@ -20,6 +20,7 @@ from collections import Counter, OrderedDict
 
 import uvicorn
 
+from loracache.accepting import Acceptor
 from loracache.rest.connections import LimitedConnection
 from loracache.rest.limits import network_of
 
@@ -27,7 +28,7 @@ __all__ = ["GatedServer"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 64  # accepted between two looks at the other sockets
-_PAUSE_S = 0.2  # without descriptors the listener stays readable: trying again at once would do nothing but fail
+_PAUSE_S = 0.2  # where there are no descriptors
 _SAY_AGAIN_S = 10.0
 _BYTES_RECEIVED = 128  # where that stands in Linux's struct tcp_info
 
@@ -73,6 +74,7 @@ class GatedServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         super().__init__(config)
         self._listener = listener
+        self._acceptor = Acceptor(listener, self._accept)
         self._tls = tls
         self._visits: OrderedDict[_Visit, None] = OrderedDict()  # the oldest first
         self._of_address: Counter[str] = Counter()
@@ -82,12 +84,11 @@ class GatedServer(uvicorn.Server):
         """uvicorn's."""
         await super().startup(sockets=[])
         self._listener.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+        self._acceptor.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's."""
-        asyncio.get_running_loop().remove_reader(self._listener.fileno())
-        self._listener.close()
+        self._acceptor.stop()
         for visit in list(self._visits):
             if not visit.busy:
                 visit.end()
@@ -102,7 +103,7 @@ class GatedServer(uvicorn.Server):
             except OSError as error:
                 self._say(f"a connection was not accepted: {error.strerror}")
                 self._make_room(None)
-                self._pause()
+                self._acceptor.pause(_PAUSE_S)
                 return
             self._take(sock, network_of(peer[0]))
 
@@ -163,11 +164,6 @@ class GatedServer(uvicorn.Server):
         self._gone(chosen)
         chosen.end()
         return True
-
-    def _pause(self) -> None:
-        loop, listener = asyncio.get_running_loop(), self._listener.fileno()
-        loop.remove_reader(listener)
-        loop.call_later(_PAUSE_S, lambda: self.should_exit or loop.add_reader(listener, self._accept))
 
     def _say(self, what: str) -> None:
         if time.monotonic() >= self._said:

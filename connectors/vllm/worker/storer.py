@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from loracache.backoff import Backoff
 from loracache.client import requests
 from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
@@ -45,21 +46,22 @@ class _Room:
 
     def __init__(self, after: float) -> None:
         self._most = _NO_ROOM_S if time.monotonic() >= after else 0.0
-        self._pause = _FIRST_PAUSE_S
+        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self._waited = self._in_vain = 0.0
 
     def found(self) -> None:
         """There was some."""
-        self._pause, self._in_vain = _FIRST_PAUSE_S, 0.0
+        self._pauses.reset()
+        self._in_vain = 0.0
 
     def waits(self) -> bool:
         """Whether to ask again, after a pause."""
         if self._in_vain >= self._most or self._waited >= _LONGEST_S:
             return False
-        time.sleep(self._pause)
-        self._waited += self._pause
-        self._in_vain += self._pause
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        pause = self._pauses.next()
+        time.sleep(pause)
+        self._waited += pause
+        self._in_vain += pause
         return True
 
 
