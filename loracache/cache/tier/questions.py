@@ -86,18 +86,17 @@ class Questions:
 
     def _go_on(self) -> None:
         while self._waiting and len(self._under_way) < self._at_once:
-            parts: list[tuple[Question, int]] = []
-            keys: list[bytes] = []
-            while self._waiting and len(keys) < MOST_KEYS:
+            parts: list[tuple[Question, list[int]]] = []
+            places: dict[bytes, int] = {}  # clients with the same beginning of a prompt ask for the same keys
+            while self._waiting and len(places) < MOST_KEYS:
                 question = self._waiting.popleft()
                 if not question.cancelled:
-                    mine = question.next_keys(MOST_KEYS - len(keys))
-                    parts.append((question, len(mine)))
-                    keys += mine
+                    mine = question.next_keys(MOST_KEYS - len(places))
+                    parts.append((question, [places.setdefault(key, len(places)) for key in mine]))
             if parts:
-                self._begin(parts, keys)
+                self._begin(parts, list(places))
 
-    def _begin(self, parts: list[tuple[Question, int]], keys: list[bytes]) -> None:
+    def _begin(self, parts: list[tuple[Question, list[int]]], keys: list[bytes]) -> None:
         self._number += 1
         number = self._number
         self._under_way[number] = self._clock(), len(keys)
@@ -105,11 +104,9 @@ class Questions:
         def answered(results: list[Result]) -> None:
             del self._under_way[number]
             self._answered_at = self._clock()
-            start = 0
-            for question, count in parts:
-                if question.answered(results[start : start + count]):
+            for question, places in parts:
+                if question.answered([results[place] for place in places]):
                     self._waiting.append(question)
-                start += count
             self._go_on()
 
         self._ask(keys, answered)

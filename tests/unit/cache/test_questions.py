@@ -48,11 +48,11 @@ def names(count: int, start: int = 0) -> list[bytes]:
 def test_what_waits_goes_in_one_round_trip() -> None:
     tier = Tier(names(1))
     first = tier.ask(names(1))
-    others = [tier.ask(names(3)) for _ in range(15)]
+    others = [tier.ask(names(1) + names(2, 10 + 2 * number)) for number in range(15)]
     assert (tier.sizes, len(tier.questions)) == ([1], 15)
     tier.answer()
     assert first == [[OK]]
-    assert tier.sizes == [1, 45]
+    assert tier.sizes == [1, 1 + 15 * 2]  # what many ask for is asked once
     tier.answer()
     assert others == [[[OK, MISS, MISS]]] * 15
     assert len(tier.questions) == 0
