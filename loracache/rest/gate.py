@@ -42,7 +42,6 @@ class _Visit:
         self.protocol: LimitedConnection | None = None
         self._spoke = False
 
-    @property
     def silent(self) -> bool:
         """Whether its client has not said a byte, be it of the hello."""
         if not self._spoke:
@@ -156,7 +155,7 @@ class GatedServer(uvicorn.Server):
             if visit.busy or address not in (None, visit.address):
                 continue
             chosen = chosen or visit
-            if number < longer and visit.silent:
+            if number < longer and visit.silent():
                 chosen = visit
                 break
         if chosen is None:
