@@ -137,8 +137,8 @@ class RequestState:
         self.blocks = []
         self.question = 0
         self.answered_at = None
-        self.parked_since = None
         self.late = False
+        self.parked_since = None
         self.hits = ()
 
 
