@@ -47,10 +47,12 @@ class Finding:
 
 
 class Report:
-    """What was looked at, and the faults found. checked: objects by place. examples: how many of a kind are kept."""
+    """What was looked at, and the faults found. checked: objects by place. notes: in words, what was not looked at.
+    examples: how many of a kind are kept."""
 
     def __init__(self, examples: int = _MOST_EXAMPLES) -> None:
         self.checked: dict[str, int] = {}
+        self.notes: list[str] = []
         self._examples = examples
         self._findings: dict[tuple[str, Fault], Finding] = {}
 

@@ -39,7 +39,8 @@ def check_running(server: str, config: Config, *, fix: bool) -> Report:
     key = key_of(config)
     report = Report()
     with CacheClient(server, timeout=_TIMEOUT_S, name="check") as client:
-        path = _folder(server, config, client.config())
+        settings = client.config()
+        path = _folder(server, config, settings)
         index = DaemonIndex(client)
         index.wait_until_read()
         there: dict[bytes, ObjectInfo] = {}
@@ -47,6 +48,8 @@ def check_running(server: str, config: Config, *, fix: bool) -> Report:
         if config.redis is not None:
             there, shared = check_redis(config, key, report, fix=fix)
             _compare(index, there, config, key, report)
+        elif settings["redis"] is not None:
+            report.notes.append("the daemon's Redis was not looked at; give --redis, or --config with it")
         if path is not None:
             disk = LiveDiskCheck(index, path, report, integrity_key=key, fix=fix)
             disk.run()

@@ -45,6 +45,8 @@ def check(
         report = check_running(f"unix://{socket.absolute()}", settings, fix=fix)
     else:
         report = run(settings, fix=fix)
+    for note in report.notes:
+        typer.echo(f"loracache: {note}", err=True)
     if as_json:
         findings = [asdict(each) | {"fault": each.fault.value} for each in report.findings]
         print_json({"checked": report.checked, "left": report.left, "findings": findings})
@@ -52,7 +54,7 @@ def check(
         from loracache.cli.tables import print_table, size_text
 
         for place, count in report.checked.items():
-            typer.echo(f"{place}: {count} objects are whole")
+            typer.echo(f"{place}: {count} objects are {'named' if place == 'index' else 'whole'}")
         if report.findings:
             print_table(
                 ("where", "fault", ">count", ">fixed", ">bytes", "for example"),

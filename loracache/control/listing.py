@@ -37,18 +37,18 @@ Paging = Generator[None, None, Page]
 
 def sum_of(index: Index, digests: Sequence[bytes]) -> Generator[None, None, tuple[Space, int]]:
     """What is held of some namespaces together, the keys left out, and of how many; yields between two slices."""
-    total, held = Space(), 0
+    objects, nbytes, hits, held = [0, 0, 0, 0], [0, 0, 0, 0], 0, 0
     for at, digest in enumerate(digests, start=1):
         space = index.spaces.get(digest)
         if space is not None:
             for tier in _TIERS:
-                total.objects[tier] += space.objects[tier]
-                total.bytes[tier] += space.bytes[tier]
-            total.hits += space.hits
+                objects[tier] += space.objects[tier]
+                nbytes[tier] += space.bytes[tier]
+            hits += space.hits
             held += 1
         if not at % _SLICE:
             yield
-    return total, held
+    return Space(objects, nbytes, hits), held
 
 
 class Listing:

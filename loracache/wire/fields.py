@@ -61,7 +61,7 @@ def _unsigned(value: object) -> str:
 
 def _texts(value: object) -> str:
     fits = isinstance(value, list) and len(value) <= _MAX_TEXTS and all(isinstance(item, str) for item in value)
-    return "" if fits else f"must be a list of at most {_MAX_TEXTS} strings"
+    return "" if fits else f"must be a list of strings, {_MAX_TEXTS} at most"
 
 
 def _wait(value: object) -> str:

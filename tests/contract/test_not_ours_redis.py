@@ -18,9 +18,8 @@ from loracache.storage_backends.redis.backend import RedisBackend
 
 KEY, OTHER = b"0123456789abcdef", b"fedcba9876543210"
 SMALL, LARGE = 3000, 600_000  # in one value, and in three segments
-OK, MISS, CORRUPT, UNPROVEN, FULL = (
-    Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.UNPROVEN, Outcome.FULL,
-)  # fmt: skip
+OK, MISS, CORRUPT = Outcome.OK, Outcome.MISS, Outcome.CORRUPT
+UNPROVEN, FULL = Outcome.UNPROVEN, Outcome.FULL
 Make = Callable[..., RedisBackend]
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from loracache import CacheClient, Namespace, Selection, chunk_keys
+from loracache.cli.app import app
 from loracache.client.control import ControlCalls
 from loracache.errors import Rejected, Unknown
 from loracache.storage_backends import header
@@ -190,6 +192,16 @@ def test_a_redis_that_says_otherwise_than_the_index_is_told(
     expected = {("index and redis", "contradiction"): 1, ("redis", "incomplete"): 1}
     code, said = check(filled, "--fix")
     assert (code, faults(said), said["left"]) == (1, expected, 1)
+
+
+def test_people_get_a_table_and_are_told_what_was_not_looked_at(
+    kept: Any, daemon: Any, redis_server: Callable[[], Any]
+) -> None:
+    started = daemon(disk_path=kept.path, redis=redis_server().url)
+    done = CliRunner().invoke(app, ["check", "--socket", str(started.socket)], prog_name="loracache")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines() == ["disk: 13 objects are whole", "index: 13 objects are named", "faults left: 0"]
+    assert done.stderr == "loracache: the daemon's Redis was not looked at; give --redis, or --config with it\n"
 
 
 def test_what_does_not_go_with_the_daemon_is_wrong_usage(

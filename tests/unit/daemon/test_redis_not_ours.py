@@ -18,7 +18,7 @@ CAUSE = "redis_unproven"
 
 def settings(folder: Path, number: int) -> Path:
     path = folder / f"{number}.yaml"
-    path.write_text(f"integrity_key: '{number:016}'\n")
+    path.write_text(f"integrity_key: '{number:016}'\nredis_lookup_ms: 1000\n")
     return path
 
 
