@@ -23,7 +23,7 @@ from loracache.control.fields import (
     removable_tiers,
 )
 from loracache.control.incompressible import Incompressible
-from loracache.control.jobs import Operation, Operations, Turns
+from loracache.control.jobs import JobTurns, Operation, Operations
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
 from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
@@ -79,7 +79,7 @@ class Control:
         self._about: dict[str, dict[str, Any]] = {}  # of running operations: what the audit log says of them
         self.operations = Operations(self._ended)
         self._incompressible = Incompressible()
-        self._turns = Turns(_MOVES_AT_ONCE)
+        self._turns = JobTurns(_MOVES_AT_ONCE)
         self._recounter = Recounter(cache)
 
     async def serve(self, request: ControlRequest, label: str) -> list[Any]:

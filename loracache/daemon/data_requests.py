@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loracache.cache.state.leases import Grip, Writing
 from loracache.cache.tiered import Acquired
 from loracache.control.steps import done, turn
-from loracache.daemon.room import reserve_in_time
+from loracache.daemon.durable import reserve_in_time
 from loracache.errors import UsageError
 from loracache.keys import KEY_BYTES
 from loracache.results import Cause

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from loracache.cache.state.slices import advance
 from loracache.control.steps import answer, start, turn
 from loracache.daemon.data_requests import DataRequests
+from loracache.daemon.durable import durable_since
 from loracache.daemon.inbox import PAUSE, Inbox
-from loracache.daemon.room import durable_since
 from loracache.daemon.turns import Turns
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.keys import KEY_BYTES

@@ -41,7 +41,7 @@ from loracache.storage_backends.base import (
     Transfer,
 )
 from loracache.storage_backends.redis import rights
-from loracache.storage_backends.redis.batches import Load, Store, refusal
+from loracache.storage_backends.redis.batches import LoadCall, StoreCall, refusal
 from loracache.storage_backends.redis.cluster import Cluster
 from loracache.storage_backends.redis.commands import ObjectCommands
 from loracache.storage_backends.redis.descriptors import Descriptors
@@ -112,12 +112,12 @@ class RedisBackend(StorageBackend):
 
     def load(self, transfers: Sequence[Transfer]) -> list[Result]:
         keys = [transfer.info.key for transfer in transfers]
-        return self._run(keys, lambda numbers: Load(self._objects, [transfers[number] for number in numbers]))
+        return self._run(keys, lambda numbers: LoadCall(self._objects, [transfers[number] for number in numbers]))
 
     def store(self, transfers: Sequence[Transfer]) -> list[Result]:
         keys = [transfer.info.key for transfer in transfers]
         self._descriptors.note({transfer.info.namespace for transfer in transfers})
-        results = self._run(keys, lambda numbers: Store(self._objects, [transfers[number] for number in numbers]))
+        results = self._run(keys, lambda numbers: StoreCall(self._objects, [transfers[number] for number in numbers]))
         stored = zip(transfers, results, strict=True)
         self._sweeper.wrote(sum(each.stored or sent.info.size for sent, each in stored if each.outcome is Outcome.OK))
         return results

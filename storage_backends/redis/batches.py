@@ -18,7 +18,7 @@ from loracache.storage_backends.redis.layout import LARGEST_WHOLE, NotOurs, read
 from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire
 from loracache.storage_backends.vectors import head, length, pieces
 
-__all__ = ["Load", "Store", "refusal"]
+__all__ = ["LoadCall", "StoreCall", "refusal"]
 
 WINDOW = 2  # commands in flight: with one, Redis waits for us and we for Redis; more gain nothing
 _LOST = {"MOVED", "ASK", "CLUSTERDOWN", "TRYAGAIN", "LOADING", "READONLY", "MASTERDOWN", "NOAUTH", "NOREPLICAS"}
@@ -100,7 +100,7 @@ class _Batch(ABC):
         self.remains.append([self.objects.layout.header_key(self.transfers[item].info.key), *segments])
 
 
-class Load(_Batch):
+class LoadCall(_Batch):
     """Reads objects: all headers at once, then their segments."""
 
     def __init__(self, objects: ObjectCommands, transfers: Sequence[Transfer]) -> None:
@@ -199,7 +199,7 @@ class Load(_Batch):
         return self.objects.layout.held(self._headers[item])
 
 
-class Store(_Batch):
+class StoreCall(_Batch):
     """Writes objects: of each the segments, then the header, and which it replaces is asked before."""
 
     def __init__(self, objects: ObjectCommands, transfers: Sequence[Transfer]) -> None:

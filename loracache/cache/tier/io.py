@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
+from loracache.backoff import Backoff
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.events import Events
 from loracache.cache.tier.questions import Question, Questions
@@ -60,7 +61,7 @@ class TierIO:
         self._questions = Questions(self._ask, asks, time.monotonic)
         self._care = Workers(1, f"{label}-care")  # what takes minutes, and whom nobody else waits for
         self._paused_until = 0.0
-        self._pause = _FIRST_PAUSE_S
+        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self.standing = Standing()
         self._trouble = ""
         self._looking = False
@@ -296,13 +297,13 @@ class TierIO:
             self._events.fail(self.tier, cause, count)
         if not unavailable:
             if results:
-                self._pause = _FIRST_PAUSE_S
+                self._pauses.reset()
                 if not any(result.outcome is Outcome.UNAVAILABLE for result in results):
                     self._trouble = ""
         elif self.available:
-            _log.warning(f"{label}: unavailable (%s); left alone for %.1f s", results[-1].detail, self._pause)
-            self._paused_until = time.monotonic() + self._pause
-            self._pause = min(self._pause * 2, _LONGEST_PAUSE_S)
+            pause = self._pauses.next()
+            _log.warning(f"{label}: unavailable (%s); left alone for %.1f s", results[-1].detail, pause)
+            self._paused_until = time.monotonic() + pause
 
     def _say_unproven(self, detail: str) -> None:
         """Once that there is some in Redis, where others may store; the disk's tier says it of the disk's."""
