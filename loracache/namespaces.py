@@ -202,8 +202,9 @@ class Namespaces:
         if model:
             models, named = set(), []
             for part in self._model_parts(model):
-                models.update(part)
-                named += [digest for each in part for digest in self._by_model.get(each, ())]
+                fresh = [each for each in dict.fromkeys(part) if each not in models]
+                models.update(fresh)
+                named += [digest for each in fresh for digest in self._by_model.get(each, ())]
                 yield []
             among = named
         if adapter is not None:  # the fewest are looked at
