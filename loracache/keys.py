@@ -12,12 +12,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from loracache.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "KEY_BYTES", "LORA_NAMESPACE", "Media", "Namespace", "TokenArray", "checksum", "chunk_keys", "is_digest",
@@ -26,7 +29,7 @@ __all__ = [
 
 KEY_BYTES = 32
 LORA_NAMESPACE = hashlib.sha256(b"loracache/adapters").digest()  # of all adapters: their digest is all their name
-TokenArray = npt.NDArray[np.int32]
+TokenArray: TypeAlias = "npt.NDArray[np.int32]"
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -126,6 +129,8 @@ def token_array(tokens: Sequence[int] | TokenArray) -> TokenArray:
 
     Raises UsageError where an id does not fit an int32.
     """
+    import numpy as np  # a third of what starting a command takes, and most need no tokens
+
     try:
         ids = np.asarray(tokens)
     except (OverflowError, TypeError, ValueError) as error:

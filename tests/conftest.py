@@ -2,13 +2,16 @@
 """What holds for every test: offline, vLLM small enough for a shared machine, marks by folder.
 
 Real parts for whoever needs them: `daemon` starts `loracache serve` processes, `redis_server` real Redis servers,
-`client_process` clients that can be stopped and killed; `eventually` waits, for a bounded time, until something holds.
+`client_process` clients that can be stopped and killed, `module_shell` shells for what the documents show; `eventually`
+waits, for a bounded time, until something holds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import redis as redis_client
@@ -252,17 +255,58 @@ def module_redis() -> Iterator[Callable[[], RedisServer]]:
         yield from _redis_servers(Path(folder))
 
 
+class Done(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session")
+def done() -> type[Done]:
+    return Done
+
+
+@pytest.fixture(scope="session")
+def loracache() -> Callable[..., Done]:
+    """loracache("evict", "--key", ..., socket=path, stdin="", NAME=value) runs a command in this process: a tenth of
+    what one of its own takes. Without a terminal, and without settings of whoever runs the tests."""
+    from typer.testing import CliRunner
+
+    from loracache.cli.app import app
+
+    def run(*arguments: object, socket: object = None, stdin: str | bytes = "", **environment: str) -> Done:
+        given: dict[str, str | None] = {name: None for name in os.environ if name.startswith("LORACACHE_")}
+        given |= {"COLUMNS": "200"} | ({"LORACACHE_SOCKET": str(socket)} if socket else {}) | environment
+        done = CliRunner().invoke(app, list(map(str, arguments)), input=stdin, env=given, prog_name="loracache")
+        assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+        return Done(done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
 @pytest.fixture
-def serve_fails(short_tmp: Path) -> Callable[..., tuple[int, str]]:
-    """serve_fails(environment={}, **options) runs a daemon that should not start; answers exit code and messages."""
+def serve_fails(
+    short_tmp: Path, loracache: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
+    """serve_fails(environment={}, **options) starts a daemon, in this process, that should not start; answers exit code
+    and messages."""
+    from loracache.daemon.daemon import Daemon
+
+    async def started(self: Daemon) -> None:
+        raise AssertionError(f"it started: {self.config}")
+
+    monkeypatch.setattr(Daemon, "run", started)
 
     def run(environment: dict[str, str] | None = None, **options: object) -> tuple[int, str]:
-        command = _serve({"socket": short_tmp / "lc.sock"} | options)
-        given = _environment(**(environment or {}))
-        done = subprocess.run(
-            command, cwd=short_tmp, env=given, capture_output=True, text=True, timeout=_START_S, check=False
-        )
-        return done.returncode, done.stderr
+        with contextlib.chdir(short_tmp):
+            done = loracache(*_serve({"socket": short_tmp / "lc.sock"} | options)[3:], **(environment or {}))
+        return done.code, done.err
 
     return run
 
@@ -329,3 +373,27 @@ def client_process() -> Iterator[Callable[..., ClientProcess]]:
 def redis_server(short_tmp: Path) -> Iterator[Callable[[], RedisServer]]:
     """redis_server() starts one; all end with the test."""
     yield from _redis_servers(short_tmp)
+
+
+@pytest.fixture(scope="session")
+def documented() -> Any:
+    """The module documented.py."""
+    sys.path.append(str(TESTS))
+    return importlib.import_module("documented")
+
+
+@pytest.fixture(scope="module")
+def module_shell(documented: Any) -> Iterator[Callable[..., Any]]:
+    """module_shell(redis=URL, model=FOLDER) makes a Shell of documented.py; what it started ends with the module."""
+    shells: list[Any] = []
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+
+        def make(**options: Any) -> Any:
+            place = Path(folder) / str(len(shells))
+            place.mkdir()
+            shells.append(documented.Shell(place, **options))
+            return shells[-1]
+
+        yield make
+        for shell in shells:
+            shell.close()

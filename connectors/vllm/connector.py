@@ -28,7 +28,7 @@ from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.patches import problem
 from loracache.connectors.vllm.common.private import private_server
 from loracache.connectors.vllm.common.releases import unknown_release
-from loracache.connectors.vllm.common.reports import Inbox, Outbox
+from loracache.connectors.vllm.common.reports import ReportInbox, ReportOutbox
 from loracache.connectors.vllm.common.stats import ConnectorStats, PromMetrics
 from loracache.connectors.vllm.identity.model import ModelIdentity
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
@@ -75,7 +75,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         _check_release(options, role)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._outbox, self._inbox = Outbox(), Inbox()
+        self._outbox, self._inbox = ReportOutbox(), ReportInbox()
         self._identity: ModelIdentity | None = None
         problem = uncacheable(vllm_config, kv_cache_config)
         if role is KVConnectorRole.WORKER:

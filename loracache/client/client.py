@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from loracache.backoff import Backoff
 from loracache.client.answers import Adapter, Flushed, Lookup, Reading, Reservation, Slot
 from loracache.client.connection import Connection, Reply
 from loracache.client.control import ControlCalls
@@ -178,7 +179,7 @@ class CacheClient(ControlCalls):
         as many are held at a time as it has room for. Where it has none, it is waited for, `timeout` seconds at most.
         """
         done, most = 0, _GET_KEYS
-        deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE_S
+        deadline, pauses = time.monotonic() + self._timeout, Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         while done < len(keys):
             payloads, full = self._get_part(keys[done : done + most])
             yield from payloads
@@ -187,10 +188,10 @@ class CacheClient(ControlCalls):
                 continue
             most = max(1, most // 2)
             if payloads:
-                deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE_S
+                deadline = time.monotonic() + self._timeout
+                pauses.reset()
             elif time.monotonic() < deadline:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                time.sleep(pauses.next())
             else:
                 yield None
                 done += 1

@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from loracache.backoff import Backoff
 from loracache.client.connection import Connection
 from loracache.errors import LoRACacheError
 
@@ -25,14 +25,12 @@ _GREETING_S = 0.005  # a daemon that lives greets within a millisecond; one that
 _WAITING = 0.2  # of the time, at most, for a daemon that does not greet
 
 
-@dataclass(slots=True)
 class Retry:
-    """When to try again. first, longest: seconds between two tries."""
+    """When to try again. pauses: between two tries; `RETRY_S` each where none are given."""
 
-    first: float = field(default_factory=lambda: RETRY_S)
-    longest: float = field(default_factory=lambda: RETRY_S)
-    _tries: int = 0
-    _next: float = 0.0
+    def __init__(self, pauses: Backoff | None = None) -> None:
+        self._pauses = pauses or Backoff(RETRY_S, RETRY_S)
+        self._next = 0.0
 
     def due(self) -> bool:
         """Whether it is time to try."""
@@ -40,14 +38,13 @@ class Retry:
 
     def tried(self, spent: float = 0.0) -> float:
         """A try was begun `spent` seconds ago, all of them waited; answers the seconds from then to the next."""
-        pause = max(min(self.first * (1 << self._tries), self.longest), spent / _WAITING)
-        self._tries = min(self._tries + 1, 16)
+        pause = max(self._pauses.next(), spent / _WAITING)
         self._next = time.monotonic() - spent + pause
         return pause
 
     def succeeded(self) -> None:
         """The next outage begins with the first pause."""
-        self._tries = 0
+        self._pauses.reset()
 
 
 class Outage:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from loracache.errors import LoRACacheError, Unknown
 from loracache.results import Cause, OperationState
 
-__all__ = ["Operation", "Operations", "Turns"]
+__all__ = ["Operation", "Operations", "JobTurns"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -170,7 +170,7 @@ class Operations:
                 del self._known[operation.id]
 
 
-class Turns:
+class JobTurns:
     """Lets `most` operations work at once; the others wait, the first come first."""
 
     def __init__(self, most: int) -> None:

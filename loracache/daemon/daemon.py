@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from loracache import __version__
+from loracache.accepting import Acceptor
 from loracache.cache.state.arena import Arena
 from loracache.cache.tiered import TieredCache
 from loracache.config import Config, shown_config
@@ -74,6 +75,7 @@ class Daemon:
         self._stack = contextlib.ExitStack()
         try:
             self._listener = listen(config.socket, self._stack, private=config.private)
+            self._acceptor = Acceptor(self._listener, self._accept)
             disk = disk_backend(config)
             redis = redis_backend(config, self._describe)
             self._rest = rest_process(config, self._stack)
@@ -132,7 +134,7 @@ class Daemon:
         gc.disable()  # walking an index of 200,000 objects takes 0.2 s: `_tick` collects what is young
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ended.set)
-        loop.add_reader(self._listener.fileno(), self._accept)
+        self._acceptor.start()
         background = [loop.create_task(work) for work in (self._tick(), self._lag.watch())]
         self._start("populate", self._populate)
         if self.cache.disk is not None:
@@ -149,8 +151,7 @@ class Daemon:
         self._end_by = time.monotonic() + self.config.drain + _END_S
         if self._give_up is not None:
             threading.Thread(target=self._last_resort, args=(self._give_up,), name="last-resort", daemon=True).start()
-        loop.remove_reader(self._listener.fileno())
-        self._listener.close()  # whoever comes from now on is told at once, and a private daemon's successor waits
+        self._acceptor.stop()  # whoever comes from now on is told at once, and a private daemon's successor waits
         for task in background:
             task.cancel()
         await self._drain()
@@ -208,7 +209,7 @@ class Daemon:
             sock, _ = self._listener.accept()
         except OSError as error:
             self._say(f"a connection was not accepted; trying again in {_ACCEPT_PAUSE_S:g} s: {error}")
-            self._pause_accepting()
+            self._acceptor.pause(_ACCEPT_PAUSE_S)
             return
         if len(self._sessions) >= self._most_clients:
             self._refuse(sock)
@@ -247,13 +248,6 @@ class Daemon:
         if time.monotonic() >= self._say_again:
             self._say_again = time.monotonic() + _SAY_AGAIN_S
             _log.warning("%s", what)
-
-    def _pause_accepting(self) -> None:
-        """Out of descriptors, the listener stays readable: without a pause the loop would do nothing but fail."""
-        assert self._loop is not None
-        loop, listener = self._loop, self._listener.fileno()
-        loop.remove_reader(listener)
-        loop.call_later(_ACCEPT_PAUSE_S, lambda: self._ended.is_set() or loop.add_reader(listener, self._accept))
 
     def _adopted(self, session: Session, sock: socket.socket, done: asyncio.Task[Any]) -> None:
         if done.cancelled() or done.exception() is not None:

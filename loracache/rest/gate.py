@@ -2,8 +2,9 @@
 """Who gets a connection: so many in all, so many of one address, and always one for whoever asks how the daemon is.
 
 uvicorn takes whatever comes until the process has no descriptors left, and a TLS hello may take it a minute. Here the
-oldest connection that has no request going makes room for the next one, a hello has `HELLO_S`, and where all have one,
-a few more are taken that only the routes of health answer.
+oldest connection that has no request going makes room for the next one, those first whose client has not said a word:
+opening them costs nothing. A hello has `HELLO_S`, and where all have a request going, a few more are taken that only
+the routes of health answer.
 
 Threading: the event loop.
 """
@@ -19,6 +20,7 @@ from collections import Counter, OrderedDict
 
 import uvicorn
 
+from loracache.accepting import Acceptor
 from loracache.rest.connections import LimitedConnection
 from loracache.rest.limits import network_of
 
@@ -26,8 +28,9 @@ __all__ = ["GatedServer"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 64  # accepted between two looks at the other sockets
-_PAUSE_S = 0.2  # without descriptors the listener stays readable: trying again at once would do nothing but fail
+_PAUSE_S = 0.2  # where there are no descriptors
 _SAY_AGAIN_S = 10.0
+_BYTES_RECEIVED = 128  # where that stands in Linux's struct tcp_info
 
 
 class _Visit:
@@ -38,6 +41,17 @@ class _Visit:
         self.address = address
         self.task: asyncio.Task[object] | None = None
         self.protocol: LimitedConnection | None = None
+        self._spoke = False
+
+    def is_silent(self) -> bool:
+        """Whether its client has not said a byte, be it of the hello."""
+        if not self._spoke:
+            try:
+                info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
+            except OSError:  # closed
+                return True
+            self._spoke = any(info[_BYTES_RECEIVED:])
+        return not self._spoke
 
     @property
     def busy(self) -> bool:
@@ -60,6 +74,7 @@ class GatedServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         super().__init__(config)
         self._listener = listener
+        self._acceptor = Acceptor(listener, self._accept)
         self._tls = tls
         self._visits: OrderedDict[_Visit, None] = OrderedDict()  # the oldest first
         self._of_address: Counter[str] = Counter()
@@ -69,12 +84,11 @@ class GatedServer(uvicorn.Server):
         """uvicorn's."""
         await super().startup(sockets=[])
         self._listener.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+        self._acceptor.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's."""
-        asyncio.get_running_loop().remove_reader(self._listener.fileno())
-        self._listener.close()
+        self._acceptor.stop()
         for visit in list(self._visits):
             if not visit.busy:
                 visit.end()
@@ -89,7 +103,7 @@ class GatedServer(uvicorn.Server):
             except OSError as error:
                 self._say(f"a connection was not accepted: {error.strerror}")
                 self._make_room(None)
-                self._pause()
+                self._acceptor.pause(_PAUSE_S)
                 return
             self._take(sock, network_of(peer[0]))
 
@@ -134,18 +148,22 @@ class GatedServer(uvicorn.Server):
                 del self._of_address[visit.address]
 
     def _make_room(self, address: str | None) -> bool:
-        """End the oldest connection (of an address) that has no request going; False where there is none."""
-        for visit in self._visits:
-            if not visit.busy and address in (None, visit.address):
-                self._gone(visit)
-                visit.end()
-                return True
-        return False
-
-    def _pause(self) -> None:
-        loop, listener = asyncio.get_running_loop(), self._listener.fileno()
-        loop.remove_reader(listener)
-        loop.call_later(_PAUSE_S, lambda: self.should_exit or loop.add_reader(listener, self._accept))
+        """End the oldest connection (of an address) that has no request going, silent ones first; False where there is
+        none."""
+        longer = len(self._visits) - self.MOST_OF_ADDRESS // 4  # the newest are silent because they are new
+        chosen = None
+        for number, visit in enumerate(self._visits):
+            if visit.busy or address not in (None, visit.address):
+                continue
+            chosen = chosen or visit
+            if number < longer and visit.is_silent():
+                chosen = visit
+                break
+        if chosen is None:
+            return False
+        self._gone(chosen)
+        chosen.end()
+        return True
 
     def _say(self, what: str) -> None:
         if time.monotonic() >= self._said:

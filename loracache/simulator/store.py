@@ -194,10 +194,7 @@ class Store:
             above = above.parent
         self._free(Tier.DISK, Tier.DISK, sum(each.size for each in missing), _those(above))
         for each in reversed(missing):
-            parent = each.parent
-            if parent is not None and not parent.held_in(Tier.DISK):
-                return
-            if not self._enter(each, Tier.DISK, _those(parent)):
+            if not self._enter(each, Tier.DISK, _those(each.parent)):
                 return
             self.counts["disk_written"] += each.size
 

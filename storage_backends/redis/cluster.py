@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
+from loracache.backoff import Backoff
 from loracache.storage_backends.base import Outcome, Result
 from loracache.storage_backends.redis.connections import Connections
 from loracache.storage_backends.redis.resp import Wire
@@ -41,7 +42,7 @@ class _Node:
         self._place = target.place
         self._connections = Connections(target, address)
         self._lock = threading.Lock()
-        self._pause = _FIRST_PAUSE_S
+        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self._paused_until = 0.0
         self._lost = Lost("")
 
@@ -57,12 +58,12 @@ class _Node:
         lost = self._connections.talk(work, nbytes)
         with self._lock:
             if lost is None:
-                self._pause = _FIRST_PAUSE_S
+                self._pauses.reset()
             elif self.available:
                 lost = self._lost = replace(lost, text=f"{self.address}: {lost.text}")
-                _log.warning("redis %s: %s; left alone for %.1f s", self._place, lost.text, self._pause)
-                self._paused_until = time.monotonic() + self._pause
-                self._pause = min(self._pause * 2, _LONGEST_PAUSE_S)
+                pause = self._pauses.next()
+                _log.warning("redis %s: %s; left alone for %.1f s", self._place, lost.text, pause)
+                self._paused_until = time.monotonic() + pause
                 self._on_lost()
         return lost
 

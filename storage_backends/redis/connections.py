@@ -17,7 +17,7 @@ import redis
 
 from loracache.storage_backends.redis.resp import ProtocolFault, Wire
 from loracache.storage_backends.redis.sentinel import Sentinels
-from loracache.storage_backends.redis.urls import Address, Connection, Lost, Target
+from loracache.storage_backends.redis.urls import Address, Lost, RedisConnection, Target
 
 __all__ = ["Connections"]
 
@@ -31,7 +31,7 @@ class Connections:
         self._target = target
         self._address = address
         self._sentinels = Sentinels(target) if target.service else None
-        self._idle: list[Connection] = []
+        self._idle: list[RedisConnection] = []
         self._lock = threading.Lock()
         self._closed = False
 
@@ -64,7 +64,7 @@ class Connections:
         for connection in idle:
             connection.disconnect()
 
-    def _borrow(self) -> Connection:
+    def _borrow(self) -> RedisConnection:
         while True:
             with self._lock:
                 if not self._idle:
@@ -81,7 +81,7 @@ class Connections:
             raise
         return connection
 
-    def _give_back(self, connection: Connection, kept: bool) -> None:
+    def _give_back(self, connection: RedisConnection, kept: bool) -> None:
         if kept:
             with self._lock:
                 if not self._closed:
@@ -101,7 +101,7 @@ def _is_quiet(sock: socket.socket) -> bool:
     return not poll.poll(0)
 
 
-def _socket_of(connection: Connection) -> socket.socket:
+def _socket_of(connection: RedisConnection) -> socket.socket:
     if connection._sock is None:
         raise ConnectionResetError("the connection is closed")
     return connection._sock

@@ -73,6 +73,7 @@ class _Node:
 
     def __init__(self, target: Target, key: str) -> None:
         self._target = target
+        self._key = key
         self._slot = slot_of(key.encode())
         self._slots = SlotMap(target)
         self._clients: dict[Address, Any] = {}
@@ -81,9 +82,8 @@ class _Node:
     def client(self) -> Any:
         (owner,) = self._slots.owners([self._slot])
         if owner is None:
-            raise redis.ConnectionError(
-                self._slots.lost.text if self._slots.lost else "no node has the slot of the names"
-            )
+            lost = self._slots.lost
+            raise redis.ConnectionError(lost.text if lost else f"no node has the slot of {self._key}")
         if owner not in self._clients:
             self._clients = {**self._clients, owner: self._target.client(owner)}
         self._asked = owner

@@ -30,7 +30,7 @@ from redis.sentinel import SentinelConnectionPool
 
 from loracache.errors import ConfigError
 
-__all__ = ["Address", "Connection", "Lost", "Target", "parse_target"]
+__all__ = ["Address", "RedisConnection", "Lost", "Target", "parse_target"]
 
 _URL = re.compile(
     r"(?P<scheme>[a-z]+(\+[a-z]+)?)://((?P<login>[^/?#]*)@)?(?P<hosts>[^@/?#]*)(?P<path>/[^@?#]*)?(\?(?P<query>[^@#]*))?"
@@ -74,7 +74,7 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class Connection(Protocol):
+class RedisConnection(Protocol):
     """What is used of redis-py's connections."""
 
     _sock: socket.socket | None
@@ -109,9 +109,9 @@ class Target:
     settings: Mapping[str, Any]
     sentinel_login: Mapping[str, Any]
 
-    def connection(self, address: Address | None = None) -> Connection:
+    def connection(self, address: Address | None = None) -> RedisConnection:
         """A connection that is not connected yet; to `address` where there is more than one server."""
-        made: Connection = self.kind(**self._at(address))
+        made: RedisConnection = self.kind(**self._at(address))
         return made
 
     def client(self, address: Address | None = None) -> Any:

@@ -51,7 +51,8 @@ def test_the_replica_of_a_dead_node_is_found(
 ) -> None:
     number = redis_cluster.owner(slot_of(b"loracache:adapters"))
     replica = replica_of(number)
-    monkeypatch.setattr(redis_cluster_module, "_FIRST_PAUSE_S", 120.0)  # the dead node itself is not asked again
+    for pause in ("_FIRST_PAUSE_S", "_LONGEST_PAUSE_S"):
+        monkeypatch.setattr(redis_cluster_module, pause, 120.0)  # the dead node itself is not asked again
     tier, names = redis_tier(redis_cluster.url), RedisNames(redis_cluster.url, timeout_s=10)
     stored = [objects.new(100_000) for _ in range(12)]
     objects.store(tier, stored)

@@ -20,58 +20,64 @@ BANNED_CALLS = {"eval", "exec"}
 # All that each room may lead to, through any number of modules; no more and no less. "vllm" is connectors.vllm. A new
 # arrow is a decision: write it here, and in the "May import" line of the room's __init__.
 REACHES = {
-    "loracache": "client errors keys mapping results tiers wire",
+    "loracache": "backoff client errors keys mapping results tiers wire",
+    "accepting": "",
     "adapters": "errors folder keys",
-    "audit": "adapters config errors folder keys logs storage_backends storage_backends.disk storage_backends.redis",
+    "audit": (
+        "adapters backoff client config errors folder keys logs mapping results storage_backends "
+        "storage_backends.disk storage_backends.redis tiers wire"
+    ),
+    "backoff": "",
     "cache": (
-        "cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
+        "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing"
     ),
     "cache.policy": "cache.state errors free_pages mapping memory_limit storage_backends tiers",
     "cache.state": "errors free_pages mapping memory_limit storage_backends tiers",
     "cache.tier": (
-        "cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers tracing"
+        "backoff cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers tracing"
     ),
     "cli": (
-        "adapters audit cache cache.policy cache.state cache.tier client config control daemon errors folder "
-        "free_pages keys logs loracache mapping memory_limit namespaces rest results simulator storage_backends "
+        "accepting adapters audit backoff cache cache.policy cache.state cache.tier client config control daemon "
+        "errors folder free_pages keys logs loracache mapping memory_limit namespaces rest results simulator "
+        "storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
-    "client": "errors keys mapping results tiers wire",
+    "client": "backoff errors keys mapping results tiers wire",
     "config": "errors logs",
     "connectors": "",
     "vllm": (
-        "adapters client config errors free_pages kernels keys logs mapping results s3_fifo tiers vllm.common "
+        "adapters backoff client config errors free_pages kernels keys logs mapping results s3_fifo tiers vllm.common "
         "vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora vllm.worker "
         "vllm.worker.lora wire"
     ),
     "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
-    "vllm.frontend": "adapters client config errors keys logs mapping vllm.common vllm.lora wire",
+    "vllm.frontend": "adapters backoff client config errors keys logs mapping vllm.common vllm.lora wire",
     "vllm.identity": "errors vllm.common",
-    "vllm.link": "client errors keys mapping tiers wire",
+    "vllm.link": "backoff client errors keys mapping tiers wire",
     "vllm.lora": "adapters errors kernels",
     "vllm.scheduler": (
-        "adapters client config errors kernels keys logs mapping results s3_fifo tiers vllm.common vllm.link "
+        "adapters backoff client config errors kernels keys logs mapping results s3_fifo tiers vllm.common vllm.link "
         "vllm.lora vllm.scheduler.lora wire"
     ),
     "vllm.scheduler.lora": (
-        "adapters client errors kernels keys mapping results s3_fifo tiers vllm.common vllm.link vllm.lora wire"
+        "adapters backoff client errors kernels keys mapping results s3_fifo tiers vllm.common vllm.link vllm.lora wire"
     ),
     "vllm.worker": (
-        "adapters client config errors free_pages kernels keys logs mapping results tiers vllm.common "
+        "adapters backoff client config errors free_pages kernels keys logs mapping results tiers vllm.common "
         "vllm.link vllm.lora vllm.worker.lora wire"
     ),
     "vllm.worker.lora": (
-        "adapters client config errors free_pages kernels keys logs mapping results vllm.common vllm.link "
+        "adapters backoff client config errors free_pages kernels keys logs mapping results vllm.common vllm.link "
         "vllm.lora wire"
     ),
     "control": (
-        "adapters cache cache.policy cache.state cache.tier errors folder free_pages keys logs mapping "
+        "adapters backoff cache cache.policy cache.state cache.tier errors folder free_pages keys logs mapping "
         "memory_limit namespaces results storage_backends tiers tracing wire"
     ),
     "daemon": (
-        "adapters cache cache.policy cache.state cache.tier client config control errors folder free_pages "
-        "keys logs loracache mapping memory_limit namespaces rest results storage_backends "
+        "accepting adapters backoff cache cache.policy cache.state cache.tier client config control errors folder "
+        "free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
     "errors": "",
@@ -83,13 +89,15 @@ REACHES = {
     "mapping": "",
     "memory_limit": "",
     "namespaces": "errors folder keys",
-    "rest": "adapters client config errors folder keys logs loracache mapping results tiers tracing wire",
+    "rest": (
+        "accepting adapters backoff client config errors folder keys logs loracache mapping results tiers tracing wire"
+    ),
     "results": "",
     "simulator": "cache.policy cache.state errors free_pages mapping memory_limit storage_backends tiers",
     "s3_fifo": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors folder storage_backends",
-    "storage_backends.redis": "adapters errors folder keys storage_backends",
+    "storage_backends.redis": "adapters backoff errors folder keys storage_backends",
     "tiers": "errors",
     "tracing": "errors",
     "wire": "errors keys",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine remembers of adapters: of those that were used last, and no more. One thread at a time."""
+"""What an engine remembers: of what was used last, and no more. One thread at a time."""
 
 from __future__ import annotations
 

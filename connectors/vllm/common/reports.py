@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerM
 
 from loracache.connectors.vllm.common.messages import WorkerNews
 
-__all__ = ["Inbox", "Outbox", "Reports"]
+__all__ = ["ReportInbox", "ReportOutbox", "Reports"]
 
 _REMEMBERED = 256
 
@@ -33,7 +33,7 @@ class Reports(KVConnectorWorkerMetadata):  # type: ignore[misc]
         return Reports(self.news | other.news)
 
 
-class Outbox:
+class ReportOutbox:
     """One worker's."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Outbox:
         return Reports({(self._worker, self._number): news})
 
 
-class Inbox:
+class ReportInbox:
     """The scheduler's side's."""
 
     def __init__(self) -> None:

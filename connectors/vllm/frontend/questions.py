@@ -16,6 +16,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from loracache.backoff import Backoff
 from loracache.client import requests
 from loracache.client.connection import Connection
 from loracache.client.link import Outage, Retry
@@ -83,7 +84,7 @@ class NameQuestions:
             self._knocking = asyncio.get_running_loop().create_task(self._knock())
 
     async def _knock(self) -> None:
-        retry, loop = Retry(_FIRST_KNOCK_S, KNOCK_S), asyncio.get_running_loop()
+        retry, loop = Retry(Backoff(_FIRST_KNOCK_S, KNOCK_S)), asyncio.get_running_loop()
         while True:
             await asyncio.sleep(retry.tried())
             if await loop.run_in_executor(self._thread, self._asker.knock):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler's side, in EngineCore: looks up, plans loads and stores, keeps leases.
 
-May import: connectors.vllm.common, connectors.vllm.link, connectors.vllm.lora, connectors.vllm.scheduler.lora, keys
+May import: backoff, connectors.vllm.common, connectors.vllm.link, connectors.vllm.lora,
+    connectors.vllm.scheduler.lora, keys
 Threads: the engine's loop alone. It never waits for the daemon.
 """

@@ -19,7 +19,6 @@ import hashlib
 import logging
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loracache.connectors.vllm.common.recent import Recent
 from loracache.keys import Media
 
 __all__ = ["MediaContents", "item_content"]
@@ -46,8 +46,8 @@ class MediaContents:
         self._thread = ThreadPoolExecutor(1, "media")
         self._lock = threading.Lock()
         self._hashed: dict[int, tuple[weakref.ref[Any], str | None]] = {}  # items that vLLM's cache gives again
-        self._seen: OrderedDict[str, str] = OrderedDict()  # identifier -> content
-        self._doubted: OrderedDict[str, None] = OrderedDict()  # contents that shared an identifier
+        self._seen: Recent[str, str] = Recent()  # identifier -> content
+        self._doubted: Recent[str, None] = Recent()  # contents that shared an identifier
 
     def ask(self, features: Sequence[Any]) -> Future[tuple[Media, ...] | None]:
         """The contents and places of a request's media (MultiModalFeatureSpec); None where one cannot be known."""
@@ -89,13 +89,12 @@ class MediaContents:
 
     def _learn(self, identifier: str, content: str) -> None:
         with self._lock:
-            before = self._seen.pop(identifier, content)
+            before = self._seen.get(identifier, content)
             self._seen[identifier] = content
             if before != content:
                 self._doubted.update({before: None, content: None})
-            for remembered in (self._seen, self._doubted):
-                while len(remembered) > _KNOWN:
-                    remembered.popitem(last=False)
+            self._seen.drop_oldest(most=_KNOWN)
+            self._doubted.drop_oldest(most=_KNOWN)
 
 
 def item_content(modality: str, data: Any) -> str | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from loracache.backoff import Backoff
+
 __all__ = ["AnswerTimes", "Patience", "StepTimes"]
 
 _MOST_S = 0.003  # of a step that its waits take together
@@ -31,7 +33,7 @@ class AnswerTimes:
 
     def __init__(self) -> None:
         self._mean, self._distance = _FIRST_S, _FIRST_S / 2
-        self._pause = 0.0
+        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self._not_before = 0.0
         self._left = _MOST_S
 
@@ -49,15 +51,14 @@ class AnswerTimes:
     def answered(self, took: float, waited: float) -> None:
         """An answer came while the loop waited: `took` seconds after its question."""
         self._left -= waited
-        self._pause = 0.0
+        self._pauses.reset()
         self._distance += 2 * _WEIGHT * (abs(took - self._mean) - self._distance)
         self._mean += _WEIGHT * (took - self._mean)
 
     def missed(self, now: float, waited: float) -> None:
         """None came in time: the daemon is silent, or slow. The next ones are not waited for, each time for longer."""
         self._left -= waited
-        self._pause = min(max(2 * self._pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
-        self._not_before = now + self._pause
+        self._not_before = now + self._pauses.next()
 
 
 class StepTimes:

@@ -10,7 +10,6 @@ listens, everything is taken back, and told anew as it is found. Threading: the 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from loracache.connectors.vllm.common.recent import Recent
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class TierEvents:
     def __init__(self, link: SchedulerLink, wanted: bool) -> None:
         self._link = link
         self.wanted = wanted
-        self._chunks: OrderedDict[bytes, _Chunk] = OrderedDict()
+        self._chunks: Recent[bytes, _Chunk] = Recent()
         self._objects: dict[bytes, tuple[bytes, int]] = {}  # object key -> (chunk key, number of the shard)
         self._shards = 0
         self._events: list[Any] = []
@@ -71,16 +71,12 @@ class TierEvents:
             return  # they are of other pieces than blocks
         self._shards = len(chunks.shards)
         for number, key in enumerate(state.chunk_keys[state.told :], state.told):
-            known = self._chunks.get(key)
-            if known is None:
-                known = self._new(state, chunks, number)
-            self._chunks.move_to_end(key)
+            known = self._chunks.used(key) or self._new(state, chunks, number)
             if number < len(state.hits):
                 for shard in range(self._shards):
                     self._enter(known, state.hits[number], shard)
         state.told = len(state.chunk_keys)
-        while len(self._chunks) > _MOST_CHUNKS:
-            self._forget(next(iter(self._chunks)))
+        self._forget_oldest(_MOST_CHUNKS)
 
     def take(self) -> list[Any]:
         """What has changed since the last call."""
@@ -88,8 +84,7 @@ class TierEvents:
         if told is not None:
             lost, changes = told
             if lost:
-                for key in list(self._chunks):
-                    self._forget(key)
+                self._forget_oldest(0)
             self._follow(changes)
         events, self._events = self._events, []
         return events
@@ -135,10 +130,11 @@ class TierEvents:
                 self._events.append(BlockRemoved(block_hashes=known.hashes, medium=tier))
             shards.discard(shard)
 
-    def _forget(self, key: bytes) -> None:
-        known = self._chunks.pop(key)
-        for tier, shards in known.shards.items():
-            if len(shards) == self._shards:
-                self._events.append(BlockRemoved(block_hashes=known.hashes, medium=tier))
-        for each in known.objects:
-            del self._objects[each]
+    def _forget_oldest(self, most: int) -> None:
+        """Take back what is told of the oldest chunks, but for `most` of them."""
+        for known in self._chunks.drop_oldest(most=most).values():
+            for tier, shards in known.shards.items():
+                if len(shards) == self._shards:
+                    self._events.append(BlockRemoved(block_hashes=known.hashes, medium=tier))
+            for each in known.objects:
+                del self._objects[each]

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from loracache.backoff import Backoff
 from loracache.client import requests
 from loracache.client.connection import Reply
 from loracache.connectors.vllm.common.cores import leave_pinned_core
@@ -64,7 +65,7 @@ class _Part:
 class _Loading:
     """A load under way. todo: positions of chunks to be asked for, a heap. missing: those that did not arrive, or whose
     part is held still. gap: one of them never will, so that those behind it are of no use. deadline: for the next
-    byte. most: chunks of a part. again: when to ask for room once more, pause: how long that was. cause: why it ends
+    byte. most: chunks of a part. again: when to ask for room once more, after the last of `pauses`. cause: why it ends
     early.
     """
 
@@ -78,7 +79,7 @@ class _Loading:
     causes: dict[str, int] = field(default_factory=dict)
     gap: bool = False
     again: float = 0.0
-    pause: float = 0.0
+    pauses: Backoff = field(default_factory=lambda: Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S))
     no_room_since: float | None = None
     cause: str = ""
 
@@ -154,9 +155,12 @@ class Loader:
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
         connection = self._link.connection
+        due = [self._due(job) for job in self._active]
         if connection.connected:
             poller.register(connection.fileno(), select.POLLIN | (select.POLLOUT if connection.unsent else 0))
-        timeout = min((self._due(job) for job in self._active), default=None)
+        elif any(job.parts for job in self._active):
+            due.append(0.0)  # the daemon hung up meanwhile: hear it out, and end what it will not answer
+        timeout = min(due, default=None)
         poller.poll(None if timeout is None else max(0.0, timeout - time.monotonic()) * 1000 + 1)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
@@ -265,7 +269,8 @@ class Loader:
                 continue
             part.copied.append(position)
             job.deadline = time.monotonic() + self._timeout
-            job.pause, job.no_room_since = 0.0, None
+            job.pauses.reset()
+            job.no_room_since = None
 
     def _scatter(
         self, job: _Loading, part: _Part, position: int, size: int, expected: int, extents: list[int]
@@ -288,8 +293,7 @@ class Loader:
             return
         job.no_room_since = job.no_room_since or now
         job.most = max(1, len(part.positions) // 2)
-        job.pause = min(max(2 * job.pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
-        job.again = now + job.pause
+        job.again = now + job.pauses.next()
 
     # -- the end ----------
 

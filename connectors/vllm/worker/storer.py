@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from loracache.backoff import Backoff
 from loracache.client import requests
 from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
@@ -45,21 +46,22 @@ class _Room:
 
     def __init__(self, after: float) -> None:
         self._most = _NO_ROOM_S if time.monotonic() >= after else 0.0
-        self._pause = _FIRST_PAUSE_S
+        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self._waited = self._in_vain = 0.0
 
     def found(self) -> None:
         """There was some."""
-        self._pause, self._in_vain = _FIRST_PAUSE_S, 0.0
+        self._pauses.reset()
+        self._in_vain = 0.0
 
     def waits(self) -> bool:
         """Whether to ask again, after a pause."""
         if self._in_vain >= self._most or self._waited >= _LONGEST_S:
             return False
-        time.sleep(self._pause)
-        self._waited += self._pause
-        self._in_vain += self._pause
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        pause = self._pauses.next()
+        time.sleep(pause)
+        self._waited += pause
+        self._in_vain += pause
         return True
 
 
@@ -71,6 +73,7 @@ class StoreJob:
         self.after = after  # a CUDA event: the blocks are written once it has happened
         self.gate = Gate()
         self.nbytes = 0  # committed
+        self.left = len(store.chunks)  # not dealt with yet
 
 
 class Storer:
@@ -120,10 +123,10 @@ class Storer:
                 self._store(job, causes)
             except LoRACacheError as error:
                 _log.debug("store for %s: %s", job.store.request_id, error)
-                causes[Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE] = len(job.store.chunks)
+                causes[Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE] = job.left
             except Exception:  # noqa: BLE001 - top of the thread: a bug must not keep a request's blocks for ever
                 _log.exception("a store failed")
-                causes[Cause.BUG] = len(job.store.chunks)
+                causes[Cause.BUG] = job.left
             self._finished(job, causes)
         self._link.connection.close()
 
@@ -148,11 +151,13 @@ class Storer:
                 if part:
                     room.found()
                 done += part
+                job.left -= part
                 if done == len(keys) or not room.waits():
                     break
             if done < len(keys):  # the chain ends here
                 self._full_until = time.monotonic() + _FULL_S
                 causes[Cause.FULL] = causes.get(Cause.FULL, 0) + len(keys) - done
+                job.left -= len(keys) - done
             parent = keys[-1]
 
     def _parts(self, chunks: Sequence[ChunkBlocks]) -> Iterator[Sequence[ChunkBlocks]]:

@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
 from loracache import CacheClient, Namespace, chunk_keys
-from loracache.cli.app import app
 from loracache.keys import salt_digest
 
 CHUNK, SIZE = 4, 1500
@@ -45,36 +43,10 @@ def client(running: Any) -> Iterator[CacheClient]:
         yield made
 
 
-class Done:
-    """What a command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    def __repr__(self) -> str:
-        return f"{self.code}\n{self.out}\n{self.err}"
-
-
 @pytest.fixture
-def cli(running: Any) -> Callable[..., Done]:
+def cli(running: Any, loracache: Callable[..., Any]) -> Callable[..., Any]:
     """cli("evict", "--key", ..., stdin="") runs it on `running`, or on the daemon at `socket`, without a terminal."""
-
-    def run(*arguments: object, stdin: str | bytes = "", socket: object = None) -> Done:
-        done = CliRunner().invoke(
-            app,
-            list(map(str, arguments)),
-            input=stdin,
-            env={"LORACACHE_SOCKET": str(socket or running.socket), "COLUMNS": "200"},
-            prog_name="loracache",
-        )
-        assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
-        return Done(done.exit_code, done.stdout, done.stderr)
-
-    return run
+    return lambda *arguments, **more: loracache(*arguments, **{"socket": running.socket} | more)
 
 
 @pytest.fixture
@@ -141,7 +113,8 @@ def _hear_ctrl_c() -> None:
 class Process:
     """`loracache ...` as a process, on a terminal of its own where `terminal` is set."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], terminal: bool) -> None:
+    def __init__(self, arguments: list[str], environment: dict[str, str], terminal: bool, done: Any) -> None:
+        self._done = done
         command = [sys.executable, "-m", "loracache", *arguments]
         self.text = ""
         if terminal:
@@ -174,14 +147,14 @@ class Process:
     def forget(self) -> None:
         self.text = ""
 
-    def end(self, seconds: float = 20.0) -> Done:
+    def end(self, seconds: float = 20.0) -> Any:
         if self._master < 0:
             out, err = self.process.communicate(timeout=seconds)
-            return Done(self.process.returncode, (out or b"").decode(), err.decode())
+            return self._done(self.process.returncode, (out or b"").decode(), err.decode())
         deadline = time.monotonic() + seconds
         while self._more(deadline - time.monotonic()):
             pass
-        return Done(self.process.wait(seconds), self.text, "")
+        return self._done(self.process.wait(seconds), self.text, "")
 
     def _more(self, seconds: float) -> bool:
         if not select.select([self._master], [], [], max(0.0, seconds))[0]:
@@ -205,7 +178,7 @@ class Process:
 
 
 @pytest.fixture
-def process(running: Any) -> Iterator[Callable[..., Process]]:
+def process(running: Any, done: Any) -> Iterator[Callable[..., Process]]:
     """process("top", terminal=True, socket=..., NAME=value) starts one; all end with the test."""
     started: list[Process] = []
 
@@ -215,7 +188,7 @@ def process(running: Any) -> Iterator[Callable[..., Process]]:
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
             "LORACACHE_SOCKET": str(socket or running.socket), "COLUMNS": "160", "LINES": "50", "TERM": "xterm",
         }  # fmt: skip
-        started.append(Process(list(map(str, arguments)), environment | more, terminal))
+        started.append(Process(list(map(str, arguments)), environment | more, terminal, done))
         return started[-1]
 
     yield start

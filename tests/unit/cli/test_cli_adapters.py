@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,20 +37,6 @@ def peft(folder: Path, seed: int = 0, *, width: int = 64, **settings: Any) -> Pa
     return folder
 
 
-def loracache(*arguments: object, **environment: str) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error of `loracache adapters ...`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "loracache", "adapters", *map(str, arguments)],
-        env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "160"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.fixture(scope="module")
 def disk_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("disk")
@@ -70,11 +54,11 @@ def client(running: Any) -> Iterator[CacheClient]:
 
 
 @pytest.fixture
-def run(running: Any) -> Any:
+def run(running: Any, loracache: Any) -> Any:
     """run(command, ...) runs it on the daemon, which succeeds; answers what it printed."""
 
-    def made(*arguments: object) -> str:
-        code, out, err = loracache(*arguments, LORACACHE_SOCKET=str(running.socket))
+    def made(*arguments: object) -> Any:
+        code, out, err = loracache("adapters", *arguments, socket=running.socket)
         assert (code, err) == (0, "")
         return out
 
@@ -82,11 +66,11 @@ def run(running: Any) -> Any:
 
 
 @pytest.fixture
-def fails(running: Any) -> Any:
+def fails(running: Any, loracache: Any) -> Any:
     """fails(command, ...) runs it on the daemon, which refuses with exit code `code`; answers its message."""
 
-    def made(*arguments: object, code: int = 1) -> str:
-        ended, out, err = loracache(*arguments, "--socket", running.socket)
+    def made(*arguments: object, code: int = 1) -> Any:
+        ended, out, err = loracache("adapters", *arguments, "--socket", running.socket)
         assert (ended, out) == (code, "")
         assert err.startswith("loracache: ")
         assert "Traceback" not in err
@@ -141,8 +125,8 @@ def test_list_shows_all_names_as_a_table_and_as_json(client: CacheClient, run: A
         assert word in row
 
 
-def test_an_empty_cache_lists_nothing(daemon: Any) -> None:
-    assert loracache("list", "--json", "--socket", daemon(memory="1MiB").socket) == (0, "[]\n", "")
+def test_an_empty_cache_lists_nothing(daemon: Any, loracache: Any) -> None:
+    assert loracache("adapters", "list", "--json", "--socket", daemon(memory="1MiB").socket) == (0, "[]\n", "")
 
 
 def test_show_tells_one_adapter_by_name_and_by_digest(client: CacheClient, run: Any, tmp_path: Path) -> None:
@@ -234,37 +218,37 @@ def test_an_export_replaces_nothing(client: CacheClient, fails: Any, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link", "one"]
 
 
-def test_an_adapter_that_no_tier_has_any_more_is_not_exported(daemon: Any, tmp_path: Path) -> None:
+def test_an_adapter_that_no_tier_has_any_more_is_not_exported(daemon: Any, loracache: Any, tmp_path: Path) -> None:
     """Its disk was emptied by hand while the daemon was down."""
     disk = tmp_path / "disk"
     first = daemon(memory="1MiB", disk_path=disk)
-    assert loracache("add", "lost", peft(tmp_path / "one"), "--socket", first.socket)[0] == 0
+    assert loracache("adapters", "add", "lost", peft(tmp_path / "one"), "--socket", first.socket)[0] == 0
     first.stop()
     for path in (disk / "objects").glob("*/*"):
         path.unlink()
     (disk / "manifest").unlink()
     again = daemon(memory="1MiB", disk_path=disk)
-    code, _, err = loracache("export", "lost", tmp_path / "out", "--socket", again.socket)
+    code, _, err = loracache("adapters", "export", "lost", tmp_path / "out", "--socket", again.socket)
     assert code == 1
     assert "lost is in no tier any more" in err
     assert not (tmp_path / "out").exists()
-    assert loracache("add", "lost", tmp_path / "one", "--socket", again.socket)[0] == 0
-    assert loracache("export", "lost", tmp_path / "out", "--socket", again.socket)[0] == 0
+    assert loracache("adapters", "add", "lost", tmp_path / "one", "--socket", again.socket)[0] == 0
+    assert loracache("adapters", "export", "lost", tmp_path / "out", "--socket", again.socket)[0] == 0
 
 
 COMMANDS = {"add": ("a", "."), "list": (), "show": ("a",), "remove": ("a",), "export": ("a", "out")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_without_a_daemon_a_command_says_so(command: str, short_tmp: Path) -> None:
-    code, out, err = loracache(command, *COMMANDS[command], "--socket", short_tmp / "lc.sock")
+def test_without_a_daemon_a_command_says_so(command: str, loracache: Any, short_tmp: Path) -> None:
+    code, out, err = loracache("adapters", command, *COMMANDS[command], "--socket", short_tmp / "lc.sock")
     assert (code, out) == (1, "")
     assert f"start one with: loracache serve --socket {short_tmp / 'lc.sock'}" in err
 
 
-def test_wrong_usage_is_exit_code_2() -> None:
+def test_wrong_usage_is_exit_code_2(loracache: Any) -> None:
     for arguments, said in ((["list"], "give --socket PATH or set LORACACHE_SOCKET"), (["add", "a"], "Usage")):
-        code, out, err = loracache(*arguments)
+        code, out, err = loracache("adapters", *arguments)
         assert (code, out) == (2, "")
         assert said in err
         assert "Traceback" not in err

@@ -35,7 +35,7 @@ from loracache.cli.app import main
 try:
     main()
 finally:
-    print([name for name in {HEAVY!r} + ("rich", "yaml", "asyncio") if name in sys.modules], file=sys.stderr)
+    print([name for name in {HEAVY!r} + ("rich", "yaml", "asyncio", "numpy") if name in sys.modules], file=sys.stderr)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
     done = subprocess.run(

@@ -13,7 +13,7 @@ import pytest
 
 from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.messages import StepPlan
-from loracache.connectors.vllm.common.reports import Inbox
+from loracache.connectors.vllm.common.reports import ReportInbox
 from loracache.connectors.vllm.connector import LoRACacheConnector
 
 
@@ -135,7 +135,7 @@ def test_stores_start_at_the_end_of_a_step_whatever_comes_last_in_it(step: list[
 def bare_connector(**sides: Any) -> Any:
     connector = LoRACacheConnector.__new__(LoRACacheConnector)
     connector._scheduler, connector._worker = sides.get("scheduler"), sides.get("worker")
-    connector._inbox = Inbox()
+    connector._inbox = ReportInbox()
     return connector
 
 

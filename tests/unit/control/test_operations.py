@@ -12,7 +12,7 @@ import pytest
 
 from loracache import Namespace
 from loracache.control import jobs as module
-from loracache.control.jobs import Operation, Operations, Turns
+from loracache.control.jobs import JobTurns, Operation, Operations
 from loracache.errors import Unknown
 from loracache.results import Cause
 
@@ -130,7 +130,7 @@ def test_the_last_thousand_that_ended_are_remembered() -> None:
 
 def test_few_work_at_once_and_the_others_wait_in_their_order() -> None:
     async def play() -> None:
-        operations, turns = Operations(lambda operation: None), Turns(2)
+        operations, turns = Operations(lambda operation: None), JobTurns(2)
         begun: list[str] = []
         left: list[str] = []
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,10 @@ def store(client: CacheClient, count: int, size: int = 5000) -> dict[bytes, byte
 # -- starting ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_daemon_on_the_socket_is_refused_and_the_first_goes_on(running: Any, serve_fails: Any) -> None:
-    code, message = serve_fails(socket=running.socket)
-    assert code == 2
-    assert (
-        f"socket='{running.socket}': another daemon serves it; stop that one or give --socket another path" in message
-    )
+def test_a_second_daemon_on_the_socket_is_refused_and_the_first_goes_on(running: Any, daemon: Any) -> None:
+    why = f"socket='{running.socket}': another daemon serves it; stop that one or give --socket another path"
+    with pytest.raises(AssertionError, match=f"the daemon ended with 2: loracache: {re.escape(why)}"):
+        daemon(socket=running.socket)
     assert running.status()["pid"] == running.process.pid
 
 
@@ -157,22 +154,12 @@ def test_the_daemon_loads_no_torch(running: Any, client: CacheClient, tmp_path: 
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def loracache(*arguments: object, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "loracache", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"} | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_status_shows_tiers_and_counts_as_json_and_as_a_table(running: Any, client: CacheClient) -> None:
+def test_status_shows_tiers_and_counts_as_json_and_as_a_table(
+    running: Any, client: CacheClient, loracache: Any
+) -> None:
     keys = list(store(client, 3))
     client.lookup([*keys, bytes(32)])
-    code, text = loracache("status", "--json", "--socket", running.socket)
+    code, text, _ = loracache("status", "--json", "--socket", running.socket)
     assert code == 0
     shown = json.loads(text)
     assert shown["pid"] == running.process.pid
@@ -180,23 +167,23 @@ def test_status_shows_tiers_and_counts_as_json_and_as_a_table(running: Any, clie
     assert shown["tiers"]["disk"]["limit_bytes"] == 64 << 20
     assert shown["hits"]["cpu"] >= 3
     assert shown["misses"]["absent"] >= 1
-    code, text = loracache("status", environment={"LORACACHE_SOCKET": str(running.socket)})
+    code, text, _ = loracache("status", socket=running.socket)
     assert code == 0
     assert f"pid {running.process.pid}" in text
     for word in ("cpu", "disk", "misses: absent", "failures:"):
         assert word in text
 
 
-def test_commands_without_a_daemon_say_so(short_tmp: Path) -> None:
-    code, message = loracache("status", "--socket", short_tmp / "lc.sock")
+def test_commands_without_a_daemon_say_so(short_tmp: Path, loracache: Any) -> None:
+    code, _, message = loracache("status", "--socket", short_tmp / "lc.sock")
     assert code == 1
     assert f"start one with: loracache serve --socket {short_tmp / 'lc.sock'}" in message
-    code, message = loracache("flush", environment={"LORACACHE_SOCKET": ""})
+    code, _, message = loracache("flush", LORACACHE_SOCKET="")
     assert code == 2
     assert "give --socket PATH or set LORACACHE_SOCKET" in message
 
 
-def test_flush_answers_when_the_objects_files_are_there(running: Any, client: CacheClient) -> None:
+def test_flush_answers_when_the_objects_files_are_there(running: Any, client: CacheClient, loracache: Any) -> None:
     (disk_path,) = [Path(str(folder)) for folder in running.process.args if "/disk" in str(folder)]
     keys = list(store(client, 50))
     client.flush()

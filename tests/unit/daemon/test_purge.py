@@ -14,10 +14,8 @@ import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
 from loracache import CacheClient, Namespace, Selection, chunk_keys
-from loracache.cli.app import app
 from loracache.keys import salt_digest
 from loracache.results import OperationState
 
@@ -74,12 +72,12 @@ def shared(redis_server: Callable[[], Any], daemon: Callable[..., Any]) -> Share
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
+def cli(loracache: Callable[..., Any]) -> Callable[..., tuple[int, Any]]:
     """cli(daemon, "evict", ...) -> exit code and what it printed."""
 
     def run(running: Any, *words: str) -> tuple[int, Any]:
-        done = CliRunner().invoke(app, [*words, "--socket", str(running.socket), "--json"], prog_name="loracache")
-        return done.exit_code, json.loads(done.stdout) if done.stdout else done.stderr
+        done = loracache(*words, "--json", socket=running.socket)
+        return done.code, done.json if done.out else done.err
 
     return run
 

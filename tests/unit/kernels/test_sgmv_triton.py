@@ -28,6 +28,15 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = ("float32", "float16", "bfloat16")
 MIXED = [[8, 8, 8], [0, 0, 0], [12, 1, 0], [64, 64, 64], [1, 0, 100]]
 SLOTS = np.array([3, 0, -1, 2, 2, 1, 4, 0, -1, 3, 3, 3, 4, 2, 0, 0, -1, *[0] * 20])  # 23 rows of slot 0: two tiles
+LONG = 600  # rows that are cut into wide tiles
+
+
+def in_turn(rows: int, slots: int) -> np.ndarray[Any, Any]:
+    """Slots of rows that belong to nobody and to `slots` adapters in turn, as many as make two wide tiles of each; the
+    rows behind them are nobody's. The interpreter takes a tenth of a second for a tile."""
+    found = np.arange(rows) * 7 % (slots + 1) - 1
+    found[70 * (slots + 1) :] = -1
+    return found
 
 
 @pytest.mark.parametrize(("cases", "variable"), [("TestKernels", "TRITON_INTERPRET"), ("TestCompiler", "SGMV_COMPILE")])
@@ -97,36 +106,38 @@ class TestKernels:
     def test_a_batch_of_mixed_ranks_is_what_float64_says(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], layout: str, dtype: str
     ) -> None:
-        weights = paged(MIXED, inputs=192, widths=[96, 32, 64], layout=layout, dtype=dtype)
-        batch = batch_of(weights, SLOTS, dtype=dtype)
+        large = (layout, dtype) == ("scattered", "float32")
+        ranks, slots, inputs = (MIXED, SLOTS, 192) if large else (MIXED[2:], in_turn(17, 3), 96)
+        weights = paged(ranks, inputs=inputs, widths=[96, 32, 64], layout=layout, dtype=dtype)
+        batch = batch_of(weights, slots, dtype=dtype)
         batch.check(run(batch))
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("rows", [17, 600], ids=["narrow tiles", "wide tiles"])
+    @pytest.mark.parametrize("rows", [17, LONG], ids=["narrow tiles", "wide tiles"])
     def test_an_embedding_is_what_float64_says(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], dtype: str, rows: int
     ) -> None:
         weights = paged([[8], [0], [100]], inputs=200, widths=[72], dtype=dtype)
-        batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1, dtype=dtype, embeds=True)
+        batch = batch_of(weights, in_turn(rows, 3), dtype=dtype, embeds=True)
         batch.check(run(batch))
 
-    @pytest.mark.parametrize("rows", [7, 600], ids=["narrow tiles", "wide tiles"])
+    @pytest.mark.parametrize("rows", [7, LONG], ids=["narrow tiles", "wide tiles"])
     def test_ranks_may_be_as_high_as_peft_s_adapters_have_them(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], rows: int
     ) -> None:
-        weights = paged([[320, 8], [512, 512]], inputs=96, widths=[64, 32])
-        batch = batch_of(weights, np.arange(rows) % 3 - 1)
+        weights = paged([[320, 8], [8, 512]], inputs=96, widths=[64, 32])
+        batch = batch_of(weights, in_turn(rows, 2))
         batch.check(run(batch))
 
     @pytest.mark.parametrize("page_elements", [32, 160])
-    @pytest.mark.parametrize("rows", [17, 600], ids=["narrow tiles", "wide tiles"])
+    @pytest.mark.parametrize("rows", [17, LONG], ids=["narrow tiles", "wide tiles"])
     def test_pages_may_be_shorter_or_longer_than_rows(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], splits: bool, page_elements: int, rows: int
     ) -> None:
         from loracache.kernels import sgmv_triton
 
         weights = paged(MIXED[2:], inputs=96, widths=[96, 32, 64], page_elements=page_elements)
-        batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1)
+        batch = batch_of(weights, in_turn(rows, 3))
         batch.check(run(batch))
         arguments = (rows, 3, 1000, 96, (96, 32, 64), 32, 100, 4)
         assert (sgmv_triton._launch(*arguments).splits > 1) == splits
@@ -139,7 +150,7 @@ class TestKernels:
             batch = batch_of(weights, np.array([0, -1, 0]))
             batch.check(run(batch))
 
-    @pytest.mark.parametrize("rows", [17, 600], ids=["narrow tiles", "wide tiles"])
+    @pytest.mark.parametrize("rows", [17, LONG], ids=["narrow tiles", "wide tiles"])
     def test_a_program_may_take_several_blocks_of_columns(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rows: int
     ) -> None:
@@ -148,7 +159,7 @@ class TestKernels:
         monkeypatch.setattr(sgmv_triton, "_MOST_EXPANDS", 8)
         sgmv_triton._launch.cache_clear()
         weights = paged(MIXED[2:], inputs=64, widths=[224, 33, 64])
-        batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1)
+        batch = batch_of(weights, in_turn(rows, 3))
         batch.check(run(batch))
         sgmv_triton._launch.cache_clear()
 
@@ -172,8 +183,8 @@ class TestKernels:
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], embeds: bool
     ) -> None:
         weights = paged([[8], [0], [64]], inputs=64, widths=[64])
-        for rows, padding, tiles_behind in ((1, 0, 0), (1, 15, 100), (17, 600, 3), (600, 40, 1000)):
-            batch = batch_of(weights, np.arange(rows) * 7 % 4 - 1 if rows > 1 else np.array([2]), embeds=embeds)
+        for rows, padding, tiles_behind in ((1, 0, 0), (1, 15, 100), (17, LONG, 3), (LONG, 40, 1000)):
+            batch = batch_of(weights, in_turn(rows, 3) if rows > 1 else np.array([2]), embeds=embeds)
             batch.check(run(batch, tiles_behind, padding))
 
     @pytest.mark.parametrize("embeds", [False, True], ids=["linear", "embedding"])

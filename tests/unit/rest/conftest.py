@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,27 +102,6 @@ def adapter(client: CacheClient, tmp_path: Path) -> Callable[[str], SimpleNamesp
         return SimpleNamespace(name=name, digest=client.add_adapter(str(tmp_path), name))
 
     return add
-
-
-@pytest.fixture(scope="session")
-def loracache() -> Callable[..., tuple[int, str, str]]:
-    """loracache(*arguments, socket=None, stdin=None) runs a command: exit code, standard output, standard error."""
-
-    def run(*arguments: str, socket: Path | None = None, stdin: str | None = None) -> tuple[int, str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
-        named = {"LORACACHE_SOCKET": str(socket)} if socket else {}
-        done = subprocess.run(
-            [sys.executable, "-m", "loracache", *arguments],
-            input=stdin or "",
-            capture_output=True,
-            text=True,
-            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"} | named,
-            timeout=50,
-            check=False,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    return run
 
 
 class Page:

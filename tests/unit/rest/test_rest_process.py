@@ -114,7 +114,8 @@ def test_a_port_that_cannot_be_is_refused_at_the_start(serve_fails: Any, http: s
     assert said in message
 
 
-def test_a_port_that_is_taken_is_refused_at_the_start(serve_fails: Any) -> None:
+def test_a_port_that_is_taken_is_refused_at_the_start(serve_fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_process, "_PORT_PATIENCE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, message = serve_fails(http=f"127.0.0.1:{taken.getsockname()[1]}")
     assert code == 2

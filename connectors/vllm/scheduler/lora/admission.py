@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.payload import ModuleSize, Packed
+from loracache.backoff import Backoff
 from loracache.connectors.vllm.common.messages import AdapterOrders, PoolFacts, WorkerNews
 from loracache.connectors.vllm.common.recent import MOST_ADAPTERS, Recent
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
@@ -40,7 +41,6 @@ _log = logging.getLogger(__name__)
 _LEASE_S = 30.0
 _AGAIN_S = 0.5
 _RESIDENT_S = 0.2
-_MOST_FAILURES = 8
 _FOLDER_PATIENCES = 4  # a daemon that is silent takes up to three before the folder is read
 
 
@@ -48,10 +48,11 @@ _FOLDER_PATIENCES = 4  # a daemon that is silent takes up to three before the fo
 class _Adapter:
     """One content. path: a folder that holds it, or "". costs: pages by worker, once known. here: it can be copied in
     now. asked: the number of the question that fetches it, since: when it was asked. order: the number of the last
-    order to copy it in, ready: how many workers have done so. failures: copies in a row that failed.
+    order to copy it in, ready: how many workers have done so. pauses: after copies that failed.
     """
 
     digest: str
+    pauses: Backoff
     path: str = ""
     costs: tuple[int, ...] | None = None
     here: bool = False
@@ -61,7 +62,6 @@ class _Adapter:
     next_try: float = 0.0
     order: int = 0
     ready: int = 0
-    failures: int = 0
     problem: str = ""
 
 
@@ -204,7 +204,7 @@ class AdapterAdmission:
             if found is not None:
                 found.ready += count
                 if found.ready >= len(self._pools):
-                    found.failures = 0
+                    found.pauses.reset()
                     self._let_go(found)
         for order, (cause, why) in news.not_activated.items():
             self._link.count(f"adapter.{cause}", 1)
@@ -229,8 +229,7 @@ class AdapterAdmission:
             self._waits.setdefault(request, _Wait(now)).cause = cause
         self._orders.evict.append(found.digest)  # some workers may have it
         self._let_go(found)
-        found.next_try = now + min(_AGAIN_S * 2**found.failures, max(_AGAIN_S, self._patience / 4))
-        found.failures = min(found.failures + 1, _MOST_FAILURES)
+        found.next_try = now + found.pauses.next()
         if cause == Cause.CHANGED:
             self._forget_ids(found)
 
@@ -287,7 +286,8 @@ class AdapterAdmission:
 
     def _bind(self, adapter: int, digest: str, path: str) -> str:
         self._ids[adapter] = digest
-        found = self._adapters.setdefault(digest, _Adapter(digest))
+        pauses = Backoff(_AGAIN_S, max(_AGAIN_S, self._patience / 4))
+        found = self._adapters.setdefault(digest, _Adapter(digest, pauses))
         found.path = path or found.path
         self._bound(adapter, digest)
         return digest

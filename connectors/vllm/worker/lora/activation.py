@@ -22,10 +22,11 @@ from loracache.adapters.payload import Packed, Packing
 from loracache.adapters.peft import PeftFolder
 from loracache.client import requests
 from loracache.connectors.vllm.common.cores import leave_pinned_core
+from loracache.connectors.vllm.common.recent import Recent
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.lora.paths import digest_in
 from loracache.connectors.vllm.worker.lora.filling import fill_pages
-from loracache.connectors.vllm.worker.lora.pool import Resident
+from loracache.connectors.vllm.worker.lora.pool import PagedAdapter
 from loracache.connectors.vllm.worker.lora.recipe import Recipe, Recipes, copy_plain
 from loracache.errors import LoRACacheError, Unavailable, UsageError
 from loracache.keys import checksum
@@ -73,7 +74,7 @@ class Activator:
         self._timeout = timeout
         self._link = WorkerLink(server, "vllm-adapters", ensure, self._pool.pages.device.type)
         self._stream = torch.cuda.Stream() if self._pool.pages.device.type == "cuda" else None
-        self._failed: dict[str, str] = {}  # digest -> the bug that its last copy failed of
+        self._failed: Recent[str, str] = Recent()  # digest -> the bug that its last copy failed of
         self._orders: queue.SimpleQueue[Order | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loracache-adapters", daemon=True)
         self._thread.start()
@@ -114,8 +115,7 @@ class Activator:
             if self._failed.get(order.digest) != repr(error):  # it will be tried again
                 _log.exception("adapter %s was not loaded", order.digest[:12])
             self._failed[order.digest] = repr(error)
-            if len(self._failed) > _MOST_FAILED:
-                del self._failed[next(iter(self._failed))]
+            self._failed.drop_oldest(most=_MOST_FAILED)
             return Cause.BUG, ""
         if not cause:
             self._failed.pop(order.digest, None)
@@ -211,7 +211,9 @@ class Activator:
             return cause
         return Cause.NONE if self._pool.settle(order.digest, resident) else Cause.EVICTED
 
-    def _copy(self, order: Order, resident: Resident, recipe: Recipe, payload: list[memoryview]) -> tuple[int, bool]:
+    def _copy(
+        self, order: Order, resident: PagedAdapter, recipe: Recipe, payload: list[memoryview]
+    ) -> tuple[int, bool]:
         """Copies; answers a checksum, and whether it is of what is on the pages rather than of the payload."""
         if self._stream is None and recipe.plain is not None and len(payload) == 1:
             return copy_plain(self._pool, resident, recipe, payload[0]), True

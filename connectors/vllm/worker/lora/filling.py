@@ -15,7 +15,7 @@ import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from loracache.adapters.payload import ModuleWeights, Packed, StoredTensor
-from loracache.connectors.vllm.worker.lora.pool import PagePool, Resident
+from loracache.connectors.vllm.worker.lora.pool import PagedAdapter, PagePool
 from loracache.errors import UsageError
 from loracache.kernels.tables import RANK, round_up
 
@@ -26,7 +26,7 @@ _WORDS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16: words are co
 
 
 def fill_pages(
-    pool: PagePool, adapter: Resident, packed: Packed, parts: Mapping[str, ModuleWeights], layers: Sequence[Any]
+    pool: PagePool, adapter: PagedAdapter, packed: Packed, parts: Mapping[str, ModuleWeights], layers: Sequence[Any]
 ) -> None:
     """Copy all matrices. parts: the adapter's modules by the model's names. layers: vLLM's LoRA layers, one for each of
     the pool's modules; they know which columns are this worker's. Raises UsageError where a matrix has not the shape
@@ -66,7 +66,7 @@ def _shard(layer: Any, a: list[Any], b: list[Any]) -> tuple[list[Any], list[Any]
     return a, [each.t() if each is not None else None for each in turned]
 
 
-def _write(pool: PagePool, adapter: Resident, place: tuple[int, int], width: int, rows: torch.Tensor) -> None:
+def _write(pool: PagePool, adapter: PagedAdapter, place: tuple[int, int], width: int, rows: torch.Tensor) -> None:
     """place: slice and matrix. width: of a row on this worker."""
     rank, row = int(adapter.places[place[0], RANK]), round_up(width, pool.shape.chunk)
     if rows.shape != (rank, width):

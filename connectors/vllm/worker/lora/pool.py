@@ -25,11 +25,11 @@ from loracache.errors import UsageError
 from loracache.free_pages import FreePages
 from loracache.kernels.tables import A_ADDRESS, PLACE_FIELDS
 
-__all__ = ["PagePool", "Resident", "SlotTables"]
+__all__ = ["PagePool", "PagedAdapter", "SlotTables"]
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
+class PagedAdapter:
     """An adapter on its pages. runs: (first page, pages). lengths: elements of the A and the B of every slice.
     page_ids, places, scales: a row of the tables."""
 
@@ -50,8 +50,8 @@ class PagePool:
             self.bytes: npt.NDArray[np.uint8] = self.pages.view(-1).view(torch.uint8).numpy()
         self._free = FreePages(shape.pages)
         self._lock = threading.Lock()
-        self._resident: dict[str, Resident] = {}
-        self._reserved: dict[int, Resident] = {}  # all that have pages, by id()
+        self._resident: dict[str, PagedAdapter] = {}
+        self._reserved: dict[int, PagedAdapter] = {}  # all that have pages, by id()
         self._wanted: set[str] = set()
 
     @property
@@ -59,7 +59,7 @@ class PagePool:
         """Pages that no adapter is on."""
         return self._free.free
 
-    def get(self, digest: str) -> Resident | None:
+    def get(self, digest: str) -> PagedAdapter | None:
         """A resident adapter."""
         with self._lock:
             return self._resident.get(digest)
@@ -69,7 +69,7 @@ class PagePool:
         with self._lock:
             return list(self._resident)
 
-    def reserve(self, placement: Placement, scales: npt.NDArray[np.float32]) -> Resident | None:
+    def reserve(self, placement: Placement, scales: npt.NDArray[np.float32]) -> PagedAdapter | None:
         """Pages for an adapter, in runs as long as can be; None where too few are free."""
         count = self.shape.cost(placement.elements)
         with self._lock:
@@ -81,7 +81,7 @@ class PagePool:
         ids = ids.astype(np.int32)
         places = torch.from_numpy(self.shape.flatten(placement, ids))
         lengths = tuple((a, b) for a, b in placement.lengths.tolist())
-        adapter = Resident(tuple(runs), lengths, torch.from_numpy(ids), places, torch.from_numpy(scales))
+        adapter = PagedAdapter(tuple(runs), lengths, torch.from_numpy(ids), places, torch.from_numpy(scales))
         self._reserved[id(adapter)] = adapter
         return adapter
 
@@ -90,7 +90,7 @@ class PagePool:
         with self._lock:
             self._wanted.add(digest)
 
-    def settle(self, digest: str, adapter: Resident) -> bool:
+    def settle(self, digest: str, adapter: PagedAdapter) -> bool:
         """The adapter is on its pages. False, and the pages are free again, where it was evicted meanwhile."""
         with self._lock:
             if digest not in self._wanted or digest in self._resident:
@@ -99,7 +99,7 @@ class PagePool:
             self._resident[digest] = adapter
             return True
 
-    def give_back(self, adapter: Resident) -> None:
+    def give_back(self, adapter: PagedAdapter) -> None:
         """Pages reserved for nothing."""
         with self._lock:
             self._release(adapter)
@@ -112,7 +112,7 @@ class PagePool:
             if adapter is not None:
                 self._release(adapter)
 
-    def matrix(self, adapter: Resident, row: int, matrix: int) -> list[torch.Tensor]:
+    def matrix(self, adapter: PagedAdapter, row: int, matrix: int) -> list[torch.Tensor]:
         """Views of the pages that hold A (`matrix` 0) or B (1) of slice `row` of an adapter, in order. Raises
         UsageError where the adapter has no pages (any more), or no room for it on them."""
         self.check_holds(adapter)
@@ -120,12 +120,12 @@ class PagePool:
             raise UsageError(f"an adapter's slice has matrices 0 and 1, not {matrix}")
         return self._pieces(adapter, int(adapter.places[row, A_ADDRESS + matrix]), adapter.lengths[row][matrix])
 
-    def check_holds(self, adapter: Resident) -> None:
+    def check_holds(self, adapter: PagedAdapter) -> None:
         """Raises UsageError where the adapter has no pages (any more)."""
         if self._reserved.get(id(adapter)) is not adapter:
             raise UsageError("an adapter was to be copied to pages that are not its own")
 
-    def _pieces(self, adapter: Resident, address: int, elements: int) -> list[torch.Tensor]:
+    def _pieces(self, adapter: PagedAdapter, address: int, elements: int) -> list[torch.Tensor]:
         """Views of the pages that hold `elements` of an adapter's address space from `address` on."""
         page, found = self.shape.page, []
         if address < 0 or address + elements > len(adapter.page_ids) * page:
@@ -150,7 +150,7 @@ class PagePool:
         with self._lock:
             return self._free.audit(run for adapter in self._resident.values() for run in adapter.runs)
 
-    def _release(self, adapter: Resident) -> None:
+    def _release(self, adapter: PagedAdapter) -> None:
         del self._reserved[id(adapter)]
         for first, pages in adapter.runs:
             self._free.release(first, pages)
@@ -166,7 +166,7 @@ class SlotTables:
         self.places = torch.zeros((slots, shape.slices, PLACE_FIELDS), dtype=torch.int64, device=device)
         self.scales = torch.zeros((slots, shape.slices), dtype=torch.float32, device=device)
 
-    def fill(self, slot: int, adapter: Resident) -> None:
+    def fill(self, slot: int, adapter: PagedAdapter) -> None:
         """Put an adapter into a slot."""
         self.page_ids[slot, : len(adapter.page_ids)].copy_(adapter.page_ids, non_blocking=True)
         self.places[slot].copy_(adapter.places, non_blocking=True)

@@ -7,7 +7,6 @@ Threading: used by the activator's thread alone.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,10 @@ import torch
 import xxhash
 
 from loracache.adapters.payload import ModuleWeights, Packed, payload_header
+from loracache.connectors.vllm.common.recent import Recent
 from loracache.connectors.vllm.lora.layout import Placement
 from loracache.connectors.vllm.worker.lora.filling import DTYPES
-from loracache.connectors.vllm.worker.lora.pool import PagePool, Resident
+from loracache.connectors.vllm.worker.lora.pool import PagedAdapter, PagePool
 from loracache.errors import UsageError
 from loracache.kernels.tables import A_FLAT, round_up
 
@@ -49,18 +49,16 @@ class Recipes:
     def __init__(self, manager: Any) -> None:
         self._manager = manager
         self._pool: PagePool = manager.pool
-        self._known: OrderedDict[tuple[bytes, int], Recipe] = OrderedDict()
+        self._known: Recent[tuple[bytes, int], Recipe] = Recent()
         self._sharded = any(getattr(layer, "tp_size", 1) > 1 for layer in manager.layers)
 
     def of(self, payload: list[memoryview]) -> Recipe:
         """The recipe for a payload. Raises UsageError where the pool's model cannot use it."""
         structure = payload_header(payload), sum(map(len, payload))
-        recipe = self._known.get(structure)
+        recipe = self._known.used(structure)
         if recipe is None:
             recipe = self._known[structure] = self._make(structure[0], Packed(payload, structure[0]))
-            if len(self._known) > _KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(structure)
+            self._known.drop_oldest(most=_KEPT)
         return recipe
 
     def _make(self, header: bytes, packed: Packed) -> Recipe:
@@ -86,7 +84,7 @@ class Recipes:
         return tuple(sorted(copies))
 
 
-def copy_plain(pool: PagePool, adapter: Resident, recipe: Recipe, payload: memoryview) -> int:
+def copy_plain(pool: PagePool, adapter: PagedAdapter, recipe: Recipe, payload: memoryview) -> int:
     """Copy a payload that is one buffer onto pages in host memory; answers the checksum of what is there then, with
     what stands between: where that is the payload's, the pages hold it, whatever became of the payload meanwhile. One
     pass: what was copied is read for the checksum while it is in the processor's cache. Raises UsageError where a

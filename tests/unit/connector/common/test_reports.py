@@ -12,13 +12,13 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 from loracache.connectors.vllm.common.messages import WorkerNews
-from loracache.connectors.vllm.common.reports import Inbox, Outbox, Reports
+from loracache.connectors.vllm.common.reports import ReportInbox, ReportOutbox, Reports
 from loracache.connectors.vllm.connector import LoRACacheConnector
 from loracache.connectors.vllm.scheduler.resets import HeldBlocks
 
 
 def test_reports_that_come_again_are_heard_once() -> None:
-    one, other, inbox = Outbox(), Outbox(), Inbox()
+    one, other, inbox = ReportOutbox(), ReportOutbox(), ReportInbox()
     first = [one.report(WorkerNews(activated={1: 1}, failures={"x": 1})), other.report(WorkerNews(activated={1: 1}))]
     assert all(first)
     news = inbox.news(copy.deepcopy(first[0]))
@@ -34,19 +34,19 @@ def test_reports_that_come_again_are_heard_once() -> None:
 
 
 def test_a_workers_successor_is_heard_from_its_first_report_on() -> None:
-    inbox = Inbox()
+    inbox = ReportInbox()
     for _ in range(3):
-        assert inbox.news(Outbox().report(WorkerNews(activated={1: 1}))) is not None
+        assert inbox.news(ReportOutbox().report(WorkerNews(activated={1: 1}))) is not None
 
 
 def test_no_news_is_no_report() -> None:
-    assert Outbox().report(None) is None
-    assert Inbox().news(None) is None
-    assert Inbox().news(object()) is None
+    assert ReportOutbox().report(None) is None
+    assert ReportInbox().news(None) is None
+    assert ReportInbox().news(object()) is None
 
 
 def test_memory_of_what_was_heard_is_bounded() -> None:
-    outbox, inbox = Outbox(), Inbox()
+    outbox, inbox = ReportOutbox(), ReportInbox()
     for _ in range(3000):
         assert inbox.news(outbox.report(WorkerNews(activated={1: 1}))) is not None
     assert all(len(heard) < 1000 for heard in inbox._heard.values())
@@ -62,10 +62,10 @@ def test_the_scheduler_hears_what_a_step_with_a_failed_worker_left_behind_once()
     """As vLLM 0.33 replays it: the living worker's output of the failed step joins the next one's."""
     connector: Any = object.__new__(LoRACacheConnector)
     heard: list[WorkerNews] = []
-    connector._inbox = Inbox()
+    connector._inbox = ReportInbox()
     done = {"step_done": lambda: None, "stores_done": HeldBlocks().stored}
     connector._scheduler = SimpleNamespace(take_news=heard.append, **done)
-    workers = [Outbox(), Outbox()]
+    workers = [ReportOutbox(), ReportOutbox()]
     aggregator = KVOutputAggregator(expected_finished_count=2)
     kept = outputs(workers[0].report(WorkerNews(activated={1: 1}, failures={"load.lost": 2})))
     defer = getattr(aggregator, "ft_defer_kv_connector_outputs", None)
@@ -83,10 +83,10 @@ def test_the_scheduler_hears_what_a_step_with_a_failed_worker_left_behind_once()
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_what_is_heard_is_taken_as_before(twice: bool) -> None:
-    contradiction = [Outbox().report(WorkerNews({1: digest})) for digest in ("a" * 64, "b" * 64)]
+    contradiction = [ReportOutbox().report(WorkerNews({1: digest})) for digest in ("a" * 64, "b" * 64)]
     both = contradiction[0].aggregate(contradiction[1])  # type: ignore[union-attr]
     if twice:
         both = both.aggregate(contradiction[0])
-    news = Inbox().news(both)
+    news = ReportInbox().news(both)
     assert news is not None
     assert news.adapters == {1: ""}

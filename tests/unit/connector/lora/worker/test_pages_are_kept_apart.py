@@ -21,7 +21,7 @@ from loracache.adapters.payload import ModuleSize, Packed
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape
 from loracache.connectors.vllm.worker.lora import filling
 from loracache.connectors.vllm.worker.lora.filling import fill_pages
-from loracache.connectors.vllm.worker.lora.pool import PagePool, Resident
+from loracache.connectors.vllm.worker.lora.pool import PagedAdapter, PagePool
 from loracache.connectors.vllm.worker.lora.recipe import Recipes, copy_plain
 from loracache.errors import UsageError
 
@@ -97,7 +97,7 @@ class Worker:
         self.free = self.pool.free_pages
         self.recipes = Recipes(manager)
 
-    def load(self, payload: bytearray, *, plain: bool) -> Resident | None:
+    def load(self, payload: bytearray, *, plain: bool) -> PagedAdapter | None:
         """As the activator does: None where the adapter is refused, and then has no pages."""
         buffers = [memoryview(payload)]
         try:
@@ -113,13 +113,13 @@ class Worker:
             fill_pages(self.pool, resident, Packed(buffers), recipe.parts, self.manager.layers)
         return resident
 
-    def changed_beside(self, resident: Resident | None) -> int:
+    def changed_beside(self, resident: PagedAdapter | None) -> int:
         """Bytes that are not as they were, off the adapter's pages."""
         pages = np.setdiff1d(np.arange(self.pool.shape.pages), [] if resident is None else resident.page_ids.numpy())
         now, before = (each.reshape(self.pool.shape.pages, -1)[pages] for each in (self.pool.bytes, self.before))
         return int((now != before).sum())
 
-    def matrix(self, resident: Resident, row: int, matrix: int, width: int) -> torch.Tensor:
+    def matrix(self, resident: PagedAdapter, row: int, matrix: int, width: int) -> torch.Tensor:
         data = torch.cat([piece.clone() for piece in self.pool.matrix(resident, row, matrix)])
         return data.view(-1, -(-width // self.pool.shape.chunk) * self.pool.shape.chunk)[:, :width]
 
@@ -194,7 +194,7 @@ def test_no_claim_of_a_file_changes_a_byte_beside_its_own_pages(
 
 
 def _check_values(
-    worker: Worker, resident: Resident, payload: bytearray, found: Any, row: int, widths: tuple[int, int], own: int
+    worker: Worker, resident: PagedAdapter, payload: bytearray, found: Any, row: int, widths: tuple[int, int], own: int
 ) -> None:
     for matrix, (tensor, width) in enumerate(zip((found.a, found.b), widths, strict=True)):
         data = torch.frombuffer(
@@ -283,7 +283,7 @@ def right(rank: int = 4) -> dict[str, tuple[int, int, int]]:
     return {part: (rank, *sizes) for part, sizes in PARTS.items()}
 
 
-def loaded(worker: Worker, payload: bytearray) -> tuple[Any, Resident]:
+def loaded(worker: Worker, payload: bytearray) -> tuple[Any, PagedAdapter]:
     recipe = worker.recipes.of([memoryview(payload)])
     resident = worker.pool.reserve(recipe.placement, recipe.scales)
     assert resident is not None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from loracache.connectors.vllm.lora.layout import ModuleShape, PoolShape
-from loracache.connectors.vllm.worker.lora.pool import PagePool, Resident, SlotTables
+from loracache.connectors.vllm.worker.lora.pool import PagedAdapter, PagePool, SlotTables
 
 PAGES, PAGE = 20, 8
 CPU = torch.device("cpu")
@@ -26,11 +26,11 @@ SHAPE = PoolShape((ModuleShape("m", ("p",), PAGE, (PAGE,)),), PAGES, PAGE, PAGE,
 names = st.sampled_from("abcdef")
 
 
-def reserve(pool: PagePool, rank: int) -> Resident | None:
+def reserve(pool: PagePool, rank: int) -> PagedAdapter | None:
     return pool.reserve(pool.shape.place({"p": rank}), np.ones(1, dtype=np.float32))
 
 
-def pages_of(adapter: Resident) -> list[int]:
+def pages_of(adapter: PagedAdapter) -> list[int]:
     return [page for first, count in adapter.runs for page in range(first, first + count)]
 
 
@@ -41,8 +41,8 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.pool = PagePool(SHAPE, torch.float32, CPU)
         self.wanted: set[str] = set()
-        self.resident: dict[str, Resident] = {}
-        self.copying: list[Resident] = []
+        self.resident: dict[str, PagedAdapter] = {}
+        self.copying: list[PagedAdapter] = []
 
     def free(self) -> int:
         return PAGES - sum(len(pages_of(each)) for each in [*self.resident.values(), *self.copying])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from loracache.cache.state.leases import Writing
-from loracache.daemon import room
-from loracache.daemon.room import reserve_in_time
+from loracache.daemon import durable
+from loracache.daemon.durable import reserve_in_time
 from loracache.results import Cause
 from loracache.wire.protocol import Reserve
 
@@ -22,7 +22,7 @@ WAIT_S = 5.0
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds = [1000.0]
-    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(durable, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
     return seconds
 
 
