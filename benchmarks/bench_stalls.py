@@ -8,6 +8,7 @@ A machine whose cores are busy makes the probe wait too: the row "beside nothing
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -21,11 +22,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench_redis import redis_server
 from common import MIB, Daemon, Row, aligned_buffer, commit_objects, daemon, free_room, namespace, row, work_folder
 
-from loracache import CacheClient
+from loracache import CacheClient, Selection
 from loracache.client.connection import Connection
 from loracache.keys import Namespace
+from loracache.storage_backends.base import Kind, ObjectInfo, Transfer
+from loracache.storage_backends.header import payload_checksum
+from loracache.storage_backends.redis.backend import RedisBackend
 from loracache.wire import protocol
 from loracache.wire.frames import HEADER, MAX_FRAME, frame
 
@@ -43,7 +48,7 @@ def run(quick: bool) -> list[Row]:
     samples: dict[str, list[Measured]] = {}
     for _ in range(rounds):
         with work_folder() as folder:
-            for found in (_messages, _evictions, _unwritten, _namespaces):
+            for found in (_messages, _evictions, _unwritten, _namespaces, _held_in_namespaces, _asked_of_redis):
                 for measured in found(folder, part):
                     samples.setdefault(measured.what, []).append(measured)
     return [_row(each) for each in samples.values()]
@@ -294,6 +299,60 @@ def _namespaces(folder: Path, part: int) -> Iterator[Measured]:
             probe.close()
     finally:
         running.stop()
+
+
+def _held_in_namespaces(folder: Path, part: int) -> Iterator[Measured]:
+    """What operators ask of a daemon in which very many tenants have something."""
+    count = NAMESPACES // part
+    payload = aligned_buffer(PAGE)[:1024]
+    with _probed(folder, memory=2 * count * PAGE, page_size=PAGE) as (running, client, probe):
+        tenants = Connection(running.url, name="tenants")
+        tenants.connect()
+        for number in range(count):
+            space = Namespace("benchmark", "bfloat16", "benchmark", 16, salt=f"{number:064x}")
+            tenants.call(protocol.Register(space.descriptor(), ["name"]), 60)
+            key, lease = space.digest(), number.to_bytes(protocol.LEASE_BYTES, "big")
+            sizes = [len(payload)]
+            tenants.call(protocol.Reserve(lease, space.digest(), key, protocol.NO_PARENT, sizes, 60.0), 60)
+            tenants.call(protocol.Commit(lease, key, [0]), 60)
+        named = Selection(model="name")
+        asked: dict[str, Callable[[], object]] = {
+            "the top of the tree of {}": lambda: list(client.tree()),
+            "all pages of {} in the tree": lambda: list(client.tree("base")),
+            "all pages of objects, by a name that {} have": lambda: list(client.objects(named)),
+            "a count of what {} hold": lambda: client.locate(Selection(model="*")),
+            "a check of the index of {}": client.check_index,
+            "the end of the connection that registered {}": tenants.close,
+        }
+        for what, ask in asked.items():
+            yield probe.beside(what.format(f"{count:,} namespaces"), ask)
+
+
+# -- Redis ----------
+
+
+def _asked_of_redis(folder: Path, part: int) -> Iterator[Measured]:
+    count = KEYS // part
+    with redis_server(folder) as path:
+        url = f"unix://{path}"
+        keys = [os.urandom(32) for _ in range(count)]
+        backend, buffer = RedisBackend(url), aligned_buffer(PAGE)
+        checksum = payload_checksum([buffer[:1024]])
+        for at in range(0, count, BATCH):
+            infos = [ObjectInfo(key, b"", Kind.KV, bytes(32), 1024, checksum) for key in keys[at : at + BATCH]]
+            backend.store([Transfer(info, [buffer]) for info in infos])
+        backend.close()
+        with _probed(folder, memory="64MiB", page_size=PAGE, redis=url) as (_, client, probe):
+            has, lacks = protocol.join_keys(keys), os.urandom(32 * count)
+            asked: dict[str, protocol.Request] = {
+                "a lookup of {} that Redis has": protocol.Lookup(b"", has, 1, 60.0),
+                "an acquire of {} that Redis lacks": protocol.Acquire(os.urandom(16), lacks, 60.0),
+                "an acquire of {} that Redis has, in a small memory": protocol.Acquire(os.urandom(16), has, 60.0),
+            }
+            for what, request in asked.items():
+                yield probe.beside(
+                    what.format(f"{count:,} keys"), functools.partial(_refused, client.connection, request)
+                )
 
 
 def _all_known(client: CacheClient, count: int) -> None:

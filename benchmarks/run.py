@@ -47,6 +47,7 @@ NAMES = (
     "ttft",
     "overhead",
     "lora",
+    "serving",
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 

@@ -30,6 +30,7 @@ _MOST = 1 << 20
 _MOST_NAMES = 16
 _FILES = 100  # read between two looks at the socket
 _LOOKED_AT, _FORGOTTEN = 500, 20  # in one call of `collect`: a millisecond
+_PART = 1000  # looked at in one part of an answer: half a millisecond
 _SHORTEST = 8  # digits of an identity that stand for it
 
 
@@ -58,7 +59,7 @@ class Namespaces:
         self._by_adapter: SortedDict[str, SortedList[bytes]] = SortedDict()
         self._by_salt: dict[str, dict[bytes, None]] = {}
         self._names: dict[str, list[str]] = {}  # of each model identity
-        self._called: dict[str, list[str]] = {}  # the identities behind each name
+        self._called: dict[str, dict[str, None]] = {}  # the identities behind each name
         self._next: list[bytes] = []  # to be looked at by `collect`
         if self._folder is not None and (problem := make_folder(self._folder, sync=self._sync)):
             _log.warning("namespaces are not kept in %s for now: %s", self._folder, problem)
@@ -111,7 +112,7 @@ class Namespaces:
         if not self._by_model[namespace.model]:
             del self._by_model[namespace.model]
             for name in self._names.pop(namespace.model, ()):
-                self._called[name].remove(namespace.model)
+                del self._called[name][namespace.model]
                 if not self._called[name]:
                     del self._called[name]
         if self._folder is not None:
@@ -191,26 +192,48 @@ class Namespaces:
         """Digests of the namespaces of a model (an identity, its first 8 digits or more, or a name; "": any), an
         adapter ("": none, None: any) and a tenant's salt digest ("": none, None: any).
         """
-        models = self._models(model) if model else None
-        lists: list[Collection[bytes]] = []  # there may be very many namespaces: begin with the fewest
-        if models is not None:
-            lists.append([digest for each in models for digest in self._by_model[each]])
-        if adapter is not None:
-            lists.append(self.of_adapter(adapter))
-        if salt is not None:
-            lists.append(self._by_salt.get(salt, ()))
-        if not lists:
-            return list(self._known)
-        # What a tenant's question takes says nothing of other tenants.
-        among = self._by_salt.get(salt, ()) if salt else min(lists, key=len)
-        return [digest for digest in among if _matches(self._known[digest], models, adapter, salt)]
+        return [digest for part in self.matching_parts(model, adapter, salt) for digest in part]
 
-    def _models(self, model: str) -> set[str]:
-        """The registered identities that `model` stands for."""
-        found = {each for each in (model, *self._called.get(model, ())) if each in self._by_model}
-        if len(model) >= _SHORTEST:
-            found.update(itertools.takewhile(lambda each: each.startswith(model), self._by_model.irange(model)))
-        return found
+    def matching_parts(self, model: str, adapter: str | None, salt: str | None) -> Iterator[list[bytes]]:
+        """The same, as they are found among a few at a time: there may be very many to look at, and between two parts
+        others may be served. What is registered meanwhile may be missing."""
+        models: set[str] | None = None
+        among: Collection[bytes] = self._known
+        if model:
+            models, named = set(), []
+            for part in self._model_parts(model):
+                fresh = [each for each in dict.fromkeys(part) if each not in models]
+                models.update(fresh)
+                named += [digest for each in fresh for digest in self._by_model.get(each, ())]
+                yield []
+            among = named
+        if adapter is not None:  # the fewest are looked at
+            among = min(among, self.of_adapter(adapter), key=len)
+        if salt is not None:  # what a tenant's question takes says nothing of other tenants
+            own: Collection[bytes] = self._by_salt.get(salt, ())
+            among = own if salt else min(among, own, key=len)
+        among = list(among)
+        for at in range(0, len(among), _PART):
+            spaces = [(digest, self._known.get(digest)) for digest in among[at : at + _PART]]
+            yield [digest for digest, space in spaces if space is not None and _matches(space, models, adapter, salt)]
+
+    def knows(self, model: str) -> bool:
+        """Whether any registered identity is meant by that."""
+        return any(map(any, self._model_parts(model)))
+
+    def _model_parts(self, model: str) -> Iterator[list[str]]:
+        """The registered identities that `model` stands for, a few at a time; one may be among them twice."""
+        called = [model, *self._called.get(model, ())]
+        for at in range(0, len(called), _PART):
+            yield [each for each in called[at : at + _PART] if each in self._by_model]
+        after = model
+        while len(model) >= _SHORTEST:
+            part = list(itertools.islice(self._by_model.irange(after, inclusive=(False, True)), _PART))
+            found = list(itertools.takewhile(lambda each: each.startswith(model), part))
+            yield found
+            if len(found) < _PART:
+                return
+            after = part[-1]
 
     def register(self, descriptor: str, names: Sequence[str] = ()) -> Namespace:
         """Make a namespace known, and `names` as what its model is called. Raises UsageError where `descriptor` is not
@@ -267,7 +290,7 @@ class Namespaces:
         new = [name for name in dict.fromkeys(names) if name and name not in known][: _MOST_NAMES - len(known)]
         known += new
         for name in new:
-            self._called.setdefault(name, []).append(model)
+            self._called.setdefault(name, {})[model] = None
         return bool(new)
 
     def _remember(self, namespace: Namespace) -> None:

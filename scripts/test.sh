@@ -64,12 +64,12 @@ side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscop
 
 need_redis
 need_chromium
+need_tools
 case ${1:-} in
 fast)
     stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract
     ;;
 all)
-    need_tools
     stage 'fast tests' "${side_by_side[@]}" tests/unit tests/contract
     stage 'stress tests' tests/stress
     stage 'end to end, with a real vLLM (minutes)' tests/e2e

@@ -2,12 +2,14 @@
 """What holds for every test: offline, vLLM small enough for a shared machine, marks by folder.
 
 Real parts for whoever needs them: `daemon` starts `loracache serve` processes, `redis_server` real Redis servers,
-`client_process` clients that can be stopped and killed; `eventually` waits, for a bounded time, until something holds.
+`client_process` clients that can be stopped and killed, `module_shell` shells for what the documents show; `eventually`
+waits, for a bounded time, until something holds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -371,3 +373,27 @@ def client_process() -> Iterator[Callable[..., ClientProcess]]:
 def redis_server(short_tmp: Path) -> Iterator[Callable[[], RedisServer]]:
     """redis_server() starts one; all end with the test."""
     yield from _redis_servers(short_tmp)
+
+
+@pytest.fixture(scope="session")
+def documented() -> Any:
+    """The module documented.py."""
+    sys.path.append(str(TESTS))
+    return importlib.import_module("documented")
+
+
+@pytest.fixture(scope="module")
+def module_shell(documented: Any) -> Iterator[Callable[..., Any]]:
+    """module_shell(redis=URL, model=FOLDER) makes a Shell of documented.py; what it started ends with the module."""
+    shells: list[Any] = []
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+
+        def make(**options: Any) -> Any:
+            place = Path(folder) / str(len(shells))
+            place.mkdir()
+            shells.append(documented.Shell(place, **options))
+            return shells[-1]
+
+        yield make
+        for shell in shells:
+            shell.close()

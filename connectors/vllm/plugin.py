@@ -48,6 +48,7 @@ def register() -> None:
         "vllm.v1.engine.core": tell_of_reloads,
         "vllm.v1.engine.async_llm": lambda module: check_what_is_added(module, _wants_pool),
         "vllm.v1.engine.output_processor": raise_refusals,
+        "vllm.v1.engine.input_processor": _patch_input,
         "vllm.entrypoints.openai.models.serving": _patch_front_end,
     }
     patches.install(wanted)
@@ -149,6 +150,12 @@ def _request_error(refusal: Refusal) -> Any:
         return None
     code = "validation_error" if refusal.forever else "lora_adapter_error"
     return RequestError(code=code, message=str(refusal), retryable=not refusal.forever)
+
+
+def _patch_input(module: Any) -> None:
+    from loracache.connectors.vllm.frontend.wishes import refuse_wrong_wishes
+
+    refuse_wrong_wishes(module)
 
 
 def _patch_front_end(module: Any) -> None:

@@ -7,16 +7,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from loracache.audit.faults import Fault, Finding, Report
-from loracache.audit.objects import Verdict, judge
-from loracache.keys import LORA_NAMESPACE, is_digest
-from loracache.storage_backends import header
-from loracache.storage_backends.base import ALIGNMENT, ObjectInfo
+from loracache.audit.files import foreign_entries, judge_file, object_files
+from loracache.audit.objects import Verdict
+from loracache.keys import LORA_NAMESPACE
+from loracache.storage_backends.base import ObjectInfo
 from loracache.storage_backends.disk.manifest import RECORD_BYTES, Manifest, Records, parents_first, records_of
-from loracache.storage_backends.disk.object_files import footprint, object_file
+from loracache.storage_backends.disk.object_files import object_file
 
 __all__ = ["DiskCheck"]
-
-_OURS = {"objects", "tmp", "manifest", "manifest.new", "lock", "namespaces", "adapters"}
 
 
 class DiskCheck:
@@ -45,34 +43,20 @@ class DiskCheck:
 
     def run(self) -> None:
         """Look at everything, and mend it where that was asked for."""
-        for entry in sorted(self._path.iterdir()):
-            if entry.name not in _OURS:
-                self._foreign(entry)
+        for entry in foreign_entries(self._path):
+            self._foreign(entry)
         for part in ("tmp/*", "manifest.new", "namespaces/*.tmp", "adapters/*.tmp"):
             for leftover in self._path.glob(part):
                 self._remove(self._add(Fault.LEFTOVER, leftover, ""), leftover)
-        for key, file in self._files():
+        for key, file in object_files(self._path, self._foreign):
             self._look_at(key, file)
         self._drop_orphans()
         self._report.checked["disk"] = len(self.objects)
         self._compare_manifest()
 
-    def _files(self) -> Iterator[tuple[bytes, Path]]:
-        """Files in the places of objects."""
-        for folder in sorted((self._path / "objects").iterdir()):
-            if folder.is_symlink() or not folder.is_dir():
-                self._foreign(folder)
-                continue
-            for file in sorted(folder.iterdir()):
-                in_place = is_digest(file.name) and file.name.startswith(folder.name) and len(folder.name) == 2
-                if in_place and file.is_file() and not file.is_symlink():
-                    yield bytes.fromhex(file.name), file
-                else:
-                    self._foreign(file)
-
     def _look_at(self, key: bytes, file: Path) -> None:
         try:
-            verdict = self._judge(key, file.read_bytes())
+            verdict = judge_file(key, file.read_bytes(), self._integrity_key)
         except OSError as error:
             verdict = Verdict(None, Fault.UNREADABLE, error.strerror or str(error))
         if verdict.info is not None:
@@ -84,20 +68,6 @@ class DiskCheck:
             if verdict.fault is Fault.DAMAGED:
                 self._bad.add(key)
                 self._remove(finding, file)
-
-    def _judge(self, key: bytes, raw: bytes) -> Verdict:
-        try:
-            found = header.unpack(raw[:ALIGNMENT])
-        except header.OtherVersion as error:
-            return Verdict(None, Fault.OTHER_VERSION, str(error))
-        except header.HeaderError as error:
-            return Verdict(None, Fault.DAMAGED, str(error))
-        nbytes = found.info.stored or found.info.size
-        if found.info.key != key:
-            return Verdict(None, Fault.DAMAGED, f"holds the object {found.info.key.hex()}")
-        if len(raw) != footprint(nbytes):
-            return Verdict(None, Fault.DAMAGED, f"file has {len(raw)} bytes, its object takes {footprint(nbytes)}")
-        return judge(found, memoryview(raw)[ALIGNMENT : ALIGNMENT + nbytes], self._integrity_key)
 
     def _drop_orphans(self) -> None:
         """An object stays where its chain leads to a root. What has no descriptor may be of an adapter that nobody

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 __all__ = ["Fault", "Finding", "Report"]
 
 _MOST_EXAMPLES = 3
+_ALL = 1 << 60
 
 
 class Fault(enum.Enum):
@@ -26,7 +27,11 @@ class Fault(enum.Enum):
     FOREIGN = "foreign"  # not ours
     UNDESCRIBED = "undescribed"  # its namespace has no descriptor, so that no model's name selects it
     NAME_ALONE = "name_alone"  # an adapter's name whose content is in no tier that was looked at
-    CONTRADICTION = "contradiction"  # disk and Redis hold different objects under one key
+    CONTRADICTION = "contradiction"  # two places say different things of one key; the index beside a file: dropped
+    MISSING = "missing"  # the index of a daemon names an object on disk that has no file: dropped from the index
+    UNINDEXED = "unindexed"  # a file that the index of its daemon does not name
+    STATE = "state"  # an entry of the index in a state that cannot be
+    COUNT = "count"  # a daemon's books of a tier say another sum than what is there
 
 
 @dataclass(slots=True)
@@ -42,20 +47,37 @@ class Finding:
 
 
 class Report:
-    """What was looked at, and the faults found. checked: objects by place."""
+    """What was looked at, and the faults found. checked: objects by place. notes: in words, what was not looked at.
+    examples: how many of a kind are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, examples: int = _MOST_EXAMPLES) -> None:
         self.checked: dict[str, int] = {}
+        self.notes: list[str] = []
+        self._examples = examples
         self._findings: dict[tuple[str, Fault], Finding] = {}
+
+    @classmethod
+    def of_all(cls) -> Report:
+        """One that keeps every example, to be compared with another."""
+        return cls(_ALL)
 
     def add(self, place: str, fault: Fault, example: str, *, nbytes: int = 0, count: int = 1) -> Finding:
         """Count a fault; whoever mends it counts that in the answer's `fixed`."""
         finding = self._findings.setdefault((place, fault), Finding(place, fault))
         finding.count += count
         finding.bytes += nbytes
-        if len(finding.examples) < _MOST_EXAMPLES:
+        if len(finding.examples) < self._examples:
             finding.examples.append(example)
         return finding
+
+    def add_common(self, one: Report, other: Report) -> None:
+        """Count what two looks, of which both keep all examples, have both seen."""
+        for finding in other.findings:
+            before = one._findings.get((finding.place, finding.fault))
+            seen = set(before.examples) if before is not None else set()
+            for example in finding.examples:
+                if example in seen:
+                    self.add(finding.place, finding.fault, example, nbytes=finding.bytes // finding.count)
 
     @property
     def findings(self) -> list[Finding]:

@@ -15,18 +15,23 @@ import redis
 
 from loracache.audit.faults import Fault, Report
 from loracache.audit.objects import Verdict, judge
+from loracache.config import Config
 from loracache.errors import Unavailable
+from loracache.keys import LORA_NAMESPACE
 from loracache.storage_backends import header
 from loracache.storage_backends.base import ObjectInfo
 from loracache.storage_backends.redis.commands import RETIRED_S
+from loracache.storage_backends.redis.hashes import RedisHash
 from loracache.storage_backends.redis.layout import Layout, read_header
+from loracache.storage_backends.redis.names import RedisNames
 from loracache.storage_backends.redis.sentinel import Sentinels
 from loracache.storage_backends.redis.slots import SlotMap, slot_of
-from loracache.storage_backends.redis.urls import Target
+from loracache.storage_backends.redis.urls import Target, parse_target
 
-__all__ = ["RedisCheck"]
+__all__ = ["RedisCheck", "check_redis"]
 
 GRACE_S = 5.0  # a call of a backend lasts 2 s, and a second more for each 16 MiB
+_TIMEOUT_S = 5.0
 _COUNT = 1000  # keys that a server looks at in one step of a scan
 
 
@@ -123,7 +128,7 @@ class RedisCheck:
             pass
         found = read_header(key, raw)
         if not isinstance(found, header.Header):
-            made.verdict = Verdict(None, Fault.DAMAGED, found or "")
+            made.verdict = Verdict(None, Fault.DAMAGED, found if isinstance(found, str) else "")
             return made
         made.named = self._layout.held(found)
         made.verdict = self._judge(client, found, made)
@@ -177,6 +182,40 @@ class RedisCheck:
                 if self._fix:
                     client.expire(segment, RETIRED_S)
                     finding.fixed += 1
+
+
+def check_redis(
+    config: Config, key: bytes | None, report: Report, *, fix: bool
+) -> tuple[dict[bytes, ObjectInfo], list[bytes]]:
+    """Check the Redis of `config`; answers its objects, and its records of names. Raises Unavailable."""
+    assert config.redis is not None
+    target = parse_target(config.redis, _TIMEOUT_S, config.redis_password_file)
+    work = RedisCheck(target, config.redis_prefix, report, integrity_key=key, fix=fix)
+    work.run()
+    try:
+        told = _descriptors(target, config.redis_prefix)
+        for key_, info in work.objects.items():
+            if info.namespace not in told:
+                report.add("redis", Fault.UNDESCRIBED, f"{key_.hex()} of {info.namespace.hex()}", nbytes=info.size)
+    except Unavailable as error:
+        report.add("redis", Fault.UNREADABLE, f"the hash of namespaces: {error}")
+    names = RedisNames(config.redis, prefix=config.redis_prefix, password_file=config.redis_password_file)
+    try:
+        return work.objects, names.all()
+    except Unavailable as error:
+        report.add("redis", Fault.UNREADABLE, f"the hash of names: {error}")
+        return work.objects, []
+    finally:
+        names.close()
+
+
+def _descriptors(target: Target, prefix: str) -> set[bytes]:
+    """The namespaces that the Redis has a word on."""
+    fields = RedisHash(target, f"{prefix}:namespaces")
+    try:
+        return {LORA_NAMESPACE, *fields.all()}
+    finally:
+        fields.close()
 
 
 def _get(client: Any, name: bytes) -> bytes | str | None:

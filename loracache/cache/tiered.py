@@ -236,6 +236,11 @@ class TieredCache:
         for writer in self.writers:
             writer.pump()
 
+    @property
+    def loading(self) -> int:
+        """Objects on their way up into the arena."""
+        return len(self._promoter)
+
     # -- steering ----------
 
     def retain(self, keys: Iterable[bytes]) -> None:

@@ -23,6 +23,7 @@ __all__ = ["ALL_TIERS", "Located", "OperationReport", "ControlCalls", "Selection
 
 ALL_TIERS = ("cpu", "disk", "redis")
 _PAGE = 1000
+_RECOUNT_S = 300.0  # of very many objects, in a daemon that has much else to do
 _ANSWER_S = 10.0  # on top of what the daemon is told to wait
 
 
@@ -249,6 +250,11 @@ class ControlCalls:
         """The daemon's settings; of secrets only whether they are set."""
         (settings,) = self._ask(messages.ConfigShow())
         return dict(settings)
+
+    def check_index(self) -> dict[str, Any]:
+        """Whether the daemon's index fits together, counted while it works: `loracache check` says what it means."""
+        (found,) = self._ask(messages.IndexCheck(), _RECOUNT_S)
+        return dict(found)
 
     def _operation(self, request: Any) -> OperationReport:
         wait = getattr(request, "wait", 0.0)

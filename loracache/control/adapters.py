@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 from collections import Counter
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.names import AdapterNames, NameRecord, check_name
@@ -20,6 +21,7 @@ from loracache.adapters.peft import PeftFolder
 from loracache.cache.eviction import Evicted
 from loracache.cache.state.leases import Writing
 from loracache.cache.tier.workers import Workers
+from loracache.control.listing import sum_of
 from loracache.control.steps import answer, done, turn
 from loracache.errors import Rejected, UsageError
 from loracache.keys import LORA_NAMESPACE, checksum
@@ -41,6 +43,7 @@ _TRY_AGAIN_S = 0.02
 _TAKEN_IN_AT_ONCE = 2  # each holds room in the arena while it is read
 _PAGE = 1000  # adapters of one answer, however many are asked for
 _PAGE_BYTES = 6 << 20  # of an answer, which is one frame; behind it one more record, with its configuration of a MiB
+_SLICE = 1000  # names looked at between two looks at the socket
 _BESIDES = 700  # bytes of a record, at most, but for its configuration
 
 
@@ -90,7 +93,7 @@ class Adapters:
             key = bytes.fromhex(record.digest if record is not None else name)
         except ValueError:
             return []
-        found = self._describe(key, record)
+        found = await done(self._describe(key, record))
         if len(key) != len(LORA_NAMESPACE) or (record is None and not found["size"] and not found["kv"]):
             return []
         found["tiers"] += await self._in_redis(key)
@@ -99,7 +102,7 @@ class Adapters:
     async def page(self, after: str, count: int) -> list[Any]:
         """The next named adapters behind `after`: `count`, or as many as one answer holds."""
         names = await self._others.result(lambda: self._page(after, min(count, _PAGE)))
-        return [self._describe(bytes.fromhex(record.digest), record) for record in names]
+        return await done(self._describe_all(names))
 
     async def keep_namespaces(self) -> None:
         """Write the descriptors that are registered and not written yet."""
@@ -119,13 +122,15 @@ class Adapters:
     async def named(self) -> frozenset[bytes]:
         """Keys of the adapters that have a name, given on any machine."""
         await self._others.result(self._names.refresh)
-        return frozenset(bytes.fromhex(record.digest) for record in self._names.known().values())
+        return frozenset(map(bytes.fromhex, await self.names()))
 
-    def names(self) -> dict[str, list[str]]:
+    async def names(self) -> dict[str, list[str]]:
         """What is known here of names, by hex digest."""
         found: dict[str, list[str]] = {}
-        for record in self._names.known().values():
+        for count, record in enumerate(self._names.known().values(), start=1):
             found.setdefault(record.digest, []).append(record.name)
+            if not count % _SLICE:
+                await turn()
         return found
 
     def close(self) -> None:
@@ -238,23 +243,26 @@ class Adapters:
         await asyncio.wait({asked}, timeout=_REDIS_S)
         return [Tier.REDIS.label] if asked.done() and asked.result()[0].outcome is Outcome.OK else []
 
-    def _describe(self, key: bytes, record: NameRecord | None) -> dict[str, Any]:
+    def _describe_all(self, records: list[NameRecord]) -> Generator[None, None, list[dict[str, Any]]]:
+        found = []
+        for record in records:
+            found.append((yield from self._describe(bytes.fromhex(record.digest), record)))
+        return found
+
+    def _describe(self, key: bytes, record: NameRecord | None) -> Generator[None, None, dict[str, Any]]:
         index = self._cache.index
+        total, _ = yield from sum_of(index, list(self._namespaces.of_adapter(key.hex())))
+        yield
         node = index.get(key)
         if node is not None and node.kind is not Kind.LORA:
             node = None
         tiers = [Tier.GPU.label] if self.engines[key] else []
         if node is not None:
             tiers += [tier.label for tier in (Tier.CPU, Tier.DISK) if node.held_in(tier)]
-        digest = key.hex()
-        held = [index.spaces[space] for space in self._namespaces.of_adapter(digest) if space in index.spaces]
-        kv = {
-            tier.label: [sum(space.objects[tier] for space in held), sum(space.bytes[tier] for space in held)]
-            for tier in (Tier.CPU, Tier.DISK)
-        }
+        kv = {tier.label: [total.objects[tier], total.bytes[tier]] for tier in (Tier.CPU, Tier.DISK)}
         return {
             "name": record.name if record is not None else "",
-            "digest": digest,
+            "digest": key.hex(),
             "added": record.added if record is not None else 0.0,
             "config": record.config if record is not None else "",
             "size": node.size if node is not None else 0,

@@ -7,9 +7,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from loracache.control.listing import sum_of
 from loracache.control.selection import Chain, Selected
-from loracache.control.steps import turn
-from loracache.tiers import Tier
+from loracache.control.steps import done, turn
+from loracache.tiers import Tier, labels
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
@@ -39,7 +40,7 @@ class Locator:
             return [await self._best_chain(selected.chains)]
         if selected.named:
             return [await self._keys(selected)]
-        return [_told([], 0) | {"held": self._held(selected)}]
+        return [_told([], 0) | {"held": await self._held(selected)}]
 
     async def _best_chain(self, chains: Sequence[Chain]) -> dict[str, Any]:
         best = await self._chain(chains[-1])
@@ -76,17 +77,13 @@ class Locator:
         engines = self._adapters.engines[selected.named] if selected.total == 1 and not selected.scope else 0
         return told | {"tiers": [Tier.GPU.label], "hits": 1, "engines": engines} if engines else told
 
-    def _held(self, selected: Selected) -> dict[str, list[int]]:
-        index = self._cache.index
-        spaces = [index.spaces[digest] for digest in selected.spaces if digest in index.spaces]
-        return {
-            tier.label: [sum(space.objects[tier] for space in spaces), sum(space.bytes[tier] for space in spaces)]
-            for tier in _TIERS
-        }
+    async def _held(self, selected: Selected) -> dict[str, list[int]]:
+        total, _ = await done(sum_of(self._cache.index, selected.spaces))
+        return {tier.label: [total.objects[tier], total.bytes[tier]] for tier in _TIERS}
 
 
 def _told(tiers: list[Tier], asked: int) -> dict[str, Any]:
     return {
-        "hits": len(tiers), "asked": asked, "tiers": [tier.label for tier in tiers], "tokens": 0, "namespace": "",
+        "hits": len(tiers), "asked": asked, "tiers": list(labels(bytes(tiers))), "tokens": 0, "namespace": "",
         "engines": 0, "held": {},
     }  # fmt: skip

@@ -62,8 +62,7 @@ class Finder:
 
         asked: asyncio.Future[list[Result]] = answer(ask)
         await asyncio.wait({asked}, timeout=self._redis_s)
-        results = question.results  # of a long chain maybe its beginning
-        count = next((at for at, result in enumerate(results) if result.outcome is not Outcome.OK), len(results))
+        results, count = question.results, question.held  # of a long chain maybe its beginning
         tiers = [*hits.tiers, *[Tier.REDIS] * count]
         if not asked.done():
             question.cancel()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loracache.control.fields import count_deletions
-from loracache.control.selection import ANY_MODEL, Selector
+from loracache.control.selection import ANY_MODEL, Selector, gather
 from loracache.control.steps import answer
 from loracache.errors import Unavailable
 from loracache.keys import LORA_NAMESPACE
@@ -89,13 +89,15 @@ async def known_in_redis(redis: TierIO, whose: Whose) -> bool:
     return await known
 
 
-def whose_of(selector: Selector, namespaces: Namespaces, scope: str) -> Whose | None:
-    """Of a selector of all that a model, an adapter or a tenant has, whose that is; None of any other."""
+def whose_of(selector: Selector, namespaces: Namespaces, scope: str) -> Generator[None, None, Whose | None]:
+    """Of a selector of all that a model, an adapter or a tenant has, whose that is; None of any other. Yields between
+    two slices, for others to be served."""
     if selector.keys is not None or selector.tokens is not None or (scope and selector.salt not in (None, scope)):
         return None
     model = "" if selector.model == ANY_MODEL else selector.model
     whose = Whose(model, selector.adapter, scope or selector.salt, known=frozenset(namespaces))
-    return replace(whose, ours=frozenset(whose.matching(namespaces)))
+    ours = yield from gather(namespaces.matching_parts(whose.model, whose.adapter, whose.salt))
+    return replace(whose, ours=frozenset(ours))
 
 
 async def empty_redis(redis: TierIO, operation: Operation, deletions: Counter[Outcome], whose: Whose | None) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,11 +16,14 @@ from loracache.errors import Rejected, Unknown, UsageError
 from loracache.keys import KEY_BYTES, Namespace, TokenArray
 from loracache.namespaces import Namespaces
 
-__all__ = ["ANY_MODEL", "Chain", "Selected", "Selector", "all_known", "select", "visible"]
+__all__ = ["ANY_MODEL", "Chain", "Selected", "Selector", "all_known", "gather", "select", "visible"]
 
 ANY_MODEL = "*"
 _KNOWN_S, _LOOK_S = 8.0, 0.05
 _CHUNKS = 64  # hashed between two looks at the socket
+_CHAINS = 500  # made between two looks
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,10 @@ class Selected:
 
     @property
     def total(self) -> int | None:
-        """How many keys there are; None where that is seen only when they are looked at."""
-        return None if self.spaces else len(self.named) // KEY_BYTES + sum(map(len, self.chains))
+        """How many keys there are; None where that is seen only when they are looked at, or by looking at very many."""
+        if self.spaces or len(self.chains) > _CHAINS:
+            return None
+        return len(self.named) // KEY_BYTES + sum(map(len, self.chains))
 
     def keys(self, start: int = 0) -> Iterator[bytes]:
         """Keys by name or of chains, from that position on."""
@@ -116,8 +122,18 @@ def visible(node: Node | None, namespaces: Namespaces, scope: str) -> bool:
     return namespace is not None and namespace.salt == scope
 
 
-def select(selector: Selector, namespaces: Namespaces, scope: str) -> Selected:
-    """What `selector` stands for. Raises UsageError for a contradictory one, Unknown for a model that nobody knows."""
+def gather(parts: Iterable[Iterable[_T]]) -> Generator[None, None, list[_T]]:
+    """All that is in `parts`; yields after each."""
+    found: list[_T] = []
+    for part in parts:
+        found += part
+        yield
+    return found
+
+
+def select(selector: Selector, namespaces: Namespaces, scope: str) -> Generator[None, None, Selected]:
+    """What `selector` stands for. Raises UsageError for a contradictory one, Unknown for a model that nobody knows.
+    Yields between two slices, for others to be served."""
     if selector.keys is not None and (selector.by_namespace or selector.adapter is not None):
         raise UsageError("a selector by keys takes neither adapter, model, tokens nor tenant: keys say it all")
     if scope and selector.salt not in (None, scope):
@@ -130,15 +146,19 @@ def select(selector: Selector, namespaces: Namespaces, scope: str) -> Selected:
             raise UsageError("a selector is empty; give keys, adapter, model, tokens or tenant")
         return Selected(bytes.fromhex(selector.adapter))
     model = "" if selector.model == ANY_MODEL else selector.model
-    if model and not scope and not namespaces.matching(model, None, None):
+    if model and not scope and not namespaces.knows(model):
         raise Unknown(f"no engine has registered a model {model[:100]!a}; give its served name or identity, or *")
     if selector.tokens is None:
-        return Selected(spaces=namespaces.matching(model, selector.adapter, salt), scope=scope)
+        found = yield from gather(namespaces.matching_parts(model, selector.adapter, salt))
+        return Selected(spaces=found, scope=scope)
     if not selector.model:
         raise UsageError("a selector by tokens needs the model that they are of")
     tokens = np.frombuffer(selector.tokens, dtype="<i4")
-    found = namespaces.matching(model, selector.adapter or "", salt or "")
-    chains = [Chain(space, tokens) for space in map(namespaces.get, found) if space is not None]
+    found = yield from gather(namespaces.matching_parts(model, selector.adapter or "", salt or ""))
+    chains: list[Chain] = []
+    for at in range(0, len(found), _CHAINS):
+        chains += [Chain(space, tokens) for space in map(namespaces.get, found[at : at + _CHAINS]) if space is not None]
+        yield
     return Selected(chains=chains, scope=scope)
 
 

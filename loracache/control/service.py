@@ -27,17 +27,17 @@ from loracache.control.jobs import JobTurns, Operation, Operations
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
 from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
+from loracache.control.recount import Recounter
 from loracache.control.selection import Selected, Selector, all_known, select
-from loracache.control.steps import start, turn
+from loracache.control.steps import done, start, turn
 from loracache.control.transfer import Mover
 from loracache.errors import Unknown, UsageError
-from loracache.keys import is_digest
+from loracache.keys import KEY_BYTES, is_digest
 from loracache.results import Cause, NodeKind
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
-from loracache.wire.protocol import split_keys
 from loracache.wire.requests import ControlRequest
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = ["Control"]
 
 _MOVES_AT_ONCE = 2  # each holds a slice of the arena
 _PART = 500  # keys of one step: a few milliseconds
+_SPACES = 50  # descriptors written between two looks at the socket
 _PAGE = 1000  # items of one answer, however many are asked for: a few milliseconds too
 
 Parts = Iterator[list[bytes]]
@@ -79,6 +80,7 @@ class Control:
         self.operations = Operations(self._ended)
         self._incompressible = Incompressible()
         self._turns = JobTurns(_MOVES_AT_ONCE)
+        self._recounter = Recounter(cache)
 
     async def serve(self, request: ControlRequest, label: str) -> list[Any]:
         """Answer a request. label: who asks, for the audit log; request.by: who the client says that it is. Raises
@@ -119,7 +121,9 @@ class Control:
             case messages.EventList():
                 return await self._on_events(request, label)
             case messages.ConfigShow():
-                return await self._on_config(request, label)
+                return [self._settings()]
+            case messages.IndexCheck():
+                return await self._recounter.count()
             case _:
                 assert_never(request)
 
@@ -160,11 +164,11 @@ class Control:
         tiers = removable_tiers(request.tiers)
         selector = await self._selector(request)
         redis = self._cache.redis
-        whose = (
-            whose_of(selector, self._namespaces, request.scope) if redis is not None and Tier.REDIS in tiers else None
-        )
+        whose = None
+        if redis is not None and Tier.REDIS in tiers:
+            whose = await done(whose_of(selector, self._namespaces, request.scope))
         try:
-            selected = select(selector, self._namespaces, request.scope)
+            selected = await done(select(selector, self._namespaces, request.scope))
         except Unknown:  # here; other machines may have stored it
             if redis is None or whose is None or not await known_in_redis(redis.io, whose):
                 raise
@@ -231,34 +235,36 @@ class Control:
         return await self._locator.locate(await self._select(request))
 
     async def _on_space_list(self, request: messages.SpaceList, label: str) -> list[Any]:
-        spaces = (await self._select(request)).spaces[: min(request.count, _PAGE)]
-        return [space.descriptor() for space in map(self._namespaces.get, spaces) if space is not None]
+        found = []
+        for digest in (await self._select(request)).spaces[: min(request.count, _PAGE)]:
+            if (space := self._namespaces.get(digest)) is not None:
+                found.append(space.descriptor())
+            if not len(found) % _SPACES:
+                await turn()
+        return found
 
     async def _on_locate_chain(self, request: messages.LocateChain, label: str) -> list[Any]:
         namespace = self._namespaces.get(request.namespace)
         if namespace is None or (request.scope and namespace.salt != request.scope):
             raise Unknown(f"namespace {request.namespace.hex()} is not registered here")
-        return [bytes(await self._locator.leading(iter(split_keys(request.keys))))]
+        keys = (request.keys[at : at + KEY_BYTES] for at in range(0, len(request.keys), KEY_BYTES))
+        return [bytes(await self._locator.leading(keys))]
 
     async def _on_objects(self, request: messages.ObjectList, label: str) -> list[Any]:
         tier = Tier.named(request.tier) if request.tier else None
         if tier in (Tier.GPU, Tier.REDIS):
             raise UsageError(f"tier {request.tier!r} keeps its own books; list cpu or disk")
         selected = await self._select(request) if request.selector or request.scope else None
-        if selected is not None and selected.chains and request.after.isdigit():
-            for count, _ in enumerate(selected.keys()):  # hashed here, where others are let in
-                if count >= int(request.after):
-                    break
-                if not count % _PART:
-                    await turn()
-        end, objects = self._listing.objects(selected, tier, request.after, min(request.count, _PAGE), request.scope)
+        count = min(request.count, _PAGE)
+        end, objects = await done(self._listing.objects(selected, tier, request.after, count, request.scope))
         return [end, *objects]
 
     async def _on_tree(self, request: messages.Tree, label: str) -> list[Any]:
         await all_known(self._namespaces)
-        end, found = self._listing.tree(request.name, request.after, min(request.count, _PAGE), request.scope)
+        count = min(request.count, _PAGE)
+        end, found = await done(self._listing.tree(request.name, request.after, count, request.scope))
         adapters = [node for node in found if node["kind"] == NodeKind.ADAPTER]
-        names = self._adapters.names() if adapters and not request.scope else {}
+        names = await self._adapters.names() if adapters and not request.scope else {}
         for node in adapters:
             node["names"] = names.get(node["digest"], [])
             node["engines"] = self._adapters.engines[bytes.fromhex(node["digest"])] if not request.scope else 0
@@ -280,9 +286,6 @@ class Control:
             events.wake.add(wake)
             await asyncio.wait({woken}, timeout=left)
             events.wake.discard(wake)
-
-    async def _on_config(self, request: messages.ConfigShow, label: str) -> list[Any]:
-        return [self._settings()]
 
     # -- inside ----------
 
@@ -372,7 +375,7 @@ class Control:
 
     async def _select(self, request: Any) -> Selected:
         """What the request's selector stands for."""
-        return select(await self._selector(request), self._namespaces, request.scope)
+        return await done(select(await self._selector(request), self._namespaces, request.scope))
 
     async def _selector(self, request: Any) -> Selector:
         """The request's selector, an adapter by its digest."""

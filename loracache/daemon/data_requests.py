@@ -7,13 +7,14 @@ that it is answered in the call that received it. What waits for a tier answers 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loracache.cache.state.leases import Grip, Writing
 from loracache.cache.tiered import Acquired
-from loracache.control.steps import done
+from loracache.control.steps import done, turn
 from loracache.daemon.durable import reserve_in_time
 from loracache.errors import UsageError
 from loracache.keys import KEY_BYTES
@@ -34,6 +35,7 @@ DataRequest = (
     protocol.Lookup | protocol.Acquire | protocol.Reserve | protocol.Commit | protocol.Release | protocol.Prefetch
 )
 _FOUND, _ACQUIRED, _BAD = 2048, 512, 64  # keys of a slice: what takes about a millisecond
+_UNANSWERED = 4096  # keys of one request that are waited for at a time
 
 Answer = Callable[[int, int, object], None]
 Later = Callable[[int, Awaitable[list[Any]]], None]
@@ -145,12 +147,46 @@ class DataRequests:
         ready: Callable[[int, list[Acquired]], None],
     ) -> Iterator[None]:
         """Hold the request's keys, raising them into the arena. ready(position of the first key of a slice, answers)"""
+        if len(request.keys) > _UNANSWERED * KEY_BYTES:
+            self._later(0, self._raise_in_turn(request, grip, ready))  # it answers by itself
+            return
         first = 0
         for part in _parts(request.keys, _ACQUIRED):
             if first:
                 yield
             self._cache.acquire(self._owner, request.lease, part, request.ttl, partial(ready, first), grip)
             first += len(part)
+
+    async def _raise_in_turn(
+        self,
+        request: protocol.Acquire | protocol.Prefetch,
+        grip: Grip,
+        ready: Callable[[int, list[Acquired]], None],
+    ) -> list[Any]:
+        """The same of very many keys: no more are waited for at a time than the collection of young objects, which
+        looks at each that waits, gets through in a few milliseconds."""
+        unanswered = first = 0
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def answered(at: int, acquired: list[Acquired]) -> None:
+            nonlocal unanswered
+            unanswered -= len(acquired)
+            ready(at, acquired)
+            if not woken.done():
+                woken.set_result(None)
+
+        for part in _parts(request.keys, _ACQUIRED):
+            if first and (self._gone or not self._cache.leases.alive(self._owner, request.lease)):
+                ready(first, [Acquired(position, None, Cause.LEASE_LOST) for position in range(len(part))])
+            else:
+                unanswered += len(part)
+                self._cache.acquire(self._owner, request.lease, part, request.ttl, partial(answered, first), grip)
+            first += len(part)
+            await turn()
+            while unanswered > _UNANSWERED:
+                woken = asyncio.get_running_loop().create_future()
+                await woken
+        return []
 
     def _release(self, number: int, request: protocol.Release) -> Iterator[None]:
         self._asking.discard(request.lease)

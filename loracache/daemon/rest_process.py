@@ -25,7 +25,7 @@ __all__ = ["RestProcess"]
 _log = logging.getLogger(__name__)
 _AGAIN_S = 5.0
 _END_S = 2.0  # it was told before the cache was drained, and gives its clients three seconds
-_BACKLOG = 128
+_BACKLOG = 4096  # where it is full, whoever comes next tries again a second later
 _PORT_PATIENCE_S = 5.0
 
 

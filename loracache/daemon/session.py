@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from loracache.cache.state.slices import advance
-from loracache.control.steps import answer, start
+from loracache.control.steps import answer, start, turn
 from loracache.daemon.data_requests import DataRequests
 from loracache.daemon.durable import durable_since
 from loracache.daemon.inbox import PAUSE, Inbox
@@ -49,6 +49,7 @@ _MOST_UNSERVED = 1 << 20  # bytes of a connection's messages; it is read no furt
 _MOST_PENDING = 4096
 _MOST_RESIDENT = 10_000
 _ENDING = (protocol.Release, protocol.Abort, protocol.Commit, protocol.Renew)  # what makes others wait for less
+_UNREGISTERED = 1000  # namespaces between two looks at the sockets
 _KEEP_S = 2.0
 _MOST_COUNTERS = 1000  # names that clients make up do not fill the memory
 
@@ -110,11 +111,16 @@ class Session(asyncio.Protocol):
         self._inbox.close()
         self._work = None
         self._served.adapters.engines.subtract(self._resident)
-        for digest in self._registered:
+        start(self._unregister())
+        self._served.ended(self)
+
+    async def _unregister(self) -> None:
+        for count, digest in enumerate(self._registered, start=1):
             self._served.registered[digest] -= 1
             if not self._served.registered[digest]:
                 del self._served.registered[digest]
-        self._served.ended(self)
+            if not count % _UNREGISTERED:
+                await turn()
 
     def data_received(self, data: bytes) -> None:
         """Serve every request that is complete: at once, unless others wait for a turn or it takes long."""

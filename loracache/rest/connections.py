@@ -40,8 +40,8 @@ class LimitedConnection(HttpToolsProtocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a request is on its way: its head is whole, its answer not."""
-        return self._in_body or not self._idle()
+        """Whether a request is on its way: its head is whole, its answer not. The rest of its body may come still."""
+        return not self._idle()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """asyncio's."""

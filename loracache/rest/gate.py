@@ -2,8 +2,9 @@
 """Who gets a connection: so many in all, so many of one address, and always one for whoever asks how the daemon is.
 
 uvicorn takes whatever comes until the process has no descriptors left, and a TLS hello may take it a minute. Here the
-oldest connection that has no request going makes room for the next one, a hello has `HELLO_S`, and where all have one,
-a few more are taken that only the routes of health answer.
+oldest connection that has no request going makes room for the next one, those first whose client has not said a word:
+opening them costs nothing. A hello has `HELLO_S`, and where all have a request going, a few more are taken that only
+the routes of health answer.
 
 Threading: the event loop.
 """
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 _AT_ONCE = 64  # accepted between two looks at the other sockets
 _PAUSE_S = 0.2  # where there are no descriptors
 _SAY_AGAIN_S = 10.0
+_BYTES_RECEIVED = 128  # where that stands in Linux's struct tcp_info
 
 
 class _Visit:
@@ -39,6 +41,17 @@ class _Visit:
         self.address = address
         self.task: asyncio.Task[object] | None = None
         self.protocol: LimitedConnection | None = None
+        self._spoke = False
+
+    def is_silent(self) -> bool:
+        """Whether its client has not said a byte, be it of the hello."""
+        if not self._spoke:
+            try:
+                info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
+            except OSError:  # closed
+                return True
+            self._spoke = any(info[_BYTES_RECEIVED:])
+        return not self._spoke
 
     @property
     def busy(self) -> bool:
@@ -135,13 +148,22 @@ class GatedServer(uvicorn.Server):
                 del self._of_address[visit.address]
 
     def _make_room(self, address: str | None) -> bool:
-        """End the oldest connection (of an address) that has no request going; False where there is none."""
-        for visit in self._visits:
-            if not visit.busy and address in (None, visit.address):
-                self._gone(visit)
-                visit.end()
-                return True
-        return False
+        """End the oldest connection (of an address) that has no request going, silent ones first; False where there is
+        none."""
+        longer = len(self._visits) - self.MOST_OF_ADDRESS // 4  # the newest are silent because they are new
+        chosen = None
+        for number, visit in enumerate(self._visits):
+            if visit.busy or address not in (None, visit.address):
+                continue
+            chosen = chosen or visit
+            if number < longer and visit.is_silent():
+                chosen = visit
+                break
+        if chosen is None:
+            return False
+        self._gone(chosen)
+        chosen.end()
+        return True
 
     def _say(self, what: str) -> None:
         if time.monotonic() >= self._said:

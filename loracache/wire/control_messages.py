@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from loracache.wire.protocol import Request
 
 __all__ = [
-    "Admit", "Cancel", "Clear", "Compress", "ConfigShow", "Decompress", "EventList", "Evict", "Locate", "LocateChain",
-    "Move",
+    "Admit", "Cancel", "Clear", "Compress", "ConfigShow", "Decompress", "EventList", "Evict", "IndexCheck", "Locate",
+    "LocateChain", "Move",
     "ObjectList", "OperationList", "OperationShow", "Pin", "SpaceList", "Tree", "Unpin",
 ]  # fmt: skip
 
@@ -207,3 +207,12 @@ class ConfigShow(Request):
     """The daemon's settings, secrets left out. -> [a map]"""
 
     operation: ClassVar[str] = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexCheck(Request):
+    """Whether the index fits together: every entry's state, and the books of the tiers against what is counted anew.
+    -> [a map: checked, faults, examples ([key, words] of the first), counts (by tier: objects and bytes by the books,
+    and as counted), used (by tier: bytes of its budget in use, and the least and most that are explained)]"""
+
+    operation: ClassVar[str] = "index_check"

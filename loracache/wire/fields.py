@@ -18,6 +18,7 @@ MAX_WAIT_S = 600.0
 
 _MAX_TEXT = 64 << 10
 _MAX_SHORT = 300
+_MAX_TEXTS = 1000
 _COUNTER = re.compile(r"[a-z0-9_.]{1,64}")
 
 
@@ -59,9 +60,8 @@ def _unsigned(value: object) -> str:
 
 
 def _texts(value: object) -> str:
-    return (
-        "" if isinstance(value, list) and all(isinstance(item, str) for item in value) else "must be a list of strings"
-    )
+    fits = isinstance(value, list) and len(value) <= _MAX_TEXTS and all(isinstance(item, str) for item in value)
+    return "" if fits else f"must be a list of strings, {_MAX_TEXTS} at most"
 
 
 def _wait(value: object) -> str:

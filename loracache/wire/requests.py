@@ -56,6 +56,7 @@ ControlRequest = (
     | control_messages.Tree
     | control_messages.EventList
     | control_messages.ConfigShow
+    | control_messages.IndexCheck
 )
 AnyRequest = DataRequest | ControlRequest
 

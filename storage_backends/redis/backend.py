@@ -7,8 +7,9 @@
     <prefix>:{<64 hex digits of the key>}:<checksum>:<i>    the same of an object's compressed bytes
 
 The braces put all of an object into one slot of a cluster. Redis may evict any of these keys at any time: a missing
-header is a MISS, a missing segment too, and then the rest is deleted. A payload's bytes go between the sockets and the
-caller's buffers without a copy (resp.py), two segments in flight (batches.py).
+header is a MISS, a missing segment too, and then the rest is deleted. What another release wrote, or is whole under
+another integrity_key, is UNPROVEN and left as it is until it is stored anew. A payload's bytes go between the sockets
+and the caller's buffers without a copy (resp.py), two segments in flight (batches.py).
 
 An object that is stored again with other `planes` gets other segments, then its new header; the old segments are left
 to expire, so that whoever found the old header still reads them.
@@ -45,7 +46,7 @@ from loracache.storage_backends.redis.cluster import Cluster
 from loracache.storage_backends.redis.commands import ObjectCommands
 from loracache.storage_backends.redis.descriptors import Descriptors
 from loracache.storage_backends.redis.hashes import RedisHash
-from loracache.storage_backends.redis.layout import Layout, read_header
+from loracache.storage_backends.redis.layout import Layout, NotOurs, read_header
 from loracache.storage_backends.redis.purge import Purger
 from loracache.storage_backends.redis.resp import ErrorReply, Reply, Wire
 from loracache.storage_backends.redis.servers import Call, OneServer, Servers
@@ -167,7 +168,17 @@ class _Question:
     def run(self, wire: Wire) -> None:
         answer = self._objects.headers(wire, self._keys)
         if wire.finished():  # else the answers may be to another question
-            self.results = [_presence(key, raw) for key, raw in zip(self._keys, answer, strict=True)]
+            self.results = [self._presence(key, raw) for key, raw in zip(self._keys, answer, strict=True)]
+
+    def _presence(self, key: bytes, raw: Reply) -> Result:
+        if isinstance(raw, ErrorReply):
+            return refusal(raw)
+        found = read_header(key, raw, self._objects.integrity_key)
+        if isinstance(found, header.Header):
+            return Result(Outcome.OK, found.info)
+        if isinstance(found, NotOurs):
+            return Result(Outcome.UNPROVEN, detail=found.detail)
+        return Result(Outcome.MISS, detail=found or "")
 
 
 class _Removal(_Question):
@@ -184,15 +195,6 @@ class _Removal(_Question):
             objects[item] = [layout.header_key(key), *segments]
         for item, reply in zip(objects, self._objects.unlink(wire, list(objects.values())), strict=True):
             self.results[item] = _deletion(reply)
-
-
-def _presence(key: bytes, raw: Reply) -> Result:
-    if isinstance(raw, ErrorReply):
-        return refusal(raw)
-    found = read_header(key, raw)
-    if isinstance(found, header.Header):
-        return Result(Outcome.OK, found.info)
-    return Result(Outcome.MISS, detail=found or "")
 
 
 def _deletion(reply: Reply) -> Result:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from loracache.storage_backends import codec, header
 from loracache.storage_backends.base import Outcome, Result, Transfer
 from loracache.storage_backends.redis.commands import RETIRED_S, ObjectCommands
-from loracache.storage_backends.redis.layout import LARGEST_WHOLE, read_header
+from loracache.storage_backends.redis.layout import LARGEST_WHOLE, NotOurs, read_header
 from loracache.storage_backends.redis.resp import ErrorReply, ProtocolFault, Reply, Wire
 from loracache.storage_backends.vectors import head, length, pieces
 
@@ -139,9 +139,11 @@ class LoadCall(_Batch):
         if isinstance(raw, ErrorReply):
             self.results[item] = refusal(raw)
             return None
-        found = read_header(info.key, raw)
+        found = read_header(info.key, raw, self.objects.integrity_key)
         if found is None:
             self.results[item] = Result(Outcome.MISS)
+        elif isinstance(found, NotOurs):
+            self.results[item] = Result(Outcome.UNPROVEN, detail=found.detail)
         elif isinstance(found, str):
             supposed = self.objects.layout.segment_keys(info.key, info.size, self.objects.segment_bytes)
             self.fail(item, Outcome.CORRUPT, found, supposed)
@@ -185,10 +187,13 @@ class LoadCall(_Batch):
     def _prove(self, item: int) -> None:
         found, transfer = self._headers[item], self.transfers[item]
         payload, compressed = head(transfer.buffers, found.info.size), self._compressed.pop(item, None)
-        if fault := header.restore(found, compressed, payload, self.objects.integrity_key):
-            self.fail(item, Outcome.CORRUPT, fault, self._held(item))
-        else:
+        fault = header.restore(found, compressed, payload, self.objects.integrity_key)
+        if not fault:
             self.results[item] = Result(Outcome.OK)
+        elif header.is_unproven(found, compressed, payload, self.objects.integrity_key):
+            self.results[item] = Result(Outcome.UNPROVEN, detail=fault)
+        else:
+            self.fail(item, Outcome.CORRUPT, fault, self._held(item))
 
     def _held(self, item: int) -> list[bytes]:
         return self.objects.layout.held(self._headers[item])
@@ -203,6 +208,7 @@ class StoreCall(_Batch):
         self._encoded: dict[int, codec.Encoded] = {}  # of items on their way
         self._segment_keys: dict[int, list[bytes]] = {}
         self._replaced: dict[int, list[bytes]] = {}  # the segments of what the items replace
+        self._others: set[int] = set()  # items that replace what another release wrote: its segments are not known
 
     def run(self, wire: Wire) -> None:
         self.pump(wire)
@@ -251,6 +257,8 @@ class StoreCall(_Batch):
             found = read_header(self.transfers[item].info.key, reply)
             if isinstance(found, header.Header):
                 self._replaced[item] = self.objects.layout.held(found)
+            elif isinstance(found, NotOurs):
+                self._others.add(item)
         elif isinstance(reply, ErrorReply):
             self._refused(item, refusal(reply))
         elif reply != b"OK":
@@ -268,11 +276,12 @@ class StoreCall(_Batch):
         """Leaves what was there before where it is whole still, and else nothing."""
         mine, before = self._segment_keys[item], self._replaced.get(item)
         del self._encoded[item]
-        if before is None or not set(mine).isdisjoint(before):
-            self.fail(item, result.outcome, result.detail, mine)
-        else:
-            self.results[item] = result
+        self.results[item] = result
+        overwritten = self.missing[item] < len(mine)
+        if before is not None and set(mine).isdisjoint(before):
             self.remains += [mine] if mine else []
+        elif overwritten or (before is None and item not in self._others):
+            self.fail(item, result.outcome, result.detail, mine)
 
 
 def refusal(reply: ErrorReply) -> Result:

@@ -8,11 +8,12 @@ about a hundred bytes and its name. What has segments, of whatever size, is read
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from loracache.storage_backends import header
 from loracache.storage_backends.redis.resp import Reply
 
-__all__ = ["LARGEST_WHOLE", "Layout", "read_header"]
+__all__ = ["LARGEST_WHOLE", "Layout", "NotOurs", "read_header"]
 
 LARGEST_WHOLE = 64 << 10  # payload bytes; part of the format: a load asks for the whole value of such an object at once
 
@@ -45,16 +46,28 @@ class Layout:
         return self.segment_keys(info.key, info.stored or info.size, found.segment_bytes, found.stored_checksum)
 
 
-def read_header(key: bytes, raw: Reply) -> header.Header | str | None:
-    """The header kept under `key`; None where there is none; in words what is wrong with it where it is bad."""
+@dataclass(frozen=True, slots=True)
+class NotOurs:
+    """What another release wrote, or somebody without our integrity_key; in words. It may be good: it is left alone."""
+
+    detail: str
+
+
+def read_header(key: bytes, raw: Reply, integrity_key: bytes | None = None) -> header.Header | NotOurs | str | None:
+    """The header kept under `key`; None where there is none; in words what is wrong with it where it is bad. That its
+    MAC is of another integrity_key shows only with the bytes behind it; that it has none, here."""
     if raw is None:
         return None
+    value = raw if isinstance(raw, bytes) else b""
     try:
-        found = header.unpack(raw if isinstance(raw, bytes) else b"")
+        found = header.unpack(value)
     except header.HeaderError as error:
-        return str(error)
+        others = isinstance(error, header.OtherVersion) and not header.is_of_damaged_version(value)
+        return NotOurs(str(error)) if others else str(error)
     if found.info.key != key:
         return f"header names the object {found.info.key.hex()}"
     if not found.segment_bytes and found.info.size > LARGEST_WHOLE:
         return "header names no segment size"
+    if integrity_key is not None and found.mac == header.NO_MAC:
+        return NotOurs("it has no MAC, and there is an integrity_key")
     return found

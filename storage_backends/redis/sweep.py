@@ -22,7 +22,7 @@ from loracache.storage_backends import header
 from loracache.storage_backends.base import Outcome, Result, Tended
 from loracache.storage_backends.redis.commands import ObjectCommands
 from loracache.storage_backends.redis.hashes import RedisHash
-from loracache.storage_backends.redis.layout import read_header
+from loracache.storage_backends.redis.layout import NotOurs, read_header
 from loracache.storage_backends.redis.resp import ErrorReply, Reply, Wire, command
 from loracache.storage_backends.redis.servers import Servers
 from loracache.storage_backends.redis.walk import ENDLESS, Slice, WalkRefused, walk
@@ -256,8 +256,9 @@ class _Eviction:
         found_names: dict[int, list[bytes]] = {}
         for item, raw in zip(old, self._objects.headers(wire, [keys[item] for item in old]), strict=True):
             found = read_header(keys[item], raw if not isinstance(raw, ErrorReply) else None)
-            if isinstance(found, header.Header):
-                found_names[item] = [self._objects.layout.header_key(keys[item]), *self._objects.layout.held(found)]
+            if isinstance(found, header.Header | NotOurs):  # of that one the segments are left to expire, or to a pass
+                segments = self._objects.layout.held(found) if isinstance(found, header.Header) else []
+                found_names[item] = [self._objects.layout.header_key(keys[item]), *segments]
         sizes = iter(_sizes(wire, [name for names in found_names.values() for name in names]))
         going: dict[int, list[bytes]] = {}
         for item, names in found_names.items():

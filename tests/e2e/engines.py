@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,18 @@ class Engine:
         prompt_logprobs: int | None = None,
         audio: int | None = None,
         uuid: str = "",
+        hints: Sequence[tuple[str, dict[str, Any]]] = (),
+        wishes: dict[str, Any] | None = None,
     ) -> int:
-        """Send a request; `result` waits for its answer. audio: which tune its audio is, uuid: what it is called."""
+        """Send a request; `result` waits for its answer. audio: which tune its audio is, uuid: what it is called.
+        hints: types and payloads of its kv_hints (vLLM 0.32 on). wishes: its kv_transfer_params."""
         call = next(self._calls)
         self._send(
             {
                 "op": "generate", "call": call, "id": f"r{call}", "tokens": tokens, "salt": salt,
                 "max_tokens": max_tokens,
                 "lora": vars(lora) if lora else None, "prompt_logprobs": prompt_logprobs, "audio": audio, "uuid": uuid,
+                "hints": hints, "wishes": wishes,
             }
         )  # fmt: skip
         return call

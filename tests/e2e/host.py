@@ -34,11 +34,19 @@ async def generate(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
     request = (
         LoRARequest(lora["name"], lora["id"], lora["path"], load_inplace=lora.get("inplace", False)) if lora else None
     )
+    more: dict[str, Any] = {"lora_request": request}
+    if command.get("hints"):
+        from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+
+        actions = [KvHintAction(f"a{at}", kind, "1", payload) for at, (kind, payload) in enumerate(command["hints"])]
+        more["kv_hints"] = KvHintsEnvelope("1", command["id"], actions)
+    if command.get("wishes"):
+        params.extra_args = {"kv_transfer_params": command["wishes"]}
     started = time.perf_counter()
     first = None
     output: Any = None
     try:
-        async for output in engine.generate(prompt, params, command["id"], lora_request=request):  # noqa: B007
+        async for output in engine.generate(prompt, params, command["id"], **more):  # noqa: B007
             first = first or time.perf_counter() - started
     except Exception as error:
         if type(error).__name__ not in ("GenerationError", "RetryableRequestError", "VLLMValidationError"):

@@ -16,13 +16,17 @@ from typing import Any
 
 import pytest
 
+from loracache.keys import Namespace
+
 CHUNK, LONG = 128, 1900  # fourteen whole chunks, of which the memory holds some
 
 
 @pytest.fixture(scope="module")
 def cache(module_daemon: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     disk = tmp_path_factory.mktemp("disk")
-    return module_daemon(memory="1MiB", page_size="4KiB", disk_path=disk, disk="256MiB")
+    running = module_daemon(memory="1MiB", page_size="4KiB", disk_path=disk, disk="256MiB")
+    running.disk = disk
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,14 @@ def on_disk(cache: Any) -> int:
     return int(cache.status()["tiers"]["disk"]["objects"])
 
 
+def held(cache: Any, tokens: list[int]) -> int:
+    """Leading chunks that some tier has."""
+    (path,) = (cache.disk / "namespaces").glob("*.json")
+    keys = Namespace.parse(path.read_text().splitlines()[0]).object_keys(tokens)
+    with cache.client() as client:
+        return int(client.lookup(keys).hits)
+
+
 def test_kv_larger_than_the_memory_is_stored_loaded_and_counted(
     server: SimpleNamespace, cache: Any, prompts: Callable[[int], list[int]], eventually: Any
 ) -> None:
@@ -145,7 +157,7 @@ def test_a_request_says_what_becomes_of_its_kv(
     server: SimpleNamespace, cache: Any, prompts: Callable[[int], list[int]], eventually: Any
 ) -> None:
     secret, kept = prompts(2 * CHUNK + 9), prompts(CHUNK + 9)
-    before, loads = on_disk(cache), number(server, "loads")
+    loads = number(server, "loads")
     cold = ask(server, secret, store=False)
     assert ask(server, secret, store=False) == cold
     assert number(server, "loads") == loads
@@ -159,20 +171,34 @@ def test_a_request_says_what_becomes_of_its_kv(
 
         [event] = eventually(pinned, "what is to be kept is pinned", 60)
         assert event["tier"] == "cpu"
-    eventually(lambda: on_disk(cache) == before + 1, "the other is stored")
+    eventually(lambda: held(cache, kept) == 1, "the other is stored")
+    assert held(cache, secret) == 0
     answer = ask(server, kept, load=False)
     assert number(server, "loads") == loads
     assert ask(server, kept) == answer
     eventually(lambda: number(server, "loads") == loads + 1, "it is loaded again")
 
 
-def test_a_wrong_wish_is_said_in_the_log_and_served_without(
+def test_a_wrong_wish_is_answered_with_400_and_the_fix(
     server: SimpleNamespace, prompts: Callable[[int], list[int]]
 ) -> None:
-    for params in ({"store": "no"}, {"pin": -5}, {"loads": False}, {"remote_host": "of another connector"}):
-        assert ask(server, prompts(20), **params)
-    text = server.log.read_text()
-    assert "store='no' must be true or false" in text
-    assert "pin=-5 must be seconds" in text
-    assert "'loads' is not known; did you mean 'load'?" in text
-    assert "remote_host" not in text
+    def answer(params: Any, **more: Any) -> tuple[int, str]:
+        body = {"model": "base", "max_tokens": 2, "kv_transfer_params": params} | more
+        status, said = server.http.call("/v1/completions", body)
+        return status, said if isinstance(said, str) else json.dumps(said)
+
+    computed = number(server, "lookups")
+    for params, words in (
+        ({"store": "no"}, "store='no' must be true or false"),
+        ({"pin": -5}, "pin=-5 must be seconds, more than 0 and at most 3600"),
+        ({"loads": False}, "'loads' is not known; did you mean 'load'?"),
+    ):
+        for more in ({"prompt": prompts(20)}, {"prompt": [prompts(20), prompts(20)], "n": 2, "temperature": 1}):
+            status, said = answer(params, **more)
+            assert (status, words in said) == (400, True), said
+        status, said = answer(params, prompt=prompts(20), stream=True)
+        assert words in said
+        assert '"code": 400' in said.replace('":400', '": 400')
+    assert number(server, "lookups") == computed
+    assert ask(server, prompts(20), remote_host="of another connector")
+    assert "it is served without that" not in server.log.read_text()  # the engine has heard of none

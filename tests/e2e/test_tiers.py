@@ -119,6 +119,74 @@ def test_prompt_logprobs_compute_everything_and_take_no_lease(
     assert serving.daemon.status()["leases"] == 0
 
 
+def test_an_orchestrators_hints_become_the_daemons_verbs(
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    pytest.importorskip("vllm.v1.kv_hints", reason="vLLM 0.32 on")
+    hints: dict[str, Any] = {
+        "pin": ("pin", {"ttl": 60}), "retain": ("retain", {"ttl": 60}), "briefly": ("retain", {"ttl": 0.5}),
+        "disk": ("demote", {}), "redis": ("demote", {"tier": "redis"}), "none": ("another's", {"ttl": 60}),
+    }  # fmt: skip
+    asked = {name: prompts(CHUNK + 9) for name in hints}
+    with serving.daemon.client() as client:
+        since, _, _ = client.events(wait=0)
+        for name, tokens in asked.items():
+            serving.engine.ask(tokens, hints=[hints[name]])
+        serving.engine.settle(serving.daemon)
+        names = {object_keys(serving.disk, tokens)[0].hex(): name for name, tokens in asked.items()}
+
+        def told() -> set[tuple[str, str, str]]:
+            """(event, tier, what was hinted) of these requests' objects."""
+            events = client.events(since, wait=0)[2]
+            wanted = ("pinned", "unpinned", "moved")
+            return {
+                (each["event"], each["tier"], names[each["key"]])
+                for each in events
+                if each["key"] in names and each["event"] in wanted
+            }
+
+        done = {("pinned", "cpu", name) for name in ("pin", "retain", "briefly")} | {
+            ("unpinned", "cpu", "briefly"), ("moved", "disk", "disk"), ("moved", "redis", "redis"),
+        }  # fmt: skip
+        eventually(lambda: told() == done, "each hint is carried out", 60)
+
+        def in_memory() -> set[str]:
+            return {names[each["key"]] for each in client.objects(tier="cpu") if each["key"] in names}
+
+        assert in_memory() == {"pin", "retain", "briefly", "none"}
+        client.clear(tiers=("cpu",))
+        assert in_memory() == {"pin", "retain"}
+
+
+def test_what_is_hinted_to_be_prefetched_is_in_memory_before_its_turn(
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    pytest.importorskip("vllm.v1.kv_hints", reason="vLLM 0.32 on")
+    engine, hinted, plain = serving.engine, prompts(400), prompts(400)
+    cold = [engine.ask(tokens).tokens for tokens in (hinted, plain)]
+    clear(serving, "cpu")
+    ahead = [engine.start(prompts(8), max_tokens=2000) for _ in range(8)]  # as many as run at a time
+    waiting = engine.start(plain), engine.start(hinted, hints=[("prefetch", {})])
+    with serving.daemon.client() as client:
+
+        def tiers(tokens: list[int]) -> set[str]:
+            return set(client.lookup(object_keys(serving.disk, tokens)).tiers)
+
+        eventually(lambda: tiers(hinted) == {"cpu"}, "it is raised while it waits", 60)
+        assert tiers(plain) == {"disk"}
+    for call in ahead:
+        engine.abort(call)
+    assert all(engine.result(call).aborted for call in ahead)  # they ran until now
+    assert [engine.result(call).tokens for call in reversed(waiting)] == cold
+
+
+def test_a_wish_that_cannot_be_meant_is_raised_to_the_caller(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    refused = serving.engine.ask(prompts(20), wishes={"store": "no"})
+    assert (refused.reason, refused.tokens) == ("error", [])
+    assert "kv_transfer_params: store='no' must be true or false" in refused.why
+    assert serving.engine.ask(prompts(20), wishes={"store": False, "remote_host": "another's"}).tokens
+
+
 def test_requests_side_by_side_get_their_own_kv(serving: Any, prompts: Callable[[int], list[int]]) -> None:
     shared = prompts(300)
     many = [shared + prompts(150) for _ in range(8)]

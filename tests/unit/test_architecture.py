@@ -23,7 +23,10 @@ REACHES = {
     "loracache": "backoff client errors keys mapping results tiers wire",
     "accepting": "",
     "adapters": "errors folder keys",
-    "audit": "adapters config errors folder keys logs storage_backends storage_backends.disk storage_backends.redis",
+    "audit": (
+        "adapters backoff client config errors folder keys logs mapping results storage_backends "
+        "storage_backends.disk storage_backends.redis tiers wire"
+    ),
     "backoff": "",
     "cache": (
         "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "

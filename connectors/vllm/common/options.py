@@ -11,7 +11,7 @@ from loracache.client.connection import socket_path
 from loracache.config import ENVIRONMENT, holds_password, http_address, parse_size
 from loracache.errors import ConfigError
 
-__all__ = ["Options", "is_ours", "own_options", "pool_bytes"]
+__all__ = ["Options", "is_alone", "is_ours", "own_options", "pool_bytes"]
 
 _CONNECTOR = "LoRACacheConnector"
 _DAEMON_KEYS = ("memory", "disk_path", "disk", "redis", "redis_password_file", "http")
@@ -114,6 +114,11 @@ def is_ours(vllm_config: Any) -> bool:
     """Whether an engine has our connector, alone or inside a MultiConnector."""
     transfer = getattr(vllm_config, "kv_transfer_config", None)
     return transfer is not None and _own_extra(transfer) is not None
+
+
+def is_alone(vllm_config: Any) -> bool:
+    """Whether an engine has our connector and no other."""
+    return getattr(getattr(vllm_config, "kv_transfer_config", None), "kv_connector", None) == _CONNECTOR
 
 
 def pool_bytes(vllm_config: Any) -> int:

@@ -19,7 +19,7 @@ from loracache.connectors.vllm.lora.pickled import plain_folder
 from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.errors import UsageError
 
-__all__ = ["answer_refusals", "check_what_is_added", "raise_refusals"]
+__all__ = ["answer_refusals", "callers_mistake", "check_what_is_added", "raise_refusals"]
 
 
 def check_what_is_added(module: Any, wants_pool: Callable[[Any], bool]) -> None:
@@ -82,12 +82,19 @@ def raise_refusals(module: Any) -> None:
     module.OutputProcessor.process_outputs = process_outputs
 
 
+def callers_mistake(text: str) -> Exception:
+    """What vLLM hands on as it is, and answers with 400."""
+    from vllm import exceptions
+
+    return getattr(exceptions, "VLLMValidationError", ValueError)(text)
+
+
 def _raised(refusal: Refusal) -> Any:
     """What vLLM hands on as it is, and answers with 400 or 503; None where this release has none."""
     from vllm import exceptions
 
     if refusal.forever:
-        return getattr(exceptions, "VLLMValidationError", ValueError)(str(refusal))
+        return callers_mistake(str(refusal))
     try:
         from vllm.v1.engine.async_llm import InputStreamError
 

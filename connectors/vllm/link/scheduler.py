@@ -7,6 +7,7 @@ patience for half a second; then it is asked nothing more until it has answered.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import time
@@ -17,12 +18,10 @@ from typing import Any
 
 from loracache.client import requests
 from loracache.client.link import Link
-from loracache.errors import LoRACacheError, Rejected
+from loracache.errors import LoRACacheError, ProtocolError, Rejected
 from loracache.tiers import Tier, labels
 
-__all__ = ["LONGEST_PIN_S", "SchedulerLink"]
-
-LONGEST_PIN_S = requests.MAX_TTL_S
+__all__ = ["SchedulerLink"]
 
 _log = logging.getLogger(__name__)
 _REPORT_S = 1.0
@@ -69,6 +68,11 @@ class SchedulerLink(Link):
         arena = self.connection.map
         return len(arena) if arena is not None else 0
 
+    @property
+    def instance(self) -> bytes:
+        """Which run of the daemon that was, or is."""
+        return self.connection.instance
+
     def ask_lookup(self, lease: bytes, keys: Sequence[bytes], shards: int, ttl: float) -> int:
         """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held."""
         lookup = _Lookup(lease, shards, ttl, requests.lookup_parts(keys, shards))
@@ -85,7 +89,7 @@ class SchedulerLink(Link):
             done, payload = self._answer(lookup.number)
             if not done:
                 return None
-            tiers = labels(payload[0]) if payload else ()
+            tiers = self._tiers(lookup.keys, payload) if payload else ()
             lookup.tiers += tiers
             if len(tiers) < lookup.keys or not self._ask_part(lookup):
                 self._lookups.pop(number, None)
@@ -102,6 +106,19 @@ class SchedulerLink(Link):
             ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
             ready.poll(left * 1000)
         return tiers
+
+    def _tiers(self, keys: int, payload: list[Any]) -> tuple[str, ...]:
+        """Of the leading ones of so many keys. What is no answer is a miss: vLLM's loop would end with an error."""
+        with contextlib.suppress(LookupError, TypeError):
+            tiers = labels(payload[0])
+            if len(tiers) <= keys:
+                return tiers
+        self._malformed()
+        return ()
+
+    def _malformed(self) -> None:
+        self.connection.close()
+        self.outage.goes_on(ProtocolError("the daemon's answer is malformed"))
 
     def _ask_part(self, lookup: _Lookup) -> bool:
         part = next(lookup.parts, None)
@@ -184,8 +201,14 @@ class SchedulerLink(Link):
         self._events_asked = 0
         if payload is None:
             return None
-        self._events_last, lost, *events = payload
-        return bool(lost), [(each["event"], each["tier"], bytes.fromhex(each["key"])) for each in events]
+        try:
+            last, lost, *events = payload
+            told = [(each["event"], each["tier"], bytes.fromhex(each["key"])) for each in events]
+        except (ValueError, TypeError, LookupError):
+            self._malformed()
+            return None
+        self._events_last = last
+        return bool(lost), told
 
     def release(self, lease: bytes) -> None:
         """End a request's lease."""

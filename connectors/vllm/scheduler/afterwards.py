@@ -10,8 +10,8 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
+from loracache.connectors.vllm.common.wishes import Wishes
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
-from loracache.connectors.vllm.scheduler.wishes import Wishes
 
 __all__ = ["Afterwards"]
 
@@ -27,6 +27,7 @@ class Afterwards:
         self._waiting: dict[str, tuple[Sequence[bytes], int, Wishes]] = {}
         self._pins: list[tuple[float, int]] = []  # a heap of (end, bytes)
         self._pinned = 0
+        self._daemon = b""  # the run of the daemon that has them pinned
 
     def finished(self, request_id: str, keys: Sequence[bytes], nbytes: int, wishes: Wishes, *, storing: bool) -> None:
         """A request is over. keys: of all its objects, which are of `nbytes` bytes. storing: not all are stored yet."""
@@ -52,6 +53,8 @@ class Afterwards:
 
     def _room(self, nbytes: int, seconds: float) -> bool:
         now = time.monotonic()
+        if self._daemon != self._link.instance:
+            self._daemon, self._pins, self._pinned = self._link.instance, [], 0
         while self._pins and self._pins[0][0] <= now:
             self._pinned -= heapq.heappop(self._pins)[1]
         if self._pinned + nbytes > self._link.arena_bytes // _PIN_SHARE:

@@ -98,8 +98,10 @@ class Lookups:
         patience = self._patience.parked(self._at_stake(state)) if self._awaits(state) else self._patience.least
         if self._link.answering() and now - state.parked_since < patience:
             return True
-        self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
-        self._tally.add("lookups_late")
+        if not state.late:  # vLLM asks in every step while it has no room for the request
+            state.late = True
+            self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
+            self._tally.add("lookups_late")
         return False
 
     def drop_lease(self, state: RequestState) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loracache.connectors.vllm.scheduler.wishes import Wishes
+from loracache.connectors.vllm.common.wishes import Wishes
 from loracache.keys import Media, Namespace, chunk_keys
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class RequestState:
     next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache held.
     content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are (media.py).
     stage: how far it has come. wishes: what it asks for itself. told: leading
-    chunks that the engine's KV events know of.
+    chunks that the engine's KV events know of. late: it was counted that no answer came in time.
     """
 
     __slots__ = (
         "adapter", "answered_at", "asked_at", "blocks", "cacheable", "chunk_keys", "content", "first_step",
-        "has_stored", "hits", "lease", "leased", "load_tiers", "local_tokens", "media", "namespace", "parked_since",
-        "question", "reads", "request", "stage", "store_after", "stored", "told", "wishes",
+        "has_stored", "hits", "late", "lease", "leased", "load_tiers", "local_tokens", "media", "namespace",
+        "parked_since", "question", "reads", "request", "stage", "store_after", "stored", "told", "wishes",
     )  # fmt: skip
 
     def __init__(self, request: Request, *, cacheable: bool, reads: bool, wishes: Wishes) -> None:
@@ -68,6 +68,7 @@ class RequestState:
         self.answered_at: float | None = None
         self.asked_at = 0.0
         self.parked_since: float | None = None
+        self.late = False
         self.hits: tuple[str, ...] = ()
         self.blocks: list[int] = []
         self.stored = 0
@@ -99,6 +100,7 @@ class RequestState:
         self.hits = tiers
         self.question = 0
         self.parked_since = None
+        self.late = False
         self.answered_at = time.monotonic()
 
     @property
@@ -135,6 +137,7 @@ class RequestState:
         self.blocks = []
         self.question = 0
         self.answered_at = None
+        self.late = False
         self.parked_since = None
         self.hits = ()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from loracache.connectors.vllm.common.messages import Facts, Prefix, StepPlan, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.stats import Tally
+from loracache.connectors.vllm.common.wishes import Wishes, wishes_of
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.afterwards import Afterwards
@@ -28,7 +29,6 @@ from loracache.connectors.vllm.scheduler.patience import Patience
 from loracache.connectors.vllm.scheduler.requests import RequestState, Stage, is_cacheable, uses_draft_kv, wants_reading
 from loracache.connectors.vllm.scheduler.resets import HeldBlocks, KnownWeights
 from loracache.connectors.vllm.scheduler.tier_events import TierEvents
-from loracache.connectors.vllm.scheduler.wishes import Wishes, wishes_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

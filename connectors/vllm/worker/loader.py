@@ -155,9 +155,12 @@ class Loader:
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
         connection = self._link.connection
+        due = [self._due(job) for job in self._active]
         if connection.connected:
             poller.register(connection.fileno(), select.POLLIN | (select.POLLOUT if connection.unsent else 0))
-        timeout = min((self._due(job) for job in self._active), default=None)
+        elif any(job.parts for job in self._active):
+            due.append(0.0)  # the daemon hung up meanwhile: hear it out, and end what it will not answer
+        timeout = min(due, default=None)
         poller.poll(None if timeout is None else max(0.0, timeout - time.monotonic()) * 1000 + 1)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)

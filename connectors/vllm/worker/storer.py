@@ -73,6 +73,7 @@ class StoreJob:
         self.after = after  # a CUDA event: the blocks are written once it has happened
         self.gate = Gate()
         self.nbytes = 0  # committed
+        self.left = len(store.chunks)  # not dealt with yet
 
 
 class Storer:
@@ -122,10 +123,10 @@ class Storer:
                 self._store(job, causes)
             except LoRACacheError as error:
                 _log.debug("store for %s: %s", job.store.request_id, error)
-                causes[Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE] = len(job.store.chunks)
+                causes[Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE] = job.left
             except Exception:  # noqa: BLE001 - top of the thread: a bug must not keep a request's blocks for ever
                 _log.exception("a store failed")
-                causes[Cause.BUG] = len(job.store.chunks)
+                causes[Cause.BUG] = job.left
             self._finished(job, causes)
         self._link.connection.close()
 
@@ -150,11 +151,13 @@ class Storer:
                 if part:
                     room.found()
                 done += part
+                job.left -= part
                 if done == len(keys) or not room.waits():
                     break
             if done < len(keys):  # the chain ends here
                 self._full_until = time.monotonic() + _FULL_S
                 causes[Cause.FULL] = causes.get(Cause.FULL, 0) + len(keys) - done
+                job.left -= len(keys) - done
             parent = keys[-1]
 
     def _parts(self, chunks: Sequence[ChunkBlocks]) -> Iterator[Sequence[ChunkBlocks]]:

@@ -67,11 +67,19 @@ class DiskTier:
         self.left_alone: dict[bytes, int] = {}  # the same, of what another version or integrity_key wrote
         self.left_alone_bytes = 0
         self._replacing: dict[bytes, int] = {}  # of those, what is being written anew
+        self._rewriting = 0  # bytes of room for what is being kept in another way
+        self.rewritten = 0  # objects that were, in all
         self._next_deletion = 0.0
 
     def cost(self, node: Node) -> int:
         """Bytes of the budget that a node takes."""
         return self.io.backend.footprint(node.stored or node.size)
+
+    def used_beside(self) -> tuple[int, int]:
+        """Bytes of the budget in use beside what the objects here cost: at least, and at most. What is on its way here
+        may count already."""
+        sure = sum(self._undeleted.values()) + self.left_alone_bytes + sum(self._replacing.values()) + self._rewriting
+        return sure, sure + self.writer.cost_in_flight(self.cost)
 
     def queue_write(self, node: Node, *, promised: bool = False) -> None:
         """Queue an object of the arena, and before it those ancestors that the disk lacks but the arena has. promised:
@@ -170,18 +178,22 @@ class DiskTier:
                 results.append((node, Result(Outcome.FULL)))
             else:
                 self.used += room
+                self._rewriting += room
                 going.append(node)
                 buffers = self._arena.buffers(node.extents, padded(node.size))
                 transfers.append(Transfer(node.info(), buffers, planes))
 
         def stored(kept: list[Result]) -> None:
             for node, result in zip(going, kept, strict=True):
-                self.used -= self.io.backend.footprint(node.size)
+                room = self.io.backend.footprint(node.size)
+                self.used -= room
+                self._rewriting -= room
                 if result.outcome is Outcome.OK and not node.held_in(Tier.DISK):  # a deletion is queued behind us
                     result = Result(Outcome.MISS)
                 elif result.outcome is Outcome.OK:
                     self.used -= self.cost(node)
                     node.stored = result.stored
+                    self.rewritten += 1
                     self.used += self.cost(node)
                 results.append((node, result))
             done(results)
@@ -290,9 +302,9 @@ class DiskTier:
         self.used -= self.cost(node)
         if node.written:
             self._flushes.left(Tier.DISK, node.written, asked=cause in _ASKED)
-        node.stored = node.written = 0
         self._unreadable.discard(node)
-        self._index.leave(node, Tier.DISK, cause)
+        self._index.leave(node, Tier.DISK, cause)  # who is told of it may ask what it cost
+        node.stored = node.written = 0
 
     def _delete(self, going: dict[bytes, int]) -> None:
         """Delete (key -> bytes on disk) that nobody finds any more. What cannot be deleted counts until it can."""

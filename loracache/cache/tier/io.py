@@ -68,6 +68,7 @@ class TierIO:
         self._next_look = 0.0
         self._closing = False
         self._tending = False
+        self._said_unproven = False
         self._purges = 0  # which what is done in the background makes way for
         self.used: int | None = None
 
@@ -285,7 +286,9 @@ class TierIO:
             if result.outcome is Outcome.UNAVAILABLE:
                 unavailable += not result.partial
                 self._trouble = result.detail or "no answer"
-            elif result.outcome not in (Outcome.MISS, Outcome.UNPROVEN):  # of which the tier says once that there are
+            elif result.outcome is Outcome.UNPROVEN:
+                self._say_unproven(result.detail)
+            elif result.outcome is not Outcome.MISS:
                 _log.warning(f"{label}: {what}: {result.outcome.value}: %s", result.detail)  # each a kind of its own
             if result.outcome is not Outcome.MISS or what == "load":
                 self._counters.add(f"failure.{label}.{result.outcome.value}")
@@ -301,3 +304,14 @@ class TierIO:
             pause = self._pauses.next()
             _log.warning(f"{label}: unavailable (%s); left alone for %.1f s", results[-1].detail, pause)
             self._paused_until = time.monotonic() + pause
+
+    def _say_unproven(self, detail: str) -> None:
+        """Once that there is some in Redis, where others may store; the disk's tier says it of the disk's."""
+        if self.tier is Tier.REDIS and not self._said_unproven:
+            self._said_unproven = True
+            _log.warning(
+                "redis: objects that another release, or another integrity_key, wrote (%s) are left alone and not "
+                "served; they go when they are stored anew, by redis_ttl and redis_max_bytes, or with: loracache clear "
+                "--tier redis",
+                detail,
+            )

@@ -67,8 +67,15 @@ class Promoter:
         """Ask Redis for keys that no other tier holds, in one round trip, and load what it has."""
 
         def answered(results: list[Result]) -> None:
+            self._slices.run(self._take(io, wanted, results))
+
+        io.contains([key for key, _ in wanted], answered)
+
+    def _take(self, io: TierIO, wanted: Sequence[tuple[bytes, Waiter]], results: list[Result]) -> Iterator[None]:
+        """Load what Redis has, a slice at a time: a node that is made is held before others are served."""
+        for at in range(0, len(wanted), _SLICE):
             found: list[tuple[Node, Waiter]] = []
-            for (key, waiter), result in zip(wanted, results, strict=True):
+            for (key, waiter), result in zip(wanted[at : at + _SLICE], results[at : at + _SLICE], strict=True):
                 if result.outcome is not Outcome.OK or result.info is None:
                     missing = result.outcome is Outcome.MISS
                     waiter(None, Cause.ABSENT if missing else Cause(f"redis_{result.outcome.value}"))
@@ -85,9 +92,9 @@ class Promoter:
                     self.wait(node, waiter)
                 else:
                     found.append((node, waiter))
-            self._slices.run(self._load(io, found))
-
-        io.contains([key for key, _ in wanted], answered)
+            yield from self._load(io, found)
+            if at + _SLICE < len(wanted):
+                yield
 
     def _insert(self, info: ObjectInfo, key: bytes) -> Node | None:
         if info.key != key or not 0 < info.size <= self._arena.size:
@@ -130,7 +137,7 @@ class Promoter:
             self._waiting[node] = [waiter]
             batch.append(node)
             nbytes += size
-            if nbytes >= _BATCH_BYTES:
+            if nbytes >= _BATCH_BYTES or len(batch) == _SLICE:  # what comes back is taken in at once
                 self._submit(io, batch)
                 batch, nbytes = [], 0
             if not count % _SLICE:

@@ -23,11 +23,12 @@ Done = Callable[[list[Result]], None]
 
 
 class Question:
-    """One client's. leading: no further than the first key that is not held; the answers end with that. results: the
-    answers by now, in the order of its keys."""
+    """One client's. leading: no further than the first key that is not held; the answers end with that, and `held`
+    counts those before it. results: the answers by now, in the order of its keys."""
 
     def __init__(self, keys: Sequence[bytes], leading: bool, done: Done) -> None:
         self.results: list[Result] = []
+        self.held = 0
         self.cancelled = False
         self._keys = keys
         self._leading = leading
@@ -43,8 +44,11 @@ class Question:
         self.results += results
         if self.cancelled:
             return False
-        broken = self._leading and any(result.outcome is not Outcome.OK for result in results)
-        if not broken and len(self.results) < len(self._keys):
+        held = len(results)
+        if self._leading:
+            held = next((at for at, result in enumerate(results) if result.outcome is not Outcome.OK), held)
+            self.held += held
+        if held == len(results) and len(self.results) < len(self._keys):
             return True
         self._done(self.results)
         return False

@@ -76,6 +76,14 @@ class WriteBehind:
         """Objects queued or being written."""
         return len(self._queue) + len(self._in_flight)
 
+    def __contains__(self, node: Node) -> bool:
+        """Whether the object is queued or being written."""
+        return node in self._queue or node in self._in_flight
+
+    def cost_in_flight(self, cost: Callable[[Node], int]) -> int:
+        """The sum of what the objects cost that are being written."""
+        return sum(map(cost, self._in_flight))
+
     def enqueue(self, node: Node, *, promised: bool = False) -> None:
         """Queue one object that is in the arena. promised: room for others is never made by giving it up."""
         if promised:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from loracache import CacheClient, Namespace, Selection, chunk_keys
+from loracache.audit import live, running
 from loracache.audit import redis as redis_check
 from loracache.cli.app import app
 
@@ -97,6 +98,8 @@ def _no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
     """check(kept, "--fix") runs the command; answers its exit code and what it printed, as JSON."""
     monkeypatch.setattr(redis_check, "GRACE_S", 0.2)
+    for module in (live, running):
+        monkeypatch.setattr(module, "GRACE_S", 0.05)
 
     def run(kept: Kept, *more: str, disk: bool = True) -> tuple[int, dict[str, Any]]:
         arguments = ["check", "--json", *more]

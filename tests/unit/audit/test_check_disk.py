@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from loracache import CacheClient
 from loracache.cli.app import app
+from loracache.storage_backends.disk.lock import lock_folder
 
 
 def flip(path: Path, offset: int) -> None:
@@ -139,13 +140,13 @@ def test_a_wrong_integrity_key_removes_nothing(
     assert len(list((kept.path / "adapters").iterdir())) == 1
 
 
-def test_a_folder_in_use_is_refused_and_says_by_whom(kept: Any, check: Any, daemon: Callable[..., Any]) -> None:
-    running = daemon(disk_path=kept.path)
+def test_a_folder_in_use_by_another_check_is_refused_and_says_by_whom(kept: Any, check: Any) -> None:
+    other = lock_folder(kept.path, "check of process 7")
     code, said = check(kept)
     assert code == 2
-    assert f"is in use by the LoRACache daemon at {running.url}" in said["error"]
+    assert "is in use by the LoRACache check of process 7" in said["error"]
     assert "stop that one first" in said["error"]
-    assert running.stop() == 0
+    os.close(other)
     assert check(kept)[0] == 0
 
 

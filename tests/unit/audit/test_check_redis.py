@@ -144,3 +144,24 @@ def test_objects_of_which_the_redis_does_not_say_whose_they_are_are_told(
     server.delete("loracache:namespaces")
     code, said = check(filled, "--fix")
     assert (code, faults(said)) == (1, {("redis", "undescribed"): 12})  # the adapter has none
+
+
+def test_a_wrong_integrity_key_removes_nothing_from_a_redis(
+    filled: Any, server: Any, check: Any, faults: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORACACHE_INTEGRITY_KEY", "0123456789abcdef")
+    before = {name: server.dump(name) for name in server.scan_iter()}
+    code, said = check(filled, "--fix", disk=False)
+    assert (code, faults(said)) == (1, {("redis", "unproven"): 14})  # a name's record among them
+    assert {name: server.dump(name) for name in server.scan_iter()} == before
+
+
+def test_what_is_damaged_goes_beside_what_is_left_alone(filled: Any, server: Any, check: Any, faults: Any) -> None:
+    newer, damaged = filled.chains[0][0], filled.chains[0][3]
+    raw: bytes = server.get(head(newer))
+    server.set(head(newer), raw[:8] + b"\x09" + raw[9:])
+    server.setrange(f"{head(damaged)}:0", 100, b"\xff\0\xff")
+    code, said = check(filled, "--fix", disk=False)
+    assert (code, faults(said), said["left"]) == (1, {("redis", "damaged"): 1, ("redis", "other_version"): 1}, 1)
+    assert server.exists(head(newer), f"{head(newer)}:0") == 2
+    assert not server.exists(head(damaged))

@@ -27,6 +27,7 @@ class ScriptedLink:
         self.connected = True
         self.answers = True
         self.arena_bytes = 1 << 30
+        self.instance = b"a daemon"
         self.tiers: dict[bytes, str] = {}
         self.digests: dict[str, str | None] = {}
         self.leases: set[bytes] = set()

@@ -68,6 +68,11 @@ def test_what_vllm_passes_is_taken(own: type, base: type, name: str) -> None:
         ),
         ("vllm.v1.engine.async_llm", ["class AsyncLLM(", "async def add_lora(self, lora_request", "self.vllm_config"]),
         (
+            "vllm.v1.engine.input_processor",
+            ["class InputProcessor", "def process_inputs(", "request_id: str,", "params: SamplingParams",
+             "self.vllm_config"],
+        ),
+        (
             "vllm.v1.engine.output_processor",
             ["class OutputProcessor", "def process_outputs(", "self.request_states", "FinishReason", ".queue.put("],
         ),

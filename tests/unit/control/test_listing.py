@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loracache.cache.state.index import Index
+from loracache.cache.state.slices import whole
 from loracache.control import listing
 from loracache.control.listing import Listing
 from loracache.control.selection import Selected, Selector, select
@@ -68,12 +69,18 @@ class Held:
     def objects(
         self, selector: Selector | None = None, tier: Tier | None = None, scope: str = "", size: int = 3, **more: Any
     ) -> list[str]:
-        selected = select(selector or Selector(), self.namespaces, scope) if selector or scope else None
-        found = self.pages(lambda after: self.listing.objects(selected, tier, after, size, scope), **more)
+        selected = whole(select(selector or Selector(), self.namespaces, scope)) if selector or scope else None
+        found = self.pages(lambda after: self.objects_page(selected, tier, after, size, scope), **more)
         return [item["key"] for item in found]
 
     def tree(self, under: str = "", scope: str = "", size: int = 3, **more: Any) -> list[str]:
-        return [item["id"] for item in self.pages(lambda after: self.listing.tree(under, after, size, scope), **more)]
+        return [item["id"] for item in self.pages(lambda after: self.tree_page(under, after, size, scope), **more)]
+
+    def objects_page(self, *asked: Any) -> tuple[str, list[dict[str, Any]]]:
+        return whole(self.listing.objects(*asked))
+
+    def tree_page(self, *asked: Any) -> tuple[str, list[dict[str, Any]]]:
+        return whole(self.listing.tree(*asked))
 
 
 @pytest.fixture
@@ -144,25 +151,25 @@ def test_what_comes_and_goes_between_two_pages_neither_hides_nor_repeats_the_res
 
 def test_the_page_goes_on_where_a_whole_namespace_has_gone(held: Held) -> None:
     first = held.objects()
-    page = held.listing.objects(None, None, "", 2, "")
+    page = held.objects_page(None, None, "", 2, "")
     space = page[0][:64]
     for key in first:
         if page[0].startswith(space) and held.index.get(bytes.fromhex(key)).namespace.hex() == space:  # type: ignore[union-attr]
             held.drop(bytes.fromhex(key))
-    rest = held.pages(lambda after: held.listing.objects(None, None, after or page[0], 5, ""))
+    rest = held.pages(lambda after: held.objects_page(None, None, after or page[0], 5, ""))
     assert [item["key"] for item in rest] == all_keys(held)
 
 
 @pytest.mark.parametrize("after", ["x", "00", "zz" * 64, "00" * 63, "00" * 65, "é" * 64, "1"])
 def test_a_place_that_no_page_gave_is_refused(held: Held, after: str) -> None:
     with pytest.raises(UsageError, match="is not a place in this list"):
-        held.listing.objects(None, None, after, 3, "")
+        held.objects_page(None, None, after, 3, "")
 
 
 @pytest.mark.parametrize("after", ["x", "-1", "1.5", "²", "00" * 64 + "x"])
 def test_so_is_a_place_that_no_page_of_named_objects_gave(held: Held, after: str) -> None:
     with pytest.raises(UsageError, match="is not a place in this list"):
-        held.listing.objects(Selected(bytes(32)), None, after, 3, "")
+        held.objects_page(Selected(bytes(32)), None, after, 3, "")
 
 
 class Counted(dict):  # type: ignore[type-arg]
@@ -193,7 +200,7 @@ def test_a_page_looks_at_no_more_than_so_many_objects_however_few_match(
 
     def page(after: str) -> Any:
         counted.looked = 0
-        answer = held.listing.objects(selected, Tier.DISK, after, 1000, scope)
+        answer = held.objects_page(selected, Tier.DISK, after, 1000, scope)
         pages.append(counted.looked)
         return answer
 
@@ -228,15 +235,15 @@ def test_the_tree_is_walked_from_its_top_to_the_last_chunk(held: Held, size: int
 
 
 def test_a_node_says_what_is_below_it(held: Held) -> None:
-    _, (base, first, second) = held.listing.tree("", "", 10, "")
+    _, (base, first, second) = held.tree_page("", "", 10, "")
     assert base | {"hits": 0} == {
         "id": "base", "kind": "base", "digest": "", "size": 0, "tiers": [], "pinned": [], "children": 3,
         "objects": {"cpu": 6, "disk": 6}, "bytes": {"cpu": 600, "disk": 600}, "hits": 0,
     }  # fmt: skip
     assert (first["tiers"], first["size"], second["tiers"], second["size"]) == (["cpu"], 100, [], 0)
-    (space, *_) = held.listing.tree(f"adapter:{FIRST}", "", 10, "")[1]
+    (space, *_) = held.tree_page(f"adapter:{FIRST}", "", 10, "")[1]
     assert (space["model"], space["names"], space["children"]) == ("m", ["m-name"], 4)
-    (chunk, *_) = held.listing.tree(space["id"], "", 1, "")[1]
+    (chunk, *_) = held.tree_page(space["id"], "", 1, "")[1]
     assert (chunk["kind"], chunk["parent"], chunk["children"]) == ("chunk", FIRST, 0)
 
 
@@ -245,7 +252,7 @@ def test_a_tenant_walks_its_own_tree(held: Held) -> None:
     held.index.adapters.add(bytes.fromhex(UNHELD))
     assert held.tree(scope=OURS) == ["base", f"adapter:{FIRST}", f"adapter:{SECOND}"]
     assert held.tree(scope="70" * 32) == ["base"]
-    top = held.listing.tree("", "", 10, OURS)[1]
+    top = held.tree_page("", "", 10, OURS)[1]
     assert [node["objects"]["cpu"] for node in top] == [2, 2, 2]
     assert [node["tiers"] for node in top] == [[], [], []]  # others share the adapter's bytes
     assert held.tree("base", scope=OURS) == [f"space:{held.space(salt=OURS).hex()}"]
@@ -255,19 +262,19 @@ def test_a_tenant_walks_its_own_tree(held: Held) -> None:
         f"adapter:{'00' * 32}",
     ):  # fmt: skip
         with pytest.raises(Unknown):
-            held.listing.tree(under, "", 10, OURS)
+            held.tree_page(under, "", 10, OURS)
 
 
 @pytest.mark.parametrize("under", ["x", "base:", "space:", "space:zz", "adapter:", "adapter:base", "00", "gpu:0"])
 def test_what_is_no_node_is_refused(held: Held, under: str) -> None:
     with pytest.raises(UsageError, match="is not a node of the tree"):
-        held.listing.tree(under, "", 10, "")
+        held.tree_page(under, "", 10, "")
 
 
 @pytest.mark.parametrize("under", ["space:" + "00" * 32, "adapter:" + "00" * 32, "00" * 32])
 def test_what_is_not_there_any_more_is_unknown(held: Held, under: str) -> None:
     with pytest.raises(Unknown):
-        held.listing.tree(under, "", 10, "")
+        held.tree_page(under, "", 10, "")
 
 
 @pytest.mark.parametrize("after", ["x", "adapter:zz", "adapter:", "space:00", "00" * 31])
@@ -276,7 +283,7 @@ def test_a_place_in_the_tree_that_no_page_gave_is_refused(held: Held, after: str
     root = held.index.spaces[space].roots[0].hex()
     for under in ("", "base", f"space:{space.hex()}", root):
         with pytest.raises(UsageError, match="is not a place in this list"):
-            held.listing.tree(under, after, 10, "")
+            held.tree_page(under, after, 10, "")
 
 
 def test_children_that_come_and_go_between_two_pages(held: Held) -> None:
@@ -286,17 +293,17 @@ def test_children_that_come_and_go_between_two_pages(held: Held) -> None:
     found = held.tree(root.hex(), size=2, between=lambda found: held.put(space, root))
     assert len(found) == len(set(found))
     assert before <= set(found)
-    after, _ = held.listing.tree(root.hex(), "", 2, "")
+    after, _ = held.tree_page(root.hex(), "", 2, "")
     held.drop(bytes.fromhex(after))
     with pytest.raises(Unknown, match="ask for the first page again"):
-        held.listing.tree(root.hex(), after, 2, "")
+        held.tree_page(root.hex(), after, 2, "")
 
 
 def test_a_page_of_many_namespaces_looks_at_no_more_than_so_many(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "_LOOKED_AT", 10)
     for number in range(100):
         held.space(f"model {number}")
-    after, found = held.listing.tree("base", "", 50, "")
+    after, found = held.tree_page("base", "", 50, "")
     assert after
     assert len(found) <= 3
     assert len(held.tree("base", size=50)) == 3

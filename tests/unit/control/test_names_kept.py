@@ -64,6 +64,13 @@ def test_a_name_may_stand_for_several_models() -> None:
     assert set(made.matching("latest", None, None)) == {space("one").digest(), space("two").digest()}
 
 
+def test_a_model_that_is_called_by_its_identity_is_found_once() -> None:
+    made = Namespaces(None)
+    for number, model in enumerate(("find-model", "find-model-2")):
+        made.register(space(model, salt=f"{number:064x}").descriptor(), ["find-model"])
+    assert sorted(made.matching("find-model", None, None)) == sorted(made)
+
+
 def test_among_many_namespaces_those_that_match_are_found_without_looking_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

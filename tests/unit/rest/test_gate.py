@@ -117,3 +117,36 @@ def test_the_oldest_idle_connection_of_an_address_makes_room_for_its_next(small:
         idle[1].recv(10)
     for sock in idle:
         sock.close()
+
+
+def ended(sock: socket.socket) -> bool:
+    sock.settimeout(0.3)
+    try:
+        return sock.recv(4096) == b""
+    except TimeoutError:
+        return False
+
+
+@pytest.mark.parametrize("small", [3], indirect=True)
+def test_who_has_not_said_a_word_makes_room_before_who_has(small: Any) -> None:
+    address, _, _ = small
+    begun, silent, other = (socket.create_connection(address, timeout=5) for _ in range(3))
+    begun.sendall(b"GET / HTTP/1.1\r\n")
+    other.sendall(b"G")
+    with begun, silent, other:
+        assert status(ask(address, "/healthz")) == 200
+        assert [ended(sock) for sock in (begun, silent, other)] == [False, True, False]
+
+
+@pytest.mark.parametrize("small", [2], indirect=True)
+def test_a_request_that_is_answered_holds_no_connection_with_a_body_that_does_not_come(small: Any) -> None:
+    """Else 256 of them, and then those that health has left, are anybody's for the asking."""
+    address, _, _ = small
+    waiting = []
+    for _ in range(8):
+        waiting.append(ask(address, "/healthz HTTP/1.1\r\nContent-Length: 1000\r\nX: x"))
+        assert waiting[-1].recv(4096).startswith(b"HTTP/1.1 200")
+    assert status(ask(address, "/healthz")) == 200
+    assert [ended(sock) for sock in waiting] == [True] * 7 + [False]
+    for sock in waiting:
+        sock.close()

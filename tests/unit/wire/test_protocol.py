@@ -82,7 +82,7 @@ NONSENSE: dict[str, list[Any]] = {
     "by": [None, b"x", "x" * 301],
     "keep": [None, 1, "true"],
     "name": [None, b"x", 1],
-    "names": [None, "x", [1]],
+    "names": [None, "x", [1], ["x"] * 1001],
     "scope": [None, "ab", "AB" * 32, b""],
     "selector": [
         None,

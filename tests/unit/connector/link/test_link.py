@@ -13,6 +13,7 @@ import pytest
 from loracache import Namespace
 from loracache.client import link as client_link
 from loracache.client import requests
+from loracache.client.connection import Reply
 from loracache.connectors.vllm.link import scheduler as link_module
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
@@ -162,6 +163,22 @@ def test_a_lookup_of_more_keys_than_a_message_holds_is_answered(
     number = eventually(lambda: link.ask_lookup(LEASE, [KEYS[1]] * 300_000, 1, 5.0), "it is asked")
     assert eventually(lambda: link.answer_lookup(number)) == ("cpu",) * 300_000
     assert not caplog.messages  # nothing was wrong with the daemon
+    link.close()
+
+
+@pytest.mark.parametrize("payload", [[bytes([9])], ["cpu"], [7], [bytes([1] * 5)], {"a": 1}, [None]])
+def test_what_is_no_answer_is_a_miss_and_no_error_of_the_engines_loop(
+    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch, payload: Any
+) -> None:
+    """More tiers than keys would be more tokens than the prompt has."""
+    link = SchedulerLink(daemon().url)
+    number = eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "it is asked")
+    monkeypatch.setattr(link.connection, "take", lambda number: Reply(payload, True))
+    assert link.answer_lookup(number) == ()
+    assert not link.connection.connected
+    eventually(link.begin, "it is connected again")
+    assert link.take_events() in (None, (True, []))
+    assert link.take_events() is None
     link.close()
 
 

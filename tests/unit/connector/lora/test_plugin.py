@@ -160,7 +160,7 @@ def test_and_with_a_pool_it_is_refused() -> None:
         scheduler(Scheduler, Connector())
 
 
-@pytest.mark.parametrize("patch", ["_patch_worker", "_patch_scheduler", "_patch_front_end"])
+@pytest.mark.parametrize("patch", ["_patch_worker", "_patch_scheduler", "_patch_input", "_patch_front_end"])
 def test_a_module_that_is_not_what_we_know_is_left_as_it_is(
     patched: Any, patch: str, caplog: pytest.LogCaptureFixture
 ) -> None:

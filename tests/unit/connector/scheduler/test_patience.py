@@ -228,6 +228,24 @@ def test_a_request_is_parked_for_as_long_as_it_may_gain(make_driver: Any, make_r
     assert driver.link.counts["lookup.late"] == 2
 
 
+def test_a_request_that_the_engine_has_no_room_for_is_late_once(
+    driver: Any, make_request: Any, now: list[float]
+) -> None:
+    """vLLM asks again in every step until there is room."""
+    driver.link.answers = False
+    request = make_request("a", 20 * CHUNK)
+    driver.arrive(request)
+    now[0] += 0.5
+    assert [driver.side.matched_tokens(request, 0) for _ in range(9)] == [OFF] * 9
+    assert driver.link.counts["lookup.late"] == driver.side.tally.take().data["lookups_late"] == 1
+    driver.step({request: list(range(40))})
+    driver.step(preempted=[request])
+    driver.side.matched_tokens(request, 0)
+    now[0] += 0.5
+    assert [driver.side.matched_tokens(request, 0) for _ in range(9)] == [OFF] * 9
+    assert driver.link.counts["lookup.late"] == 2
+
+
 def test_what_the_engine_holds_itself_is_not_to_gain(make_driver: Any, make_request: Any, now: list[float]) -> None:
     driver = make_driver()
     driver.link.answers = False

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from loracache.connectors.vllm.common.wishes import Wishes, wishes_of
 from loracache.connectors.vllm.scheduler import afterwards
-from loracache.connectors.vllm.scheduler.wishes import Wishes, wishes_of
 
 CHUNK = 32
 CHUNK_BYTES = 8192
@@ -198,6 +198,9 @@ def test_requests_pin_a_quarter_of_the_memory_together(
     assert driver.link.counts["wish.no_room"] == 1
     now[0] += 61
     assert pin("d", 3) == 3
+    assert pin("e", 3) == 3
+    driver.link.instance = b"the next daemon, which has nothing pinned"
+    assert pin("f", 3) == 4
 
 
 def test_what_is_to_be_demoted_moves_down_when_it_is_stored(driver: Any, wishing: Any) -> None:

@@ -93,6 +93,29 @@ def test_a_store_that_gets_no_room_ends_and_the_next_does_not_wait(
     storer.close()
 
 
+def test_of_a_store_whose_daemon_dies_between_parts_what_was_not_stored_has_failed(
+    daemon: Any, content: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = daemon(memory="1MiB", page_size="4KiB")
+    done: queue.Queue[tuple[int, dict[str, int]]] = queue.Queue()
+    copier = PageCopier((content,))
+    gather, copied = copier.gather, []
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        gather(*arguments, **options)
+        copied.append(arguments)
+        if len(copied) == 8:
+            running.stop(signal.SIGKILL)
+
+    monkeypatch.setattr(copier, "gather", watched)
+    finished = lambda job, causes: done.put((job.nbytes, causes))  # noqa: E731
+    storer = Storer(running.url, lambda: None, copier, "s", SIZE, lambda store: True, finished)
+    chunks = tuple(ChunkBlocks(each, (at,)) for at, each in enumerate(CHUNKS[:20]))
+    storer.submit(StoreJob(Store("r", SPACE, b"", chunks, None, 1)))
+    assert done.get(timeout=60) == (7 * SIZE, {"unavailable": 13})
+    storer.close()
+
+
 def test_so_do_several_at_once_in_two_engines(stocked: Any, make_worker: Make, content: torch.Tensor) -> None:
     one, two = make_worker(stocked.url), make_worker(stocked.url)
     for worker in (one, two):
@@ -149,6 +172,6 @@ def test_what_a_silent_daemon_brought_before_counts(
     failed, causes = worker.loaded()
     stocked.send(signal.SIGCONT)
     assert causes == {"deadline": 1}
-    assert failed == list(range(failed[0], COUNT))
-    assert 0 < failed[0] <= len(copied)
-    assert torch.equal(worker.rows[: failed[0]], content[: failed[0]])
+    kept = sorted(set(range(COUNT)).difference(failed))  # of two parts under way, the later may come first
+    assert 0 < failed[0] <= len(kept) <= len(copied)
+    assert torch.equal(worker.rows[kept], content[kept])

@@ -38,6 +38,7 @@ class ScriptedConnection:
     def __init__(self, arena: int) -> None:
         self.map: bytearray | None = bytearray(arena)
         self.connected = True
+        self.ended = False
         self.unsent = False
         self.parts: list[tuple[int, protocol.Acquire]] = []
         self.releases: list[protocol.Release] = []
@@ -53,6 +54,7 @@ class ScriptedConnection:
     def poll(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
+        self.ended = self.map is None
 
     def send(self, request: Any, *, answer: bool = True) -> int:
         if self.map is None:
@@ -74,7 +76,7 @@ class ScriptedConnection:
         os.eventfd_write(self._wake, 1)
 
     def take(self, number: int) -> Reply | None:
-        if self.map is None:
+        if self.ended:
             raise Unavailable("gone")
         replies = self._replies[number]
         return replies.popleft() if replies else None
@@ -215,6 +217,25 @@ def test_a_daemon_that_dies_leaves_what_was_let_go_before(
     script.map = None
     os.eventfd_write(worker.loader._wake, 1)
     assert worker.loaded() == ([4, 5, 6, 7], {"unavailable": 1})
+
+
+def test_a_daemon_that_hangs_up_while_its_answer_is_copied_is_not_waited_for(
+    script: ScriptedConnection, make_worker: Make, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that watches for hang-ups sees it first, and drops the mapping."""
+    worker = make_worker("unix:///none", timeout=60.0)
+    scatter = worker.copier.scatter
+
+    def hangs_up(*arguments: Any, **options: Any) -> None:
+        scatter(*arguments, **options)
+        script.map, script.connected = None, False
+
+    monkeypatch.setattr(worker.copier, "scatter", hangs_up)
+    worker.load(range(8))
+    eventually(lambda: len(script.parts) == 2)
+    script.bring(0, 0)
+    _, failed, causes = worker.done.get(timeout=10)
+    assert (failed, causes) == (list(range(8)), {"unavailable": 1})
 
 
 def test_behind_a_chunk_that_will_never_come_nothing_more_is_asked_for(

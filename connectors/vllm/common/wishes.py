@@ -3,8 +3,9 @@
 
 `kv_transfer_params` are shared with other connectors, so names that are not ours are theirs, unless one looks like a
 slip. Of hints (vLLM 0.32 on: an envelope of actions, each with a type, a version and a payload) the types `pin`,
-`retain`, `prefetch` and `demote` are ours. What cannot be meant is said once in the log and left undone: a request
-never fails, and no engine, because of a wish. Pure functions of what the request brings.
+`retain`, `prefetch` and `demote` are ours. The front end refuses parameters that cannot be meant (frontend/wishes.py).
+Hints are advice, of whoever routes requests and not of whoever sends them: one that cannot be meant, and a parameter
+that came past the front end, is said in the log and left undone. Pure functions of what the request brings.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loracache.connectors.vllm.link.scheduler import LONGEST_PIN_S
+from loracache.client.requests import MAX_TTL_S
 
-__all__ = ["Wishes", "wishes_of"]
+__all__ = ["Wishes", "slips", "wishes_of", "wrong_wishes"]
 
 _VERSION = "1"
 _DEMOTE_TO = ("disk", "redis")
@@ -38,26 +39,30 @@ class Wishes:
 
 def wishes_of(request: Any) -> tuple[Wishes, list[str]]:
     """A request's wishes, and in words what of them cannot be served, naming value and fix."""
-    wishes, problems = _of_params(getattr(request, "kv_transfer_params", None))
-    return _of_hints(getattr(request, "kv_hints", None), wishes, problems), problems
+    params = getattr(request, "kv_transfer_params", None)
+    problems = wrong_wishes(params) + slips(params)
+    known = {name: value for name, value in _named(params) if name in _PARAMS and not _PARAMS[name](value)}
+    return _of_hints(getattr(request, "kv_hints", None), Wishes(**known), problems), problems
 
 
-def _of_params(params: Any) -> tuple[Wishes, list[str]]:
-    wishes = Wishes()
-    problems: list[str] = []
-    if not isinstance(params, Mapping):
-        return wishes, problems
-    for name, value in params.items():
-        check = _PARAMS.get(name)
-        if check is None:
-            close = difflib.get_close_matches(str(name), _PARAMS, n=1, cutoff=0.75)
-            if close:
-                problems.append(f"kv_transfer_params: {name!r} is not known; did you mean {close[0]!r}?")
-        elif problem := check(value):
-            problems.append(f"kv_transfer_params: {name}={value!r:.60} {problem}")
-        else:
-            wishes = replace(wishes, **{name: value})
-    return wishes, problems
+def wrong_wishes(params: Any) -> list[str]:
+    """Which `kv_transfer_params` of ours have a value that cannot be meant, naming value and fix."""
+    checked = [(name, value, _PARAMS[name](value)) for name, value in _named(params) if name in _PARAMS]
+    return [f"kv_transfer_params: {name}={value!r:.60} {problem}" for name, value, problem in checked if problem]
+
+
+def slips(params: Any) -> list[str]:
+    """Which names look like ours and are not: another connector's, or slips."""
+    unknown = [(name, difflib.get_close_matches(str(name), _PARAMS, n=1, cutoff=0.75)) for name, _ in _named(params)]
+    return [
+        f"kv_transfer_params: {name!r:.60} is not known; did you mean {close[0]!r}?"
+        for name, close in unknown
+        if name not in _PARAMS and close
+    ]
+
+
+def _named(params: Any) -> list[tuple[Any, Any]]:
+    return list(params.items()) if isinstance(params, Mapping) else []
 
 
 def _of_hints(envelope: Any, wishes: Wishes, problems: list[str]) -> Wishes:
@@ -82,8 +87,8 @@ def _flag(value: object) -> str:
 
 
 def _seconds(value: object) -> str:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LONGEST_PIN_S
-    return "" if fits else f"must be seconds, more than 0 and at most {LONGEST_PIN_S:.0f}"
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TTL_S
+    return "" if fits else f"must be seconds, more than 0 and at most {MAX_TTL_S:.0f}"
 
 
 def _pin(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
