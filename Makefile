@@ -22,7 +22,7 @@ test-vllm: setup ## The end-to-end tests on other releases: make test-vllm VERSI
 test-lowest: ## The fast tests with the lowest version of each dependency that pyproject.toml declares
 	@PYTHON="$(PYTHON)" scripts/test_lowest.sh
 
-check: check-lint ## Lint, types and the fast tests (under 90 seconds)
+check: check-lint ## Lint, types and the fast tests (minutes)
 	@scripts/test.sh fast
 
 check-lint: setup ## Lint, formatting and types only

@@ -40,9 +40,16 @@ from engine_process import environment
 from make_model import ModelSpec, make_model
 
 MODEL = ModelSpec(
-    hidden=768, layers=8, heads=12, kv_heads=4, head_dim=64, intermediate=2048, vocab=1024, max_positions=16384,
+    hidden=768,
+    layers=8,
+    heads=12,
+    kv_heads=4,
+    head_dim=64,
+    intermediate=2048,
+    vocab=1024,
+    max_positions=16384,
     dtype="bfloat16",
-)  # fmt: skip
+)
 BLOCK, BLOCKS = 128, 66  # 8,448 tokens
 PREFIXES, PREFIX, SUFFIX, OUTPUT = 6, 3072, 128, 32
 CONVERSATIONS, TURNS, DOCUMENT, QUESTION = 6, 4, 2048, 128

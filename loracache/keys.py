@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import xxhash
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    TokenArray: TypeAlias = npt.NDArray[np.int32]
+else:
+    TokenArray = Any  # commands that have no tokens do without numpy
+
 __all__ = [
     "KEY_BYTES", "LORA_NAMESPACE", "Media", "Namespace", "TokenArray", "checksum", "chunk_keys", "is_digest",
     "object_key", "salt_digest", "token_array",
@@ -29,7 +33,6 @@ __all__ = [
 
 KEY_BYTES = 32
 LORA_NAMESPACE = hashlib.sha256(b"loracache/adapters").digest()  # of all adapters: their digest is all their name
-TokenArray: TypeAlias = "npt.NDArray[np.int32]"
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 

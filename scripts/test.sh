@@ -54,8 +54,13 @@ stage() {
     return "$status"
 }
 
-# A file stays in one process: its tests may share what is dear to make.
-side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile)
+# Containers often forbid Python to keep what it has compiled. Then every process that a test starts compiles us anew, which
+# is a third of what a daemon takes to start, and every worker compiles all tests.
+unset PYTHONDONTWRITEBYTECODE
+
+# A file stays in one process: its tests may share what is dear to make. Files come in their order, which ends with quick
+# ones: by how many tests they have, the two that compile kernels would come last, for half a minute and on one core.
+side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 
 need_redis
 need_chromium

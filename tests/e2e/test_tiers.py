@@ -146,8 +146,10 @@ def test_an_orchestrators_hints_become_the_daemons_verbs(
             }
 
         done = {("pinned", "cpu", name) for name in ("pin", "retain", "briefly")} | {
-            ("unpinned", "cpu", "briefly"), ("moved", "disk", "disk"), ("moved", "redis", "redis"),
-        }  # fmt: skip
+            ("unpinned", "cpu", "briefly"),
+            ("moved", "disk", "disk"),
+            ("moved", "redis", "redis"),
+        }
         eventually(lambda: told() == done, "each hint is carried out", 60)
 
         def in_memory() -> set[str]:

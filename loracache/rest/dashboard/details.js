@@ -29,7 +29,7 @@ export function buttons(label, target, done) {
 
 function facts(node) {
   const kept = node.objects ? Object.entries(node.objects).map(([tier, objects]) =>
-    [`KV in ${tier}`, amount([objects, node.bytes[tier]]), exactBytes(node.bytes[tier])]) : [];
+    [`KV in ${tier}`, amount({ objects, bytes: node.bytes[tier] }), exactBytes(node.bytes[tier])]) : [];
   const where = ["held in", node.tiers?.join(", ") || "no tier of this daemon"];
   const pinned = ["pinned in", node.pinned?.join(", ") || "no tier"];
   if (node.kind === "adapter") {

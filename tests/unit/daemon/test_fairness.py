@@ -207,7 +207,7 @@ def test_a_large_message_is_no_deeper_than_ours_are(deep: bytes) -> None:
             list(unpack_in_slices(body))
     else:
         assert len(list(unpack_in_slices(body))) > 20  # slices
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 10  # of the processor: no more for each than for the one before
     with pytest.raises(ProtocolError, match="8388603 items; the limit is 262144"):
         list(unpack_in_slices(b"\x91\xdd" + struct.pack(">I", MAX_FRAME - 5) + b"\x90" * 1000))
 

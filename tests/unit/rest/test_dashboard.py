@@ -155,6 +155,8 @@ def test_the_tree_shows_adapters_and_their_kv_as_the_api_says(
     assert page.text(".details [data-fact=key]") == keys[3]
     assert page.text(".details [data-fact=continues]") == keys[2]
     assert page.text(".details [data-fact='held in']") == "cpu, disk"
+    page.click(f"{row(said['id'])} > .row .name")
+    assert page.text(".details [data-fact='KV in disk']").startswith("4 objects, ")
     page.click(f"{row(said['id'])} > .row .toggle")
     assert not page.all(row(space["id"]))
 
