@@ -85,15 +85,14 @@ class Daemon:
                 self._stack.callback(stop_traces)
             audit = Audit(config.audit_log)
             self._stack.callback(audit.close)
+            arena = Arena(config.memory, config.page_size)
             self.cache = TieredCache(
-                Arena(config.memory, config.page_size),
+                arena,
                 self._post,
                 disk=disk,
                 disk_limit=config.disk,
                 redis=redis,
-                policy=config.policy,
-                disk_policy=config.disk_policy,
-                admission=config.admission,
+                **config.model_dump(include={"policy", "disk_policy", "admission"}),
             )
             for writer in self.cache.writers:  # what is out of reach is used once it is there
                 writer.io.stand(writer.io.backend.check())
