@@ -23,6 +23,7 @@ _WINDOW = 1  # times the capacity: names asked between two looks at who does bes
 _KEPT = 0.97  # of what was found before, at each look
 _BETTER = 1.02  # who is not in force has to find that much more
 _WAITING = 256  # lookups that wait to be looked at
+_LONGEST = 2048  # chunks of one of them: the rest is left aside
 
 
 class Shadow:
@@ -76,7 +77,7 @@ class Shadows:
 
     def ask(self, keys: Sequence[bytes]) -> None:
         """A chain is looked up. It is looked at later, in `work`."""
-        self._asked.append(keys)
+        self._asked.append(keys if len(keys) <= _LONGEST else keys[:_LONGEST])
 
     def work(self) -> Iterator[None]:
         """Look at what was asked; yields between two chains."""

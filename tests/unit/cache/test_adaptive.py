@@ -79,6 +79,8 @@ def test_lookups_that_nobody_looks_at_are_forgotten() -> None:
     for number in range(10_000):
         shadows.ask([number.to_bytes(32, "little")])
     assert sum(1 for _ in shadows.work()) == 256
+    shadows.ask([number.to_bytes(32, "little") for number in range(100_000)])
+    assert len(shadows._asked[0]) == 2048
 
 
 def test_a_shadow_is_as_much_smaller_as_its_sample() -> None:
