@@ -36,7 +36,7 @@ Place = tuple[float, int]
 class Adaptive(Ranked):
     """Victims of one tier. Remembers a number of each node in the tier, and the names of many that left."""
 
-    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int]) -> None:
+    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], shares: Sequence[float] = SHARES) -> None:
         super().__init__(index, tier, cost, lines=2)
         self._known: dict[Node, int] = {}  # -> the bytes it takes
         self._once: set[Node] = set()
@@ -44,7 +44,8 @@ class Adaptive(Ranked):
         self._now = 0
         self._age = 0.0  # of those that left lately, in uses
         self._names = Names()
-        self._shadows = Shadows(lambda: index.objects[tier])
+        self._shares = shares
+        self._shadows = Shadows(lambda: index.objects[tier], shares)
 
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain."""
@@ -70,7 +71,7 @@ class Adaptive(Ranked):
         once, again = fronts[_ONCE].first(), fronts[_AGAIN].first()
         if once is None or again is None:
             return fronts[_ONCE] if once is not None else fronts[_AGAIN] if again is not None else None
-        share = SHARES[self._shadows.best]
+        share = self._shares[self._shadows.best]
         if share < 1:
             first = self._bytes[_ONCE] - going[_ONCE] > share * (sum(self._bytes) - sum(going))
         else:

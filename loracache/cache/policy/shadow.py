@@ -62,18 +62,19 @@ class Shadow:
 
 
 class Shadows:
-    """One shadow for each of SHARES. `objects` says how many the tier holds, which is full when `work` is called."""
+    """One shadow for each of `shares`. `objects` says how many the tier holds, which is full when `work` is called."""
 
-    def __init__(self, objects: Callable[[], int]) -> None:
+    def __init__(self, objects: Callable[[], int], shares: Sequence[float] = SHARES) -> None:
         self._objects = objects
-        self._shadows = [Shadow(share) for share in SHARES]
+        self._shares = shares
+        self._shadows = [Shadow(share) for share in shares]
         self._asked: deque[Sequence[bytes]] = deque(maxlen=_WAITING)
         self._names = Names()
         self._rate = 0  # of 65,536 objects that many are in the sample:
         self._limit = b""  # those whose keys are below
         self._now = 0
         self._look_at = 0
-        self.best = len(SHARES) - 1  # a chain that never comes again does no harm there
+        self.best = len(shares) - 1  # a chain that never comes again does no harm there
 
     def ask(self, keys: Sequence[bytes]) -> None:
         """A chain is looked up. It is looked at later, in `work`."""
@@ -96,7 +97,7 @@ class Shadows:
         if rate != self._rate and not self._rate // 2 == rate < self._rate:
             self._rate = rate
             self._limit = rate.to_bytes(2, "big") if rate < 65_536 else b"\xff\xff\xff"
-            self._shadows = [Shadow(share) for share in SHARES]
+            self._shadows = [Shadow(share) for share in self._shares]
 
     def _use(self, names: Sequence[int]) -> None:
         capacity = max(1, self._objects() * self._rate // 65_536)
