@@ -117,3 +117,13 @@ def test_rest_is_called_as_shown(documented: Any, served: Any) -> None:
     assert '"tiers"' in said
     assert '"digest"' in said
     served.shell.stop(served.shell.start(events, lambda said: said.startswith(":")))
+
+
+def test_the_simulator_answers_as_shown(documented: Any, module_shell: Callable[..., Any]) -> None:
+    shell = module_shell()
+    lines = [
+        {"timestamp": 1000 * n, "input_length": 2048, "output_length": 8, "hash_ids": [0, 1, n, 99]} for n in range(9)
+    ]
+    (shell.folder / "TRACE").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    told = json.loads(shell.run(documented.shown("policy.md", "loracache simulate")))
+    assert [run["policy"] for run in told["runs"]] == ["lru", "adaptive", "static:20"]
