@@ -83,7 +83,9 @@ def run(quick: bool) -> list[Row]:
             first = number % len(servers)
             for server in (*servers[first:], *servers[:first]):
                 for workload in (server.behind, server.prefixes, server.turns)[: 1 if server.name == IMPATIENT else 3]:
-                    found.setdefault((server.name, workload.__name__), []).append(workload(number, part))
+                    load = workload(number, part)
+                    found.setdefault((server.name, workload.__name__), []).append(load)
+                    print(f"round {number + 1}, {workload.__name__}, {server.name}: {load}", flush=True)  # takes long
     return list(_rows(found))
 
 
