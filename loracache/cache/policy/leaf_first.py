@@ -7,6 +7,7 @@ Only leaves are candidates: a lookup of 500 chunks moves one.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Generator, Sequence
 from typing import Generic
 
@@ -19,7 +20,7 @@ __all__ = ["LeafFirst", "Ranked"]
 _SLICE = 64  # candidates looked at between two looks at the socket
 
 
-class LeafFirst(Generic[R]):
+class LeafFirst(ABC, Generic[R]):
     """Victims of one tier. `cost` gives the bytes a node takes in the tier; `lines` is how many lines there are."""
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], lines: int = 1) -> None:
@@ -37,17 +38,17 @@ class LeafFirst(Generic[R]):
 
     # -- what a policy says ----------
 
+    @abstractmethod
     def offer(self, node: Node) -> None:
         """Make `node` a candidate; an offer of one that is a candidate already is ignored by the index."""
-        raise NotImplementedError
 
+    @abstractmethod
     def used(self, node: Node, before: int) -> None:
         """A candidate was used: its tick was `before`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def withdraw(self, node: Node) -> None:
         """A candidate has left the tier, or is no leaf any more."""
-        raise NotImplementedError
 
     def gone(self, node: Node) -> None:
         """A node has left the tier, a candidate or not."""
@@ -55,9 +56,9 @@ class LeafFirst(Generic[R]):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain, held or not."""
 
+    @abstractmethod
     def place(self, node: Node) -> R:
         """The rank that `node` has in its line, or would have there."""
-        raise NotImplementedError
 
     def line_of(self, node: Node) -> int:
         """Which of the lines is `node`'s."""
@@ -126,9 +127,9 @@ class Ranked(LeafFirst[tuple[float, int]]):
         super().__init__(index, tier, cost, lines)
         self._standing: dict[Node, tuple[int, tuple[float, int]]] = {}  # -> its line, and its rank there
 
+    @abstractmethod
     def rank(self, node: Node) -> tuple[float, int]:
         """Where `node` belongs now, in the line that is its own now."""
-        raise NotImplementedError
 
     def place(self, node: Node) -> tuple[float, int]:
         """The rank that `node` has in its line, or would have there."""
