@@ -10,20 +10,19 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+from loracache.cache.policy.worth import Speeds
+
 __all__ = ["Engines", "Rates"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """prefill in tokens a second of one engine; the others in bytes a second, with the seconds before the first byte.
-    The defaults are a model of 8B parameters on one GPU, PCIe, a local NVMe disk, and adapters read from files."""
+    """prefill in tokens a second of one engine; cpu in bytes a second; below: what is slower, as the policies that
+    weigh costs suppose it. The defaults are a model of 8B parameters on one GPU, and PCIe."""
 
     prefill: float = 8_000.0
     cpu: float = 20e9
-    disk: float = 2e9
-    disk_latency: float = 0.001
-    origin: float = 0.5e9
-    origin_latency: float = 0.05
+    below: Speeds = field(default_factory=Speeds)
 
 
 @dataclass(slots=True)

@@ -98,9 +98,9 @@ def _seconds(request: Request, found: Found, rates: Rates) -> float:
     computed = max(0, request.tokens - found.cpu - found.disk) / rates.prefill
     loaded = found.cpu_bytes / rates.cpu
     if found.disk_bytes:
-        loaded += rates.disk_latency + found.disk_bytes / rates.disk
+        loaded += rates.below.from_disk(found.disk_bytes)
     if found.adapter is Tier.DISK:
-        loaded += rates.disk_latency + found.adapter_bytes / rates.disk
+        loaded += rates.below.from_disk(found.adapter_bytes)
     elif found.adapter is None:
-        loaded += rates.origin_latency + found.adapter_bytes / rates.origin
+        loaded += rates.below.from_origin(found.adapter_bytes)
     return computed + loaded

@@ -31,7 +31,15 @@ class Speeds:
     def seconds(self, node: Node, tier: Tier) -> float:
         """To have `node` again once it has left `tier`."""
         lower = tier is Tier.CPU and node.held_in(Tier.DISK)
-        loaded = self.disk_latency + node.size / self.disk if lower else float("inf")
+        loaded = self.from_disk(node.size) if lower else float("inf")
         if node.kind is Kind.LORA:
-            return min(loaded, self.origin_latency + node.size / self.origin)
+            return min(loaded, self.from_origin(node.size))
         return min(loaded, node.size / self.prefill)
+
+    def from_disk(self, nbytes: int) -> float:
+        """To read so many bytes from the disk tier."""
+        return self.disk_latency + nbytes / self.disk
+
+    def from_origin(self, nbytes: int) -> float:
+        """To read so many bytes of an adapter from where its files are."""
+        return self.origin_latency + nbytes / self.origin
