@@ -237,7 +237,7 @@ class Mover:
         redis = self._cache.redis
         assert redis is not None
         for node in nodes:
-            redis.enqueue(node)
+            self._cache.admitter.to_redis_alone(node)
         await _flushed(redis)
         return await self._in_redis(nodes)
 
@@ -354,6 +354,7 @@ class Mover:
             node = index.get(key)
             if node is not None:
                 redis.forget(node, "moved")  # else a queued write would bring it back
+                node.sent = False
         results: list[Result] = await answer(lambda done: redis.io.delete(keys, done))
         gone = [result.outcome in (Outcome.OK, Outcome.MISS) for result in results]
         self._operation.skip(Cause.STAYS, gone.count(False))

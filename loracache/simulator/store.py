@@ -157,7 +157,7 @@ class Store:
                 break
             self.counts["stored"] += node.size
             last = node
-            if self.sizes.disk and self._admission.admits(node):
+            if self.sizes.disk and not self._admission.came(node):
                 admitted = node
         return admitted
 
@@ -181,7 +181,7 @@ class Store:
         found.adapter = Tier.DISK if node.held_in(Tier.DISK) else None
         found.adapter_bytes = size
         self.counts["adapters_loaded"] += 1
-        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and self._admission.admits(node):
+        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and not self._admission.came(node):
             self._write(node)
         return node
 
