@@ -35,8 +35,9 @@ from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, StorageBackend
 from loracache.tiers import Tier
 
-__all__ = ["Acquired", "TieredCache"]
+__all__ = ["OPERATOR", "Acquired", "TieredCache"]
 
+OPERATOR = 0  # owner of the leases of operations: what one reads, nobody has asked for
 _REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
 
 
@@ -83,8 +84,7 @@ class TieredCache:
         self.leaving: set[bytes] = set()
         self._benefit = Benefit(self.counters, clock, always=admission == "all")
         self._admission = ADMISSIONS[admission](lambda: max(self.index.objects))
-        moves = lambda key: key in self.passing or key in self.leaving  # noqa: E731 - bound methods say no more
-        self.admitter = Admitter(self._admission, self._benefit, self.counters, moves)
+        self.admitter = Admitter(self._admission, self._benefit, self.counters, self._moves)
         evict, below = self._evict_from_arena, self._in_lower_tier
         self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
         promise = self.admitter.promise
@@ -95,27 +95,28 @@ class TieredCache:
         self.redis: WriteBehind | None = None
         self.flushes = Flushes()
         if disk is not None:
-            lower = POLICIES[disk_policy or policy](
-                self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size)
-            )
-            self._policies[Tier.DISK] = lower
-            io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
-            self.disk = DiskTier(
-                io, arena, self.index, self.counters, slices, self.flushes, lower, disk_limit, self._written
-            )
-            self.writers.append(self.disk.writer)
-            self.admitter.disk = self.disk
+            self._add_disk(disk, disk_limit, disk_policy or policy, post, slices)
         if redis is not None:
-            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
-            refuse = self.admitter.refuse_in_redis
-            self.redis = WriteBehind(
-                io, arena, self.index, self.counters, slices, self.flushes, refuse, self._written_to_redis
-            )
-            self.writers.append(self.redis)
-            self.admitter.redis = self.redis
+            self._add_redis(redis, post, slices)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
         self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
+
+    def _add_disk(self, disk: StorageBackend, limit: int, policy: str, post: Post, slices: Slices) -> None:
+        chooser = POLICIES[policy](self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
+        self._policies[Tier.DISK] = chooser
+        io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
+        arena, written = self.arena, self._written
+        self.disk = DiskTier(io, arena, self.index, self.counters, slices, self.flushes, chooser, limit, written)
+        self.writers.append(self.disk.writer)
+        self.admitter.disk = self.disk
+
+    def _add_redis(self, redis: StorageBackend, post: Post, slices: Slices) -> None:
+        io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
+        refuse, written = self.admitter.refuse_in_redis, self._written_to_redis
+        self.redis = WriteBehind(io, self.arena, self.index, self.counters, slices, self.flushes, refuse, written)
+        self.writers.append(self.redis)
+        self.admitter.redis = self.redis
 
     # -- reading ----------
 
@@ -172,7 +173,7 @@ class TieredCache:
                 self.index.touch(node)
                 self.leases.hold(owner, lease_id, ttl, (node,), grip)
                 at_once.append(Acquired(position, node))
-                queued |= self.admitter.used(node)
+                queued |= owner != OPERATOR and self.admitter.used(node)
             elif node is not None and node.state(Tier.CPU) is State.LOADING:
                 self._promoter.wait(node, waiter(position))
             elif node is not None and self.disk is not None and self.disk.reads(node):
@@ -363,6 +364,9 @@ class TieredCache:
         if outcome is Outcome.CORRUPT:  # the tier proved the arena's bytes against the checksum, and they disagree
             self.report_bad([node.key])
         return outcome is Outcome.OK
+
+    def _moves(self, key: bytes) -> bool:
+        return key in self.passing or key in self.leaving
 
     def _written_to_redis(self, node: Node, outcome: Outcome) -> bool:
         self._written(node, outcome)

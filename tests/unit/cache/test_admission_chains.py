@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No child is admitted to disk or Redis without its parents, whatever became of those: refused, given up, failed, evicted.
+"""No child is admitted to disk or Redis without its parents, whatever became of those: refused, given up, failed,
+evicted.
 
-Random steps of writers, readers and faults, the tiers' threads stepped by hand; whenever all is settled, every chunk that
-a backend holds has its parent there.
+Random steps of writers, readers and faults, the tiers' threads stepped by hand; whenever all is settled, every chunk
+that a backend holds has its parent there.
 """
 
 from __future__ import annotations
