@@ -136,8 +136,8 @@ class Config(BaseModel):
     )
     policy: PolicyName = Field("lru", description="Who leaves a tier for others.")
     disk_policy: PolicyName | None = Field(None, description="The same of tier disk; without it as `policy`.")
-    admission: Literal["all", "second_touch"] = Field(
-        "all", description="What is written to disk and Redis: all, or what was asked for twice."
+    admission: Literal["all", "second_touch", "adaptive"] = Field(
+        "all", description="What is written to disk and Redis: all, what was asked for twice, or is likely to be."
     )
     drain: float = Field(5.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")

@@ -14,7 +14,7 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Leases
 from loracache.cache.tier.write_behind import WriteBehind
-from loracache.results import Cause
+from loracache.results import Cause, Departure
 from loracache.tiers import Tier
 
 __all__ = ["Room"]
@@ -72,7 +72,7 @@ class Room:
                 continue
             for count, node in enumerate(victims, start=1):
                 if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):
-                    self._evict(node, "policy")
+                    self._evict(node, policy.reason(node))
                 if not count % _EVICTED:
                     yield
         return True
@@ -85,7 +85,7 @@ class Room:
             for writer in self._writers:
                 writer.forget(leaf, Cause.MEMORY_FULL)
             nbytes -= self._arena.rounded(leaf.size)
-            self._evict(leaf, Cause.MEMORY_FULL)
+            self._evict(leaf, Departure.MEMORY_FULL)
             given_up += 1
         return given_up
 
