@@ -3,9 +3,9 @@
 
     python benchmarks/admission.py TRACE --memory 5 --disk 10,25,50,100
 
-TRACE is in the format of Mooncake or Azure (docs/policy.md). The whole of it is replayed with `lru`, and its second half
-is counted: a daemon that runs for long knows what comes again. With --half the half is replayed alone, from empty tiers.
-Sizes are percentages of all distinct blocks.
+TRACE is in the format of Mooncake or Azure (docs/policy.md). The whole of it is replayed with `lru`, and its second
+half is counted: a daemon that runs for long knows what comes again. With --half that half is replayed alone, from empty
+tiers. Sizes are percentages of all distinct blocks.
 """
 
 from __future__ import annotations
