@@ -21,7 +21,7 @@ _ranked = Annotated[str, typer.Option(help="Ranks of the adapters, in turn; 5 Mi
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Mooncake's JSONL or Azure's CSV.")],
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What a daemon recorded; or Mooncake's, Azure's, ...")],
     policy: Annotated[
         str, typer.Option(help="Policies with commas; static:P is LRU in two pools, P % of memory for adapters.")
     ] = "lru",
@@ -53,7 +53,7 @@ def simulate(
     from loracache.simulator.belady import belady_hit_rate
     from loracache.simulator.replay import replay
     from loracache.simulator.store import Sizes, Way
-    from loracache.simulator.trace import read_trace, with_adapters
+    from loracache.simulator.trace import own_adapters, read_trace, with_adapters
 
     try:
         cpu, lower, token = (parse_size(each) for each in (memory, disk, kv_bytes_per_token))
@@ -63,8 +63,13 @@ def simulate(
     if token < 1 or min(steps) < 1 or not 0 <= zipf <= 10:
         raise ConfigError(f"--kv-bytes-per-token {token} and --ranks {ranks} must be 1 or more, --zipf {zipf} 0 to 10")
     ways = [Way.parse(each, disk_policy, admission) for each in policy.split(",")]
-    requests = with_adapters(read_trace(trace), adapters, zipf, seed)
-    each_adapter = [steps[number % len(steps)] * _RANK_BYTES for number in range(adapters)]
+    requests = read_trace(trace)
+    each_adapter = own_adapters(requests)
+    if adapters and any(request.held is not None for request in requests):
+        raise ConfigError(f"--adapters {adapters} is for traces without; {trace} was recorded with what each asked for")
+    if adapters:
+        requests = with_adapters(requests, adapters, zipf, seed)
+        each_adapter = [steps[number % len(steps)] * _RANK_BYTES for number in range(adapters)]
     gc.disable()  # millions of nodes, no circles among them
     given = Sizes(cpu, lower, token, each_adapter)
     runs = [replay(requests, given, way, engines=engines) for way in ways]

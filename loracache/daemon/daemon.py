@@ -34,7 +34,7 @@ from loracache.control.service import Control
 from loracache.control.status import cache_status
 from loracache.daemon.lag import LoopLag
 from loracache.daemon.listening import listen, most_clients, unlink, unlink_unless_locked
-from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
+from loracache.daemon.parts import books, disk_backend, recorder, redis_backend, rest_process
 from loracache.daemon.processes import Peer
 from loracache.daemon.scanning import Scan
 from loracache.daemon.session import Served, Session
@@ -85,15 +85,15 @@ class Daemon:
                 self._stack.callback(stop_traces)
             audit = Audit(config.audit_log)
             self._stack.callback(audit.close)
-            arena = Arena(config.memory, config.page_size)
             self.cache = TieredCache(
-                arena,
+                Arena(config.memory, config.page_size),
                 self._post,
                 disk=disk,
                 disk_limit=config.disk,
                 redis=redis,
                 **config.model_dump(include={"policy", "disk_policy", "admission"}),
             )
+            recording = recorder(config, self.cache.counters, self._post, self._stack)
             for writer in self.cache.writers:  # what is out of reach is used once it is there
                 writer.io.stand(writer.io.backend.check())
         except BaseException:
@@ -114,12 +114,12 @@ class Daemon:
             self._status,
             self._session_ended,
             self._rest_pid,
+            recording,
         )
         self._owners = itertools.count(1)
         self._most_clients = most_clients()
-        self._say_again = 0.0
+        self._say_again = self._end_by = 0.0
         self._instance = os.urandom(16)
-        self._end_by = 0.0
         self._step = "the writing of what is queued"  # that the end waits for
         self._stopping = threading.Event()
         self._ended = asyncio.Event()

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 
 from loracache.adapters.names import AdapterNames, SharedNames
+from loracache.cache.state.counters import Counters
 from loracache.config import Config
+from loracache.daemon.recorder import Recorder
 from loracache.daemon.rest_process import RestProcess
 from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
 from loracache.storage_backends.base import StorageBackend
 
-__all__ = ["books", "disk_backend", "redis_backend", "rest_process"]
+__all__ = ["books", "disk_backend", "recorder", "redis_backend", "rest_process"]
 
 _PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
 _PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder
@@ -75,6 +77,18 @@ def rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | N
     process = RestProcess(config)
     stack.callback(process.close)
     return process
+
+
+def recorder(
+    config: Config, counters: Counters, post: Callable[[Callable[[], None]], None], stack: contextlib.ExitStack
+) -> Recorder | None:
+    """What records the daemon's requests, where they are to be recorded; `stack` ends it. post: calls on the event
+    loop. Raises ConfigError."""
+    if config.record is None:
+        return None
+    recording = Recorder(config.record, config.page_size, lambda name: post(lambda: counters.add(name)))
+    stack.callback(recording.close)
+    return recording
 
 
 def _shared_names(config: Config) -> SharedNames | None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from loracache.simulator.clock import Engines, Rates
+from loracache.simulator.request import Request
 from loracache.simulator.store import Found, Sizes, Store, Way
-from loracache.simulator.trace import Request
 from loracache.tiers import Tier
 
 __all__ = ["Run", "engines_for", "replay"]

@@ -17,7 +17,7 @@ from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import whole
 from loracache.errors import ConfigError
-from loracache.simulator.trace import Request
+from loracache.simulator.request import Kept, Request
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
@@ -105,7 +105,9 @@ class Store:
         self._kv_of: Counter[int] = Counter()  # an adapter's KV in memory and on disk, bytes
 
     def serve(self, request: Request) -> Found:
-        """Look up, load, compute and store one prompt."""
+        """Look up, load, compute and store one prompt, after what was stored before it."""
+        for kept in request.kept:
+            self._keep(kept)
         found = Found()
         adapter = self._serve_adapter(request.adapter, found) if request.adapter >= 0 else None
         keys = [_key(request.adapter, block) for block in request.blocks]
@@ -146,12 +148,12 @@ class Store:
         admitted: Node | None = None
         if last is None and not self._split:
             last = adapter
-        token = self.sizes.token
-        missing = token * max(0, request.tokens - found.cpu - found.disk)
-        self._free(Tier.CPU, Tier.CPU, missing, _those(last, adapter))  # for all at once, where that is to be had
-        for position in range(found.blocks, len(keys)):
+        end = len(keys) if request.held is None else min(request.held, len(keys))
+        sizes = [request.bytes_of(position, self.sizes.token) for position in range(found.blocks, end)]
+        self._free(Tier.CPU, Tier.CPU, sum(sizes), _those(last, adapter))  # for all at once, where that is to be had
+        for key, size in zip(keys[found.blocks : end], sizes, strict=True):
             above = last.key if last is not None else b""
-            node = self._insert(keys[position], above, Kind.KV, request.adapter, request.tokens_of(position) * token)
+            node = self._insert(key, above, Kind.KV, request.adapter, size)
             if not node.held_in(Tier.CPU) and not self._enter(node, Tier.CPU, _those(last, adapter)):
                 self.index.prune(node)
                 break
@@ -160,6 +162,31 @@ class Store:
             if self.sizes.disk and self._admission.admits(node):
                 admitted = node
         return admitted
+
+    def _keep(self, kept: Kept) -> None:
+        """Store what an engine stored in a recorded trace, as far as what it is behind is there; or load an adapter."""
+        adapter = self._serve_adapter(kept.adapter, Found()) if kept.adapter >= 0 else None
+        last = adapter
+        if kept.below is not None:
+            last = self.index.get(_key(kept.adapter, kept.below))
+            if last is None or not last.present:
+                return
+        admitted: Node | None = None
+        for block in kept.blocks:
+            above = last.key if last is not None else b""
+            node = self._insert(_key(kept.adapter, block), above, Kind.KV, kept.adapter, kept.nbytes)
+            if node.present:
+                self.index.touch(node)
+            elif self._enter(node, Tier.CPU, _those(last, adapter)):
+                self.counts["stored"] += node.size
+                if self.sizes.disk and self._admission.admits(node):
+                    admitted = node
+            else:
+                self.index.prune(node)
+                break
+            last = node
+        if admitted is not None:
+            self._write(admitted)
 
     def invalid_share(self) -> float:
         """Bytes of KV whose adapter is in no tier, by bytes of KV."""
