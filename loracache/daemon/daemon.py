@@ -38,6 +38,7 @@ from loracache.daemon.parts import books, disk_backend, redis_backend, rest_proc
 from loracache.daemon.processes import Peer
 from loracache.daemon.scanning import Scan
 from loracache.daemon.session import Served, Session
+from loracache.daemon.swapping import Swapping
 from loracache.tiers import Tier
 from loracache.tracing import start_traces, stop_traces
 from loracache.wire import protocol
@@ -114,12 +115,12 @@ class Daemon:
             self._status,
             self._session_ended,
             self._rest_pid,
+            Swapping(self.cache, config),
         )
         self._owners = itertools.count(1)
         self._most_clients = most_clients()
-        self._say_again = 0.0
         self._instance = os.urandom(16)
-        self._end_by = 0.0
+        self._say_again = self._end_by = 0.0
         self._step = "the writing of what is queued"  # that the end waits for
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
@@ -134,7 +135,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ended.set)
         self._acceptor.start()
-        background = [loop.create_task(work) for work in (self._tick(), self._lag.watch())]
+        background = [loop.create_task(work) for work in (self._tick(), self._lag.watch(), self._served.swapping.run())]
         self._start("populate", self._populate)
         if self.cache.disk is not None:
             self._start("disk-scan", Scan(self.cache, self._namespaces, self._names, self._post, self._stopping).run)
@@ -172,6 +173,7 @@ class Daemon:
             "namespaces": len(self._namespaces),
             "operations": self._control.operations.running,
             "loop": self._lag.describe(),
+            "swapper": self._served.swapping.describe(),
         } | cache_status(self.cache)
         said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
         return said

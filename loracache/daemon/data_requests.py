@@ -27,6 +27,7 @@ from loracache.wire.protocol import NO_PARENT, OK, PART, split_keys
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.lookup import Finder, Hits
+    from loracache.daemon.swapping import Swapping
     from loracache.namespaces import Namespaces
 
 __all__ = ["DataRequest", "DataRequests"]
@@ -45,12 +46,20 @@ class DataRequests:
     """Serves them. answer(number, status, payload) sends; later(number, work) answers what `work` comes to."""
 
     def __init__(
-        self, owner: int, cache: TieredCache, namespaces: Namespaces, finder: Finder, answer: Answer, later: Later
+        self,
+        owner: int,
+        cache: TieredCache,
+        namespaces: Namespaces,
+        finder: Finder,
+        swapping: Swapping,
+        answer: Answer,
+        later: Later,
     ) -> None:
         self._owner = owner
         self._cache = cache
         self._namespaces = namespaces
         self._finder = finder
+        self._swapping = swapping
         self._answer = answer
         self._later = later
         self._gone = False
@@ -137,7 +146,10 @@ class DataRequests:
         yield from self._raise(request, Grip.FIRM, ready)
 
     def _prefetch(self, number: int, request: protocol.Prefetch) -> Iterator[None]:
-        yield from self._raise(request, Grip.LOOSE, lambda first, acquired: None)
+        if request.delay:
+            self._swapping.announce(request.lease, split_keys(request.keys), request.delay, request.ttl)
+        else:
+            yield from self._raise(request, Grip.LOOSE, lambda first, acquired: None)
         self._answer(number, OK, [])
 
     def _raise(
