@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass, replace
 from functools import partial
 
+from loracache.cache.ahead import Ahead
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.reserving import Reserver
@@ -108,6 +109,7 @@ class TieredCache:
             self.writers.append(self.redis)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
+        self.ahead = Ahead(self.index, self._promoter, self._room, slices, self.disk)
         self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
 
     # -- reading ----------
@@ -304,6 +306,11 @@ class TieredCache:
 
         for writer in self.writers:
             writer.when_flushed(lambda io=writer.io: io.when_written(one))  # type: ignore[misc]
+
+    def expect(self, batch: float) -> None:
+        """So many requests run at once in all engines, as they say."""
+        for policy in self._policies.values():
+            policy.expect(batch)
 
     def tick(self) -> None:
         """End what is over: leases and pins past their time."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.lookup import Finder, Hits
     from loracache.daemon.recorder import Recorder
+    from loracache.daemon.swapping import Swapping
     from loracache.namespaces import Namespaces
 
 __all__ = ["DataRequest", "DataRequests"]
@@ -51,6 +52,7 @@ class DataRequests:
         cache: TieredCache,
         namespaces: Namespaces,
         finder: Finder,
+        swapping: Swapping,
         answer: Answer,
         later: Later,
         recorder: Recorder | None = None,
@@ -59,6 +61,7 @@ class DataRequests:
         self._cache = cache
         self._namespaces = namespaces
         self._finder = finder
+        self._swapping = swapping
         self._answer = answer
         self._later = later
         self._recorder = recorder
@@ -154,7 +157,10 @@ class DataRequests:
         yield from self._raise(request, Grip.FIRM, ready)
 
     def _prefetch(self, number: int, request: protocol.Prefetch) -> Iterator[None]:
-        yield from self._raise(request, Grip.LOOSE, lambda first, acquired: None)
+        if request.delay:
+            self._swapping.announce(request.lease, split_keys(request.keys), request.delay, request.ttl)
+        else:
+            yield from self._raise(request, Grip.LOOSE, lambda first, acquired: None)
         self._answer(number, OK, [])
 
     def _raise(

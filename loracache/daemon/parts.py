@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from loracache.adapters.names import AdapterNames, SharedNames
+from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
+from loracache.cache.tiered import TieredCache
 from loracache.config import Config
 from loracache.daemon.recorder import Recorder
 from loracache.daemon.rest_process import RestProcess
@@ -16,13 +18,27 @@ from loracache.errors import ConfigError
 from loracache.namespaces import Namespaces
 from loracache.storage_backends.base import StorageBackend
 
-__all__ = ["books", "disk_backend", "recorder", "redis_backend", "rest_process"]
+__all__ = ["books", "recorder", "rest_process", "tiers"]
 
 _PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
 _PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder
 
 
-def disk_backend(config: Config) -> StorageBackend | None:
+def tiers(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]], post: Callable[..., None]) -> TieredCache:
+    """The cache, with its arena and the tiers below; describe(namespace): see Namespaces.record; post: of the loop.
+    Raises ConfigError."""
+    disk, redis = _disk_backend(config), _redis_backend(config, describe)
+    return TieredCache(
+        Arena(config.memory, config.page_size),
+        post,
+        disk=disk,
+        disk_limit=config.disk,
+        redis=redis,
+        **config.model_dump(include={"policy", "disk_policy", "admission"}),
+    )
+
+
+def _disk_backend(config: Config) -> StorageBackend | None:
     """The disk tier, where there is one. Raises ConfigError."""
     if config.disk_path is None:
         return None
@@ -40,8 +56,8 @@ def disk_backend(config: Config) -> StorageBackend | None:
             time.sleep(0.1)
 
 
-def redis_backend(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]]) -> StorageBackend | None:
-    """The Redis tier, where there is one; describe(namespace): see Namespaces.record. Raises ConfigError."""
+def _redis_backend(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]]) -> StorageBackend | None:
+    """The Redis tier, where there is one. Raises ConfigError."""
     if config.redis is None:
         return None
     from loracache.storage_backends.redis.backend import RedisBackend

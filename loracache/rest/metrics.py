@@ -61,6 +61,7 @@ class _Status(Collector):
             yield counter
         yield from self._moved()
         yield self._evictions()
+        yield from self._swapper()
         yield from self._lag()
 
     def _gauges(self) -> Iterable[Metric]:
@@ -111,6 +112,22 @@ class _Status(Collector):
             if what == "evict" and "." in rest:
                 family.add_metric(rest.split(".", 1), count)
         return family
+
+    def _swapper(self) -> Iterable[Metric]:
+        """What is raised ahead of need, and what engines say of their requests."""
+        counters: Mapping[str, int] = self._status["counters"]
+        about = "Objects raised ahead of need; used, or wasted: gone unused; failed: they did not come."
+        objects = CounterMetricFamily("loracache_prefetched_objects", about, labels=["outcome"])
+        for outcome, name in (("raised", "objects"), ("used", "used"), ("wasted", "wasted"), ("failed", "failed")):
+            objects.add_metric([outcome], counters.get(f"prefetch.{name}", 0))
+        yield objects
+        about, nbytes = "Payload bytes raised ahead of need.", counters.get("prefetch.bytes", 0)
+        yield CounterMetricFamily("loracache_prefetched_bytes", about, value=nbytes)
+        swapper = self._status["swapper"]
+        about = "Requests that ran at once in all engines, a mean of 5 s."
+        yield GaugeMetricFamily("loracache_engine_batch", about, value=swapper["batch"])
+        about = "Requests that wait in all engines."
+        yield GaugeMetricFamily("loracache_engine_waiting", about, value=swapper["waiting"])
 
     def _lag(self) -> Iterable[Metric]:
         """How late the daemon's event loop was."""

@@ -44,6 +44,9 @@ class Policy(Protocol):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain, held or not."""
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+
     def victims(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, tuple[list[Node], int]]:
         """Nodes, children before parents, none of them `protected`, and the bytes that they add up to: at least
         `nbytes`, or those of all that may go. Yields between two slices of the choice, for others to be served: what
