@@ -27,6 +27,7 @@ from loracache.cli.common import (
     number,
     print_json,
 )
+from loracache.cli.selector import SelectionOptions
 from loracache.errors import ConfigError
 
 __all__ = ["main"]
@@ -142,24 +143,28 @@ def status(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     print_status(answer)
 
 
-@app.command(rich_help_panel=_CHANGE)
 def flush(
+    options: SelectionOptions,
     socket: SocketOption = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Seconds to wait.")] = 60.0,
 ) -> None:
-    """Wait until everything committed by now is written to disk and Redis; 4 where something was given up."""
+    """Wait until everything committed by now is written to disk and Redis, as far as admission wants it there; or have
+    just what is selected written, whatever admission says. 4 where something was given up."""
     if not 0 < timeout <= 86_400:
         raise ConfigError(f"--timeout {timeout} must be seconds, more than 0 and at most 86400")
+    selection = options.selection() if options.given else None
     with client_of(socket) as client:
-        flushed = client.flush(timeout)
+        flushed = client.flush(timeout, selection)
+    since = "since the last flush" if selection is None else "of what was selected"
     for tier, durable in flushed.durable.items():
-        typer.echo(f"{tier}: {durable} objects durable, {flushed.given_up[tier]} given up since the last flush")
+        typer.echo(f"{tier}: {durable} objects durable, {flushed.given_up[tier]} given up {since}")
     if not flushed.durable:
         typer.echo("there is no tier below memory: nothing is durable")
     if not flushed.complete:
         raise typer.Exit(PARTLY)
 
 
+app.command("flush", rich_help_panel=_CHANGE)(expanded(flush))
 app.command("check", rich_help_panel=_MANAGE)(check.check)
 app.command("simulate", rich_help_panel=_LOOK)(simulate.simulate)
 for _name, _command, _panel in VERBS:

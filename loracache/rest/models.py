@@ -135,8 +135,13 @@ class Clear(_Strict):
     tiers: list[Tier] = Field(list(ALL_TIERS), min_length=1, max_length=3, description="From where.")
 
 
+class Flush(_Selecting):
+    """Have objects written to disk and Redis, whatever admission says."""
+
+
 class Flushed(BaseModel):
-    """What a flush found, by lower tier; since the last flush over HTTP, or, at the first, since anybody's."""
+    """What a flush found, by lower tier; since the last flush over HTTP, or, at the first, since anybody's; with a
+    selector, of what that selects."""
 
     durable: dict[str, int] = Field(description="Objects that were written there and are there.")
     given_up: dict[str, int] = Field(description="Objects that are not; the counters write.TIER.dropped.CAUSE say why.")

@@ -159,7 +159,7 @@ class Store:
                 break
             self.counts["stored"] += node.size
             last = node
-            if self.sizes.disk and self._admission.admits(node):
+            if self.sizes.disk and not self._admission.came(node):
                 admitted = node
         return admitted
 
@@ -179,7 +179,7 @@ class Store:
                 self.index.touch(node)
             elif self._enter(node, Tier.CPU, _those(last, adapter)):
                 self.counts["stored"] += node.size
-                if self.sizes.disk and self._admission.admits(node):
+                if self.sizes.disk and not self._admission.came(node):
                     admitted = node
             else:
                 self.index.prune(node)
@@ -208,7 +208,7 @@ class Store:
         found.adapter = Tier.DISK if node.held_in(Tier.DISK) else None
         found.adapter_bytes = size
         self.counts["adapters_loaded"] += 1
-        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and self._admission.admits(node):
+        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and not self._admission.came(node):
             self._write(node)
         return node
 

@@ -32,7 +32,7 @@ REACHES = {
         "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing"
     ),
-    "cache.policy": "cache.state errors free_pages mapping memory_limit storage_backends tiers",
+    "cache.policy": "cache.state errors free_pages mapping memory_limit results storage_backends tiers",
     "cache.swap": (
         "backoff cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers"
     ),
@@ -96,7 +96,7 @@ REACHES = {
         "accepting adapters backoff client config errors folder keys logs loracache mapping results tiers tracing wire"
     ),
     "results": "",
-    "simulator": "cache.policy cache.state errors free_pages mapping memory_limit storage_backends tiers",
+    "simulator": "cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers",
     "s3_fifo": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors folder storage_backends",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eviction policies: one small class each, chosen by name in the configuration.
 
-May import: cache.state, storage_backends, tiers
+May import: cache.state, results, storage_backends, tiers
 Threads: the daemon's loop alone. A policy orders nodes and changes nothing else.
 """
 
@@ -18,6 +18,7 @@ from loracache.cache.policy.lru import LRU
 from loracache.cache.policy.s3_fifo import S3FIFO
 from loracache.cache.policy.sieve import Sieve
 from loracache.cache.state.index import Index, Node
+from loracache.results import Refusal
 from loracache.tiers import Tier
 
 __all__ = [
@@ -57,14 +58,11 @@ class Policy(Protocol):
 class Admission(Protocol):
     """Says what of the arena is written to the lower tiers."""
 
-    def admits(self, node: Node) -> bool:
-        """Whether an object that has come into the arena is to be written down."""
+    def came(self, node: Node) -> Refusal:
+        """Why an object that has come into the arena is not to be written down, or NONE."""
 
     def again(self, node: Node) -> bool:
-        """Whether one that is used in the arena is to be written down, which was not to be before."""
-
-    def admitted(self, node: Node) -> bool:
-        """Whether it was to be written down once."""
+        """Whether one that is used in the arena, and that some lower tier lacks, is to be written down."""
 
 
 POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from loracache.cache.policy.names import Names
 from loracache.cache.state.index import Node
+from loracache.results import Refusal
 from loracache.storage_backends.base import Kind
 
 __all__ = ["AdmitAll", "SecondTouch"]
@@ -23,17 +24,13 @@ class AdmitAll:
     def __init__(self, objects: Callable[[], int]) -> None:
         pass
 
-    def admits(self, node: Node) -> bool:
-        """Whether an object that has come into the arena is to be written down."""
-        return True
+    def came(self, node: Node) -> Refusal:
+        """Why an object that has come into the arena is not to be written down, or NONE."""
+        return Refusal.NONE
 
     def again(self, node: Node) -> bool:
-        """Whether one that is used in the arena is to be written down, which was not to be before."""
+        """Whether one that is used in the arena, and that some lower tier lacks, is to be written down."""
         return False
-
-    def admitted(self, node: Node) -> bool:
-        """Whether it was to be written down once."""
-        return True
 
 
 class SecondTouch:
@@ -42,25 +39,15 @@ class SecondTouch:
     def __init__(self, objects: Callable[[], int]) -> None:
         self._objects = objects
         self._seen = Names()
-        self._admitted = Names()
 
-    def admits(self, node: Node) -> bool:
-        """Whether an object that has come into the arena is to be written down: it was there before."""
+    def came(self, node: Node) -> Refusal:
+        """Why an object that has come into the arena is not to be written down: it was not there before."""
         name = hash(node.key)
         if node.kind is Kind.LORA or name in self._seen:
-            self._admitted.add(name, self._objects())
-            return True
+            return Refusal.NONE
         self._seen.add(name, self._objects())
-        return False
+        return Refusal.FIRST_TOUCH
 
     def again(self, node: Node) -> bool:
-        """Whether one that is used in the arena is to be written down, which was not to be before."""
-        name = hash(node.key)
-        if name in self._admitted:
-            return False
-        self._admitted.add(name, self._objects())
+        """Whether one that is used in the arena, and that some lower tier lacks, is to be written down."""
         return True
-
-    def admitted(self, node: Node) -> bool:
-        """Whether it was to be written down once."""
-        return hash(node.key) in self._admitted

@@ -214,6 +214,7 @@ class DiskTier:
                 if self.writer.forget(node, Cause.EXISTS):
                     node.written = self._flushes.wrote(Tier.DISK)
                 node.stored = info.stored
+                node.sent = True  # what the disk got, an earlier run's Redis got too
                 self._index.enter(node, Tier.DISK, "found")
                 self.used += self.cost(node)
         return waiting

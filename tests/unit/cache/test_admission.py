@@ -91,3 +91,46 @@ def test_names_are_forgotten_by_generations() -> None:
     assert len(names) <= 8 * 10_000 + 1
     assert 199_999 in names
     assert 0 not in names
+
+
+def slow_tier(rig: Any, tier: str, *, computed: int, loaded: int) -> None:
+    """A writer stored so many bytes a second, and the tier was read at that many."""
+    rig.cache._benefit.stored(1, 10 * computed)
+    rig.later(10)
+    rig.cache.counters.add(f"load.{tier}.bytes", 300 << 20)
+    rig.cache.counters.add(f"busy_us.{tier}.load", int(2 * (300 << 20) / loaded * 1e6))
+
+
+def test_nothing_goes_to_a_tier_that_reads_slower_than_engines_compute(rig: Any) -> None:
+    slow_tier(rig, "redis", computed=200_000_000, loaded=100_000_000)
+    slow_tier(rig, "disk", computed=200_000_000, loaded=900_000_000)
+    rig.store(0)
+    rig.acquire(0)
+    store(rig, "adapter", kind=Kind.LORA)
+    rig.settle()
+    assert on_disk(rig, 0, "adapter") == [True, True]
+    assert set(rig.redis.held()) == {rig.info("adapter").key}  # which nobody computes
+    assert rig.count("not_admitted.redis.below_benefit") == 1
+    assert rig.count("not_admitted.disk.below_benefit") == 0
+
+
+def test_what_is_promised_goes_there_all_the_same(rig: Any) -> None:
+    slow_tier(rig, "redis", computed=200_000_000, loaded=100_000_000)
+    store(rig, 0, promised=True)
+    rig.settle()
+    assert set(rig.redis.held()) == {rig.info(0).key}
+
+
+def test_with_all_it_goes_there_too(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(redis=True)
+    slow_tier(rig, "redis", computed=200_000_000, loaded=100_000_000)
+    rig.store(0)
+    rig.settle()
+    assert set(rig.redis.held()) == {rig.info(0).key}
+
+
+def test_first_touches_are_counted_by_tier(rig: Any) -> None:
+    rig.store(0)
+    rig.store(1)
+    rig.acquire(1)
+    assert rig.count("not_admitted.disk.first_touch") == rig.count("not_admitted.redis.first_touch") == 2
