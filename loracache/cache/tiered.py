@@ -39,6 +39,7 @@ from loracache.tiers import Tier
 __all__ = ["OPERATOR", "Acquired", "TieredCache"]
 
 OPERATOR = 0  # owner of the leases of operations: what one reads, nobody has asked for
+_NO_LIMIT = 64  # times the arena
 _REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
 
 
@@ -74,7 +75,7 @@ class TieredCache:
         self.index.on_used = lambda tier, node, before: self._policies[tier].used(node, before)
         self.index.on_left = lambda tier, node: self._policies[tier].withdraw(node)
         self.index.on_gone = lambda tier, node: self._policies[tier].gone(node)
-        slices = Slices(post)
+        self._slices = slices = Slices(post)
         self.leases = Leases(arena, self.index, slices, clock)
         self.events = Events()
         self.index.on_change = self.events.changed
@@ -84,7 +85,7 @@ class TieredCache:
         self.passing: Counter[bytes] = Counter()
         self.leaving: set[bytes] = set()
         self._benefit = Benefit(self.counters, clock, always=admission == "all")
-        self._admission = ADMISSIONS[admission](lambda: max(self.index.objects))
+        self._admission = ADMISSIONS[admission](lambda: max(self.index.objects), self._memory_room, self._lower_room)
         self.admitter = Admitter(self._admission, self._benefit, self.counters, self._moves)
         evict, below = self._evict_from_arena, self._in_lower_tier
         self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
@@ -132,7 +133,9 @@ class TieredCache:
         for policy in self._policies.values():
             policy.asked(keys)
         cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
-        return [cpu if node.present & in_cpu else disk for node in self.index.leading(keys, tiers)]
+        found = self.index.leading(keys, tiers)
+        self._admission.asked(keys, found)
+        return [cpu if node.present & in_cpu else disk for node in found]
 
     def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
         """Keep those of `keys` that are in the arena there until the lease ends, loosely."""
@@ -329,6 +332,7 @@ class TieredCache:
         self.pins.tick()
         self.index.shrink()
         self._benefit.tick()
+        self._slices.run(self._admission.work())
         if self.disk is not None:
             self.disk.tick()
         for writer in self.writers:
@@ -371,6 +375,16 @@ class TieredCache:
         if outcome is Outcome.CORRUPT:  # the tier proved the arena's bytes against the checksum, and they disagree
             self.report_bad([node.key])
         return outcome is Outcome.OK
+
+    def _memory_room(self) -> int:
+        """For how many objects there is room in the arena, as large as those are that it holds."""
+        return self.arena.size * self.index.objects[Tier.CPU] // max(1, self.index.bytes[Tier.CPU])
+
+    def _lower_room(self) -> int:
+        """The same of the larger of the tiers below; a Redis that knows no limit has room for all that comes."""
+        disk = self.disk.limit if self.disk is not None else 0
+        redis = (self.redis.io.backend.limit or _NO_LIMIT * self.arena.size) if self.redis is not None else 0
+        return max(disk, redis) * self._memory_room() // self.arena.size
 
     def _moves(self, key: bytes) -> bool:
         return key in self.passing or key in self.leaving

@@ -28,7 +28,7 @@ def simulate(
     memory: Annotated[str, typer.Option(help="Size of tier cpu.")] = "64GiB",
     disk: Annotated[str, typer.Option(help="Size of tier disk; 0: there is none.")] = "0",
     disk_policy: Annotated[str | None, typer.Option(help="Policy of the disk.", show_default="as --policy")] = None,
-    admission: Annotated[str, typer.Option(help="What is written to disk: all or second_touch.")] = "all",
+    admission: Annotated[str, typer.Option(help="What is written to disk: all, second_touch or adaptive.")] = "all",
     kv_bytes_per_token: Annotated[str, typer.Option(help="KV of one token.")] = "128KiB",
     adapters: Annotated[
         int, typer.Option(metavar="N", parser=integer(0, 100_000), help="How many; 0: none.", show_default="0")

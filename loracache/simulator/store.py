@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
@@ -97,7 +97,8 @@ class Store:
         self._policies[Tier.CPU] = POLICIES[way.policy](index, Tier.CPU, _size)
         self._policies[Tier.DISK] = POLICIES[way.disk_policy](index, Tier.DISK, _size)
         self._own_pool = POLICIES[way.policy](index, Tier.CPU, _size)  # adapters', where they have one
-        self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK])
+        rooms = (self._room(sizes.memory), self._room(sizes.disk))
+        self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK], *rooms)
         kv = sizes.memory * (100 - way.split) // 100
         self._limits = {Tier.CPU: kv, Tier.DISK: sizes.disk, None: sizes.memory - kv}
         self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
@@ -123,7 +124,11 @@ class Store:
         again: Node | None = None
         for policy in self._policies.values():
             policy.asked(keys)
-        for node in self.index.leading(keys, _BOTH):
+        held = self.index.leading(keys, _BOTH)
+        self._admission.asked(keys, held)
+        for _ in self._admission.work():
+            pass
+        for node in held:
             tokens = request.tokens_of(found.blocks)
             if node.held_in(Tier.CPU):
                 found.cpu += tokens
@@ -260,6 +265,11 @@ class Store:
                 self._kv_of[_adapter_of(victim)] -= victim.size
         self.counts["evicted"] += len(victims)
         return True
+
+    def _room(self, nbytes: int) -> Callable[[], int]:
+        """For how many objects there is room in so many bytes."""
+        index = self.index
+        return lambda: nbytes * index.objects[Tier.CPU] // max(1, index.bytes[Tier.CPU])
 
     def _pool(self, tier: Tier, node: Node) -> Tier | None:
         return None if self._split and tier is Tier.CPU and node.kind is Kind.LORA else tier

@@ -54,7 +54,7 @@ def test_a_table_for_people(trace: Path) -> None:
         (["--memory", "much"], "is not a size"),
         (["--ranks", "8,x"], "--ranks"),
         (["--ranks", "0"], "1 or more"),
-        (["--admission", "none"], "all, second_touch"),
+        (["--admission", "none"], "all, second_touch, adaptive"),
         (["--disk-policy", "best"], "give one of lru"),
     ],
 )
