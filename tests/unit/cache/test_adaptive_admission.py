@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 
 from loracache.cache.policy.admission import AdaptiveAdmission
 from loracache.cache.policy.lower_shadow import SHARES, Kinds, LowerShadows
+from loracache.cache.state.node import Node
 from loracache.results import Refusal
 from loracache.simulator.replay import Run, replay
 from loracache.simulator.store import Sizes, Way
@@ -61,12 +61,10 @@ def test_where_the_disk_is_small_less_is_written_and_more_found() -> None:
     assert found["adaptive"].hit_rate > found["all"].hit_rate
 
 
-class Node(SimpleNamespace):
-    __hash__ = object.__hash__
-
-
 def node(key: bytes, namespace: bytes, kind: Kind = Kind.KV) -> Node:
-    return Node(key=key, namespace=namespace, kind=kind, parent=None, hits=0)
+    made = Node(key, kind, None)
+    made.namespace = namespace
+    return made
 
 
 def serve(admission: AdaptiveAdmission, key: bytes, namespace: bytes) -> Refusal:
@@ -74,7 +72,7 @@ def serve(admission: AdaptiveAdmission, key: bytes, namespace: bytes) -> Refusal
     admission.asked([key], [])
     for _ in admission.work():
         pass
-    return admission.came(node(key, namespace))  # type: ignore[arg-type]
+    return admission.came(node(key, namespace))
 
 
 def test_a_namespace_without_reuse_is_not_written_beside_one_with() -> None:
@@ -93,16 +91,18 @@ def test_a_namespace_without_reuse_is_not_written_beside_one_with() -> None:
         last[b"batch"].append(serve(admission, chance.randbytes(32), b"batch"))
     assert set(last[b"chat"][-100:]) == {Refusal.NONE}
     assert set(last[b"batch"][-100:]) == {Refusal.FIRST_TOUCH}
-    assert not admission.came(node(b"a" * 32, b"batch", Kind.LORA))  # type: ignore[arg-type]
+    assert not admission.came(node(b"a" * 32, b"batch", Kind.LORA))
 
 
 def test_what_is_found_in_some_tier_counts_as_having_come_again() -> None:
     admission = AdaptiveAdmission(lambda: 10, lambda: 10, lambda: 10)
     for number in range(100):
-        admission.came(node(b"%032d" % number, b"space"))  # type: ignore[arg-type]
+        admission.came(node(b"%032d" % number, b"space"))
     before = admission._spaces.share(b"space")
-    found = [SimpleNamespace(namespace=b"space", hits=hits) for hits in (5, 1, 1)]  # the first came before
-    admission.asked([b"%032d" % number for number in range(3)], found)  # type: ignore[arg-type]
+    found = [node(b"%032d" % number, b"space") for number in range(3)]
+    for each, hits in zip(found, (5, 1, 1), strict=True):  # the first came before
+        each.hits = hits
+    admission.asked([each.key for each in found], found)
     assert admission._spaces._counts[b"space"][1] == 2
     assert admission._spaces.share(b"space") > before
 
@@ -130,8 +130,8 @@ def test_shadows_stay_small_whatever_the_tier_holds(objects: int) -> None:
         shadows.ask([chance.randbytes(32) for _ in range(400)], 0, "any")
         for _ in shadows.work():
             pass
-    sizes = [len(each) for each in (shadows._memory, *shadows._lower, shadows._once)]
-    assert max(sizes) <= 8 * 2048
+    assert len(shadows._once) <= 8 * 2048
+    assert max(map(len, [shadows._memory, *shadows._lower])) <= 8 * 2048
     assert shadows.share in SHARES
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from loracache.cache.policy import ADMISSIONS
 from loracache.cache.policy.names import Names
 from loracache.cache.state.slices import whole
+from loracache.cache.tier.io import TierIO
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
@@ -38,6 +40,23 @@ def test_a_load_without_reuse_writes_nothing(rig: Any) -> None:
     rig.settle()
     assert not rig.disk.held()
     assert not rig.redis.held()
+
+
+@pytest.mark.parametrize("admission", sorted(set(ADMISSIONS) - {"all"}))
+def test_and_has_no_thread_of_the_lower_tiers_do_anything(
+    admission: str, make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(pages=8, disk=64 * PAGE, redis=True, admission=admission)
+    work: list[str] = []
+    monkeypatch.setattr(TierIO, "_run", lambda self, workers, what, *more: work.append(what))
+    for name in range(0, 2000, 2):
+        rig.cache.lookup([rig.info(name).key, rig.info(name + 1).key])
+        rig.chain(name, name + 1)
+        rig.cache.tick()
+        rig.answer()
+        assert rig.arena.free_bytes < 2 * PAGE or name < 10
+    # Adaptive tries a few, until it has seen that none comes again.
+    assert len(work) <= (0 if admission == "second_touch" else 0.05 * 2000)
 
 
 def test_what_is_used_in_the_arena_is_written_with_its_parents_and_once(rig: Any) -> None:
