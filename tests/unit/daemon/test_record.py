@@ -319,6 +319,9 @@ def test_parts_of_one_lookup_are_one_request_and_shards_share_their_tokens(tmp_p
     recorder.close()
     found = read_trace(tmp_path / "trace")
     assert [(len(each.blocks), each.held, each.tokens) for each in found] == [
-        (8, 6, 4 * TOKENS), (4, 4, 2 * TOKENS), (4, 2, 2 * TOKENS), (4, 0, 2 * TOKENS)
-    ]  # fmt: skip
+        (8, 6, 4 * TOKENS),
+        (4, 4, 2 * TOKENS),
+        (4, 2, 2 * TOKENS),
+        (4, 0, 2 * TOKENS),
+    ]
     assert isinstance(found[0], Request)
