@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -18,6 +19,7 @@ from loracache.storage_backends.base import StorageBackend
 
 __all__ = ["books", "disk_backend", "recorder", "redis_backend", "rest_process"]
 
+_log = logging.getLogger(__name__)
 _PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
 _PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder
 
@@ -86,7 +88,12 @@ def recorder(
     loop. Raises ConfigError."""
     if config.record is None:
         return None
-    recording = Recorder(config.record, config.page_size, lambda name: post(lambda: counters.add(name)))
+    try:
+        recording = Recorder(config.record, config.page_size, lambda name: post(lambda: counters.add(name)))
+    except OSError as error:
+        _log.warning("nothing is recorded to %s: %s", config.record, error.strerror)
+        counters.add("record.failed")
+        return None
     stack.callback(recording.close)
     return recording
 

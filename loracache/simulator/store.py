@@ -166,7 +166,7 @@ class Store:
     def _keep(self, kept: Kept) -> None:
         """Store what an engine stored in a recorded trace, as far as what it is behind is there; or load an adapter."""
         adapter = self._serve_adapter(kept.adapter, Found()) if kept.adapter >= 0 else None
-        last = adapter
+        last = adapter if not self._split else None
         if kept.below is not None:
             last = self.index.get(_key(kept.adapter, kept.below))
             if last is None or not last.present:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -270,6 +271,24 @@ def test_a_full_disk_ends_the_recording_and_leaves_whole_lines(
     recorder.close()
     assert counts == ["record.failed"]
     assert len(read_trace(trace)) > 100
+
+
+def test_a_disk_that_is_full_at_the_start_keeps_no_daemon_from_starting(
+    daemon: Any, file_system: Callable[[int], Path]
+) -> None:
+    trace = file_system(1) / "trace"
+    descriptor = os.open(trace, os.O_WRONLY | os.O_CREAT, 0o600)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(descriptor, b"x" * 4096)  # no line that is whole
+    os.close(descriptor)
+    running = daemon(record=trace)
+    engine = Engine(running.client())
+    for _ in range(2):
+        engine.serve(SPACE, list(range(8 * TOKENS)))
+    assert engine.found == 8
+    assert running.status()["counters"]["record.failed"] == 1
+    assert "nothing is recorded" in running.log()
 
 
 def test_a_failing_file_fails_no_request(daemon: Any, tmp_path: Path, eventually: Callable[..., Any]) -> None:
