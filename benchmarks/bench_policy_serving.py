@@ -75,7 +75,7 @@ def run(quick: bool) -> list[Row]:
                     mean, last = _figure(taken, "mean"), _figure(taken, "p99")
                     told = f"TTFT {mean:.3f} s, p99 {last:.3f} s, {taken.cached:.3f} of the tokens found"
                     print(f"round {number + 1}, {name}: {told}", flush=True)  # takes long
-        return [*_rows(found), *_replayed(recorded)]
+        return [*_rows(found), *_replayed(recorded, sum(len(load.times) for load in found[LRU]))]
 
 
 def chats(number: int, sessions: int) -> list[Asked]:
@@ -139,13 +139,14 @@ def _figure(load: Load, what: str) -> float:
     return float(np.mean(load.times) if what.startswith("mean") else np.percentile(load.times, 99))
 
 
-def _replayed(recorded: dict[str, tuple[Path, int]]) -> Iterator[Row]:
+def _replayed(recorded: dict[str, tuple[Path, int]], sent: int) -> Iterator[Row]:
     """What the simulator says of each daemon's recorded requests, beside what that daemon found."""
     for name, (trace, memory) in recorded.items():
         requests = read_trace(trace)
         there = sum(request.tokens_of(0) * (request.held or 0) for request in requests)
         simulated = replay(requests, Sizes(memory, 0, 1, own_adapters(requests)), Way.parse(name)).hit_rate
         ratio = simulated * sum(request.tokens for request in requests) / max(1, there)
+        yield row(f"  requests recorded / sent, {name}", "x", [len(requests) / sent])
         yield row(f"  found in the replay of its recording / by the daemon, {name}", "x", [ratio])
 
 
