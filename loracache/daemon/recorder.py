@@ -103,8 +103,8 @@ class _Request:
 
 class Recorder:
     """Appends to the file at `path` (made with mode 0600). page: of the arena. count(name) counts on the event loop; it
-    is called from the thread. Raises ConfigError for a file that cannot be one, and OSError where the disk is full, or
-    takes nothing."""
+    is called from the thread. Raises ConfigError for a file that cannot be one, BlockingIOError where another daemon
+    writes it, and OSError where the disk is full, or takes nothing."""
 
     def __init__(self, path: Path, page: int, count: Callable[[str], None], most_bytes: int = MOST_BYTES) -> None:
         self.on = True
@@ -305,7 +305,7 @@ def _key(keys: bytes, position: int) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """The file, for this daemon alone. Raises ConfigError, and OSError for what may pass."""
+    """The file, for this daemon alone. Raises as `Recorder`."""
     fix = "give another file, or remove this one"
     try:
         descriptor = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -320,9 +320,6 @@ def _open(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if found.st_size and os.pread(descriptor, 1, found.st_size - 1) != b"\n":  # of a daemon that was killed
             os.write(descriptor, b"\n")
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(f"record={str(path)!r} is written by another daemon; give each one of its own") from None
     except BaseException:
         os.close(descriptor)
         raise

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import signal
 import stat
 import threading
 import time
@@ -258,6 +259,18 @@ def test_a_file_that_cannot_be_a_trace_is_refused_at_the_start(
         assert code == 2
         assert "record=" in told
         assert why in " ".join(told.split()), told
+
+
+def test_a_private_daemon_waits_for_the_one_before_it_to_leave_the_file(daemon: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    first = daemon(record=trace)
+    ending = threading.Timer(1.0, first.send, [signal.SIGTERM])
+    ending.start()
+    second = daemon(record=trace, private=True)
+    ending.join()
+    Engine(second.client()).serve(SPACE, list(range(2 * TOKENS)))
+    second.stop()
+    assert len(read_trace(trace)) == 1
 
 
 # -- what must not disturb a daemon ----------
