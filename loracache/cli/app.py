@@ -166,7 +166,7 @@ def flush(
 
 app.command("flush", rich_help_panel=_CHANGE)(expanded(flush))
 app.command("check", rich_help_panel=_MANAGE)(check.check)
-app.command("simulate", rich_help_panel=_LOOK)(simulate.simulate)
+app.command("simulate", rich_help_panel=_LOOK)(expanded(simulate.simulate))
 for _name, _command, _panel in VERBS:
     app.command(_name, rich_help_panel=_panel)(expanded(_command))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -20,8 +21,9 @@ from loracache.storage_backends.base import StorageBackend
 
 __all__ = ["books", "recorder", "rest_process", "tiers"]
 
+_log = logging.getLogger(__name__)
 _PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
-_PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder
+_PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder, or its trace
 
 
 def tiers(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]], post: Callable[..., None]) -> TieredCache:
@@ -102,9 +104,23 @@ def recorder(
     loop. Raises ConfigError."""
     if config.record is None:
         return None
-    recording = Recorder(config.record, config.page_size, lambda name: post(lambda: counters.add(name)))
-    stack.callback(recording.close)
-    return recording
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            recording = Recorder(config.record, config.page_size, lambda name: post(lambda: counters.add(name)))
+        except BlockingIOError:
+            if not config.private or time.monotonic() >= deadline:  # of the engine before, which is ending
+                raise ConfigError(
+                    f"record={str(config.record)!r} is written by another daemon; give each one of its own"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            _log.warning("nothing is recorded to %s: %s", config.record, error.strerror)
+            counters.add("record.failed")
+            return None
+        else:
+            stack.callback(recording.close)
+            return recording
 
 
 def _shared_names(config: Config) -> SharedNames | None:

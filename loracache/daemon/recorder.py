@@ -23,6 +23,7 @@ and nothing else.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -51,6 +52,7 @@ _MOST_LEASES = 65_536  # requests that are remembered, so that they are recorded
 _HASHES = 64  # between two looks whether the event loop wants to run
 _WRITE_BYTES, _WRITE_S = 1 << 16, 1.0
 _END_S = 1.0
+_MAY_PASS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ class _Request:
 
 class Recorder:
     """Appends to the file at `path` (made with mode 0600). page: of the arena. count(name) counts on the event loop; it
-    is called from the thread. Raises ConfigError for a file that cannot be one."""
+    is called from the thread. Raises ConfigError for a file that cannot be one, BlockingIOError where another daemon
+    writes it, and OSError where the disk is full, or takes nothing."""
 
     def __init__(self, path: Path, page: int, count: Callable[[str], None], most_bytes: int = MOST_BYTES) -> None:
         self.on = True
@@ -302,11 +305,13 @@ def _key(keys: bytes, position: int) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """The file, for this daemon alone. Raises ConfigError."""
+    """The file, for this daemon alone. Raises as `Recorder`."""
     fix = "give another file, or remove this one"
     try:
         descriptor = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     except OSError as error:
+        if error.errno in _MAY_PASS:
+            raise
         raise ConfigError(f"record={str(path)!r} cannot be written: {error.strerror}; give another file") from None
     try:
         found = os.fstat(descriptor)
@@ -315,13 +320,7 @@ def _open(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if found.st_size and os.pread(descriptor, 1, found.st_size - 1) != b"\n":  # of a daemon that was killed
             os.write(descriptor, b"\n")
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(f"record={str(path)!r} is written by another daemon; give each one of its own") from None
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigError(f"record={str(path)!r} cannot be used: {error.strerror}; {fix}") from None
-    except ConfigError:
+    except BaseException:
         os.close(descriptor)
         raise
     return descriptor

@@ -89,7 +89,8 @@ class _Reader:
 
     def _ask(self, line: dict[str, Any]) -> None:
         chunks, group = _hashes(line["chunks"]), max(1, _whole(line["group"]))
-        held = sum(_whole(line["found"].get(tier, 0)) for tier in _TIERS)
+        found = dict(line["found"])
+        held = sum(_whole(found.get(tier, 0)) for tier in _TIERS)
         space = self._spaces[line["space"]] if "space" in line else None
         for chunk in chunks if space is not None else ():
             self.space_of[chunk] = space  # type: ignore[assignment]

@@ -13,7 +13,7 @@ BLOCK_TOKENS = 512  # of one hash id, where the format does not say otherwise
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What an engine stored: blocks of `nbytes` each, one behind the other, the first behind the block `below` (None:
-    it begins a chain). Without blocks: an adapter that it loaded."""
+    it begins a chain). Without blocks: an adapter that it loaded, of `nbytes`."""
 
     blocks: tuple[int, ...]
     below: int | None

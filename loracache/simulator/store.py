@@ -107,15 +107,22 @@ class Store:
 
     def serve(self, request: Request) -> Found:
         """Look up, load, compute and store one prompt, after what was stored before it."""
-        for kept in request.kept:
-            self._keep(kept)
         found = Found()
-        adapter = self._serve_adapter(request.adapter, found) if request.adapter >= 0 else None
+        for kept in request.kept:
+            if kept.blocks:
+                self._keep(kept)
+            else:
+                self._serve_adapter(kept.adapter, found if kept.adapter == request.adapter else Found())
+        if request.held is None and request.adapter >= 0:
+            adapter: Node | None = self._serve_adapter(request.adapter, found)
+        else:  # as recorded: of an adapter that its engine held the daemon was not asked
+            adapter = self._adapter(request.adapter)
         keys = [_key(request.adapter, block) for block in request.blocks]
         last = self._load(request, keys, adapter, found)
         admitted = self._compute(request, keys, adapter, last, found)
         if admitted is not None and self.sizes.disk:
             self._write(admitted)
+        self.index.prune(adapter)
         return found
 
     def _load(self, request: Request, keys: Sequence[bytes], adapter: Node | None, found: Found) -> Node | None:
@@ -169,9 +176,9 @@ class Store:
         return admitted
 
     def _keep(self, kept: Kept) -> None:
-        """Store what an engine stored in a recorded trace, as far as what it is behind is there; or load an adapter."""
-        adapter = self._serve_adapter(kept.adapter, Found()) if kept.adapter >= 0 else None
-        last = adapter
+        """Store what an engine stored in a recorded trace, as far as what it is behind is there."""
+        adapter = self._adapter(kept.adapter)
+        last = adapter if not self._split else None
         if kept.below is not None:
             last = self.index.get(_key(kept.adapter, kept.below))
             if last is None or not last.present:
@@ -192,6 +199,12 @@ class Store:
             last = node
         if admitted is not None:
             self._write(admitted)
+        self.index.prune(adapter)
+
+    def _adapter(self, number: int) -> Node | None:
+        """Its node, in no tier perhaps; None for no adapter."""
+        size = self.sizes.adapters[number] if number >= 0 else 0
+        return self._insert(_key(number), b"", Kind.LORA, number, size) if number >= 0 else None
 
     def invalid_share(self) -> float:
         """Bytes of KV whose adapter is in no tier, by bytes of KV."""

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import resource
+import signal
 import stat
 import threading
 import time
@@ -42,7 +44,20 @@ class Engine:
 
     def __init__(self, client: CacheClient) -> None:
         self.client = client
-        self.asked = self.found = 0
+        self.asked = self.found = self.loads = 0
+        self.pages: list[str] = []  # adapters that it holds itself, two at most
+
+    def load(self, digest: str, folder: Path) -> None:
+        if digest in self.pages:
+            return
+        self.pages = [*self.pages, digest][-2:]
+        self.loads += 1
+        with self.client.acquire([bytes.fromhex(digest)]) as reading:
+            if reading.slots[0] is not None:
+                return
+        self.client.add_adapter(str(folder))
+        with self.client.acquire([bytes.fromhex(digest)]) as reading:
+            assert reading.slots[0] is not None
 
     def serve(self, space: Namespace, tokens: list[int], *, answer: int = 0) -> None:
         digest = self.client.register(space)
@@ -69,7 +84,9 @@ class Engine:
                         room.write(position, bytes(SIZE))
 
 
-def chats(engine: Engine, spaces: list[Namespace], count: int, seed: int) -> None:
+def chats(
+    engine: Engine, spaces: list[Namespace], count: int, seed: int, folders: dict[str, Path] | None = None
+) -> None:
     """Sessions of a few turns, mixed, each turn with all before it and the answers to that."""
     chance = random.Random(seed)
     running: list[tuple[Namespace, list[int]]] = []
@@ -78,9 +95,46 @@ def chats(engine: Engine, spaces: list[Namespace], count: int, seed: int) -> Non
             running.append((chance.choice(spaces), [chance.randrange(1000) for _ in range(TOKENS * 3)]))
         space, tokens = running[chance.randrange(len(running))]
         tokens += [chance.randrange(1000) for _ in range(TOKENS * 3)]
+        if folders:
+            engine.load(space.adapter, folders[space.adapter])
         engine.serve(space, tokens, answer=1)
         if chance.random() < 0.2 or len(tokens) > 30 * TOKENS:
             running.remove((space, tokens))
+
+
+def peft(folder: Path, seed: int = 0, width: int = 64) -> Path:
+    """A PEFT folder."""
+    name = "base_model.model.model.layers.0.q_proj"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    numbers = np.random.default_rng(seed)
+    sides = {"A": (4, width), "B": (width, 4)}
+    tensors = {f"{name}.lora_{side}.weight": numbers.random(shape, np.float32) for side, shape in sides.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_replay_loads_adapters_when_an_engine_did(daemon: Any, tmp_path: Path) -> None:
+    trace, memory = tmp_path / "trace", 96 * PAGE
+    running = daemon(memory=memory, record=trace)
+    engine = Engine(running.client())
+    folders = {}
+    for number in range(5):  # 16 pages each
+        folder = peft(tmp_path / f"adapter-{number}", number, 32_000)
+        folders[engine.client.add_adapter(str(folder))] = folder
+    spaces = [Namespace("model", "float32", "layout", TOKENS, digest) for digest in folders]
+    chats(engine, spaces, 300, 3, folders)
+    status = running.status()
+    assert running.stop() == 0
+    requests = read_trace(trace)
+    assert sorted({each.adapter for each in requests}) == [0, 1, 2, 3, 4]
+    assert sum(not kept.blocks for each in requests for kept in each.kept) == engine.loads
+    run = replay(requests, Sizes(memory, 0, 1, own_adapters(requests)), Way.parse("lru"))
+    assert status["counters"]["evict.cpu.policy"] > 200
+    assert 5 < run.adapters_loaded < engine.loads
+    # Adapters were there already when the first engine came; pages of a large object may be wherever there are some.
+    assert run.hit_rate == pytest.approx(engine.found / engine.asked, abs=0.005)
 
 
 @pytest.mark.parametrize(("policy", "disk"), [("lru", 0), ("lru", 8), ("s3fifo", 0), ("adaptive", 0)])
@@ -145,25 +199,11 @@ def test_two_files_have_nothing_in_common(daemon: Any, tmp_path: Path) -> None:
     assert not {texts[0][:16], texts[0][16:]} & {texts[1][:16], texts[1][16:]}
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    """A PEFT folder."""
-    folder, name = tmp_path / "adapter", "base_model.model.model.layers.0.q_proj"
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    sides = {"A": np.ones((4, 64), np.float32), "B": np.ones((64, 4), np.float32)}
-    save_file(
-        {f"{name}.lora_{side}.weight": each for side, each in sides.items()}, folder / "adapter_model.safetensors"
-    )
-    return folder
-
-
-def test_adapters_that_engines_load_are_recorded_with_their_size(daemon: Any, tmp_path: Path, adapter: Any) -> None:
+def test_adapters_that_engines_load_are_recorded_with_their_size(daemon: Any, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     running = daemon(record=trace)
     client = running.client()
-    digest = client.add_adapter(str(adapter))
+    digest = client.add_adapter(str(peft(tmp_path / "adapter")))
     with client.acquire([bytes.fromhex(digest)]) as reading:
         (slot,) = reading.slots
         assert slot is not None
@@ -221,6 +261,18 @@ def test_a_file_that_cannot_be_a_trace_is_refused_at_the_start(
         assert why in " ".join(told.split()), told
 
 
+def test_a_private_daemon_waits_for_the_one_before_it_to_leave_the_file(daemon: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    first = daemon(record=trace)
+    ending = threading.Timer(1.0, first.send, [signal.SIGTERM])
+    ending.start()
+    second = daemon(record=trace, private=True)
+    ending.join()
+    Engine(second.client()).serve(SPACE, list(range(2 * TOKENS)))
+    second.stop()
+    assert len(read_trace(trace)) == 1
+
+
 # -- what must not disturb a daemon ----------
 
 
@@ -272,6 +324,24 @@ def test_a_full_disk_ends_the_recording_and_leaves_whole_lines(
     assert len(read_trace(trace)) > 100
 
 
+def test_a_disk_that_is_full_at_the_start_keeps_no_daemon_from_starting(
+    daemon: Any, file_system: Callable[[int], Path]
+) -> None:
+    trace = file_system(1) / "trace"
+    descriptor = os.open(trace, os.O_WRONLY | os.O_CREAT, 0o600)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(descriptor, b"x" * 4096)  # no line that is whole
+    os.close(descriptor)
+    running = daemon(record=trace)
+    engine = Engine(running.client())
+    for _ in range(2):
+        engine.serve(SPACE, list(range(8 * TOKENS)))
+    assert engine.found == 8
+    assert running.status()["counters"]["record.failed"] == 1
+    assert "nothing is recorded" in running.log()
+
+
 def test_a_failing_file_fails_no_request(daemon: Any, tmp_path: Path, eventually: Callable[..., Any]) -> None:
     trace = tmp_path / "trace"
     running = daemon(record=trace)
@@ -319,6 +389,9 @@ def test_parts_of_one_lookup_are_one_request_and_shards_share_their_tokens(tmp_p
     recorder.close()
     found = read_trace(tmp_path / "trace")
     assert [(len(each.blocks), each.held, each.tokens) for each in found] == [
-        (8, 6, 4 * TOKENS), (4, 4, 2 * TOKENS), (4, 2, 2 * TOKENS), (4, 0, 2 * TOKENS)
-    ]  # fmt: skip
+        (8, 6, 4 * TOKENS),
+        (4, 4, 2 * TOKENS),
+        (4, 2, 2 * TOKENS),
+        (4, 0, 2 * TOKENS),
+    ]
     assert isinstance(found[0], Request)
