@@ -79,6 +79,7 @@ class Departure(enum.StrEnum):
     POLICY = "policy"  # room was needed, and the tier's policy chose it
     POLICY_ONCE = "policy.came_once"  # from among those that came once
     POLICY_AGAIN = "policy.came_again"  # from among those that came again
+    AHEAD = "ahead"  # the swapper keeps a little room free, and the tier's policy chose it
     MEMORY_FULL = "memory_full"  # the arena is full of what waits to be written, and this waited longest
     BUDGET = "budget"  # Redis has more than `redis_max_bytes`
     LEFT_ALONE = "left_alone"  # of another release or integrity_key, and its room was needed

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass, replace
 
 from loracache.cache.admitting import Admitter
+from loracache.cache.ahead import Ahead
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.policy.benefit import Benefit
@@ -101,6 +102,7 @@ class TieredCache:
             self._add_redis(redis, post, slices)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
+        self.ahead = Ahead(self.index, self._promoter, self._room, slices, self.disk)
         self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
 
     def _add_disk(self, disk: StorageBackend, limit: int, policy: str, post: Post, slices: Slices) -> None:
@@ -318,6 +320,11 @@ class TieredCache:
 
         for writer in self.writers:
             writer.when_flushed(lambda io=writer.io: io.when_written(one))  # type: ignore[misc]
+
+    def expect(self, batch: float) -> None:
+        """So many requests run at once in all engines, as they say."""
+        for policy in self._policies.values():
+            policy.expect(batch)
 
     def tick(self) -> None:
         """End what is over: leases and pins past their time."""

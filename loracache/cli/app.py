@@ -99,6 +99,7 @@ def serve(
     drain: Annotated[float | None, typer.Option(help="Seconds to write what is queued at the end.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="End with the last client.")] = None,
     audit_log: Annotated[Path | None, typer.Option(help="File of what operators changed.", show_default=False)] = None,
+    record: Annotated[Path | None, typer.Option(help="File of a trace of what is asked.", show_default=False)] = None,
     traces: Annotated[str | None, typer.Option(help="OTLP/HTTP collector of spans.", show_default=False)] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
@@ -117,7 +118,7 @@ def serve(
         "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
         "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
         "log_format": log_format, "audit_log": audit_log, "traces": traces,
-        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key,
+        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key, "record": record,
     }  # fmt: skip
     settings = load_config(flags, config)
     set_up_logging(settings.log_level, settings.log_format)
@@ -165,7 +166,7 @@ def flush(
 
 app.command("flush", rich_help_panel=_CHANGE)(expanded(flush))
 app.command("check", rich_help_panel=_MANAGE)(check.check)
-app.command("simulate", rich_help_panel=_LOOK)(simulate.simulate)
+app.command("simulate", rich_help_panel=_LOOK)(expanded(simulate.simulate))
 for _name, _command, _panel in VERBS:
     app.command(_name, rich_help_panel=_panel)(expanded(_command))
 

@@ -61,6 +61,7 @@ class _Status(Collector):
             yield counter
         yield from self._moved()
         yield self._evictions()
+        yield from self._swapper()
         yield self._not_admitted()
         yield from self._lag()
 
@@ -118,6 +119,22 @@ class _Status(Collector):
             for reason, count in reasons.items():
                 family.add_metric([tier, reason], count)
         return family
+
+    def _swapper(self) -> Iterable[Metric]:
+        """What is raised ahead of need, and what engines say of their requests."""
+        counters: Mapping[str, int] = self._status["counters"]
+        about = "Objects raised ahead of need; used, or wasted: gone unused; failed: they did not come."
+        objects = CounterMetricFamily("loracache_prefetched_objects", about, labels=["outcome"])
+        for outcome, name in (("raised", "objects"), ("used", "used"), ("wasted", "wasted"), ("failed", "failed")):
+            objects.add_metric([outcome], counters.get(f"prefetch.{name}", 0))
+        yield objects
+        about, nbytes = "Payload bytes raised ahead of need.", counters.get("prefetch.bytes", 0)
+        yield CounterMetricFamily("loracache_prefetched_bytes", about, value=nbytes)
+        swapper = self._status["swapper"]
+        about = "Requests that ran at once in all engines, a mean of 5 s."
+        yield GaugeMetricFamily("loracache_engine_batch", about, value=swapper["batch"])
+        about = "Requests that wait in all engines."
+        yield GaugeMetricFamily("loracache_engine_waiting", about, value=swapper["waiting"])
 
     def _lag(self) -> Iterable[Metric]:
         """How late the daemon's event loop was."""

@@ -12,11 +12,9 @@ from loracache.results import NodeKind, OperationState
 from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
-    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flushed",
-    "Found",
-    "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin", "Selector", "TreeNode",
-    "TreePage",
-    "Unpin",
+    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flush",
+    "Flushed", "Found", "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin",
+    "Selector", "TreeNode", "TreePage", "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

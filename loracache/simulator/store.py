@@ -17,7 +17,7 @@ from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import whole
 from loracache.errors import ConfigError
-from loracache.simulator.trace import Request
+from loracache.simulator.request import Kept, Request
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
@@ -106,14 +106,23 @@ class Store:
         self._kv_of: Counter[int] = Counter()  # an adapter's KV in memory and on disk, bytes
 
     def serve(self, request: Request) -> Found:
-        """Look up, load, compute and store one prompt."""
+        """Look up, load, compute and store one prompt, after what was stored before it."""
         found = Found()
-        adapter = self._serve_adapter(request.adapter, found) if request.adapter >= 0 else None
+        for kept in request.kept:
+            if kept.blocks:
+                self._keep(kept)
+            else:
+                self._serve_adapter(kept.adapter, found if kept.adapter == request.adapter else Found())
+        if request.held is None and request.adapter >= 0:
+            adapter: Node | None = self._serve_adapter(request.adapter, found)
+        else:  # as recorded: of an adapter that its engine held the daemon was not asked
+            adapter = self._adapter(request.adapter)
         keys = [_key(request.adapter, block) for block in request.blocks]
         last = self._load(request, keys, adapter, found)
         admitted = self._compute(request, keys, adapter, last, found)
         if admitted is not None and self.sizes.disk:
             self._write(admitted)
+        self.index.prune(adapter)
         return found
 
     def _load(self, request: Request, keys: Sequence[bytes], adapter: Node | None, found: Found) -> Node | None:
@@ -151,12 +160,12 @@ class Store:
         admitted: Node | None = None
         if last is None and not self._split:
             last = adapter
-        token = self.sizes.token
-        missing = token * max(0, request.tokens - found.cpu - found.disk)
-        self._free(Tier.CPU, Tier.CPU, missing, _those(last, adapter))  # for all at once, where that is to be had
-        for position in range(found.blocks, len(keys)):
+        end = len(keys) if request.held is None else min(request.held, len(keys))
+        sizes = [request.bytes_of(position, self.sizes.token) for position in range(found.blocks, end)]
+        self._free(Tier.CPU, Tier.CPU, sum(sizes), _those(last, adapter))  # for all at once, where that is to be had
+        for key, size in zip(keys[found.blocks : end], sizes, strict=True):
             above = last.key if last is not None else b""
-            node = self._insert(keys[position], above, Kind.KV, request.adapter, request.tokens_of(position) * token)
+            node = self._insert(key, above, Kind.KV, request.adapter, size)
             if not node.held_in(Tier.CPU) and not self._enter(node, Tier.CPU, _those(last, adapter)):
                 self.index.prune(node)
                 break
@@ -165,6 +174,37 @@ class Store:
             if self.sizes.disk and not self._admission.came(node):
                 admitted = node
         return admitted
+
+    def _keep(self, kept: Kept) -> None:
+        """Store what an engine stored in a recorded trace, as far as what it is behind is there."""
+        adapter = self._adapter(kept.adapter)
+        last = adapter if not self._split else None
+        if kept.below is not None:
+            last = self.index.get(_key(kept.adapter, kept.below))
+            if last is None or not last.present:
+                return
+        admitted: Node | None = None
+        for block in kept.blocks:
+            above = last.key if last is not None else b""
+            node = self._insert(_key(kept.adapter, block), above, Kind.KV, kept.adapter, kept.nbytes)
+            if node.present:
+                self.index.touch(node)
+            elif self._enter(node, Tier.CPU, _those(last, adapter)):
+                self.counts["stored"] += node.size
+                if self.sizes.disk and not self._admission.came(node):
+                    admitted = node
+            else:
+                self.index.prune(node)
+                break
+            last = node
+        if admitted is not None:
+            self._write(admitted)
+        self.index.prune(adapter)
+
+    def _adapter(self, number: int) -> Node | None:
+        """Its node, in no tier perhaps; None for no adapter."""
+        size = self.sizes.adapters[number] if number >= 0 else 0
+        return self._insert(_key(number), b"", Kind.LORA, number, size) if number >= 0 else None
 
     def invalid_share(self) -> float:
         """Bytes of KV whose adapter is in no tier, by bytes of KV."""

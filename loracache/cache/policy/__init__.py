@@ -45,6 +45,9 @@ class Policy(Protocol):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain, held or not."""
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+
     def reason(self, node: Node) -> Departure:
         """Why a victim goes, where it stands before it has gone."""
 

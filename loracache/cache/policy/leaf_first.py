@@ -58,6 +58,9 @@ class LeafFirst(ABC, Generic[R]):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain, held or not."""
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+
     @abstractmethod
     def place(self, node: Node) -> R:
         """The rank that `node` has in its line, or would have there."""

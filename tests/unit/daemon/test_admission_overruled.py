@@ -31,9 +31,14 @@ def running(module_daemon: Any, server: Any, eventually: Any, tmp_path_factory: 
     folder = tmp_path_factory.mktemp("settings")
     (folder / "loracache.yaml").write_text("admission: second_touch\n")
     made = module_daemon(
-        config=folder / "loracache.yaml", memory="4MiB", page_size="4KiB", disk_path=folder / "disk", disk="64MiB",
-        redis=server.url, http="127.0.0.1:0",
-    )  # fmt: skip
+        config=folder / "loracache.yaml",
+        memory="4MiB",
+        page_size="4KiB",
+        disk_path=folder / "disk",
+        disk="64MiB",
+        redis=server.url,
+        http="127.0.0.1:0",
+    )
 
     def answers() -> bool:
         try:
@@ -122,8 +127,9 @@ def test_so_it_does_on_the_command_line(
     keys = chain(2)
     done = loracache("flush", *(word for key in keys for word in ("--key", key.hex())), socket=running.socket)
     assert (done.code, done.out.splitlines()) == (
-        0, [f"{tier}: 2 objects durable, 0 given up of what was selected" for tier in ("disk", "redis")],
-    )  # fmt: skip
+        0,
+        [f"{tier}: 2 objects durable, 0 given up of what was selected" for tier in ("disk", "redis")],
+    )
     assert tiers(keys) == {"cpu", "disk", "redis"}
     assert loracache("flush", "--key", "ab" * 32, socket=running.socket).code == 4
 

@@ -21,9 +21,13 @@ def running(module_daemon: Any, eventually: Any, rest_is_up: Any, tmp_path_facto
     folder = tmp_path_factory.mktemp("settings")
     (folder / "loracache.yaml").write_text("admission: second_touch\npolicy: s3fifo\n")
     made = module_daemon(
-        config=folder / "loracache.yaml", memory="2MiB", page_size="4KiB", disk_path=folder / "disk", disk="64MiB",
+        config=folder / "loracache.yaml",
+        memory="2MiB",
+        page_size="4KiB",
+        disk_path=folder / "disk",
+        disk="64MiB",
         http="127.0.0.1:0",
-    )  # fmt: skip
+    )
     eventually(lambda: rest_is_up(made), "REST answers")
     return made
 
