@@ -221,7 +221,7 @@ class Mover:
     def _hold_on(self, nodes: list[Node]) -> None:
         here = [node for node in nodes if node.held_in(Tier.CPU)]
         if self._hold and here:
-            self._cache.leases.hold(_OWNER, self._holding, self._hold, here, Grip.LOOSE)
+            self._cache.leases.hold(OPERATOR, self._holding, self._hold, here, Grip.LOOSE)
 
     # -- where they go ----------
 
