@@ -35,6 +35,9 @@ def simulate(
     ] = 0,
     ranks: _ranked = "8,16,32,64",
     zipf: Annotated[float, typer.Option(help="The n-th adapter is asked for as often as n ** -zipf.")] = 1.0,
+    hints: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the sessions that come back, how many say so each time; 0 to 1.")
+    ] = 0.0,
     engines: Annotated[
         int,
         typer.Option(
@@ -51,6 +54,7 @@ def simulate(
 
     from loracache.config import parse_size
     from loracache.simulator.belady import belady_hit_rate
+    from loracache.simulator.hints import with_hints
     from loracache.simulator.replay import replay
     from loracache.simulator.store import Sizes, Way
     from loracache.simulator.trace import read_trace, with_adapters
@@ -60,10 +64,12 @@ def simulate(
         steps = [int(each) for each in ranks.split(",")]
     except ValueError as error:
         raise ConfigError(f"--memory, --disk, --kv-bytes-per-token, --ranks: {error}") from None
+    if not 0 <= hints <= 1:
+        raise ConfigError(f"--hints {hints} is a share of the sessions, from 0 to 1")
     if token < 1 or min(steps) < 1 or not 0 <= zipf <= 10:
         raise ConfigError(f"--kv-bytes-per-token {token} and --ranks {ranks} must be 1 or more, --zipf {zipf} 0 to 10")
     ways = [Way.parse(each, disk_policy, admission) for each in policy.split(",")]
-    requests = with_adapters(read_trace(trace), adapters, zipf, seed)
+    requests = with_hints(with_adapters(read_trace(trace), adapters, zipf, seed), hints, seed)
     each_adapter = [steps[number % len(steps)] * _RANK_BYTES for number in range(adapters)]
     gc.disable()  # millions of nodes, no circles among them
     given = Sizes(cpu, lower, token, each_adapter)

@@ -29,12 +29,15 @@ _COMMON = 0.1  # a first block that more of all requests begin with is a system 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """time: seconds since the first one. blocks: an id for each block of the prompt. adapter: its number, -1: none."""
+    """time: seconds since the first one. blocks: an id for each block of the prompt. adapter: its number, -1: none.
+    session: its number. returns: it comes with the hint that its session will ask again."""
 
     time: float
     tokens: int
     blocks: tuple[int, ...]
     adapter: int = -1
+    session: int = -1
+    returns: bool = False
 
     def tokens_of(self, position: int) -> int:
         """Tokens of one block; the last one may have fewer than the others."""
