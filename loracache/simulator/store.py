@@ -25,7 +25,7 @@ from loracache.tiers import Tier
 __all__ = ["Found", "Sizes", "Store", "Way"]
 
 _HELD = 0.9  # of memory, at most, for sessions that said that they come back
-_HELD_S = 1200.0  # at most
+_HELD_S = 900.0  # at most
 _BOTH = 1 << Tier.CPU | 1 << Tier.DISK
 _SPREAD = 0x9E3779B97F4A7C15F39CC0605CEDC8341082276BF3A27251F86C6A11D0C18E95  # odd: no two numbers become one
 
