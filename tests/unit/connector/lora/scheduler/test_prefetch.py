@@ -75,8 +75,9 @@ def test_nobody_leaves_for_what_may_come(
 def test_what_is_gone_or_of_another_model_is_left_alone(
     url: str, client: Any, make_engine: Any, make_adapter: Any, eventually: Any
 ) -> None:
-    other = make_adapter("of another model", {"model.layers.0.mlp.down_proj": 4},
-                         sizes={"model.layers.0.mlp.down_proj": (7, 9)})  # fmt: skip
+    other = make_adapter(
+        "of another model", {"model.layers.0.mlp.down_proj": 4}, sizes={"model.layers.0.mlp.down_proj": (7, 9)}
+    )
     good, gone = make_adapter("good"), make_adapter("gone")
     for each in (other, good):
         client.add_adapter(each.path)
