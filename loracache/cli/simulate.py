@@ -18,6 +18,9 @@ __all__ = ["simulate"]
 
 _RANK_BYTES = 5 << 20  # of one rank of an adapter for all linear layers of a model of 8B parameters, 16 bits
 _ranked = Annotated[str, typer.Option(help="Ranks of the adapters, in turn; 5 MiB a rank.")]
+_prefetched = Annotated[
+    str, typer.Option(help="With commas: none, timer, hints:P (percent of returns announced), timer+hints:P.")
+]
 
 
 def simulate(
@@ -41,6 +44,8 @@ def simulate(
             metavar="N", parser=integer(0, 100_000), help="That serve the trace.", show_default="load 0.8 without hits"
         ),
     ] = 0,
+    prefetch: _prefetched = "none",
+    restart: Annotated[float, typer.Option(metavar="SECONDS", help="Memory is empty again once, then.")] = 0.0,
     seed: Annotated[
         int, typer.Option(metavar="N", parser=integer(0, 2**31), help="Of the adapters' order.", show_default="0")
     ] = 0,
@@ -53,6 +58,7 @@ def simulate(
     from loracache.simulator.belady import belady_hit_rate
     from loracache.simulator.replay import replay
     from loracache.simulator.store import Sizes, Way
+    from loracache.simulator.swapping import checked
     from loracache.simulator.trace import read_trace, with_adapters
 
     try:
@@ -67,7 +73,10 @@ def simulate(
     each_adapter = [steps[number % len(steps)] * _RANK_BYTES for number in range(adapters)]
     gc.disable()  # millions of nodes, no circles among them
     given = Sizes(cpu, lower, token, each_adapter)
-    runs = [replay(requests, given, way, engines=engines) for way in ways]
+    how = [checked(each) for each in prefetch.split(",")]
+    runs = [
+        replay(requests, given, way, engines=engines, prefetch=each, restart=restart) for way in ways for each in how
+    ]
     bound = belady_hit_rate(requests, cpu + lower, token, each_adapter)
     if as_json:
         asked = {"requests": len(requests), "tokens": sum(each.tokens for each in requests)}
@@ -83,13 +92,13 @@ def _print(runs: list[Run], bound: float) -> None:
         (
             run.policy, f"{run.hit_rate:.4f}", f"{run.hit_rate_cpu:.4f}", f"{run.hit_rate_disk:.4f}",
             f"{run.invalid_kv:.3f}", f"{run.ttft_mean:.3f}", f"{run.ttft_p99:.3f}",
-            size_text(run.bytes_disk_written), run.adapters_loaded, f"{run.choice_us:.1f}",
+            size_text(run.bytes_disk_written), run.adapters_loaded, f"{run.choice_us:.1f}", run.prefetch,
         )
         for run in runs
     ]  # fmt: skip
     columns = [
-        "policy", ">hit rate", ">of cpu", ">of disk", ">invalid KV", ">TTFT mean s", ">p99 s", ">to disk", ">adapters",
-        ">us/victim",
+        "policy", ">hit rate", ">of cpu", ">of disk", ">invalid KV", ">TTFT mean s", ">p99 s", ">to disk",
+        ">adapters", ">us/victim", "prefetch",
     ]  # fmt: skip
     print_table(columns, rows)
     typer.echo(f"belady: {bound:.4f}")
