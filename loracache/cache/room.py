@@ -14,7 +14,7 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Leases
 from loracache.cache.tier.write_behind import WriteBehind
-from loracache.results import Cause
+from loracache.results import Cause, Departure
 from loracache.tiers import Tier
 
 __all__ = ["Room"]
@@ -70,7 +70,7 @@ class Room:
                     return False
                 yield
                 continue
-            yield from self._evict_all(victims, kept, "policy")
+            yield from self._evict_all(victims, kept, policy.reason)
         return True
 
     def ahead(self, nbytes: int) -> Iterator[None]:
@@ -79,12 +79,14 @@ class Room:
         missing = nbytes - self._arena.free_bytes
         if missing > 0:
             victims, _ = yield from self._policies[Tier.CPU].victims(missing, ())
-            yield from self._evict_all(victims, (), "ahead")
+            yield from self._evict_all(victims, (), lambda _: Departure.AHEAD)
 
-    def _evict_all(self, victims: Sequence[Node], kept: Container[Node], cause: str) -> Iterator[None]:
+    def _evict_all(
+        self, victims: Sequence[Node], kept: Container[Node], reason: Callable[[Node], Departure]
+    ) -> Iterator[None]:
         for count, node in enumerate(victims, start=1):
             if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):
-                self._evict(node, cause)
+                self._evict(node, reason(node))
             if not count % _EVICTED:
                 yield
 
@@ -96,7 +98,7 @@ class Room:
             for writer in self._writers:
                 writer.forget(leaf, Cause.MEMORY_FULL)
             nbytes -= self._arena.rounded(leaf.size)
-            self._evict(leaf, Cause.MEMORY_FULL)
+            self._evict(leaf, Departure.MEMORY_FULL)
             given_up += 1
         return given_up
 

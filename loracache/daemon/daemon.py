@@ -24,8 +24,6 @@ from typing import Any
 
 from loracache import __version__
 from loracache.accepting import Acceptor
-from loracache.cache.state.arena import Arena
-from loracache.cache.tiered import TieredCache
 from loracache.config import Config, shown_config
 from loracache.control.adapters import Adapters
 from loracache.control.audit import Audit
@@ -34,7 +32,7 @@ from loracache.control.service import Control
 from loracache.control.status import cache_status
 from loracache.daemon.lag import LoopLag
 from loracache.daemon.listening import listen, most_clients, unlink, unlink_unless_locked
-from loracache.daemon.parts import books, disk_backend, redis_backend, rest_process
+from loracache.daemon.parts import books, recorder, rest_process, tiers
 from loracache.daemon.processes import Peer
 from loracache.daemon.scanning import Scan
 from loracache.daemon.session import Served, Session
@@ -77,8 +75,7 @@ class Daemon:
         try:
             self._listener = listen(config.socket, self._stack, private=config.private)
             self._acceptor = Acceptor(self._listener, self._accept)
-            disk = disk_backend(config)
-            redis = redis_backend(config, self._describe)
+            self.cache = tiers(config, self._describe, self._post)
             self._rest = rest_process(config, self._stack)
             self._namespaces, self._names = books(config)
             if config.traces is not None:
@@ -86,15 +83,7 @@ class Daemon:
                 self._stack.callback(stop_traces)
             audit = Audit(config.audit_log)
             self._stack.callback(audit.close)
-            arena = Arena(config.memory, config.page_size)
-            self.cache = TieredCache(
-                arena,
-                self._post,
-                disk=disk,
-                disk_limit=config.disk,
-                redis=redis,
-                **config.model_dump(include={"policy", "disk_policy", "admission"}),
-            )
+            recording = recorder(config, self.cache.counters, self._post, self._stack)
             for writer in self.cache.writers:  # what is out of reach is used once it is there
                 writer.io.stand(writer.io.backend.check())
         except BaseException:
@@ -116,11 +105,12 @@ class Daemon:
             self._session_ended,
             self._rest_pid,
             Swapping(self.cache, config),
+            recording,
         )
         self._owners = itertools.count(1)
         self._most_clients = most_clients()
-        self._instance = os.urandom(16)
         self._say_again = self._end_by = 0.0
+        self._instance = os.urandom(16)
         self._step = "the writing of what is queued"  # that the end waits for
         self._stopping = threading.Event()
         self._ended = asyncio.Event()

@@ -27,6 +27,7 @@ from loracache.wire.protocol import NO_PARENT, OK, PART, split_keys
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.lookup import Finder, Hits
+    from loracache.daemon.recorder import Recorder
     from loracache.daemon.swapping import Swapping
     from loracache.namespaces import Namespaces
 
@@ -54,6 +55,7 @@ class DataRequests:
         swapping: Swapping,
         answer: Answer,
         later: Later,
+        recorder: Recorder | None = None,
     ) -> None:
         self._owner = owner
         self._cache = cache
@@ -62,6 +64,7 @@ class DataRequests:
         self._swapping = swapping
         self._answer = answer
         self._later = later
+        self._recorder = recorder
         self._gone = False
         self._asking: set[bytes] = set()  # leases of what waits for a tier, until they are released
 
@@ -128,12 +131,18 @@ class DataRequests:
         for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
             counters.add(f"hit.{tier.label}", tiers.count(tier))
         counters.add(f"miss.{hits.cause}", len(keys) - count)
+        if self._recorder is not None and keys:
+            node = self._cache.index.get(keys[0])
+            space = self._namespaces.get(node.namespace) if node is not None and node.namespace else None
+            self._recorder.asked(self._owner, request.lease, request.keys, request.group, tiers, space)
         return [bytes(tiers)]
 
     def _acquire(self, number: int, request: protocol.Acquire) -> Iterator[None]:
         left = len(request.keys) // KEY_BYTES
         if not left:
             self._answer(number, OK, [])
+        node = self._cache.index.get(request.keys) if self._recorder is not None and left == 1 else None
+        at = next((tier for tier in Tier if node is not None and node.held_in(tier)), None)
 
         def ready(first: int, acquired: list[Acquired]) -> None:
             nonlocal left
@@ -141,6 +150,8 @@ class DataRequests:
             for item in acquired:
                 if item.node is None:
                     self._cache.counters.add(f"acquire.failed.{item.cause}")
+                elif self._recorder is not None and item.node.kind is Kind.LORA:
+                    self._recorder.loaded(item.node.key, item.node.size, at)
             self._answer(number, PART if left else OK, [_acquired(first, item) for item in acquired])
 
         yield from self._raise(request, Grip.FIRM, ready)
@@ -220,6 +231,8 @@ class DataRequests:
             raise UsageError(
                 f"namespace {request.namespace.hex()} is not registered; register it on this connection first"
             )
+        if self._recorder is not None:
+            self._recorder.stored(namespace, request.keys, request.parents, request.sizes)
         root = namespace.adapter_key()
         infos: list[ObjectInfo] = []
         for keys, parents in zip(_parts(request.keys, _FOUND), _parts(request.parents, _FOUND), strict=True):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from loracache.control.lookup import Finder
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
+    from loracache.daemon.recorder import Recorder
     from loracache.daemon.swapping import Swapping
     from loracache.namespaces import Namespaces
 
@@ -70,6 +71,7 @@ class Served:
     ended: Callable[[Session], None]
     rest_pid: Callable[[], int | None]
     swapping: Swapping
+    recorder: Recorder | None = None
     turns: Turns = field(default_factory=Turns)
     registered: Counter[bytes] = field(default_factory=Counter)
     """Digests of namespaces, by how many connections have registered them."""
@@ -90,7 +92,14 @@ class Session(asyncio.Protocol):
         self.client = peer.pid or -owner  # of another pid namespace nobody knows which connections are one process's
         self._inbox = Inbox(self.client, served.waiting, self._broken)
         self._data = DataRequests(
-            owner, served.cache, served.namespaces, served.finder, served.swapping, self._answer, self._later
+            owner,
+            served.cache,
+            served.namespaces,
+            served.finder,
+            served.swapping,
+            self._answer,
+            self._later,
+            served.recorder,
         )
         self._transport: asyncio.Transport | None = None
         self._registered: set[bytes] = set()  # digests of namespaces

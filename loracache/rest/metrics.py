@@ -62,6 +62,7 @@ class _Status(Collector):
         yield from self._moved()
         yield self._evictions()
         yield from self._swapper()
+        yield self._not_admitted()
         yield from self._lag()
 
     def _gauges(self) -> Iterable[Metric]:
@@ -106,11 +107,17 @@ class _Status(Collector):
 
     def _evictions(self) -> Metric:
         about = "Objects that left a tier; cause policy: to make room, as the policy chose."
-        family = CounterMetricFamily("loracache_evictions", about, labels=["tier", "cause"])
-        for name, count in self._status["counters"].items():
-            what, _, rest = name.partition(".")
-            if what == "evict" and "." in rest:
-                family.add_metric(rest.split(".", 1), count)
+        return self._reasons("evictions", "cause", about, "evicted")
+
+    def _not_admitted(self) -> Metric:
+        about = "Objects of memory that were not written to a lower tier, and why."
+        return self._reasons("not_admitted", "reason", about, "not_admitted")
+
+    def _reasons(self, name: str, label: str, about: str, field: str) -> Metric:
+        family = CounterMetricFamily(f"loracache_{name}", about, labels=["tier", label])
+        for tier, reasons in self._status[field].items():
+            for reason, count in reasons.items():
+                family.add_metric([tier, reason], count)
         return family
 
     def _swapper(self) -> Iterable[Metric]:

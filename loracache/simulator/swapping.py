@@ -17,8 +17,8 @@ from loracache.cache.swap.returns import Returns
 from loracache.cache.swap.swapper import STEP_S, Swapper, SwapSettings
 from loracache.errors import ConfigError
 from loracache.results import Cause
+from loracache.simulator.request import Request
 from loracache.simulator.store import Store
-from loracache.simulator.trace import Request
 from loracache.tiers import Tier
 
 __all__ = ["Prefetch", "checked", "parse_prefetch"]
@@ -93,6 +93,12 @@ class Prefetch:
             seconds = self._requests[later].time - request.time
             keys = self._store.keys_of(request)
             self._returns.announce(number.to_bytes(16, "big"), keys, seconds, 0.0)
+
+    def told(self) -> dict[str, int]:
+        """What came of it, by the fields of a run."""
+        objects, nbytes = self.counters["prefetch.objects"], self.counters["prefetch.bytes"]
+        outcomes = {f"prefetch_{each}": self.counters[f"prefetch.{each}"] for each in ("used", "wasted")}
+        return {"prefetched": objects, "prefetched_bytes": nbytes} | outcomes
 
     def _load(self, node: Node, done: Callable[[Cause], None]) -> None:
         done(Cause.NONE if self._store.raise_(node, evict=False) else Cause.MEMORY_FULL)

@@ -13,8 +13,8 @@ from loracache import CacheClient, Namespace
 from loracache.cache.state.counters import Counters
 from loracache.cache.swap.swapper import STEP_S, Swapper, SwapSettings
 from loracache.results import Cause
+from loracache.simulator.request import BLOCK_TOKENS, Request
 from loracache.simulator.store import Sizes, Store, Way
-from loracache.simulator.trace import BLOCK_TOKENS, Request
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
 SIZE = 100_000

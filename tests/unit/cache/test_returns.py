@@ -45,9 +45,15 @@ class Announced:
         self.raised: list[bytes] = []
         cache = rig.cache
         self.swapper = Swapper(
-            cache.index, rig.arena, cache.counters, given, load=cache.ahead.load, evict=cache.ahead.evict,
-            quiet=lambda: True, clock=lambda: rig.now,
-        )  # fmt: skip
+            cache.index,
+            rig.arena,
+            cache.counters,
+            given,
+            load=cache.ahead.load,
+            evict=cache.ahead.evict,
+            quiet=lambda: True,
+            clock=lambda: rig.now,
+        )
         self.returns = Returns(cache.index, cache.counters, self.swapper, self._raise, lambda: rig.now)
 
     def _raise(self, name: bytes, key: bytes, ttl: float, done: Callable[[Cause], None]) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from loracache.errors import ConfigError
 from loracache.simulator.replay import replay
+from loracache.simulator.request import BLOCK_TOKENS, Request
 from loracache.simulator.store import Sizes, Store, Way
 from loracache.simulator.swapping import Prefetch, parse_prefetch
-from loracache.simulator.trace import BLOCK_TOKENS, Request
 from loracache.tiers import Tier
 
 BLOCK = BLOCK_TOKENS * 1000  # bytes
