@@ -26,6 +26,9 @@ _RANK_BYTES = 5 << 20  # of one rank of an adapter for all linear layers of a mo
 _MOST_RANK = 4096
 _MOST_LISTED = 32
 _ranked = Annotated[str, typer.Option(help="Ranks of the adapters, in turn; 5 MiB a rank.")]
+_prefetched = Annotated[
+    str, typer.Option(help="With commas: none, timer, hints:P (percent of returns announced), timer+hints:P.")
+]
 _count = integer(0, 100_000)
 
 
@@ -43,6 +46,7 @@ class Model:
     seed: Annotated[
         int, typer.Option(metavar="N", parser=integer(0, 2**31), help="Of the adapters' order.", show_default="0")
     ] = 0
+    restart: Annotated[float, typer.Option(metavar="SECONDS", help="Memory is empty again once, then.")] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +84,23 @@ def simulate(
     engines: Annotated[
         int, typer.Option(metavar="N", parser=_count, help="That serve it.", show_default="load 0.8 without hits")
     ] = 0,
+    prefetch: _prefetched = "none",
 ) -> None:
     """Replay a trace against the cache's own index and policies on a clock of its own, beside Belady's bound."""
     import gc
 
     from loracache.simulator.plot import check_plot
     from loracache.simulator.store import Way
+    from loracache.simulator.swapping import checked
 
     policies = policy if policy is not None else "lru,adaptive" if shown.recommend else "lru"
     ways = [Way.parse(each, disk_policy, admission) for each in policies.split(",")]
     memories, disks = _sizes("memory", memory), _sizes("disk", disk)
+    ahead = [checked(each) for each in prefetch.split(",")]
     if len(disks) > 1 and not shown.recommend:
         raise ConfigError(f"--disk {disk} are several; give one, or --recommend")
+    if shown.recommend and ahead != ["none"]:
+        raise ConfigError(f"--prefetch {prefetch} does not go with --recommend; leave one out")
     if shown.plot is not None:
         check_plot(shown.plot)
     load = _load(trace, model)
@@ -99,16 +108,18 @@ def simulate(
     if shown.recommend:
         _recommend(trace, load, ways, memories, disks, shown)
     else:
-        _replay(trace, load, ways, memories or [64 << 30], disks[0] if disks else 0, engines, shown)
+        each_of = [(way, each) for way in ways for each in ahead]
+        _replay(trace, load, each_of, memories or [64 << 30], disks[0] if disks else 0, engines, shown)
 
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """A trace, and the bytes of a token and of each adapter."""
+    """A trace, the bytes of a token and of each adapter, and when memory is emptied (seconds; 0: never)."""
 
     requests: Sequence[Request]
     token: int
     adapters: Sequence[int]
+    restart: float
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -153,27 +164,35 @@ def _load(trace: Path, model: Model) -> _Load:
         raise ConfigError(f"--hints {model.hints} is a share of the sessions, from 0 to 1")
     requests = with_hints(read_trace(trace), model.hints, model.seed)
     if not model.adapters:
-        return _Load(requests, token, own_adapters(requests))
+        return _Load(requests, token, own_adapters(requests), model.restart)
     if any(request.held is not None for request in requests):
         raise ConfigError(f"--adapters {model.adapters}: {trace} was recorded with what each asked for; leave it out")
     each = [ranks[number % len(ranks)] * _RANK_BYTES for number in range(model.adapters)]
-    return _Load(with_adapters(requests, model.adapters, model.zipf, model.seed), token, each)
+    return _Load(with_adapters(requests, model.adapters, model.zipf, model.seed), token, each, model.restart)
 
 
 def _replay(
-    trace: Path, load: _Load, ways: Sequence[Way], memories: Sequence[int], disk: int, engines: int, shown: Shown
+    trace: Path,
+    load: _Load,
+    ways: Sequence[tuple[Way, str]],
+    memories: Sequence[int],
+    disk: int,
+    engines: int,
+    shown: Shown,
 ) -> None:
+    """ways: each with what is prefetched."""
     from loracache.simulator.belady import belady_hit_rate
     from loracache.simulator.plot import Drawn, plot
     from loracache.simulator.replay import replay
     from loracache.simulator.store import Sizes
 
     requests = load.requests
-    found = [
-        (memory, replay(requests, Sizes(memory, disk, load.token, load.adapters), way, engines=engines))
-        for memory in memories
-        for way in ways
-    ]
+
+    def run(memory: int, way: Way, ahead: str) -> Run:
+        sizes = Sizes(memory, disk, load.token, load.adapters)
+        return replay(requests, sizes, way, engines=engines, prefetch=ahead, restart=load.restart)
+
+    found = [(memory, run(memory, *way)) for memory in memories for way in ways]
     bounds = {memory: belady_hit_rate(requests, memory + disk, load.token, load.adapters) for memory in memories}
     if shown.plot is not None:
         drawn = [Drawn(run.policy, memory, run.hit_rate, run.ttft_mean) for memory, run in found]
@@ -225,14 +244,14 @@ def _print(found: Sequence[tuple[int, Run]], bounds: dict[int, float]) -> None:
             *((size_text(memory),) if several else ()),
             run.policy, f"{run.hit_rate:.4f}", f"{run.hit_rate_cpu:.4f}", f"{run.hit_rate_disk:.4f}",
             f"{run.invalid_kv:.3f}", f"{run.ttft_mean:.3f}", f"{run.ttft_p99:.3f}",
-            size_text(run.bytes_disk_written), run.adapters_loaded, f"{run.choice_us:.1f}",
+            size_text(run.bytes_disk_written), run.adapters_loaded, f"{run.choice_us:.1f}", run.prefetch,
         )
         for memory, run in found
     ]  # fmt: skip
     columns = [
         *((">memory",) if several else ()),
         "policy", ">hit rate", ">of cpu", ">of disk", ">invalid KV", ">TTFT mean s", ">p99 s", ">to disk", ">adapters",
-        ">us/victim",
+        ">us/victim", "prefetch",
     ]  # fmt: skip
     print_table(columns, rows)
     told = [f"{size_text(memory)} {bound:.4f}" if several else f"{bound:.4f}" for memory, bound in bounds.items()]

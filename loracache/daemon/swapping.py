@@ -15,7 +15,7 @@ from loracache.cache.state.leases import Grip
 from loracache.cache.swap.demand import Demand
 from loracache.cache.swap.returns import Returns
 from loracache.cache.swap.swapper import STEP_S, Swapper, SwapSettings
-from loracache.cache.tiered import TieredCache
+from loracache.cache.tiered import OPERATOR, TieredCache
 from loracache.config import Config
 from loracache.keys import KEY_BYTES
 from loracache.results import Cause
@@ -26,7 +26,6 @@ __all__ = ["Swapping"]
 
 _HOT = 32  # adapters that an engine is told of
 _MOST_ARRIVALS = 4096 * KEY_BYTES  # of one report
-_OWNER = -1  # of the leases on what was announced; connections count from 1
 
 
 class Swapping:
@@ -91,4 +90,4 @@ class Swapping:
         cache = self._cache
         node = cache.index.get(key)
         over = cache.ahead.keeping_parent(node, done) if node is not None else done
-        cache.acquire(_OWNER, name, [key], ttl, lambda acquired: over(acquired[0].cause), Grip.LOOSE)
+        cache.acquire(OPERATOR, name, [key], ttl, lambda acquired: over(acquired[0].cause), Grip.LOOSE)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from loracache.simulator.clock import Engines, Rates
 from loracache.simulator.request import Request
 from loracache.simulator.store import Found, Sizes, Store, Way
+from loracache.simulator.swapping import Prefetch, parse_prefetch
 from loracache.tiers import Tier
 
 __all__ = ["Run", "engines_for", "replay"]
@@ -23,7 +24,8 @@ class Run:
     """What one replay measured. Rates are shares of all tokens asked; times in seconds; bytes moved per tier;
     invalid_kv: the mean share of KV whose adapter was in no tier; busy_mean: what a request keeps an engine busy for;
     choice_us: microseconds of CPU by evicted object;
-    seconds: of CPU that the replay took."""
+    seconds: of CPU that the replay took; prefetched: objects raised ahead, of which some were used by the end and some
+    left memory unused."""
 
     policy: str
     admission: str
@@ -43,6 +45,11 @@ class Run:
     evicted: int
     choice_us: float
     seconds: float
+    prefetch: str = "none"
+    prefetched: int = 0
+    prefetched_bytes: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -55,18 +62,34 @@ def engines_for(requests: Sequence[Request], rates: Rates) -> int:
     return max(1, round(busy / _LOAD / max(requests[-1].time, 1.0)))
 
 
-def replay(requests: Sequence[Request], sizes: Sizes, way: Way, *, rates: Rates | None = None, engines: int = 0) -> Run:
-    """Serve all `requests`; engines: 0 for `engines_for`."""
+def replay(
+    requests: Sequence[Request],
+    sizes: Sizes,
+    way: Way,
+    *,
+    rates: Rates | None = None,
+    engines: int = 0,
+    prefetch: str = "none",
+    restart: float = 0.0,
+) -> Run:
+    """Serve all `requests`; engines: 0 for `engines_for`. prefetch: see swapping.py. restart: seconds after which
+    memory is empty again once, 0: never."""
     began = time.process_time()
     rates = rates or Rates()
     queue = Engines(engines or engines_for(requests, rates))
     store = Store(sizes, way)
+    ahead = Prefetch(store, requests, *parse_prefetch(prefetch))
     asked = cpu = disk = read = 0
     invalid: list[float] = []
     busy = 0.0
     every = max(1, len(requests) // _SAMPLES)
     for number, request in enumerate(requests):
+        if 0 < restart <= request.time:
+            store.restart()
+            restart = 0.0
+        ahead.until(request.time)
         found = store.serve(request)
+        ahead.served(number)
         asked += request.tokens
         cpu += found.cpu
         disk += found.disk
@@ -96,6 +119,8 @@ def replay(requests: Sequence[Request], sizes: Sizes, way: Way, *, rates: Rates 
         evicted=evicted,
         choice_us=store.choosing / evicted * 1e6 if evicted else 0.0,
         seconds=time.process_time() - began,
+        prefetch=prefetch,
+        **ahead.told(),
     )
 
 

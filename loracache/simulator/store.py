@@ -122,7 +122,7 @@ class Store:
             adapter: Node | None = self._serve_adapter(request.adapter, found)
         else:  # as recorded: of an adapter that its engine held the daemon was not asked
             adapter = self._adapter(request.adapter)
-        keys = [_key(request.adapter, block) for block in request.blocks]
+        keys = self.keys_of(request)
         last = self._load(request, keys, adapter, found)
         last, admitted = self._compute(request, keys, adapter, last, found)
         if request.returns and last is not None:
@@ -214,6 +214,43 @@ class Store:
         size = self.sizes.adapters[number] if number >= 0 else 0
         return self._insert(_key(number), b"", Kind.LORA, number, size) if number >= 0 else None
 
+    # -- what the swapper swaps into: see cache/swap ----------
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory, where all of it is one pool."""
+        return self._limits[Tier.CPU]
+
+    @property
+    def free_bytes(self) -> int:
+        """Of these, in use by nobody."""
+        return self._limits[Tier.CPU] - self._used[Tier.CPU]
+
+    def rounded(self, nbytes: int) -> int:
+        """What an object takes: its size."""
+        return nbytes
+
+    def keys_of(self, request: Request) -> list[bytes]:
+        """The keys of its blocks."""
+        return [_key(request.adapter, block) for block in request.blocks]
+
+    def raise_(self, node: Node, *, evict: bool) -> bool:
+        """Take an object of the disk into memory; whether there was room. evict: others may go for it."""
+        return (evict or node.size <= self.free_bytes) and self._enter(node, Tier.CPU, _those(node.parent))
+
+    def free_ahead(self, nbytes: int) -> None:
+        """Have victims leave memory until so many bytes are free."""
+        self._free(Tier.CPU, Tier.CPU, nbytes, ())
+
+    def restart(self) -> None:
+        """Memory is empty, as after a daemon's end; the disk is as it was."""
+        for node in [node for node in self.index if node.held_in(Tier.CPU) and not node.children[Tier.CPU]]:
+            last: Node | None = node
+            while last is not None and last.held_in(Tier.CPU) and not last.children[Tier.CPU]:
+                parent = last.parent
+                self._leave(last, Tier.CPU)
+                last = parent
+
     def invalid_share(self) -> float:
         """Bytes of KV whose adapter is in no tier, by bytes of KV."""
         kv = sum(self._kv_of.values())
@@ -280,12 +317,15 @@ class Store:
         if freed < excess:
             return False
         for victim in victims:
-            self.index.leave(victim, tier)
-            self._used[pool] -= victim.size
-            if victim.kind is Kind.KV:
-                self._kv_of[_adapter_of(victim)] -= victim.size
+            self._leave(victim, tier)
         self.counts["evicted"] += len(victims)
         return True
+
+    def _leave(self, node: Node, tier: Tier) -> None:
+        self.index.leave(node, tier)
+        self._used[self._pool(tier, node)] -= node.size
+        if node.kind is Kind.KV:
+            self._kv_of[_adapter_of(node)] -= node.size
 
     def _room(self, nbytes: int) -> Callable[[], int]:
         """For how many objects there is room in so many bytes."""

@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loracache.wire.protocol import Report
+
 RANKS = (8, 12, 16, 32, 48, 64, 1, 24)
 MANY = 64
 ROUNDING = 1e-3  # of a logit in float32
@@ -78,6 +80,30 @@ def audit(pooled: Any) -> dict[str, Any]:
     state = pooled.engine.rpc("pool_state")
     assert not state["problems"], state
     return dict(state)
+
+
+def test_an_adapter_that_others_ask_for_is_on_free_pages_ahead_of_its_request(
+    pooled: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    """The first test here: the pool is empty still. The other engine is a client that reports as one does."""
+    adapter = pooled.adapters[5]
+    busy = pooled.engine.start(prompts(8), max_tokens=900)
+    with pooled.daemon.client() as client:
+        digest = client.add_adapter(adapter.path)
+        client.connection.call(Report({}, 1, 0, bytes.fromhex(digest) * 9), 10.0)
+        eventually(lambda: pooled.daemon.status()["adapters"]["gpu"] == 1, "it comes onto pages by itself", 60)
+
+    def counted(name: str) -> int:
+        return int(pooled.daemon.status()["counters"].get(f"client.adapter.{name}", 0))
+
+    eventually(lambda: counted("prefetch") == 1, "the engine reports it")
+    assert counted("load") == 1
+    prompt = prompts(20)
+    check(pooled, prompt, adapter, pooled.engine.ask(prompt, lora=adapter, max_tokens=6))
+    pooled.engine.abort(busy)
+    assert pooled.engine.result(busy).aborted
+    eventually(lambda: counted("hit") + counted("miss") == 1, "it reports the request")
+    assert counted("load") == 1, "nothing was copied in for the request"
 
 
 def test_tokens_of_64_adapters_in_mixed_batches_are_those_of_merged_weights(

@@ -303,3 +303,20 @@ def test_an_engine_outlives_its_daemon_and_finds_the_next_ones_disk(
     serving.daemon = second
     eventually(lambda: serving.engine.ask(tokens).cached == 512, "the engine hits the next daemon's disk", 30)
     assert serving.engine.ask(tokens).tokens == cold.tokens
+
+
+def test_a_chain_that_said_when_it_returns_is_in_memory_then(
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    """The last test here: for half a minute the daemon holds what was announced."""
+    tokens = prompts(600)
+    serving.engine.ask(tokens, wishes={"returns_in": 6.0})
+    clear(serving, "cpu")
+    keys = object_keys(serving.disk, tokens)
+    with serving.daemon.client() as client:
+        assert set(client.lookup(keys).tiers) == {"disk"}
+        eventually(lambda: set(client.lookup(keys).tiers) == {"cpu"}, "it is raised ahead of the request", 12.0)
+        raised = serving.daemon.status()["counters"]["load.disk.objects"]
+        assert client.evict(keys, tiers=["cpu"]).skipped == len(keys), "and held"
+    assert serving.engine.ask(tokens).cached == 512
+    assert serving.daemon.status()["counters"]["load.disk.objects"] == raised, "the request waited for no disk"

@@ -96,7 +96,10 @@ REACHES = {
         "accepting adapters backoff client config errors folder keys logs loracache mapping results tiers tracing wire"
     ),
     "results": "",
-    "simulator": "cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers",
+    "simulator": (
+        "backoff cache.policy cache.state cache.swap errors free_pages mapping memory_limit results storage_backends "
+        "tiers"
+    ),
     "s3_fifo": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors folder storage_backends",

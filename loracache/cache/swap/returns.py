@@ -70,6 +70,15 @@ class Returns:
     def __len__(self) -> int:
         return len(self._named)
 
+    @property
+    def active(self) -> bool:
+        """Whether some are being raised."""
+        return bool(self._active)
+
+    def next_at(self) -> float:
+        """When the next is begun with (clock seconds), infinite where none waits."""
+        return self._waiting[0][0] if self._waiting else float("inf")
+
     def announce(self, name: bytes, keys: Sequence[bytes], seconds: float, hold: float) -> bool:
         """The chain of `keys` is asked for again in about so many seconds; then it is held for `hold` seconds. A
         second announcement under a name goes on with its chain. False where too much is announced already."""

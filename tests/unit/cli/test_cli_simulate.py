@@ -40,6 +40,19 @@ def test_json_has_a_run_for_each_policy_and_the_bound(trace: Path) -> None:
     assert 0 < first["ttft_mean"] <= first["ttft_p99"]
 
 
+def test_ways_to_prefetch_are_runs_of_their_own(trace: Path) -> None:
+    words = ("--policy", "lru,sieve", "--memory", "1GiB", "--disk", "1GiB", "--prefetch", "none, hints:100")
+    done = run(trace, *words, "--restart", 1.5, "--json")
+    assert done.exit_code == 0, done.output
+    runs = json.loads(done.stdout)["runs"]
+    assert [(each["policy"], each["prefetch"]) for each in runs] == [
+        ("lru", "none"), ("lru", "hints:100"), ("sieve", "none"), ("sieve", "hints:100"),
+    ]  # fmt: skip
+    assert {each["hit_rate"] for each in runs} == {0.5}
+    assert [each["prefetched"] > 0 for each in runs] == [False, True] * 2
+    assert runs[1]["hit_rate_cpu"] > runs[0]["hit_rate_cpu"]
+
+
 def test_a_table_for_people(trace: Path) -> None:
     done = run(trace, "--policy", "sieve", "--memory", "1GiB")
     assert done.exit_code == 0, done.output
@@ -58,6 +71,8 @@ def test_a_table_for_people(trace: Path) -> None:
         (["--hints", "1.5"], "--hints 1.5"),
         (["--admission", "none"], "all, second_touch, adaptive"),
         (["--disk-policy", "best"], "give one of lru"),
+        (["--prefetch", "none,soon"], "none, timer, hints:P"),
+        (["--prefetch", "timer", "--recommend"], "does not go with --recommend"),
         (["--policy", ""], "give one of lru"),
         (["--memory", "-1GiB"], "is not a size"),
         (["--memory", "1GiB,,2GiB"], "is not a size"),
