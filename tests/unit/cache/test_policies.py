@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every policy keeps to: leaves go first, what is in use stays, enough goes or all that may; bytes are exact."""
+"""What every policy keeps to: leaves go first, what is in use stays, enough goes or all that may; bytes are exact. And
+LRU: the least recently used leaf goes first."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from loracache.cache.policy import POLICIES
+from loracache.cache.policy import LRU, POLICIES
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.node import State
 from loracache.cache.state.slices import whole
@@ -159,9 +160,20 @@ class PolicyMachine(RuleBasedStateMachine):
         freed = sum(node.size for node in victims)
         assert freed >= nbytes or set(victims) == may_go, "more could have gone"
         assert not victims or freed - victims[-1].size < nbytes, "more than needed"
+        self.check(victims, tier, nbytes, protected)
         for node in victims if evict else ():
             assert not node.children[tier], "a parent would leave before its child"
             self.index.leave(node, tier)
+
+    def check(self, victims: list[Node], tier: Tier, nbytes: int, protected: set[Node]) -> None:
+        """What a policy promises beyond what all do."""
+
+    @invariant()
+    def bytes_are_exact(self) -> None:
+        for tier in TIERS:
+            held = [node for node in self.index if node.held_in(tier)]
+            assert self.index.bytes[tier] == sum(node.size for node in held)
+            assert self.index.objects[tier] == len(held)
 
     @invariant()
     def a_line_holds_each_candidate_once(self) -> None:
@@ -188,6 +200,26 @@ class PolicyMachine(RuleBasedStateMachine):
                 assert sum(policy._bytes) == sum(nbytes)
 
 
+class LRUMachine(PolicyMachine):
+    """Every choice of victims is compared with the plain algorithm's: again and again the oldest leaf that may go."""
+
+    make = LRU
+
+    def check(self, victims: list[Node], tier: Tier, nbytes: int, protected: set[Node]) -> None:
+        chosen: list[Node] = []
+        may_go = self.tree.may_go(tier, protected)
+        while may_go and sum(node.size for node in chosen) < nbytes:
+            parents = {node.parent for node in self.index if node.held_in(tier) and node not in chosen}
+            chosen.append(min(may_go - parents, key=lambda node: node.tick))
+            may_go.remove(chosen[-1])
+        assert victims == chosen
+
+    @invariant()
+    def all_stand_by_their_last_use(self) -> None:
+        for policy in self.tree.policies.values():
+            assert all(node.tick == tick for tick, node in policy.candidates().items())
+
+
 @pytest.fixture(params=sorted(POLICIES))
 def make(request: pytest.FixtureRequest) -> Make:
     return POLICIES[request.param]
@@ -197,6 +229,11 @@ def make(request: pytest.FixtureRequest) -> Make:
 def test_no_sequence_breaks_what_every_policy_keeps_to(make: Make) -> None:
     machine = type("Machine", (PolicyMachine,), {"make": staticmethod(make)})
     run_state_machine_as_test(machine, settings=settings(max_examples=50, stateful_step_count=40))
+
+
+@pytest.mark.timeout(300)
+def test_victims_of_lru_are_those_of_the_plain_algorithm() -> None:
+    run_state_machine_as_test(LRUMachine, settings=settings(max_examples=100, stateful_step_count=40))
 
 
 def test_what_was_never_used_again_goes_before_what_was(make: Make) -> None:
@@ -229,6 +266,7 @@ def test_not_enough_is_all_that_may_go(make: Make) -> None:
     tree.index.hold(nodes[1])
     assert tree.victims(Tier.CPU, 5) == [nodes[3], nodes[2]]
     assert tree.victims(Tier.CPU, 5, {nodes[3]}) == []
+    assert tree.victims(Tier.CPU, 5, {nodes[0]}) == [nodes[3], nodes[2]]
     tree.index.unhold(nodes[1])
     assert tree.victims(Tier.CPU, 5) == nodes[::-1]
 
@@ -252,3 +290,64 @@ def test_what_came_and_went_leaves_nothing_behind(make: Make) -> None:
     policy = tree.policies[Tier.CPU]
     assert len(tree.index) == len(policy) == 0
     assert all(len(each) <= 8192 for each in vars(policy).values() if isinstance(each, dict | list | set))
+
+
+@pytest.mark.parametrize("reason", ["leased", "pinned", "dirty", "protected"])
+def test_what_is_in_use_is_no_victim_and_neither_are_its_ancestors(make: Make, reason: str) -> None:
+    tree = Tree(make)
+    parent, used, other = tree.store(1), tree.store(2, 1), tree.store(3)
+    if reason == "leased":
+        tree.index.hold(used)
+    elif reason == "pinned":
+        used.pins = 1 << Tier.CPU
+    elif reason == "dirty":
+        tree.index.queue(used, Tier.REDIS)
+    assert tree.victims(Tier.CPU, 2, {used} if reason == "protected" else set()) == [other]
+    assert parent.held_in(Tier.CPU)
+
+
+def test_a_lease_and_a_queued_write_hold_nothing_on_disk(make: Make) -> None:
+    tree = Tree(make)
+    node = tree.store(1)
+    tree.index.enter(node, Tier.DISK)
+    tree.index.hold(node)
+    tree.index.queue(node, Tier.REDIS)
+    assert tree.victims(Tier.DISK, 1) == [node]
+
+
+def test_an_object_whose_write_is_over_or_given_up_is_a_candidate_again(make: Make) -> None:
+    tree = Tree(make)
+    node = tree.store(0)
+    tree.index.queue(node, Tier.DISK)
+    assert tree.victims(Tier.CPU, 1) == []  # looked at, and no candidate from now on
+    tree.index.unqueue(node, Tier.DISK)
+    assert tree.victims(Tier.CPU, 1) == [node]
+
+
+def test_the_least_recently_used_goes_first_and_no_more_than_needed() -> None:
+    tree = Tree(LRU)
+    nodes = [tree.store(number, size=10) for number in range(4)]
+    tree.index.touch(nodes[0])
+    assert tree.victims(Tier.CPU, 11) == [nodes[1], nodes[2]]
+
+
+def test_a_choice_among_very_many_that_were_used_looks_at_no_more_than_it_takes() -> None:
+    tree = Tree(LRU)
+    nodes = [tree.store(number) for number in range(1000)]
+    for node in reversed(nodes):
+        tree.index.touch(node)
+    assert list(tree.policies[Tier.CPU].victims(2)) == []  # not one slice ends before it is made
+    assert tree.victims(Tier.CPU, 2) == nodes[:-3:-1]
+
+
+def test_a_long_choice_by_lru_goes_on_where_it_was() -> None:
+    tree = Tree(LRU)
+    nodes = [tree.store(number) for number in range(1000)]
+    choosing = tree.policies[Tier.CPU].victims(600)
+    next(choosing)
+    tree.index.leave(nodes[500], Tier.CPU)
+    tree.index.touch(nodes[501])
+    tree.store(2000)
+    chosen, freed = whole(choosing)
+    assert freed == len(chosen) == 600
+    assert chosen == [*nodes[:500], *nodes[502:602]]
