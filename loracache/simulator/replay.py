@@ -12,16 +12,17 @@ from loracache.simulator.store import Found, Sizes, Store, Way
 from loracache.simulator.trace import Request
 from loracache.tiers import Tier
 
-__all__ = ["Run", "engines_for", "replay"]
+__all__ = ["LOAD", "Replay", "Run", "engines_for", "replay"]
 
-_LOAD = 0.8  # of the engines, where nothing is found
+LOAD = 0.8  # of the engines, where nothing is found
 _SAMPLES = 100  # of the share of invalid KV
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """What one replay measured. Rates are shares of all tokens asked; times in seconds; bytes moved per tier;
-    invalid_kv: the mean share of KV whose adapter was in no tier; choice_us: microseconds of CPU by evicted object;
+    invalid_kv: the mean share of KV whose adapter was in no tier; invalid_kv_cpu: of KV in memory, whose adapter was
+    not there; choice_us: microseconds of CPU by evicted object;
     seconds: of CPU that the replay took."""
 
     policy: str
@@ -30,6 +31,7 @@ class Run:
     hit_rate_cpu: float
     hit_rate_disk: float
     invalid_kv: float
+    invalid_kv_cpu: float
     ttft_mean: float
     ttft_p50: float
     ttft_p90: float
@@ -47,50 +49,79 @@ class Run:
         return asdict(self)
 
 
-def engines_for(requests: Sequence[Request], rates: Rates) -> int:
-    """As many as serve the trace at a load of 0.8 where nothing is found."""
-    busy = sum(request.tokens for request in requests) / rates.prefill
-    return max(1, round(busy / _LOAD / max(requests[-1].time, 1.0)))
+def engines_for(requests: Sequence[Request], rates: Rates, load: float = LOAD) -> int:
+    """As many as serve the trace at about that load where nothing is found."""
+    return max(1, round(_busy(requests, rates) / load / max(requests[-1].time, 1.0)))
+
+
+class Replay:
+    """What one configuration makes of a trace: the tiers know no clock, so one replay holds for every load of the
+    engines. seconds: what each request keeps an engine busy for."""
+
+    def __init__(self, requests: Sequence[Request], sizes: Sizes, way: Way, rates: Rates | None = None) -> None:
+        began = time.process_time()
+        self._requests = requests
+        self._way = way
+        self._rates = rates or Rates()
+        self._store = store = Store(sizes, way, self._rates.below)
+        self.seconds: list[float] = []
+        self._cpu = self._disk = self._read = 0
+        self._invalid: list[tuple[float, float]] = []
+        every = max(1, len(requests) // _SAMPLES)
+        for number, request in enumerate(requests):
+            found = store.serve(request)
+            self._cpu += found.cpu
+            self._disk += found.disk
+            self._read += found.disk_bytes
+            self.seconds.append(_seconds(request, found, self._rates))
+            if not number % every:
+                self._invalid.append((store.invalid_share(), store.invalid_share(Tier.CPU)))
+        self._took = time.process_time() - began
+
+    def queue(self, engines: int = 0, load: float | None = None) -> Engines:
+        """The engines after all requests. engines: 0 for `engines_for`. load: arrivals come that much closer together,
+        or further apart, that the work would keep so much of the engines busy if nothing was found; None: as they
+        are in the trace."""
+        count = engines or engines_for(self._requests, self._rates, load or LOAD)
+        pace = 1.0
+        if load is not None:
+            pace = _busy(self._requests, self._rates) / (count * load * max(self._requests[-1].time, 1.0))
+        return Engines(count).serve_all((request.time * pace for request in self._requests), self.seconds)
+
+    def run(self, engines: int = 0, load: float | None = None) -> Run:
+        """All figures, at one load."""
+        queue = self.queue(engines, load)
+        counts, asked = self._store.counts, sum(request.tokens for request in self._requests)
+        evicted = counts["evicted"]
+        return Run(
+            policy=self._way.label,
+            admission=self._way.admission,
+            hit_rate=(self._cpu + self._disk) / asked,
+            hit_rate_cpu=self._cpu / asked,
+            hit_rate_disk=self._disk / asked,
+            invalid_kv=sum(all_tiers for all_tiers, _ in self._invalid) / len(self._invalid),
+            invalid_kv_cpu=sum(cpu for _, cpu in self._invalid) / len(self._invalid),
+            ttft_mean=queue.mean,
+            ttft_p50=queue.percentile(0.5),
+            ttft_p90=queue.percentile(0.9),
+            ttft_p99=queue.percentile(0.99),
+            bytes_stored=counts["stored"],
+            bytes_disk_written=counts["disk_written"],
+            bytes_disk_read=self._read,
+            adapters_loaded=counts["adapters_loaded"],
+            evicted=evicted,
+            choice_us=self._store.choosing / evicted * 1e6 if evicted else 0.0,
+            seconds=self._took,
+        )
 
 
 def replay(requests: Sequence[Request], sizes: Sizes, way: Way, *, rates: Rates | None = None, engines: int = 0) -> Run:
-    """Serve all `requests`; engines: 0 for `engines_for`."""
-    began = time.process_time()
-    rates = rates or Rates()
-    queue = Engines(engines or engines_for(requests, rates))
-    store = Store(sizes, way)
-    asked = cpu = disk = read = 0
-    invalid: list[float] = []
-    every = max(1, len(requests) // _SAMPLES)
-    for number, request in enumerate(requests):
-        found = store.serve(request)
-        asked += request.tokens
-        cpu += found.cpu
-        disk += found.disk
-        read += found.disk_bytes
-        queue.serve(request.time, _seconds(request, found, rates))
-        if not number % every:
-            invalid.append(store.invalid_share())
-    evicted = store.counts["evicted"]
-    return Run(
-        policy=way.label,
-        admission=way.admission,
-        hit_rate=(cpu + disk) / asked,
-        hit_rate_cpu=cpu / asked,
-        hit_rate_disk=disk / asked,
-        invalid_kv=sum(invalid) / len(invalid),
-        ttft_mean=queue.mean,
-        ttft_p50=queue.percentile(0.5),
-        ttft_p90=queue.percentile(0.9),
-        ttft_p99=queue.percentile(0.99),
-        bytes_stored=store.counts["stored"],
-        bytes_disk_written=store.counts["disk_written"],
-        bytes_disk_read=read,
-        adapters_loaded=store.counts["adapters_loaded"],
-        evicted=evicted,
-        choice_us=store.choosing / evicted * 1e6 if evicted else 0.0,
-        seconds=time.process_time() - began,
-    )
+    """Serve all `requests` as they come in the trace; engines: 0 for `engines_for`."""
+    return Replay(requests, sizes, way, rates).run(engines)
+
+
+def _busy(requests: Sequence[Request], rates: Rates) -> float:
+    return sum(request.tokens for request in requests) / rates.prefill
 
 
 def _seconds(request: Request, found: Found, rates: Rates) -> float:

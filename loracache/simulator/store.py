@@ -14,6 +14,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import whole
 from loracache.errors import ConfigError
@@ -23,6 +24,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Found", "Sizes", "Store", "Way"]
 
+_TREE = "tree"
 _BOTH = 1 << Tier.CPU | 1 << Tier.DISK
 _SPREAD = 0x9E3779B97F4A7C15F39CC0605CEDC8341082276BF3A27251F86C6A11D0C18E95  # odd: no two numbers become one
 
@@ -40,19 +42,22 @@ class Sizes:
 @dataclass(frozen=True, slots=True)
 class Way:
     """How room is made and what is written. split: the percentage of memory that holds adapters and nothing else, where
-    both have pools of their own and no tree, as in an engine without a cache like this; 0: one pool."""
+    both have pools of their own and no tree, as in an engine without a cache like this; 0: one pool. without: parts of
+    the memory's policy that are switched off, and "tree"."""
 
     policy: str
     disk_policy: str
     admission: str = "all"
     split: int = 0
+    without: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, policy: str, disk_policy: str | None = None, admission: str = "all") -> Way:
-        """Of "lru", or of "static:20" for LRU in two pools. Raises ConfigError."""
+        """Of "lru", of "cost-visits-decay" for `cost` without both, or of "static:20" for LRU in two pools. Raises
+        ConfigError."""
         kind, _, share = policy.strip().partition(":")
         split = int(share) if kind == "static" and share.isascii() and share.isdigit() else 0
-        name = "lru" if 0 < split < 100 else policy.strip()
+        name, *without = ["lru"] if 0 < split < 100 else policy.strip().split("-")
         for option, given, known in (
             ("policy", name, [*POLICIES, "static:P, with P from 1 to 99"]),
             ("disk-policy", disk_policy or name, list(POLICIES)),
@@ -60,12 +65,21 @@ class Way:
         ):
             if given not in known:
                 raise ConfigError(f"--{option} {given!r} is none; give one of {', '.join(known)}")
-        return cls(name, disk_policy or name, admission, split)
+        parts = [_TREE, *getattr(POLICIES[name], "PARTS", ())]
+        for part in without:
+            if part not in parts:
+                raise ConfigError(f"--policy {policy!r}: {name} has no part {part!r}; it has {', '.join(parts)}")
+        return cls(name, disk_policy or name, admission, split, tuple(without))
 
     @property
     def label(self) -> str:
         """What `parse` was given for the policy."""
-        return f"static:{self.split}" if self.split else self.policy
+        return f"static:{self.split}" if self.split else "-".join((self.policy, *self.without))
+
+    @property
+    def tree(self) -> bool:
+        """Whether KV is below its adapter."""
+        return not self.split and _TREE not in self.without
 
 
 @dataclass(slots=True)
@@ -84,9 +98,10 @@ class Found:
 class Store:
     """One run's tiers. counts: bytes and objects by what happened to them."""
 
-    def __init__(self, sizes: Sizes, way: Way) -> None:
+    def __init__(self, sizes: Sizes, way: Way, speeds: Speeds | None = None) -> None:
         self.sizes = sizes
         self._split = way.split
+        self._tree = way.tree
         self.counts: Counter[str] = Counter()
         self.choosing = 0.0  # seconds
         self._policies: dict[Tier, Policy] = {}
@@ -94,15 +109,18 @@ class Store:
         index.on_used = lambda tier, node, before: self._policy(tier, node).used(node, before)
         index.on_left = lambda tier, node: self._policy(tier, node).withdraw(node)
         index.on_gone = lambda tier, node: self._policy(tier, node).gone(node)
-        self._policies[Tier.CPU] = POLICIES[way.policy](index, Tier.CPU, _size)
+        self._policies[Tier.CPU] = policy = POLICIES[way.policy](index, Tier.CPU, _size)
         self._policies[Tier.DISK] = POLICIES[way.disk_policy](index, Tier.DISK, _size)
         self._own_pool = POLICIES[way.policy](index, Tier.CPU, _size)  # adapters', where they have one
+        policy.without = way.without
+        for each in (policy, self._policies[Tier.DISK], self._own_pool):
+            each.speeds = speeds or Speeds()
         self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK])
         kv = sizes.memory * (100 - way.split) // 100
         self._limits = {Tier.CPU: kv, Tier.DISK: sizes.disk, None: sizes.memory - kv}
         self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
         self._namespaces = {number: _namespace(number) for number in range(-1, len(sizes.adapters))}
-        self._kv_of: Counter[int] = Counter()  # an adapter's KV in memory and on disk, bytes
+        self._kv_of: dict[Tier, Counter[int]] = {tier: Counter() for tier in (Tier.CPU, Tier.DISK)}  # adapter -> bytes
 
     def serve(self, request: Request) -> Found:
         """Look up, load, compute and store one prompt."""
@@ -144,7 +162,7 @@ class Store:
     ) -> Node | None:
         """Store the chunks that follow; answers the last of them that is to be written to disk."""
         admitted: Node | None = None
-        if last is None and not self._split:
+        if last is None and self._tree:
             last = adapter
         token = self.sizes.token
         missing = token * max(0, request.tokens - found.cpu - found.disk)
@@ -161,15 +179,15 @@ class Store:
                 admitted = node
         return admitted
 
-    def invalid_share(self) -> float:
-        """Bytes of KV whose adapter is in no tier, by bytes of KV."""
-        kv = sum(self._kv_of.values())
-        gone = (nbytes for number, nbytes in self._kv_of.items() if number >= 0 and not self._has_adapter(number))
-        return sum(gone) / kv if kv else 0.0
+    def invalid_share(self, tier: Tier | None = None) -> float:
+        """Bytes of KV in `tier` whose adapter is not there, by bytes of KV there; None: in all tiers, in none."""
+        kv = self._kv_of[Tier.CPU] + self._kv_of[Tier.DISK] if tier is None else self._kv_of[tier]
+        gone = (nbytes for number, nbytes in kv.items() if number >= 0 and not self._has_adapter(number, tier))
+        return sum(gone) / total if (total := sum(kv.values())) else 0.0
 
-    def _has_adapter(self, number: int) -> bool:
+    def _has_adapter(self, number: int, tier: Tier | None) -> bool:
         node = self.index.get(_key(number))
-        return node is not None and bool(node.present)
+        return node is not None and (node.held_in(tier) if tier is not None else bool(node.present))
 
     def _serve_adapter(self, number: int, found: Found) -> Node:
         size = self.sizes.adapters[number]
@@ -210,7 +228,7 @@ class Store:
         self.index.enter(node, tier)
         self._used[pool] += node.size
         if node.kind is Kind.KV:
-            self._kv_of[_adapter_of(node)] += node.size
+            self._kv_of[tier][_adapter_of(node)] += node.size
         return True
 
     def _free(self, tier: Tier, pool: Tier | None, nbytes: int, protected: Container[Node]) -> bool:
@@ -230,7 +248,7 @@ class Store:
             self.index.leave(victim, tier)
             self._used[pool] -= victim.size
             if victim.kind is Kind.KV:
-                self._kv_of[_adapter_of(victim)] -= victim.size
+                self._kv_of[tier][_adapter_of(victim)] -= victim.size
         self.counts["evicted"] += len(victims)
         return True
 

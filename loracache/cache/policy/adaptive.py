@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Generator, Sequence
 from math import log
 
+from loracache.cache.policy.balance import Balance
 from loracache.cache.policy.leaf_first import Ranked
 from loracache.cache.policy.line import Front
 from loracache.cache.policy.names import Names
@@ -27,7 +28,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Adaptive"]
 
-_ONCE, _AGAIN = 0, 1
+_ONCE, _AGAIN, _LORA = 0, 1, 2
 _FREQUENCY = 0.5  # of the mean age of victims, for each time that an object's hits grow e-fold
 _WEIGHT = 1 / 64  # of the last victim in that mean
 Place = tuple[float, int]
@@ -37,10 +38,11 @@ class Adaptive(Ranked):
     """Victims of one tier. Remembers a number of each node in the tier, and the names of many that left."""
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], shares: Sequence[float] = SHARES) -> None:
-        super().__init__(index, tier, cost, lines=2)
+        super().__init__(index, tier, cost, lines=3)
         self._known: dict[Node, int] = {}  # -> the bytes it takes
         self._once: set[Node] = set()
-        self._bytes = [0, 0]
+        self._bytes = [0, 0, 0]
+        self._balance = Balance()
         self._now = 0
         self._age = 0.0  # of those that left lately, in uses
         self._names = Names()
@@ -52,13 +54,15 @@ class Adaptive(Ranked):
         self._shadows.ask(keys)
 
     def line_of(self, node: Node) -> int:
-        """Of those that came once, or of the others."""
+        """Adapters', that of those that came once, or of those that came again."""
         if node not in self._known:
             self._meet(node)
         if node.hits and node in self._once:
             self._once.remove(node)
             self._bytes[_ONCE] -= self._known[node]
             self._bytes[_AGAIN] += self._known[node]
+        if node.kind is Kind.LORA:
+            return _LORA
         return _ONCE if node in self._once else _AGAIN
 
     def rank(self, node: Node) -> Place:
@@ -67,13 +71,22 @@ class Adaptive(Ranked):
         return node.tick + _FREQUENCY * self._age * log(node.hits + 1), node.tick
 
     def pick(self, fronts: Sequence[Front[Place]], going: Sequence[int]) -> Front[Place] | None:
-        """By the way that is in force."""
+        """Adapters, where they take more than their part; else KV, by the way that is in force."""
+        kv = self._pick_kv(fronts, going)
+        if fronts[_LORA].first() is None:
+            return kv
+        taken = self._bytes[_LORA] - going[_LORA]
+        if self._balance.adapters is None:
+            self._balance.adapters = taken
+        return fronts[_LORA] if kv is None or taken > self._balance.adapters else kv
+
+    def _pick_kv(self, fronts: Sequence[Front[Place]], going: Sequence[int]) -> Front[Place] | None:
         once, again = fronts[_ONCE].first(), fronts[_AGAIN].first()
         if once is None or again is None:
             return fronts[_ONCE] if once is not None else fronts[_AGAIN] if again is not None else None
         share = self._shares[self._shadows.best]
         if share < 1:
-            first = self._bytes[_ONCE] - going[_ONCE] > share * (sum(self._bytes) - sum(going))
+            first = self._bytes[_ONCE] - going[_ONCE] > share * (self._bytes[_ONCE] + self._bytes[_AGAIN] - going[_ONCE] - going[_AGAIN])
         else:
             first = once < again
         return fronts[_ONCE] if first else fronts[_AGAIN]
@@ -82,7 +95,9 @@ class Adaptive(Ranked):
         """It has left the tier; its name is remembered."""
         nbytes = self._known.pop(node, None)
         if nbytes is not None:
-            self._bytes[_ONCE if node in self._once else _AGAIN] -= nbytes
+            lora = node.kind is Kind.LORA
+            self._balance.left(hash(node.key), lora, nbytes, sum(self._bytes))
+            self._bytes[_LORA if lora else _ONCE if node in self._once else _AGAIN] -= nbytes
             self._once.discard(node)
             self._age += _WEIGHT * (self._now - node.tick - self._age)
             self._names.add(hash(node.key), len(self._known))
@@ -94,7 +109,10 @@ class Adaptive(Ranked):
 
     def _meet(self, node: Node) -> None:
         nbytes = self._known[node] = self._cost(node)
-        once = not node.hits and node.kind is not Kind.LORA and hash(node.key) not in self._names
-        self._bytes[_ONCE if once else _AGAIN] += nbytes
+        name, lora = hash(node.key), node.kind is Kind.LORA
+        worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill
+        self._balance.came(name, lora, worth, self._bytes[_LORA], sum(self._bytes))
+        once = not node.hits and not lora and name not in self._names
+        self._bytes[_LORA if lora else _ONCE if once else _AGAIN] += nbytes
         if once:
             self._once.add(node)
