@@ -35,10 +35,11 @@ class Request:
     tokens: int
     blocks: tuple[int, ...]
     adapter: int = -1
+    block_tokens: int = BLOCK_TOKENS
 
     def tokens_of(self, position: int) -> int:
         """Tokens of one block; the last one may have fewer than the others."""
-        return max(1, min(BLOCK_TOKENS, self.tokens - position * BLOCK_TOKENS))
+        return max(1, min(self.block_tokens, self.tokens - position * self.block_tokens))
 
 
 def read_trace(path: Path) -> list[Request]:

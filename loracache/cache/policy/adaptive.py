@@ -37,14 +37,17 @@ Place = tuple[float, int]
 class Adaptive(Ranked):
     """Victims of one tier. Remembers a number of each node in the tier, and the names of many that left."""
 
+    PARTS = ("balance", "cost", "count", "shadows")
+
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], shares: Sequence[float] = SHARES) -> None:
         super().__init__(index, tier, cost, lines=3)
         self._known: dict[Node, int] = {}  # -> the bytes it takes
         self._once: set[Node] = set()
         self._bytes = [0, 0, 0]
         self._balance = Balance()
+        self._adapters = 0  # in the tier
         self._now = 0
-        self._age = 0.0  # of those that left lately, in uses
+        self._age = 0.0  # of KV that left lately, in uses
         self._names = Names()
         self._shares = shares
         self._shadows = Shadows(lambda: index.objects[tier], shares)
@@ -68,25 +71,29 @@ class Adaptive(Ranked):
     def rank(self, node: Node) -> Place:
         """Its last use, the later the more it was used."""
         self._now = max(self._now, node.tick)
+        if node.kind is Kind.LORA and "count" not in self.without:
+            self._balance.used(node, self._age)
         return node.tick + _FREQUENCY * self._age * log(node.hits + 1), node.tick
 
     def pick(self, fronts: Sequence[Front[Place]], going: Sequence[int]) -> Front[Place] | None:
         """Adapters, where they take more than their part; else KV, by the way that is in force."""
-        kv = self._pick_kv(fronts, going)
-        if fronts[_LORA].first() is None:
-            return kv
-        taken = self._bytes[_LORA] - going[_LORA]
-        if self._balance.adapters is None:
-            self._balance.adapters = taken
-        return fronts[_LORA] if kv is None or taken > self._balance.adapters else kv
+        kv, lora = self._pick_kv(fronts, going), fronts[_LORA].first()
+        if kv is None or lora is None:
+            return kv if lora is None else fronts[_LORA]
+        if "balance" in self.without:
+            return fronts[_LORA] if lora < (kv.first() or lora) else kv
+        taken, count = self._bytes[_LORA] - going[_LORA], self._adapters
+        over = self._balance.over(taken, count, self._now, self._age, sum(self._bytes))
+        return fronts[_LORA] if over else kv
 
     def _pick_kv(self, fronts: Sequence[Front[Place]], going: Sequence[int]) -> Front[Place] | None:
         once, again = fronts[_ONCE].first(), fronts[_AGAIN].first()
         if once is None or again is None:
             return fronts[_ONCE] if once is not None else fronts[_AGAIN] if again is not None else None
-        share = self._shares[self._shadows.best]
+        share = self._shares[self._shadows.best] if "shadows" not in self.without else 1.0
         if share < 1:
-            first = self._bytes[_ONCE] - going[_ONCE] > share * (self._bytes[_ONCE] + self._bytes[_AGAIN] - going[_ONCE] - going[_AGAIN])
+            once_bytes = self._bytes[_ONCE] - going[_ONCE]
+            first = once_bytes > share * (once_bytes + self._bytes[_AGAIN] - going[_AGAIN])
         else:
             first = once < again
         return fronts[_ONCE] if first else fronts[_AGAIN]
@@ -96,10 +103,12 @@ class Adaptive(Ranked):
         nbytes = self._known.pop(node, None)
         if nbytes is not None:
             lora = node.kind is Kind.LORA
+            self._adapters -= lora
             self._balance.left(hash(node.key), lora, nbytes, sum(self._bytes))
             self._bytes[_LORA if lora else _ONCE if node in self._once else _AGAIN] -= nbytes
             self._once.discard(node)
-            self._age += _WEIGHT * (self._now - node.tick - self._age)
+            if not lora:
+                self._age += _WEIGHT * (self._now - node.tick - self._age)
             self._names.add(hash(node.key), len(self._known))
 
     def victims(self, nbytes: int, protected: Container[Node] = ()) -> Generator[None, None, tuple[list[Node], int]]:
@@ -110,9 +119,10 @@ class Adaptive(Ranked):
     def _meet(self, node: Node) -> None:
         nbytes = self._known[node] = self._cost(node)
         name, lora = hash(node.key), node.kind is Kind.LORA
-        worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill
+        worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill if "cost" not in self.without else nbytes
         self._balance.came(name, lora, worth, self._bytes[_LORA], sum(self._bytes))
         once = not node.hits and not lora and name not in self._names
+        self._adapters += lora
         self._bytes[_LORA if lora else _ONCE if once else _AGAIN] += nbytes
         if once:
             self._once.add(node)

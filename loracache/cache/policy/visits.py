@@ -56,7 +56,7 @@ class Visits:
 _FADED = 0.01  # of one use
 
 
-def needed(visits: list[float], batch: int) -> float:
+def needed(visits: list[float], batch: float) -> float:
     """How many of the objects that are used with these frequencies a batch of requests needs: FASTLIBRA's Low_lora,
     sum_i [1 - (1 - prob_i)^batch]."""
     every = sum(visits)
