@@ -4,7 +4,7 @@
     python benchmarks/policies.py TRACE --half 2 --percent 1,2,5,10,20,50
 
 TRACE is in the format of Mooncake (its repository has some, in FAST25-release/traces). A size is a percentage of all
-distinct blocks of that half. "share 0" is `adaptive` held at the way where what came once always goes first.
+distinct blocks of that half. "twice" is `adaptive` held at the way where what came once always goes first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from loracache.cache import policy
+from loracache.cache.policy.shadow import WAYS
 from loracache.simulator.belady import belady_hit_rate
 from loracache.simulator.replay import replay
 from loracache.simulator.store import Sizes, Way
 from loracache.simulator.trace import read_trace
 
 TOKEN, BLOCK_TOKENS = 128 << 10, 512
-POLICIES = ("lru", "s3fifo", "share 0", "adaptive")
+POLICIES = ("lru", "s3fifo", "twice", "adaptive")
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     requests = requests[:middle] if given.half == 1 else requests[middle:]
     distinct = len({block for request in requests for block in request.blocks})
     gc.disable()  # millions of nodes, no circles among them
-    policy.POLICIES["share 0"] = partial(policy.Adaptive, shares=(0.0,))
+    policy.POLICIES["twice"] = partial(policy.Adaptive, ways=WAYS[-1:])
     table = Table("memory", *POLICIES, "adaptive / best", "Belady")
     for percent in map(float, given.percent.split(",")):
         memory = int(distinct * BLOCK_TOKENS * TOKEN * percent / 100)

@@ -35,14 +35,14 @@ from loracache.simulator.trace import Request, read_trace, with_adapters
 
 TOKEN, RANK_BYTES = 128 << 10, 5 << 20
 SPLITS = [f"static:{percent}" for percent in range(10, 100, 10)]
-SHARES = (0.5, 0.8, 0.9, 1.0)
+SHARES = (0.5, 0.8, 0.95, 1.0)
 BOUND, CHATS_BOUND = 5.0, 0.5
 CHATS_RATES = Rates(cpu=1e15, below=Speeds(disk=20e9, disk_latency=0.0001))
 TURNS, PROMPT, ANSWER, BURST = 2.0, 70, 215, 6  # means: turns of a session, tokens of each, sessions of a burst
 
 
 def chats(adapters: int, sessions: int = 10_000, zipf: float = 1.0, seed: int = 0) -> list[Request]:
-    """Sessions of `adapters`, the n-th as often as n ** -zipf, in bursts. A turn follows 30 s after the one before it."""
+    """Sessions of `adapters`, the n-th as often as n ** -zipf, in bursts. Turns are 30 s apart, on average."""
     chance = random.Random(seed)
     weights = list(itertools.accumulate((number + 1) ** -zipf for number in range(adapters)))
     fresh = itertools.count()
@@ -97,11 +97,13 @@ def compare(requests: list[Request], sizes: Sizes, policies: list[str], rates: R
     for name, each in replays.items():
         run = each.run()
         ttft = (f"{each.queue(load=peaks[best] * share).mean:.3f}" for share in SHARES)
-        against = (f"{at_peak[name] / at_peak[other] - 1:+.1%}" if other in at_peak else "" for other in (best, "static:20"))
+        against = (
+            f"{at_peak[name] / at_peak[other] - 1:+.1%}" if other in at_peak else "" for other in (best, "static:20")
+        )
         table.add_row(
-            name, f"{run.hit_rate_cpu:.4f}", str(run.adapters_loaded), f"{run.invalid_kv_cpu:.3f}", f"{peaks[name]:.3f}",
-            *ttft, *against,
-        )  # fmt: skip
+            *(name, f"{run.hit_rate_cpu:.4f}", str(run.adapters_loaded), f"{run.invalid_kv_cpu:.3f}"),
+            *(f"{peaks[name]:.3f}", *ttft, *against),
+        )
     Console(width=150).print(table)
 
 
@@ -123,7 +125,11 @@ def main() -> None:
         requests = chats(adapters) if made_up else with_adapters(read_trace(Path(given.trace)), adapters, 1.0)
         requests = half_of(requests, given.half)
         each = [ranks[number % len(ranks)] * RANK_BYTES for number in range(adapters)]
-        kv = {(request.adapter, block): request.tokens_of(at) for request in requests for at, block in enumerate(request.blocks)}
+        kv = {
+            (request.adapter, block): request.tokens_of(at)
+            for request in requests
+            for at, block in enumerate(request.blocks)
+        }
         asked = {request.adapter for request in requests}
         working = TOKEN * sum(kv.values()) + sum(each[adapter] for adapter in asked)
         mean = sum(request.tokens for request in requests) / len(requests) / rates.prefill
@@ -132,7 +138,12 @@ def main() -> None:
             title = f"{adapters} adapters of {sum(each) >> 30} GiB, memory {percent:g} % of {working >> 30} GiB"
             sizes = Sizes(memory, working * 2 if made_up else 0, TOKEN, each)
             compare(
-                requests, sizes, [*SPLITS, *given.policy.split(",")], rates, CHATS_BOUND if made_up else BOUND * mean, title
+                requests,
+                sizes,
+                [*SPLITS, *given.policy.split(",")],
+                rates,
+                CHATS_BOUND if made_up else BOUND * mean,
+                title,
             )
 
 

@@ -8,7 +8,7 @@ Threads: the daemon's loop alone. A policy orders nodes and changes nothing else
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Generator, Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from loracache.cache.policy.adaptive import Adaptive
 from loracache.cache.policy.admission import AdmitAll, SecondTouch
@@ -28,10 +28,9 @@ __all__ = [
 
 
 class Policy(Protocol):
-    """Chooses the victims of one tier. The index offers nodes; the policy never changes the index. PARTS: what of it
-    can be switched off by `without`. speeds: what it takes to have a node again."""
+    """Chooses the victims of one tier. The index offers nodes; the policy never changes the index. without: parts
+    of it that are switched off. speeds: what it takes to have a node again."""
 
-    PARTS: ClassVar[tuple[str, ...]]
     without: Collection[str]
     speeds: Speeds
 

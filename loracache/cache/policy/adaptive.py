@@ -1,128 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive, leaf first: how much room what came once may take is what did best lately in shadows of the tier.
+"""Adaptive, leaf first: what came again stays longer than what came once; how much longer is what did best lately.
 
-Objects stand in two lines: those that came once, and those that came again, that is, were found by a lookup or have
-names that are remembered from before. Each line has the order of the last uses, which many uses put off a little:
+Objects stand in lines by how often they came: once, twice, three times, oftener. A lookup that finds one counts, and
+so does each time that it came before, as far as its name is remembered. The least of all goes first:
 
-    S = t_last + 0.5 * age * ln(hits + 1)                       age: the mean age of victims, in uses
+    S = t_last + stay[times] * n                          n: objects in the tier; t_last in uses, as an LRU has it
 
-What came once goes first as long as it takes more than a share of the tier. With a share of 1 the lower S goes, as in
-LRU: best where the tier reaches as far as objects come again. With a share of 0 what is new stays as long as the next
-that is new: best where the tier is small. Each of SHARES is tried all the time on a shadow of the tier (shadow.py), and
-the best is in force.
+which is an LRU in each line, and between lines the thought of caches that rank by what age and class say of the next
+use (Beckmann et al., "LHD", NSDI 2018). Four ways to set `stay` are tried all the time on shadows of the tier
+(shadow.py), and the best is in force: LRU and RECENT where a tier reaches about as far as objects come again, TWICE, a
+second touch, where it does not, and OFTEN where it is smaller still.
+
+Adapters have a line of their own, an LRU; they go first where they take more of the tier than their part (balance.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Sequence
-from math import log
+from math import inf
 
 from loracache.cache.policy.balance import Balance
-from loracache.cache.policy.leaf_first import Ranked
+from loracache.cache.policy.leaf_first import LeafFirst
 from loracache.cache.policy.line import Front
 from loracache.cache.policy.names import Names
-from loracache.cache.policy.shadow import SHARES, Shadows
+from loracache.cache.policy.shadow import LINES, WAYS, Shadows, Way
 from loracache.cache.state.index import Index, Node
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
 __all__ = ["Adaptive"]
 
-_ONCE, _AGAIN, _LORA = 0, 1, 2
-_FREQUENCY = 0.5  # of the mean age of victims, for each time that an object's hits grow e-fold
-_WEIGHT = 1 / 64  # of the last victim in that mean
-Place = tuple[float, int]
+_LORA = LINES  # the line of adapters
 
 
-class Adaptive(Ranked):
-    """Victims of one tier. Remembers a number of each node in the tier, and the names of many that left."""
+class Adaptive(LeafFirst[int]):
+    """Victims of one tier. Remembers two numbers of each node in the tier, and the names of many that left."""
 
     PARTS = ("balance", "cost", "count", "shadows")
 
-    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], shares: Sequence[float] = SHARES) -> None:
-        super().__init__(index, tier, cost, lines=3)
-        self._known: dict[Node, int] = {}  # -> the bytes it takes
-        self._once: set[Node] = set()
-        self._bytes = [0, 0, 0]
-        self._balance = Balance()
-        self._adapters = 0  # in the tier
+    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], ways: Sequence[Way] = WAYS) -> None:
+        super().__init__(index, tier, cost, LINES + 1)
+        self._before: dict[Node, int] = {}  # -> how often it came before, not counting its hits
+        self._standing: dict[Node, int] = {}  # -> the line of a candidate
         self._now = 0
-        self._age = 0.0  # of KV that left lately, in uses
         self._names = Names()
-        self._shares = shares
-        self._shadows = Shadows(lambda: index.objects[tier], shares)
+        self._shadows = Shadows(ways)
+        self._balance = Balance()
+        self._adapters: dict[Node, int] = {}  # -> the bytes it takes
+        self._adapter_bytes = 0
 
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain."""
-        self._shadows.ask(keys)
+        self._shadows.ask(keys, self._now)
 
     def line_of(self, node: Node) -> int:
-        """Adapters', that of those that came once, or of those that came again."""
-        if node not in self._known:
+        """How often it came again; of an adapter, the last."""
+        if node not in self._before:
             self._meet(node)
-        if node.hits and node in self._once:
-            self._once.remove(node)
-            self._bytes[_ONCE] -= self._known[node]
-            self._bytes[_AGAIN] += self._known[node]
         if node.kind is Kind.LORA:
             return _LORA
-        return _ONCE if node in self._once else _AGAIN
+        return min(self._before[node] + node.hits, LINES - 1)
 
-    def rank(self, node: Node) -> Place:
-        """Its last use, the later the more it was used."""
+    def place(self, node: Node) -> int:
+        """Its tick."""
+        return node.tick
+
+    def offer(self, node: Node) -> None:
+        """Make `node` a candidate."""
+        node.offered |= 1 << self._tier
         self._now = max(self._now, node.tick)
-        if node.kind is Kind.LORA and "count" not in self.without:
-            self._balance.used(node, self._age)
-        return node.tick + _FREQUENCY * self._age * log(node.hits + 1), node.tick
+        line = self._standing[node] = self.line_of(node)
+        self._lines[line].put(node.tick, node)
+        if line == _LORA and "count" not in self.without:
+            self._balance.used(node, self._index.objects[self._tier])
 
-    def pick(self, fronts: Sequence[Front[Place]], going: Sequence[int]) -> Front[Place] | None:
+    def used(self, node: Node, before: int) -> None:
+        """A candidate was used: its tick was `before`."""
+        self._lines[self._standing[node]].take(before)
+        self.offer(node)
+
+    def withdraw(self, node: Node) -> None:
+        """A candidate has left the tier, or is no leaf any more."""
+        node.offered &= ~(1 << self._tier)
+        self._lines[self._standing.pop(node)].take(node.tick)
+
+    def pick(self, fronts: Sequence[Front[int]], going: Sequence[int]) -> Front[int] | None:
         """Adapters, where they take more than their part; else KV, by the way that is in force."""
-        kv, lora = self._pick_kv(fronts, going), fronts[_LORA].first()
-        if kv is None or lora is None:
-            return kv if lora is None else fronts[_LORA]
+        lora = fronts[_LORA] if fronts[_LORA].first() is not None else None
+        stays = self._shadows.best if "shadows" not in self.without else WAYS[0]
         if "balance" in self.without:
-            return fronts[_LORA] if lora < (kv.first() or lora) else kv
-        taken, count = self._bytes[_LORA] - going[_LORA], self._adapters
-        over = self._balance.over(taken, count, self._now, self._age, sum(self._bytes))
-        return fronts[_LORA] if over else kv
+            return self._least(fronts, (*stays, stays[-1]))
+        kv = self._least(fronts[:LINES], stays)
+        if kv is None or lora is None:
+            return kv or lora
+        objects, nbytes = self._index.objects[self._tier], self._index.bytes[self._tier]
+        taken = self._adapter_bytes - going[_LORA]
+        return lora if self._balance.over(taken, len(self._adapters), self._now, objects, nbytes) else kv
 
-    def _pick_kv(self, fronts: Sequence[Front[Place]], going: Sequence[int]) -> Front[Place] | None:
-        once, again = fronts[_ONCE].first(), fronts[_AGAIN].first()
-        if once is None or again is None:
-            return fronts[_ONCE] if once is not None else fronts[_AGAIN] if again is not None else None
-        share = self._shares[self._shadows.best] if "shadows" not in self.without else 1.0
-        if share < 1:
-            once_bytes = self._bytes[_ONCE] - going[_ONCE]
-            first = once_bytes > share * (once_bytes + self._bytes[_AGAIN] - going[_AGAIN])
-        else:
-            first = once < again
-        return fronts[_ONCE] if first else fronts[_AGAIN]
+    def _least(self, fronts: Sequence[Front[int]], stays: Sequence[float]) -> Front[int] | None:
+        objects = self._index.objects[self._tier]
+        least, chosen = inf, None
+        for front, stay in zip(fronts, stays, strict=True):
+            tick = front.first()
+            if tick is not None and tick + stay * objects < least:
+                least, chosen = tick + stay * objects, front
+        return chosen
 
     def gone(self, node: Node) -> None:
         """It has left the tier; its name is remembered."""
-        nbytes = self._known.pop(node, None)
-        if nbytes is not None:
+        before = self._before.pop(node, None)
+        if before is not None:
             lora = node.kind is Kind.LORA
-            self._adapters -= lora
-            self._balance.left(hash(node.key), lora, nbytes, sum(self._bytes))
-            self._bytes[_LORA if lora else _ONCE if node in self._once else _AGAIN] -= nbytes
-            self._once.discard(node)
-            if not lora:
-                self._age += _WEIGHT * (self._now - node.tick - self._age)
-            self._names.add(hash(node.key), len(self._known))
+            nbytes = self._adapters.pop(node) if lora else self._cost(node)
+            self._adapter_bytes -= nbytes if lora else 0
+            self._balance.left(hash(node.key), lora, nbytes, self._index.bytes[self._tier])
+            self._names.add(hash(node.key), len(self._before), min(before + node.hits, LINES - 1))
+            self._shadows.left(node)
 
     def victims(self, nbytes: int, protected: Container[Node] = ()) -> Generator[None, None, tuple[list[Node], int]]:
         """See LeafFirst; what was asked since the last choice is looked at before."""
-        yield from self._shadows.work()
+        yield from self._shadows.work(self.line_of, self._index.objects[self._tier])
         return (yield from super().victims(nbytes, protected))
 
     def _meet(self, node: Node) -> None:
-        nbytes = self._known[node] = self._cost(node)
-        name, lora = hash(node.key), node.kind is Kind.LORA
+        name, lora, nbytes = hash(node.key), node.kind is Kind.LORA, self._cost(node)
         worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill if "cost" not in self.without else nbytes
-        self._balance.came(name, lora, worth, self._bytes[_LORA], sum(self._bytes))
-        once = not node.hits and not lora and name not in self._names
-        self._adapters += lora
-        self._bytes[_LORA if lora else _ONCE if once else _AGAIN] += nbytes
-        if once:
-            self._once.add(node)
+        self._balance.came(name, lora, worth, self._adapter_bytes, self._index.bytes[self._tier])
+        times = self._names.get(name)
+        # The hits of one that stayed in another tier count what is remembered of it too.
+        self._before[node] = 0 if lora else max(0, times + 1 - node.hits) if times >= 0 else 0
+        if lora:
+            self._adapters[node] = nbytes
+            self._adapter_bytes += nbytes
+        self._shadows.entered(node)

@@ -29,7 +29,7 @@ class Speeds:
     origin_latency: float = 0.05
 
     def seconds(self, node: Node, tier: Tier) -> float:
-        """To have `node` again once it has left `tier`. A chunk is loaded with many others: it waits for no disk alone."""
+        """To have `node` again once it has left `tier`. A chunk waits for the disk with many others."""
         lower = tier is Tier.CPU and node.held_in(Tier.DISK)
         if node.kind is Kind.LORA:
             origin = self.from_origin(node.size)

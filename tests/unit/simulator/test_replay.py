@@ -52,7 +52,7 @@ def check(store: Store) -> None:
             assert node.parent is None or node.parent.held_in(tier), "a child outlived its parent"
     assert sum(store._used.values()) == index.bytes[Tier.CPU] + index.bytes[Tier.DISK]
     kv = [node for node in index for tier in (Tier.CPU, Tier.DISK) if node.held_in(tier) and node.kind is Kind.KV]
-    assert sum(store._kv_of.values()) == sum(node.size for node in kv)
+    assert sum(sum(of.values()) for of in store._kv_of.values()) == sum(node.size for node in kv)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
