@@ -12,6 +12,9 @@ sessions come in bursts.
 The pressure: `peak` is the highest load at which the mean time to first token is within a bound: 5 times what an
 average prompt takes when nothing is found and nobody waits, or 0.5 s for chats, as in FASTLIBRA. A load is what arrives
 by what the engines can compute if nothing is found. All policies are compared at shares of the peak of the best split.
+
+A part of a policy is switched off by "-" and its name, as in `cost-visits`; "tree" is one of each policy's.
+`printed_count` and `printed_cost` are `cost` with a term as FASTLIBRA's paper prints it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from loracache.cache.policy import POLICIES
+from loracache.cache.policy.cost import Cost
 from loracache.cache.policy.worth import Speeds
+from loracache.cache.state.index import Node
 from loracache.simulator.clock import Rates
 from loracache.simulator.replay import Replay
 from loracache.simulator.store import Sizes, Way
@@ -39,6 +45,22 @@ SHARES = (0.5, 0.8, 0.95, 1.0)
 BOUND, CHATS_BOUND = 5.0, 0.5
 CHATS_RATES = Rates(cpu=1e15, below=Speeds(disk=20e9, disk_latency=0.0001))
 TURNS, PROMPT, ANSWER, BURST = 2.0, 70, 215, 6  # means: turns of a session, tokens of each, sessions of a burst
+
+
+class PrintedCount(Cost):
+    """FASTLIBRA's model with LoRA_Eval as it is printed: adapters are worth less where too few are there."""
+
+    def lora_eval(self, needed: float, held: int) -> float:
+        """See Cost."""
+        return min(1.0, held / needed) if needed else 1.0
+
+
+class PrintedCost(Cost):
+    """FASTLIBRA's model with cost as it is printed: not by the size of what would go."""
+
+    def worth(self, node: Node) -> float:
+        """See Cost."""
+        return self.speeds.seconds(node, self._tier)
 
 
 def chats(adapters: int, sessions: int = 10_000, zipf: float = 1.0, seed: int = 0) -> list[Request]:
@@ -121,6 +143,7 @@ def main() -> None:
     ranks = [int(rank) for rank in (given.ranks or ("32,64" if made_up else "8,16,32,64")).split(",")]
     rates = CHATS_RATES if made_up else Rates()
     gc.disable()  # millions of nodes, no circles among them
+    POLICIES.update(printed_count=PrintedCount, printed_cost=PrintedCost)
     for adapters in map(int, given.adapters.split(",")):
         requests = chats(adapters) if made_up else with_adapters(read_trace(Path(given.trace)), adapters, 1.0)
         requests = half_of(requests, given.half)

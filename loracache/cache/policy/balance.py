@@ -18,7 +18,7 @@ __all__ = ["Balance"]
 
 _REACH = 1 / 4  # of the tier, in victims of each kind whose names are kept
 _MOST = 1 << 16  # names of each kind
-_FARTHEST = 1 / 32  # of the tier, by one miss
+_FARTHEST = 1 / 8  # of the tier, by one miss
 _COUNT_AGAIN = 4096  # uses after which the adapters that a batch needs are counted anew
 
 
