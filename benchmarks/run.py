@@ -48,6 +48,7 @@ NAMES = (
     "overhead",
     "lora",
     "serving",
+    "policy_serving",
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 

@@ -6,7 +6,7 @@ Threading: the cache's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 
 from loracache.cache.policy import Policy
 from loracache.cache.state.arena import Arena
@@ -14,7 +14,7 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Leases
 from loracache.cache.tier.write_behind import WriteBehind
-from loracache.results import Cause
+from loracache.results import Cause, Departure
 from loracache.tiers import Tier
 
 __all__ = ["Room"]
@@ -70,12 +70,25 @@ class Room:
                     return False
                 yield
                 continue
-            for count, node in enumerate(victims, start=1):
-                if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):
-                    self._evict(node, "policy")
-                if not count % _EVICTED:
-                    yield
+            yield from self._evict_all(victims, kept, policy.reason)
         return True
+
+    def ahead(self, nbytes: int) -> Iterator[None]:
+        """Have clean victims go until so many bytes are free, as far as there are some: for nobody yet, so nothing that
+        is held, however loosely, goes for it, and no queued write. Yields between two slices."""
+        missing = nbytes - self._arena.free_bytes
+        if missing > 0:
+            victims, _ = yield from self._policies[Tier.CPU].victims(missing, ())
+            yield from self._evict_all(victims, (), lambda _: Departure.AHEAD)
+
+    def _evict_all(
+        self, victims: Sequence[Node], kept: Container[Node], reason: Callable[[Node], Departure]
+    ) -> Iterator[None]:
+        for count, node in enumerate(victims, start=1):
+            if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):
+                self._evict(node, reason(node))
+            if not count % _EVICTED:
+                yield
 
     def _give_up_writes(self, nbytes: int, protected: set[Node]) -> int:
         """Take leaves that only a queued write keeps out of the arena, worth about that much, but few at a time;
@@ -85,7 +98,7 @@ class Room:
             for writer in self._writers:
                 writer.forget(leaf, Cause.MEMORY_FULL)
             nbytes -= self._arena.rounded(leaf.size)
-            self._evict(leaf, Cause.MEMORY_FULL)
+            self._evict(leaf, Departure.MEMORY_FULL)
             given_up += 1
         return given_up
 

@@ -26,6 +26,7 @@ from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import JobTurns, Operation, Operations
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
+from loracache.control.pinning import pin, unpin
 from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
 from loracache.control.recount import Recounter
 from loracache.control.selection import Selected, Selector, all_known, select
@@ -33,7 +34,7 @@ from loracache.control.steps import done, start, turn
 from loracache.control.transfer import Mover
 from loracache.errors import Unknown, UsageError
 from loracache.keys import KEY_BYTES, is_digest
-from loracache.results import Cause, NodeKind
+from loracache.results import NodeKind
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
@@ -150,14 +151,14 @@ class Control:
         tier, ttl = Tier.named(request.tier), request.ttl or None
         self._cache.pins.pin((), tier)  # says which tiers can be pinned in
         operation, parts = await self._begin(request, label)
-        work = self._change(operation, parts, lambda keys: self._cache.pins.pin(keys, tier, ttl))
+        work = pin(self._cache, operation, parts, tier, ttl)
         return await self._run(request, operation, work)
 
     async def _on_unpin(self, request: messages.Unpin, label: str) -> list[Any]:
         tier = Tier.named(request.tier)
         self._cache.pins.pin((), tier)
         operation, parts = await self._begin(request, label)
-        work = self._change(operation, parts, lambda keys: self._cache.pins.unpin(keys, tier))
+        work = unpin(self._cache, operation, parts, tier)
         return await self._run(request, operation, work)
 
     async def _on_evict(self, request: messages.Evict, label: str) -> list[Any]:
@@ -288,14 +289,6 @@ class Control:
             events.wake.discard(wake)
 
     # -- inside ----------
-
-    async def _change(self, operation: Operation, parts: Parts, change: Callable[[list[bytes]], int]) -> None:
-        """Change so many objects of each part."""
-        for keys in operation.while_running(parts):
-            changed = change(keys)
-            operation.objects += changed
-            operation.skip(Cause.ABSENT, len(keys) - changed)
-            await turn()
 
     async def _evict(self, operation: Operation, parts: Parts, tiers: list[Tier], whose: Whose | None) -> None:
         deletions: Counter[Outcome] = Counter()

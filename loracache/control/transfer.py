@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from loracache.cache.state.index import Node, parents_first
 from loracache.cache.tier.write_behind import WriteBehind
-from loracache.cache.tiered import Acquired, TieredCache
+from loracache.cache.tiered import OPERATOR, Acquired, TieredCache
 from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import Operation
 from loracache.control.steps import answer, turn
@@ -24,9 +24,8 @@ from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
 
-__all__ = ["Mover"]
+__all__ = ["Mover", "flushed"]
 
-_OWNER = 0  # of the daemon's own leases
 _LEASE_S = 3600.0
 _SLICE_OBJECTS = 256
 _SLICE_BYTES = 32 << 20
@@ -94,7 +93,7 @@ class Mover:
         held, self._held = self._held, []
         for node in held:
             self._cache.index.unhold(node)
-        self._cache.leases.release(_OWNER, self._lease)
+        self._cache.leases.release(OPERATOR, self._lease)
         for key in self._passing:
             self._cache.passing[key] -= 1
             if not self._cache.passing[key]:
@@ -202,7 +201,7 @@ class Mover:
                 if not left:
                     done(None)
 
-            self._cache.acquire(_OWNER, self._lease, keys, _LEASE_S, ready)
+            self._cache.acquire(OPERATOR, self._lease, keys, _LEASE_S, ready)
 
         await answer(ask)
         await turn()
@@ -230,15 +229,15 @@ class Mover:
         for node in nodes:
             if not node.held_in(Tier.DISK):
                 disk.queue_write(node)
-        await _flushed(disk.writer)
+        await flushed(disk.writer)
         return [node for node in nodes if node.held_in(Tier.DISK)]
 
     async def _to_redis(self, nodes: list[Node]) -> list[Node]:
         redis = self._cache.redis
         assert redis is not None
         for node in nodes:
-            redis.enqueue(node)
-        await _flushed(redis)
+            self._cache.admitter.to_redis_alone(node)
+        await flushed(redis)
         return await self._in_redis(nodes)
 
     async def _in_redis(self, nodes: list[Node]) -> list[Node]:
@@ -354,6 +353,7 @@ class Mover:
             node = index.get(key)
             if node is not None:
                 redis.forget(node, "moved")  # else a queued write would bring it back
+                node.sent = False
         results: list[Result] = await answer(lambda done: redis.io.delete(keys, done))
         gone = [result.outcome in (Outcome.OK, Outcome.MISS) for result in results]
         self._operation.skip(Cause.STAYS, gone.count(False))
@@ -361,8 +361,8 @@ class Mover:
         return [node for node in nodes if node is not None]
 
 
-async def _flushed(writer: WriteBehind) -> None:
+async def flushed(writer: WriteBehind) -> None:
     """Once everything queued so far is written or dropped."""
     writer.pump()
-    flushed: asyncio.Future[None] = answer(lambda done: writer.when_flushed(lambda: done(None)))
-    await flushed
+    over: asyncio.Future[None] = answer(lambda done: writer.when_flushed(lambda: done(None)))
+    await over

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from loracache.control.lookup import Finder
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
+    from loracache.daemon.recorder import Recorder
+    from loracache.daemon.swapping import Swapping
     from loracache.namespaces import Namespaces
 
 __all__ = ["Served", "Session"]
@@ -68,6 +70,8 @@ class Served:
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
     rest_pid: Callable[[], int | None]
+    swapping: Swapping
+    recorder: Recorder | None = None
     turns: Turns = field(default_factory=Turns)
     registered: Counter[bytes] = field(default_factory=Counter)
     """Digests of namespaces, by how many connections have registered them."""
@@ -87,7 +91,16 @@ class Session(asyncio.Protocol):
         self._cache = served.cache
         self.client = peer.pid or -owner  # of another pid namespace nobody knows which connections are one process's
         self._inbox = Inbox(self.client, served.waiting, self._broken)
-        self._data = DataRequests(owner, served.cache, served.namespaces, served.finder, self._answer, self._later)
+        self._data = DataRequests(
+            owner,
+            served.cache,
+            served.namespaces,
+            served.finder,
+            served.swapping,
+            self._answer,
+            self._later,
+            served.recorder,
+        )
         self._transport: asyncio.Transport | None = None
         self._registered: set[bytes] = set()  # digests of namespaces
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
@@ -111,6 +124,7 @@ class Session(asyncio.Protocol):
         self._inbox.close()
         self._work = None
         self._served.adapters.engines.subtract(self._resident)
+        self._served.swapping.demand.gone(self.owner)
         start(self._unregister())
         self._served.ended(self)
 
@@ -373,4 +387,4 @@ class Session(asyncio.Protocol):
         for name, count in request.counts.items():
             known = len(counters) < _MOST_COUNTERS or counters[_REPORTED + name]
             counters.add(_REPORTED + (name if known else "other"), count)
-        self._answer(number, OK, [])
+        self._answer(number, OK, self._served.swapping.take_report(self.owner, request))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from loracache.simulator.clock import Engines, Rates
+from loracache.simulator.request import Request
 from loracache.simulator.store import Found, Sizes, Store, Way
-from loracache.simulator.trace import Request
 from loracache.tiers import Tier
 
 __all__ = ["LOAD", "Replay", "Run", "engines_for", "replay"]
@@ -22,7 +22,7 @@ _SAMPLES = 100  # of the share of invalid KV
 class Run:
     """What one replay measured. Rates are shares of all tokens asked; times in seconds; bytes moved per tier;
     invalid_kv: the mean share of KV whose adapter was in no tier; invalid_kv_cpu: of KV in memory, whose adapter was
-    not there; choice_us: microseconds of CPU by evicted object;
+    not there; busy_mean: what a request keeps an engine busy for; choice_us: microseconds of CPU by evicted object;
     seconds: of CPU that the replay took."""
 
     policy: str
@@ -36,6 +36,7 @@ class Run:
     ttft_p50: float
     ttft_p90: float
     ttft_p99: float
+    busy_mean: float
     bytes_stored: int
     bytes_disk_written: int
     bytes_disk_read: int
@@ -105,6 +106,7 @@ class Replay:
             ttft_p50=queue.percentile(0.5),
             ttft_p90=queue.percentile(0.9),
             ttft_p99=queue.percentile(0.99),
+            busy_mean=sum(self.seconds) / len(self._requests),
             bytes_stored=counts["stored"],
             bytes_disk_written=counts["disk_written"],
             bytes_disk_read=self._read,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
@@ -18,7 +18,7 @@ from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import whole
 from loracache.errors import ConfigError
-from loracache.simulator.trace import Request
+from loracache.simulator.request import Kept, Request
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
@@ -115,7 +115,8 @@ class Store:
         policy.without = way.without
         for each in (policy, self._policies[Tier.DISK], self._own_pool):
             each.speeds = speeds or Speeds()
-        self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK])
+        rooms = (self._room(sizes.memory), self._room(sizes.disk))
+        self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK], *rooms)
         kv = sizes.memory * (100 - way.split) // 100
         self._limits = {Tier.CPU: kv, Tier.DISK: sizes.disk, None: sizes.memory - kv}
         self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
@@ -123,14 +124,23 @@ class Store:
         self._kv_of: dict[Tier, Counter[int]] = {tier: Counter() for tier in (Tier.CPU, Tier.DISK)}  # adapter -> bytes
 
     def serve(self, request: Request) -> Found:
-        """Look up, load, compute and store one prompt."""
+        """Look up, load, compute and store one prompt, after what was stored before it."""
         found = Found()
-        adapter = self._serve_adapter(request.adapter, found) if request.adapter >= 0 else None
+        for kept in request.kept:
+            if kept.blocks:
+                self._keep(kept)
+            else:
+                self._serve_adapter(kept.adapter, found if kept.adapter == request.adapter else Found())
+        if request.held is None and request.adapter >= 0:
+            adapter: Node | None = self._serve_adapter(request.adapter, found)
+        else:  # as recorded: of an adapter that its engine held the daemon was not asked
+            adapter = self._adapter(request.adapter)
         keys = [_key(request.adapter, block) for block in request.blocks]
         last = self._load(request, keys, adapter, found)
         admitted = self._compute(request, keys, adapter, last, found)
         if admitted is not None and self.sizes.disk:
             self._write(admitted)
+        self.index.prune(adapter)
         return found
 
     def _load(self, request: Request, keys: Sequence[bytes], adapter: Node | None, found: Found) -> Node | None:
@@ -139,7 +149,11 @@ class Store:
         again: Node | None = None
         for policy in self._policies.values():
             policy.asked(keys)
-        for node in self.index.leading(keys, _BOTH):
+        held = self.index.leading(keys, _BOTH)
+        self._admission.asked(keys, held)
+        for _ in self._admission.work():
+            pass
+        for node in held:
             tokens = request.tokens_of(found.blocks)
             if node.held_in(Tier.CPU):
                 found.cpu += tokens
@@ -164,20 +178,51 @@ class Store:
         admitted: Node | None = None
         if last is None and self._tree:
             last = adapter
-        token = self.sizes.token
-        missing = token * max(0, request.tokens - found.cpu - found.disk)
-        self._free(Tier.CPU, Tier.CPU, missing, _those(last, adapter))  # for all at once, where that is to be had
-        for position in range(found.blocks, len(keys)):
+        end = len(keys) if request.held is None else min(request.held, len(keys))
+        sizes = [request.bytes_of(position, self.sizes.token) for position in range(found.blocks, end)]
+        self._free(Tier.CPU, Tier.CPU, sum(sizes), _those(last, adapter))  # for all at once, where that is to be had
+        for key, size in zip(keys[found.blocks : end], sizes, strict=True):
             above = last.key if last is not None else b""
-            node = self._insert(keys[position], above, Kind.KV, request.adapter, request.tokens_of(position) * token)
+            node = self._insert(key, above, Kind.KV, request.adapter, size)
             if not node.held_in(Tier.CPU) and not self._enter(node, Tier.CPU, _those(last, adapter)):
                 self.index.prune(node)
                 break
             self.counts["stored"] += node.size
             last = node
-            if self.sizes.disk and self._admission.admits(node):
+            if self.sizes.disk and not self._admission.came(node):
                 admitted = node
         return admitted
+
+    def _keep(self, kept: Kept) -> None:
+        """Store what an engine stored in a recorded trace, as far as what it is behind is there."""
+        adapter = self._adapter(kept.adapter)
+        last = adapter if self._tree else None
+        if kept.below is not None:
+            last = self.index.get(_key(kept.adapter, kept.below))
+            if last is None or not last.present:
+                return
+        admitted: Node | None = None
+        for block in kept.blocks:
+            above = last.key if last is not None else b""
+            node = self._insert(_key(kept.adapter, block), above, Kind.KV, kept.adapter, kept.nbytes)
+            if node.present:
+                self.index.touch(node)
+            elif self._enter(node, Tier.CPU, _those(last, adapter)):
+                self.counts["stored"] += node.size
+                if self.sizes.disk and not self._admission.came(node):
+                    admitted = node
+            else:
+                self.index.prune(node)
+                break
+            last = node
+        if admitted is not None:
+            self._write(admitted)
+        self.index.prune(adapter)
+
+    def _adapter(self, number: int) -> Node | None:
+        """Its node, in no tier perhaps; None for no adapter."""
+        size = self.sizes.adapters[number] if number >= 0 else 0
+        return self._insert(_key(number), b"", Kind.LORA, number, size) if number >= 0 else None
 
     def invalid_share(self, tier: Tier | None = None) -> float:
         """Bytes of KV in `tier` whose adapter is not there, by bytes of KV there; None: in all tiers, in none."""
@@ -199,7 +244,7 @@ class Store:
         found.adapter = Tier.DISK if node.held_in(Tier.DISK) else None
         found.adapter_bytes = size
         self.counts["adapters_loaded"] += 1
-        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and self._admission.admits(node):
+        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and not self._admission.came(node):
             self._write(node)
         return node
 
@@ -251,6 +296,11 @@ class Store:
                 self._kv_of[tier][_adapter_of(victim)] -= victim.size
         self.counts["evicted"] += len(victims)
         return True
+
+    def _room(self, nbytes: int) -> Callable[[], int]:
+        """For how many objects there is room in so many bytes."""
+        index = self.index
+        return lambda: nbytes * index.objects[Tier.CPU] // max(1, index.bytes[Tier.CPU])
 
     def _pool(self, tier: Tier, node: Node) -> Tier | None:
         return None if self._split and tier is Tier.CPU and node.kind is Kind.LORA else tier

@@ -14,10 +14,12 @@ from typing import Generic
 from loracache.cache.policy.line import Front, Line, R
 from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
+from loracache.results import Departure
 from loracache.tiers import Tier
 
 __all__ = ["LeafFirst", "Ranked"]
 
+_REASONS = (Departure.POLICY_ONCE, Departure.POLICY_AGAIN)  # of a policy with two lines
 _SLICE = 64  # candidates looked at between two looks at the socket
 
 
@@ -63,6 +65,9 @@ class LeafFirst(ABC, Generic[R]):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain, held or not."""
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+
     @abstractmethod
     def place(self, node: Node) -> R:
         """The rank that `node` has in its line, or would have there."""
@@ -74,6 +79,10 @@ class LeafFirst(ABC, Generic[R]):
     def pick(self, fronts: Sequence[Front[R]], going: Sequence[int]) -> Front[R] | None:
         """Where the next to go is looked for. going: the bytes chosen of each line so far."""
         return fronts[0] if fronts[0].first() is not None else None
+
+    def reason(self, node: Node) -> Departure:
+        """Why a victim goes, where it stands before it has gone."""
+        return Departure.POLICY if len(self._lines) != len(_REASONS) else _REASONS[self.line_of(node)]
 
     def spared(self, node: Node) -> bool:
         """Whether the first in line stays for now; then it has another place from now on."""

@@ -102,11 +102,14 @@ class DiskTier:
 
     def evict(self, nodes: Iterable[Node], cause: str) -> None:
         """Remove objects, children before parents."""
+        self._evict((node, cause) for node in nodes)
+
+    def _evict(self, nodes: Iterable[tuple[Node, str]]) -> None:
         going = {}
-        for node in nodes:
+        for node, cause in nodes:
             going[node.key] = self.cost(node)
             self._leave(node, cause)
-        self._counters.add(f"evict.disk.{cause}", len(going))
+            self._counters.add(f"evict.disk.{cause}")
         self._delete(going)
 
     def load_ended(self, node: Node, outcome: Outcome) -> None:
@@ -214,6 +217,7 @@ class DiskTier:
                 if self.writer.forget(node, Cause.EXISTS):
                     node.written = self._flushes.wrote(Tier.DISK)
                 node.stored = info.stored
+                node.sent = True  # what the disk got, an earlier run's Redis got too
                 self._index.enter(node, Tier.DISK, "found")
                 self.used += self.cost(node)
         return waiting
@@ -292,7 +296,8 @@ class DiskTier:
                 if at:
                     yield
                 part = victims[at : at + _EVICTED]
-                self.evict((node for node in part if node not in protected and self._may_go(node)), "policy")
+                leaving = (node for node in part if node not in protected and self._may_go(node))
+                self._evict((node, self._policy.reason(node)) for node in leaving)
         return True
 
     def _may_go(self, node: Node) -> bool:

@@ -18,6 +18,7 @@ import pytest
 
 from loracache import CacheClient, Namespace
 from loracache.cache.state.slices import whole
+from loracache.cache.swap.demand import Demand
 from loracache.client.connection import Connection
 from loracache.daemon import inbox
 from loracache.daemon.inbox import Inbox
@@ -60,10 +61,12 @@ class House:
 
     def __init__(self, rig: Any) -> None:
         self.rig = rig
-        nothing: Any = SimpleNamespace(engines=Counter())
+        nothing: Any = SimpleNamespace(engines=Counter(), demand=Demand(time.monotonic))
         finder: Any = SimpleNamespace(judge=lambda tiers, asked: SimpleNamespace(tiers=tiers, cause="absent"))
         self.finder = finder
-        self.served = Served(rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None)
+        self.served = Served(
+            rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None, nothing
+        )
 
     def session(self, pid: int) -> tuple[Session, Transport]:
         peer: Any = SimpleNamespace(pid=pid, uid=1)
