@@ -134,7 +134,7 @@ class Config(BaseModel):
     audit_log: Path | None = Field(
         None, description="File of what operators changed, one JSON object a line; without it the daemon's own log."
     )
-    policy: PolicyName = Field("lru", description="Who leaves a tier for others.")
+    policy: PolicyName = Field("adaptive", description="Who leaves a tier for others.")
     disk_policy: PolicyName | None = Field(None, description="The same of tier disk; without it as `policy`.")
     admission: Literal["all", "second_touch", "adaptive"] = Field(
         "all", description="What is written to disk and Redis: all, what was asked for twice, or is likely to be."

@@ -37,6 +37,9 @@ class Model:
     adapters: Annotated[int, typer.Option(metavar="N", parser=_count, help="How many.", show_default="0")] = 0
     ranks: _ranked = "8,16,32,64"
     zipf: Annotated[float, typer.Option(help="The n-th adapter is asked for as often as n ** -zipf.")] = 1.0
+    hints: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the sessions that come back, how many say so each time; 0 to 1.")
+    ] = 0.0
     seed: Annotated[
         int, typer.Option(metavar="N", parser=integer(0, 2**31), help="Of the adapters' order.", show_default="0")
     ] = 0
@@ -133,6 +136,7 @@ def _sizes(option: str, text: str | None) -> list[int]:
 def _load(trace: Path, model: Model) -> _Load:
     """Raises ConfigError."""
     from loracache.config import parse_size
+    from loracache.simulator.hints import with_hints
     from loracache.simulator.trace import own_adapters, read_trace, with_adapters
 
     try:
@@ -145,7 +149,9 @@ def _load(trace: Path, model: Model) -> _Load:
             f"--kv-bytes-per-token {token} must be 1 to 1GiB, --ranks {model.ranks} 1 or more, {_MOST_RANK} at most, "
             f"--zipf {model.zipf} 0 to 10"
         )
-    requests = read_trace(trace)
+    if not 0 <= model.hints <= 1:
+        raise ConfigError(f"--hints {model.hints} is a share of the sessions, from 0 to 1")
+    requests = with_hints(read_trace(trace), model.hints, model.seed)
     if not model.adapters:
         return _Load(requests, token, own_adapters(requests))
     if any(request.held is not None for request in requests):

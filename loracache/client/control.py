@@ -180,10 +180,16 @@ class ControlCalls:
         return self._operation(messages.Clear("", "", list(tiers), wait))
 
     def admit(
-        self, selection: Selection | Sequence[bytes], *, tier: str = "cpu", wait: float = MAX_WAIT_S
+        self,
+        selection: Selection | Sequence[bytes],
+        *,
+        tier: str = "cpu",
+        ttl: float = 0.0,
+        wait: float = MAX_WAIT_S,
     ) -> OperationReport:
-        """Bring objects to a tier ahead of need, from wherever they are."""
-        return self._operation(messages.Admit("", "", _encode(selection), tier, wait))
+        """Bring objects to a tier ahead of need, from wherever they are; with a prompt's KV its adapter comes to cpu.
+        ttl: seconds for which cpu holds them then, giving way only to what is read; 0: not at all."""
+        return self._operation(messages.Admit("", "", _encode(selection), tier, wait, ttl))
 
     def _write_down(self, selection: Selection | Sequence[bytes], seconds: float) -> dict[str, list[int]]:
         """Bring objects to every tier below memory, whatever admission says; [there, not there] by tier. Raises

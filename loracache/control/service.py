@@ -185,8 +185,8 @@ class Control:
         return await self._run(request, operation, self._clear(operation, tiers))
 
     async def _on_admit(self, request: messages.Admit, label: str) -> list[Any]:
-        target = own_tier(request.tier, self._cache.tiers)
-        return await self._move(request, label, target, wanted=lambda node: not node.held_in(target))
+        target = own_tier(request.tier, self._cache.tiers, request.ttl)
+        return await self._move(request, label, target, wanted=lambda node: not node.held_in(target), hold=request.ttl)
 
     async def _on_move(self, request: messages.Move, label: str) -> list[Any]:
         source, target = own_tier(request.source, self._cache.tiers), own_tier(request.tier, self._cache.tiers)
@@ -321,14 +321,7 @@ class Control:
     async def _move(self, request: Any, label: str, target: Tier, **options: Any) -> list[Any]:
         operation, parts = await self._begin(request, label)
         mover = Mover(self._cache, operation, parts, target, **options)
-        return await self._run(request, operation, self._in_turn(operation, mover))
-
-    async def _in_turn(self, operation: Operation, mover: Mover) -> None:
-        if await self._turns.take(operation):
-            try:
-                await mover.run()
-            finally:
-                self._turns.give_back()
+        return await self._run(request, operation, self._turns.run(operation, mover.run))
 
     async def _begin(self, request: Any, label: str) -> tuple[Operation, Parts]:
         """A new operation, and what was selected for it."""
@@ -368,7 +361,9 @@ class Control:
 
     async def _select(self, request: Any) -> Selected:
         """What the request's selector stands for."""
-        return await done(select(await self._selector(request), self._namespaces, request.scope))
+        selected = await done(select(await self._selector(request), self._namespaces, request.scope))
+        raised = isinstance(request, messages.Admit) and request.tier == Tier.CPU.label
+        return selected.behind_adapters(self._cache.index) if raised else selected
 
     async def _selector(self, request: Any) -> Selector:
         """The request's selector, an adapter by its digest."""

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from loracache.cache.state.index import Node, parents_first
+from loracache.cache.state.leases import Grip
 from loracache.cache.tier.write_behind import WriteBehind
 from loracache.cache.tiered import OPERATOR, Acquired, TieredCache
 from loracache.control.incompressible import Incompressible
@@ -40,6 +41,7 @@ class Mover:
     Redis is asked for. hopeless: what compression makes no smaller; it is left alone, and more is learnt.
 
     source: objects that are not there are skipped; None takes them from wherever they are. keep: leave them there.
+    hold: seconds for which what is in the arena then is held there, loosely.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Mover:
         wanted: Callable[[Node], bool] = lambda node: True,
         in_redis: Callable[[int], bool] = lambda stored: True,
         hopeless: Incompressible | None = None,
+        hold: float = 0.0,
     ) -> None:
         self._cache = cache
         self._operation = operation
@@ -66,6 +69,8 @@ class Mover:
         self._wanted = wanted
         self._wanted_in_redis = in_redis
         self._hopeless = hopeless
+        self._hold = hold
+        self._holding = os.urandom(16)  # the lease of that
         self._room = min(_SLICE_BYTES, cache.arena.size // _SHARE)
         self._lease = os.urandom(16)  # while a slice is raised; then its nodes are held without a time to live
         self._held: list[Node] = []
@@ -118,6 +123,7 @@ class Mover:
                 self._operation.skip(Cause.ABSENT)
             elif node is not None and held and not self._wanted(node):
                 self._operation.skip(Cause.ALREADY)
+                self._hold_on([node])
             elif self._hopeless is not None and key in self._hopeless:
                 self._operation.skip(Cause.INCOMPRESSIBLE)
             else:
@@ -170,6 +176,7 @@ class Mover:
             self._cache.passing.update(self._passing)
         nodes = await self._raise(keys)
         arrived = await self._deliver(nodes) if self._operation.running else []
+        self._hold_on(arrived)
         self._operation.objects += len(arrived)
         self._operation.nbytes += sum(node.size for node in arrived)
         if not self._keep:
@@ -210,6 +217,11 @@ class Mover:
         nodes = parents_first([node for node in self._held if node.held_in(Tier.CPU)])
         self._operation.skip(Cause.CORRUPT, len(self._held) - len(nodes))  # what a reader reported since it was raised
         return nodes
+
+    def _hold_on(self, nodes: list[Node]) -> None:
+        here = [node for node in nodes if node.held_in(Tier.CPU)]
+        if self._hold and here:
+            self._cache.leases.hold(OPERATOR, self._holding, self._hold, here, Grip.LOOSE)
 
     # -- where they go ----------
 

@@ -105,6 +105,9 @@ class Admit(_Selecting):
     """Bring objects to a tier ahead of need, from wherever they are."""
 
     tier: Tier = "cpu"
+    ttl: float | None = Field(
+        None, gt=0, le=MAX_TTL_S, description="Seconds for which cpu holds them then, loosely; left out, it does not."
+    )
 
 
 class Move(_Selecting):

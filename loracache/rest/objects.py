@@ -137,7 +137,8 @@ def _add_moves(app: FastAPI, link: DaemonLink) -> None:
     async def admit(body: models.Admit, who: Caller, response: Response, wait: Wait = 0.0) -> models.Operation:
         """Bring objects to a tier ahead of need, from wherever they are."""
         selector = body.selector.encode()
-        return await _moved(link, messages.Admit(name_of(who), who.tenant, selector, body.tier, wait), response)
+        ttl = body.ttl or 0.0
+        return await _moved(link, messages.Admit(name_of(who), who.tenant, selector, body.tier, wait, ttl), response)
 
     @app.post("/v1/move", tags=["objects"], status_code=202, responses=_moving("Moved"))
     async def move(body: models.Move, who: Caller, response: Response, wait: Wait = 0.0) -> models.Operation:

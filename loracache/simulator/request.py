@@ -24,6 +24,7 @@ class Kept:
 @dataclass(frozen=True, slots=True)
 class Request:
     """time: seconds since the first one. blocks: an id for each block of the prompt. adapter: its number, -1: none.
+    session: its number. returns: it comes with the hint that its session will ask again.
 
     block_tokens: of each block but the last. What a recorded trace says: tenant: a number, -1: none; block_bytes and
     adapter_bytes: of each block, and of the adapter, 0: not known; held: so many leading blocks were there, and what
@@ -34,6 +35,8 @@ class Request:
     tokens: int
     blocks: tuple[int, ...]
     adapter: int = -1
+    session: int = -1
+    returns: bool = False
     block_tokens: int = BLOCK_TOKENS
     tenant: int = -1
     block_bytes: int = 0

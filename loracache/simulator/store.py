@@ -18,6 +18,7 @@ from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import whole
 from loracache.errors import ConfigError
+from loracache.simulator.hints import Held
 from loracache.simulator.request import Kept, Request
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
@@ -25,6 +26,8 @@ from loracache.tiers import Tier
 __all__ = ["Found", "Sizes", "Store", "Way"]
 
 _TREE = "tree"
+_HELD = 0.9  # of memory, at most, for sessions that said that they come back
+_HELD_S = 900.0  # at most
 _BOTH = 1 << Tier.CPU | 1 << Tier.DISK
 _SPREAD = 0x9E3779B97F4A7C15F39CC0605CEDC8341082276BF3A27251F86C6A11D0C18E95  # odd: no two numbers become one
 
@@ -120,12 +123,14 @@ class Store:
         kv = sizes.memory * (100 - way.split) // 100
         self._limits = {Tier.CPU: kv, Tier.DISK: sizes.disk, None: sizes.memory - kv}
         self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
+        self._held = Held(index, int(_HELD * kv), _HELD_S)
         self._namespaces = {number: _namespace(number) for number in range(-1, len(sizes.adapters))}
         self._kv_of: dict[Tier, Counter[int]] = {tier: Counter() for tier in (Tier.CPU, Tier.DISK)}  # adapter -> bytes
 
     def serve(self, request: Request) -> Found:
         """Look up, load, compute and store one prompt, after what was stored before it."""
         found = Found()
+        self._held.returned(request.session, request.time)
         for kept in request.kept:
             if kept.blocks:
                 self._keep(kept)
@@ -137,7 +142,9 @@ class Store:
             adapter = self._adapter(request.adapter)
         keys = [_key(request.adapter, block) for block in request.blocks]
         last = self._load(request, keys, adapter, found)
-        admitted = self._compute(request, keys, adapter, last, found)
+        last, admitted = self._compute(request, keys, adapter, last, found)
+        if request.returns and last is not None:
+            self._held.keep(request.session, last, request.time)
         if admitted is not None and self.sizes.disk:
             self._write(admitted)
         self.index.prune(adapter)
@@ -173,8 +180,9 @@ class Store:
 
     def _compute(
         self, request: Request, keys: Sequence[bytes], adapter: Node | None, last: Node | None, found: Found
-    ) -> Node | None:
-        """Store the chunks that follow; answers the last of them that is to be written to disk."""
+    ) -> tuple[Node | None, Node | None]:
+        """Store the chunks that follow; answers the last in memory, and the last of them that is to be written to
+        disk."""
         admitted: Node | None = None
         if last is None and self._tree:
             last = adapter
@@ -191,7 +199,7 @@ class Store:
             last = node
             if self.sizes.disk and not self._admission.came(node):
                 admitted = node
-        return admitted
+        return last, admitted
 
     def _keep(self, kept: Kept) -> None:
         """Store what an engine stored in a recorded trace, as far as what it is behind is there."""

@@ -27,7 +27,7 @@ _DEMOTE_TO = ("disk", "redis")
 class Wishes:
     """store, load: whether its KV may be. pin: seconds for which it stays in memory after the request, 0: as any
     other. prefetch: raise what slow tiers have of it as soon as it arrives. demote: the tier that its KV goes to after
-    the request, or "".
+    the request, or "". returns_in: seconds after its end in which its KV will be asked for again, 0: nobody knows.
     """
 
     store: bool = True
@@ -35,6 +35,12 @@ class Wishes:
     pin: float = 0.0
     prefetch: bool = False
     demote: str = ""
+    returns_in: float = 0.0
+
+    @property
+    def afterwards(self) -> bool:
+        """Whether something is to be done when the request is over."""
+        return bool(self.pin or self.demote or self.returns_in)
 
 
 def wishes_of(request: Any) -> tuple[Wishes, list[str]]:
@@ -103,7 +109,7 @@ def _demote(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return problem, {"demote": tier}
 
 
-_PARAMS: dict[str, Callable[[object], str]] = {"store": _flag, "load": _flag, "pin": _seconds}
+_PARAMS: dict[str, Callable[[object], str]] = {"store": _flag, "load": _flag, "pin": _seconds, "returns_in": _seconds}
 _ACTIONS: dict[str, Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]]] = {
     "pin": _pin,
     "retain": _pin,

@@ -106,6 +106,10 @@ class Adaptive(LeafFirst[int]):
                 least, chosen = tick + stay * objects, front
         return chosen
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+        self._balance.batch = batch or self._balance.batch
+
     def gone(self, node: Node) -> None:
         """It has left the tier; its name is remembered."""
         before = self._before.pop(node, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 __all__ = ["Names"]
 
-_LEAST = 1 << 18
+_LEAST = 1 << 17
 _BY_OBJECT = 8  # names by object that there is
 
 

@@ -49,7 +49,8 @@ class Demand:
     @property
     def waiting(self) -> int:
         """Requests that wait in all engines, as last said."""
-        return sum(self._waiting.values())
+        since = self._clock() - _WINDOW_S
+        return sum(count for engine, count in self._waiting.items() if self._running[engine][-1][0] >= since)
 
     def batch(self) -> float:
         """Requests that ran at once, of all engines together: a mean over the last 5 s."""
@@ -69,9 +70,12 @@ class Demand:
         return count * _decay(now - at)
 
     def _mean(self, samples: deque[tuple[float, int]]) -> float:
-        """By time: what was said last holds until something else is said."""
+        """By time: what was said last holds until something else is said, or for as long as the window is: an engine
+        that has nothing to do says nothing."""
         now = self._clock()
         since = now - _WINDOW_S
+        if samples[-1][0] < since:
+            return 0.0
         while len(samples) > 1 and samples[1][0] <= since:
             samples.popleft()
         total = spent = 0.0

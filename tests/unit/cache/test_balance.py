@@ -93,7 +93,7 @@ def mixed(adapters: int, seed: int = 0) -> list[Request]:
     chance = random.Random(seed)
     weights = [1 / (number + 1) for number in range(adapters)]
     requests = []
-    for session in range(1500):
+    for session in range(1000):
         (number,) = chance.choices(range(adapters), weights)
         for turn in range(1, chance.choice((1, 1, 2, 4)) + 1):
             blocks = tuple(range(100 * session, 100 * session + 3 * turn))

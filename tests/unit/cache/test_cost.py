@@ -75,7 +75,7 @@ def test_kv_of_the_tier_below_is_worth_its_load_and_an_adapter_is_never_computed
 def busy(seed: int = 0) -> list[Request]:
     chance = random.Random(seed)
     requests = []
-    for number in range(3000):
+    for number in range(1500):
         adapter = min(int(chance.expovariate(0.15)), 39)
         session = int(chance.paretovariate(0.6)) % 400
         blocks = tuple(range(100 * session, 100 * session + 1 + session % 7))

@@ -55,6 +55,7 @@ def test_a_table_for_people(trace: Path) -> None:
         (["--memory", "much"], "is not a size"),
         (["--ranks", "8,x"], "--ranks"),
         (["--ranks", "0"], "1 or more"),
+        (["--hints", "1.5"], "--hints 1.5"),
         (["--admission", "none"], "all, second_touch, adaptive"),
         (["--disk-policy", "best"], "give one of lru"),
         (["--policy", ""], "give one of lru"),

@@ -117,7 +117,9 @@ def peft(folder: Path, seed: int = 0, width: int = 64) -> Path:
 
 def test_a_replay_loads_adapters_when_an_engine_did(daemon: Any, tmp_path: Path) -> None:
     trace, memory = tmp_path / "trace", 96 * PAGE
-    running = daemon(memory=memory, record=trace)
+    config = tmp_path / "config.yaml"
+    config.write_text("policy: lru\n")
+    running = daemon(config=config, memory=memory, record=trace)
     engine = Engine(running.client())
     folders = {}
     for number in range(5):  # 16 pages each

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loracache import CacheClient, Namespace
+from loracache import CacheClient, Namespace, Selection
 from loracache.wire import protocol
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
@@ -105,6 +105,27 @@ def test_an_announced_chain_is_in_memory_when_it_is_due_and_held_for_its_time(
     eventually(lambda: in_cpu(client) == COUNT, "it is raised")
     assert client.evict(keys, tiers=["cpu"]).skipped == COUNT
     eventually(lambda: client.evict(keys, tiers=["cpu"]).skipped == 0, "its time is over")
+
+
+def test_a_prompt_is_admitted_with_its_adapter_and_both_are_held(daemon: Any, tmp_path: Path) -> None:
+    client = daemon(memory="16MiB", page_size="4KiB", disk_path=tmp_path / "disk").client()
+    digest = client.add_adapter(peft(tmp_path / "a", 0), "a")
+    space = Namespace("model", "float32", "layout", 4, adapter=digest)
+    root = client.register(space, ["mine"])
+    keys = space.object_keys(range(8))
+    with client.reserve(root, keys, [SIZE] * 2) as reservation:
+        for at in range(2):
+            reservation.write(at, bytes(SIZE))
+    client.flush(30)
+    client.clear(tiers=["cpu"])
+    assert in_cpu(client) == 0
+    prompt = Selection(model="mine", tokens=range(8), adapter="a")
+    assert client.admit(prompt, ttl=2.0).counts[0] == 3
+    assert in_cpu(client) == 3
+    assert client.clear(tiers=["cpu"]).counts[0] == 0
+    again = client.admit(prompt, ttl=2.0)
+    assert (again.objects, again.causes) == (0, {"already": 3})
+    assert client.admit(Selection(model="mine", tokens=range(8), adapter="a"), tier="disk").causes == {"already": 2}
 
 
 def test_engines_are_told_of_the_adapters_in_memory_that_are_asked_for_most(daemon: Any, tmp_path: Path) -> None:
