@@ -8,6 +8,7 @@ prompt at a time, in the order of arrival; decoding and batches are left aside, 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from loracache.cache.policy.worth import Speeds
@@ -44,6 +45,12 @@ class Engines:
         ttft = start + seconds - arrival
         self.waits.append(ttft)
         return ttft
+
+    def serve_all(self, arrivals: Iterable[float], seconds: Iterable[float]) -> Engines:
+        """A whole trace: when each request arrives, and what it keeps an engine busy for."""
+        for arrival, each in zip(arrivals, seconds, strict=True):
+            self.serve(arrival, each)
+        return self
 
     def percentile(self, share: float) -> float:
         """Of all times to first token so far."""

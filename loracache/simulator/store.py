@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import whole
 from loracache.errors import ConfigError
@@ -24,6 +25,7 @@ from loracache.tiers import Tier
 
 __all__ = ["Found", "Sizes", "Store", "Way"]
 
+_TREE = "tree"
 _HELD = 0.9  # of memory, at most, for sessions that said that they come back
 _HELD_S = 900.0  # at most
 _BOTH = 1 << Tier.CPU | 1 << Tier.DISK
@@ -43,19 +45,22 @@ class Sizes:
 @dataclass(frozen=True, slots=True)
 class Way:
     """How room is made and what is written. split: the percentage of memory that holds adapters and nothing else, where
-    both have pools of their own and no tree, as in an engine without a cache like this; 0: one pool."""
+    both have pools of their own and no tree, as in an engine without a cache like this; 0: one pool. without: parts of
+    the memory's policy that are switched off, and "tree"."""
 
     policy: str
     disk_policy: str
     admission: str = "all"
     split: int = 0
+    without: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, policy: str, disk_policy: str | None = None, admission: str = "all") -> Way:
-        """Of "lru", or of "static:20" for LRU in two pools. Raises ConfigError."""
+        """Of "lru", of "cost-visits-decay" for `cost` without both, or of "static:20" for LRU in two pools. Raises
+        ConfigError."""
         kind, _, share = policy.strip().partition(":")
         split = int(share) if kind == "static" and share.isascii() and share.isdigit() else 0
-        name = "lru" if 0 < split < 100 else policy.strip()
+        name, *without = ["lru"] if 0 < split < 100 else policy.strip().split("-")
         for option, given, known in (
             ("policy", name, [*POLICIES, "static:P, with P from 1 to 99"]),
             ("disk-policy", disk_policy or name, list(POLICIES)),
@@ -63,12 +68,21 @@ class Way:
         ):
             if given not in known:
                 raise ConfigError(f"--{option} {given!r} is none; give one of {', '.join(known)}")
-        return cls(name, disk_policy or name, admission, split)
+        parts = [_TREE, *getattr(POLICIES[name], "PARTS", ())]
+        for part in without:
+            if part not in parts:
+                raise ConfigError(f"--policy {policy!r}: {name} has no part {part!r}; it has {', '.join(parts)}")
+        return cls(name, disk_policy or name, admission, split, tuple(without))
 
     @property
     def label(self) -> str:
         """What `parse` was given for the policy."""
-        return f"static:{self.split}" if self.split else self.policy
+        return f"static:{self.split}" if self.split else "-".join((self.policy, *self.without))
+
+    @property
+    def tree(self) -> bool:
+        """Whether KV is below its adapter."""
+        return not self.split and _TREE not in self.without
 
 
 @dataclass(slots=True)
@@ -87,9 +101,10 @@ class Found:
 class Store:
     """One run's tiers. counts: bytes and objects by what happened to them."""
 
-    def __init__(self, sizes: Sizes, way: Way) -> None:
+    def __init__(self, sizes: Sizes, way: Way, speeds: Speeds | None = None) -> None:
         self.sizes = sizes
         self._split = way.split
+        self._tree = way.tree
         self.counts: Counter[str] = Counter()
         self.choosing = 0.0  # seconds
         self._policies: dict[Tier, Policy] = {}
@@ -97,9 +112,12 @@ class Store:
         index.on_used = lambda tier, node, before: self._policy(tier, node).used(node, before)
         index.on_left = lambda tier, node: self._policy(tier, node).withdraw(node)
         index.on_gone = lambda tier, node: self._policy(tier, node).gone(node)
-        self._policies[Tier.CPU] = POLICIES[way.policy](index, Tier.CPU, _size)
+        self._policies[Tier.CPU] = policy = POLICIES[way.policy](index, Tier.CPU, _size)
         self._policies[Tier.DISK] = POLICIES[way.disk_policy](index, Tier.DISK, _size)
         self._own_pool = POLICIES[way.policy](index, Tier.CPU, _size)  # adapters', where they have one
+        policy.without = way.without
+        for each in (policy, self._policies[Tier.DISK], self._own_pool):
+            each.speeds = speeds or Speeds()
         rooms = (self._room(sizes.memory), self._room(sizes.disk))
         self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK], *rooms)
         kv = sizes.memory * (100 - way.split) // 100
@@ -107,7 +125,7 @@ class Store:
         self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
         self._held = Held(index, int(_HELD * kv), _HELD_S)
         self._namespaces = {number: _namespace(number) for number in range(-1, len(sizes.adapters))}
-        self._kv_of: Counter[int] = Counter()  # an adapter's KV in memory and on disk, bytes
+        self._kv_of: dict[Tier, Counter[int]] = {tier: Counter() for tier in (Tier.CPU, Tier.DISK)}  # adapter -> bytes
 
     def serve(self, request: Request) -> Found:
         """Look up, load, compute and store one prompt, after what was stored before it."""
@@ -166,7 +184,7 @@ class Store:
         """Store the chunks that follow; answers the last in memory, and the last of them that is to be written to
         disk."""
         admitted: Node | None = None
-        if last is None and not self._split:
+        if last is None and self._tree:
             last = adapter
         end = len(keys) if request.held is None else min(request.held, len(keys))
         sizes = [request.bytes_of(position, self.sizes.token) for position in range(found.blocks, end)]
@@ -186,7 +204,7 @@ class Store:
     def _keep(self, kept: Kept) -> None:
         """Store what an engine stored in a recorded trace, as far as what it is behind is there."""
         adapter = self._adapter(kept.adapter)
-        last = adapter if not self._split else None
+        last = adapter if self._tree else None
         if kept.below is not None:
             last = self.index.get(_key(kept.adapter, kept.below))
             if last is None or not last.present:
@@ -251,15 +269,15 @@ class Store:
                 self._leave(last, Tier.CPU)
                 last = parent
 
-    def invalid_share(self) -> float:
-        """Bytes of KV whose adapter is in no tier, by bytes of KV."""
-        kv = sum(self._kv_of.values())
-        gone = (nbytes for number, nbytes in self._kv_of.items() if number >= 0 and not self._has_adapter(number))
-        return sum(gone) / kv if kv else 0.0
+    def invalid_share(self, tier: Tier | None = None) -> float:
+        """Bytes of KV in `tier` whose adapter is not there, by bytes of KV there; None: in all tiers, in none."""
+        kv = self._kv_of[Tier.CPU] + self._kv_of[Tier.DISK] if tier is None else self._kv_of[tier]
+        gone = (nbytes for number, nbytes in kv.items() if number >= 0 and not self._has_adapter(number, tier))
+        return sum(gone) / total if (total := sum(kv.values())) else 0.0
 
-    def _has_adapter(self, number: int) -> bool:
+    def _has_adapter(self, number: int, tier: Tier | None) -> bool:
         node = self.index.get(_key(number))
-        return node is not None and bool(node.present)
+        return node is not None and (node.held_in(tier) if tier is not None else bool(node.present))
 
     def _serve_adapter(self, number: int, found: Found) -> Node:
         size = self.sizes.adapters[number]
@@ -300,7 +318,7 @@ class Store:
         self.index.enter(node, tier)
         self._used[pool] += node.size
         if node.kind is Kind.KV:
-            self._kv_of[_adapter_of(node)] += node.size
+            self._kv_of[tier][_adapter_of(node)] += node.size
         return True
 
     def _free(self, tier: Tier, pool: Tier | None, nbytes: int, protected: Container[Node]) -> bool:
@@ -325,7 +343,7 @@ class Store:
         self.index.leave(node, tier)
         self._used[self._pool(tier, node)] -= node.size
         if node.kind is Kind.KV:
-            self._kv_of[_adapter_of(node)] -= node.size
+            self._kv_of[tier][_adapter_of(node)] -= node.size
 
     def _room(self, nbytes: int) -> Callable[[], int]:
         """For how many objects there is room in so many bytes."""

@@ -63,9 +63,15 @@ class Prefetch:
         self._now = 0.0
         settings = settings or SwapSettings(on=timer, bandwidth=_BANDWIDTH)
         self._swapper = Swapper(
-            store.index, store, self.counters, settings, load=self._load, evict=self._evict, quiet=lambda: True,
+            store.index,
+            store,
+            self.counters,
+            settings,
+            load=self._load,
+            evict=self._evict,
+            quiet=lambda: True,
             clock=lambda: self._now,
-        )  # fmt: skip
+        )
         self._returns = Returns(store.index, self.counters, self._swapper, self._acquire, lambda: self._now)
         chance = random.Random(seed)
         returning = _returning(requests) if hints else ()

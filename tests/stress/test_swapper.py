@@ -90,9 +90,15 @@ def test_no_step_keeps_the_loop_however_much_there_is() -> None:
         done(Cause.NONE if made.raise_(node, evict=False) else Cause.MEMORY_FULL)
 
     swapper = Swapper(
-        made.index, made, counters, SwapSettings(on=True, bandwidth=10**12, in_flight=10**12),
-        load=load, evict=lambda nbytes, over: over(), quiet=lambda: True, clock=lambda: now[0],
-    )  # fmt: skip
+        made.index,
+        made,
+        counters,
+        SwapSettings(on=True, bandwidth=10**12, in_flight=10**12),
+        load=load,
+        evict=lambda nbytes, over: over(),
+        quiet=lambda: True,
+        clock=lambda: now[0],
+    )
     made.restart()
     slowest = 0.0
     for _ in range(60):

@@ -7,7 +7,7 @@ Threads: the daemon's loop alone. A policy orders nodes and changes nothing else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterator, Sequence
 from typing import Protocol
 
 from loracache.cache.policy.adaptive import Adaptive
@@ -17,6 +17,7 @@ from loracache.cache.policy.gdsf import GDSF
 from loracache.cache.policy.lru import LRU
 from loracache.cache.policy.s3_fifo import S3FIFO
 from loracache.cache.policy.sieve import Sieve
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.results import Departure, Refusal
 from loracache.tiers import Tier
@@ -28,7 +29,11 @@ __all__ = [
 
 
 class Policy(Protocol):
-    """Chooses the victims of one tier. The index offers nodes; the policy never changes the index."""
+    """Chooses the victims of one tier. The index offers nodes; the policy never changes the index. without: parts
+    of it that are switched off. speeds: what it takes to have a node again."""
+
+    without: Collection[str]
+    speeds: Speeds
 
     def offer(self, node: Node) -> None:
         """`node` has become a leaf of the tier that may leave it."""

@@ -10,6 +10,8 @@ which is an LRU in each line, and between lines the thought of caches that rank 
 use (Beckmann et al., "LHD", NSDI 2018). Four ways to set `stay` are tried all the time on shadows of the tier
 (shadow.py), and the best is in force: LRU and RECENT where a tier reaches about as far as objects come again, TWICE, a
 second touch, where it does not, and OFTEN where it is smaller still.
+
+Adapters have a line of their own, an LRU; they go first where they take more of the tier than their part (balance.py).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Generator, Sequence
 from math import inf
 
+from loracache.cache.policy.balance import Balance
 from loracache.cache.policy.leaf_first import LeafFirst
 from loracache.cache.policy.line import Front
 from loracache.cache.policy.names import Names
@@ -27,26 +30,35 @@ from loracache.tiers import Tier
 
 __all__ = ["Adaptive"]
 
+_LORA = LINES  # the line of adapters
+
 
 class Adaptive(LeafFirst[int]):
     """Victims of one tier. Remembers two numbers of each node in the tier, and the names of many that left."""
 
+    PARTS = ("balance", "cost", "count", "shadows")
+
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], ways: Sequence[Way] = WAYS) -> None:
-        super().__init__(index, tier, cost, LINES)
+        super().__init__(index, tier, cost, LINES + 1)
         self._before: dict[Node, int] = {}  # -> how often it came before, not counting its hits
         self._standing: dict[Node, int] = {}  # -> the line of a candidate
         self._now = 0
         self._names = Names()
         self._shadows = Shadows(ways)
+        self._balance = Balance()
+        self._adapters: dict[Node, int] = {}  # -> the bytes it takes
+        self._adapter_bytes = 0
 
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain."""
         self._shadows.ask(keys, self._now)
 
     def line_of(self, node: Node) -> int:
-        """How often it came again."""
+        """How often it came again; of an adapter, the last."""
         if node not in self._before:
             self._meet(node)
+        if node.kind is Kind.LORA:
+            return _LORA
         return min(self._before[node] + node.hits, LINES - 1)
 
     def place(self, node: Node) -> int:
@@ -59,6 +71,8 @@ class Adaptive(LeafFirst[int]):
         self._now = max(self._now, node.tick)
         line = self._standing[node] = self.line_of(node)
         self._lines[line].put(node.tick, node)
+        if line == _LORA and "count" not in self.without:
+            self._balance.used(node, self._index.objects[self._tier])
 
     def used(self, node: Node, before: int) -> None:
         """A candidate was used: its tick was `before`."""
@@ -71,19 +85,39 @@ class Adaptive(LeafFirst[int]):
         self._lines[self._standing.pop(node)].take(node.tick)
 
     def pick(self, fronts: Sequence[Front[int]], going: Sequence[int]) -> Front[int] | None:
-        """By the way that is in force."""
+        """Adapters, where they take more than their part; else KV, by the way that is in force."""
+        lora = fronts[_LORA] if fronts[_LORA].first() is not None else None
+        stays = self._shadows.best if "shadows" not in self.without else WAYS[0]
+        if "balance" in self.without:
+            return self._least(fronts, (*stays, stays[-1]))
+        kv = self._least(fronts[:LINES], stays)
+        if kv is None or lora is None:
+            return kv or lora
+        objects, nbytes = self._index.objects[self._tier], self._index.bytes[self._tier]
+        taken = self._adapter_bytes - going[_LORA]
+        return lora if self._balance.over(taken, len(self._adapters), self._now, objects, nbytes) else kv
+
+    def _least(self, fronts: Sequence[Front[int]], stays: Sequence[float]) -> Front[int] | None:
         objects = self._index.objects[self._tier]
         least, chosen = inf, None
-        for front, stay in zip(fronts, self._shadows.best, strict=True):
+        for front, stay in zip(fronts, stays, strict=True):
             tick = front.first()
             if tick is not None and tick + stay * objects < least:
                 least, chosen = tick + stay * objects, front
         return chosen
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+        self._balance.batch = batch or self._balance.batch
+
     def gone(self, node: Node) -> None:
         """It has left the tier; its name is remembered."""
         before = self._before.pop(node, None)
         if before is not None:
+            lora = node.kind is Kind.LORA
+            nbytes = self._adapters.pop(node) if lora else self._cost(node)
+            self._adapter_bytes -= nbytes if lora else 0
+            self._balance.left(hash(node.key), lora, nbytes, self._index.bytes[self._tier])
             self._names.add(hash(node.key), len(self._before), min(before + node.hits, LINES - 1))
             self._shadows.left(node)
 
@@ -93,7 +127,13 @@ class Adaptive(LeafFirst[int]):
         return (yield from super().victims(nbytes, protected))
 
     def _meet(self, node: Node) -> None:
-        times = self._names.get(hash(node.key))
+        name, lora, nbytes = hash(node.key), node.kind is Kind.LORA, self._cost(node)
+        worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill if "cost" not in self.without else nbytes
+        self._balance.came(name, lora, worth, self._adapter_bytes, self._index.bytes[self._tier])
+        times = self._names.get(name)
         # The hits of one that stayed in another tier count what is remembered of it too.
-        self._before[node] = LINES if node.kind is Kind.LORA else max(0, times + 1 - node.hits) if times >= 0 else 0
+        self._before[node] = 0 if lora else max(0, times + 1 - node.hits) if times >= 0 else 0
+        if lora:
+            self._adapters[node] = nbytes
+            self._adapter_bytes += nbytes
         self._shadows.entered(node)

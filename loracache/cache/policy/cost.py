@@ -24,7 +24,7 @@ from math import log
 
 from loracache.cache.policy.leaf_first import Ranked
 from loracache.cache.policy.line import Front
-from loracache.cache.policy.worth import Speeds
+from loracache.cache.policy.visits import Visits, needed
 from loracache.cache.state.index import Index, Node
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
@@ -39,19 +39,14 @@ _COUNT_AGAIN = 4096  # uses after which the adapters that are needed are counted
 class Cost(Ranked):
     """Victims of one tier. `batch` is the mean number of requests that run at once, where engines do not say it."""
 
-    def __init__(
-        self,
-        index: Index,
-        tier: Tier,
-        cost: Callable[[Node], int],
-        speeds: Speeds | None = None,
-        batch: float = 32,
-    ) -> None:
+    PARTS = ("cost", "visits", "decay", "recency", "count")
+
+    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], batch: float = 32) -> None:
         super().__init__(index, tier, cost, lines=2)
-        self._speeds = speeds or Speeds()
         self._batch = batch
         self._now = 0
         self._age = 0.0  # tau, in ticks
+        self._visits = (Visits(), Visits())  # of KV that is here, of adapters that ever were
         self._loras: set[Node] = set()
         self._bonus = 0.0  # ln LoRA_Eval
         self._count_at = 0
@@ -63,19 +58,31 @@ class Cost(Ranked):
     def rank(self, node: Node) -> tuple[float, int]:
         """S, without LoRA_Eval."""
         self._now = max(self._now, node.tick)
-        if node.kind is Kind.LORA:
+        line = self.line_of(node)
+        if line == _LORA:
             self._loras.add(node)
-        worth = self._speeds.seconds(node, self._tier) / max(node.size, 1) * self._speeds.prefill  # KV: 1 at most
-        return node.tick + self._age * log(worth * (node.hits + 1)), node.tick
+        value = log(self._visits_of(node, line)) if "visits" not in self.without else 0.0
+        if "cost" not in self.without:
+            value += log(self.worth(node))
+        scale = self._scale()
+        return (node.tick + scale * value if scale else value), node.tick
+
+    def worth(self, node: Node) -> float:
+        """Its cost by size, by that of KV that has to be computed."""
+        return self.speeds.seconds(node, self._tier) / max(node.size, 1) * self.speeds.prefill
+
+    def lora_eval(self, needed: float, held: int) -> float:
+        """What adapters are worth more than KV of the same Retain_Eval."""
+        return max(1.0, needed / held)
 
     def pick(self, fronts: Sequence[Front[tuple[float, int]]], going: Sequence[int]) -> Front[tuple[float, int]] | None:
         """The lower of both firsts, adapters with their bonus."""
         kv, lora = fronts[_KV].first(), fronts[_LORA].first()
         if lora is None:
             return fronts[_KV] if kv is not None else None
-        if self._now >= self._count_at:
+        if self._now >= self._count_at and "count" not in self.without:
             self._count_adapters()
-        return fronts[_LORA] if kv is None or lora[0] + self._age * self._bonus < kv[0] else fronts[_KV]
+        return fronts[_LORA] if kv is None or lora[0] + (self._scale() or 1) * self._bonus < kv[0] else fronts[_KV]
 
     def expect(self, batch: float) -> None:
         """So many requests run at once, as engines say; 0: nobody said."""
@@ -83,11 +90,23 @@ class Cost(Ranked):
 
     def gone(self, node: Node) -> None:
         """It has left the tier: how old do they get?"""
-        self._loras.discard(node)
         self._age += _WEIGHT * (self._now - node.tick - self._age)
+        if node.kind is Kind.LORA:
+            self._loras.discard(node)
+        else:
+            self._visits[_KV].forget(node)
+
+    def _visits_of(self, node: Node, line: int) -> float:
+        if "decay" in self.without:
+            return node.hits + 1
+        return self._visits[line].of(node, self._age)
+
+    def _scale(self) -> float:
+        """Ticks in which value falls e-fold; 0: it does not."""
+        fading = ("recency" not in self.without) + ("decay" not in self.without and "visits" not in self.without)
+        return self._age / fading if fading else 0.0
 
     def _count_adapters(self) -> None:
         self._count_at = self._now + _COUNT_AGAIN
-        visits = sum(node.hits + 1 for node in self._loras)
-        needed = sum(1 - (1 - (node.hits + 1) / visits) ** self._batch for node in self._loras)
-        self._bonus = log(max(1.0, needed / len(self._loras)))
+        visits = self._visits[_LORA].all(self._now, self._age)
+        self._bonus = log(self.lora_eval(needed(visits, self._batch), len(self._loras))) if self._loras else 0.0

@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 from loracache.cache.policy.leaf_first import Ranked
-from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.tiers import Tier
 
@@ -26,9 +25,8 @@ _NS = 1e9  # a cost by size in nanoseconds a byte is a number that people can re
 class GDSF(Ranked):
     """Victims of one tier. Remembers nothing of a node: when it was used last, its tick says, and what L was then."""
 
-    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], speeds: Speeds | None = None) -> None:
+    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int]) -> None:
         super().__init__(index, tier, cost)
-        self._speeds = speeds or Speeds()
         self._now = 0
         self._ticks = [0]  # since when L was ...
         self._levels = [0.0]  # ... that
@@ -37,7 +35,7 @@ class GDSF(Ranked):
         """H."""
         self._now = max(self._now, node.tick)
         level = self._levels[max(0, bisect_right(self._ticks, node.tick) - 1)]
-        worth = self._speeds.seconds(node, self._tier) / max(node.size, 1) * _NS
+        worth = self.speeds.seconds(node, self._tier) / max(node.size, 1) * _NS
         return level + (node.hits + 1) * worth, node.tick
 
     def withdraw(self, node: Node) -> None:

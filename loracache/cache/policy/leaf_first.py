@@ -8,10 +8,11 @@ Only leaves are candidates: a lookup of 500 chunks moves one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Sequence
 from typing import Generic
 
 from loracache.cache.policy.line import Front, Line, R
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.results import Departure
 from loracache.tiers import Tier
@@ -23,13 +24,19 @@ _SLICE = 64  # candidates looked at between two looks at the socket
 
 
 class LeafFirst(ABC, Generic[R]):
-    """Victims of one tier. `cost` gives the bytes a node takes in the tier; `lines` is how many lines there are."""
+    """Victims of one tier. `cost` gives the bytes a node takes in the tier; `lines` is how many lines there are.
+    `speeds` say what it takes to have a node again; `without` are those of the policy's PARTS that are switched off, to
+    see what each is good for."""
+
+    PARTS: tuple[str, ...] = ()
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], lines: int = 1) -> None:
         self._index = index
         self._tier = tier
         self._cost = cost
         self._lines: list[Line[R]] = [Line() for _ in range(lines)]
+        self.speeds = Speeds()
+        self.without: Collection[str] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self._lines))

@@ -29,12 +29,12 @@ class Speeds:
     origin_latency: float = 0.05
 
     def seconds(self, node: Node, tier: Tier) -> float:
-        """To have `node` again once it has left `tier`."""
+        """To have `node` again once it has left `tier`. A chunk waits for the disk with many others."""
         lower = tier is Tier.CPU and node.held_in(Tier.DISK)
-        loaded = self.from_disk(node.size) if lower else float("inf")
         if node.kind is Kind.LORA:
-            return min(loaded, self.from_origin(node.size))
-        return min(loaded, node.size / self.prefill)
+            origin = self.from_origin(node.size)
+            return min(self.from_disk(node.size), origin) if lower else origin
+        return node.size / (max(self.disk, self.prefill) if lower else self.prefill)
 
     def from_disk(self, nbytes: int) -> float:
         """To read so many bytes from the disk tier."""

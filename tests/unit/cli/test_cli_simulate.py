@@ -46,8 +46,11 @@ def test_ways_to_prefetch_are_runs_of_their_own(trace: Path) -> None:
     assert done.exit_code == 0, done.output
     runs = json.loads(done.stdout)["runs"]
     assert [(each["policy"], each["prefetch"]) for each in runs] == [
-        ("lru", "none"), ("lru", "hints:100"), ("sieve", "none"), ("sieve", "hints:100"),
-    ]  # fmt: skip
+        ("lru", "none"),
+        ("lru", "hints:100"),
+        ("sieve", "none"),
+        ("sieve", "hints:100"),
+    ]
     assert {each["hit_rate"] for each in runs} == {0.5}
     assert [each["prefetched"] > 0 for each in runs] == [False, True] * 2
     assert runs[1]["hit_rate_cpu"] > runs[0]["hit_rate_cpu"]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from loracache.cache.policy import ADMISSIONS, POLICIES
 from loracache.simulator.belady import belady_hit_rate
-from loracache.simulator.clock import Engines
-from loracache.simulator.replay import replay
+from loracache.simulator.clock import Engines, Rates
+from loracache.simulator.replay import Replay, replay
 from loracache.simulator.store import Sizes, Store, Way
 from loracache.simulator.trace import BLOCK_TOKENS, Request, with_adapters
 from loracache.storage_backends.base import Kind
@@ -52,7 +52,7 @@ def check(store: Store) -> None:
             assert node.parent is None or node.parent.held_in(tier), "a child outlived its parent"
     assert sum(store._used.values()) == index.bytes[Tier.CPU] + index.bytes[Tier.DISK]
     kv = [node for node in index for tier in (Tier.CPU, Tier.DISK) if node.held_in(tier) and node.kind is Kind.KV]
-    assert sum(store._kv_of.values()) == sum(node.size for node in kv)
+    assert sum(sum(of.values()) for of in store._kv_of.values()) == sum(node.size for node in kv)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -155,3 +155,34 @@ def test_time_to_first_token_is_waiting_and_work() -> None:
     queue = Engines(2)
     assert [queue.serve(0.0, 2.0), queue.serve(0.0, 3.0), queue.serve(1.0, 1.0), queue.serve(9.0, 1.0)] == [2, 3, 2, 1]
     assert (queue.mean, queue.percentile(0.99)) == (2.0, 3)
+
+
+def test_the_same_replay_at_every_load() -> None:
+    requests = [request(number, time=2.0 * number) for number in range(101)]  # 0.512 s each, at 1,000 tokens a second
+    done = Replay(requests, Sizes(10 * BLOCK, 0, 1), LRU, Rates(prefill=1000))
+    assert done.run().ttft_mean == pytest.approx(0.512)
+    assert done.queue(engines=1, load=0.99).mean < 0.512 * 1.2
+    assert done.queue(engines=1, load=2.0).mean > 10  # half of the work waits in the end
+    assert done.queue(engines=2, load=2.0).mean == pytest.approx(done.queue(engines=1, load=2.0).mean, rel=0.1)
+    assert done.run(engines=1, load=2.0).hit_rate == done.run().hit_rate
+
+
+def test_kv_in_memory_whose_adapter_is_below_is_seen() -> None:
+    requests = with_adapters(CHAT, 8, 0.0)
+    sizes = Sizes(100 * BLOCK, 10_000 * BLOCK, 1, [2 * BLOCK] * 8)
+    apart = replay(requests, sizes, Way.parse("static:5"))
+    assert apart.invalid_kv == 0  # the disk has everything
+    assert apart.invalid_kv_cpu > 0.2
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("disk", [0, 300])
+def test_the_tree_alone_keeps_kv_from_being_without_its_adapter(policy: str, disk: int) -> None:
+    requests = with_adapters(CHAT, 12, 0.5)
+    sizes = Sizes(60 * BLOCK, disk * BLOCK, 1, [2 * BLOCK] * 12)
+    with_it = replay(requests, sizes, Way.parse(policy))
+    assert with_it.invalid_kv == with_it.invalid_kv_cpu == 0
+    without = replay(requests, sizes, Way.parse(f"{policy}-tree"))
+    assert without.policy == f"{policy}-tree"
+    if policy in ("lru", "gdsf", "cost"):  # others may keep adapters as long
+        assert without.invalid_kv_cpu > 0
