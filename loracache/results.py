@@ -23,6 +23,7 @@ class Cause(enum.StrEnum):
     NO_PARENT = "no_parent"  # what it depends on is not there
     TOO_LARGE = "too_large"  # larger than the arena, or empty
     FULL = "full"  # no room, and nothing that may leave
+    OVER_QUOTA = "over_quota"  # beyond a hard quota; of an eviction: above a soft one
     LEASE_LOST = "lease_lost"  # the lease ended before its holder was done
 
     # Of a lookup or a load

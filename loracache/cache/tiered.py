@@ -15,6 +15,7 @@ from functools import partial
 
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
+from loracache.cache.policy.limits import Quotas
 from loracache.cache.reserving import Reserver
 from loracache.cache.room import Room
 from loracache.cache.state.arena import Arena
@@ -72,6 +73,7 @@ class TieredCache:
         self.index.on_left = lambda tier, node: self._policies[tier].withdraw(node)
         self.index.on_gone = lambda tier, node: self._policies[tier].gone(node)
         slices = Slices(post)
+        self.quotas = Quotas(self.index, self._policies, slices)
         self.leases = Leases(arena, self.index, slices, clock)
         self.events = Events()
         self.index.on_change = self.events.changed
@@ -79,11 +81,14 @@ class TieredCache:
         self.writers: list[WriteBehind] = []
         evict, below = self._evict_from_arena, self._in_lower_tier
         self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
-        again = partial(self._queue_writes, promised=True, again=True)
-        self._reserver = Reserver(arena, self.index, self.leases, self.counters, self._room.make, self._held, again)
-        self._promoter = Promoter(arena, self.index, self.counters, slices, self._room.make, self._arrived, self._lost)
+        reserving = self._room.make, self.quotas, self._held, partial(self._queue_writes, promised=True, again=True)
+        self._reserver = Reserver(arena, self.index, self.leases, self.counters, *reserving)
+        room, done = self._room.make_for_load, (self._arrived, self._lost)
+        self._promoter = Promoter(arena, self.index, self.counters, slices, room, self.quotas, *done)
         self._admission = ADMISSIONS[admission](lambda: max(self.index.objects))
-        self._policies[Tier.CPU] = POLICIES[policy](self.index, Tier.CPU, lambda node: arena.rounded(node.size))
+        costs, limits = self.index.costs, self.quotas.limits
+        costs[Tier.CPU], limits[Tier.CPU] = lambda node: arena.rounded(node.size), arena.size
+        self._policies[Tier.CPU] = POLICIES[policy](self.index, Tier.CPU, costs[Tier.CPU])
         # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
         self.passing: Counter[bytes] = Counter()
         self.leaving: set[bytes] = set()
@@ -91,14 +96,12 @@ class TieredCache:
         self.redis: WriteBehind | None = None
         self.flushes = Flushes()
         if disk is not None:
-            lower = POLICIES[disk_policy or policy](
-                self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size)
-            )
-            self._policies[Tier.DISK] = lower
+            costs[Tier.DISK] = lambda node: disk.footprint(node.stored or node.size)
+            limits[Tier.DISK] = disk_limit
+            self._policies[Tier.DISK] = POLICIES[disk_policy or policy](self.index, Tier.DISK, costs[Tier.DISK])
             io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
-            self.disk = DiskTier(
-                io, arena, self.index, self.counters, slices, self.flushes, lower, disk_limit, self._written
-            )
+            having = self._policies, self.quotas, disk_limit
+            self.disk = DiskTier(io, arena, self.index, self.counters, slices, self.flushes, *having, self._written)
             self.writers.append(self.disk.writer)
         if redis is not None:
             io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)

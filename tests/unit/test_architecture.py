@@ -32,7 +32,7 @@ REACHES = {
         "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing"
     ),
-    "cache.policy": "cache.state errors free_pages mapping memory_limit storage_backends tiers",
+    "cache.policy": "cache.state errors free_pages mapping memory_limit results storage_backends tiers",
     "cache.state": "errors free_pages mapping memory_limit storage_backends tiers",
     "cache.tier": (
         "backoff cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers tracing"

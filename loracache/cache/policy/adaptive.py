@@ -14,7 +14,7 @@ the best is in force.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import log
 
 from loracache.cache.policy.leaf_first import Ranked
@@ -87,10 +87,15 @@ class Adaptive(Ranked):
             self._age += _WEIGHT * (self._now - node.tick - self._age)
             self._names.add(hash(node.key), len(self._known))
 
-    def victims(self, nbytes: int, protected: Container[Node] = ()) -> Generator[None, None, tuple[list[Node], int]]:
-        """See LeafFirst; what was asked since the last choice is looked at before."""
-        yield from self._shadows.work()
-        return (yield from super().victims(nbytes, protected))
+    def prepare(self) -> Iterator[None]:
+        """What was asked since the last choice is looked at."""
+        return self._shadows.work()
+
+    def sibling(self) -> Adaptive:
+        """See LeafFirst: the shadows are the whole tier's."""
+        sibling = Adaptive(self._index, self._tier, self._cost, self._shares)
+        sibling._shadows = self._shadows
+        return sibling
 
     def _meet(self, node: Node) -> None:
         nbytes = self._known[node] = self._cost(node)

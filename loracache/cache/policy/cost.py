@@ -87,3 +87,7 @@ class Cost(Ranked):
         visits = sum(node.hits + 1 for node in self._loras)
         needed = sum(1 - (1 - (node.hits + 1) / visits) ** self._batch for node in self._loras)
         self._bonus = log(max(1.0, needed / len(self._loras)))
+
+    def sibling(self) -> Cost:
+        """See LeafFirst."""
+        return Cost(self._index, self._tier, self._cost, self._speeds, self._batch)

@@ -61,3 +61,7 @@ class GDSF(Ranked):
         if len(self._ticks) > 2 * _STEPS:  # of two neighbours one stands for both
             self._ticks[:_STEPS] = self._ticks[:_STEPS:2]
             self._levels[:_STEPS] = self._levels[:_STEPS:2]
+
+    def sibling(self) -> GDSF:
+        """See LeafFirst."""
+        return GDSF(self._index, self._tier, self._cost, self._speeds)
