@@ -98,6 +98,7 @@ class Room:
     def _evict_one(self, node: Node, wanting: Belongs | None) -> None:
         policy = self._policies[Tier.CPU]
         if policy.may_push(wanting, node):  # others were served since it was chosen
+            policy.pushed(node)
             self._evict(node, policy.cause(node))
 
     def _give_up_writes(self, nbytes: int, protected: set[Node], wanting: Belongs | None) -> int:

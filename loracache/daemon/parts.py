@@ -8,13 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 
 from loracache.adapters.names import AdapterNames, SharedNames
+from loracache.cache.tiered import TieredCache
 from loracache.config import Config
+from loracache.control.adapters import Adapters
+from loracache.control.audit import Audit
+from loracache.control.quotas import QuotaKeeper
 from loracache.daemon.rest_process import RestProcess
-from loracache.errors import ConfigError
+from loracache.errors import ConfigError, UsageError
 from loracache.namespaces import Namespaces
 from loracache.storage_backends.base import StorageBackend
 
-__all__ = ["books", "disk_backend", "redis_backend", "rest_process"]
+__all__ = ["books", "disk_backend", "quotas", "redis_backend", "rest_process"]
 
 _PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
 _PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder
@@ -66,6 +70,26 @@ def books(config: Config) -> tuple[Namespaces, AdapterNames]:
             f"disk_path: {error.filename!r} cannot be used: {error.strerror}; remove what stands there, or give "
             "another folder"
         ) from None
+
+
+def quotas(
+    config: Config,
+    cache: TieredCache,
+    namespaces: Namespaces,
+    adapters: Adapters,
+    audit: Audit,
+    stack: contextlib.ExitStack,
+) -> QuotaKeeper:
+    """Quotas as they are configured, and were given since. Raises ConfigError, with `stack` closed, for one that cannot
+    be kept."""
+    folder = config.disk_path / "quotas" if config.disk_path is not None else None
+    keeper = QuotaKeeper(cache, namespaces, adapters, audit, folder, sync=config.disk_sync)
+    try:
+        keeper.begin((*each.subject, each.tier, each.soft, each.hard) for each in config.quotas)
+    except UsageError as error:
+        stack.close()
+        raise ConfigError(f"quotas: {error}") from None
+    return keeper
 
 
 def rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | None:

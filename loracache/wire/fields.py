@@ -116,8 +116,10 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "counts": _counts,
     "descriptor": _text,
     "group": _group,
+    "hard": lambda value: "" if is_int(value) and -1 <= value < 2**63 else "must be bytes, or -1 for none",  # type: ignore[operator]
     "keep": lambda value: "" if isinstance(value, bool) else "must be true or false",
     "keys": _keys,
+    "kind": lambda value: "" if value in ("tenant", "adapter", "model") else "must be tenant, adapter or model",
     "lease": _lease,
     "name": _text,
     "names": _texts,
@@ -128,6 +130,7 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "selector": _selector,
     "since": lambda value: "" if is_int(value) and 0 <= value < 2**63 else "must be an integer of 63 bits",  # type: ignore[operator]
     "sizes": _unsigned,
+    "soft": lambda value: "" if is_int(value) and 0 <= value < 2**63 else "must be bytes",  # type: ignore[operator]
     "source": _text,
     "tier": _text,
     "tiers": _texts,

@@ -62,6 +62,9 @@ class Policy(Protocol):
     def may_push(self, wanting: Belongs | None, node: Node) -> bool:
         """Whether quotas allow that `node` leaves for `wanting` now."""
 
+    def pushed(self, node: Node) -> None:
+        """It leaves for others."""
+
     def cause(self, node: Node) -> str:
         """Why `node` leaves for others."""
 

@@ -15,7 +15,7 @@ from loracache.cache.policy.line import Front, Line
 from loracache.cache.state.index import Index, Node
 from loracache.tiers import Tier
 
-__all__ = ["Choice", "Lines"]
+__all__ = ["NO_LIMIT", "Choice", "Lines"]
 
 _SLICE = 64  # candidates looked at between two looks at the socket
 NO_LIMIT = 1 << 62

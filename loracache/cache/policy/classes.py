@@ -88,6 +88,11 @@ class Classes:
         pusher = self.shares.rest if wanting is None else self.shares.group_of(wanting)
         return self.shares.may_push(pusher, node, self._index.costs[self._tier](node))
 
+    def pushed(self, node: Node) -> None:
+        """It leaves for others, which is counted for its owners."""
+        for owner in self.shares.group_of(node).owners:
+            owner.pushed += 1
+
     def cause(self, node: Node) -> str:
         """Why `node` leaves for others: its owners are above their shares, or the policy chose it."""
         return Cause.OVER_QUOTA if self.shares.group_of(node) in self.shares.over else "policy"

@@ -100,6 +100,9 @@ class LeafFirst(ABC, Generic[R]):
         """Always."""
         return True
 
+    def pushed(self, node: Node) -> None:
+        """Nobody counts it."""
+
     def cause(self, node: Node) -> str:
         """The policy chose it."""
         return "policy"

@@ -67,9 +67,22 @@ class Belongs(Protocol):
 
 class Owner:
     """One who has a quota. coming: bytes on their way into the tier, which its limit counts too. smallest: the least
-    that an object of it took: with less above its share none of them may go."""
+    that an object of it took: with less above its share none of them may go. pushed, refused: objects that left for
+    others, and that its limit kept out."""
 
-    __slots__ = ("bytes", "coming", "groups", "hard", "named", "over", "refused", "smallest", "soft", "subject")
+    __slots__ = (
+        "bytes",
+        "coming",
+        "groups",
+        "hard",
+        "named",
+        "over",
+        "pushed",
+        "refused",
+        "smallest",
+        "soft",
+        "subject",
+    )
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -79,6 +92,7 @@ class Owner:
         self.bytes = 0
         self.coming = 0
         self.refused = 0
+        self.pushed = 0
         self.smallest = _UNSEEN
         self.over = False
         self.groups: dict[Group, None] = {}

@@ -304,8 +304,15 @@ class DiskTier:
                     yield
                 going = (node for node in victims[at : at + _EVICTED] if node not in protected)
                 for cause, nodes in itertools.groupby(going, policy.cause):
-                    self.evict((node for node in nodes if self._may_go(node) and policy.may_push(wanting, node)), cause)
+                    self.evict(self._leaving(nodes, policy, wanting), cause)
         return True
+
+    def _leaving(self, chosen: Iterable[Node], policy: Policy, wanting: Node | None) -> Iterator[Node]:
+        """Those that may go still, each when the one before it has gone."""
+        for node in chosen:
+            if self._may_go(node) and policy.may_push(wanting, node):
+                policy.pushed(node)
+                yield node
 
     def _may_go(self, node: Node) -> bool:
         return not node.children[Tier.DISK] and self._index.evictable(node, Tier.DISK)

@@ -63,7 +63,9 @@ class House:
         nothing: Any = SimpleNamespace(engines=Counter())
         finder: Any = SimpleNamespace(judge=lambda tiers, asked: SimpleNamespace(tiers=tiers, cause="absent"))
         self.finder = finder
-        self.served = Served(rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None)
+        self.served = Served(
+            rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None, nothing
+        )
 
     def session(self, pid: int) -> tuple[Session, Transport]:
         peer: Any = SimpleNamespace(pid=pid, uid=1)
