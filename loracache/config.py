@@ -183,6 +183,7 @@ class Config(BaseModel):
     admission: Literal["all", "second_touch"] = Field(
         "all", description="What is written to disk and Redis: all, or what was asked for twice."
     )
+    keep_share: float = Field(0.25, ge=0, le=1, description="Of memory, what requests of one tenant may have kept.")
     quotas: tuple[QuotaSetting, ...] = Field((), description="Quotas of tenants, adapters and models.")
     drain: float = Field(5.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")

@@ -24,6 +24,7 @@ class Cause(enum.StrEnum):
     TOO_LARGE = "too_large"  # larger than the arena, or empty
     FULL = "full"  # no room, and nothing that may leave
     OVER_QUOTA = "over_quota"  # beyond a hard quota; of an eviction: above a soft one
+    KEPT = "kept"  # of an eviction: a request had asked to keep it, and nothing else could go
     LEASE_LOST = "lease_lost"  # the lease ended before its holder was done
 
     # Of a lookup or a load

@@ -15,6 +15,7 @@ from functools import partial
 
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
+from loracache.cache.policy.keeps import Keeps
 from loracache.cache.policy.limits import Quotas
 from loracache.cache.reserving import Reserver
 from loracache.cache.room import Room
@@ -63,6 +64,7 @@ class TieredCache:
         policy: str = "lru",
         disk_policy: str | None = None,
         admission: str = "all",
+        keep_share: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.arena = arena
@@ -78,30 +80,29 @@ class TieredCache:
         self.events = Events()
         self.index.on_change = self.events.changed
         self.pins = Pins(self.index, self.events, clock)
+        self.keeps = Keeps(self.index, self.quotas, self.counters, int(arena.size * keep_share), clock)
         self.writers: list[WriteBehind] = []
         evict, below = self._evict_from_arena, self._in_lower_tier
         self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
         reserving = self._room.make, self.quotas, self._held, partial(self._queue_writes, promised=True, again=True)
         self._reserver = Reserver(arena, self.index, self.leases, self.counters, *reserving)
-        room, done = self._room.make_for_load, (self._arrived, self._lost)
-        self._promoter = Promoter(arena, self.index, self.counters, slices, room, self.quotas, *done)
+        loading = self._room.make_for_load, self.quotas, self._arrived, self._lost
+        self._promoter = Promoter(arena, self.index, self.counters, slices, *loading)
         self._admission = ADMISSIONS[admission](lambda: max(self.index.objects))
         costs, limits = self.index.costs, self.quotas.limits
         costs[Tier.CPU], limits[Tier.CPU] = lambda node: arena.rounded(node.size), arena.size
         self._policies[Tier.CPU] = POLICIES[policy](self.index, Tier.CPU, costs[Tier.CPU])
-        # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
-        self.passing: Counter[bytes] = Counter()
-        self.leaving: set[bytes] = set()
+        self.passing: Counter[bytes] = Counter()  # that operations raise only to pass through, how many each
+        self.leaving: set[bytes] = set()  # that they take out of a tier now
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None
         self.flushes = Flushes()
         if disk is not None:
-            costs[Tier.DISK] = lambda node: disk.footprint(node.stored or node.size)
-            limits[Tier.DISK] = disk_limit
+            costs[Tier.DISK], limits[Tier.DISK] = lambda node: disk.footprint(node.stored or node.size), disk_limit
             self._policies[Tier.DISK] = POLICIES[disk_policy or policy](self.index, Tier.DISK, costs[Tier.DISK])
             io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
-            having = self._policies, self.quotas, disk_limit
-            self.disk = DiskTier(io, arena, self.index, self.counters, slices, self.flushes, *having, self._written)
+            having = self._policies, self.quotas, disk_limit, self._written
+            self.disk = DiskTier(io, arena, self.index, self.counters, slices, self.flushes, *having)
             self.writers.append(self.disk.writer)
         if redis is not None:
             io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
@@ -125,7 +126,10 @@ class TieredCache:
         for policy in self._policies.values():
             policy.asked(keys)
         cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
-        return [cpu if node.present & in_cpu else disk for node in self.index.leading(keys, tiers)]
+        found = self.index.leading(keys, tiers)
+        if self.keeps:
+            self.keeps.used(found)
+        return [cpu if node.present & in_cpu else disk for node in found]
 
     def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
         """Keep those of `keys` that are in the arena there until the lease ends, loosely."""
@@ -312,6 +316,7 @@ class TieredCache:
         """End what is over: leases and pins past their time."""
         self.counters.add("lease.expired", self.leases.expire())
         self.pins.tick()
+        self.keeps.tick()
         self.index.shrink()
         if self.disk is not None:
             self.disk.tick()

@@ -19,6 +19,7 @@ from loracache.cache.policy.quotas import EVERY, Quota, Subject
 from loracache.errors import Unavailable, Unknown, UsageError
 from loracache.folder import make_folders, sync_folder, write_file
 from loracache.keys import is_digest
+from loracache.results import NodeKind
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
 
@@ -122,9 +123,9 @@ class QuotaKeeper:
         rows = describe_quotas(self._cache)
         if tenant:
             return [row for row in rows if (row["kind"], row["name"]) == ("tenant", tenant)]
-        names = await self._adapters.names() if any(row["kind"] == "adapter" for row in rows) else {}
+        names = await self._adapters.names() if any(row["kind"] == NodeKind.ADAPTER for row in rows) else {}
         for row in rows:
-            called = names.get(row["name"], []) if row["kind"] == "adapter" else []
+            called = names.get(row["name"], []) if row["kind"] == NodeKind.ADAPTER else []
             row["names"] = called or (list(self._namespaces.names(row["name"])) if row["kind"] == "model" else [])
         return rows
 

@@ -94,7 +94,7 @@ class Daemon:
                 disk=disk,
                 disk_limit=config.disk,
                 redis=redis,
-                **config.model_dump(include={"policy", "disk_policy", "admission"}),
+                **config.model_dump(include={"policy", "disk_policy", "admission", "keep_share"}),
             )
             for writer in self.cache.writers:  # what is out of reach is used once it is there
                 writer.io.stand(writer.io.backend.check())

@@ -236,6 +236,8 @@ class Session(asyncio.Protocol):
                 self._on_renew(number, request)
             case protocol.Abort():
                 self._on_abort(number, request)
+            case protocol.Keep():
+                return self._keep(number, request)
             case protocol.Flush():
                 self._on_flush(number, request)
             case protocol.Report():
@@ -359,6 +361,10 @@ class Session(asyncio.Protocol):
     def _on_abort(self, number: int, request: protocol.Abort) -> None:
         self._data.forget(request.lease)
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
+
+    def _keep(self, number: int, request: protocol.Keep) -> Iterator[None]:
+        yield from self._cache.keeps.wish(split_keys(request.keys), request.ttl, request.priority)
+        self._answer(number, OK, [])
 
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
         self._later(number, self._flush())

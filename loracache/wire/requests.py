@@ -23,6 +23,7 @@ DataRequest = (
     | protocol.Release
     | protocol.Renew
     | protocol.Prefetch
+    | protocol.Keep
     | protocol.Abort
     | protocol.Flush
     | protocol.Report

@@ -177,6 +177,11 @@ class SchedulerLink(Link):
             pin = requests.Pin("", "", {"keys": requests.join_keys(part)}, Tier.CPU.label, ttl, 0.0)
             self.connection.send(pin, answer=False)
 
+    def keep(self, keys: Sequence[bytes], ttl: float, priority: str) -> None:
+        """Have objects kept for `ttl` seconds since their last use (0: not at all), and their priority set."""
+        for part in requests.lookup_parts(keys, 1):
+            self.connection.send(requests.Keep(requests.join_keys(part), ttl, priority), answer=False)
+
     def demote(self, keys: Sequence[bytes], tier: str) -> None:
         """Have objects leave the daemon's memory for a slower tier."""
         for part in requests.lookup_parts(keys, 1):

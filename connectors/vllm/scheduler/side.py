@@ -232,7 +232,7 @@ class SchedulerSide:
         if state.cacheable:
             state.blocks = list(block_ids)
             self._plan_store(state, request.num_computed_tokens)
-        if self._chunks is not None and state.cacheable and (state.wishes.pin or state.wishes.demote):
+        if self._chunks is not None and state.cacheable and state.wishes.afterwards:
             keys, nbytes = self._chunks.object_keys(state.chunk_keys), len(state.chunk_keys) * self._chunks.nbytes
             self._afterwards.finished(request.request_id, keys, nbytes, state.wishes, storing=state.has_stored)
         if not state.has_stored:  # else blocks may be read still, whatever was learnt about the request meanwhile

@@ -94,7 +94,10 @@ class Classes:
             owner.pushed += 1
 
     def cause(self, node: Node) -> str:
-        """Why `node` leaves for others: its owners are above their shares, or the policy chose it."""
+        """Why `node` leaves for others: although it is kept, its owners are above their shares, or the policy chose
+        it."""
+        if self._rank(node) == KEPT:
+            return Cause.KEPT
         return Cause.OVER_QUOTA if self.shares.group_of(node) in self.shares.over else "policy"
 
     def beyond(self, wanting: Belongs, nbytes: int) -> int:

@@ -16,6 +16,7 @@ from loracache.cache.policy.quotas import Belongs, Owner, Quota, Shares, Subject
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import Slices
 from loracache.errors import UsageError
+from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
 __all__ = ["Quotas"]
@@ -30,6 +31,8 @@ class Quotas:
         self._slices = slices
         self.limits: dict[Tier, int] = {}
         self.names: Callable[[bytes], dict[str, tuple[str, ...]] | None] = lambda namespace: None
+        self.rank: Callable[[Node], int] = lambda node: NORMAL
+        self.on_gone: Callable[[Node], None] = lambda node: None  # from the last tier
         self._classes: dict[Tier, Classes] = {}
 
     @property
@@ -55,6 +58,21 @@ class Quotas:
         classes.shares.remove(subject)
         self._slices.run(classes.regroup())
         return True
+
+    def engage(self) -> None:
+        """From now on ranks count, in every tier."""
+        for tier in self.limits:
+            self._of(tier)
+
+    def move(self, node: Node) -> None:
+        """A node's rank has changed."""
+        for classes in self._classes.values():
+            classes.move(node)
+
+    def tenant_of(self, node: Node) -> str:
+        """The digest of its tenant's salt, "" where there is none."""
+        found = self.names(node.namespace) if node.kind is Kind.KV else None
+        return "".join(found["tenant"]) if found is not None else ""
 
     def learned(self, namespace: bytes) -> None:
         """Somebody has told of a namespace, of which there may be objects already."""
@@ -105,7 +123,7 @@ class Quotas:
         if classes is None:
             base = cast("LeafFirst[int]", self._policies[tier])
             shares = Shares(self._index, tier, self.limits[tier], self.names)
-            classes = self._classes[tier] = Classes(self._index, tier, base, shares, lambda node: NORMAL)
+            classes = self._classes[tier] = Classes(self._index, tier, base, shares, self.rank)
             self._policies[tier] = classes
             self._index.on_count = self._count
         return classes
@@ -114,6 +132,8 @@ class Quotas:
         classes = self._classes.get(tier)
         if classes is not None:
             classes.shares.count(node, amount)
+        if not node.present:
+            self.on_gone(node)
 
 
 def _nothing() -> None:

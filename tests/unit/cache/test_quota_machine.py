@@ -16,8 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from loracache.cache.policy import POLICIES, Policy
 from loracache.cache.policy.classes import Classes
+from loracache.cache.policy.keeps import Keeps
 from loracache.cache.policy.limits import Quotas
 from loracache.cache.policy.quotas import EVERY, Owner, Quota, Subject
+from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import Slices, whole
 from loracache.errors import UsageError
@@ -66,6 +68,8 @@ class Tree:
         self.quotas = Quotas(self.index, self.policies, Slices(self.posted.append))
         self.quotas.names = names_of
         self.quotas.limits.update(dict.fromkeys(TIERS, room))
+        self.now = 0.0
+        self.keeps = Keeps(self.index, self.quotas, Counters(), room // 3, lambda: self.now)
         self.room = room
 
     def settle(self) -> None:
@@ -260,6 +264,21 @@ class QuotaMachine(RuleBasedStateMachine):
     def remove_quota(self, subject: Subject, tier: Tier) -> None:
         there = any(t is tier and s == subject for t, s, _, _ in self.tree.quotas.all())
         assert self.tree.quotas.remove(tier, subject) is there
+
+    @rule(data=st.data(), ttl=st.sampled_from((0.0, 5.0)), priority=st.sampled_from(("", "low", "normal", "high")))
+    def wish(self, data: st.DataObject, ttl: float, priority: str) -> None:
+        if node := self.some(data):
+            whole(self.tree.keeps.wish([node.key], ttl, priority))  # type: ignore[arg-type]
+
+    @rule(seconds=st.sampled_from((1.0, 6.0)))
+    def wait(self, seconds: float) -> None:
+        self.tree.now += seconds
+        self.tree.keeps.tick()
+
+    @invariant()
+    def what_is_kept_is_held_and_within_its_tenants_budget(self) -> None:
+        assert all(self.index.get(node.key) is node and node.present for node in self.tree.keeps._kept)
+        assert all(nbytes <= ROOM // 3 for nbytes in self.tree.keeps._bytes.values())
 
     @rule()
     def settle(self) -> None:

@@ -36,6 +36,7 @@ class ScriptedLink:
         self.forgotten: list[int] = []
         self.waits: list[float] = []
         self.pins: list[tuple[list[bytes], float]] = []
+        self.keeps: list[tuple[list[bytes], float, str]] = []
         self.demoted: list[tuple[list[bytes], str]] = []
         self.told: list[tuple[bool, list[tuple[str, str, bytes]]]] = []
         self.on_wait: Callable[[float], object] = lambda seconds: None
@@ -76,6 +77,9 @@ class ScriptedLink:
 
     def pin(self, keys: Sequence[bytes], ttl: float) -> None:
         self.pins.append((list(keys), ttl))
+
+    def keep(self, keys: Sequence[bytes], ttl: float, priority: str) -> None:
+        self.keeps.append((list(keys), ttl, priority))
 
     def demote(self, keys: Sequence[bytes], tier: str) -> None:
         self.demoted.append((list(keys), tier))

@@ -45,6 +45,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "namespace": st.binary(min_size=32, max_size=32),
     "parents": keys,
     "path": st.text(max_size=100),
+    "priority": st.sampled_from(["", "low", "normal", "high"]),
     "scope": st.just("") | digests,
     "selector": selectors,
     "since": st.integers(0, 2**63 - 1),
@@ -60,7 +61,8 @@ EXAMPLES: dict[str, Any] = {
     "checksums": [1, 2**64 - 1], "count": 10, "counts": {"a": 1}, "descriptor": "{}", "group": 1, "keys": bytes(64),
     "lease": bytes(16), "name": "x", "namespace": bytes(32), "parents": bytes(64), "path": "/x", "sizes": [1, 2],
     "tier": "cpu", "tiers": ["cpu"], "ttl": 1.5, "after": "", "by": "x", "keep": True, "names": ["x"], "scope": "",
-    "kind": "tenant", "soft": 1, "hard": -1, "selector": {"keys": bytes(32)}, "since": 0, "source": "cpu", "wait": 1.5,
+    "kind": "tenant", "priority": "high", "soft": 1, "hard": -1,
+    "selector": {"keys": bytes(32)}, "since": 0, "source": "cpu", "wait": 1.5,
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
@@ -88,6 +90,7 @@ NONSENSE: dict[str, list[Any]] = {
     "kind": [None, "salt", ""],
     "name": [None, b"x", 1],
     "names": [None, "x", [1], ["x"] * 1001],
+    "priority": [None, 1, "higher"],
     "scope": [None, "ab", "AB" * 32, b""],
     "selector": [
         None,
