@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make bench`: measure, print what was measured, and keep it in benchmarks/results.
 
-    python benchmarks/run.py                     everything (about three quarters of an hour)
+    python benchmarks/run.py                     everything (about an hour)
     python benchmarks/run.py --only disk         one benchmark, or several: --only disk --only redis
     python benchmarks/run.py --quick             few rounds, to see that it works; kept apart from real results
 
@@ -48,6 +48,7 @@ NAMES = (
     "overhead",
     "lora",
     "serving",
+    "policy_serving",
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 

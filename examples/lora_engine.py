@@ -6,7 +6,7 @@ on standard output. The demo and the LoRA benchmark use it:
         answer = engine.run(requests, clients=16)
 
 A load is {"requests": [[adapter or null, prompt tokens, output tokens, at], ...], "clients": n}: `clients` of them run
-at a time, in order; where clients is 0 each is sent at its own time `at` (seconds).
+at a time, in order; where clients is 0 each is sent at its own time `at` (seconds). Prompt tokens: how many, or which.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class LoRAEngine:
         self.close()
 
     def run(self, requests: list[list[Any]], clients: int) -> dict[str, Any]:
-        """{"seconds": of all, "times": [[to the first token, to the last], ...]}, and what a worker extension says."""
+        """{"seconds": of all, "times": [[to the first token, to the last, prompt tokens that were not computed], ...]},
+        and what a worker extension says."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"requests": requests, "clients": clients}) + "\n")
         self._process.stdin.flush()
@@ -121,7 +122,7 @@ async def _run(engine: Any, folder: str, load: dict[str, Any]) -> dict[str, Any]
     measured = bool(engine.vllm_config.parallel_config.worker_extension_cls)
     if measured:
         await engine.collective_rpc("take_times")
-    times: list[tuple[float, float] | None] = [None] * len(requests)
+    times: list[tuple[float, float, int] | None] = [None] * len(requests)
     started = time.perf_counter()
     waiting = iter(range(len(requests)))
 
@@ -142,20 +143,23 @@ async def _run(engine: Any, folder: str, load: dict[str, Any]) -> dict[str, Any]
     return {"seconds": spent, "times": times} | taken
 
 
-async def _ask(engine: Any, folder: str, request: list[Any]) -> tuple[float, float]:
-    """(seconds to the first token, to the last)"""
+async def _ask(engine: Any, folder: str, request: list[Any]) -> tuple[float, float, int]:
+    """(seconds to the first token, to the last, prompt tokens that were not computed)"""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    adapter, length, count, _ = request
+    adapter, tokens, count, _ = request
     lora = LoRARequest(f"a{adapter}", adapter + 1, f"{folder}/a{adapter}") if adapter is not None else None
-    prompt = TokensPrompt(prompt_token_ids=[random.randrange(300, 1000) for _ in range(length)])
+    if isinstance(tokens, int):
+        tokens = [random.randrange(300, 1000) for _ in range(tokens)]
+    prompt = TokensPrompt(prompt_token_ids=tokens)
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    started, first = time.perf_counter(), 0.0
-    async for _ in engine.generate(prompt, params, f"r{random.getrandbits(64):x}", lora_request=lora):
+    started, first, cached = time.perf_counter(), 0.0, 0
+    async for output in engine.generate(prompt, params, f"r{random.getrandbits(64):x}", lora_request=lora):
         first = first or time.perf_counter() - started
-    return first, time.perf_counter() - started
+        cached = output.num_cached_tokens or 0
+    return first, time.perf_counter() - started, cached
 
 
 if __name__ == "__main__":

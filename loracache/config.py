@@ -178,13 +178,17 @@ class Config(BaseModel):
     audit_log: Path | None = Field(
         None, description="File of what operators changed, one JSON object a line; without it the daemon's own log."
     )
-    policy: PolicyName = Field("lru", description="Who leaves a tier for others.")
+    policy: PolicyName = Field("adaptive", description="Who leaves a tier for others.")
     disk_policy: PolicyName | None = Field(None, description="The same of tier disk; without it as `policy`.")
-    admission: Literal["all", "second_touch"] = Field(
-        "all", description="What is written to disk and Redis: all, or what was asked for twice."
+    admission: Literal["all", "second_touch", "adaptive"] = Field(
+        "all", description="What is written to disk and Redis: all, what was asked for twice, or is likely to be."
     )
     keep_share: float = Field(0.25, ge=0, le=1, description="Of memory, what requests of one tenant may have kept.")
     quotas: tuple[QuotaSetting, ...] = Field((), description="Quotas of tenants, adapters and models.")
+    record: Path | None = Field(
+        None, description="File of a trace of what is asked, for `loracache simulate`; without it nothing is recorded."
+    )
+    swapper: Size = Field(0, description="Most bytes a second raised ahead of need, while memory has room; 0: none.")
     drain: float = Field(5.0, ge=0, le=3600, description="Seconds a shutdown may take to write what is queued.")
     private: bool = Field(False, description="End when the last client disconnects (an engine's own daemon).")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")

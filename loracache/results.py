@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["Cause", "NodeKind", "OperationState"]
+__all__ = ["Cause", "Departure", "NodeKind", "OperationState", "Refusal"]
 
 
 class Cause(enum.StrEnum):
@@ -23,8 +23,7 @@ class Cause(enum.StrEnum):
     NO_PARENT = "no_parent"  # what it depends on is not there
     TOO_LARGE = "too_large"  # larger than the arena, or empty
     FULL = "full"  # no room, and nothing that may leave
-    OVER_QUOTA = "over_quota"  # beyond a hard quota; of an eviction: above a soft one
-    KEPT = "kept"  # of an eviction: a request had asked to keep it, and nothing else could go
+    OVER_QUOTA = "over_quota"  # beyond a hard quota
     LEASE_LOST = "lease_lost"  # the lease ended before its holder was done
 
     # Of a lookup or a load
@@ -71,6 +70,35 @@ class Cause(enum.StrEnum):
     SHUTDOWN = "shutdown"
     SIZE = "size"  # an object of another size than the engine's chunks have
     UNUSABLE = "unusable"  # the engine cannot run this adapter
+
+
+class Departure(enum.StrEnum):
+    """Why an object left a tier: counters `evict.<tier>.<value>`, the cause of events. What is behind a dot says more
+    of what is before it.
+    """
+
+    POLICY = "policy"  # room was needed, and the tier's policy chose it
+    POLICY_ONCE = "policy.came_once"  # from among those that came once
+    POLICY_AGAIN = "policy.came_again"  # from among those that came again
+    OVER_QUOTA = "over_quota"  # the same, and its owners were above their shares
+    KEPT = "kept"  # the same, and a request had asked to keep it: nothing else could go
+    AHEAD = "ahead"  # the swapper keeps a little room free, and the tier's policy chose it
+    MEMORY_FULL = "memory_full"  # the arena is full of what waits to be written, and this waited longest
+    BUDGET = "budget"  # Redis has more than `redis_max_bytes`
+    LEFT_ALONE = "left_alone"  # of another release or integrity_key, and its room was needed
+    ASKED = "asked"  # somebody evicted or cleared it, or took its name away
+    MOVED = "moved"  # an operation moved it
+    PASSED = "passed"  # an operation raised it only to carry it elsewhere
+
+
+class Refusal(enum.StrEnum):
+    """Why admission has an object of the arena not written to a tier: counters `not_admitted.<tier>.<value>`. NONE is
+    false; every other is true.
+    """
+
+    NONE = ""  # it is written
+    FIRST_TOUCH = "first_touch"  # nobody has asked for it a second time
+    BELOW_BENEFIT = "below_benefit"  # to read it back would take longer than to compute it again
 
 
 class OperationState(enum.StrEnum):

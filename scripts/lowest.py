@@ -3,7 +3,8 @@
 
     python scripts/lowest.py > constraints.txt
 
-Of what the package needs and of its extra `otel`; vLLM, torch and Triton have tests of their own (`make test-vllm`).
+Of what the package needs and of its extras `otel` and `plot`; vLLM, torch and Triton have tests of their own
+(`make test-vllm`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("otel",)
+EXTRAS = ("otel", "plot")
 
 
 def lowest(pyproject: str) -> list[str]:

@@ -92,6 +92,7 @@ class Remover:
         if Tier.REDIS in tiers and self._redis is not None:
             for node in nodes:
                 self._redis.forget(node, "evicted")  # else it would be written after all
+                node.sent = False
             self._delete([node.key for node in nodes], total)
         if Tier.CPU in tiers:
             self._drop(nodes, Tier.CPU, total, "asked")

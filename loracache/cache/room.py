@@ -6,7 +6,7 @@ Threading: the cache's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 
 from loracache.cache.policy import Policy
 from loracache.cache.policy.quotas import Belongs
@@ -15,7 +15,7 @@ from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Leases
 from loracache.cache.tier.write_behind import WriteBehind
-from loracache.results import Cause
+from loracache.results import Cause, Departure
 from loracache.tiers import Tier
 
 __all__ = ["Room"]
@@ -74,7 +74,7 @@ class Room:
                     return False
                 yield
                 continue
-            yield from self._evict_all(victims, kept, wanting)
+            yield from self._evict_all(victims, kept, wanting, policy.reason)
         return True
 
     def make_for_load(self, nbytes: int, protected: set[Node], node: Node) -> Generator[None, None, bool]:
@@ -84,22 +84,36 @@ class Room:
             victims, freed = yield from policy.own_victims(beyond, protected, node)
             if freed < beyond:
                 return False
-            yield from self._evict_all(victims, protected, node)
+            yield from self._evict_all(victims, protected, node, policy.reason)
         return (yield from self.make(nbytes, protected, False, node))
 
-    def _evict_all(self, victims: Sequence[Node], kept: set[Node], wanting: Belongs | None) -> Iterator[None]:
+    def ahead(self, nbytes: int) -> Iterator[None]:
+        """Have clean victims go until so many bytes are free, as far as there are some: for nobody yet, so nothing that
+        is held, however loosely, goes for it, and no queued write. Yields between two slices."""
+        missing = nbytes - self._arena.free_bytes
+        if missing > 0:
+            victims, _ = yield from self._policies[Tier.CPU].victims(missing, ())
+            yield from self._evict_all(victims, (), None, lambda _: Departure.AHEAD)
+
+    def _evict_all(
+        self,
+        victims: Sequence[Node],
+        kept: Container[Node],
+        wanting: Belongs | None,
+        reason: Callable[[Node], Departure],
+    ) -> Iterator[None]:
         """Evict who was chosen and may go still."""
         for count, node in enumerate(victims, start=1):
             if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):
-                self._evict_one(node, wanting)
+                self._evict_one(node, wanting, reason)
             if not count % _EVICTED:
                 yield
 
-    def _evict_one(self, node: Node, wanting: Belongs | None) -> None:
+    def _evict_one(self, node: Node, wanting: Belongs | None, reason: Callable[[Node], Departure]) -> None:
         policy = self._policies[Tier.CPU]
         if policy.may_push(wanting, node):  # others were served since it was chosen
             policy.pushed(node)
-            self._evict(node, policy.cause(node))
+            self._evict(node, reason(node))
 
     def _give_up_writes(self, nbytes: int, protected: set[Node], wanting: Belongs | None) -> int:
         """Take leaves that only a queued write keeps out of the arena, worth about that much, but few at a time;
@@ -109,7 +123,7 @@ class Room:
             for writer in self._writers:
                 writer.forget(leaf, Cause.MEMORY_FULL)
             nbytes -= self._arena.rounded(leaf.size)
-            self._evict(leaf, Cause.MEMORY_FULL)
+            self._evict(leaf, Departure.MEMORY_FULL)
             given_up += 1
         return given_up
 

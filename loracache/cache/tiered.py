@@ -11,10 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
+from loracache.cache.admitting import Admitter
+from loracache.cache.ahead import Ahead
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
+from loracache.cache.policy.benefit import Benefit
 from loracache.cache.policy.keeps import Keeps
 from loracache.cache.policy.limits import Quotas
 from loracache.cache.reserving import Reserver
@@ -33,11 +35,13 @@ from loracache.cache.tier.io import Post, TierIO
 from loracache.cache.tier.promotion import Promoter
 from loracache.cache.tier.write_behind import WriteBehind
 from loracache.results import Cause
-from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, StorageBackend
 from loracache.tiers import Tier
 
-__all__ = ["Acquired", "TieredCache"]
+__all__ = ["OPERATOR", "Acquired", "TieredCache"]
 
+OPERATOR = 0  # owner of the leases of operations: what one reads, nobody has asked for
+_NO_LIMIT = 64  # times the arena
 _REDIS_ASKS = 4  # a millisecond of network each way leaves time for others; more would only share the interpreter
 
 
@@ -71,10 +75,7 @@ class TieredCache:
         self.counters = Counters()
         self._policies: dict[Tier, Policy] = {}
         self.index = Index(lambda tier, node: self._policies[tier].offer(node), arena.free)
-        self.index.on_used = lambda tier, node, before: self._policies[tier].used(node, before)
-        self.index.on_left = lambda tier, node: self._policies[tier].withdraw(node)
-        self.index.on_gone = lambda tier, node: self._policies[tier].gone(node)
-        slices = Slices(post)
+        self._slices = slices = Slices(post)
         self.quotas = Quotas(self.index, self._policies, slices)
         self.leases = Leases(arena, self.index, slices, clock)
         self.events = Events()
@@ -82,37 +83,44 @@ class TieredCache:
         self.pins = Pins(self.index, self.events, clock)
         self.keeps = Keeps(self.index, self.quotas, self.counters, int(arena.size * keep_share), clock)
         self.writers: list[WriteBehind] = []
+        self.passing: Counter[bytes] = Counter()  # that operations raise only to pass through, how many each
+        self.leaving: set[bytes] = set()  # that they take out of a tier now
+        self._benefit = Benefit(self.counters, clock, always=admission == "all")
+        self._admission = ADMISSIONS[admission](lambda: max(self.index.objects), self._memory_room, self._lower_room)
+        self.admitter = Admitter(self._admission, self._benefit, self.counters, self._moves)
         evict, below = self._evict_from_arena, self._in_lower_tier
         self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
-        reserving = self._room.make, self.quotas, self._held, partial(self._queue_writes, promised=True, again=True)
+        reserving = self._room.make, self.quotas, self._held, self.admitter.promise
         self._reserver = Reserver(arena, self.index, self.leases, self.counters, *reserving)
         loading = self._room.make_for_load, self.quotas, self._arrived, self._lost
         self._promoter = Promoter(arena, self.index, self.counters, slices, *loading)
-        self._admission = ADMISSIONS[admission](lambda: max(self.index.objects))
-        costs, limits = self.index.costs, self.quotas.limits
-        costs[Tier.CPU], limits[Tier.CPU] = lambda node: arena.rounded(node.size), arena.size
-        self._policies[Tier.CPU] = POLICIES[policy](self.index, Tier.CPU, costs[Tier.CPU])
-        self.passing: Counter[bytes] = Counter()  # that operations raise only to pass through, how many each
-        self.leaving: set[bytes] = set()  # that they take out of a tier now
+        self.quotas.add(Tier.CPU, POLICIES[policy], lambda node: arena.rounded(node.size), arena.size)
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None
         self.flushes = Flushes()
         if disk is not None:
-            costs[Tier.DISK], limits[Tier.DISK] = lambda node: disk.footprint(node.stored or node.size), disk_limit
-            self._policies[Tier.DISK] = POLICIES[disk_policy or policy](self.index, Tier.DISK, costs[Tier.DISK])
-            io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
-            having = self._policies, self.quotas, disk_limit, self._written
-            self.disk = DiskTier(io, arena, self.index, self.counters, slices, self.flushes, *having)
-            self.writers.append(self.disk.writer)
+            self._add_disk(disk, disk_limit, disk_policy or policy, post, slices)
         if redis is not None:
-            io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
-            self.redis = WriteBehind(
-                io, arena, self.index, self.counters, slices, self.flushes, _takes_all, self._written
-            )
-            self.writers.append(self.redis)
+            self._add_redis(redis, post, slices)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
+        self.ahead = Ahead(self.index, self._promoter, self._room, slices, self.disk)
         self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
+
+    def _add_disk(self, disk: StorageBackend, limit: int, policy: str, post: Post, slices: Slices) -> None:
+        self.quotas.add(Tier.DISK, POLICIES[policy], lambda node: disk.footprint(node.stored or node.size), limit)
+        io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
+        having = self._policies, self.quotas, limit, self._written
+        self.disk = DiskTier(io, self.arena, self.index, self.counters, slices, self.flushes, *having)
+        self.writers.append(self.disk.writer)
+        self.admitter.disk = self.disk
+
+    def _add_redis(self, redis: StorageBackend, post: Post, slices: Slices) -> None:
+        io = TierIO(Tier.REDIS, redis, post, self.counters, self.events, asks=_REDIS_ASKS)
+        refuse, written = self.admitter.refuse_in_redis, self._written_to_redis
+        self.redis = WriteBehind(io, self.arena, self.index, self.counters, slices, self.flushes, refuse, written)
+        self.writers.append(self.redis)
+        self.admitter.redis = self.redis
 
     # -- reading ----------
 
@@ -127,8 +135,8 @@ class TieredCache:
             policy.asked(keys)
         cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
         found = self.index.leading(keys, tiers)
-        if self.keeps:
-            self.keeps.used(found)
+        self.keeps.used(found)
+        self._admission.asked(keys, found)
         return [cpu if node.present & in_cpu else disk for node in found]
 
     def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
@@ -152,6 +160,7 @@ class TieredCache:
         """
         self.leases.hold(owner, lease_id, ttl, (), grip)
         at_once: list[Acquired] = []
+        queued = False
         on_disk: list[tuple[Node, Callable[[Node | None, Cause], None]]] = []
         elsewhere: list[tuple[bytes, Callable[[Node | None, Cause], None]]] = []
 
@@ -171,8 +180,7 @@ class TieredCache:
                 self.index.touch(node)
                 self.leases.hold(owner, lease_id, ttl, (node,), grip)
                 at_once.append(Acquired(position, node))
-                if self._admission.again(node):
-                    self._used_again(node)
+                queued |= owner != OPERATOR and self.admitter.used(node)
             elif node is not None and node.state(Tier.CPU) is State.LOADING:
                 self._promoter.wait(node, waiter(position))
             elif node is not None and self.disk is not None and self.disk.reads(node):
@@ -182,6 +190,8 @@ class TieredCache:
             else:
                 cause = Cause.ABSENT if node is None or not node.present else Cause.DISK_UNAVAILABLE
                 at_once.append(Acquired(position, None, cause))
+        if queued:
+            self.pump()
         if at_once:
             ready(at_once)
         if on_disk and self.disk is not None:
@@ -225,6 +235,8 @@ class TieredCache:
             for key, checksum in part:
                 item = self.leases.take_written(owner, lease_id, key)
                 answers.append(self._commit_one(item, checksum) if item is not None else Cause.LEASE_LOST)
+                if item is not None and item.info.kind is Kind.KV:
+                    self._benefit.stored(owner, item.info.size)
         self.leases.release(owner, lease_id)
         self.pump()
         return answers
@@ -244,8 +256,7 @@ class TieredCache:
         self.index.enter(node, Tier.CPU, "stored", item.extents)
         self.counters.add("store.objects")
         self.counters.add("store.bytes", node.size)
-        if item.promised or self._admission.admits(node):
-            self._queue_writes(node, item.promised)
+        self.admitter.committed(node, item.promised)
         return Cause.NONE
 
     def pump(self) -> None:
@@ -312,12 +323,17 @@ class TieredCache:
         for writer in self.writers:
             writer.when_flushed(lambda io=writer.io: io.when_written(one))  # type: ignore[misc]
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once in all engines, as they say."""
+        for policy in self._policies.values():
+            policy.expect(batch)
+
     def tick(self) -> None:
         """End what is over: leases and pins past their time."""
         self.counters.add("lease.expired", self.leases.expire())
-        self.pins.tick()
-        self.keeps.tick()
-        self.index.shrink()
+        for tick in (self.pins.tick, self.keeps.tick, self.index.shrink, self._benefit.tick):
+            tick()
+        self._slices.run(self._admission.work())
         if self.disk is not None:
             self.disk.tick()
         for writer in self.writers:
@@ -332,7 +348,7 @@ class TieredCache:
 
     def _in_lower_tier(self, node: Node) -> bool:
         """Whether a clean object of the arena can be had again: from disk, or from Redis, which got it once."""
-        return node.held_in(Tier.DISK) or (self.redis is not None and self._admission.admitted(node))
+        return node.held_in(Tier.DISK) or node.sent
 
     def _evict_from_arena(self, node: Node, cause: str) -> None:
         self.counters.add(f"evict.cpu.{cause}")
@@ -345,6 +361,7 @@ class TieredCache:
 
     def _arrived(self, node: Node, source: Tier) -> None:
         self.index.enter(node, Tier.CPU, f"from_{source.label}")
+        node.sent = node.sent or source is Tier.REDIS
         if source is Tier.DISK and self.disk is not None:
             self.disk.load_ended(node, Outcome.OK)
         elif source is Tier.REDIS and self.disk is not None and node.key not in self.passing:
@@ -360,32 +377,24 @@ class TieredCache:
             self.report_bad([node.key])
         return outcome is Outcome.OK
 
-    def _queue_writes(self, node: Node, promised: bool, again: bool = False) -> None:
-        if self.disk is not None:
-            self.disk.queue_write(node, promised=promised)
-        if self.redis is not None and not (again and self.disk is not None):
-            self.redis.enqueue(node, promised=promised)
+    def _memory_room(self) -> int:
+        """For how many objects there is room in the arena, as large as those are that it holds."""
+        return self.arena.size * self.index.objects[Tier.CPU] // max(1, self.index.bytes[Tier.CPU])
 
-    def _used_again(self, node: Node) -> None:
-        """Write down an object of the arena that was not admitted when it came, and its parents with it."""
-        missing = [node]
-        above = node.parent
-        while above is not None and above.held_in(Tier.CPU) and self._admission.again(above):
-            missing.append(above)
-            above = above.parent
-        for each in reversed(missing):
-            if each.key not in self.passing and each.key not in self.leaving:  # which an operation moves now
-                self._queue_writes(each, promised=False)
-        self.pump()
+    def _lower_room(self) -> int:
+        """The same of the larger of the tiers below; a Redis that knows no limit has room for all that comes."""
+        disk = self.disk.limit if self.disk is not None else 0
+        redis = (self.redis.io.backend.limit or _NO_LIMIT * self.arena.size) if self.redis is not None else 0
+        return max(disk, redis) * self._memory_room() // self.arena.size
+
+    def _moves(self, key: bytes) -> bool:
+        return key in self.passing or key in self.leaving
+
+    def _written_to_redis(self, node: Node, outcome: Outcome) -> bool:
+        self._written(node, outcome)
+        return self.admitter.written_to_redis(node, outcome)
 
     def audit(self) -> list[str]:
         """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""
         held = [extent for node in self.index for extent in (*node.extents, *node.condemned)]
-        held += self.leases.held_extents()
-        return self.arena.audit(held)
-
-
-def _takes_all(node: Node) -> Generator[None, None, Cause]:
-    """What Redis refuses: nothing. It makes room itself."""
-    return Cause.NONE
-    yield
+        return self.arena.audit(held + self.leases.held_extents())

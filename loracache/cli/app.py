@@ -27,6 +27,7 @@ from loracache.cli.common import (
     number,
     print_json,
 )
+from loracache.cli.selector import SelectionOptions
 from loracache.errors import ConfigError
 
 __all__ = ["main"]
@@ -99,6 +100,7 @@ def serve(
     drain: Annotated[float | None, typer.Option(help="Seconds to write what is queued at the end.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="End with the last client.")] = None,
     audit_log: Annotated[Path | None, typer.Option(help="File of what operators changed.", show_default=False)] = None,
+    record: Annotated[Path | None, typer.Option(help="File of a trace of what is asked.", show_default=False)] = None,
     traces: Annotated[str | None, typer.Option(help="OTLP/HTTP collector of spans.", show_default=False)] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
@@ -117,7 +119,7 @@ def serve(
         "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
         "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
         "log_format": log_format, "audit_log": audit_log, "traces": traces,
-        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key,
+        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key, "record": record,
     }  # fmt: skip
     settings = load_config(flags, config)
     set_up_logging(settings.log_level, settings.log_format)
@@ -142,26 +144,30 @@ def status(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     print_status(answer)
 
 
-@app.command(rich_help_panel=_CHANGE)
 def flush(
+    options: SelectionOptions,
     socket: SocketOption = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", parser=number, help="Seconds to wait.")] = 60.0,
 ) -> None:
-    """Wait until everything committed by now is written to disk and Redis; 4 where something was given up."""
+    """Wait until everything committed by now is written to disk and Redis, as far as admission wants it there; or have
+    just what is selected written, whatever admission says. 4 where something was given up."""
     if not 0 < timeout <= 86_400:
         raise ConfigError(f"--timeout {timeout} must be seconds, more than 0 and at most 86400")
+    selection = options.selection() if options.given else None
     with client_of(socket) as client:
-        flushed = client.flush(timeout)
+        flushed = client.flush(timeout, selection)
+    since = "since the last flush" if selection is None else "of what was selected"
     for tier, durable in flushed.durable.items():
-        typer.echo(f"{tier}: {durable} objects durable, {flushed.given_up[tier]} given up since the last flush")
+        typer.echo(f"{tier}: {durable} objects durable, {flushed.given_up[tier]} given up {since}")
     if not flushed.durable:
         typer.echo("there is no tier below memory: nothing is durable")
     if not flushed.complete:
         raise typer.Exit(PARTLY)
 
 
+app.command("flush", rich_help_panel=_CHANGE)(expanded(flush))
 app.command("check", rich_help_panel=_MANAGE)(check.check)
-app.command("simulate", rich_help_panel=_LOOK)(simulate.simulate)
+app.command("simulate", rich_help_panel=_LOOK)(expanded(simulate.simulate))
 for _name, _command, _panel in VERBS:
     app.command(_name, rich_help_panel=_panel)(expanded(_command))
 

@@ -118,11 +118,23 @@ def clear(waiting: Waiting, tier: TiersOption = None, yes: YesOption = False) ->
 
 
 def admit(
-    options: SelectionOptions, waiting: Waiting, tier: Annotated[str, _tier("Where to: cpu, disk or redis.")] = "cpu"
+    options: SelectionOptions,
+    waiting: Waiting,
+    tier: Annotated[str, _tier("Where to: cpu, disk or redis.")] = "cpu",
+    ttl: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", parser=number, help="Hold them in cpu so long.", show_default="not held"),
+    ] = None,
 ) -> None:
     """Bring objects to a tier ahead of need, from wherever they are."""
     _one_of("--tier", tier, ALL_TIERS)
-    _run(waiting, lambda: messages.Admit("", "", options.selection().encode(), tier, 0.0))
+    _check_ttl(ttl, "leave it out to hold nothing")
+    _run(waiting, lambda: messages.Admit("", "", options.selection().encode(), tier, 0.0, ttl or 0.0))
+
+
+def _check_ttl(ttl: float | None, otherwise: str) -> None:
+    if ttl is not None and not 0 < ttl <= MAX_TTL_S:
+        raise ConfigError(f"--ttl {ttl} must be seconds, more than 0 and at most {MAX_TTL_S:.0f}; {otherwise}")
 
 
 def pin(
@@ -136,10 +148,7 @@ def pin(
 ) -> None:
     """Keep objects in a tier, and what they depend on with them."""
     _one_of("--tier", tier, _LOCAL)
-    if ttl is not None and not 0 < ttl <= MAX_TTL_S:
-        raise ConfigError(
-            f"--ttl {ttl} must be seconds, more than 0 and at most {MAX_TTL_S:.0f}; leave it out to pin until unpinned"
-        )
+    _check_ttl(ttl, "leave it out to pin until unpinned")
     _run(waiting, lambda: messages.Pin("", "", options.selection().encode(), tier, ttl or 0.0, 0.0))
 
 

@@ -106,6 +106,9 @@ def print_status(status: dict[str, Any]) -> None:
             sys.stdout.write(f"{name}: {tier['reason']}\n")
     for title in ("misses", "failures"):
         sys.stdout.write(f"{title}: {causes_text(status[title])}\n")
+    for title, by_tier in (("evicted from", status["evicted"]), ("not admitted to", status["not_admitted"])):
+        for tier, reasons in by_tier.items():
+            sys.stdout.write(f"{title} {tier}: {causes_text(reasons)}\n")
 
 
 def print_adapters(adapters: Iterable[Adapter]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from loracache.backoff import Backoff
 from loracache.client.answers import Adapter, Flushed, Lookup, Reading, Reservation, Slot
 from loracache.client.connection import Connection, Reply
-from loracache.client.control import ControlCalls
+from loracache.client.control import ControlCalls, Selection
 from loracache.client.requests import lookup_parts
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
@@ -241,12 +241,15 @@ class CacheClient(ControlCalls):
         found = self._call(protocol.AdapterRemove(name, ""))
         return (found[0], found[1], found[2]) if found else None
 
-    def flush(self, timeout: float | None = None) -> Flushed:
-        """Wait until all that is committed by now is written to disk and Redis or given up, and all that is evicted
-        from them by now is deleted; answers how many objects are durable there, and how many were given up. Raises
-        Unavailable, too, where the daemon was started anew since this client committed: what the one before it had not
-        written is lost.
+    def flush(self, timeout: float | None = None, selection: Selection | Sequence[bytes] | None = None) -> Flushed:
+        """Wait until all that is committed by now is written to disk and Redis or given up, as far as admission wants
+        it there, and all that is evicted from them by now is deleted; answers how many objects are durable there, and
+        how many were given up. With a selection, have just those objects written, whatever admission says, and answer
+        for them. Raises Unavailable, too, where the daemon was started anew since this client committed: what the one
+        before it had not written is lost.
         """
+        if selection is not None:
+            return Flushed.of([self._write_down(selection, self._timeout if timeout is None else timeout)])
         flushed = Flushed.of(self._call(protocol.Flush(), timeout))
         committed_to, self._committed_to = self._committed_to, b""
         if committed_to not in (b"", self.connection.instance):

@@ -8,13 +8,14 @@ how far it was after at most `wait` seconds; `operation` asks again.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loracache.errors import ProtocolError, UsageError
+from loracache.errors import ProtocolError, Unavailable, UsageError
 from loracache.keys import TokenArray, salt_digest, token_array
-from loracache.results import OperationState
+from loracache.results import Cause, OperationState
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
 from loracache.wire.fields import MAX_WAIT_S
@@ -179,10 +180,32 @@ class ControlCalls:
         return self._operation(messages.Clear("", "", list(tiers), wait))
 
     def admit(
-        self, selection: Selection | Sequence[bytes], *, tier: str = "cpu", wait: float = MAX_WAIT_S
+        self,
+        selection: Selection | Sequence[bytes],
+        *,
+        tier: str = "cpu",
+        ttl: float = 0.0,
+        wait: float = MAX_WAIT_S,
     ) -> OperationReport:
-        """Bring objects to a tier ahead of need, from wherever they are."""
-        return self._operation(messages.Admit("", "", _encode(selection), tier, wait))
+        """Bring objects to a tier ahead of need, from wherever they are; with a prompt's KV its adapter comes to cpu.
+        ttl: seconds for which cpu holds them then, giving way only to what is read; 0: not at all."""
+        return self._operation(messages.Admit("", "", _encode(selection), tier, wait, ttl))
+
+    def _write_down(self, selection: Selection | Sequence[bytes], seconds: float) -> dict[str, list[int]]:
+        """Bring objects to every tier below memory, whatever admission says; [there, not there] by tier. Raises
+        Unavailable where that takes longer."""
+        (status,) = self._ask(protocol.Status())
+        found: dict[str, list[int]] = {}
+        deadline = time.monotonic() + seconds
+        for tier in status["tiers"]:
+            if tier == ALL_TIERS[0]:
+                continue
+            report = self.admit(selection, tier=tier, wait=min(max(0.0, deadline - time.monotonic()), MAX_WAIT_S))
+            if report.state is OperationState.RUNNING:
+                raise Unavailable(f"{tier}: not all was written within {seconds:g} s; operation {report.id} goes on")
+            already = report.causes.get(Cause.ALREADY, 0)
+            found[tier] = [report.objects + already, report.skipped - already]
+        return found
 
     def move(
         self,

@@ -33,13 +33,18 @@ _PLANES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _ADAPTER_PLANES = 2  # most are bfloat16; another width compresses less, and is as lossless
 
 
-def own_tier(name: str, tiers: Collection[Tier]) -> Tier:
-    """The tier of that name. Raises UsageError where this daemon, which has `tiers`, does not have it."""
+def own_tier(name: str, tiers: Collection[Tier], ttl: float = 0.0) -> Tier:
+    """The tier of that name. Raises UsageError where this daemon, which has `tiers`, does not have it, or where it
+    holds nothing for a while (`ttl` seconds)."""
     tier = Tier.named(name)
     if tier not in tiers:
         why = "belongs to the engines" if tier is Tier.GPU else "is not configured here"
         known = ", ".join(each.label for each in sorted(tiers))
         raise UsageError(f"tier {tier.label!r} {why}; this daemon has {known}")
+    if ttl and tier is not Tier.CPU:
+        raise UsageError(
+            f"ttl={ttl:g} is for tier 'cpu', not {tier.label!r}; leave it out, or pin what shall stay there"
+        )
     return tier
 
 

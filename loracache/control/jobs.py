@@ -177,6 +177,14 @@ class JobTurns:
         self._free = most
         self._waiting: OrderedDict[str, asyncio.Future[bool]] = OrderedDict()
 
+    async def run(self, operation: Operation, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do `work` when it is the operation's turn, unless it leaves before."""
+        if await self.take(operation):
+            try:
+                await work()
+            finally:
+                self.give_back()
+
     async def take(self, operation: Operation) -> bool:
         """Wait for the operation's turn, which ends with `give_back`. False where it left before."""
         if self._free:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -68,20 +68,22 @@ class Chain:
 @dataclass(frozen=True, slots=True)
 class Selected:
     """What a selector stands for: the keys that it names, or those of chains, or all of some namespaces. scope: the
-    salt digest outside of which nothing is seen ("": everything is); chains and namespaces are inside of it.
+    salt digest outside of which nothing is seen ("": everything is); chains and namespaces are inside of it. first:
+    keys that come before all these.
     """
 
     named: bytes = b""
     chains: Sequence[Chain] = ()
     spaces: Sequence[bytes] = ()
     scope: str = ""
+    first: Sequence[bytes] = ()
 
     @property
     def total(self) -> int | None:
         """How many keys there are; None where that is seen only when they are looked at, or by looking at very many."""
         if self.spaces or len(self.chains) > _CHAINS:
             return None
-        return len(self.named) // KEY_BYTES + sum(map(len, self.chains))
+        return len(self.first) + len(self.named) // KEY_BYTES + sum(map(len, self.chains))
 
     def keys(self, start: int = 0) -> Iterator[bytes]:
         """Keys by name or of chains, from that position on."""
@@ -97,7 +99,7 @@ class Selected:
         """The keys, each once, at most `size` at a time (none, where a tenant may not see them); of whole namespaces
         what is held when its turn comes, in the order of keys."""
         seen: set[bytes] = set()
-        keys = self.keys()
+        keys = itertools.chain(self.first, self.keys())
         while part := list(itertools.islice(keys, size)):
             fresh = [key for key in dict.fromkeys(part) if key not in seen]
             seen.update(fresh)
@@ -110,6 +112,13 @@ class Selected:
                     break
                 after = part[-1]
                 yield part
+
+    def behind_adapters(self, index: Index) -> Selected:
+        """The same, and before it the adapters that its chains are of, as far as a tier that the index knows has
+        them."""
+        keys = {chain.namespace.adapter_key() for chain in self.chains if chain.namespace.adapter}
+        nodes = (index.get(key) for key in sorted(keys))
+        return replace(self, first=[node.key for node in nodes if node is not None and node.present])
 
     def shows(self, index: Index, namespaces: Namespaces, key: bytes) -> bool:
         """Whether the tenant that asks may know of one of `keys`."""

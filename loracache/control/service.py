@@ -26,6 +26,7 @@ from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import JobTurns, Operation, Operations
 from loracache.control.listing import Listing
 from loracache.control.location import Locator
+from loracache.control.pinning import pin, unpin
 from loracache.control.purging import Whose, empty_redis, known_in_redis, whose_of
 from loracache.control.recount import Recounter
 from loracache.control.selection import Selected, Selector, all_known, select
@@ -33,7 +34,7 @@ from loracache.control.steps import done, start, turn
 from loracache.control.transfer import Mover
 from loracache.errors import Unknown, UsageError
 from loracache.keys import KEY_BYTES, is_digest
-from loracache.results import Cause, NodeKind
+from loracache.results import NodeKind
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
@@ -150,14 +151,14 @@ class Control:
         tier, ttl = Tier.named(request.tier), request.ttl or None
         self._cache.pins.pin((), tier)  # says which tiers can be pinned in
         operation, parts = await self._begin(request, label)
-        work = self._change(operation, parts, lambda keys: self._cache.pins.pin(keys, tier, ttl))
+        work = pin(self._cache, operation, parts, tier, ttl)
         return await self._run(request, operation, work)
 
     async def _on_unpin(self, request: messages.Unpin, label: str) -> list[Any]:
         tier = Tier.named(request.tier)
         self._cache.pins.pin((), tier)
         operation, parts = await self._begin(request, label)
-        work = self._change(operation, parts, lambda keys: self._cache.pins.unpin(keys, tier))
+        work = unpin(self._cache, operation, parts, tier)
         return await self._run(request, operation, work)
 
     async def _on_evict(self, request: messages.Evict, label: str) -> list[Any]:
@@ -184,8 +185,8 @@ class Control:
         return await self._run(request, operation, self._clear(operation, tiers))
 
     async def _on_admit(self, request: messages.Admit, label: str) -> list[Any]:
-        target = own_tier(request.tier, self._cache.tiers)
-        return await self._move(request, label, target, wanted=lambda node: not node.held_in(target))
+        target = own_tier(request.tier, self._cache.tiers, request.ttl)
+        return await self._move(request, label, target, wanted=lambda node: not node.held_in(target), hold=request.ttl)
 
     async def _on_move(self, request: messages.Move, label: str) -> list[Any]:
         source, target = own_tier(request.source, self._cache.tiers), own_tier(request.tier, self._cache.tiers)
@@ -289,14 +290,6 @@ class Control:
 
     # -- inside ----------
 
-    async def _change(self, operation: Operation, parts: Parts, change: Callable[[list[bytes]], int]) -> None:
-        """Change so many objects of each part."""
-        for keys in operation.while_running(parts):
-            changed = change(keys)
-            operation.objects += changed
-            operation.skip(Cause.ABSENT, len(keys) - changed)
-            await turn()
-
     async def _evict(self, operation: Operation, parts: Parts, tiers: list[Tier], whose: Whose | None) -> None:
         deletions: Counter[Outcome] = Counter()
         for keys in operation.while_running(parts):
@@ -328,14 +321,7 @@ class Control:
     async def _move(self, request: Any, label: str, target: Tier, **options: Any) -> list[Any]:
         operation, parts = await self._begin(request, label)
         mover = Mover(self._cache, operation, parts, target, **options)
-        return await self._run(request, operation, self._in_turn(operation, mover))
-
-    async def _in_turn(self, operation: Operation, mover: Mover) -> None:
-        if await self._turns.take(operation):
-            try:
-                await mover.run()
-            finally:
-                self._turns.give_back()
+        return await self._run(request, operation, self._turns.run(operation, mover.run))
 
     async def _begin(self, request: Any, label: str) -> tuple[Operation, Parts]:
         """A new operation, and what was selected for it."""
@@ -375,7 +361,9 @@ class Control:
 
     async def _select(self, request: Any) -> Selected:
         """What the request's selector stands for."""
-        return await done(select(await self._selector(request), self._namespaces, request.scope))
+        selected = await done(select(await self._selector(request), self._namespaces, request.scope))
+        raised = isinstance(request, messages.Admit) and request.tier == Tier.CPU.label
+        return selected.behind_adapters(self._cache.index) if raised else selected
 
     async def _selector(self, request: Any) -> Selector:
         """The request's selector, an adapter by its digest."""

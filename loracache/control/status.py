@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loracache.keys import LORA_NAMESPACE
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["cache_status"]
 
 _RECENT = 50
+_DROPPED = ".dropped."
 _HERE = (Tier.CPU, Tier.DISK)
 
 
@@ -56,12 +59,29 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
         "hits": counters.starting("hit."),
         "misses": counters.starting("miss."),
         "failures": counters.starting("failure."),
+        "evicted": _by_tier(counters.starting("evict.")),
+        "not_admitted": _by_tier(counters.starting("not_admitted."), _dropped(counters.starting("write."))),
         "counters": counters.all(),
         "recent_failures": [
             {"time": event.time, "tier": event.tier, "cause": event.cause, "count": event.count}
             for event in list(cache.events.failures)[-_RECENT:]
         ],
     }
+
+
+def _by_tier(*totals: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Counts by tier and then by reason, of counts by "<tier>.<reason>"."""
+    found: dict[str, dict[str, int]] = {}
+    for name, count in itertools.chain(*(each.items() for each in totals)):
+        tier, _, reason = name.partition(".")
+        reasons = found.setdefault(tier, {})
+        reasons[reason] = reasons.get(reason, 0) + count
+    return found
+
+
+def _dropped(writes: Mapping[str, int]) -> dict[str, int]:
+    """Writes that were queued and did not happen: by "<tier>.<reason>"."""
+    return {name.replace(_DROPPED, ".", 1): count for name, count in writes.items() if _DROPPED in name}
 
 
 def _use(io: TierIO) -> dict[str, Any]:

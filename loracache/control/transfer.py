@@ -15,8 +15,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from loracache.cache.state.index import Node, parents_first
+from loracache.cache.state.leases import Grip
 from loracache.cache.tier.write_behind import WriteBehind
-from loracache.cache.tiered import Acquired, TieredCache
+from loracache.cache.tiered import OPERATOR, Acquired, TieredCache
 from loracache.control.incompressible import Incompressible
 from loracache.control.jobs import Operation
 from loracache.control.steps import answer, turn
@@ -24,9 +25,8 @@ from loracache.results import Cause
 from loracache.storage_backends.base import Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
 
-__all__ = ["Mover"]
+__all__ = ["Mover", "flushed"]
 
-_OWNER = 0  # of the daemon's own leases
 _LEASE_S = 3600.0
 _SLICE_OBJECTS = 256
 _SLICE_BYTES = 32 << 20
@@ -41,6 +41,7 @@ class Mover:
     Redis is asked for. hopeless: what compression makes no smaller; it is left alone, and more is learnt.
 
     source: objects that are not there are skipped; None takes them from wherever they are. keep: leave them there.
+    hold: seconds for which what is in the arena then is held there, loosely.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Mover:
         wanted: Callable[[Node], bool] = lambda node: True,
         in_redis: Callable[[int], bool] = lambda stored: True,
         hopeless: Incompressible | None = None,
+        hold: float = 0.0,
     ) -> None:
         self._cache = cache
         self._operation = operation
@@ -67,6 +69,8 @@ class Mover:
         self._wanted = wanted
         self._wanted_in_redis = in_redis
         self._hopeless = hopeless
+        self._hold = hold
+        self._holding = os.urandom(16)  # the lease of that
         self._room = min(_SLICE_BYTES, cache.arena.size // _SHARE)
         self._lease = os.urandom(16)  # while a slice is raised; then its nodes are held without a time to live
         self._held: list[Node] = []
@@ -94,7 +98,7 @@ class Mover:
         held, self._held = self._held, []
         for node in held:
             self._cache.index.unhold(node)
-        self._cache.leases.release(_OWNER, self._lease)
+        self._cache.leases.release(OPERATOR, self._lease)
         for key in self._passing:
             self._cache.passing[key] -= 1
             if not self._cache.passing[key]:
@@ -119,6 +123,7 @@ class Mover:
                 self._operation.skip(Cause.ABSENT)
             elif node is not None and held and not self._wanted(node):
                 self._operation.skip(Cause.ALREADY)
+                self._hold_on([node])
             elif self._hopeless is not None and key in self._hopeless:
                 self._operation.skip(Cause.INCOMPRESSIBLE)
             else:
@@ -171,6 +176,7 @@ class Mover:
             self._cache.passing.update(self._passing)
         nodes = await self._raise(keys)
         arrived = await self._deliver(nodes) if self._operation.running else []
+        self._hold_on(arrived)
         self._operation.objects += len(arrived)
         self._operation.nbytes += sum(node.size for node in arrived)
         if not self._keep:
@@ -202,7 +208,7 @@ class Mover:
                 if not left:
                     done(None)
 
-            self._cache.acquire(_OWNER, self._lease, keys, _LEASE_S, ready)
+            self._cache.acquire(OPERATOR, self._lease, keys, _LEASE_S, ready)
 
         await answer(ask)
         await turn()
@@ -211,6 +217,11 @@ class Mover:
         nodes = parents_first([node for node in self._held if node.held_in(Tier.CPU)])
         self._operation.skip(Cause.CORRUPT, len(self._held) - len(nodes))  # what a reader reported since it was raised
         return nodes
+
+    def _hold_on(self, nodes: list[Node]) -> None:
+        here = [node for node in nodes if node.held_in(Tier.CPU)]
+        if self._hold and here:
+            self._cache.leases.hold(OPERATOR, self._holding, self._hold, here, Grip.LOOSE)
 
     # -- where they go ----------
 
@@ -230,15 +241,15 @@ class Mover:
         for node in nodes:
             if not node.held_in(Tier.DISK):
                 disk.queue_write(node)
-        await _flushed(disk.writer)
+        await flushed(disk.writer)
         return [node for node in nodes if node.held_in(Tier.DISK)]
 
     async def _to_redis(self, nodes: list[Node]) -> list[Node]:
         redis = self._cache.redis
         assert redis is not None
         for node in nodes:
-            redis.enqueue(node)
-        await _flushed(redis)
+            self._cache.admitter.to_redis_alone(node)
+        await flushed(redis)
         return await self._in_redis(nodes)
 
     async def _in_redis(self, nodes: list[Node]) -> list[Node]:
@@ -354,6 +365,7 @@ class Mover:
             node = index.get(key)
             if node is not None:
                 redis.forget(node, "moved")  # else a queued write would bring it back
+                node.sent = False
         results: list[Result] = await answer(lambda done: redis.io.delete(keys, done))
         gone = [result.outcome in (Outcome.OK, Outcome.MISS) for result in results]
         self._operation.skip(Cause.STAYS, gone.count(False))
@@ -361,8 +373,8 @@ class Mover:
         return [node for node in nodes if node is not None]
 
 
-async def _flushed(writer: WriteBehind) -> None:
+async def flushed(writer: WriteBehind) -> None:
     """Once everything queued so far is written or dropped."""
     writer.pump()
-    flushed: asyncio.Future[None] = answer(lambda done: writer.when_flushed(lambda: done(None)))
-    await flushed
+    over: asyncio.Future[None] = answer(lambda done: writer.when_flushed(lambda: done(None)))
+    await over

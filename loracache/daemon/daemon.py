@@ -25,8 +25,6 @@ from typing import Any
 
 from loracache import __version__
 from loracache.accepting import Acceptor
-from loracache.cache.state.arena import Arena
-from loracache.cache.tiered import TieredCache
 from loracache.config import Config, shown_config
 from loracache.control.adapters import Adapters
 from loracache.control.audit import Audit
@@ -36,10 +34,11 @@ from loracache.control.service import Control
 from loracache.control.status import cache_status
 from loracache.daemon.lag import LoopLag
 from loracache.daemon.listening import listen, most_clients, unlink, unlink_unless_locked
-from loracache.daemon.parts import books, disk_backend, quotas, redis_backend, rest_process
+from loracache.daemon.parts import books, quotas, recorder, rest_process, tiers
 from loracache.daemon.processes import Peer
 from loracache.daemon.scanning import Scan
 from loracache.daemon.session import Served, Session
+from loracache.daemon.swapping import Swapping
 from loracache.tiers import Tier
 from loracache.tracing import start_traces, stop_traces
 from loracache.wire import protocol
@@ -78,8 +77,7 @@ class Daemon:
         try:
             self._listener = listen(config.socket, self._stack, private=config.private)
             self._acceptor = Acceptor(self._listener, self._accept)
-            disk = disk_backend(config)
-            redis = redis_backend(config, self._describe)
+            self.cache = tiers(config, self._describe, self._post)
             self._rest = rest_process(config, self._stack)
             self._namespaces, self._names = books(config)
             if config.traces is not None:
@@ -87,15 +85,7 @@ class Daemon:
                 self._stack.callback(stop_traces)
             audit = Audit(config.audit_log)
             self._stack.callback(audit.close)
-            arena = Arena(config.memory, config.page_size)
-            self.cache = TieredCache(
-                arena,
-                self._post,
-                disk=disk,
-                disk_limit=config.disk,
-                redis=redis,
-                **config.model_dump(include={"policy", "disk_policy", "admission", "keep_share"}),
-            )
+            recording = recorder(config, self.cache.counters, self._post, self._stack)
             for writer in self.cache.writers:  # what is out of reach is used once it is there
                 writer.io.stand(writer.io.backend.check())
         except BaseException:
@@ -115,13 +105,14 @@ class Daemon:
             self._status,
             self._session_ended,
             self._rest_pid,
+            Swapping(self.cache, config),
             quotas(config, self.cache, self._namespaces, self._adapters, audit, self._stack),
+            recording,
         )
         self._owners = itertools.count(1)
         self._most_clients = most_clients()
-        self._say_again = 0.0
+        self._say_again = self._end_by = 0.0
         self._instance = os.urandom(16)
-        self._end_by = 0.0
         self._step = "the writing of what is queued"  # that the end waits for
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
@@ -136,7 +127,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ended.set)
         self._acceptor.start()
-        background = [loop.create_task(work) for work in (self._tick(), self._lag.watch())]
+        background = [loop.create_task(work) for work in (self._tick(), self._lag.watch(), self._served.swapping.run())]
         self._start("populate", self._populate)
         if self.cache.disk is not None:
             self._start("disk-scan", Scan(self.cache, self._namespaces, self._names, self._post, self._stopping).run)
@@ -174,6 +165,7 @@ class Daemon:
             "namespaces": len(self._namespaces),
             "operations": self._control.operations.running,
             "loop": self._lag.describe(),
+            "swapper": self._served.swapping.describe(),
         } | cache_status(self.cache)
         said["quotas"] = describe_quotas(self.cache)
         said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)

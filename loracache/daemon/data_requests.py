@@ -27,12 +27,20 @@ from loracache.wire.protocol import NO_PARENT, OK, PART, split_keys
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.lookup import Finder, Hits
+    from loracache.daemon.recorder import Recorder
+    from loracache.daemon.swapping import Swapping
     from loracache.namespaces import Namespaces
 
 __all__ = ["DataRequest", "DataRequests"]
 
 DataRequest = (
-    protocol.Lookup | protocol.Acquire | protocol.Reserve | protocol.Commit | protocol.Release | protocol.Prefetch
+    protocol.Lookup
+    | protocol.Acquire
+    | protocol.Reserve
+    | protocol.Commit
+    | protocol.Release
+    | protocol.Prefetch
+    | protocol.Keep
 )
 _FOUND, _ACQUIRED, _BAD = 2048, 512, 64  # keys of a slice: what takes about a millisecond
 _UNANSWERED = 4096  # keys of one request that are waited for at a time
@@ -45,14 +53,24 @@ class DataRequests:
     """Serves them. answer(number, status, payload) sends; later(number, work) answers what `work` comes to."""
 
     def __init__(
-        self, owner: int, cache: TieredCache, namespaces: Namespaces, finder: Finder, answer: Answer, later: Later
+        self,
+        owner: int,
+        cache: TieredCache,
+        namespaces: Namespaces,
+        finder: Finder,
+        swapping: Swapping,
+        answer: Answer,
+        later: Later,
+        recorder: Recorder | None = None,
     ) -> None:
         self._owner = owner
         self._cache = cache
         self._namespaces = namespaces
         self._finder = finder
+        self._swapping = swapping
         self._answer = answer
         self._later = later
+        self._recorder = recorder
         self._gone = False
         self._asking: set[bytes] = set()  # leases of what waits for a tier, until they are released
 
@@ -71,6 +89,12 @@ class DataRequests:
                 return self._release(number, request)
             case protocol.Prefetch():
                 return self._prefetch(number, request)
+            case protocol.Keep():
+                return self._keep(number, request)
+
+    def _keep(self, number: int, request: protocol.Keep) -> Iterator[None]:
+        yield from self._cache.keeps.wish(split_keys(request.keys), request.ttl, request.priority)
+        self._answer(number, OK, [])
 
     def forget(self, lease: bytes) -> None:
         """Its holder is done with a lease: what waits for a tier takes it no more."""
@@ -119,12 +143,18 @@ class DataRequests:
         for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
             counters.add(f"hit.{tier.label}", tiers.count(tier))
         counters.add(f"miss.{hits.cause}", len(keys) - count)
+        if self._recorder is not None and keys:
+            node = self._cache.index.get(keys[0])
+            space = self._namespaces.get(node.namespace) if node is not None and node.namespace else None
+            self._recorder.asked(self._owner, request.lease, request.keys, request.group, tiers, space)
         return [bytes(tiers)]
 
     def _acquire(self, number: int, request: protocol.Acquire) -> Iterator[None]:
         left = len(request.keys) // KEY_BYTES
         if not left:
             self._answer(number, OK, [])
+        node = self._cache.index.get(request.keys) if self._recorder is not None and left == 1 else None
+        at = next((tier for tier in Tier if node is not None and node.held_in(tier)), None)
 
         def ready(first: int, acquired: list[Acquired]) -> None:
             nonlocal left
@@ -132,12 +162,17 @@ class DataRequests:
             for item in acquired:
                 if item.node is None:
                     self._cache.counters.add(f"acquire.failed.{item.cause}")
+                elif self._recorder is not None and item.node.kind is Kind.LORA:
+                    self._recorder.loaded(item.node.key, item.node.size, at)
             self._answer(number, PART if left else OK, [_acquired(first, item) for item in acquired])
 
         yield from self._raise(request, Grip.FIRM, ready)
 
     def _prefetch(self, number: int, request: protocol.Prefetch) -> Iterator[None]:
-        yield from self._raise(request, Grip.LOOSE, lambda first, acquired: None)
+        if request.delay:
+            self._swapping.announce(request.lease, split_keys(request.keys), request.delay, request.ttl)
+        else:
+            yield from self._raise(request, Grip.LOOSE, lambda first, acquired: None)
         self._answer(number, OK, [])
 
     def _raise(
@@ -208,6 +243,8 @@ class DataRequests:
             raise UsageError(
                 f"namespace {request.namespace.hex()} is not registered; register it on this connection first"
             )
+        if self._recorder is not None:
+            self._recorder.stored(namespace, request.keys, request.parents, request.sizes)
         root = namespace.adapter_key()
         infos: list[ObjectInfo] = []
         for keys, parents in zip(_parts(request.keys, _FOUND), _parts(request.parents, _FOUND), strict=True):

@@ -4,27 +4,46 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 
 from loracache.adapters.names import AdapterNames, SharedNames
+from loracache.cache.state.arena import Arena
+from loracache.cache.state.counters import Counters
 from loracache.cache.tiered import TieredCache
 from loracache.config import Config
 from loracache.control.adapters import Adapters
 from loracache.control.audit import Audit
 from loracache.control.quotas import QuotaKeeper
+from loracache.daemon.recorder import Recorder
 from loracache.daemon.rest_process import RestProcess
 from loracache.errors import ConfigError, UsageError
 from loracache.namespaces import Namespaces
 from loracache.storage_backends.base import StorageBackend
 
-__all__ = ["books", "disk_backend", "quotas", "redis_backend", "rest_process"]
+__all__ = ["books", "quotas", "recorder", "rest_process", "tiers"]
 
+_log = logging.getLogger(__name__)
 _PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
-_PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder
+_PATIENCE_S = 10.0  # how long a private daemon waits for another engine's to leave the folder, or its trace
 
 
-def disk_backend(config: Config) -> StorageBackend | None:
+def tiers(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]], post: Callable[..., None]) -> TieredCache:
+    """The cache, with its arena and the tiers below; describe(namespace): see Namespaces.record; post: of the loop.
+    Raises ConfigError."""
+    disk, redis = _disk_backend(config), _redis_backend(config, describe)
+    return TieredCache(
+        Arena(config.memory, config.page_size),
+        post,
+        disk=disk,
+        disk_limit=config.disk,
+        redis=redis,
+        **config.model_dump(include={"policy", "disk_policy", "admission", "keep_share"}),
+    )
+
+
+def _disk_backend(config: Config) -> StorageBackend | None:
     """The disk tier, where there is one. Raises ConfigError."""
     if config.disk_path is None:
         return None
@@ -42,8 +61,8 @@ def disk_backend(config: Config) -> StorageBackend | None:
             time.sleep(0.1)
 
 
-def redis_backend(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]]) -> StorageBackend | None:
-    """The Redis tier, where there is one; describe(namespace): see Namespaces.record. Raises ConfigError."""
+def _redis_backend(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]]) -> StorageBackend | None:
+    """The Redis tier, where there is one. Raises ConfigError."""
     if config.redis is None:
         return None
     from loracache.storage_backends.redis.backend import RedisBackend
@@ -99,6 +118,32 @@ def rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | N
     process = RestProcess(config)
     stack.callback(process.close)
     return process
+
+
+def recorder(
+    config: Config, counters: Counters, post: Callable[[Callable[[], None]], None], stack: contextlib.ExitStack
+) -> Recorder | None:
+    """What records the daemon's requests, where they are to be recorded; `stack` ends it. post: calls on the event
+    loop. Raises ConfigError."""
+    if config.record is None:
+        return None
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            recording = Recorder(config.record, config.page_size, lambda name: post(lambda: counters.add(name)))
+        except BlockingIOError:
+            if not config.private or time.monotonic() >= deadline:  # of the engine before, which is ending
+                raise ConfigError(
+                    f"record={str(config.record)!r} is written by another daemon; give each one of its own"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            _log.warning("nothing is recorded to %s: %s", config.record, error.strerror)
+            counters.add("record.failed")
+            return None
+        else:
+            stack.callback(recording.close)
+            return recording
 
 
 def _shared_names(config: Config) -> SharedNames | None:

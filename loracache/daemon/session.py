@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from loracache.control.quotas import QuotaKeeper
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
+    from loracache.daemon.recorder import Recorder
+    from loracache.daemon.swapping import Swapping
     from loracache.namespaces import Namespaces
 
 __all__ = ["Served", "Session"]
@@ -70,7 +72,9 @@ class Served:
     status: Callable[[], dict[str, Any]]
     ended: Callable[[Session], None]
     rest_pid: Callable[[], int | None]
+    swapping: Swapping
     quotas: QuotaKeeper
+    recorder: Recorder | None = None
     turns: Turns = field(default_factory=Turns)
     registered: Counter[bytes] = field(default_factory=Counter)
     """Digests of namespaces, by how many connections have registered them."""
@@ -90,7 +94,16 @@ class Session(asyncio.Protocol):
         self._cache = served.cache
         self.client = peer.pid or -owner  # of another pid namespace nobody knows which connections are one process's
         self._inbox = Inbox(self.client, served.waiting, self._broken)
-        self._data = DataRequests(owner, served.cache, served.namespaces, served.finder, self._answer, self._later)
+        self._data = DataRequests(
+            owner,
+            served.cache,
+            served.namespaces,
+            served.finder,
+            served.swapping,
+            self._answer,
+            self._later,
+            served.recorder,
+        )
         self._transport: asyncio.Transport | None = None
         self._registered: set[bytes] = set()  # digests of namespaces
         self._resident: set[bytes] = set()  # adapters that this engine holds in its own memory
@@ -114,6 +127,7 @@ class Session(asyncio.Protocol):
         self._inbox.close()
         self._work = None
         self._served.adapters.engines.subtract(self._resident)
+        self._served.swapping.demand.gone(self.owner)
         start(self._unregister())
         self._served.ended(self)
 
@@ -230,14 +244,13 @@ class Session(asyncio.Protocol):
                 | protocol.Commit()
                 | protocol.Release()
                 | protocol.Prefetch()
+                | protocol.Keep()
             ):
                 return self._data.serve(number, request)
             case protocol.Renew():
                 self._on_renew(number, request)
             case protocol.Abort():
                 self._on_abort(number, request)
-            case protocol.Keep():
-                return self._keep(number, request)
             case protocol.Flush():
                 self._on_flush(number, request)
             case protocol.Report():
@@ -362,10 +375,6 @@ class Session(asyncio.Protocol):
         self._data.forget(request.lease)
         self._answer(number, OK, [self._cache.leases.release(self.owner, request.lease)])
 
-    def _keep(self, number: int, request: protocol.Keep) -> Iterator[None]:
-        yield from self._cache.keeps.wish(split_keys(request.keys), request.ttl, request.priority)
-        self._answer(number, OK, [])
-
     def _on_flush(self, number: int, request: protocol.Flush) -> None:
         self._later(number, self._flush())
 
@@ -386,4 +395,4 @@ class Session(asyncio.Protocol):
         for name, count in request.counts.items():
             known = len(counters) < _MOST_COUNTERS or counters[_REPORTED + name]
             counters.add(_REPORTED + (name if known else "other"), count)
-        self._answer(number, OK, [])
+        self._answer(number, OK, self._served.swapping.take_report(self.owner, request))

@@ -61,6 +61,8 @@ class _Status(Collector):
             yield counter
         yield from self._moved()
         yield self._evictions()
+        yield from self._swapper()
+        yield self._not_admitted()
         yield from self._quotas()
         yield from self._lag()
 
@@ -106,11 +108,17 @@ class _Status(Collector):
 
     def _evictions(self) -> Metric:
         about = "Objects that left a tier; cause policy: to make room, as the policy chose."
-        family = CounterMetricFamily("loracache_evictions", about, labels=["tier", "cause"])
-        for name, count in self._status["counters"].items():
-            what, _, rest = name.partition(".")
-            if what == "evict" and "." in rest:
-                family.add_metric(rest.split(".", 1), count)
+        return self._reasons("evictions", "cause", about, "evicted")
+
+    def _not_admitted(self) -> Metric:
+        about = "Objects of memory that were not written to a lower tier, and why."
+        return self._reasons("not_admitted", "reason", about, "not_admitted")
+
+    def _reasons(self, name: str, label: str, about: str, field: str) -> Metric:
+        family = CounterMetricFamily(f"loracache_{name}", about, labels=["tier", label])
+        for tier, reasons in self._status[field].items():
+            for reason, count in reasons.items():
+                family.add_metric([tier, reason], count)
         return family
 
     def _quotas(self) -> Iterable[Metric]:
@@ -141,6 +149,22 @@ class _Status(Collector):
                 refused.add_metric(labels, each["refused"])
                 evicted.add_metric(labels, each["evicted"])
         return used, soft, hard, refused, evicted
+
+    def _swapper(self) -> Iterable[Metric]:
+        """What is raised ahead of need, and what engines say of their requests."""
+        counters: Mapping[str, int] = self._status["counters"]
+        about = "Objects raised ahead of need; used, or wasted: gone unused; failed: they did not come."
+        objects = CounterMetricFamily("loracache_prefetched_objects", about, labels=["outcome"])
+        for outcome, name in (("raised", "objects"), ("used", "used"), ("wasted", "wasted"), ("failed", "failed")):
+            objects.add_metric([outcome], counters.get(f"prefetch.{name}", 0))
+        yield objects
+        about, nbytes = "Payload bytes raised ahead of need.", counters.get("prefetch.bytes", 0)
+        yield CounterMetricFamily("loracache_prefetched_bytes", about, value=nbytes)
+        swapper = self._status["swapper"]
+        about = "Requests that ran at once in all engines, a mean of 5 s."
+        yield GaugeMetricFamily("loracache_engine_batch", about, value=swapper["batch"])
+        about = "Requests that wait in all engines."
+        yield GaugeMetricFamily("loracache_engine_waiting", about, value=swapper["waiting"])
 
     def _lag(self) -> Iterable[Metric]:
         """How late the daemon's event loop was."""

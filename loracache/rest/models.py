@@ -12,12 +12,9 @@ from loracache.results import NodeKind, OperationState
 from loracache.wire.protocol import MAX_TTL_S
 
 __all__ = [
-    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flushed",
-    "Found",
-    "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin", "Selector", "Strict",
-    "TreeNode",
-    "TreePage",
-    "Unpin",
+    "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flush",
+    "Flushed", "Found", "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin",
+    "Selector", "Strict", "TreeNode", "TreePage", "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -110,6 +107,9 @@ class Admit(_Selecting):
     """Bring objects to a tier ahead of need, from wherever they are."""
 
     tier: Tier = "cpu"
+    ttl: float | None = Field(
+        None, gt=0, le=MAX_TTL_S, description="Seconds for which cpu holds them then, loosely; left out, it does not."
+    )
 
 
 class Move(_Selecting):
@@ -138,8 +138,13 @@ class Clear(Strict):
     tiers: list[Tier] = Field(list(ALL_TIERS), min_length=1, max_length=3, description="From where.")
 
 
+class Flush(_Selecting):
+    """Have objects written to disk and Redis, whatever admission says."""
+
+
 class Flushed(BaseModel):
-    """What a flush found, by lower tier; since the last flush over HTTP, or, at the first, since anybody's."""
+    """What a flush found, by lower tier; since the last flush over HTTP, or, at the first, since anybody's; with a
+    selector, of what that selects."""
 
     durable: dict[str, int] = Field(description="Objects that were written there and are there.")
     given_up: dict[str, int] = Field(description="Objects that are not; the counters write.TIER.dropped.CAUSE say why.")

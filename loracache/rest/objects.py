@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Path, Query, Response
 
+from loracache.client.control import ALL_TIERS
 from loracache.rest import models
 from loracache.rest.link import DaemonLink
 from loracache.rest.problems import problems
 from loracache.rest.prompts import locate_tokens
 from loracache.rest.roles import needs
 from loracache.rest.tokens import Principal
-from loracache.results import OperationState
+from loracache.results import Cause, OperationState
 from loracache.wire import control_messages as messages
 from loracache.wire import protocol
 
@@ -100,15 +101,33 @@ def _add_changes(app: FastAPI, link: DaemonLink) -> None:
 
 
 def _add_flush(app: FastAPI, link: DaemonLink) -> None:
-    @app.post("/v1/flush", tags=["objects"], responses=problems(422, 504))
-    async def flush(who: Operator, wait: Wait = _MOST_WAIT_S) -> models.Flushed:
-        """Wait until what is committed is written to disk and Redis, and say what of it is not there."""
+    @app.post("/v1/flush", tags=["objects"], responses=problems(404, 409, 413, 422, 504))
+    async def flush(who: Operator, body: models.Flush | None = None, wait: Wait = _MOST_WAIT_S) -> models.Flushed:
+        """Wait until what is committed is written to disk and Redis, as far as admission wants it there, and say what
+        of it is not there. With a selector: have just that written, whatever admission says."""
         try:
             async with asyncio.timeout(wait):
-                (counts,) = await link.call(protocol.Flush(), wait + _ANSWER_S)
+                if body is None:
+                    (counts,) = await link.call(protocol.Flush(), wait + _ANSWER_S)
+                else:
+                    counts = await _write_down(link, who, body.selector.encode())
         except TimeoutError:
             raise HTTPException(504, f"not all was written within {wait:g} s; ask again") from None
         return models.Flushed.of(counts)
+
+
+async def _write_down(link: DaemonLink, who: Principal, selector: dict[str, Any]) -> dict[str, list[int]]:
+    """[there, not there] by tier below memory, once all was tried."""
+    (status,) = await link.call(protocol.Status())
+    counts: dict[str, list[int]] = {}
+    for tier in [tier for tier in status["tiers"] if tier != ALL_TIERS[0]]:
+        request = messages.Admit(name_of(who), who.tenant, selector, tier, _MOST_WAIT_S)
+        (found,) = await link.call(request, _MOST_WAIT_S + _ANSWER_S)
+        if found["state"] == OperationState.RUNNING:
+            raise TimeoutError
+        already = found["causes"].get(Cause.ALREADY, 0)
+        counts[tier] = [found["objects"] + already, found["skipped"] - already]
+    return counts
 
 
 def _add_moves(app: FastAPI, link: DaemonLink) -> None:
@@ -118,7 +137,8 @@ def _add_moves(app: FastAPI, link: DaemonLink) -> None:
     async def admit(body: models.Admit, who: Caller, response: Response, wait: Wait = 0.0) -> models.Operation:
         """Bring objects to a tier ahead of need, from wherever they are."""
         selector = body.selector.encode()
-        return await _moved(link, messages.Admit(name_of(who), who.tenant, selector, body.tier, wait), response)
+        ttl = body.ttl or 0.0
+        return await _moved(link, messages.Admit(name_of(who), who.tenant, selector, body.tier, wait, ttl), response)
 
     @app.post("/v1/move", tags=["objects"], status_code=202, responses=_moving("Moved"))
     async def move(body: models.Move, who: Caller, response: Response, wait: Wait = 0.0) -> models.Operation:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from loracache.simulator.trace import Request
+from loracache.simulator.request import Kept, Request
 
 __all__ = ["belady_hit_rate"]
 
@@ -20,25 +20,27 @@ _NEVER = 1 << 62
 
 def belady_hit_rate(requests: Sequence[Request], nbytes: int, token_bytes: int, adapter_bytes: Sequence[int]) -> float:
     """Leading tokens found by tokens asked, with room for `nbytes` of KV and adapters in all tiers together."""
-    following = _next_uses(requests)
+    entries: list[Request | Kept] = []
+    for request in requests:
+        entries += request.kept
+        entries.append(request)
+    following = _next_uses(entries)
     held: dict[tuple[int, int], int] = {}  # -> when it is asked for next
     sizes: dict[tuple[int, int], int] = {}
     order: list[tuple[int, tuple[int, int]]] = []  # a heap: last wanted first
     used = found = asked = 0
-    for number, request in enumerate(requests):
-        adapter = request.adapter
-        names = [(adapter, block) for block in request.blocks]
-        asked += request.tokens
-        leading = True
-        if adapter >= 0:
-            names.insert(0, (adapter, -1))
-        for position, (name, upcoming) in enumerate(zip(names, following[number], strict=True)):
+    for number, entry in enumerate(entries):
+        adapter = entry.adapter
+        leading = isinstance(entry, Request)
+        asked += entry.tokens if isinstance(entry, Request) else 0
+        for position, (name, upcoming) in enumerate(zip(_names(entry), following[number], strict=True)):
             block = position - (adapter >= 0)
             leading = leading and (block < 0 or name in held)
-            if leading and block >= 0:
-                found += request.tokens_of(block)
+            if leading and block >= 0 and isinstance(entry, Request):
+                found += entry.tokens_of(block)
             if name not in held:
-                sizes[name] = adapter_bytes[adapter] if block < 0 else request.tokens_of(block) * token_bytes
+                own = entry.bytes_of(block, token_bytes) if isinstance(entry, Request) else entry.nbytes
+                sizes[name] = adapter_bytes[adapter] if block < 0 else own
                 used += sizes[name]
             held[name] = upcoming
             heapq.heappush(order, (-upcoming, name))
@@ -50,19 +52,23 @@ def belady_hit_rate(requests: Sequence[Request], nbytes: int, token_bytes: int, 
     return found / asked if asked else 0.0
 
 
-def _next_uses(requests: Sequence[Request]) -> list[list[int]]:
-    """For each object of each request, its adapter first, the number of the next request that asks for it. The later in
+def _names(entry: Request | Kept) -> list[tuple[int, int]]:
+    """Of the adapter first, then of the blocks."""
+    own = [(entry.adapter, -1)] if entry.adapter >= 0 else []
+    return own + [(entry.adapter, block) for block in entry.blocks]
+
+
+def _next_uses(entries: Sequence[Request | Kept]) -> list[list[int]]:
+    """For each object of each entry, its adapter first, the number of the next request that asks for it. The later in
     the chain, the later it counts, so that of a chain its end goes first."""
     upcoming: dict[tuple[int, int], int] = {}
     found: list[list[int]] = []
-    for number in range(len(requests) - 1, -1, -1):
-        request = requests[number]
-        adapter = request.adapter
-        names = [(adapter, block) for block in request.blocks]
-        if adapter >= 0:
-            names.insert(0, (adapter, -1))
+    for number in range(len(entries) - 1, -1, -1):
+        entry = entries[number]
+        names = _names(entry)
         found.append([upcoming.get(name, _NEVER) for name in names])
-        for position, name in enumerate(names):
-            upcoming[name] = (number << 20) + position
+        if isinstance(entry, Request):
+            for position, name in enumerate(names):
+                upcoming[name] = (number << 20) + position
     found.reverse()
     return found

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from loracache.simulator.clock import Engines, Rates
+from loracache.simulator.request import Request
 from loracache.simulator.store import Found, Sizes, Store, Way
-from loracache.simulator.trace import Request
 from loracache.tiers import Tier
 
 __all__ = ["Run", "engines_for", "replay"]
@@ -21,7 +21,8 @@ _SAMPLES = 100  # of the share of invalid KV
 @dataclass(frozen=True, slots=True)
 class Run:
     """What one replay measured. Rates are shares of all tokens asked; times in seconds; bytes moved per tier;
-    invalid_kv: the mean share of KV whose adapter was in no tier; choice_us: microseconds of CPU by evicted object;
+    invalid_kv: the mean share of KV whose adapter was in no tier; busy_mean: what a request keeps an engine busy for;
+    choice_us: microseconds of CPU by evicted object;
     seconds: of CPU that the replay took."""
 
     policy: str
@@ -34,6 +35,7 @@ class Run:
     ttft_p50: float
     ttft_p90: float
     ttft_p99: float
+    busy_mean: float
     bytes_stored: int
     bytes_disk_written: int
     bytes_disk_read: int
@@ -61,6 +63,7 @@ def replay(requests: Sequence[Request], sizes: Sizes, way: Way, *, rates: Rates 
     store = Store(sizes, way)
     asked = cpu = disk = read = 0
     invalid: list[float] = []
+    busy = 0.0
     every = max(1, len(requests) // _SAMPLES)
     for number, request in enumerate(requests):
         found = store.serve(request)
@@ -68,7 +71,9 @@ def replay(requests: Sequence[Request], sizes: Sizes, way: Way, *, rates: Rates 
         cpu += found.cpu
         disk += found.disk
         read += found.disk_bytes
-        queue.serve(request.time, _seconds(request, found, rates))
+        seconds = _seconds(request, found, rates)
+        busy += seconds
+        queue.serve(request.time, seconds)
         if not number % every:
             invalid.append(store.invalid_share())
     evicted = store.counts["evicted"]
@@ -83,6 +88,7 @@ def replay(requests: Sequence[Request], sizes: Sizes, way: Way, *, rates: Rates 
         ttft_p50=queue.percentile(0.5),
         ttft_p90=queue.percentile(0.9),
         ttft_p99=queue.percentile(0.99),
+        busy_mean=busy / len(requests),
         bytes_stored=store.counts["stored"],
         bytes_disk_written=store.counts["disk_written"],
         bytes_disk_read=read,

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import whole
 from loracache.errors import ConfigError
-from loracache.simulator.trace import Request
+from loracache.simulator.hints import Held
+from loracache.simulator.request import Kept, Request
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
 __all__ = ["Found", "Sizes", "Store", "Way"]
 
+_HELD = 0.9  # of memory, at most, for sessions that said that they come back
+_HELD_S = 900.0  # at most
 _BOTH = 1 << Tier.CPU | 1 << Tier.DISK
 _SPREAD = 0x9E3779B97F4A7C15F39CC0605CEDC8341082276BF3A27251F86C6A11D0C18E95  # odd: no two numbers become one
 
@@ -97,22 +100,36 @@ class Store:
         self._policies[Tier.CPU] = POLICIES[way.policy](index, Tier.CPU, _size)
         self._policies[Tier.DISK] = POLICIES[way.disk_policy](index, Tier.DISK, _size)
         self._own_pool = POLICIES[way.policy](index, Tier.CPU, _size)  # adapters', where they have one
-        self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK])
+        rooms = (self._room(sizes.memory), self._room(sizes.disk))
+        self._admission = ADMISSIONS[way.admission](lambda: index.objects[Tier.DISK], *rooms)
         kv = sizes.memory * (100 - way.split) // 100
         self._limits = {Tier.CPU: kv, Tier.DISK: sizes.disk, None: sizes.memory - kv}
         self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
+        self._held = Held(index, int(_HELD * kv), _HELD_S)
         self._namespaces = {number: _namespace(number) for number in range(-1, len(sizes.adapters))}
         self._kv_of: Counter[int] = Counter()  # an adapter's KV in memory and on disk, bytes
 
     def serve(self, request: Request) -> Found:
-        """Look up, load, compute and store one prompt."""
+        """Look up, load, compute and store one prompt, after what was stored before it."""
         found = Found()
-        adapter = self._serve_adapter(request.adapter, found) if request.adapter >= 0 else None
+        self._held.returned(request.session, request.time)
+        for kept in request.kept:
+            if kept.blocks:
+                self._keep(kept)
+            else:
+                self._serve_adapter(kept.adapter, found if kept.adapter == request.adapter else Found())
+        if request.held is None and request.adapter >= 0:
+            adapter: Node | None = self._serve_adapter(request.adapter, found)
+        else:  # as recorded: of an adapter that its engine held the daemon was not asked
+            adapter = self._adapter(request.adapter)
         keys = [_key(request.adapter, block) for block in request.blocks]
         last = self._load(request, keys, adapter, found)
-        admitted = self._compute(request, keys, adapter, last, found)
+        last, admitted = self._compute(request, keys, adapter, last, found)
+        if request.returns and last is not None:
+            self._held.keep(request.session, last, request.time)
         if admitted is not None and self.sizes.disk:
             self._write(admitted)
+        self.index.prune(adapter)
         return found
 
     def _load(self, request: Request, keys: Sequence[bytes], adapter: Node | None, found: Found) -> Node | None:
@@ -121,7 +138,11 @@ class Store:
         again: Node | None = None
         for policy in self._policies.values():
             policy.asked(keys)
-        for node in self.index.leading(keys, _BOTH):
+        held = self.index.leading(keys, _BOTH)
+        self._admission.asked(keys, held)
+        for _ in self._admission.work():
+            pass
+        for node in held:
             tokens = request.tokens_of(found.blocks)
             if node.held_in(Tier.CPU):
                 found.cpu += tokens
@@ -141,25 +162,57 @@ class Store:
 
     def _compute(
         self, request: Request, keys: Sequence[bytes], adapter: Node | None, last: Node | None, found: Found
-    ) -> Node | None:
-        """Store the chunks that follow; answers the last of them that is to be written to disk."""
+    ) -> tuple[Node | None, Node | None]:
+        """Store the chunks that follow; answers the last in memory, and the last of them that is to be written to
+        disk."""
         admitted: Node | None = None
         if last is None and not self._split:
             last = adapter
-        token = self.sizes.token
-        missing = token * max(0, request.tokens - found.cpu - found.disk)
-        self._free(Tier.CPU, Tier.CPU, missing, _those(last, adapter))  # for all at once, where that is to be had
-        for position in range(found.blocks, len(keys)):
+        end = len(keys) if request.held is None else min(request.held, len(keys))
+        sizes = [request.bytes_of(position, self.sizes.token) for position in range(found.blocks, end)]
+        self._free(Tier.CPU, Tier.CPU, sum(sizes), _those(last, adapter))  # for all at once, where that is to be had
+        for key, size in zip(keys[found.blocks : end], sizes, strict=True):
             above = last.key if last is not None else b""
-            node = self._insert(keys[position], above, Kind.KV, request.adapter, request.tokens_of(position) * token)
+            node = self._insert(key, above, Kind.KV, request.adapter, size)
             if not node.held_in(Tier.CPU) and not self._enter(node, Tier.CPU, _those(last, adapter)):
                 self.index.prune(node)
                 break
             self.counts["stored"] += node.size
             last = node
-            if self.sizes.disk and self._admission.admits(node):
+            if self.sizes.disk and not self._admission.came(node):
                 admitted = node
-        return admitted
+        return last, admitted
+
+    def _keep(self, kept: Kept) -> None:
+        """Store what an engine stored in a recorded trace, as far as what it is behind is there."""
+        adapter = self._adapter(kept.adapter)
+        last = adapter if not self._split else None
+        if kept.below is not None:
+            last = self.index.get(_key(kept.adapter, kept.below))
+            if last is None or not last.present:
+                return
+        admitted: Node | None = None
+        for block in kept.blocks:
+            above = last.key if last is not None else b""
+            node = self._insert(_key(kept.adapter, block), above, Kind.KV, kept.adapter, kept.nbytes)
+            if node.present:
+                self.index.touch(node)
+            elif self._enter(node, Tier.CPU, _those(last, adapter)):
+                self.counts["stored"] += node.size
+                if self.sizes.disk and not self._admission.came(node):
+                    admitted = node
+            else:
+                self.index.prune(node)
+                break
+            last = node
+        if admitted is not None:
+            self._write(admitted)
+        self.index.prune(adapter)
+
+    def _adapter(self, number: int) -> Node | None:
+        """Its node, in no tier perhaps; None for no adapter."""
+        size = self.sizes.adapters[number] if number >= 0 else 0
+        return self._insert(_key(number), b"", Kind.LORA, number, size) if number >= 0 else None
 
     def invalid_share(self) -> float:
         """Bytes of KV whose adapter is in no tier, by bytes of KV."""
@@ -181,7 +234,7 @@ class Store:
         found.adapter = Tier.DISK if node.held_in(Tier.DISK) else None
         found.adapter_bytes = size
         self.counts["adapters_loaded"] += 1
-        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and self._admission.admits(node):
+        if self._enter(node, Tier.CPU, ()) and self.sizes.disk and not self._admission.came(node):
             self._write(node)
         return node
 
@@ -233,6 +286,11 @@ class Store:
                 self._kv_of[_adapter_of(victim)] -= victim.size
         self.counts["evicted"] += len(victims)
         return True
+
+    def _room(self, nbytes: int) -> Callable[[], int]:
+        """For how many objects there is room in so many bytes."""
+        index = self.index
+        return lambda: nbytes * index.objects[Tier.CPU] // max(1, index.bytes[Tier.CPU])
 
     def _pool(self, tier: Tier, node: Node) -> Tier | None:
         return None if self._split and tier is Tier.CPU and node.kind is Kind.LORA else tier

@@ -1,64 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces of requests: what each one asks for, block by block, and with which adapter.
-
-Formats, told apart by their first line: Mooncake's (one JSON object a line: timestamp in ms, input_length,
-output_length, hash_ids; equal ids mean equal prefixes) and Azure's (CSV: TIMESTAMP,ContextTokens,GeneratedTokens;
-lengths and arrivals only, so that no two requests share anything).
-"""
+"""Traces of requests: what each one asks for, block by block, and with which adapter. formats.py tells them apart."""
 
 from __future__ import annotations
 
 import bisect
-import csv
+import gzip
 import itertools
-import json
 import random
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loracache.errors import ConfigError
+from loracache.simulator.formats import Line, requests_of
+from loracache.simulator.request import BLOCK_TOKENS, Kept, Request
 
-__all__ = ["BLOCK_TOKENS", "Request", "read_trace", "with_adapters"]
+__all__ = ["BLOCK_TOKENS", "Kept", "Request", "own_adapters", "read_trace", "with_adapters"]
 
-BLOCK_TOKENS = 512  # of one hash id, in both formats
 _COMMON = 0.1  # a first block that more of all requests begin with is a system prompt, and no session's
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """time: seconds since the first one. blocks: an id for each block of the prompt. adapter: its number, -1: none."""
-
-    time: float
-    tokens: int
-    blocks: tuple[int, ...]
-    adapter: int = -1
-
-    def tokens_of(self, position: int) -> int:
-        """Tokens of one block; the last one may have fewer than the others."""
-        return max(1, min(BLOCK_TOKENS, self.tokens - position * BLOCK_TOKENS))
+_MOST_LINE = 64 << 20  # bytes
+_GZIP = b"\x1f\x8b"
 
 
 def read_trace(path: Path) -> list[Request]:
-    """The requests in the order of their times. Raises ConfigError naming the line that is not of the format."""
+    """The requests in the order of their times, of a file that may be gzipped. Raises ConfigError naming the line that
+    is not of the format."""
     try:
-        with path.open(encoding="utf-8") as file:
-            first = file.readline()
-            lines = itertools.chain([first], file)
-            found = list(_azure(lines) if first.startswith("TIMESTAMP") else _mooncake(lines, path))
+        found = list(requests_of(_lines(path), str(path)))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ConfigError(f"trace {path} is a damaged gzip file, or cut short: {error}") from None
     except OSError as error:
         raise ConfigError(f"trace {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"trace {path} is no text; give Mooncake's JSONL or Azure's CSV") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"trace {path} is neither Mooncake's JSONL nor Azure's CSV: {error}") from None
     if not found:
         raise ConfigError(f"trace {path} has no requests")
+    if not any(request.tokens for request in found):
+        raise ConfigError(f"trace {path} asks for no tokens")
     found.sort(key=lambda request: request.time)
     begin = found[0].time
     return [replace(request, time=request.time - begin) for request in found]
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    with path.open("rb") as raw:
+        zipped = raw.read(2) == _GZIP
+    with gzip.open(path, "rb") if zipped else path.open("rb") as file:
+        number = 0
+        while line := file.readline(_MOST_LINE + 1):
+            number += 1
+            if len(line) > _MOST_LINE:
+                raise ConfigError(f"trace {path}, line {number}: it is longer than {_MOST_LINE} bytes")
+            yield number, line.decode()
+
+
+def own_adapters(requests: Sequence[Request]) -> list[int]:
+    """Bytes of each adapter that the trace itself names; none where it names none."""
+    sizes = {request.adapter: request.adapter_bytes for request in requests if request.adapter >= 0}
+    sizes |= {kept.adapter: kept.nbytes for request in requests for kept in request.kept if not kept.blocks}
+    return [sizes.get(number, 0) for number in range(max(sizes, default=-1) + 1)]
 
 
 def with_adapters(requests: Sequence[Request], adapters: int, zipf: float, seed: int = 0) -> list[Request]:
@@ -81,27 +83,3 @@ def with_adapters(requests: Sequence[Request], adapters: int, zipf: float, seed:
             adapter_of.setdefault(block, known)
         assigned.append(replace(request, adapter=known))
     return assigned
-
-
-def _mooncake(lines: Iterable[str], path: Path) -> Iterator[Request]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            blocks = tuple(int(block) for block in item["hash_ids"])
-            yield Request(float(item["timestamp"]) / 1000, int(item["input_length"]), blocks)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"trace {path}, line {number}: no request of Mooncake's ({type(error).__name__}: {error}); it has "
-                "timestamp, input_length and hash_ids"
-            ) from None
-
-
-def _azure(lines: Iterable[str]) -> Iterator[Request]:
-    fresh = itertools.count()
-    for row in csv.DictReader(lines):
-        tokens = int(row["ContextTokens"])
-        blocks = tuple(itertools.islice(fresh, -(-tokens // BLOCK_TOKENS)))
-        time = datetime.fromisoformat(row["TIMESTAMP"].strip()[:26])  # of seven decimals Python knows six
-        yield Request(time.timestamp(), tokens, blocks)

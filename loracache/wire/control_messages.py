@@ -99,12 +99,15 @@ class Clear(_ControlRequest):
 
 @dataclass(frozen=True, slots=True)
 class Admit(_ControlRequest):
-    """Raise (or write) objects to a tier ahead of need, from wherever they are. -> [operation]"""
+    """Raise (or write) objects to a tier ahead of need, from wherever they are; before a prompt's KV the adapter that
+    it is of goes to cpu. -> [operation]"""
 
     operation: ClassVar[str] = "admit"
     selector: dict[str, Any]
     tier: str
     wait: float
+    ttl: float = 0.0
+    """Of cpu: seconds for which they are held there, loosely; 0: they may leave at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,10 @@ def _count(value: object) -> str:
     return "" if is_int(value) and 1 <= value <= 10_000 else "must be an integer from 1 to 10000"  # type: ignore[operator]
 
 
+def _requests(value: object) -> str:
+    return "" if is_int(value) and -1 <= value < 2**31 else "must be a number of requests"  # type: ignore[operator]
+
+
 def _unsigned(value: object) -> str:
     fits = isinstance(value, list) and all(is_int(item) and 0 <= item < 2**64 for item in value)
     return "" if fits else "must be a list of unsigned integers of 64 bits"
@@ -110,11 +114,13 @@ _SELECTOR: dict[str, Callable[[object], str]] = {
 }
 
 CHECKS: dict[str, Callable[[object], str]] = {
+    "adapters": _keys,
     "after": _short,
     "by": _short,
     "checksums": _unsigned,
     "count": _count,
     "counts": _counts,
+    "delay": _ttl,
     "descriptor": _text,
     "group": _group,
     "hard": lambda value: "" if is_int(value) and -1 <= value < 2**63 else "must be bytes, or -1 for none",  # type: ignore[operator]
@@ -128,6 +134,7 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "parents": _keys,
     "path": _text,
     "priority": lambda value: "" if value in ("", "low", "normal", "high") else "must be low, normal or high",
+    "running": _requests,
     "scope": _salt,
     "selector": _selector,
     "since": lambda value: "" if is_int(value) and 0 <= value < 2**63 else "must be an integer of 63 bits",  # type: ignore[operator]
@@ -138,4 +145,5 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "tiers": _texts,
     "ttl": _ttl,
     "wait": _wait,
+    "waiting": _requests,
 }

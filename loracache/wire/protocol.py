@@ -193,6 +193,9 @@ class Prefetch(Request):
     lease: bytes
     keys: bytes
     ttl: float
+    delay: float = 0.0
+    """Seconds in which they will be asked for, in order: by then they are raised, their adapter before them, and held
+    by the daemon itself; `lease` then names them. 0: they are raised now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,10 +297,19 @@ class Status(Request):
 
 @dataclass(frozen=True, slots=True)
 class Report(Request):
-    """Failures that a client saw and the daemon did not, by cause. -> []"""
+    """What a client saw and the daemon did not: failures by cause, and what an engine's requests are about. -> [keys of
+    the adapters in memory that requests to any engine ask for most, in that order], none where nothing is asked of
+    adapters
+    """
 
     operation: ClassVar[str] = "report"
     counts: dict[str, int]
+    running: int = -1
+    """Requests that it runs now; -1: nothing is said of them."""
+    waiting: int = 0
+    """Requests that wait."""
+    adapters: bytes = b""
+    """The adapter of each request that has arrived since the last report, of those that have one."""
 
 
 def fault(request: Request) -> str:

@@ -33,13 +33,16 @@ REACHES = {
         "tiers tracing"
     ),
     "cache.policy": "cache.state errors free_pages mapping memory_limit results storage_backends tiers",
+    "cache.swap": (
+        "backoff cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers"
+    ),
     "cache.state": "errors free_pages mapping memory_limit storage_backends tiers",
     "cache.tier": (
         "backoff cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers tracing"
     ),
     "cli": (
-        "accepting adapters audit backoff cache cache.policy cache.state cache.tier client config control daemon "
-        "errors folder free_pages keys logs loracache mapping memory_limit namespaces rest results simulator "
+        "accepting adapters audit backoff cache cache.policy cache.state cache.swap cache.tier client config control "
+        "daemon errors folder free_pages keys logs loracache mapping memory_limit namespaces rest results simulator "
         "storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
@@ -76,8 +79,8 @@ REACHES = {
         "memory_limit namespaces results storage_backends tiers tracing wire"
     ),
     "daemon": (
-        "accepting adapters backoff cache cache.policy cache.state cache.tier client config control errors folder "
-        "free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
+        "accepting adapters backoff cache cache.policy cache.state cache.swap cache.tier client config control errors "
+        "folder free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
     "errors": "",
@@ -93,7 +96,7 @@ REACHES = {
         "accepting adapters backoff client config errors folder keys logs loracache mapping results tiers tracing wire"
     ),
     "results": "",
-    "simulator": "cache.policy cache.state errors free_pages mapping memory_limit storage_backends tiers",
+    "simulator": "cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers",
     "s3_fifo": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors folder storage_backends",

@@ -67,7 +67,8 @@ def test_the_lowest_versions_are_those_of_the_package_and_older_than_the_locks()
     text = (ROOT / "pyproject.toml").read_text()
     found = dict(each.split("==") for each in lowest.lowest(text))
     project = tomllib.loads(text)["project"]
-    needed = project["dependencies"] + project["optional-dependencies"]["otel"]
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["otel"] + extras["plot"]
     assert list(found) == [re.split(r"[\[><=]", each)[0] for each in needed]
     lock = (ROOT / "requirements" / "dev.lock").read_text()
     pinned = re.findall(r"^([A-Za-z0-9._-]+)==([0-9.]+)", lock, re.MULTILINE)
@@ -78,7 +79,7 @@ def test_the_lowest_versions_are_those_of_the_package_and_older_than_the_locks()
 
     assert not [name for name, version in found.items() if numbers(version) > numbers(locked[name])]
     with pytest.raises(ValueError, match="'numpy' has no lower bound"):
-        lowest.lowest('[project]\ndependencies = ["numpy"]\noptional-dependencies = {otel = []}\n')
+        lowest.lowest('[project]\ndependencies = ["numpy"]\noptional-dependencies = {otel = [], plot = []}\n')
 
 
 def test_what_has_to_pass_is_a_program_of_targets_that_exist() -> None:

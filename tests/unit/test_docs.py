@@ -14,7 +14,7 @@ import typer
 
 from loracache.cli.app import app
 from loracache.config import Config
-from loracache.results import Cause, NodeKind, OperationState
+from loracache.results import Cause, Departure, NodeKind, OperationState, Refusal
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,7 +79,10 @@ def test_rooms_that_the_table_of_changes_names_exist() -> None:
             assert (ROOT / name).exists() or (ROOT / "loracache" / name).exists(), name
 
 
-@pytest.mark.parametrize(("column", "kind"), [("cause", Cause), ("state", OperationState), ("kind", NodeKind)])
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [("cause", Cause), ("departure", Departure), ("refusal", Refusal), ("state", OperationState), ("kind", NodeKind)],
+)
 def test_the_list_of_results_is_what_the_code_says(column: str, kind: type[enum.StrEnum]) -> None:
     """In the code's order, each with what it means and what to do."""
     text = (ROOT / "docs" / "control-api.md").read_text()

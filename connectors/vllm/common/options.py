@@ -28,6 +28,8 @@ class Options:
     load_timeout: seconds without a byte after which a load is given up and recomputed. lookup_wait: seconds for which
     any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has much to
     gain. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
+    lora_prefetch: how many of those that all engines' requests ask for most are brought onto free pages of it ahead of
+    a request; 0: none.
     """
 
     server: str = ""
@@ -43,6 +45,7 @@ class Options:
     lookup_wait: float = 0.02
     lookup_wait_most: float = 1.0
     lora_pool: str = ""
+    lora_prefetch: int = 8
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
@@ -90,8 +93,9 @@ class Options:
                 http_address(self.http)
             except ValueError as error:
                 raise ConfigError(f"kv_connector_extra_config: http: {error}") from None
-        if self.chunk_tokens < 0:
-            raise ConfigError(f"kv_connector_extra_config: chunk_tokens={self.chunk_tokens} is negative")
+        for key in ("chunk_tokens", "lora_prefetch"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"kv_connector_extra_config: {key}={getattr(self, key)} is negative")
         for key in ("lookup_wait", "lookup_wait_most"):
             if not 0 <= getattr(self, key) <= 10:
                 raise ConfigError(

@@ -29,7 +29,8 @@ class Wishes:
     """store, load: whether its KV may be. pin: seconds for which it stays in memory after the request, 0: as any
     other. keep: the same, but that it goes where nothing else may, and that its time begins anew with each use.
     priority: low, normal or high, "" as any other. prefetch: raise what slow tiers have of it as soon as it arrives.
-    demote: the tier that its KV goes to after the request, or "".
+    demote: the tier that its KV goes to after the request, or "". returns_in: seconds after its end in which its KV
+    will be asked for again, 0: nobody knows.
     """
 
     store: bool = True
@@ -39,11 +40,12 @@ class Wishes:
     priority: str = ""
     prefetch: bool = False
     demote: str = ""
+    returns_in: float = 0.0
 
     @property
     def afterwards(self) -> bool:
-        """Whether anything is to be done once the request is over."""
-        return bool(self.pin or self.keep or self.priority or self.demote)
+        """Whether something is to be done when the request is over."""
+        return bool(self.pin or self.keep or self.priority or self.demote or self.returns_in)
 
 
 def wishes_of(request: Any) -> tuple[Wishes, list[str]]:
@@ -122,6 +124,7 @@ _PARAMS: dict[str, Callable[[object], str]] = {
     "pin": _seconds,
     "keep": _seconds,
     "priority": _priority,
+    "returns_in": _seconds,
 }
 _ACTIONS: dict[str, Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]]] = {
     "pin": _pin,

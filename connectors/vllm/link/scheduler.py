@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import time
 from collections import Counter
@@ -56,6 +57,8 @@ class SchedulerLink(Link):
         self._events_gone = False
         self._unwanted: set[int] = set()
         self._early: dict[int, list[Any] | None] = {}  # answers that came while nobody looked
+        self._hot_asked = 0  # the report whose answer is waited for
+        self._hot: list[bytes] = []
         self._resident: set[bytes] = set()  # what the daemon was told that we hold
 
     def answering(self) -> bool:
@@ -182,6 +185,13 @@ class SchedulerLink(Link):
         for part in requests.lookup_parts(keys, 1):
             self.connection.send(requests.Keep(requests.join_keys(part), ttl, priority), answer=False)
 
+    def announce(self, keys: Sequence[bytes], seconds: float, hold: float) -> None:
+        """A chain is asked for again in about so many seconds: have it in memory then, for `hold` seconds."""
+        name = os.urandom(requests.LEASE_BYTES)
+        for part in requests.lookup_parts(keys, 1):
+            prefetch = requests.Prefetch(name, requests.join_keys(part), hold, seconds)
+            self.connection.send(prefetch, answer=False)
+
     def demote(self, keys: Sequence[bytes], tier: str) -> None:
         """Have objects leave the daemon's memory for a slower tier."""
         for part in requests.lookup_parts(keys, 1):
@@ -237,11 +247,35 @@ class SchedulerLink(Link):
 
     def flush_counts(self) -> None:
         """Send the counts, at most once a second."""
-        now = time.monotonic()
-        if self._counts and now >= self._next_report and self.connection.connected:
-            self._next_report = now + _REPORT_S
-            self.connection.send(requests.Report(dict(self._counts)), answer=False)
-            self._counts.clear()
+        if self._counts and self.reports_now():
+            self._report(requests.Report(dict(self._counts)), answer=False)
+
+    def reports_now(self) -> bool:
+        """Whether it is time to tell the daemon something again."""
+        return time.monotonic() >= self._next_report and self.connection.connected
+
+    def report(self, running: int, waiting: int, adapters: Sequence[bytes]) -> None:
+        """Tell how many requests run and wait, the adapters of those that have arrived since the last report, and the
+        counts."""
+        asks = not self._hot_asked
+        report = requests.Report(dict(self._counts), running, waiting, requests.join_keys(adapters))
+        number = self._report(report, answer=asks)
+        self._hot_asked = number if asks else self._hot_asked
+
+    def hot_adapters(self) -> list[bytes]:
+        """Keys of the adapters in the daemon's memory that all its engines' requests ask for most, as last told."""
+        if self._hot_asked:
+            done, payload = self._answer(self._hot_asked)
+            if done:
+                self._hot_asked = 0
+                with contextlib.suppress(LookupError, TypeError, ValueError):  # what is no answer says nothing
+                    self._hot = requests.split_keys((payload or [b""])[0])
+        return self._hot
+
+    def _report(self, report: requests.Report, *, answer: bool) -> int:
+        self._next_report = time.monotonic() + _REPORT_S
+        self._counts.clear()
+        return self.connection.send(report, answer=answer)
 
     def close(self) -> None:
         """Close the connection; its leases end."""
@@ -284,6 +318,7 @@ class SchedulerLink(Link):
         self._asked.clear()
         self._unwanted.clear()
         self._early.clear()
+        self._hot_asked, self._hot = 0, []
 
     def _made(self) -> None:
         self._resident = set()

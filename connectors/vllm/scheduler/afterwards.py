@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done for requests that are over, once their last chunks are stored: their KV is pinned for a time, or moved
-down. Threading: the scheduler's loop.
+"""What is done for requests that are over, once their last chunks are stored: their KV is pinned for a time, moved
+down, or announced to be asked for again. Threading: the scheduler's loop.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from loracache.connectors.vllm.link.scheduler import SchedulerLink
 __all__ = ["Afterwards"]
 
 _log = logging.getLogger(__name__)
+_RETURN_HOLD_S = 30.0  # what comes back later than it said finds its KV still
 _PIN_SHARE = 4  # of the arena is what requests of an engine may have pinned at a time: whoever can send one can pin
 
 
@@ -52,6 +53,8 @@ class Afterwards:
             self._link.pin(keys, wishes.pin)
         elif wishes.demote:
             self._link.demote(keys, wishes.demote)
+        if wishes.returns_in:
+            self._link.announce(keys, wishes.returns_in, _RETURN_HOLD_S)
 
     def _room(self, nbytes: int, seconds: float) -> bool:
         now = time.monotonic()

@@ -22,6 +22,7 @@ from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.afterwards import Afterwards
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
 from loracache.connectors.vllm.scheduler.chunks import Chunks
+from loracache.connectors.vllm.scheduler.demand import Demand
 from loracache.connectors.vllm.scheduler.lookups import LEASE_TTL_S, Lookups
 from loracache.connectors.vllm.scheduler.lora.admission import AdapterAdmission
 from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
@@ -74,6 +75,7 @@ class SchedulerSide:
         self.events = TierEvents(link, bool(published is not None and published.enable_kv_cache_events))
         self._lookups = Lookups(link, self._namespace, self._adapters, self._patience, self.tally, self.events)
         self._afterwards = Afterwards(link)
+        self._demand = Demand(link)
         self._said: set[str] = set()
         self._ahead: list[RequestState] = []  # asks for its chunks to be raised before its turn comes
         self._plan = StepPlan(step=0)
@@ -168,6 +170,7 @@ class SchedulerSide:
             self._adapters.renew(request.lora_request)
         if state.cacheable and not self._namespace.known:
             self._link.count("identity.pending", 1)
+        self._demand.arrived(state)
         self._lookups.advance(state)
         if state.wishes.prefetch:
             self._ahead.append(state)
@@ -253,6 +256,7 @@ class SchedulerSide:
         self._patience.steps.planned(time.monotonic(), sum(output.num_scheduled_tokens.values()))
         plan = self._plan
         plan.step = self._step
+        self.admission.prefetch(self._link.hot_adapters()[: self._options.lora_prefetch])
         plan.adapters = self.admission.take_orders()
         plan.weights = dict(self._weights.versions)
         plan.freed = self.held.take_freed()
@@ -278,7 +282,7 @@ class SchedulerSide:
                 # What earlier steps computed; this step's own tokens are stored by the next.
                 self._plan_store(state, state.request.num_computed_tokens)
         self._plan = StepPlan(step=0)
-        self._link.flush_counts()
+        self._demand.step(len(output.num_scheduled_tokens), self._requests.keys())
         return plan
 
     def check_weights(self) -> None:

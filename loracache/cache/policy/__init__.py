@@ -7,11 +7,11 @@ Threads: the daemon's loop alone. A policy orders nodes and changes nothing else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from typing import Protocol
 
 from loracache.cache.policy.adaptive import Adaptive
-from loracache.cache.policy.admission import AdmitAll, SecondTouch
+from loracache.cache.policy.admission import AdaptiveAdmission, AdmitAll, SecondTouch
 from loracache.cache.policy.cost import Cost
 from loracache.cache.policy.gdsf import GDSF
 from loracache.cache.policy.lru import LRU
@@ -19,11 +19,12 @@ from loracache.cache.policy.quotas import Belongs
 from loracache.cache.policy.s3_fifo import S3FIFO
 from loracache.cache.policy.sieve import Sieve
 from loracache.cache.state.index import Index, Node
+from loracache.results import Departure, Refusal
 from loracache.tiers import Tier
 
 __all__ = [
-    "ADMISSIONS", "GDSF", "LRU", "POLICIES", "S3FIFO", "Adaptive", "Admission", "AdmitAll", "Cost", "Policy",
-    "SecondTouch", "Sieve",
+    "ADMISSIONS", "GDSF", "LRU", "POLICIES", "S3FIFO", "Adaptive", "AdaptiveAdmission", "Admission", "AdmitAll", "Cost",
+    "Policy", "SecondTouch", "Sieve",
 ]  # fmt: skip
 
 
@@ -45,6 +46,12 @@ class Policy(Protocol):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain, held or not."""
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+
+    def reason(self, node: Node) -> Departure:
+        """Why a victim goes, where it stands before it has gone."""
+
     def victims(
         self, nbytes: int, protected: Container[Node], wanting: Belongs | None = None
     ) -> Generator[None, None, tuple[list[Node], int]]:
@@ -65,9 +72,6 @@ class Policy(Protocol):
     def pushed(self, node: Node) -> None:
         """It leaves for others."""
 
-    def cause(self, node: Node) -> str:
-        """Why `node` leaves for others."""
-
     def beyond(self, wanting: Belongs, nbytes: int) -> int:
         """By how many bytes an object of so many would be beyond a hard quota; 0 where it fits."""
 
@@ -75,14 +79,17 @@ class Policy(Protocol):
 class Admission(Protocol):
     """Says what of the arena is written to the lower tiers."""
 
-    def admits(self, node: Node) -> bool:
-        """Whether an object that has come into the arena is to be written down."""
+    def asked(self, keys: Sequence[bytes], found: Sequence[Node]) -> None:
+        """A lookup asks for a chain, of which the first are `found`."""
+
+    def work(self) -> Iterator[None]:
+        """Look at what was asked; yields between two slices."""
+
+    def came(self, node: Node) -> Refusal:
+        """Why an object that has come into the arena is not to be written down, or NONE."""
 
     def again(self, node: Node) -> bool:
-        """Whether one that is used in the arena is to be written down, which was not to be before."""
-
-    def admitted(self, node: Node) -> bool:
-        """Whether it was to be written down once."""
+        """Whether one that is used in the arena, and that some lower tier lacks, is to be written down."""
 
 
 POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {
@@ -94,4 +101,8 @@ POLICIES: dict[str, Callable[[Index, Tier, Callable[[Node], int]], Policy]] = {
     "adaptive": Adaptive,
 }
 
-ADMISSIONS: dict[str, Callable[[Callable[[], int]], Admission]] = {"all": AdmitAll, "second_touch": SecondTouch}
+ADMISSIONS: dict[str, Callable[[Callable[[], int], Callable[[], int], Callable[[], int]], Admission]] = {
+    "all": AdmitAll,
+    "second_touch": SecondTouch,
+    "adaptive": AdaptiveAdmission,
+}

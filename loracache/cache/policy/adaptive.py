@@ -1,105 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive, leaf first: how much room what came once may take is what did best lately in shadows of the tier.
+"""Adaptive, leaf first: what came again stays longer than what came once; how much longer is what did best lately.
 
-Objects stand in two lines: those that came once, and those that came again, that is, were found by a lookup or have
-names that are remembered from before. Each line has the order of the last uses, which many uses put off a little:
+Objects stand in lines by how often they came: once, twice, three times, oftener. A lookup that finds one counts, and
+so does each time that it came before, as far as its name is remembered. The least of all goes first:
 
-    S = t_last + 0.5 * age * ln(hits + 1)                       age: the mean age of victims, in uses
+    S = t_last + stay[times] * n                          n: objects in the tier; t_last in uses, as an LRU has it
 
-What came once goes first as long as it takes more than a share of the tier. With a share of 1 the lower S goes, as in
-LRU: best where the tier reaches as far as objects come again. With a share of 0 what is new stays as long as the next
-that is new: best where the tier is small. Each of SHARES is tried all the time on a shadow of the tier (shadow.py), and
-the best is in force.
+which is an LRU in each line, and between lines the thought of caches that rank by what age and class say of the next
+use (Beckmann et al., "LHD", NSDI 2018). Four ways to set `stay` are tried all the time on shadows of the tier
+(shadow.py), and the best is in force: LRU and RECENT where a tier reaches about as far as objects come again, TWICE, a
+second touch, where it does not, and OFTEN where it is smaller still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import log
+from math import inf
 
-from loracache.cache.policy.leaf_first import Ranked
+from loracache.cache.policy.leaf_first import LeafFirst
 from loracache.cache.policy.line import Front
 from loracache.cache.policy.names import Names
-from loracache.cache.policy.shadow import SHARES, Shadows
+from loracache.cache.policy.shadow import LINES, WAYS, Shadows, Way
 from loracache.cache.state.index import Index, Node
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
 __all__ = ["Adaptive"]
 
-_ONCE, _AGAIN = 0, 1
-_FREQUENCY = 0.5  # of the mean age of victims, for each time that an object's hits grow e-fold
-_WEIGHT = 1 / 64  # of the last victim in that mean
-Place = tuple[float, int]
 
+class Adaptive(LeafFirst[int]):
+    """Victims of one tier. Remembers two numbers of each node in the tier, and the names of many that left."""
 
-class Adaptive(Ranked):
-    """Victims of one tier. Remembers a number of each node in the tier, and the names of many that left."""
-
-    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], shares: Sequence[float] = SHARES) -> None:
-        super().__init__(index, tier, cost, lines=2)
-        self._known: dict[Node, int] = {}  # -> the bytes it takes
-        self._once: set[Node] = set()
-        self._bytes = [0, 0]
+    def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], ways: Sequence[Way] = WAYS) -> None:
+        super().__init__(index, tier, cost, LINES)
+        self._before: dict[Node, int] = {}  # -> how often it came before, not counting its hits
+        self._standing: dict[Node, int] = {}  # -> the line of a candidate
         self._now = 0
-        self._age = 0.0  # of those that left lately, in uses
         self._names = Names()
-        self._shares = shares
-        self._shadows = Shadows(lambda: index.objects[tier], shares)
+        self._shadows = Shadows(ways)
 
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain."""
-        self._shadows.ask(keys)
+        self._shadows.ask(keys, self._now)
 
     def line_of(self, node: Node) -> int:
-        """Of those that came once, or of the others."""
-        if node not in self._known:
+        """How often it came again."""
+        if node not in self._before:
             self._meet(node)
-        if node.hits and node in self._once:
-            self._once.remove(node)
-            self._bytes[_ONCE] -= self._known[node]
-            self._bytes[_AGAIN] += self._known[node]
-        return _ONCE if node in self._once else _AGAIN
+        return min(self._before[node] + node.hits, LINES - 1)
 
-    def rank(self, node: Node) -> Place:
-        """Its last use, the later the more it was used."""
+    def place(self, node: Node) -> int:
+        """Its tick."""
+        return node.tick
+
+    def offer(self, node: Node) -> None:
+        """Make `node` a candidate."""
+        node.offered |= 1 << self._tier
         self._now = max(self._now, node.tick)
-        return node.tick + _FREQUENCY * self._age * log(node.hits + 1), node.tick
+        line = self._standing[node] = self.line_of(node)
+        self._lines[line].put(node.tick, node)
 
-    def pick(self, fronts: Sequence[Front[Place]], going: Sequence[int]) -> Front[Place] | None:
+    def used(self, node: Node, before: int) -> None:
+        """A candidate was used: its tick was `before`."""
+        self._lines[self._standing[node]].take(before)
+        self.offer(node)
+
+    def withdraw(self, node: Node) -> None:
+        """A candidate has left the tier, or is no leaf any more."""
+        node.offered &= ~(1 << self._tier)
+        self._lines[self._standing.pop(node)].take(node.tick)
+
+    def pick(self, fronts: Sequence[Front[int]], going: Sequence[int]) -> Front[int] | None:
         """By the way that is in force."""
-        once, again = fronts[_ONCE].first(), fronts[_AGAIN].first()
-        if once is None or again is None:
-            return fronts[_ONCE] if once is not None else fronts[_AGAIN] if again is not None else None
-        share = self._shares[self._shadows.best]
-        if share < 1:
-            first = self._bytes[_ONCE] - going[_ONCE] > share * (sum(self._bytes) - sum(going))
-        else:
-            first = once < again
-        return fronts[_ONCE] if first else fronts[_AGAIN]
+        objects = self._index.objects[self._tier]
+        least, chosen = inf, None
+        for front, stay in zip(fronts, self._shadows.best, strict=True):
+            tick = front.first()
+            if tick is not None and tick + stay * objects < least:
+                least, chosen = tick + stay * objects, front
+        return chosen
 
     def gone(self, node: Node) -> None:
         """It has left the tier; its name is remembered."""
-        nbytes = self._known.pop(node, None)
-        if nbytes is not None:
-            self._bytes[_ONCE if node in self._once else _AGAIN] -= nbytes
-            self._once.discard(node)
-            self._age += _WEIGHT * (self._now - node.tick - self._age)
-            self._names.add(hash(node.key), len(self._known))
+        before = self._before.pop(node, None)
+        if before is not None:
+            self._names.add(hash(node.key), len(self._before), min(before + node.hits, LINES - 1))
+            self._shadows.left(node)
 
     def prepare(self) -> Iterator[None]:
         """What was asked since the last choice is looked at."""
-        return self._shadows.work()
+        return self._shadows.work(self.line_of, self._index.objects[self._tier])
 
     def sibling(self) -> Adaptive:
-        """See LeafFirst: the shadows are the whole tier's."""
-        sibling = Adaptive(self._index, self._tier, self._cost, self._shares)
-        sibling._shadows = self._shadows
+        """See LeafFirst: what is known of the tier's objects, and the shadows, are one."""
+        sibling = Adaptive(self._index, self._tier, self._cost)
+        sibling._before, sibling._names, sibling._shadows = self._before, self._names, self._shadows
         return sibling
 
     def _meet(self, node: Node) -> None:
-        nbytes = self._known[node] = self._cost(node)
-        once = not node.hits and node.kind is not Kind.LORA and hash(node.key) not in self._names
-        self._bytes[_ONCE if once else _AGAIN] += nbytes
-        if once:
-            self._once.add(node)
+        times = self._names.get(hash(node.key))
+        # The hits of one that stayed in another tier count what is remembered of it too.
+        self._before[node] = LINES if node.kind is Kind.LORA else max(0, times + 1 - node.hits) if times >= 0 else 0
+        self._shadows.entered(node)

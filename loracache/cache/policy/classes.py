@@ -23,7 +23,7 @@ from loracache.cache.policy.choice import NO_LIMIT, Choice
 from loracache.cache.policy.leaf_first import LeafFirst
 from loracache.cache.policy.quotas import Belongs, Group, Owner, Shares
 from loracache.cache.state.index import Index, Node
-from loracache.results import Cause
+from loracache.results import Departure
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
@@ -93,12 +93,18 @@ class Classes:
         for owner in self.shares.group_of(node).owners:
             owner.pushed += 1
 
-    def cause(self, node: Node) -> str:
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+        self._base.expect(batch)
+
+    def reason(self, node: Node) -> Departure:
         """Why `node` leaves for others: although it is kept, its owners are above their shares, or the policy chose
         it."""
         if self._rank(node) == KEPT:
-            return Cause.KEPT
-        return Cause.OVER_QUOTA if self.shares.group_of(node) in self.shares.over else "policy"
+            return Departure.KEPT
+        if self.shares.group_of(node) in self.shares.over:
+            return Departure.OVER_QUOTA
+        return self._part(node).reason(node)
 
     def beyond(self, wanting: Belongs, nbytes: int) -> int:
         """By how many bytes an object of so many would be beyond a limit of its owners'; 0 where it fits."""

@@ -37,7 +37,7 @@ _COUNT_AGAIN = 4096  # uses after which the adapters that are needed are counted
 
 
 class Cost(Ranked):
-    """Victims of one tier. `batch` is the mean number of requests that run at once."""
+    """Victims of one tier. `batch` is the mean number of requests that run at once, where engines do not say it."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Cost(Ranked):
         tier: Tier,
         cost: Callable[[Node], int],
         speeds: Speeds | None = None,
-        batch: int = 32,
+        batch: float = 32,
     ) -> None:
         super().__init__(index, tier, cost, lines=2)
         self._speeds = speeds or Speeds()
@@ -76,6 +76,10 @@ class Cost(Ranked):
         if self._now >= self._count_at:
             self._count_adapters()
         return fronts[_LORA] if kv is None or lora[0] + self._age * self._bonus < kv[0] else fronts[_KV]
+
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+        self._batch = batch or self._batch
 
     def gone(self, node: Node) -> None:
         """It has left the tier: how old do they get?"""

@@ -79,6 +79,8 @@ class Keeps:
 
     def used(self, nodes: Iterable[Node]) -> None:
         """Their times begin anew."""
+        if not self._kept:
+            return
         now = self._clock()
         for node in nodes:
             kept = self._kept.get(node)

@@ -15,9 +15,12 @@ from loracache.cache.policy.choice import Choice
 from loracache.cache.policy.line import Front, Line, R
 from loracache.cache.policy.quotas import Belongs
 from loracache.cache.state.index import Index, Node
+from loracache.results import Departure
 from loracache.tiers import Tier
 
 __all__ = ["LeafFirst", "Ranked"]
+
+_REASONS = (Departure.POLICY_ONCE, Departure.POLICY_AGAIN)  # of a policy with two lines
 
 
 class LeafFirst(ABC, Generic[R]):
@@ -61,6 +64,9 @@ class LeafFirst(ABC, Generic[R]):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain, held or not."""
 
+    def expect(self, batch: float) -> None:
+        """So many requests run at once, as engines say; 0: nobody said."""
+
     @abstractmethod
     def place(self, node: Node) -> R:
         """The rank that `node` has in its line, or would have there."""
@@ -72,6 +78,10 @@ class LeafFirst(ABC, Generic[R]):
     def pick(self, fronts: Sequence[Front[R]], going: Sequence[int]) -> Front[R] | None:
         """Where the next to go is looked for. going: the bytes chosen of each line so far."""
         return fronts[0] if fronts[0].first() is not None else None
+
+    def reason(self, node: Node) -> Departure:
+        """Why a victim goes, where it stands before it has gone."""
+        return Departure.POLICY if len(self._lines) != len(_REASONS) else _REASONS[self.line_of(node)]
 
     def spared(self, node: Node) -> bool:
         """Whether the first in line stays for now; then it has another place from now on."""
@@ -102,10 +112,6 @@ class LeafFirst(ABC, Generic[R]):
 
     def pushed(self, node: Node) -> None:
         """Nobody counts it."""
-
-    def cause(self, node: Node) -> str:
-        """The policy chose it."""
-        return "policy"
 
     def beyond(self, wanting: Belongs, nbytes: int) -> int:
         """Nothing is."""

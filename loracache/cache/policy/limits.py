@@ -28,12 +28,26 @@ class Quotas:
     def __init__(self, index: Index, policies: dict[Tier, Policy], slices: Slices) -> None:
         self._index = index
         self._policies = policies
+        index.on_used = lambda tier, node, before: policies[tier].used(node, before)
+        index.on_left = lambda tier, node: policies[tier].withdraw(node)
+        index.on_gone = lambda tier, node: policies[tier].gone(node)
         self._slices = slices
         self.limits: dict[Tier, int] = {}
         self.names: Callable[[bytes], dict[str, tuple[str, ...]] | None] = lambda namespace: None
         self.rank: Callable[[Node], int] = lambda node: NORMAL
         self.on_gone: Callable[[Node], None] = lambda node: None  # from the last tier
         self._classes: dict[Tier, Classes] = {}
+
+    def add(
+        self,
+        tier: Tier,
+        make: Callable[[Index, Tier, Callable[[Node], int]], Policy],
+        cost: Callable[[Node], int],
+        limit: int,
+    ) -> None:
+        """A tier of so many bytes, of which `cost` says what a node takes; make(index, tier, cost): its policy."""
+        self._index.costs[tier], self.limits[tier] = cost, limit
+        self._policies[tier] = make(self._index, tier, cost)
 
     @property
     def given(self) -> bool:

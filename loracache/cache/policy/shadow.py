@@ -1,122 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shadows of a tier: what other ways of choosing victims would find, on a sample of the objects, as names alone.
+"""Shadows of a tier: what each way of choosing victims would find, on a sample of the objects, as names alone.
 
-A sample is all objects whose key, a hash, begins with a small number, and a shadow is as much smaller than the tier: it
-finds about the same share (Waldspurger et al., "SHARDS", FAST 2015). A chunk is never asked for without its parents; so
-in each shadow a chain is used from its end to its beginning, and its end goes first as in the tree.
+A sample is all objects whose key, a hash, begins with a small number, and a shadow has room for as many as the sample
+has in the tier: it finds about the same share (Waldspurger et al., "SHARDS", FAST 2015). It begins as the tier is. A
+chunk is never asked for without its parents; so in each shadow a chain is used from its end to its beginning, and its
+end goes first as in the tree.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf, sqrt
 
 from loracache.cache.policy.names import Names
+from loracache.cache.state.index import Node
+from loracache.storage_backends.base import Kind
 
-__all__ = ["SHARES", "Shadow", "Shadows"]
+__all__ = ["LINES", "WAYS", "Shadow", "Shadows", "Way"]
 
-SHARES = (1.0, 0.7, 0.4, 0.0)
-"""Of the tier that what came once may take before it goes first; 1: as in LRU it never does."""
+Way = tuple[float, ...]
+"""How much longer, in as many uses as the tier has objects, those stay that came again once, twice, oftener."""
 
-_CAPACITY = 1024  # objects of a shadow, about
-_WINDOW = 1  # times the capacity: names asked between two looks at who does best
-_KEPT = 0.97  # of what was found before, at each look
-_BETTER = 1.02  # who is not in force has to find that much more
+LINES = 4
+_ALWAYS = 1000.0
+WAYS: tuple[Way, ...] = (
+    (0.0, 0.0, 0.0, 0.0),  # LRU
+    (0.0, 1.0, 2.0, 3.0),  # RECENT
+    (0.0, _ALWAYS, _ALWAYS + 4, _ALWAYS + 8),  # OFTEN
+    (0.0, _ALWAYS, _ALWAYS, _ALWAYS),  # TWICE: in force at first, for a chain that never comes again does no harm there
+)
+
+_SAMPLE = 4096  # objects, at most; and half of it in large tiers
+_KEPT = 0.97  # of what was found before, by as many names asked as the sample has
+_SURE = 2.5  # standard errors that another way must have found more
 _WAITING = 256  # lookups that wait to be looked at
 _LONGEST = 2048  # chunks of one of them: the rest is left aside
 
 
 class Shadow:
-    """One way: what came once and takes more than `share` of the tier goes first; with a share of 1 the least lately
-    used of all does."""
+    """One way. Names stand in lines by how often they came; what was used last stands last."""
 
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._once: OrderedDict[int, int] = OrderedDict()  # name -> when it was used last, the oldest first
-        self._again: OrderedDict[int, int] = OrderedDict()
-        self.found = 0.0
+    def __init__(self, way: Way) -> None:
+        self._way = way
+        self._lines: list[OrderedDict[bytes, int]] = [OrderedDict() for _ in way]  # -> when it was used last
+        self._line_of: dict[bytes, int] = {}
 
-    def use(self, name: int, now: int, known: bool) -> None:
-        """An object is asked for. known: it was before."""
-        if name in self._again:
-            self.found += 1
-            self._again.move_to_end(name)
-            self._again[name] = now
-            return
-        if self._once.pop(name, None) is not None:
-            self.found += 1
-            known = True
-        (self._again if known else self._once)[name] = now
+    def __len__(self) -> int:
+        return len(self._line_of)
 
-    def shrink(self, capacity: int) -> None:
+    def ask(self, names: Iterable[tuple[bytes, int]], now: int, room: int, stay: float) -> int:
+        """A chain is asked for, its end first, each name with the line that it belongs to from now on. room: for so
+        many names. stay: uses that a 1 of the way stands for. Answers how many were found; the others come in, as far
+        as there is room for them."""
+        absent = []
+        found = 0
+        for name, line in names:
+            before = self._line_of.get(name)
+            if before is None:
+                absent.append((name, line))
+                continue
+            found += 1
+            del self._lines[before][name]
+            self.put(name, line, now)
+        self._shrink(max(0, room - len(absent)), stay)
+        for name, line in absent[max(0, len(absent) + len(self) - room) :]:
+            self.put(name, line, now)
+        return found
+
+    def put(self, name: bytes, line: int, now: int) -> None:
+        """A name comes in, last in its line."""
+        self._lines[line][name] = now
+        self._line_of[name] = line
+
+    def _shrink(self, room: int, stay: float) -> None:
         """Drop what there is no room for."""
-        once, again = self._once, self._again
-        while len(once) + len(again) > capacity:
-            if self._share < 1:
-                first = again if len(once) <= self._share * capacity else once
-            else:
-                first = (
-                    once if once and (not again or next(iter(once.values())) < next(iter(again.values()))) else again
-                )
-            (first or once or again).popitem(last=False)
+        excess = len(self) - room
+        if excess <= 0:
+            return
+        fronts = [
+            (next(iter(line.values())) + longer * stay if line else inf)
+            for line, longer in zip(self._lines, self._way, strict=True)
+        ]
+        for _ in range(min(excess, len(self))):
+            first = fronts.index(min(fronts))
+            line = self._lines[first]
+            name, _ = line.popitem(last=False)
+            del self._line_of[name]
+            fronts[first] = next(iter(line.values())) + self._way[first] * stay if line else inf
 
 
 class Shadows:
-    """One shadow for each of `shares`. `objects` says how many the tier holds, which is full when `work` is called."""
+    """One shadow for each of `ways`, and which of these did best: the one that is in force until another has found
+    more by `_SURE` standard errors of the difference, lookup by lookup."""
 
-    def __init__(self, objects: Callable[[], int], shares: Sequence[float] = SHARES) -> None:
-        self._objects = objects
-        self._shares = shares
-        self._shadows = [Shadow(share) for share in shares]
-        self._asked: deque[Sequence[bytes]] = deque(maxlen=_WAITING)
-        self._names = Names()
-        self._rate = 0  # of 65,536 objects that many are in the sample:
-        self._limit = b""  # those whose keys are below
-        self._now = 0
-        self._look_at = 0
-        self.best = len(shares) - 1  # a chain that never comes again does no harm there
+    def __init__(self, ways: Sequence[Way] = WAYS) -> None:
+        self._ways = ways
+        self._shadows: list[Shadow] = []
+        self._asked: deque[tuple[Sequence[bytes], int]] = deque(maxlen=_WAITING)
+        self._sample: dict[bytes, Node] = {}  # of the tier: those whose keys are below
+        self._rate = 65_536  # of 65,536 objects so many
+        self._limit = _limit(self._rate)
+        self._times = Names()
+        self._best = len(ways) - 1
+        # How many more each found than each other, and the squares of that, lookup by lookup.
+        self._more = [[0.0] * len(ways) for _ in ways]
+        self._squares = [[0.0] * len(ways) for _ in ways]
 
-    def ask(self, keys: Sequence[bytes]) -> None:
-        """A chain is looked up. It is looked at later, in `work`."""
-        self._asked.append(keys if len(keys) <= _LONGEST else keys[:_LONGEST])
+    @property
+    def best(self) -> Way:
+        """The way that is in force."""
+        return self._ways[self._best]
 
-    def work(self) -> Iterator[None]:
-        """Look at what was asked; yields between two chains."""
-        if self._asked:
-            self._fit()
+    def entered(self, node: Node) -> None:
+        """The tier has an object more."""
+        if node.kind is not Kind.KV or node.key[:2] >= self._limit:
+            return
+        self._sample[node.key] = node
+        if len(self._sample) > _SAMPLE and self._rate > 1:
+            self._rate //= 2
+            self._limit = _limit(self._rate)
+            self._sample = {key: node for key, node in self._sample.items() if key[:2] < self._limit}
+            self._shadows = []
+
+    def left(self, node: Node) -> None:
+        """It has one less."""
+        self._sample.pop(node.key, None)
+
+    def ask(self, keys: Sequence[bytes], now: int) -> None:
+        """A chain is looked up, when the tier's last use was `now`. It is looked at later, in `work`."""
+        if len(self._ways) > 1:
+            self._asked.append((keys if len(keys) <= _LONGEST else keys[:_LONGEST], now))
+
+    def work(self, line_of: Callable[[Node], int], objects: int) -> Iterator[None]:
+        """Look at what was asked; yields between two chains. The tier is full, and has so many objects."""
+        if not self._shadows and len(self._ways) > 1:
+            self._begin(line_of)
         while self._asked:
-            keys = self._asked.popleft()
-            self._use([hash(key) for key in reversed(keys) if key[:2] < self._limit])
+            keys, now = self._asked.popleft()
+            self._use(keys, now, objects)
             yield
 
-    def _fit(self) -> None:
-        """Sample as much as a shadow can hold. A new rate begins anew."""
-        rate = 65_536
-        while rate > 1 and rate * self._objects() > 2 * _CAPACITY * 65_536:
-            rate //= 2
-        if rate != self._rate and not self._rate // 2 == rate < self._rate:
-            self._rate = rate
-            self._limit = rate.to_bytes(2, "big") if rate < 65_536 else b"\xff\xff\xff"
-            self._shadows = [Shadow(share) for share in self._shares]
-
-    def _use(self, names: Sequence[int]) -> None:
-        capacity = max(1, self._objects() * self._rate // 65_536)
-        for name in names:
-            self._now += 1
-            known = name in self._names
+    def _begin(self, line_of: Callable[[Node], int]) -> None:
+        """The tier is what all shadows hold, with what was asked before it was full."""
+        self._shadows = [Shadow(way) for way in self._ways]
+        for node in sorted(self._sample.values(), key=lambda node: node.tick):
+            line = line_of(node)
+            self._times.add(hash(node.key), 0, line)
             for shadow in self._shadows:
-                shadow.use(name, self._now, known)
-            self._names.add(name, 0)
-        for shadow in self._shadows:
-            shadow.shrink(capacity)
-        if self._now >= self._look_at:
-            self._look_at = self._now + _WINDOW * capacity
-            self._choose()
+                shadow.put(node.key, line, node.tick)
+        while len(self._asked) > 1:
+            self._asked.popleft()
 
-    def _choose(self) -> None:
-        found = [shadow.found for shadow in self._shadows]
-        best = max(reversed(range(len(found))), key=found.__getitem__)
-        if found[best] > _BETTER * found[self.best]:
-            self.best = best
-        for shadow in self._shadows:
-            shadow.found *= _KEPT
+    def _use(self, keys: Sequence[bytes], now: int, objects: int) -> None:
+        room = len(self._sample)
+        names = [(key, self._line_of(key)) for key in reversed(keys) if key[:2] < self._limit]
+        if not room or not names:
+            return
+        found = [shadow.ask(names, now, room, objects) for shadow in self._shadows]
+        kept = _KEPT ** (len(names) / room)
+        for more, squares, own in zip(self._more, self._squares, found, strict=True):
+            for other, its in enumerate(found):
+                more[other] = kept * more[other] + own - its
+                squares[other] = kept * squares[other] + (own - its) ** 2
+        most = max(range(len(found)), key=lambda way: self._more[way][self._best])
+        if self._more[most][self._best] > _SURE * sqrt(self._squares[most][self._best]):
+            self._best = most
+
+    def _line_of(self, key: bytes) -> int:
+        name = hash(key)
+        line = min(self._times.get(name) + 1, LINES - 1)
+        self._times.add(name, 0, line)
+        return line
+
+
+def _limit(rate: int) -> bytes:
+    return rate.to_bytes(2, "big") if rate < 65_536 else b"\xff\xff\xff"

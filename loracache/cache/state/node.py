@@ -71,7 +71,7 @@ class Node:
     `leases` counts holds on the extents by clients and by transfers; `pins` and `offered` (to a policy) are bit masks
     of tiers; `tick` is its last use by the index's clock; `hits` counts lookups that found it; `stored` is what it
     takes on disk, 0 where that is its size; `written` is the interval between two flushes in which it got there,
-    0 where it was found.
+    0 where it was found; `sent` is whether Redis got it, as far as is known, for it evicts on its own.
 
     `state` is made of four: `present` and `dirty` are bit masks of the tiers that hold it and of those that it is being
     written to; `extents` are its pages, from the beginning of a load on; `condemned` are pages that it had in the
@@ -80,8 +80,8 @@ class Node:
 
     __slots__ = (
         "checksum", "children", "condemned", "dirty", "extents", "first_child", "hits", "key", "kind", "leases",
-        "namespace", "next_sibling", "offered", "parent", "pins", "present", "previous_sibling", "size", "stored",
-        "tick", "written",
+        "namespace", "next_sibling", "offered", "parent", "pins", "present", "previous_sibling", "sent", "size",
+        "stored", "tick", "written",
     )  # fmt: skip
 
     def __init__(self, key: bytes, kind: Kind, parent: Node | None) -> None:
@@ -91,6 +91,7 @@ class Node:
         self.namespace = b""
         self.size = 0
         self.stored = 0
+        self.sent = False
         self.written = 0
         self.checksum = 0
         self.extents: tuple[Extent, ...] = ()

@@ -7,7 +7,6 @@ never stays where the parent is missing when it lands. Threading: the cache's th
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
@@ -107,11 +106,14 @@ class DiskTier:
 
     def evict(self, nodes: Iterable[Node], cause: str) -> None:
         """Remove objects, children before parents."""
+        self._evict((node, cause) for node in nodes)
+
+    def _evict(self, nodes: Iterable[tuple[Node, str]]) -> None:
         going = {}
-        for node in nodes:
+        for node, cause in nodes:
             going[node.key] = self.cost(node)
             self._leave(node, cause)
-        self._counters.add(f"evict.disk.{cause}", len(going))
+            self._counters.add(f"evict.disk.{cause}")
         self._delete(going)
 
     def load_ended(self, node: Node, outcome: Outcome) -> None:
@@ -220,6 +222,7 @@ class DiskTier:
                 if self.writer.forget(node, Cause.EXISTS):
                     node.written = self._flushes.wrote(Tier.DISK)
                 node.stored = info.stored
+                node.sent = True  # what the disk got, an earlier run's Redis got too
                 self._index.enter(node, Tier.DISK, "found")
                 self.used += self.cost(node)
         return waiting
@@ -303,8 +306,7 @@ class DiskTier:
                 if at:
                     yield
                 going = (node for node in victims[at : at + _EVICTED] if node not in protected)
-                for cause, nodes in itertools.groupby(going, policy.cause):
-                    self.evict(self._leaving(nodes, policy, wanting), cause)
+                self._evict((node, policy.reason(node)) for node in self._leaving(going, policy, wanting))
         return True
 
     def _leaving(self, chosen: Iterable[Node], policy: Policy, wanting: Node | None) -> Iterator[Node]:

@@ -123,21 +123,25 @@ function showCharts(stats, now) {
     `${exact(hits)} of ${exact(asked)} keys`);
 }
 
-function showCounts({ hits, misses, counters, ...stats }) {
+function showCounts({ hits, misses, evicted, not_admitted: unwritten, ...stats }) {
   const found = Object.entries(hits).map(([tier, value]) => [[`hit in ${tier}`, ""], [count(value), exact(value)]]);
   const not = Object.entries(misses).map(([cause, value]) => [[`miss: ${words(cause)}`, ""],
     [count(value), exact(value)]]);
   setRows(byId("lookups").querySelector("tbody"), SUMS, [...found, ...not], "none yet");
-  const gone = Object.entries(counters).filter(([name]) => name.startsWith("evict."));
-  setRows(byId("evictions").querySelector("tbody"), SUMS, gone.map(([name, value]) => {
-    const [, tier, ...cause] = name.split(".");
-    return [[`${tier}: ${words(cause.join("."))}`, ""], [count(value), exact(value)]];
-  }), "none yet");
+  showReasons("evictions", evicted, "none yet");
+  showReasons("unwritten", unwritten, "none");
   setRows(byId("use").querySelector("tbody"), SUMS, [
     ["leases", stats.leases], ["leased objects", stats.leased_objects], ["quarantined", stats.quarantined_bytes, true],
     ["namespaces", stats.namespaces], ["operations running", stats.operations],
   ].map(([name, value, size]) => [[name, ""],
     size ? [bytes(value), exactBytes(value)] : [count(value), exact(value)]]), "");
+}
+
+/** Counts by tier and reason. */
+function showReasons(id, byTier, none) {
+  const rows = Object.entries(byTier).flatMap(([tier, reasons]) => Object.entries(reasons).map(([reason, value]) =>
+    [[`${tier}: ${words(reason)}`, ""], [count(value), exact(value)]]));
+  setRows(byId(id).querySelector("tbody"), SUMS, rows, none);
 }
 
 function showFailures({ recent_failures: failures }) {

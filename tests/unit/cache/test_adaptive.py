@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from loracache.cache.policy.shadow import SHARES, Shadow, Shadows
+from loracache.cache.policy.shadow import LINES, WAYS, Shadow, Shadows
+from loracache.cache.state.index import Node
 from loracache.simulator.replay import replay
 from loracache.simulator.store import Sizes, Way
 from loracache.simulator.trace import BLOCK_TOKENS, Request
+from loracache.storage_backends.base import Kind
 
 
 def hit_rate(requests: Sequence[Request], blocks: int, policy: str) -> float:
@@ -61,38 +63,87 @@ def test_where_lru_is_best_it_does_as_lru_does() -> None:
     assert hit_rate(requests, 700, "adaptive") > 0.97 * lru
 
 
-def drive(shadows: Shadows, requests: Sequence[Request]) -> None:
+def test_among_what_comes_again_it_keeps_what_comes_often() -> None:
+    """A few prompts come ten times as often as very many others, which come again once or twice."""
+    chance = random.Random(0)
+    picks = chance.choices(range(4020), [10.0] * 20 + [1.0] * 4000, k=8_000)
+    requests = [request(*range(5 * pick, 5 * pick + 5)) for pick in picks]
+    assert hit_rate(requests, 200, "adaptive") > 2 * hit_rate(requests, 200, "lru")
+
+
+LRU, RECENT, OFTEN, TWICE = WAYS
+
+
+def node(key: bytes, tick: int) -> Node:
+    found = Node(key, Kind.KV, None)
+    found.tick = tick
+    return found
+
+
+def shadows_of(objects: int) -> Shadows:
+    """Of a tier that is full of what is never asked for."""
+    shadows = Shadows()
+    for number in range(objects):
+        shadows.entered(node(number.to_bytes(32, "little"), 0))
+    return shadows
+
+
+def drive(shadows: Shadows, requests: Sequence[Request], objects: int) -> None:
+    now = 0
     for each in requests:
-        shadows.ask([block.to_bytes(32, "little") for block in each.blocks])
-        assert sum(1 for _ in shadows.work()) == 1
+        shadows.ask([(1 << 40 | block).to_bytes(32, "little") for block in each.blocks], now)
+        now += len(each.blocks)
+        assert sum(1 for _ in shadows.work(lambda node: 0, objects)) == 1
 
 
-@pytest.mark.parametrize(("requests", "shares"), [(scans(), {0.0}), (turns(), {1.0, 0.7, 0.4})])
-def test_the_best_shadow_is_in_force(requests: Sequence[Request], shares: set[float]) -> None:
-    shadows = Shadows(lambda: 600)
-    drive(shadows, requests)
-    assert SHARES[shadows.best] in shares
+@pytest.mark.parametrize(("requests", "ways"), [(scans(), {TWICE, OFTEN}), (turns(), {LRU, RECENT})])
+def test_the_best_shadow_is_in_force(requests: Sequence[Request], ways: set[tuple[float, ...]]) -> None:
+    shadows = shadows_of(600)
+    drive(shadows, requests, 600)
+    assert shadows.best in ways
+
+
+def test_chance_changes_nothing() -> None:
+    """A difference of one lookup, however long, is no evidence."""
+    shadows = shadows_of(100)
+    drive(shadows, [request(*range(60)), request(*range(1000, 1090)), request(*range(60))], 100)
+    assert shadows.best == TWICE
 
 
 def test_lookups_that_nobody_looks_at_are_forgotten() -> None:
-    shadows = Shadows(lambda: 10)
+    shadows = shadows_of(10)
+    list(shadows.work(lambda node: 0, 10))
     for number in range(10_000):
-        shadows.ask([number.to_bytes(32, "little")])
-    assert sum(1 for _ in shadows.work()) == 256
-    shadows.ask([number.to_bytes(32, "little") for number in range(100_000)])
-    assert len(shadows._asked[0]) == 2048
+        shadows.ask([number.to_bytes(32, "little")], 0)
+    assert sum(1 for _ in shadows.work(lambda node: 0, 10)) == 256
+    shadows.ask([number.to_bytes(32, "little") for number in range(100_000)], 0)
+    assert len(shadows._asked[0][0]) == 2048
 
 
-def test_a_shadow_is_as_much_smaller_as_its_sample() -> None:
-    shadows = Shadows(lambda: 1_000_000)
-    drive(shadows, [request(*range(1000))])
-    assert 0 < shadows._now < 30
+def test_a_shadow_begins_as_the_tier_is() -> None:
+    shadows = shadows_of(100)
+    list(shadows.work(lambda node: 2, 100))
+    for shadow in shadows._shadows:
+        assert len(shadow) == len(shadow._lines[2]) == 100
 
 
-def test_a_shadow_holds_no_more_than_it_may() -> None:
-    for share in SHARES:
-        shadow = Shadow(share)
-        for name in range(100):
-            shadow.use(name % 30, name, known=name >= 30)
-            shadow.shrink(10)
-            assert len(shadow._once) + len(shadow._again) <= 10
+def test_of_a_large_tier_a_sample_is_enough() -> None:
+    shadows = Shadows()
+    nodes = [node(number.to_bytes(2, "big") + bytes(30), 0) for number in range(65_536)]
+    for each in nodes:
+        shadows.entered(each)
+    assert 2048 <= len(shadows._sample) <= 4096
+    for each in nodes:
+        shadows.left(each)
+    assert not shadows._sample
+
+
+def test_a_shadow_holds_no_more_than_it_may_and_a_name_once() -> None:
+    chance = random.Random(0)
+    for way in WAYS:
+        shadow = Shadow(way)
+        for now in range(200):
+            names = {chance.randrange(40).to_bytes(1): chance.randrange(LINES) for _ in range(chance.randrange(1, 15))}
+            shadow.ask(names.items(), now, 10, 10)
+            held = [name for line in shadow._lines for name in line]
+            assert len(held) == len(set(held)) == len(shadow) <= 10

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from loracache.cache.policy import ADMISSIONS
 from loracache.cache.policy.names import Names
 from loracache.cache.state.slices import whole
+from loracache.cache.tier.io import TierIO
 from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
@@ -38,6 +40,23 @@ def test_a_load_without_reuse_writes_nothing(rig: Any) -> None:
     rig.settle()
     assert not rig.disk.held()
     assert not rig.redis.held()
+
+
+@pytest.mark.parametrize("admission", sorted(set(ADMISSIONS) - {"all"}))
+def test_and_has_no_thread_of_the_lower_tiers_do_anything(
+    admission: str, make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(pages=8, disk=64 * PAGE, redis=True, admission=admission)
+    work: list[str] = []
+    monkeypatch.setattr(TierIO, "_run", lambda self, workers, what, *more: work.append(what))
+    for name in range(0, 2000, 2):
+        rig.cache.lookup([rig.info(name).key, rig.info(name + 1).key])
+        rig.chain(name, name + 1)
+        rig.cache.tick()
+        rig.answer()
+        assert rig.arena.free_bytes < 2 * PAGE or name < 10
+    # Adaptive tries a few, until it has seen that none comes again.
+    assert len(work) <= (0 if admission == "second_touch" else 0.05 * 2000)
 
 
 def test_what_is_used_in_the_arena_is_written_with_its_parents_and_once(rig: Any) -> None:
@@ -91,3 +110,46 @@ def test_names_are_forgotten_by_generations() -> None:
     assert len(names) <= 8 * 10_000 + 1
     assert 199_999 in names
     assert 0 not in names
+
+
+def slow_tier(rig: Any, tier: str, *, computed: int, loaded: int) -> None:
+    """A writer stored so many bytes a second, and the tier was read at that many."""
+    rig.cache._benefit.stored(1, 10 * computed)
+    rig.later(10)
+    rig.cache.counters.add(f"load.{tier}.bytes", 300 << 20)
+    rig.cache.counters.add(f"busy_us.{tier}.load", int(2 * (300 << 20) / loaded * 1e6))
+
+
+def test_nothing_goes_to_a_tier_that_reads_slower_than_engines_compute(rig: Any) -> None:
+    slow_tier(rig, "redis", computed=200_000_000, loaded=100_000_000)
+    slow_tier(rig, "disk", computed=200_000_000, loaded=900_000_000)
+    rig.store(0)
+    rig.acquire(0)
+    store(rig, "adapter", kind=Kind.LORA)
+    rig.settle()
+    assert on_disk(rig, 0, "adapter") == [True, True]
+    assert set(rig.redis.held()) == {rig.info("adapter").key}  # which nobody computes
+    assert rig.count("not_admitted.redis.below_benefit") == 1
+    assert rig.count("not_admitted.disk.below_benefit") == 0
+
+
+def test_what_is_promised_goes_there_all_the_same(rig: Any) -> None:
+    slow_tier(rig, "redis", computed=200_000_000, loaded=100_000_000)
+    store(rig, 0, promised=True)
+    rig.settle()
+    assert set(rig.redis.held()) == {rig.info(0).key}
+
+
+def test_with_all_it_goes_there_too(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(redis=True)
+    slow_tier(rig, "redis", computed=200_000_000, loaded=100_000_000)
+    rig.store(0)
+    rig.settle()
+    assert set(rig.redis.held()) == {rig.info(0).key}
+
+
+def test_first_touches_are_counted_by_tier(rig: Any) -> None:
+    rig.store(0)
+    rig.store(1)
+    rig.acquire(1)
+    assert rig.count("not_admitted.disk.first_touch") == rig.count("not_admitted.redis.first_touch") == 2

@@ -135,6 +135,7 @@ def test_more_than_can_be_asked_for_at_once_is_refused(refused: Any) -> None:
 
 OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "negative ttl": (["pin", "--key", KEY, "--ttl", "-1"], ["--ttl -1.0", "more than 0 and at most 3600"]),
+    "admit for no time": (["admit", "--key", KEY, "--ttl", "0"], ["--ttl 0.0", "leave it out to hold nothing"]),
     "ttl 0": (["pin", "--key", KEY, "--ttl", "0"], ["--ttl 0.0"]),
     "endless ttl": (["pin", "--key", KEY, "--ttl", "inf"], ["--ttl inf"]),
     "ttl nan": (["pin", "--key", KEY, "--ttl", "nan"], ["--ttl nan"]),

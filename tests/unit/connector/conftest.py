@@ -32,6 +32,9 @@ class ScriptedLink:
         self.digests: dict[str, str | None] = {}
         self.leases: set[bytes] = set()
         self.prefetched: list[bytes] = []
+        self.reported: list[tuple[int, int, list[bytes]]] = []
+        self.hot: list[bytes] = []
+        self.announced: list[tuple[list[bytes], float, float]] = []
         self.lookups: list[list[bytes]] = []
         self.forgotten: list[int] = []
         self.waits: list[float] = []
@@ -81,6 +84,9 @@ class ScriptedLink:
     def keep(self, keys: Sequence[bytes], ttl: float, priority: str) -> None:
         self.keeps.append((list(keys), ttl, priority))
 
+    def announce(self, keys: Sequence[bytes], seconds: float, hold: float) -> None:
+        self.announced.append((list(keys), seconds, hold))
+
     def demote(self, keys: Sequence[bytes], tier: str) -> None:
         self.demoted.append((list(keys), tier))
 
@@ -105,6 +111,15 @@ class ScriptedLink:
 
     def flush_counts(self) -> None:
         pass
+
+    def reports_now(self) -> bool:
+        return self.answers
+
+    def report(self, running: int, waiting: int, adapters: Sequence[bytes]) -> None:
+        self.reported.append((running, waiting, list(adapters)))
+
+    def hot_adapters(self) -> list[bytes]:
+        return self.hot
 
     def close(self) -> None:
         pass

@@ -67,6 +67,30 @@ def test_admitting_takes_objects_from_wherever_they_are_and_leaves_them_there(
     assert (again.objects, dict(again.causes)) == (0, {"already": 7})
 
 
+def test_what_is_admitted_for_a_while_is_held_and_so_is_what_was_there(operated: Make) -> None:
+    made = operated(pages=64, disk=LARGE)
+    made.rig.chain("a", "b", "c")
+    made.rig.settle()
+    made.rig.evict("b")
+    operation = made.begin("abc", CPU, wanted=lambda node: not node.held_in(CPU), hold=5.0)
+    made.rig.settle()
+    assert (operation.objects, dict(operation.causes)) == (2, {"already": 1})
+    assert made.rig.evict("a") == (0, 0, 3)
+    made.rig.later(5.0)
+    made.check(operation)
+    assert made.rig.evict("a")[0] == 3
+
+
+def test_what_is_admitted_for_a_while_gives_way_to_what_is_stored(operated: Make) -> None:
+    made = operated(pages=4, disk=LARGE)
+    made.rig.chain("a", "b")
+    made.rig.settle()
+    made.begin("ab", CPU, wanted=lambda node: not node.held_in(CPU), hold=60.0)
+    made.rig.settle()
+    assert [made.rig.store(name) for name in "cdef"] == [""] * 4
+    made.rig.settle()
+
+
 @pytest.mark.parametrize(("source", "target"), [(DISK, REDIS), (REDIS, DISK)])
 def test_a_chain_far_larger_than_the_arena_passes_through_it(settled: Make, source: Tier, target: Tier) -> None:
     made = settled(pages=64, disk=LARGE, redis=True)

@@ -18,6 +18,7 @@ import pytest
 
 from loracache import CacheClient, Namespace
 from loracache.cache.state.slices import whole
+from loracache.cache.swap.demand import Demand
 from loracache.client.connection import Connection
 from loracache.daemon import inbox
 from loracache.daemon.inbox import Inbox
@@ -60,11 +61,11 @@ class House:
 
     def __init__(self, rig: Any) -> None:
         self.rig = rig
-        nothing: Any = SimpleNamespace(engines=Counter())
+        nothing: Any = SimpleNamespace(engines=Counter(), demand=Demand(time.monotonic))
         finder: Any = SimpleNamespace(judge=lambda tiers, asked: SimpleNamespace(tiers=tiers, cause="absent"))
         self.finder = finder
         self.served = Served(
-            rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None, nothing
+            rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None, nothing, nothing
         )
 
     def session(self, pid: int) -> tuple[Session, Transport]:

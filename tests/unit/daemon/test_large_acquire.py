@@ -35,8 +35,10 @@ class Engine:
             acquire(owner, lease, keys, *more)
 
         rig.cache.acquire = counted
+        nothing: Any = None
+        finder = Finder(rig.cache, 0.02)
         self.data = DataRequests(
-            1, rig.cache, Namespaces(None), Finder(rig.cache, 0.02), self._answer, lambda number, work: rig.start(work)
+            1, rig.cache, Namespaces(None), finder, nothing, self._answer, lambda number, work: rig.start(work)
         )
 
     def _answer(self, number: int, status: int, payload: Any) -> None:

@@ -46,6 +46,9 @@ def test_bytes_seconds_and_evictions_are_told_by_tier(
     assert more("loracache_adapters", "cpu") == more("loracache_adapters", "disk") == 1
     for operation in ("load", "store"):
         assert more("loracache_busy_seconds_total", "disk", operation) > 0
+    for outcome in ("raised", "used", "wasted", "failed"):
+        assert after["loracache_prefetched_objects_total", outcome] == 0
+    assert after["loracache_prefetched_bytes_total",] == after["loracache_engine_batch",] == 0
     assert after["loracache_tier_waiting", "disk", "write"] == after["loracache_operations_running",] == 0
 
 

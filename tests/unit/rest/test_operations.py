@@ -74,6 +74,8 @@ def test_ways_that_do_not_exist_are_refused(operator: httpx.Client, chain: Calla
         answer = operator.post(f"/v1/{verb}", json=keys_of(*keys) | {"source": source, "tier": tier})
         assert answer.status_code == status, (source, tier, answer.text)
     assert operator.post("/v1/admit", json=keys_of(*keys) | {"tier": "redis"}).status_code == 409
+    held = operator.post("/v1/admit", json=keys_of(*keys) | {"tier": "disk", "ttl": 5})
+    assert (held.status_code, "ttl=5 is for tier 'cpu'" in held.json()["detail"]) == (409, True)
     assert operator.post("/v1/compress", json=keys_of(*keys) | {"tier": "cpu"}).status_code == 422
     assert operator.post("/v1/pin", json=keys_of(*keys) | {"tier": "redis"}).status_code == 422
 

@@ -141,6 +141,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("POST", "/v1/pin", keys_of("ab" * 32) | {"tier": "redis"}, "body.tier"),
     ("POST", "/v1/pin", keys_of("ab" * 32) | {"ttl": -1.0}, "body.ttl"),
     ("POST", "/v1/pin", keys_of("ab" * 32) | {"ttl": 1e300}, "body.ttl"),
+    ("POST", "/v1/admit", keys_of("ab" * 32) | {"ttl": 0}, "body.ttl"),
+    ("POST", "/v1/admit", keys_of("ab" * 32) | {"ttl": 3601}, "body.ttl"),
     ("POST", "/v1/pin", keys_of("ab" * 32) | {"ttl": "soon"}, "body.ttl"),
     ("POST", "/v1/clear", {"tiers": "cpu"}, "body.tiers"),
     ("GET", "/v1/adapters?limit=0", None, "query.limit"),

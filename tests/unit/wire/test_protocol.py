@@ -28,11 +28,13 @@ selectors = st.fixed_dictionaries({}, optional={
     "salt": digests,
 })  # fmt: skip
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "adapters": keys,
     "after": st.text(max_size=100),
     "by": st.text(max_size=100),
     "checksums": st.lists(st.integers(0, 2**64 - 1), max_size=5),
     "count": st.integers(1, 10_000),
     "counts": st.dictionaries(st.text("az09._", min_size=1, max_size=64), st.integers(0, 2**32 - 1), max_size=5),
+    "delay": st.floats(0, 3600) | st.integers(0, 3600),
     "descriptor": st.text(max_size=100),
     "group": st.integers(1, 4096),
     "keep": st.booleans(),
@@ -46,6 +48,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "parents": keys,
     "path": st.text(max_size=100),
     "priority": st.sampled_from(["", "low", "normal", "high"]),
+    "running": st.integers(-1, 2**31 - 1),
     "scope": st.just("") | digests,
     "selector": selectors,
     "since": st.integers(0, 2**63 - 1),
@@ -56,6 +59,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tiers": st.lists(st.text(max_size=20), max_size=4),
     "ttl": st.floats(0, 3600) | st.integers(0, 3600),
     "wait": st.floats(0, 600) | st.integers(0, 600),
+    "waiting": st.integers(-1, 2**31 - 1),
 }
 EXAMPLES: dict[str, Any] = {
     "checksums": [1, 2**64 - 1], "count": 10, "counts": {"a": 1}, "descriptor": "{}", "group": 1, "keys": bytes(64),
@@ -63,8 +67,13 @@ EXAMPLES: dict[str, Any] = {
     "tier": "cpu", "tiers": ["cpu"], "ttl": 1.5, "after": "", "by": "x", "keep": True, "names": ["x"], "scope": "",
     "kind": "tenant", "priority": "high", "soft": 1, "hard": -1,
     "selector": {"keys": bytes(32)}, "since": 0, "source": "cpu", "wait": 1.5,
+    "adapters": bytes(32), "delay": 1.5, "running": 1, "waiting": 1,
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
+    "adapters": [None, "x" * 32, bytes(31), [bytes(32)]],
+    "delay": [None, -1, 3601, float("nan"), float("inf"), True, "1"],
+    "running": [None, -2, 2**31, 1.0, True, "1"],
+    "waiting": [None, -2, 2**31, 1.0, True, "1"],
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
     "count": [None, "1", True, 0, -1, 10_001, 1.0],
     "counts": [

@@ -165,13 +165,32 @@ class AdapterAdmission:
             self._give_up(request.request_id, adapter.lora_name, Refusal(why, forever=True))
         if answer is Answer.GIVEN:
             self._orders.evict += victims
-            self._last_order += 1
-            found.order, found.ready = self._last_order, 0
-            self._orders.load.append((found.order, digest, found.path))
-            self._link.count("adapter.load", 1)
+            self._load(found)
             if victims:
                 self._link.count("adapter.evict", len(victims))
         return answer not in (Answer.WAIT, Answer.NEVER) and self._served(adapter.lora_int_id, found)
+
+    def _load(self, found: _Adapter) -> None:
+        self._last_order += 1
+        found.order, found.ready = self._last_order, 0
+        self._orders.load.append((found.order, found.digest, found.path))
+        self._link.count("adapter.load", 1)
+
+    def prefetch(self, keys: Sequence[bytes]) -> None:
+        """Bring one of these adapters, the first that has none, onto pages that are free: nobody leaves for it."""
+        missing = (key.hex() for key in keys if key.hex() not in self._ledger)
+        for found in map(self._content, missing if self._pools else ()):
+            full = found.costs is not None and not self._ledger.spare(found.costs)
+            if full or found.problem or (not found.asked and time.monotonic() < found.next_try):
+                continue
+            if self._fetch(found) and found.costs is not None and self._ledger.spare(found.costs):
+                self._ledger.give(found.digest, found.costs)
+                self._link.count("adapter.prefetch", 1)
+                self._load(found)
+            elif found.here and self._waited <= self._running.keys():  # else one that waits may need it
+                self._let_go(found)
+            if found.asked or found.digest in self._ledger:
+                return
 
     def _served(self, adapter: int, found: _Adapter) -> bool:
         """Whether the workers serve this id with this content: its copy is done, and they were told in an earlier step
@@ -286,11 +305,13 @@ class AdapterAdmission:
 
     def _bind(self, adapter: int, digest: str, path: str) -> str:
         self._ids[adapter] = digest
-        pauses = Backoff(_AGAIN_S, max(_AGAIN_S, self._patience / 4))
-        found = self._adapters.setdefault(digest, _Adapter(digest, pauses))
+        found = self._content(digest)
         found.path = path or found.path
         self._bound(adapter, digest)
         return digest
+
+    def _content(self, digest: str) -> _Adapter:
+        return self._adapters.setdefault(digest, _Adapter(digest, Backoff(_AGAIN_S, max(_AGAIN_S, self._patience / 4))))
 
     # -- fetching ----------
 

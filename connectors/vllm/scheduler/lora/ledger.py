@@ -86,11 +86,23 @@ class PageLedger:
             if self._head is None:
                 self._head = (request, now)
             return Answer.WAIT, []
+        self._enter(digest, cost)
+        self._take(request, digest)
+        return Answer.GIVEN, victims
+
+    def spare(self, cost: Sequence[int]) -> bool:
+        """Whether so many pages are free, and nobody waits for some."""
+        return self._head is None and all(pages <= free for pages, free in zip(cost, self._free, strict=True))
+
+    def give(self, digest: str, cost: Sequence[int]) -> None:
+        """Give an adapter that has none, and that nobody has asked for, pages that are spare."""
+        assert digest not in self._entries, f"{digest} has pages"
+        self._enter(digest, cost)
+
+    def _enter(self, digest: str, cost: Sequence[int]) -> None:
         self._entries[digest] = _Entry(tuple(cost))
         self._free = [free - pages for free, pages in zip(self._free, cost, strict=True)]
         self._order.add(digest, max(cost, default=0))
-        self._take(request, digest)
-        return Answer.GIVEN, victims
 
     def also_hold(self, request: str, digest: str) -> None:
         """A request that runs is served by this adapter, which has pages, from now on too."""

@@ -51,6 +51,7 @@ def asks(params: Any) -> SamplingParams:
         ({"store": "no"}, ["kv_transfer_params: store='no' must be true or false"]),
         ({"load": 0, "remote_host": "x"}, ["load=0 must be true or false"]),
         ({"pin": -5}, ["pin=-5 must be seconds, more than 0 and at most 3600"]),
+        ({"returns_in": -1}, ["kv_transfer_params: returns_in=-1 must be seconds, more than 0 and at most 3600"]),
         ({"pin": "1h", "store": None}, ["pin='1h' must be seconds", "store=None must be true or false"]),
     ],
 )

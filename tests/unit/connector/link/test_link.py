@@ -287,3 +287,37 @@ def test_an_outage_is_said_once_and_so_is_its_end(
     eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 30.0), "it is connected again")
     assert [message.partition(" after")[0] for message in caplog.messages[1:]] == ["connected to the daemon again"]
     link.close()
+
+
+def test_what_runs_is_reported_with_the_counts_and_the_hot_adapters_come_back(
+    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_REPORT_S", 0.05)
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link.count("adapter.miss", 2)
+    link.report(3, 4, [KEYS[0]])
+
+    def told(name: str) -> Any:
+        return running.status()["swapper"][name]
+
+    eventually(lambda: (told("batch"), told("waiting")) == (3, 4), "the daemon hears it")
+    assert running.status()["counters"]["client.adapter.miss"] == 2
+    assert not link.reports_now() or link.hot_adapters() == []
+    eventually(link.reports_now, "the next report is due")
+    assert link.hot_adapters() == []  # it is in no tier
+    link.report(5, 0, [])
+    eventually(lambda: told("waiting") == 0)
+    link.close()
+    eventually(lambda: told("batch") == 0, "an engine that is gone runs nothing")
+
+
+def test_a_chain_that_is_announced_in_parts_is_one(daemon: Any, eventually: Any) -> None:
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link.announce([number.to_bytes(32, "big") for number in range(20_000)], 60.0, 5.0)
+    eventually(lambda: running.status()["swapper"]["returns"] == 1, "the daemon hears it")
+    assert running.status()["counters"]["return.announced"] == 1
+    link.close()

@@ -40,6 +40,7 @@ def brings(params: Any = None, *hints: Any) -> tuple[Wishes, list[str]]:
         ({"pin": 600}, Wishes(pin=600)),
         ({"keep": 300, "priority": "high"}, Wishes(keep=300, priority="high")),
         ({"pin": 0.5, "remote_host": "x"}, Wishes(pin=0.5)),
+        ({"returns_in": 30}, Wishes(returns_in=30)),
         (["store"], Wishes()),  # a release that checks nothing
     ],
 )
@@ -59,6 +60,9 @@ def test_wishes_stand_in_kv_transfer_params(params: Any, wishes: Wishes) -> None
         ({"priority": ["high"]}, ["priority=['high']", "must be one of"]),
         ({"pin": 1e9}, ["pin=1000000000.0", "at most 3600"]),
         ({"pin": float("nan")}, ["pin=nan"]),
+        ({"returns_in": 0}, ["returns_in=0", "must be seconds, more than 0 and at most 3600"]),
+        ({"returns_in": "soon"}, ["returns_in='soon'", "must be seconds"]),
+        ({"return_in": 30}, ["'return_in' is not known", "did you mean 'returns_in'?"]),
         ({"stores": False}, ["'stores' is not known", "did you mean 'store'?"]),
         ({7: 1, "pinn": 5}, ["'pinn' is not known", "did you mean 'pin'?"]),
     ],
@@ -235,6 +239,17 @@ def test_what_is_to_be_demoted_moves_down_when_it_is_stored(driver: Any, wishing
     driver.side.stores_done({"a"})
     [(keys, tier)] = driver.link.demoted
     assert (len(keys), tier) == (2, "disk")
+
+
+def test_what_returns_is_announced_when_it_is_stored_beside_its_other_wishes(driver: Any, wishing: Any) -> None:
+    request = wishing("a", 2 * CHUNK, {"returns_in": 30}, hint("demote"))
+    run(driver, request, 2)
+    keys = driver.side._chunks.object_keys(driver.side._requests["a"].chunk_keys)
+    driver.side.finished(request, [0, 1, 2, 3])
+    assert not driver.link.announced
+    driver.side.stores_done({"a"})
+    assert driver.link.announced == [(keys, 30, afterwards._RETURN_HOLD_S)]
+    assert driver.link.demoted == [(keys, "disk")]
 
 
 def test_what_is_to_be_prefetched_is_raised_before_its_turn(driver: Any, wishing: Any) -> None:

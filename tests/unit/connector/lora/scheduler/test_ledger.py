@@ -53,6 +53,14 @@ class Ledger(RuleBasedStateMachine):
         self.pinned.discard(adapter)
         return self.holders.pop(adapter, set())
 
+    @rule(adapter=adapters)
+    def give(self, adapter: str) -> None:
+        spare = self.ledger.spare(self.costs[adapter])
+        assert spare is (self.fits(adapter, []) and self.head is None)
+        if spare and adapter not in self.holders:
+            self.ledger.give(adapter, self.costs[adapter])
+            self.holders[adapter] = set()
+
     @rule(request=requests, adapter=adapters)
     def ask(self, request: str, adapter: str) -> None:
         held = request in self.holders.get(adapter, ())

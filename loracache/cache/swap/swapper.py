@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings into memory what will be asked for, and makes room before it is asked for; in small steps, bounded in bytes.
+
+FASTLIBRA's swapper (Zhang et al., arXiv:2505.03756): every 100 ms, victims leave a full pool, and a pool that is less
+than 70 % full takes in the roots that are worth most. Here it never evicts for what it brings on its own account,
+which goes behind what somebody waits for; a chain that was announced (returns.py) is brought like one that is asked
+for. It is of no policy: who leaves is the policy's choice.
+
+Threading: the cache's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from loracache.backoff import Backoff
+from loracache.cache.state.counters import Counters
+from loracache.cache.state.index import Index, Node
+from loracache.cache.swap.candidates import Candidates
+from loracache.cache.swap.pace import Pace
+from loracache.results import Cause
+from loracache.tiers import Tier
+
+__all__ = ["STEP_S", "Memory", "SwapSettings", "Swapper"]
+
+STEP_S = 0.1
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_LOOKS = 256  # at prefetched objects in a step, for those that were used
+_AT_ONCE = 128  # objects begun in a step: a fraction of a millisecond each
+
+
+@dataclass(frozen=True, slots=True)
+class SwapSettings:
+    """on: whether anything is done unasked. mark: the share of memory up to which absent roots are brought; free: the
+    share that is kept free for what comes next. bandwidth: bytes a second; in_flight: bytes."""
+
+    on: bool = False
+    mark: float = 0.7
+    free: float = 0.01
+    bandwidth: int = 200_000_000
+    in_flight: int = 16 << 20
+
+
+class Memory(Protocol):
+    """What is swapped into. Sizes in bytes."""
+
+    @property
+    def size(self) -> int:
+        """Of all."""
+
+    @property
+    def free_bytes(self) -> int:
+        """Of them, taken by nobody."""
+
+    def rounded(self, nbytes: int) -> int:
+        """What an object of that size takes."""
+
+
+class Swapper:
+    """load(node, done) raises an object into free room and says how that went; evict(nbytes, over) has the policy's
+    victims go until so many bytes are free, as far as that goes, and says when it is over; quiet() says whether nobody
+    waits for what these would hold up. clock(): seconds."""
+
+    def __init__(
+        self,
+        index: Index,
+        memory: Memory,
+        counters: Counters,
+        settings: SwapSettings,
+        *,
+        load: Callable[[Node, Callable[[Cause], None]], None],
+        evict: Callable[[int, Callable[[], None]], None],
+        quiet: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.pace = Pace(settings.bandwidth, settings.in_flight, clock)
+        self.candidates = Candidates()
+        self._memory = memory
+        self._counters = counters
+        self._load = load
+        self._evict = evict
+        self._quiet = quiet
+        self._clock = clock
+        self.loading = 0  # objects
+        self._evicting = False
+        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+        self._paused_until = float("-inf")
+        self._unused: OrderedDict[Node, int] = OrderedDict()  # brought, not used yet -> its tick when it came
+        self._bringing = False
+        told = index.on_change
+
+        def changed(node: Node, tier: Tier, entered: bool, cause: str) -> None:
+            told(node, tier, entered, cause)
+            self._changed(node, tier, entered)
+
+        index.on_change = changed
+
+    def step(self) -> None:
+        """What is due, every STEP_S seconds."""
+        self._look_for_used()
+        if self.settings.on:
+            self._free_ahead()
+            self._bring()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it waits because a load failed."""
+        return self._clock() < self._paused_until
+
+    def brought(self, node: Node) -> None:
+        """An object has been raised ahead of its use."""
+        self._pauses.reset()
+        self._counters.add("prefetch.objects")
+        self._counters.add("prefetch.bytes", node.size)
+        self._unused[node] = node.tick
+
+    def failed(self, cause: Cause) -> None:
+        """A load that it began did not end well: count it, and leave the tier alone for longer each time."""
+        self._counters.add("prefetch.failed")
+        if cause not in (Cause.MEMORY_FULL, Cause.ABSENT):
+            self._paused_until = self._clock() + self._pauses.next()
+
+    def describe(self) -> dict[str, object]:
+        """For `loracache status`."""
+        return {
+            "on": self.settings.on,
+            "paused": self.paused,
+            "candidates": len(self.candidates),
+            "in_flight_bytes": self.pace.in_flight,
+            "unused_objects": len(self._unused),
+        }
+
+    # -- inside ----------
+
+    def _changed(self, node: Node, tier: Tier, entered: bool) -> None:
+        if self.settings.on:
+            self.candidates.changed(node, tier, entered)
+        if tier is Tier.CPU and not entered and (came := self._unused.pop(node, None)) is not None:
+            self._counters.add("prefetch.wasted" if node.tick == came else "prefetch.used")
+
+    def _free_ahead(self) -> None:
+        """So that a store finds room without a choice."""
+        wanted = int(self._memory.size * self.settings.free)
+        if self._memory.free_bytes < wanted and not self._evicting:
+            self._evicting = True
+            self._evict(wanted, self._evicted)
+
+    def _evicted(self) -> None:
+        self._evicting = False
+
+    def _bring(self) -> None:
+        """Begin what may begin."""
+        if self._bringing or not self._quiet():
+            return
+        self._bringing = True  # a load may end while it begins
+        for _ in range(_AT_ONCE):
+            node = self.candidates.best()
+            if node is None or self.paused:
+                break
+            takes = self._memory.rounded(node.size)
+            used = self._memory.size - self._memory.free_bytes
+            if used + takes > self._memory.size * self.settings.mark or not self.pace.allows(takes):
+                break
+            self.candidates.discard(node)
+            self._begin(node, takes)
+        self._bringing = False
+
+    def _begin(self, node: Node, takes: int) -> None:
+        self.pace.begin(takes)
+        self.loading += 1
+
+        def done(cause: Cause) -> None:
+            self.pace.end(takes)
+            self.loading -= 1
+            if cause is Cause.NONE:
+                self.brought(node)
+                self._bring()
+            else:
+                self.failed(cause)
+
+        self._load(node, done)
+
+    def _look_for_used(self) -> None:
+        for _ in range(min(_LOOKS, len(self._unused))):
+            node, came = self._unused.popitem(last=False)
+            if node.tick == came:
+                self._unused[node] = came
+            else:
+                self._counters.add("prefetch.used")

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's swapper: fitted to its cache, and what engines tell of their requests.
+
+Threading: the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from loracache.cache.state.leases import Grip
+from loracache.cache.swap.demand import Demand
+from loracache.cache.swap.returns import Returns
+from loracache.cache.swap.swapper import STEP_S, Swapper, SwapSettings
+from loracache.cache.tiered import TieredCache
+from loracache.config import Config
+from loracache.keys import KEY_BYTES
+from loracache.results import Cause
+from loracache.tiers import Tier
+from loracache.wire.protocol import Report, join_keys, split_keys
+
+__all__ = ["Swapping"]
+
+_HOT = 32  # adapters that an engine is told of
+_MOST_ARRIVALS = 4096 * KEY_BYTES  # of one report
+_OWNER = -1  # of the leases on what was announced; connections count from 1
+
+
+class Swapping:
+    """Of one daemon. clock(): seconds."""
+
+    def __init__(self, cache: TieredCache, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        self._cache = cache
+        self.demand = Demand(clock)
+        self.swapper = Swapper(
+            cache.index,
+            cache.arena,
+            cache.counters,
+            SwapSettings(on=True, bandwidth=config.swapper) if config.swapper else SwapSettings(),
+            load=cache.ahead.load,
+            evict=cache.ahead.evict,
+            quiet=self._quiet,
+            clock=clock,
+        )
+        self.returns = Returns(cache.index, cache.counters, self.swapper, self._raise, clock)
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            await asyncio.sleep(STEP_S)
+            self.step()
+
+    def step(self) -> None:
+        """What is due now."""
+        self._cache.expect(self.demand.batch())
+        self.returns.step()
+        self.swapper.step()
+
+    def announce(self, name: bytes, keys: Sequence[bytes], seconds: float, hold: float) -> None:
+        """See Returns.announce."""
+        self.returns.announce(name, keys, seconds, hold)
+
+    def take_report(self, engine: int, report: Report) -> list[Any]:
+        """What an engine says of its requests; answers the keys of adapters that it may want on its own pages."""
+        if report.running < 0:
+            return []
+        self.demand.report(engine, report.running, report.waiting, split_keys(report.adapters[:_MOST_ARRIVALS]))
+        in_memory = (node for node in map(self._cache.index.get, self.demand.hottest(_HOT)) if node is not None)
+        return [join_keys([node.key for node in in_memory if node.held_in(Tier.CPU)])]
+
+    def describe(self) -> dict[str, Any]:
+        """For `loracache status`."""
+        return self.swapper.describe() | {
+            "returns": len(self.returns),
+            "batch": round(self.demand.batch(), 2),
+            "waiting": self.demand.waiting,
+        }
+
+    def _quiet(self) -> bool:
+        """Whether the disk has nothing to do for anybody: no load that was asked for, no queued write."""
+        cache = self._cache
+        if cache.disk is None or not cache.disk.io.available:
+            return False
+        return cache.loading <= self.swapper.loading and not any(writer.depth for writer in cache.writers)
+
+    def _raise(self, name: bytes, key: bytes, ttl: float, done: Callable[[Cause], None]) -> None:
+        """One object, from wherever it is, held loosely under `name`."""
+        cache = self._cache
+        node = cache.index.get(key)
+        over = cache.ahead.keeping_parent(node, done) if node is not None else done
+        cache.acquire(_OWNER, name, [key], ttl, lambda acquired: over(acquired[0].cause), Grip.LOOSE)
