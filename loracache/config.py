@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -27,11 +28,12 @@ from pydantic import (
 )
 
 from loracache.errors import ConfigError
+from loracache.keys import is_digest, salt_digest
 from loracache.logs import LogFormat
 
 __all__ = [
-    "ENVIRONMENT", "Config", "PolicyName", "holds_password", "http_address", "load_config", "on_loopback", "parse_size",
-    "shown_config",
+    "ENVIRONMENT", "Config", "PolicyName", "QuotaSetting", "holds_password", "http_address", "load_config",
+    "on_loopback", "parse_size", "shown_config",
 ]  # fmt: skip
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -95,6 +97,48 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 PolicyName = Literal["lru", "s3fifo", "sieve", "gdsf", "cost", "adaptive"]
 
 
+class QuotaSetting(BaseModel):
+    """A quota from the start: of a tenant (the digest of its salt, or given by `salt`), an adapter (its digest) or a
+    model (a name or an identity); "*": of all that have none of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    tier: Literal["cpu", "disk"]
+    tenant: str | None = None
+    adapter: str | None = None
+    model: str | None = None
+    soft: Size = 0
+    hard: Size | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _salt(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "salt" in values:
+            if "tenant" in values or not isinstance(values["salt"], str) or not values["salt"]:
+                raise ValueError("salt is a tenant's cache_salt, given in the place of tenant")
+            values = {name: value for name, value in values.items() if name != "salt"} | {
+                "tenant": salt_digest(values["salt"])
+            }
+        return values
+
+    @model_validator(mode="after")
+    def _one(self) -> QuotaSetting:
+        self.subject  # noqa: B018 - raises
+        return self
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        """(kind, name). Raises ValueError."""
+        given = {"tenant": self.tenant, "adapter": self.adapter, "model": self.model}
+        found = [(kind, name) for kind, name in given.items() if name]
+        if len(found) != 1:
+            raise ValueError("a quota is of one: give tenant (or salt), adapter or model")
+        kind, name = found[0]
+        if kind != "model" and name != "*" and not is_digest(name):
+            raise ValueError(f"{kind}={name!r:.80} is not a digest of 64 hexadecimal digits; a name is no digest")
+        return kind, name
+
+
 class Config(BaseModel):
     """The daemon's settings. Sizes are bytes, or strings like "4GiB"; times are seconds."""
 
@@ -139,6 +183,8 @@ class Config(BaseModel):
     admission: Literal["all", "second_touch", "adaptive"] = Field(
         "all", description="What is written to disk and Redis: all, what was asked for twice, or is likely to be."
     )
+    keep_share: float = Field(0.25, ge=0, le=1, description="Of memory, what requests of one tenant may have kept.")
+    quotas: tuple[QuotaSetting, ...] = Field((), description="Quotas of tenants, adapters and models.")
     record: Path | None = Field(
         None, description="File of a trace of what is asked, for `loracache simulate`; without it nothing is recorded."
     )
@@ -171,6 +217,18 @@ class Config(BaseModel):
                 if not isinstance(name, str) or not _HOST_OF_HEADER.fullmatch(name):
                     raise ValueError(f"{name!r} is not a name that a Host header has; write NAME or NAME:PORT")
         return names
+
+    @field_validator("quotas", mode="before")
+    @classmethod
+    def _quotas(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(
+                'is not JSON; write a list like [{"tenant": "*", "tier": "cpu", "soft": "1GiB"}]'
+            ) from None
 
     @field_validator("traces")
     @classmethod

@@ -23,6 +23,7 @@ class Cause(enum.StrEnum):
     NO_PARENT = "no_parent"  # what it depends on is not there
     TOO_LARGE = "too_large"  # larger than the arena, or empty
     FULL = "full"  # no room, and nothing that may leave
+    OVER_QUOTA = "over_quota"  # beyond a hard quota
     LEASE_LOST = "lease_lost"  # the lease ended before its holder was done
 
     # Of a lookup or a load
@@ -79,6 +80,8 @@ class Departure(enum.StrEnum):
     POLICY = "policy"  # room was needed, and the tier's policy chose it
     POLICY_ONCE = "policy.came_once"  # from among those that came once
     POLICY_AGAIN = "policy.came_again"  # from among those that came again
+    OVER_QUOTA = "over_quota"  # the same, and its owners were above their shares
+    KEPT = "kept"  # the same, and a request had asked to keep it: nothing else could go
     AHEAD = "ahead"  # the swapper keeps a little room free, and the tier's policy chose it
     MEMORY_FULL = "memory_full"  # the arena is full of what waits to be written, and this waited longest
     BUDGET = "budget"  # Redis has more than `redis_max_bytes`

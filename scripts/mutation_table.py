@@ -272,8 +272,8 @@ CACHE = [
     Mutation(
         "making room for a child does not take its parent",
         "loracache/cache/reserving.py",
-        "yield from self._make_room(size, protected, promised)",
-        "yield from self._make_room(size, set(), promised)",
+        "yield from self._make_room(size, protected, promised, info)",
+        "yield from self._make_room(size, set(), promised, info)",
         _VICTIMS,
     ),
     Mutation(

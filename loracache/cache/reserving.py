@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from loracache.cache.policy.limits import Quotas
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
@@ -22,8 +23,9 @@ __all__ = ["Reserver"]
 
 
 class Reserver:
-    """Reserves. make_room(nbytes, protected, promised) returns whether the arena has that much free now; held(node)
-    says whether an object need not be stored again; queue_again(node) has one that exists written where it is not."""
+    """Reserves. make_room(nbytes, protected, promised, info) returns whether the arena has that much free now;
+    held(node) says whether an object need not be stored again; queue_again(node) has one that exists written where it
+    is not."""
 
     def __init__(
         self,
@@ -31,7 +33,8 @@ class Reserver:
         index: Index,
         leases: Leases,
         counters: Counters,
-        make_room: Callable[[int, set[Node], bool], Generator[None, None, bool]],
+        make_room: Callable[[int, set[Node], bool, ObjectInfo], Generator[None, None, bool]],
+        quotas: Quotas,
         held: Callable[[Node], bool],
         queue_again: Callable[[Node], None],
     ) -> None:
@@ -40,6 +43,7 @@ class Reserver:
         self._leases = leases
         self._counters = counters
         self._make_room = make_room
+        self._quotas = quotas
         self._held = held
         self._queue_again = queue_again
 
@@ -75,12 +79,15 @@ class Reserver:
         for info in infos:
             cause = self._refused(info, fresh)
             size = self._arena.rounded(info.size)
+            if not cause and self._quotas.refuses(Tier.CPU, info, size):
+                cause = Cause.OVER_QUOTA
             if not cause and self._arena.free_bytes < size:
                 self._keep_reserved(reserving)  # others may come in between
-                cause = Cause.NONE if (yield from self._make_room(size, protected, promised)) else Cause.FULL
+                cause = Cause.NONE if (yield from self._make_room(size, protected, promised, info)) else Cause.FULL
                 cause = self._refused(info, fresh) or cause
             if not cause and (extents := self._arena.allocate(info.size)) is not None:
-                answers.append(fresh.setdefault(info.key, Writing(info, extents, promised)))
+                settle = self._quotas.charge(Tier.CPU, info, size)
+                answers.append(fresh.setdefault(info.key, Writing(info, extents, promised, settle)))
                 continue
             cause = cause or Cause.FULL
             if cause is Cause.EXISTS:

@@ -17,6 +17,8 @@ from loracache.cache.ahead import Ahead
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.policy.benefit import Benefit
+from loracache.cache.policy.keeps import Keeps
+from loracache.cache.policy.limits import Quotas
 from loracache.cache.reserving import Reserver
 from loracache.cache.room import Room
 from loracache.cache.state.arena import Arena
@@ -66,33 +68,33 @@ class TieredCache:
         policy: str = "lru",
         disk_policy: str | None = None,
         admission: str = "all",
+        keep_share: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.arena = arena
         self.counters = Counters()
         self._policies: dict[Tier, Policy] = {}
         self.index = Index(lambda tier, node: self._policies[tier].offer(node), arena.free)
-        self.index.on_used = lambda tier, node, before: self._policies[tier].used(node, before)
-        self.index.on_left = lambda tier, node: self._policies[tier].withdraw(node)
-        self.index.on_gone = lambda tier, node: self._policies[tier].gone(node)
         self._slices = slices = Slices(post)
+        self.quotas = Quotas(self.index, self._policies, slices)
         self.leases = Leases(arena, self.index, slices, clock)
         self.events = Events()
         self.index.on_change = self.events.changed
         self.pins = Pins(self.index, self.events, clock)
+        self.keeps = Keeps(self.index, self.quotas, self.counters, int(arena.size * keep_share), clock)
         self.writers: list[WriteBehind] = []
-        # Keys that operations raise only to pass through, how many each, and those that they take out of a tier now.
-        self.passing: Counter[bytes] = Counter()
-        self.leaving: set[bytes] = set()
+        self.passing: Counter[bytes] = Counter()  # that operations raise only to pass through, how many each
+        self.leaving: set[bytes] = set()  # that they take out of a tier now
         self._benefit = Benefit(self.counters, clock, always=admission == "all")
         self._admission = ADMISSIONS[admission](lambda: max(self.index.objects), self._memory_room, self._lower_room)
         self.admitter = Admitter(self._admission, self._benefit, self.counters, self._moves)
         evict, below = self._evict_from_arena, self._in_lower_tier
         self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
-        promise = self.admitter.promise
-        self._reserver = Reserver(arena, self.index, self.leases, self.counters, self._room.make, self._held, promise)
-        self._promoter = Promoter(arena, self.index, self.counters, slices, self._room.make, self._arrived, self._lost)
-        self._policies[Tier.CPU] = POLICIES[policy](self.index, Tier.CPU, lambda node: arena.rounded(node.size))
+        reserving = self._room.make, self.quotas, self._held, self.admitter.promise
+        self._reserver = Reserver(arena, self.index, self.leases, self.counters, *reserving)
+        loading = self._room.make_for_load, self.quotas, self._arrived, self._lost
+        self._promoter = Promoter(arena, self.index, self.counters, slices, *loading)
+        self.quotas.add(Tier.CPU, POLICIES[policy], lambda node: arena.rounded(node.size), arena.size)
         self.disk: DiskTier | None = None
         self.redis: WriteBehind | None = None
         self.flushes = Flushes()
@@ -106,11 +108,10 @@ class TieredCache:
         self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
 
     def _add_disk(self, disk: StorageBackend, limit: int, policy: str, post: Post, slices: Slices) -> None:
-        chooser = POLICIES[policy](self.index, Tier.DISK, lambda node: disk.footprint(node.stored or node.size))
-        self._policies[Tier.DISK] = chooser
+        self.quotas.add(Tier.DISK, POLICIES[policy], lambda node: disk.footprint(node.stored or node.size), limit)
         io = TierIO(Tier.DISK, disk, post, self.counters, self.events)
-        arena, written = self.arena, self._written
-        self.disk = DiskTier(io, arena, self.index, self.counters, slices, self.flushes, chooser, limit, written)
+        having = self._policies, self.quotas, limit, self._written
+        self.disk = DiskTier(io, self.arena, self.index, self.counters, slices, self.flushes, *having)
         self.writers.append(self.disk.writer)
         self.admitter.disk = self.disk
 
@@ -134,6 +135,7 @@ class TieredCache:
             policy.asked(keys)
         cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
         found = self.index.leading(keys, tiers)
+        self.keeps.used(found)
         self._admission.asked(keys, found)
         return [cpu if node.present & in_cpu else disk for node in found]
 
@@ -329,9 +331,8 @@ class TieredCache:
     def tick(self) -> None:
         """End what is over: leases and pins past their time."""
         self.counters.add("lease.expired", self.leases.expire())
-        self.pins.tick()
-        self.index.shrink()
-        self._benefit.tick()
+        for tick in (self.pins.tick, self.keeps.tick, self.index.shrink, self._benefit.tick):
+            tick()
         self._slices.run(self._admission.work())
         if self.disk is not None:
             self.disk.tick()
@@ -396,5 +397,4 @@ class TieredCache:
     def audit(self) -> list[str]:
         """What is wrong with the arena's accounting, in words; empty where every page is held exactly once or free."""
         held = [extent for node in self.index for extent in (*node.extents, *node.condemned)]
-        held += self.leases.held_extents()
-        return self.arena.audit(held)
+        return self.arena.audit(held + self.leases.held_extents())

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from loracache import __version__
-from loracache.cli import adapters, check, jobs, objects, simulate, tokens, top
+from loracache.cli import adapters, check, jobs, objects, quota, simulate, tokens, top
 from loracache.cli.common import (
     EXIT_CODES,
     PARTLY,
@@ -61,6 +61,7 @@ VERBS = (
 
 app.add_typer(adapters.app, name="adapters", rich_help_panel=_MANAGE)
 app.add_typer(jobs.app, name="operations", rich_help_panel=_MANAGE)
+app.add_typer(quota.app, name="quota", rich_help_panel=_MANAGE)
 app.add_typer(tokens.app, name="tokens", rich_help_panel=_MANAGE)
 
 

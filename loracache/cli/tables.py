@@ -14,8 +14,8 @@ from loracache.client.answers import Adapter
 from loracache.tiers import tier_state
 
 __all__ = [
-    "causes_text", "on_terminal", "print_adapter", "print_adapters", "print_status", "print_table", "print_values",
-    "shown", "size_text", "time_text",
+    "causes_text", "on_terminal", "print_adapter", "print_adapters", "print_quotas", "print_status", "print_table",
+    "print_values", "shown", "size_text", "time_text",
 ]  # fmt: skip
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -131,6 +131,24 @@ def print_adapter(adapter: Adapter) -> None:
         sys.stdout.write(f"KV       {objects} objects, {size_text(nbytes)} in {tier}\n")
     if adapter.config:
         sys.stdout.write(f"{adapter.config}\n")
+
+
+def print_quotas(quotas: Iterable[dict[str, Any]]) -> None:
+    """`loracache quota list` on standard output."""
+    rows = (
+        (
+            each["kind"],
+            ", ".join(each["names"]) or each["name"],
+            each["tier"],
+            size_text(each["soft"]),
+            size_text(each["hard"]) if each["hard"] is not None else "-",
+            size_text(each["bytes"]) if each["name"] != "*" else "-",
+            each["refused"],
+            each["evicted"],
+        )
+        for each in quotas
+    )
+    print_table(["of", "name", "tier", ">share", ">limit", ">used", ">refused", ">evicted"], rows)
 
 
 def _draw(names: Sequence[str], right: Sequence[bool], rows: Iterable[Sequence[str]]) -> None:

@@ -269,6 +269,25 @@ class ControlCalls:
         last, lost, *found = self._ask(messages.EventList("", "", since, count, wait), wait + _ANSWER_S)
         return last, lost, found
 
+    def set_quota(
+        self, kind: str, name: str, *, tier: str = "cpu", soft: int = 0, hard: int | None = None
+    ) -> dict[str, Any]:
+        """Give a tenant (kind "tenant", by the digest of its salt: `keys.salt_digest`), an "adapter" (name or digest)
+        or a "model" a quota in bytes of a tier, in the place of an earlier one; name "*": all that have none of their
+        own. soft: what nobody else pushes it below; hard: beyond it stores are refused. Answers it with what is used.
+        """
+        (found,) = self._ask(messages.QuotaSet("", "", kind, name, tier, soft, -1 if hard is None else hard))
+        return dict(found)
+
+    def remove_quota(self, kind: str, name: str, *, tier: str = "cpu") -> bool:
+        """End a quota; whether there was one."""
+        (there,) = self._ask(messages.QuotaRemove("", "", kind, name, tier))
+        return bool(there)
+
+    def quotas(self) -> list[dict[str, Any]]:
+        """All quotas, each with the bytes used and the objects refused and evicted."""
+        return [dict(row) for row in self._ask(messages.QuotaList("", ""))]
+
     def config(self) -> dict[str, Any]:
         """The daemon's settings; of secrets only whether they are set."""
         (settings,) = self._ask(messages.ConfigShow())

@@ -20,6 +20,7 @@ from loracache.wire.protocol import (
     AdapterDigest,
     AdapterFind,
     Commit,
+    Keep,
     Lookup,
     Prefetch,
     Register,
@@ -34,7 +35,7 @@ from loracache.wire.protocol import (
 
 __all__ = [
     "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd", "AdapterDigest",
-    "AdapterFind", "Commit", "EventList", "Lookup", "Move", "Pin", "Prefetch", "Register", "Release", "Report",
+    "AdapterFind", "Commit", "EventList", "Keep", "Lookup", "Move", "Pin", "Prefetch", "Register", "Release", "Report",
     "Request", "Reserve", "Resident", "join_keys", "lookup_parts", "split_keys",
 ]  # fmt: skip
 

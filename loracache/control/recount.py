@@ -9,6 +9,7 @@ moment in which the end is reached, however busy the cache is. Threading: the ca
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ class Recount:
         self._index = cache.index
         self._sums = {tier: _Sum() for tier in _COUNTED}
         self._states = _States()
+        self._taken: Counter[tuple[bytes, Tier]] = Counter()  # of each namespace
         self._place = (b"", b"")  # (namespace, key) of the object counted last
         self._here = sum(1 << tier for tier in _COUNTED if tier in cache.tiers)
         self._writers = {writer.io.tier: writer for writer in cache.writers}
@@ -74,6 +76,8 @@ class Recount:
         finally:
             self._index.on_change = told
         # Here nobody was let in since the last object was counted.
+        if self._cache.quotas.given and rewritten == self._rewritten():
+            self._look_at_quotas()
         return {
             "checked": self._states.checked,
             "faults": self._states.faults,
@@ -116,7 +120,19 @@ class Recount:
         total = self._sums[tier]
         total.objects += sign
         total.nbytes += sign * node.size
-        total.cost += sign * self._cost(node, tier)
+        cost = sign * self._cost(node, tier)
+        total.cost += cost
+        self._taken[node.namespace, tier] += cost
+
+    def _look_at_quotas(self) -> None:
+        """What each namespace takes, as it was counted, and what its owners are said to."""
+        for namespace, space in self._index.spaces.items():
+            for tier in _COUNTED:
+                if space.taken[tier] != self._taken[namespace, tier]:
+                    said, counted = space.taken[tier], self._taken[namespace, tier]
+                    self._fault(namespace, f"a namespace said to take {said} bytes of {tier.label}, not {counted}")
+        for name, words in self._cache.quotas.audit():
+            self._fault(name, words)
 
     def _cost(self, node: Node, tier: Tier) -> int:
         if tier is Tier.CPU:

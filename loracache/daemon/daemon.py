@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from loracache.config import Config, shown_config
 from loracache.control.adapters import Adapters
 from loracache.control.audit import Audit
 from loracache.control.lookup import Finder
+from loracache.control.quotas import describe_quotas
 from loracache.control.service import Control
 from loracache.control.status import cache_status
 from loracache.daemon.lag import LoopLag
 from loracache.daemon.listening import listen, most_clients, unlink, unlink_unless_locked
-from loracache.daemon.parts import books, recorder, rest_process, tiers
+from loracache.daemon.parts import books, quotas, recorder, rest_process, tiers
 from loracache.daemon.processes import Peer
 from loracache.daemon.scanning import Scan
 from loracache.daemon.session import Served, Session
@@ -92,9 +94,8 @@ class Daemon:
         self._namespaces.reading = self.cache.disk is not None and self.cache.disk.io.standing.reads
         self._adapters = Adapters(self.cache, self._namespaces, self._names, self._post)
         finder = Finder(self.cache, config.redis_lookup_ms / 1000)
-        self._control = Control(
-            self.cache, self._namespaces, self._adapters, finder, audit, lambda: shown_config(config)
-        )
+        settings = partial(shown_config, config)
+        self._control = Control(self.cache, self._namespaces, self._adapters, finder, audit, settings)
         self._served = Served(
             self.cache,
             self._namespaces,
@@ -105,6 +106,7 @@ class Daemon:
             self._session_ended,
             self._rest_pid,
             Swapping(self.cache, config),
+            quotas(config, self.cache, self._namespaces, self._adapters, audit, self._stack),
             recording,
         )
         self._owners = itertools.count(1)
@@ -165,6 +167,7 @@ class Daemon:
             "loop": self._lag.describe(),
             "swapper": self._served.swapping.describe(),
         } | cache_status(self.cache)
+        said["quotas"] = describe_quotas(self.cache)
         said["adapters"][Tier.GPU.label] = len(+self._adapters.engines)
         return said
 

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 __all__ = ["DataRequest", "DataRequests"]
 
 DataRequest = (
-    protocol.Lookup | protocol.Acquire | protocol.Reserve | protocol.Commit | protocol.Release | protocol.Prefetch
+    protocol.Lookup
+    | protocol.Acquire
+    | protocol.Reserve
+    | protocol.Commit
+    | protocol.Release
+    | protocol.Prefetch
+    | protocol.Keep
 )
 _FOUND, _ACQUIRED, _BAD = 2048, 512, 64  # keys of a slice: what takes about a millisecond
 _UNANSWERED = 4096  # keys of one request that are waited for at a time
@@ -83,6 +89,12 @@ class DataRequests:
                 return self._release(number, request)
             case protocol.Prefetch():
                 return self._prefetch(number, request)
+            case protocol.Keep():
+                return self._keep(number, request)
+
+    def _keep(self, number: int, request: protocol.Keep) -> Iterator[None]:
+        yield from self._cache.keeps.wish(split_keys(request.keys), request.ttl, request.priority)
+        self._answer(number, OK, [])
 
     def forget(self, lease: bytes) -> None:
         """Its holder is done with a lease: what waits for a tier takes it no more."""

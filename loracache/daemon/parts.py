@@ -13,13 +13,16 @@ from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.tiered import TieredCache
 from loracache.config import Config
+from loracache.control.adapters import Adapters
+from loracache.control.audit import Audit
+from loracache.control.quotas import QuotaKeeper
 from loracache.daemon.recorder import Recorder
 from loracache.daemon.rest_process import RestProcess
-from loracache.errors import ConfigError
+from loracache.errors import ConfigError, UsageError
 from loracache.namespaces import Namespaces
 from loracache.storage_backends.base import StorageBackend
 
-__all__ = ["books", "recorder", "rest_process", "tiers"]
+__all__ = ["books", "quotas", "recorder", "rest_process", "tiers"]
 
 _log = logging.getLogger(__name__)
 _PRIVATE = "private "  # what the owner of a folder begins with that is an engine's own daemon
@@ -36,7 +39,7 @@ def tiers(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]], po
         disk=disk,
         disk_limit=config.disk,
         redis=redis,
-        **config.model_dump(include={"policy", "disk_policy", "admission"}),
+        **config.model_dump(include={"policy", "disk_policy", "admission", "keep_share"}),
     )
 
 
@@ -86,6 +89,26 @@ def books(config: Config) -> tuple[Namespaces, AdapterNames]:
             f"disk_path: {error.filename!r} cannot be used: {error.strerror}; remove what stands there, or give "
             "another folder"
         ) from None
+
+
+def quotas(
+    config: Config,
+    cache: TieredCache,
+    namespaces: Namespaces,
+    adapters: Adapters,
+    audit: Audit,
+    stack: contextlib.ExitStack,
+) -> QuotaKeeper:
+    """Quotas as they are configured, and were given since. Raises ConfigError, with `stack` closed, for one that cannot
+    be kept."""
+    folder = config.disk_path / "quotas" if config.disk_path is not None else None
+    keeper = QuotaKeeper(cache, namespaces, adapters, audit, folder, sync=config.disk_sync)
+    try:
+        keeper.begin((*each.subject, each.tier, each.soft, each.hard) for each in config.quotas)
+    except UsageError as error:
+        stack.close()
+        raise ConfigError(f"quotas: {error}") from None
+    return keeper
 
 
 def rest_process(config: Config, stack: contextlib.ExitStack) -> RestProcess | None:

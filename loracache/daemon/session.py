@@ -25,6 +25,7 @@ from loracache.daemon.inbox import PAUSE, Inbox
 from loracache.daemon.turns import Turns
 from loracache.errors import LoRACacheError, ProtocolError, Rejected, Unknown, UsageError
 from loracache.keys import KEY_BYTES
+from loracache.wire import control_messages as messages
 from loracache.wire import protocol
 from loracache.wire.frames import frame
 from loracache.wire.protocol import ERROR, OK, UNKNOWN, split_keys
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.adapters import Adapters
     from loracache.control.lookup import Finder
+    from loracache.control.quotas import QuotaKeeper
     from loracache.control.service import Control
     from loracache.daemon.processes import Peer
     from loracache.daemon.recorder import Recorder
@@ -71,6 +73,7 @@ class Served:
     ended: Callable[[Session], None]
     rest_pid: Callable[[], int | None]
     swapping: Swapping
+    quotas: QuotaKeeper
     recorder: Recorder | None = None
     turns: Turns = field(default_factory=Turns)
     registered: Counter[bytes] = field(default_factory=Counter)
@@ -241,6 +244,7 @@ class Session(asyncio.Protocol):
                 | protocol.Commit()
                 | protocol.Release()
                 | protocol.Prefetch()
+                | protocol.Keep()
             ):
                 return self._data.serve(number, request)
             case protocol.Renew():
@@ -271,6 +275,9 @@ class Session(asyncio.Protocol):
                 self._on_adapter_list(number, request)
             case protocol.AdapterRemove():
                 self._on_adapter_remove(number, request)
+            case messages.QuotaSet() | messages.QuotaRemove() | messages.QuotaList():
+                who, quota = self._asker(request)
+                self._later(number, self._served.quotas.serve(quota, who))
             case _:
                 who, asked = self._asker(request)
                 self._later(number, self._served.control.serve(asked, who))
@@ -316,6 +323,7 @@ class Session(asyncio.Protocol):
         if digest not in self._registered:
             self._registered.add(digest)
             self._served.registered[digest] += 1
+            self._cache.quotas.learned(digest)
         if namespace.adapter:
             self._cache.index.adapters.add(namespace.adapter_key())
         if digest in self._served.namespaces.unkept:

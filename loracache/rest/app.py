@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The application: health and statistics here; the other routes in objects.py, listings.py, adapters.py,
-dashboard.py and api_page.py.
+quotas.py, dashboard.py and api_page.py.
 
 Every route is one call of the daemon, or few; nothing is kept here.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from loracache import __version__
-from loracache.rest import adapters, api_page, dashboard, listings, objects
+from loracache.rest import adapters, api_page, dashboard, listings, objects, quotas
 from loracache.rest.limits import Limits
 from loracache.rest.link import DaemonLink
 from loracache.rest.metrics import render
@@ -55,6 +55,7 @@ def make_app(server: str, limits: Limits | None = None, uploads: Path | None = N
     objects.add_routes(app, link)
     listings.add_routes(app, link)
     adapters.add_routes(app, link, uploads or Path(tempfile.gettempdir()))
+    quotas.add_routes(app, link)
     dashboard.add_routes(app)
     api_page.add_routes(app)
     guard(app, limits or Limits())

@@ -23,7 +23,8 @@ _PAGE = "index.html"
 TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 _ASSETS = (
     "actions.js", "api.js", "chart.js", "details.js", "dom.js", "feed.js", "format.js", "history.js", "layout.css",
-    "main.js", "operations.js", "overview.js", "search.js", "signin.js", "style.css", "targets.js", "tree.js",
+    "main.js", "operations.js", "overview.js", "quotas.js", "search.js", "signin.js", "style.css", "targets.js",
+    "tree.js",
 )  # fmt: skip
 HEADERS = {
     # Adapters are named by users: were one of them ever taken for markup, nothing of it would run or load.

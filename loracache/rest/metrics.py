@@ -63,6 +63,7 @@ class _Status(Collector):
         yield self._evictions()
         yield from self._swapper()
         yield self._not_admitted()
+        yield from self._quotas()
         yield from self._lag()
 
     def _gauges(self) -> Iterable[Metric]:
@@ -119,6 +120,35 @@ class _Status(Collector):
             for reason, count in reasons.items():
                 family.add_metric([tier, reason], count)
         return family
+
+    def _quotas(self) -> Iterable[Metric]:
+        """Of those that have a quota of their own."""
+        named = ["kind", "name", "tier"]
+        used, soft, hard = (
+            GaugeMetricFamily(f"loracache_quota_{what}", about, labels=named)
+            for what, about in (
+                ("used_bytes", "Bytes of a tier that a tenant, an adapter or a model with a quota takes."),
+                ("soft_bytes", "Its share: nobody else's store pushes it below."),
+                ("hard_bytes", "Its limit, where it has one."),
+            )
+        )
+        refused, evicted = (
+            CounterMetricFamily(f"loracache_quota_{what}", about, labels=named)
+            for what, about in (
+                ("refused", "Objects that a limit kept out."),
+                ("evicted", "Objects of an owner with a quota that left for others."),
+            )
+        )
+        for each in self._status["quotas"]:
+            labels = [each["kind"], each["name"], each["tier"]]
+            soft.add_metric(labels, each["soft"])
+            if each["hard"] is not None:
+                hard.add_metric(labels, each["hard"])
+            if each["name"] != "*":  # whose sum says nothing of anybody
+                used.add_metric(labels, each["bytes"])
+                refused.add_metric(labels, each["refused"])
+                evicted.add_metric(labels, each["evicted"])
+        return used, soft, hard, refused, evicted
 
     def _swapper(self) -> Iterable[Metric]:
         """What is raised ahead of need, and what engines say of their requests."""

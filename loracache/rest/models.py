@@ -14,7 +14,7 @@ from loracache.wire.protocol import MAX_TTL_S
 __all__ = [
     "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flush",
     "Flushed", "Found", "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin",
-    "Selector", "TreeNode", "TreePage", "Unpin",
+    "Selector", "Strict", "TreeNode", "TreePage", "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -26,11 +26,13 @@ ALL_TIERS: tuple[Tier, ...] = ("cpu", "disk", "redis")
 _MOST_TOKENS = 1 << 20
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What a request's body keeps to: nothing unknown, nothing of another type."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Selector(_Strict):
+class Selector(Strict):
     """Which objects: `keys`; or an `adapter`; or of a `model` (with an `adapter` of it, where one is given) the KV of
     `tokens` or all of it; or all of a tenant, by its `salt`.
     """
@@ -74,7 +76,7 @@ class Selector(_Strict):
         return fields
 
 
-class _Selecting(_Strict):
+class _Selecting(Strict):
     selector: Selector
 
 
@@ -130,7 +132,7 @@ class Compress(_Selecting):
     tier: StoredTier = "disk"
 
 
-class Clear(_Strict):
+class Clear(Strict):
     """Remove everything that is not leased, pinned or named."""
 
     tiers: list[Tier] = Field(list(ALL_TIERS), min_length=1, max_length=3, description="From where.")

@@ -16,7 +16,8 @@ from loracache.wire.protocol import Request
 __all__ = [
     "Admit", "Cancel", "Clear", "Compress", "ConfigShow", "Decompress", "EventList", "Evict", "IndexCheck", "Locate",
     "LocateChain", "Move",
-    "ObjectList", "OperationList", "OperationShow", "Pin", "SpaceList", "Tree", "Unpin",
+    "ObjectList", "OperationList", "OperationShow", "Pin", "QuotaList", "QuotaRemove", "QuotaSet", "SpaceList", "Tree",
+    "Unpin",
 ]  # fmt: skip
 
 
@@ -203,6 +204,38 @@ class EventList(_ControlRequest):
     count: int
     wait: float
     """Seconds at most, where there is none yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaSet(_ControlRequest):
+    """Give a tenant, an adapter or a model a quota in a tier, in the place of an earlier one. -> [a map]"""
+
+    operation: ClassVar[str] = "quota_set"
+    kind: str
+    name: str
+    """A salt's digest, an adapter's name or digest, a model's name or identity; "*": all that have none."""
+    tier: str
+    soft: int
+    """Bytes that nobody else pushes it below."""
+    hard: int
+    """Bytes beyond which its stores are refused; -1: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaRemove(_ControlRequest):
+    """End a quota. -> [there was one]"""
+
+    operation: ClassVar[str] = "quota_remove"
+    kind: str
+    name: str
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaList(_ControlRequest):
+    """All quotas, and what is used of them; of a tenant that asks, its own. -> [a map, ...]"""
+
+    operation: ClassVar[str] = "quotas"
 
 
 @dataclass(frozen=True, slots=True)

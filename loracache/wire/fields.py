@@ -19,6 +19,7 @@ MAX_WAIT_S = 600.0
 _MAX_TEXT = 64 << 10
 _MAX_SHORT = 300
 _MAX_TEXTS = 1000
+_OWNERS = ("tenant", "adapter", "model")  # who may have a quota
 _COUNTER = re.compile(r"[a-z0-9_.]{1,64}")
 
 
@@ -122,19 +123,23 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "delay": _ttl,
     "descriptor": _text,
     "group": _group,
+    "hard": lambda value: "" if is_int(value) and -1 <= value < 2**63 else "must be bytes, or -1 for none",  # type: ignore[operator]
     "keep": lambda value: "" if isinstance(value, bool) else "must be true or false",
     "keys": _keys,
+    "kind": lambda value: "" if value in _OWNERS else "must be tenant, adapter or model",
     "lease": _lease,
     "name": _text,
     "names": _texts,
     "namespace": lambda value: "" if isinstance(value, bytes) and len(value) == KEY_BYTES else "must be 32 bytes",
     "parents": _keys,
     "path": _text,
+    "priority": lambda value: "" if value in ("", "low", "normal", "high") else "must be low, normal or high",
     "running": _requests,
     "scope": _salt,
     "selector": _selector,
     "since": lambda value: "" if is_int(value) and 0 <= value < 2**63 else "must be an integer of 63 bits",  # type: ignore[operator]
     "sizes": _unsigned,
+    "soft": lambda value: "" if is_int(value) and 0 <= value < 2**63 else "must be bytes",  # type: ignore[operator]
     "source": _text,
     "tier": _text,
     "tiers": _texts,

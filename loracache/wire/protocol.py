@@ -25,7 +25,7 @@ from loracache.wire.frames import frame
 __all__ = [
     "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
     "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
-    "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Lookup", "Prefetch", "Register", "Release", "Renew",
+    "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup", "Prefetch", "Register", "Release", "Renew",
     "Report", "Request", "Reserve", "Resident", "Status", "fault", "join_keys", "shown", "split_keys",
 ]  # fmt: skip
 
@@ -245,6 +245,18 @@ class Reserve(Request):
     wait: float = 0.0
     """Seconds that it may take for room, where the writer waits rather than have a queued write given up; 0: at once,
     and the oldest queued writes make room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep(Request):
+    """Keep objects for a time since their last use, as far as their tenant may, and give them a priority. -> []"""
+
+    operation: ClassVar[str] = "keep"
+    keys: bytes
+    ttl: float
+    """Seconds; 0: not at all."""
+    priority: str = ""
+    """low, normal or high; "": as it is."""
 
 
 @dataclass(frozen=True, slots=True)

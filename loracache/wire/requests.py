@@ -13,7 +13,7 @@ from loracache.errors import ProtocolError
 from loracache.wire import control_messages, protocol
 from loracache.wire.fields import is_int
 
-__all__ = ["OPERATIONS", "AnyRequest", "ControlRequest", "DataRequest", "decode_request"]
+__all__ = ["OPERATIONS", "AnyRequest", "ControlRequest", "DataRequest", "QuotaRequest", "decode_request"]
 
 DataRequest = (
     protocol.Lookup
@@ -23,6 +23,7 @@ DataRequest = (
     | protocol.Release
     | protocol.Renew
     | protocol.Prefetch
+    | protocol.Keep
     | protocol.Abort
     | protocol.Flush
     | protocol.Report
@@ -58,7 +59,8 @@ ControlRequest = (
     | control_messages.ConfigShow
     | control_messages.IndexCheck
 )
-AnyRequest = DataRequest | ControlRequest
+QuotaRequest = control_messages.QuotaSet | control_messages.QuotaRemove | control_messages.QuotaList
+AnyRequest = DataRequest | ControlRequest | QuotaRequest
 
 OPERATIONS: dict[str, type[AnyRequest]] = {cls.operation: cls for cls in get_args(AnyRequest)}
 

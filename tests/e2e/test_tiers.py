@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loracache.keys import Namespace
+from loracache.keys import Namespace, salt_digest
 
 CHUNK = 128
 
@@ -158,6 +158,34 @@ def test_an_orchestrators_hints_become_the_daemons_verbs(
         assert in_memory() == {"pin", "retain", "briefly", "none"}
         client.clear(tiers=("cpu",))
         assert in_memory() == {"pin", "retain"}
+
+
+def test_what_a_request_asks_to_keep_outlasts_others_under_pressure(
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
+) -> None:
+    """Others' objects are more than the memory; of two chains alike the kept one stays, and is hit."""
+    kept, plain = prompts(CHUNK * 2 + 9), prompts(CHUNK * 2 + 9)
+    clear(serving, "cpu", "disk", "redis")
+    cold = serving.engine.ask(kept, wishes={"keep": 300, "priority": "high"})
+    serving.engine.ask(plain)
+    serving.engine.settle(serving.daemon)
+    eventually(lambda: counters(serving.daemon).get("keep.objects", 0) >= 2, "the daemon has been told", 60)
+    namespace = Namespace("pressure", "float32", "layout", 16, salt=salt_digest("another"))
+    with serving.daemon.client() as client:
+        root = client.register(namespace, [])
+        for _ in range(90):  # of 4 MiB: more than the memory
+            keys = [os.urandom(32)]
+            with client.reserve(root, keys, [4 << 20]) as reservation:
+                if reservation.slots[0] is not None:
+                    reservation.write(0, bytes(4 << 20))
+        held = {each["key"] for each in client.objects(tier="cpu")}
+    assert {key.hex() for key in object_keys(serving.disk, kept)} <= held
+    assert not {key.hex() for key in object_keys(serving.disk, plain)} & held
+    assert counters(serving.daemon).get("evict.cpu.kept", 0) == 0
+    again = serving.engine.ask(kept)
+    assert again.cached == 2 * CHUNK
+    assert again.tokens == cold.tokens
+    clear(serving, "cpu", "disk", "redis")
 
 
 def test_what_is_hinted_to_be_prefetched_is_in_memory_before_its_turn(

@@ -47,7 +47,7 @@ REACHES = {
         "storage_backends.disk storage_backends.redis tiers tracing wire"
     ),
     "client": "backoff errors keys mapping results tiers wire",
-    "config": "errors logs",
+    "config": "errors keys logs",
     "connectors": "",
     "vllm": (
         "adapters backoff client config errors free_pages kernels keys logs mapping results s3_fifo tiers vllm.common "

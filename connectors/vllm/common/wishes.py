@@ -21,18 +21,23 @@ __all__ = ["Wishes", "slips", "wishes_of", "wrong_wishes"]
 
 _VERSION = "1"
 _DEMOTE_TO = ("disk", "redis")
+_PRIORITIES = ("low", "normal", "high")
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """store, load: whether its KV may be. pin: seconds for which it stays in memory after the request, 0: as any
-    other. prefetch: raise what slow tiers have of it as soon as it arrives. demote: the tier that its KV goes to after
-    the request, or "". returns_in: seconds after its end in which its KV will be asked for again, 0: nobody knows.
+    other. keep: the same, but that it goes where nothing else may, and that its time begins anew with each use.
+    priority: low, normal or high, "" as any other. prefetch: raise what slow tiers have of it as soon as it arrives.
+    demote: the tier that its KV goes to after the request, or "". returns_in: seconds after its end in which its KV
+    will be asked for again, 0: nobody knows.
     """
 
     store: bool = True
     load: bool = True
     pin: float = 0.0
+    keep: float = 0.0
+    priority: str = ""
     prefetch: bool = False
     demote: str = ""
     returns_in: float = 0.0
@@ -40,7 +45,7 @@ class Wishes:
     @property
     def afterwards(self) -> bool:
         """Whether something is to be done when the request is over."""
-        return bool(self.pin or self.demote or self.returns_in)
+        return bool(self.pin or self.keep or self.priority or self.demote or self.returns_in)
 
 
 def wishes_of(request: Any) -> tuple[Wishes, list[str]]:
@@ -109,7 +114,18 @@ def _demote(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return problem, {"demote": tier}
 
 
-_PARAMS: dict[str, Callable[[object], str]] = {"store": _flag, "load": _flag, "pin": _seconds, "returns_in": _seconds}
+def _priority(value: object) -> str:
+    return "" if isinstance(value, str) and value in _PRIORITIES else f"must be one of {', '.join(_PRIORITIES)}"
+
+
+_PARAMS: dict[str, Callable[[object], str]] = {
+    "store": _flag,
+    "load": _flag,
+    "pin": _seconds,
+    "keep": _seconds,
+    "priority": _priority,
+    "returns_in": _seconds,
+}
 _ACTIONS: dict[str, Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]]] = {
     "pin": _pin,
     "retain": _pin,

@@ -180,6 +180,11 @@ class SchedulerLink(Link):
             pin = requests.Pin("", "", {"keys": requests.join_keys(part)}, Tier.CPU.label, ttl, 0.0)
             self.connection.send(pin, answer=False)
 
+    def keep(self, keys: Sequence[bytes], ttl: float, priority: str) -> None:
+        """Have objects kept for `ttl` seconds since their last use (0: not at all), and their priority set."""
+        for part in requests.lookup_parts(keys, 1):
+            self.connection.send(requests.Keep(requests.join_keys(part), ttl, priority), answer=False)
+
     def announce(self, keys: Sequence[bytes], seconds: float, hold: float) -> None:
         """A chain is asked for again in about so many seconds: have it in memory then, for `hold` seconds."""
         name = os.urandom(requests.LEASE_BYTES)

@@ -47,6 +47,8 @@ class Afterwards:
                 self._carry_out(*waiting)
 
     def _carry_out(self, keys: Sequence[bytes], nbytes: int, wishes: Wishes) -> None:
+        if wishes.keep or wishes.priority:
+            self._link.keep(keys, wishes.keep, wishes.priority)
         if wishes.pin and self._room(nbytes, wishes.pin):
             self._link.pin(keys, wishes.pin)
         elif wishes.demote:

@@ -158,6 +158,9 @@ class Storer:
                 self._full_until = time.monotonic() + _FULL_S
                 causes[Cause.FULL] = causes.get(Cause.FULL, 0) + len(keys) - done
                 job.left -= len(keys) - done
+            if Cause.OVER_QUOTA in causes:  # and the rest of the chain with what was refused
+                causes[Cause.OVER_QUOTA] += job.left
+                return
             parent = keys[-1]
 
     def _parts(self, chunks: Sequence[ChunkBlocks]) -> Iterator[Sequence[ChunkBlocks]]:
@@ -195,6 +198,9 @@ class Storer:
             for place, item in enumerate(answer[done:], done):
                 if item in (Cause.FULL, Cause.NO_PARENT):  # because the chunk before it has no room
                     answer[place] = Cause.BUSY
+            if Cause.OVER_QUOTA in answer:
+                refused = answer.index(Cause.OVER_QUOTA)
+                answer[refused:] = [Cause.OVER_QUOTA if item == Cause.NO_PARENT else item for item in answer[refused:]]
             written = self._write(job, chunks, keys, answer, causes)
             if not written:
                 if any(isinstance(item, list) for item in answer):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eviction policies: one small class each, chosen by name in the configuration.
 
-May import: cache.state, results, storage_backends, tiers
+May import: cache.state, errors, results, storage_backends, tiers
 Threads: the daemon's loop alone. A policy orders nodes and changes nothing else.
 """
 
@@ -15,6 +15,7 @@ from loracache.cache.policy.admission import AdaptiveAdmission, AdmitAll, Second
 from loracache.cache.policy.cost import Cost
 from loracache.cache.policy.gdsf import GDSF
 from loracache.cache.policy.lru import LRU
+from loracache.cache.policy.quotas import Belongs
 from loracache.cache.policy.s3_fifo import S3FIFO
 from loracache.cache.policy.sieve import Sieve
 from loracache.cache.policy.worth import Speeds
@@ -56,11 +57,28 @@ class Policy(Protocol):
     def reason(self, node: Node) -> Departure:
         """Why a victim goes, where it stands before it has gone."""
 
-    def victims(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, tuple[list[Node], int]]:
+    def victims(
+        self, nbytes: int, protected: Container[Node], wanting: Belongs | None = None
+    ) -> Generator[None, None, tuple[list[Node], int]]:
         """Nodes, children before parents, none of them `protected`, and the bytes that they add up to: at least
-        `nbytes`, or those of all that may go. Yields between two slices of the choice, for others to be served: what
-        was chosen before may be in use after it, which whoever evicts it has to look at again.
+        `nbytes`, or those of all that may go for `wanting`. Yields between two slices of the choice, for others to be
+        served: what was chosen before may be in use after it, or its owner at its share, which whoever evicts it has
+        to look at again.
         """
+
+    def own_victims(
+        self, nbytes: int, protected: Container[Node], wanting: Belongs
+    ) -> Generator[None, None, tuple[list[Node], int]]:
+        """The same among what is of the owners of `wanting` that have a limit."""
+
+    def may_push(self, wanting: Belongs | None, node: Node) -> bool:
+        """Whether quotas allow that `node` leaves for `wanting` now."""
+
+    def pushed(self, node: Node) -> None:
+        """It leaves for others."""
+
+    def beyond(self, wanting: Belongs, nbytes: int) -> int:
+        """By how many bytes an object of so many would be beyond a hard quota; 0 where it fits."""
 
 
 class Admission(Protocol):

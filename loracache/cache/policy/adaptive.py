@@ -16,7 +16,8 @@ Adapters have a line of their own, an LRU; they go first where they take more of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 
 from loracache.cache.policy.balance import Balance
@@ -37,6 +38,7 @@ class Adaptive(LeafFirst[int]):
     """Victims of one tier. Remembers two numbers of each node in the tier, and the names of many that left."""
 
     PARTS = ("balance", "cost", "count", "shadows")
+    SHARED = ("_before", "_names", "_shadows", "_balance", "_adapters", "_taken")
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], ways: Sequence[Way] = WAYS) -> None:
         super().__init__(index, tier, cost, LINES + 1)
@@ -47,7 +49,7 @@ class Adaptive(LeafFirst[int]):
         self._shadows = Shadows(ways)
         self._balance = Balance()
         self._adapters: dict[Node, int] = {}  # -> the bytes it takes
-        self._adapter_bytes = 0
+        self._taken: Counter[Kind] = Counter()  # the sum of these
 
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for a chain."""
@@ -94,7 +96,7 @@ class Adaptive(LeafFirst[int]):
         if kv is None or lora is None:
             return kv or lora
         objects, nbytes = self._index.objects[self._tier], self._index.bytes[self._tier]
-        taken = self._adapter_bytes - going[_LORA]
+        taken = self._taken[Kind.LORA] - going[_LORA]
         return lora if self._balance.over(taken, len(self._adapters), self._now, objects, nbytes) else kv
 
     def _least(self, fronts: Sequence[Front[int]], stays: Sequence[float]) -> Front[int] | None:
@@ -116,24 +118,24 @@ class Adaptive(LeafFirst[int]):
         if before is not None:
             lora = node.kind is Kind.LORA
             nbytes = self._adapters.pop(node) if lora else self._cost(node)
-            self._adapter_bytes -= nbytes if lora else 0
+            if lora:
+                self._taken[Kind.LORA] -= nbytes
             self._balance.left(hash(node.key), lora, nbytes, self._index.bytes[self._tier])
             self._names.add(hash(node.key), len(self._before), min(before + node.hits, LINES - 1))
             self._shadows.left(node)
 
-    def victims(self, nbytes: int, protected: Container[Node] = ()) -> Generator[None, None, tuple[list[Node], int]]:
-        """See LeafFirst; what was asked since the last choice is looked at before."""
-        yield from self._shadows.work(self.line_of, self._index.objects[self._tier])
-        return (yield from super().victims(nbytes, protected))
+    def prepare(self) -> Iterator[None]:
+        """What was asked since the last choice is looked at."""
+        return self._shadows.work(self.line_of, self._index.objects[self._tier])
 
     def _meet(self, node: Node) -> None:
         name, lora, nbytes = hash(node.key), node.kind is Kind.LORA, self._cost(node)
         worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill if "cost" not in self.without else nbytes
-        self._balance.came(name, lora, worth, self._adapter_bytes, self._index.bytes[self._tier])
+        self._balance.came(name, lora, worth, self._taken[Kind.LORA], self._index.bytes[self._tier])
         times = self._names.get(name)
         # The hits of one that stayed in another tier count what is remembered of it too.
         self._before[node] = 0 if lora else max(0, times + 1 - node.hits) if times >= 0 else 0
         if lora:
             self._adapters[node] = nbytes
-            self._adapter_bytes += nbytes
+            self._taken[Kind.LORA] += nbytes
         self._shadows.entered(node)

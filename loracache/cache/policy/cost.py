@@ -40,6 +40,7 @@ class Cost(Ranked):
     """Victims of one tier. `batch` is the mean number of requests that run at once, where engines do not say it."""
 
     PARTS = ("cost", "visits", "decay", "recency", "count")
+    SHARED = ("_visits", "_loras")
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], batch: float = 32) -> None:
         super().__init__(index, tier, cost, lines=2)

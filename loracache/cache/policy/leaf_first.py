@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all policies share: only leaves go, and with the last child its parent becomes one.
 
-A policy says where a node stands. The rest is here: who is a candidate, and the choice, in slices, of enough of them.
+A policy says where a node stands. The rest is here and in choice.py: who is a candidate, and the choice of enough.
 Only leaves are candidates: a lookup of 500 chunks moves one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Container, Generator, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterator, Sequence
 from typing import Generic
 
+from loracache.cache.policy.choice import Choice
 from loracache.cache.policy.line import Front, Line, R
+from loracache.cache.policy.quotas import Belongs
 from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.results import Departure
@@ -20,7 +22,6 @@ from loracache.tiers import Tier
 __all__ = ["LeafFirst", "Ranked"]
 
 _REASONS = (Departure.POLICY_ONCE, Departure.POLICY_AGAIN)  # of a policy with two lines
-_SLICE = 64  # candidates looked at between two looks at the socket
 
 
 class LeafFirst(ABC, Generic[R]):
@@ -29,6 +30,7 @@ class LeafFirst(ABC, Generic[R]):
     see what each is good for."""
 
     PARTS: tuple[str, ...] = ()
+    SHARED: tuple[str, ...] = ()  # what siblings have in common: what is learned of the whole tier
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], lines: int = 1) -> None:
         self._index = index
@@ -40,6 +42,11 @@ class LeafFirst(ABC, Generic[R]):
 
     def __len__(self) -> int:
         return sum(map(len, self._lines))
+
+    @property
+    def lines(self) -> Sequence[Line[R]]:
+        """Its candidates."""
+        return self._lines
 
     def candidates(self) -> dict[R, Node]:
         """All of them by rank, for audits."""
@@ -90,50 +97,44 @@ class LeafFirst(ABC, Generic[R]):
 
     # -- the choice ----------
 
-    def victims(self, nbytes: int, protected: Container[Node] = ()) -> Generator[None, None, tuple[list[Node], int]]:
+    def victims(
+        self, nbytes: int, protected: Container[Node] = (), wanting: Belongs | None = None
+    ) -> Generator[None, None, tuple[list[Node], int]]:
         """Nodes, children before parents, and their bytes: at least `nbytes`, or all there are. Changes nothing but
         who stands where; yields between two slices, and what was chosen before one may be in use after it."""
-        tier = self._tier
-        chosen: dict[Node, None] = {}
-        left: dict[Node, int] = {}  # parents of the chosen -> their children that stay
-        fronts = [Front(line) for line in self._lines]
-        going = [0] * len(fronts)
-        freed = looked = 0
-        while freed < nbytes and (front := self.pick(fronts, going)) is not None:
-            looked += 1
-            if not looked % _SLICE:
-                yield
-            rank, node = front.pop()
-            offered = node.offered >> tier & 1
-            if not offered and not self._index.evictable(node, tier):
-                continue
-            place = self.place(node)
-            if place != rank:  # used meanwhile: it stands further behind
-                if not offered:
-                    fronts[self.line_of(node)].push(place, node)
-                continue
-            if node in chosen:
-                continue
-            if left.get(node, node.children[tier]) or not self._index.evictable(node, tier):
-                if offered:
-                    self.withdraw(node)  # offered again when its last child, lease, pin or write is gone
-                continue
-            if node in protected:
-                continue
-            if self.spared(node):
-                if not offered:
-                    fronts[self.line_of(node)].push(self.place(node), node)
-                continue
-            chosen[node] = None
-            takes = self._cost(node)
-            freed += takes
-            going[self.line_of(node)] += takes
-            parent = node.parent
-            if parent is not None:
-                left[parent] = left.get(parent, parent.children[tier]) - 1
-                if not left[parent] and not parent.offered >> tier & 1 and self._index.evictable(parent, tier):
-                    fronts[self.line_of(parent)].push(self.place(parent), parent)
-        return list(chosen), freed
+        yield from self.prepare()
+        choice = Choice(self._index, self._tier, protected, self._cost)
+        yield from choice.take(self, nbytes)
+        return list(choice.chosen), choice.freed
+
+    def own_victims(
+        self, nbytes: int, protected: Container[Node], wanting: Belongs
+    ) -> Generator[None, None, tuple[list[Node], int]]:
+        """Nobody: here nobody has a quota."""
+        return [], 0
+        yield
+
+    def may_push(self, wanting: Belongs | None, node: Node) -> bool:
+        """Always."""
+        return True
+
+    def pushed(self, node: Node) -> None:
+        """Nobody counts it."""
+
+    def beyond(self, wanting: Belongs, nbytes: int) -> int:
+        """Nothing is."""
+        return 0
+
+    def prepare(self) -> Iterator[None]:
+        """What is to be done before a choice; yields between two slices."""
+        return iter(())
+
+    def sibling(self) -> LeafFirst[R]:
+        """Another for a part of the same tier, without candidates."""
+        sibling = type(self)(self._index, self._tier, self._cost)
+        for name in ("speeds", "without", *self.SHARED):
+            setattr(sibling, name, getattr(self, name))
+        return sibling
 
 
 class Ranked(LeafFirst[tuple[float, int]]):

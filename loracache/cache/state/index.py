@@ -40,7 +40,8 @@ class Index:
     needs one as its parent: adapters that an engine serves and the cache does not hold. `retained` are keys of adapters
     that have a name: such a node stays in the tier `retaining_tier`, and in the arena until it is there. `spaces` says
     what there is of each namespace that has anything, in the order of their digests. `on_change(node, tier, entered,
-    cause)` is told of every change.
+    cause)` is told of every change. `costs` say what a node takes of a tier's room; `on_count(node, tier, amount)`,
+    where somebody wants to know, is told before what a namespace takes grows or shrinks.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], free: Callable[[Iterable[Extent]], None]) -> None:
@@ -56,6 +57,8 @@ class Index:
         self.retaining_tier: Tier | None = None
         self.spaces: SortedDict[bytes, Space] = SortedDict()
         self.on_change: Callable[[Node, Tier, bool, str], None] = lambda node, tier, entered, cause: None
+        self.costs: dict[Tier, Callable[[Node], int]] = dict.fromkeys(Tier, lambda node: node.size)
+        self.on_count: Callable[[Node, Tier, int], None] | None = None
         self.objects = [0, 0, 0, 0]
         self.bytes = [0, 0, 0, 0]
         self._most = 0
@@ -185,6 +188,13 @@ class Index:
         space = self.spaces[node.namespace]
         space.objects[tier] += sign
         space.bytes[tier] += sign * node.size
+        self.resize(node, tier, sign * self.costs[tier](node))
+
+    def resize(self, node: Node, tier: Tier, amount: int) -> None:
+        """A node takes so many bytes more of a tier's room."""
+        if self.on_count is not None:
+            self.on_count(node, tier, amount)
+        self.spaces[node.namespace].taken[tier] += amount
 
     def _list(self, node: Node) -> None:
         space = self.spaces.get(node.namespace)
@@ -315,8 +325,8 @@ class Index:
 
 @dataclass(slots=True)
 class Space:
-    """What there is of one namespace: objects and bytes by tier, lookups' hits, its keys in their order, and those of
-    them that begin a chain.
+    """What there is of one namespace: objects and bytes by tier, lookups' hits, its keys in their order, those of them
+    that begin a chain, and what all take of each tier's room.
     """
 
     objects: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
@@ -324,6 +334,7 @@ class Space:
     hits: int = 0
     keys: SortedList[bytes] = field(default_factory=SortedList)
     roots: SortedList[bytes] = field(default_factory=SortedList)
+    taken: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
 
 
 def parents_first(nodes: list[Node]) -> list[Node]:

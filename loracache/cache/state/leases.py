@@ -47,6 +47,8 @@ class Writing:
     extents: tuple[Extent, ...]
     promised: bool = False
     """Its write to the lower tiers is not given up to make room."""
+    settle: Callable[[], None] = lambda: None
+    """To be called when it is under no lease any more: quotas count it meanwhile."""
 
 
 @dataclass(slots=True)
@@ -134,6 +136,7 @@ class Leases:
         item = lease.writing.pop(key, None) if lease is not None else None
         if item is not None:
             self.being_written.discard(key)
+            item.settle()
         return item
 
     def alive(self, owner: int, lease_id: bytes) -> bool:
@@ -207,6 +210,8 @@ class Leases:
         self._owners[owner].discard(lease_id)
         self._slices.run(self._let_go(lease.nodes))
         self.being_written.difference_update(lease.writing)
+        for item in lease.writing.values():
+            item.settle()
         return [item.extents for item in lease.writing.values()]
 
     def _let_go(self, nodes: Collection[Node]) -> Iterator[None]:

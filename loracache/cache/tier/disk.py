@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 
 from loracache.cache.policy import Policy
+from loracache.cache.policy.limits import Quotas
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
@@ -32,8 +33,8 @@ _ASKED = ("asked", "moved", "replaced")  # causes of leaving that nobody has to 
 
 
 class DiskTier:
-    """What enters and leaves the disk. `policy` chooses its victims, `limit` is in bytes; `written` is told how each
-    write ended.
+    """What enters and leaves the disk. Its policy of `policies` chooses its victims, `limit` is in bytes; `written` is
+    told how each write ended.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class DiskTier:
         counters: Counters,
         slices: Slices,
         flushes: Flushes,
-        policy: Policy,
+        policies: Mapping[Tier, Policy],
+        quotas: Quotas,
         limit: int,
         written: Callable[[Node, Outcome], bool],
     ) -> None:
@@ -60,7 +62,9 @@ class DiskTier:
         self._counters = counters
         self._slices = slices
         self._flushes = flushes
-        self._policy = policy
+        self._policies = policies
+        self._quotas = quotas
+        self._settle: dict[Node, Callable[[], None]] = {}  # of what is being written
         self._on_written = written
         self._unreadable: set[Node] = set()
         self._undeleted: dict[bytes, int] = {}  # key -> bytes it still takes
@@ -174,7 +178,7 @@ class DiskTier:
         protected = {node for node, _ in items}
         for node, planes in items:
             room = self.io.backend.footprint(node.size)
-            enough = node.held_in(Tier.DISK) and (yield from self._make_room(room, protected))
+            enough = node.held_in(Tier.DISK) and (yield from self._make_room(room, protected, node))
             if not node.held_in(Tier.DISK):
                 results.append((node, Result(Outcome.MISS)))
             elif not enough:
@@ -194,10 +198,11 @@ class DiskTier:
                 if result.outcome is Outcome.OK and not node.held_in(Tier.DISK):  # a deletion is queued behind us
                     result = Result(Outcome.MISS)
                 elif result.outcome is Outcome.OK:
-                    self.used -= self.cost(node)
+                    before = self.cost(node)
                     node.stored = result.stored
                     self.rewritten += 1
-                    self.used += self.cost(node)
+                    self.used += self.cost(node) - before
+                    self._index.resize(node, Tier.DISK, self.cost(node) - before)
                 results.append((node, result))
             done(results)
 
@@ -236,7 +241,7 @@ class DiskTier:
         self._slices.run(self._open())
 
     def _open(self) -> Iterator[None]:
-        yield from self._make_room(0, ())
+        yield from self._make_room(0, (), None)
         self.loaded = True
         self.writer.start()
 
@@ -245,12 +250,15 @@ class DiskTier:
         if parent is not None and parent.kind is not Kind.LORA and not _on_disk_or_coming(parent):
             return Cause.NO_PARENT
         cost = self.cost(node)
+        if self._quotas.refuses(Tier.DISK, node, cost):
+            return Cause.OVER_QUOTA
         replaced = self.left_alone.pop(node.key, 0)  # its file takes that one's place, which nobody is to delete
         self.left_alone_bytes -= replaced
-        if not (yield from self._make_room(cost, () if parent is None else {parent})):
+        if not (yield from self._make_room(cost, () if parent is None else {parent}, node)):
             self._take_back(node.key, replaced)
             return Cause.FULL
         self.used += cost
+        self._settle[node] = self._quotas.charge(Tier.DISK, node, cost)
         if replaced:
             self._replacing[node.key] = replaced
         return Cause.NONE
@@ -262,6 +270,7 @@ class DiskTier:
 
     def _written(self, node: Node, outcome: Outcome) -> bool:
         self.used -= self.cost(node)
+        self._settle.pop(node)()
         replaced = self._replacing.pop(node.key, 0)
         if outcome is Outcome.OK:
             self.used -= replaced
@@ -280,7 +289,7 @@ class DiskTier:
         self.used += self.cost(node)
         return True
 
-    def _make_room(self, nbytes: int, protected: Container[Node]) -> Generator[None, None, bool]:
+    def _make_room(self, nbytes: int, protected: Container[Node], wanting: Node | None) -> Generator[None, None, bool]:
         """Delete what was left alone, then evict, until so many bytes fit; False, and nothing evicted, where they
         cannot. Yields between two slices."""
         while (excess := self.used + nbytes - self.limit) > 0:
@@ -289,16 +298,23 @@ class DiskTier:
             excess -= self.drop_left_alone(excess)[1]
             if excess <= 0:
                 return True
-            victims, freed = yield from self._policy.victims(excess, protected)
+            policy = self._policies[Tier.DISK]
+            victims, freed = yield from policy.victims(excess, protected, wanting)
             if freed < excess:
                 return False
             for at in range(0, len(victims), _EVICTED):
                 if at:
                     yield
-                part = victims[at : at + _EVICTED]
-                leaving = (node for node in part if node not in protected and self._may_go(node))
-                self._evict((node, self._policy.reason(node)) for node in leaving)
+                going = (node for node in victims[at : at + _EVICTED] if node not in protected)
+                self._evict((node, policy.reason(node)) for node in self._leaving(going, policy, wanting))
         return True
+
+    def _leaving(self, chosen: Iterable[Node], policy: Policy, wanting: Node | None) -> Iterator[Node]:
+        """Those that may go still, each when the one before it has gone."""
+        for node in chosen:
+            if self._may_go(node) and policy.may_push(wanting, node):
+                policy.pushed(node)
+                yield node
 
     def _may_go(self, node: Node) -> bool:
         return not node.children[Tier.DISK] and self._index.evictable(node, Tier.DISK)

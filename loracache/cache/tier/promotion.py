@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+from loracache.cache.policy.limits import Quotas
 from loracache.cache.state.arena import Arena
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
@@ -29,7 +30,8 @@ _SLICE = 128  # objects that a load begins for between two looks at the socket
 class Promoter:
     """Loads into the arena.
 
-    make_room(nbytes, protected) returns whether the arena has that much free now, and yields where that takes long;
+    make_room(nbytes, protected, node) returns whether the arena has that much free now, and the node's owners are
+    within their quotas, and yields where that takes long;
     arrived(node, source) and lost(node, outcome) tell the cache how a load went.
     """
 
@@ -39,7 +41,8 @@ class Promoter:
         index: Index,
         counters: Counters,
         slices: Slices,
-        make_room: Callable[[int, set[Node]], Generator[None, None, bool]],
+        make_room: Callable[[int, set[Node], Node], Generator[None, None, bool]],
+        quotas: Quotas,
         arrived: Callable[[Node, Tier], None],
         lost: Callable[[Node, Tier, Outcome], None],
     ) -> None:
@@ -50,7 +53,9 @@ class Promoter:
         self._make_room = make_room
         self._arrived = arrived
         self._lost = lost
+        self._quotas = quotas
         self._waiting: dict[Node, list[Waiter]] = {}
+        self._settle: dict[Node, Callable[[], None]] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -117,8 +122,8 @@ class Promoter:
                 enough = True
             elif size >= refused:
                 enough = self._arena.free_bytes >= size
-            elif not (enough := (yield from self._make_room(size, protected))):
-                refused = size
+            elif not (enough := (yield from self._make_room(size, protected, node))):
+                refused = size if self._arena.free_bytes < size else refused
             # Others were served meanwhile: the object may be on its way, or here.
             if node.state(Tier.CPU) is State.LOADING:
                 self.wait(node, waiter)
@@ -130,10 +135,12 @@ class Promoter:
                 continue
             extents = self._arena.allocate(node.size) if enough else None
             if extents is None:
-                waiter(None, Cause.MEMORY_FULL)
+                fits = self._arena.free_bytes >= size
+                waiter(None, Cause.OVER_QUOTA if fits else Cause.MEMORY_FULL)
                 self._index.unhold(node)
                 continue
             self._index.load(node, extents)
+            self._settle[node] = self._quotas.charge(Tier.CPU, node, size)
             self._waiting[node] = [waiter]
             batch.append(node)
             nbytes += size
@@ -152,6 +159,7 @@ class Promoter:
     def _loaded(self, tier: Tier, batch: list[Node], results: list[Result]) -> None:
         for node, result in zip(batch, results, strict=True):
             waiters = self._waiting.pop(node)
+            self._settle.pop(node)()
             if result.outcome is Outcome.OK:
                 self._counters.add(f"load.{tier.label}.objects")
                 self._counters.add(f"load.{tier.label}.bytes", node.size)

@@ -8,6 +8,7 @@ import { Feed } from "./feed.js";
 import { clock } from "./format.js";
 import * as operations from "./operations.js";
 import * as overview from "./overview.js";
+import * as quotas from "./quotas.js";
 import * as search from "./search.js";
 import * as signin from "./signin.js";
 import { Tree } from "./tree.js";
@@ -56,6 +57,7 @@ async function refresh() {
   const [stats, ended] = await Promise.allSettled([get("v1/stats", { background: true }), operations.refresh()]);
   if (stats.status === "rejected") throw stats.reason;
   overview.show(stats.value, performance.now());
+  quotas.show(stats.value.quotas);
   if (ended.status === "rejected") throw ended.reason;
   return ended.value;
 }
@@ -89,6 +91,7 @@ function restart() {
 signin.setUp(restart);
 actions.setUp();
 overview.setUp();
+quotas.setUp(poll);
 search.setUp(tree);
 byId("tree-reload").addEventListener("click", () => tree.reload());
 document.addEventListener("visibilitychange", () => document.hidden || poll());

@@ -39,6 +39,7 @@ class ScriptedLink:
         self.forgotten: list[int] = []
         self.waits: list[float] = []
         self.pins: list[tuple[list[bytes], float]] = []
+        self.keeps: list[tuple[list[bytes], float, str]] = []
         self.demoted: list[tuple[list[bytes], str]] = []
         self.told: list[tuple[bool, list[tuple[str, str, bytes]]]] = []
         self.on_wait: Callable[[float], object] = lambda seconds: None
@@ -79,6 +80,9 @@ class ScriptedLink:
 
     def pin(self, keys: Sequence[bytes], ttl: float) -> None:
         self.pins.append((list(keys), ttl))
+
+    def keep(self, keys: Sequence[bytes], ttl: float, priority: str) -> None:
+        self.keeps.append((list(keys), ttl, priority))
 
     def announce(self, keys: Sequence[bytes], seconds: float, hold: float) -> None:
         self.announced.append((list(keys), seconds, hold))

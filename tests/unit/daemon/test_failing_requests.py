@@ -65,7 +65,9 @@ def test_whatever_a_request_raises_it_is_answered(
     rig = make_rig()
     control: Any = Failing(error, waits)
     nothing: Any = SimpleNamespace()
-    served = Served(rig.cache, nothing, nothing, nothing, control, dict, lambda session: None, lambda: None, nothing)
+    served = Served(
+        rig.cache, nothing, nothing, nothing, control, dict, lambda session: None, lambda: None, nothing, nothing
+    )
     peer: Any = SimpleNamespace(pid=1, uid=1)
     session, transport = Session(served, 1, peer), Transport()
     session.connection_made(transport)  # type: ignore[arg-type]

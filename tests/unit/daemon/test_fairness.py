@@ -65,7 +65,7 @@ class House:
         finder: Any = SimpleNamespace(judge=lambda tiers, asked: SimpleNamespace(tiers=tiers, cause="absent"))
         self.finder = finder
         self.served = Served(
-            rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None, nothing
+            rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None, nothing, nothing
         )
 
     def session(self, pid: int) -> tuple[Session, Transport]:

@@ -88,7 +88,7 @@ def test_what_holds_nothing_is_forgotten_after_its_time_and_nothing_else(
 def test_namespaces_are_in_use_as_long_as_a_connection_that_registered_them(make_rig: Callable[..., Any]) -> None:
     rig, nothing = make_rig(), SimpleNamespace(engines=Counter(), demand=Demand(time.monotonic))
     used: Any = nothing
-    served = Served(rig.cache, Namespaces(None), used, used, used, dict, lambda session: None, lambda: None, used)
+    served = Served(rig.cache, Namespaces(None), used, used, used, dict, lambda session: None, lambda: None, used, used)
     transport: Any = SimpleNamespace(write=lambda data: None, get_write_buffer_size=lambda: 0)
     sessions = []
     for owner in (1, 2):

@@ -47,9 +47,11 @@ EXPECTED = {
         "POST /v1/admit", "POST /v1/evict", "POST /v1/pin", "POST /v1/unpin", "POST /v1/move", "POST /v1/compress",
         "POST /v1/decompress", "POST /v1/flush", "DELETE /v1/operations/{}",
     },
-    "admin": {"POST /v1/clear", "PUT /v1/adapters/{}", "DELETE /v1/adapters/{}", "GET /v1/config"},
+    "admin": {"POST /v1/clear", "PUT /v1/adapters/{}", "DELETE /v1/adapters/{}", "GET /v1/config", "PUT /v1/quotas",
+              "DELETE /v1/quotas"},
 }  # fmt: skip
-SALTED = {"lookup", "admit", "evict", "pin", "unpin", "move", "compress", "decompress", "objects", "tree", "operations"}
+SALTED = {"lookup", "admit", "evict", "pin", "unpin", "move", "compress", "decompress", "objects", "tree", "operations",
+          "quotas"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "path", "need"), routes(), ids=lambda part: part if isinstance(part, str) else "")
@@ -58,7 +60,7 @@ def test_every_route_says_what_it_needs_and_it_is_the_right_thing(method: str, p
     (role,) = [role for role, known in EXPECTED.items() if route in known] or ["read"] * (method == "GET")
     assert need.role == role
     assert not need.tenants or path.split("/")[2] in SALTED
-    assert need.upload == (method == "PUT")
+    assert need.upload == (route == "PUT /v1/adapters/{}")
     assert need.endless == (path == "/v1/events")
 
 

@@ -38,6 +38,7 @@ def brings(params: Any = None, *hints: Any) -> tuple[Wishes, list[str]]:
         ({"store": False}, Wishes(store=False)),
         ({"load": False, "store": True}, Wishes(load=False)),
         ({"pin": 600}, Wishes(pin=600)),
+        ({"keep": 300, "priority": "high"}, Wishes(keep=300, priority="high")),
         ({"pin": 0.5, "remote_host": "x"}, Wishes(pin=0.5)),
         ({"returns_in": 30}, Wishes(returns_in=30)),
         (["store"], Wishes()),  # a release that checks nothing
@@ -54,6 +55,9 @@ def test_wishes_stand_in_kv_transfer_params(params: Any, wishes: Wishes) -> None
         ({"load": 0}, ["load=0", "must be true or false"]),
         ({"pin": True}, ["pin=True", "must be seconds, more than 0 and at most 3600"]),
         ({"pin": -1}, ["pin=-1", "more than 0"]),
+        ({"keep": 0}, ["keep=0", "must be seconds, more than 0 and at most 3600"]),
+        ({"priority": "urgent"}, ["priority='urgent'", "must be one of low, normal, high"]),
+        ({"priority": ["high"]}, ["priority=['high']", "must be one of"]),
         ({"pin": 1e9}, ["pin=1000000000.0", "at most 3600"]),
         ({"pin": float("nan")}, ["pin=nan"]),
         ({"returns_in": 0}, ["returns_in=0", "must be seconds, more than 0 and at most 3600"]),
@@ -172,6 +176,26 @@ def test_what_is_to_be_kept_is_pinned_when_it_is_stored(driver: Any, wishing: An
     assert driver.link.pins == [(keys, 60)]
     driver.side.stores_done({"a"})
     assert len(driver.link.pins) == 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [
+        ({"keep": 300, "priority": "high"}, (300, "high")),
+        ({"keep": 300}, (300, "")),
+        ({"priority": "low"}, (0.0, "low")),
+    ],
+)
+def test_the_daemon_is_told_what_to_keep_when_it_is_stored(driver: Any, wishing: Any, wish: Any, told: Any) -> None:
+    request = wishing("a", 2 * CHUNK, wish)
+    run(driver, request, 2)
+    keys = driver.side._chunks.object_keys(driver.side._requests["a"].chunk_keys)
+    driver.side.finished(request, [0, 1, 2, 3])
+    driver.step()
+    assert not driver.link.keeps
+    driver.side.stores_done({"a"})
+    assert driver.link.keeps == [(keys, *told)]
+    assert not driver.link.pins
 
 
 def test_what_needed_no_store_is_pinned_at_the_end(driver: Any, wishing: Any) -> None:
