@@ -10,7 +10,6 @@ import typer
 
 from loracache.cli.common import JsonOption, SocketOption, client_of, print_json
 from loracache.cli.completion import complete_adapter, complete_model
-from loracache.config import parse_size
 from loracache.errors import ConfigError, Unknown
 from loracache.keys import salt_digest
 
@@ -115,6 +114,8 @@ def _subject(salt: str | None, tenant: str | None, adapter: str | None, model: s
 
 
 def _size(option: str, value: str) -> int:
+    from loracache.config import parse_size
+
     try:
         return parse_size(value)
     except ValueError as error:

@@ -146,8 +146,11 @@ class QuotaKeeper:
         if found is None:
             return None
         model = (found.model, *self._namespaces.names(found.model))
-        return {"tenant": (found.salt,) if found.salt else (), "adapter": (found.adapter,) if found.adapter else (),
-                "model": model}  # fmt: skip
+        return {
+            "tenant": (found.salt,) if found.salt else (),
+            "adapter": (found.adapter,) if found.adapter else (),
+            "model": model,
+        }
 
     # -- the file ----------
 
