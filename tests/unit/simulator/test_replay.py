@@ -184,5 +184,5 @@ def test_the_tree_alone_keeps_kv_from_being_without_its_adapter(policy: str, dis
     assert with_it.invalid_kv == with_it.invalid_kv_cpu == 0
     without = replay(requests, sizes, Way.parse(f"{policy}-tree"))
     assert without.policy == f"{policy}-tree"
-    if policy in ("lru", "gdsf", "cost"):  # others may keep adapters as long
+    if policy == "lru":  # those that weigh cost may keep adapters as long as their KV
         assert without.invalid_kv_cpu > 0
