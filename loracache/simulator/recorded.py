@@ -91,7 +91,7 @@ class _Reader:
         chunks, group = _hashes(line["chunks"]), max(1, _whole(line["group"]))
         found = dict(line["found"])
         held = sum(_whole(found.get(tier, 0)) for tier in _TIERS)
-        space = self._spaces[line["space"]] if "space" in line else None
+        space = None if (named := line.get("space")) is None else self._spaces[named]
         for chunk in chunks if space is not None else ():
             self.space_of[chunk] = space  # type: ignore[assignment]
         number = _whole(line["request"])
