@@ -132,7 +132,7 @@ def test_of_a_large_tier_a_sample_is_enough() -> None:
     nodes = [node(number.to_bytes(2, "big") + bytes(30), 0) for number in range(65_536)]
     for each in nodes:
         shadows.entered(each)
-    assert 2048 <= len(shadows._sample) <= 4096
+    assert 8192 <= len(shadows._sample) <= 16_384
     for each in nodes:
         shadows.left(each)
     assert not shadows._sample

@@ -343,7 +343,8 @@ def tiers_of(client: CacheClient, digest: str) -> tuple[str, ...]:
 def test_what_has_a_name_is_not_pushed_out_by_others_and_what_has_none_is(
     daemon: Any, tmp_path: Path, disk: str | None, kept_in: str
 ) -> None:
-    options = {"disk_path": tmp_path / "disk", "disk": disk} if disk else {}
+    options = {"config": tmp_path / "lru"} | ({"disk_path": tmp_path / "disk", "disk": disk} if disk else {})
+    (tmp_path / "lru").write_text("policy: lru\n")  # others keep adapters from what comes once
     running = daemon(memory="2MiB", page_size="4KiB", **options)
     client = running.client()
     named = client.add_adapter(peft(tmp_path / "named", 1, width=9_000), "named")
@@ -365,7 +366,8 @@ def test_what_has_a_name_is_not_pushed_out_by_others_and_what_has_none_is(
 
 
 def test_a_name_that_moves_on_leaves_its_old_content_to_be_pushed_out(daemon: Any, tmp_path: Path) -> None:
-    client = daemon(memory="2MiB", page_size="4KiB", disk_path=tmp_path / "disk", disk="4MiB").client()
+    (config := tmp_path / "lru").write_text("policy: lru\n")
+    client = daemon(config=config, memory="2MiB", page_size="4KiB", disk_path=tmp_path / "disk", disk="4MiB").client()
     old, new = (peft(tmp_path / str(n), n, width=9_000) for n in range(2))
     first, other = client.add_adapter(old, "moving"), client.add_adapter(peft(tmp_path / "2", 2), "other")
     client.flush()
