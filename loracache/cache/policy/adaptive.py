@@ -38,6 +38,7 @@ class Adaptive(LeafFirst[int]):
     """Victims of one tier. Remembers two numbers of each node in the tier, and the names of many that left."""
 
     PARTS = ("balance", "cost", "count", "shadows")
+    ONCE = 0
     SHARED = ("_before", "_names", "_shadows", "_balance", "_adapters", "_taken")
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], ways: Sequence[Way] = WAYS) -> None:

@@ -96,7 +96,9 @@ class Classes:
 
     def expect(self, batch: float) -> None:
         """So many requests run at once, as engines say; 0: nobody said."""
-        self._base.expect(batch)
+        for group in self.shares.groups():
+            for policy in group.policies.values():
+                policy.expect(batch)
 
     def reason(self, node: Node) -> Departure:
         """Why `node` leaves for others: although it is kept, its owners are above their shares, or the policy chose

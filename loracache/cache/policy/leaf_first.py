@@ -17,11 +17,10 @@ from loracache.cache.policy.quotas import Belongs
 from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.results import Departure
+from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
 __all__ = ["LeafFirst", "Ranked"]
-
-_REASONS = (Departure.POLICY_ONCE, Departure.POLICY_AGAIN)  # of a policy with two lines
 
 
 class LeafFirst(ABC, Generic[R]):
@@ -30,6 +29,7 @@ class LeafFirst(ABC, Generic[R]):
     see what each is good for."""
 
     PARTS: tuple[str, ...] = ()
+    ONCE: int | None = None  # the line of what came once, of a policy that keeps it apart
     SHARED: tuple[str, ...] = ()  # what siblings have in common: what is learned of the whole tier
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], lines: int = 1) -> None:
@@ -89,7 +89,9 @@ class LeafFirst(ABC, Generic[R]):
 
     def reason(self, node: Node) -> Departure:
         """Why a victim goes, where it stands before it has gone."""
-        return Departure.POLICY if len(self._lines) != len(_REASONS) else _REASONS[self.line_of(node)]
+        if self.ONCE is None or node.kind is Kind.LORA:
+            return Departure.POLICY
+        return Departure.POLICY_ONCE if self.line_of(node) == self.ONCE else Departure.POLICY_AGAIN
 
     def spared(self, node: Node) -> bool:
         """Whether the first in line stays for now; then it has another place from now on."""

@@ -179,6 +179,10 @@ class Shares:
         """The same, where anybody has asked for it before."""
         return self._of.get(item.key if item.kind is Kind.LORA else item.namespace)
 
+    def groups(self) -> Iterable[Group]:
+        """All of them, of those without a quota too."""
+        return self._groups.values()
+
     def renew(self, name: bytes, kind: Kind) -> bool:
         """Look anew whose a namespace, or an adapter's weights (by key), is; whether that has changed."""
         before, now = self._of.get(name), self._resolve(name, kind)

@@ -39,6 +39,8 @@ class _Standing:
 class S3FIFO(Ranked):
     """Victims of one tier. Remembers four numbers of each node in the tier, and as many names of such that left."""
 
+    ONCE = _SMALL
+
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int]) -> None:
         super().__init__(index, tier, cost, lines=2)
         self._known: dict[Node, _Standing] = {}

@@ -17,6 +17,7 @@ from loracache.cache.policy import LRU, POLICIES
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.node import State
 from loracache.cache.state.slices import whole
+from loracache.results import Departure
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
@@ -243,6 +244,19 @@ def test_what_was_never_used_again_goes_before_what_was(make: Make) -> None:
         for number in range(0, 20, 2):
             tree.look_up(number)
     assert set(tree.evict(8)) < set(nodes[1::2])
+
+
+def test_the_reason_of_kv_says_whether_it_came_once_where_that_is_kept_apart(make: Make) -> None:
+    tree = Tree(make)
+    once, again, adapter = tree.store(1), tree.store(2), tree.store(3, kind=Kind.LORA)
+    for _ in range(3):
+        tree.look_up(2)
+    assert set(tree.victims(Tier.CPU, 3)) == {once, again, adapter}  # where S3-FIFO looks at their uses
+    reasons = [tree.policies[Tier.CPU].reason(node) for node in (once, again, adapter)]
+    if make in (POLICIES["s3fifo"], POLICIES["adaptive"]):
+        assert reasons == [Departure.POLICY_ONCE, Departure.POLICY_AGAIN, Departure.POLICY]
+    else:
+        assert set(reasons) == {Departure.POLICY}
 
 
 def test_a_chain_goes_from_its_end(make: Make) -> None:

@@ -19,7 +19,7 @@ SIZE = 50_000
 @pytest.fixture(scope="module")
 def running(module_daemon: Any, eventually: Any, rest_is_up: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("settings")
-    (folder / "loracache.yaml").write_text("admission: second_touch\npolicy: s3fifo\n")
+    (folder / "loracache.yaml").write_text("admission: second_touch\npolicy: adaptive\n")
     made = module_daemon(
         config=folder / "loracache.yaml",
         memory="2MiB",
