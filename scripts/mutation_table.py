@@ -27,9 +27,9 @@ def _cache(*names: str) -> str:
 
 
 _LEASES = _cache("leases", "cache", "states")
-_INDEX = _cache("states", "index", "lru", "cache")
+_INDEX = _cache("states", "index", "policies", "cache")
 _WRITES = _cache("cache", "disk_tier", "tier_io", "removal")
-_VICTIMS = _cache("lru", "making_room", "removal", "cache")
+_VICTIMS = _cache("policies", "making_room", "removal", "cache")
 _LOADS = _cache("promotion", "states", "damaged_payload", "cache")
 _DISK = _cache("disk_tier", "states", "damaged_payload", "cache")
 CACHE = [

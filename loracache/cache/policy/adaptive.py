@@ -39,7 +39,7 @@ class Adaptive(LeafFirst[int]):
 
     PARTS = ("balance", "cost", "count", "shadows")
     ONCE = 0
-    SHARED = ("_before", "_names", "_shadows", "_balance", "_adapters", "_taken")
+    SHARED = ("_before", "_names", "_shadows", "_balance", "_loras", "_taken")
 
     def __init__(self, index: Index, tier: Tier, cost: Callable[[Node], int], ways: Sequence[Way] = WAYS) -> None:
         super().__init__(index, tier, cost, LINES + 1)
@@ -49,7 +49,7 @@ class Adaptive(LeafFirst[int]):
         self._names = Names()
         self._shadows = Shadows(ways)
         self._balance = Balance()
-        self._adapters: dict[Node, int] = {}  # -> the bytes it takes
+        self._loras: dict[Node, int] = {}  # -> the bytes it takes
         self._taken: Counter[Kind] = Counter()  # the sum of these
 
     def asked(self, keys: Sequence[bytes]) -> None:
@@ -98,7 +98,7 @@ class Adaptive(LeafFirst[int]):
             return kv or lora
         objects, nbytes = self._index.objects[self._tier], self._index.bytes[self._tier]
         taken = self._taken[Kind.LORA] - going[_LORA]
-        return lora if self._balance.over(taken, len(self._adapters), self._now, objects, nbytes) else kv
+        return lora if self._balance.over(taken, len(self._loras), self._now, objects, nbytes) else kv
 
     def _least(self, fronts: Sequence[Front[int]], stays: Sequence[float]) -> Front[int] | None:
         objects = self._index.objects[self._tier]
@@ -118,7 +118,7 @@ class Adaptive(LeafFirst[int]):
         before = self._before.pop(node, None)
         if before is not None:
             lora = node.kind is Kind.LORA
-            nbytes = self._adapters.pop(node) if lora else self._cost(node)
+            nbytes = self._loras.pop(node) if lora else self._cost(node)
             if lora:
                 self._taken[Kind.LORA] -= nbytes
             self._balance.left(hash(node.key), lora, nbytes, self._index.bytes[self._tier])
@@ -137,6 +137,6 @@ class Adaptive(LeafFirst[int]):
         # The hits of one that stayed in another tier count what is remembered of it too.
         self._before[node] = 0 if lora else max(0, times + 1 - node.hits) if times >= 0 else 0
         if lora:
-            self._adapters[node] = nbytes
+            self._loras[node] = nbytes
             self._taken[Kind.LORA] += nbytes
         self._shadows.entered(node)
