@@ -15,7 +15,7 @@ from loracache.cache.state.leases import Grip
 from loracache.cache.swap.demand import Demand
 from loracache.cache.swap.returns import Returns
 from loracache.cache.swap.swapper import STEP_S, Swapper, SwapSettings
-from loracache.cache.tiered import OPERATOR, TieredCache
+from loracache.cache.tiered import OPERATOR, Acquired, TieredCache
 from loracache.config import Config
 from loracache.keys import KEY_BYTES
 from loracache.results import Cause
@@ -72,7 +72,10 @@ class Swapping:
 
     def describe(self) -> dict[str, Any]:
         """For `loracache status`."""
+        leases, objects = self._cache.leases.held_by(OPERATOR)
         return self.swapper.describe() | {
+            "held_leases": leases,
+            "held_objects": objects,
             "returns": len(self.returns),
             "batch": round(self.demand.batch(), 2),
             "waiting": self.demand.waiting,
@@ -90,4 +93,10 @@ class Swapping:
         cache = self._cache
         node = cache.index.get(key)
         over = cache.ahead.keeping_parent(node, done) if node is not None else done
-        cache.acquire(OPERATOR, name, [key], ttl, lambda acquired: over(acquired[0].cause), Grip.LOOSE)
+
+        def ready(acquired: Sequence[Acquired]) -> None:
+            if acquired[0].cause:
+                cache.leases.release_empty(OPERATOR, name)
+            over(acquired[0].cause)
+
+        cache.acquire(OPERATOR, name, [key], ttl, ready, Grip.LOOSE)

@@ -139,6 +139,17 @@ class Leases:
             item.settle()
         return item
 
+    def held_by(self, owner: int) -> tuple[int, int]:
+        """An owner's leases, and the objects that they hold for reading."""
+        leases = [self._leases[(owner, lease_id)] for lease_id in self._owners.get(owner, ())]
+        return len(leases), sum(len(lease.nodes) for lease in leases)
+
+    def release_empty(self, owner: int, lease_id: bytes) -> None:
+        """End a lease that holds nothing."""
+        lease = self._leases.get((owner, lease_id))
+        if lease is not None and not lease.nodes and not lease.writing:
+            self._close((owner, lease_id), lease)
+
     def alive(self, owner: int, lease_id: bytes) -> bool:
         """Whether the lease is held still."""
         return (owner, lease_id) in self._leases

@@ -104,7 +104,18 @@ def test_an_announced_chain_is_in_memory_when_it_is_due_and_held_for_its_time(
     assert status(client)["swapper"]["returns"] == 1
     eventually(lambda: in_cpu(client) == COUNT, "it is raised")
     assert client.evict(keys, tiers=["cpu"]).skipped == COUNT
+    said = status(client)["swapper"]
+    assert (said["held_leases"], said["held_objects"]) == (1, COUNT)
     eventually(lambda: client.evict(keys, tiers=["cpu"]).skipped == 0, "its time is over")
+
+
+def test_what_is_announced_and_is_nowhere_leaves_no_lease_behind(daemon: Any, tmp_path: Path, eventually: Any) -> None:
+    client = daemon(memory="16MiB", page_size="4KiB", disk_path=tmp_path / "disk").client()
+    for _ in range(20):
+        tell(client, protocol.Prefetch(os.urandom(16), os.urandom(32), 3600.0, 0.1))
+    eventually(lambda: status(client)["counters"].get("return.announced") == 20, "all are heard of")
+    eventually(lambda: not status(client)["swapper"]["returns"], "all were looked for")
+    assert status(client)["leases"] == status(client)["swapper"]["held_leases"] == 0
 
 
 def test_a_prompt_is_admitted_with_its_adapter_and_both_are_held(daemon: Any, tmp_path: Path) -> None:
