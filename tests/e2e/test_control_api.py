@@ -248,6 +248,15 @@ def test_health_statistics_metrics_and_settings(world: SimpleNamespace) -> None:
     assert "unix://" not in json.dumps(settings)
 
 
+def test_a_quota_counts_what_the_engine_has_stored(world: SimpleNamespace) -> None:
+    quota = {"kind": "model", "name": "base"}
+    assert world.call("PUT", "/v1/quotas", json=quota | {"soft": "1MiB"})["soft"] == 1 << 20
+    (row,) = world.call("GET", "/v1/quotas")["quotas"]
+    assert row["bytes"] > 0
+    world.call("DELETE", "/v1/quotas", params=quota)
+    assert world.call("GET", "/v1/quotas") == {"quotas": []}
+
+
 def test_every_endpoint_was_called(world: SimpleNamespace) -> None:
     """The last: what the tests above called is all there is."""
     assert world.call.made == world.call.document()
