@@ -58,11 +58,13 @@ class Adaptive(LeafFirst[int]):
 
     def line_of(self, node: Node) -> int:
         """How often it came again; of an adapter, the last."""
-        if node not in self._before:
-            self._meet(node)
+        before = self._before.get(node)
+        if before is None:
+            before = self._meet(node)
         if node.kind is Kind.LORA:
             return _LORA
-        return min(self._before[node] + node.hits, LINES - 1)
+        times = before + node.hits
+        return times if times < LINES else LINES - 1
 
     def place(self, node: Node) -> int:
         """Its tick."""
@@ -117,19 +119,19 @@ class Adaptive(LeafFirst[int]):
         """It has left the tier; its name is remembered."""
         before = self._before.pop(node, None)
         if before is not None:
-            lora = node.kind is Kind.LORA
+            name, lora = hash(node.key), node.kind is Kind.LORA
             nbytes = self._loras.pop(node) if lora else self._cost(node)
             if lora:
                 self._taken[Kind.LORA] -= nbytes
-            self._balance.left(hash(node.key), lora, nbytes, self._index.bytes[self._tier])
-            self._names.add(hash(node.key), len(self._before), min(before + node.hits, LINES - 1))
+            self._balance.left(name, lora, nbytes, self._index.bytes[self._tier])
+            self._names.add(name, len(self._before), min(before + node.hits, LINES - 1))
             self._shadows.left(node)
 
     def prepare(self) -> Iterator[None]:
         """What was asked since the last choice is looked at."""
         return self._shadows.work(self.line_of, self._index.objects[self._tier])
 
-    def _meet(self, node: Node) -> None:
+    def _meet(self, node: Node) -> int:
         name, lora, nbytes = hash(node.key), node.kind is Kind.LORA, self._cost(node)
         worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill if "cost" not in self.without else nbytes
         self._balance.came(name, lora, worth, self._taken[Kind.LORA], self._index.bytes[self._tier])
@@ -140,3 +142,4 @@ class Adaptive(LeafFirst[int]):
             self._loras[node] = nbytes
             self._taken[Kind.LORA] += nbytes
         self._shadows.entered(node)
+        return self._before[node]

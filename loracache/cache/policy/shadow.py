@@ -35,6 +35,8 @@ _SAMPLE = 16_384  # objects, at most; and half of it in large tiers
 _KEPT = 0.97  # of what was found before, by as many names asked as the sample has
 _SURE = 2.5  # standard errors that another way must have found more
 _WAITING = 256  # lookups that wait to be looked at
+_SLICE = 512  # objects of the tier that shadows begin with, between two looks at the socket
+_ALL = 65_536
 _LONGEST = 2048  # chunks of one of them: the rest is left aside
 
 
@@ -53,17 +55,23 @@ class Shadow:
         """A chain is asked for, its end first, each name with the line that it belongs to from now on. room: for so
         many names. stay: uses that a 1 of the way stands for. Answers how many were found; the others come in, as far
         as there is room for them."""
+        lines, line_of = self._lines, self._line_of
         absent = []
         found = 0
         for name, line in names:
-            before = self._line_of.get(name)
+            before = line_of.get(name)
             if before is None:
                 absent.append((name, line))
                 continue
             found += 1
-            del self._lines[before][name]
-            self.put(name, line, now)
-        self._shrink(max(0, room - len(absent)), stay)
+            if before == line:
+                lines[line].move_to_end(name)
+                lines[line][name] = now
+            else:
+                del lines[before][name]
+                self.put(name, line, now)
+        if len(line_of) + len(absent) > room:
+            self._shrink(max(0, room - len(absent)), stay)
         for name, line in absent[max(0, len(absent) + len(self) - room) :]:
             self.put(name, line, now)
         return found
@@ -76,8 +84,6 @@ class Shadow:
     def _shrink(self, room: int, stay: float) -> None:
         """Drop what there is no room for."""
         excess = len(self) - room
-        if excess <= 0:
-            return
         fronts = [
             (next(iter(line.values())) + longer * stay if line else inf)
             for line, longer in zip(self._lines, self._way, strict=True)
@@ -97,9 +103,10 @@ class Shadows:
     def __init__(self, ways: Sequence[Way] = WAYS) -> None:
         self._ways = ways
         self._shadows: list[Shadow] = []
+        self._beginning = False
         self._asked: deque[tuple[Sequence[bytes], int]] = deque(maxlen=_WAITING)
         self._sample: dict[bytes, Node] = {}  # of the tier: those whose keys are below
-        self._rate = 65_536  # of 65,536 objects so many
+        self._rate = _ALL  # of so many objects that many are in the sample
         self._limit = _limit(self._rate)
         self._times = Names()
         self._best = len(ways) - 1
@@ -134,27 +141,38 @@ class Shadows:
 
     def work(self, line_of: Callable[[Node], int], objects: int) -> Iterator[None]:
         """Look at what was asked; yields between two chains. The tier is full, and has so many objects."""
-        if not self._shadows and len(self._ways) > 1:
-            self._begin(line_of)
-        while self._asked:
+        if self._beginning or len(self._ways) < 2:
+            return
+        if not self._shadows:
+            yield from self._begin(line_of)
+        while self._asked and self._shadows:
             keys, now = self._asked.popleft()
             self._use(keys, now, objects)
             yield
 
-    def _begin(self, line_of: Callable[[Node], int]) -> None:
-        """The tier is what all shadows hold, with what was asked before it was full."""
-        self._shadows = [Shadow(way) for way in self._ways]
-        for node in sorted(self._sample.values(), key=lambda node: node.tick):
-            line = line_of(node)
-            self._times.add(hash(node.key), 0, line)
-            for shadow in self._shadows:
-                shadow.put(node.key, line, node.tick)
+    def _begin(self, line_of: Callable[[Node], int]) -> Iterator[None]:
+        """The tier is what all shadows hold, with what was asked before it was full. Yields between two slices."""
+        self._beginning = True
+        shadows, limit = [Shadow(way) for way in self._ways], self._limit
+        try:
+            for count, node in enumerate(sorted(self._sample.values(), key=lambda node: node.tick), start=1):
+                line = line_of(node)
+                self._times.add(hash(node.key), 0, line)
+                for shadow in shadows:
+                    shadow.put(node.key, line, node.tick)
+                if not count % _SLICE:
+                    yield
+        finally:
+            self._beginning = False
         while len(self._asked) > 1:
             self._asked.popleft()
+        if limit == self._limit:  # else the sample is another now
+            self._shadows = shadows
 
     def _use(self, keys: Sequence[bytes], now: int, objects: int) -> None:
         room = len(self._sample)
-        names = [(key, self._line_of(key)) for key in reversed(keys) if key[:2] < self._limit]
+        sampled = reversed(keys) if self._rate == _ALL else [key for key in reversed(keys) if key[:2] < self._limit]
+        names = [(key, self._line_of(key)) for key in sampled]
         if not room or not names:
             return
         found = [shadow.ask(names, now, room, objects) for shadow in self._shadows]
@@ -169,10 +187,12 @@ class Shadows:
 
     def _line_of(self, key: bytes) -> int:
         name = hash(key)
-        line = min(self._times.get(name) + 1, LINES - 1)
+        line = self._times.get(name) + 1
+        if line == LINES:
+            line -= 1
         self._times.add(name, 0, line)
         return line
 
 
 def _limit(rate: int) -> bytes:
-    return rate.to_bytes(2, "big") if rate < 65_536 else b"\xff\xff\xff"
+    return rate.to_bytes(2, "big") if rate < _ALL else b"\xff\xff\xff"
