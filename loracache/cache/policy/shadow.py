@@ -31,7 +31,7 @@ WAYS: tuple[Way, ...] = (
     (0.0, _ALWAYS, _ALWAYS, _ALWAYS),  # TWICE: in force at first, for a chain that never comes again does no harm there
 )
 
-_SAMPLE = 16_384  # objects, at most; and half of it in large tiers
+_SAMPLE = 8_192  # objects, at most; and half of it in large tiers
 _KEPT = 0.97  # of what was found before, by as many names asked as the sample has
 _SURE = 2.5  # standard errors that another way must have found more
 _WAITING = 256  # lookups that wait to be looked at
