@@ -50,7 +50,7 @@ class SchedulerLink(Link):
     def __init__(self, server: str) -> None:
         super().__init__(server, name="vllm-scheduler", log=_log)
         self._counts: Counter[str] = Counter()
-        self._next_report = 0.0
+        self._next_report = self._next_counts = 0.0
         self._lookups: dict[int, _Lookup] = {}  # by the number of the first part
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
         self._events_asked = self._events_last = 0  # the question that waits, and the last event that was told
@@ -245,13 +245,14 @@ class SchedulerLink(Link):
         """Count a failure seen in the engine; the daemon's status shows it."""
         self._counts[cause] += amount
 
-    def flush_counts(self) -> None:
-        """Send the counts, at most once a second."""
-        if self._counts and self.reports_now():
+    def flush_counts(self, *, now: bool = False) -> None:
+        """Send the counts, at most once a second. now: whenever they were sent last, for no step may follow."""
+        due = now or time.monotonic() >= self._next_counts
+        if self._counts and due and self.connection.connected:
             self._report(requests.Report(dict(self._counts)), answer=False)
 
     def reports_now(self) -> bool:
-        """Whether it is time to tell the daemon something again."""
+        """Whether it is time to tell the daemon of requests again."""
         return time.monotonic() >= self._next_report and self.connection.connected
 
     def report(self, running: int, waiting: int, adapters: Sequence[bytes]) -> None:
@@ -259,6 +260,7 @@ class SchedulerLink(Link):
         counts."""
         asks = not self._hot_asked
         report = requests.Report(dict(self._counts), running, waiting, requests.join_keys(adapters))
+        self._next_report = time.monotonic() + _REPORT_S
         number = self._report(report, answer=asks)
         self._hot_asked = number if asks else self._hot_asked
 
@@ -273,7 +275,8 @@ class SchedulerLink(Link):
         return self._hot
 
     def _report(self, report: requests.Report, *, answer: bool) -> int:
-        self._next_report = time.monotonic() + _REPORT_S
+        if self._counts:
+            self._next_counts = time.monotonic() + _REPORT_S
         self._counts.clear()
         return self.connection.send(report, answer=answer)
 

@@ -33,6 +33,7 @@ class ScriptedLink:
         self.leases: set[bytes] = set()
         self.prefetched: list[bytes] = []
         self.reported: list[tuple[int, int, list[bytes]]] = []
+        self.flushed = 0
         self.hot: list[bytes] = []
         self.announced: list[tuple[list[bytes], float, float]] = []
         self.lookups: list[list[bytes]] = []
@@ -109,8 +110,9 @@ class ScriptedLink:
     def count(self, cause: str, amount: int) -> None:
         self.counts[cause] += amount
 
-    def flush_counts(self) -> None:
-        pass
+    def flush_counts(self, *, now: bool = False) -> None:
+        if now:
+            self.flushed += 1
 
     def reports_now(self) -> bool:
         return self.answers

@@ -313,6 +313,30 @@ def test_what_runs_is_reported_with_the_counts_and_the_hot_adapters_come_back(
     eventually(lambda: told("batch") == 0, "an engine that is gone runs nothing")
 
 
+def test_counts_wait_for_no_report_of_requests_and_the_last_for_nothing(
+    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_REPORT_S", 3600.0)
+    running = daemon()
+    link = SchedulerLink(running.url)
+    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+
+    def counted() -> Any:
+        return running.status()["counters"].get("client.adapter.hit")
+
+    link.report(1, 0, [])
+    link.count("adapter.hit", 1)
+    link.flush_counts()
+    eventually(lambda: counted() == 1, "the first")
+    link.count("adapter.hit", 1)
+    link.flush_counts()
+    time.sleep(0.2)
+    assert counted() == 1
+    link.flush_counts(now=True)
+    eventually(lambda: counted() == 2, "the last")
+    link.close()
+
+
 def test_a_chain_that_is_announced_in_parts_is_one(daemon: Any, eventually: Any) -> None:
     running = daemon()
     link = SchedulerLink(running.url)

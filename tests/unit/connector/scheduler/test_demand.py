@@ -60,3 +60,13 @@ def test_a_scheduler_tells_what_each_step_runs(driver: Any, make_request: Any) -
     driver.arrive(two)
     driver.step({one: [0, 1, 2, 3]})
     assert driver.link.reported[-1] == (1, 1, [])
+
+
+def test_with_the_last_request_the_counts_are_told_for_no_step_may_follow(driver: Any, make_request: Any) -> None:
+    one, two = make_request("a", 64), make_request("b", 64, seed=3)
+    driver.arrive(one)
+    driver.arrive(two)
+    driver.side.finished(one, [])
+    assert driver.link.flushed == 0
+    driver.side.finished(two, [])
+    assert driver.link.flushed == 1
