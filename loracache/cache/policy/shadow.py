@@ -35,6 +35,7 @@ _SAMPLE = 8_192  # objects, at most; and half of it in large tiers
 _KEPT = 0.97  # of what was found before, by as many names asked as the sample has
 _SURE = 2.5  # standard errors that another way must have found more
 _WAITING = 256  # lookups that wait to be looked at
+_WAITING_CHUNKS = 32_768  # of these
 _SLICE = 512  # objects of the tier that shadows begin with, between two looks at the socket
 _ALL = 65_536
 _LONGEST = 2048  # chunks of one of them: the rest is left aside
@@ -104,7 +105,8 @@ class Shadows:
         self._ways = ways
         self._shadows: list[Shadow] = []
         self._beginning = False
-        self._asked: deque[tuple[Sequence[bytes], int]] = deque(maxlen=_WAITING)
+        self._asked: deque[tuple[Sequence[bytes], int]] = deque()
+        self._waiting = 0  # chunks of these
         self._sample: dict[bytes, Node] = {}  # of the tier: those whose keys are below
         self._rate = _ALL  # of so many objects that many are in the sample
         self._limit = _limit(self._rate)
@@ -138,6 +140,9 @@ class Shadows:
         """A chain is looked up, when the tier's last use was `now`. It is looked at later, in `work`."""
         if len(self._ways) > 1:
             self._asked.append((keys if len(keys) <= _LONGEST else keys[:_LONGEST], now))
+            self._waiting += min(len(keys), _LONGEST)
+            while len(self._asked) > _WAITING or self._waiting > _WAITING_CHUNKS:
+                self._next()
 
     def work(self, line_of: Callable[[Node], int], objects: int) -> Iterator[None]:
         """Look at what was asked; yields between two chains. The tier is full, and has so many objects."""
@@ -146,9 +151,14 @@ class Shadows:
         if not self._shadows:
             yield from self._begin(line_of)
         while self._asked and self._shadows:
-            keys, now = self._asked.popleft()
+            keys, now = self._next()
             self._use(keys, now, objects)
             yield
+
+    def _next(self) -> tuple[Sequence[bytes], int]:
+        keys, now = self._asked.popleft()
+        self._waiting -= len(keys)
+        return keys, now
 
     def _begin(self, line_of: Callable[[Node], int]) -> Iterator[None]:
         """The tier is what all shadows hold, with what was asked before it was full. Yields between two slices."""
@@ -165,7 +175,7 @@ class Shadows:
         finally:
             self._beginning = False
         while len(self._asked) > 1:
-            self._asked.popleft()
+            self._next()
         if limit == self._limit:  # else the sample is another now
             self._shadows = shadows
 

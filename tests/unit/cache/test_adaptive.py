@@ -114,6 +114,15 @@ def test_shadows_of_a_large_tier_begin_in_slices_and_are_whole_then() -> None:
     assert [len(shadow) for shadow in shadows._shadows] == [5_000] * len(WAYS)
 
 
+def test_lookups_that_wait_are_bounded_in_chunks() -> None:
+    shadows = Shadows()
+    for number in range(1000):
+        shadows.ask([bytes(32)] * (100 + 50 * number), number)
+    waiting = sum(len(keys) for keys, _ in shadows._asked)
+    assert 30_000 < waiting == shadows._waiting <= 32_768
+    assert shadows._asked[-1][1] == 999
+
+
 def test_chance_changes_nothing() -> None:
     """A difference of one lookup, however long, is no evidence."""
     shadows = shadows_of(100)
