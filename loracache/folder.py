@@ -19,7 +19,10 @@ import pwd
 import stat
 from pathlib import Path
 
-__all__ = ["make_folder", "make_folders", "open_file", "own_folder", "owner_fault", "sync_folder", "write_file"]
+__all__ = [
+    "make_folder", "make_folders", "open_file", "own_folder", "owner_fault", "replace_file", "sync_folder",
+    "write_file",
+]  # fmt: skip
 
 
 def make_folder(path: Path, *, sync: bool = False) -> str:
@@ -117,6 +120,13 @@ def write_file(path: Path, data: bytes, *, sync: bool) -> None:
         raise
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
+    """A file's new content, whole or not at all. Its name is durable once the folder was synced. Raises OSError."""
+    fresh = path.with_suffix(".tmp")
+    write_file(fresh, data, sync=sync)
+    os.replace(fresh, path)
 
 
 def _user(uid: int) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from sortedcontainers import SortedDict, SortedList
 
 from loracache.errors import UsageError
-from loracache.folder import make_folder, make_folders, sync_folder, write_file
+from loracache.folder import make_folder, make_folders, replace_file, sync_folder
 from loracache.keys import Namespace
 
 __all__ = ["Namespaces"]
@@ -269,10 +269,7 @@ class Namespaces:
         try:
             make_folders(self._folder, sync=self._sync)
             for digest, text in going.items():
-                path = self._folder / f"{digest.hex()}.json"
-                fresh = path.with_suffix(".tmp")
-                write_file(fresh, text.encode(), sync=self._sync)
-                os.replace(fresh, path)
+                replace_file(self._folder / f"{digest.hex()}.json", text.encode(), sync=self._sync)
                 written.append(digest)
             if self._sync:
                 sync_folder(self._folder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from loracache.cache.state.index import Index, Node
 from loracache.cache.tier.disk import DiskTier
 from loracache.cache.tier.write_behind import WriteBehind
+from loracache.results import Departure
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 
@@ -95,9 +96,9 @@ class Remover:
                 node.sent = False
             self._delete([node.key for node in nodes], total)
         if Tier.CPU in tiers:
-            self._drop(nodes, Tier.CPU, total, "asked")
+            self._drop(nodes, Tier.CPU, total, Departure.ASKED)
         if Tier.DISK in tiers:
-            self._drop(nodes, Tier.DISK, total, "asked")
+            self._drop(nodes, Tier.DISK, total, Departure.ASKED)
 
     def _delete(self, keys: list[bytes], did: Evicted) -> None:
         named = [key for key in keys if key in self._index.retained]  # without a disk Redis may be all that has them

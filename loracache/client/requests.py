@@ -14,6 +14,7 @@ from loracache.wire.protocol import (
     LEASE_BYTES,
     MAX_TTL_S,
     NO_PARENT,
+    PRIORITIES,
     SOCKET_PATH_BYTES,
     Acquire,
     AdapterAdd,
@@ -34,9 +35,9 @@ from loracache.wire.protocol import (
 )
 
 __all__ = [
-    "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd", "AdapterDigest",
-    "AdapterFind", "Commit", "EventList", "Keep", "Lookup", "Move", "Pin", "Prefetch", "Register", "Release", "Report",
-    "Request", "Reserve", "Resident", "join_keys", "lookup_parts", "split_keys",
+    "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "PRIORITIES", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd",
+    "AdapterDigest", "AdapterFind", "Commit", "EventList", "Keep", "Lookup", "Move", "Pin", "Prefetch", "Register",
+    "Release", "Report", "Request", "Reserve", "Resident", "join_keys", "lookup_parts", "split_keys",
 ]  # fmt: skip
 
 _PART_KEYS = 8192  # of a lookup: a quarter of a megabyte, which the daemon answers within milliseconds

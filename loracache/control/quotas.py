@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from loracache.cache.policy.quotas import EVERY, Quota, Subject
 from loracache.errors import Unavailable, Unknown, UsageError
-from loracache.folder import make_folders, sync_folder, write_file
+from loracache.folder import make_folders, replace_file, sync_folder
 from loracache.keys import is_digest
 from loracache.results import NodeKind
 from loracache.tiers import Tier
@@ -170,9 +169,7 @@ class QuotaKeeper:
             for (subject, tier), quota in changed.items()
         ]
         make_folders(path.parent, sync=self._sync)
-        fresh = path.with_suffix(".tmp")
-        write_file(fresh, json.dumps(rows).encode(), sync=self._sync)
-        os.replace(fresh, path)
+        replace_file(path, json.dumps(rows).encode(), sync=self._sync)
         if self._sync:
             sync_folder(path.parent)
 

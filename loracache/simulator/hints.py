@@ -15,19 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loracache.cache.state.index import Index, Node
-from loracache.simulator.trace import Request
+from loracache.simulator.trace import Request, system_prompts
 from loracache.tiers import Tier
 
 __all__ = ["Held", "with_hints"]
-
-_COMMON = 0.1  # a first block that more of all requests begin with is a system prompt, and no session's
 
 
 def with_hints(requests: Sequence[Request], share: float, seed: int = 0) -> list[Request]:
     """The same requests, each with its session's number; of the sessions that have more than one request, that share
     says with each but the last that it comes back."""
-    firsts = Counter(request.blocks[0] for request in requests if request.blocks)
-    common = {block for block, count in firsts.items() if count > _COMMON * len(requests)}
+    common = system_prompts(requests)
     sessions = [
         next((block for block in request.blocks if block not in common), -number)
         for number, request in enumerate(requests, start=1)

@@ -229,8 +229,7 @@ class Store:
 
     def _adapter(self, number: int) -> Node | None:
         """Its node, in no tier perhaps; None for no adapter."""
-        size = self.sizes.adapters[number] if number >= 0 else 0
-        return self._insert(_key(number), b"", Kind.LORA, number, size) if number >= 0 else None
+        return self._insert(_key(number), b"", Kind.LORA, number, self.sizes.adapters[number]) if number >= 0 else None
 
     # -- what the swapper swaps into: see cache/swap ----------
 

@@ -17,7 +17,7 @@ from loracache.errors import ConfigError
 from loracache.simulator.formats import Line, requests_of
 from loracache.simulator.request import BLOCK_TOKENS, Kept, Request
 
-__all__ = ["BLOCK_TOKENS", "Kept", "Request", "own_adapters", "read_trace", "with_adapters"]
+__all__ = ["BLOCK_TOKENS", "Kept", "Request", "own_adapters", "read_trace", "system_prompts", "with_adapters"]
 
 _COMMON = 0.1  # a first block that more of all requests begin with is a system prompt, and no session's
 _MOST_LINE = 64 << 20  # bytes
@@ -63,6 +63,12 @@ def own_adapters(requests: Sequence[Request]) -> list[int]:
     return [sizes.get(number, 0) for number in range(max(sizes, default=-1) + 1)]
 
 
+def system_prompts(requests: Sequence[Request]) -> set[int]:
+    """First blocks that many of the requests begin with: they say nothing of whose session a request is."""
+    firsts = Counter(request.blocks[0] for request in requests if request.blocks)
+    return {block for block, count in firsts.items() if count > _COMMON * len(requests)}
+
+
 def with_adapters(requests: Sequence[Request], adapters: int, zipf: float, seed: int = 0) -> list[Request]:
     """The same requests with adapters 0 to `adapters` - 1, the n-th as often as n ** -zipf. A session keeps its own: a
     request belongs to that of its longest known prefix, a system prompt that many share left aside."""
@@ -70,8 +76,7 @@ def with_adapters(requests: Sequence[Request], adapters: int, zipf: float, seed:
         return list(requests)
     chance = random.Random(seed)
     weights = list(itertools.accumulate((number + 1) ** -zipf for number in range(adapters)))
-    firsts = Counter(request.blocks[0] for request in requests if request.blocks)
-    common = {block for block, count in firsts.items() if count > _COMMON * len(requests)}
+    common = system_prompts(requests)
     adapter_of: dict[int, int] = {}
     assigned = []
     for request in requests:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from loracache.keys import KEY_BYTES, is_digest
 
-__all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "MAX_WAIT_S", "is_int"]
+__all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "MAX_WAIT_S", "PRIORITIES", "is_int"]
 
 LEASE_BYTES = 16
 MAX_TTL_S = 3600.0
 MAX_WAIT_S = 600.0
+PRIORITIES = ("low", "normal", "high")
 
 _MAX_TEXT = 64 << 10
 _MAX_SHORT = 300
@@ -133,7 +134,7 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "namespace": lambda value: "" if isinstance(value, bytes) and len(value) == KEY_BYTES else "must be 32 bytes",
     "parents": _keys,
     "path": _text,
-    "priority": lambda value: "" if value in ("", "low", "normal", "high") else "must be low, normal or high",
+    "priority": lambda value: "" if value in ("", *PRIORITIES) else "must be low, normal or high",
     "running": _requests,
     "scope": _salt,
     "selector": _selector,

@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 
 from loracache.errors import ProtocolError, UsageError
 from loracache.keys import KEY_BYTES
-from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, is_int
+from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, PRIORITIES, is_int
 from loracache.wire.frames import frame
 
 __all__ = [
-    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "SOCKET_PATH_BYTES", "UNKNOWN",
+    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "PRIORITIES", "SOCKET_PATH_BYTES", "UNKNOWN",
     "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
     "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup", "Prefetch", "Register", "Release", "Renew",
     "Report", "Request", "Reserve", "Resident", "Status", "fault", "join_keys", "shown", "split_keys",

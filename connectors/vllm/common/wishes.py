@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loracache.client.requests import MAX_TTL_S
+from loracache.client.requests import MAX_TTL_S, PRIORITIES
 
 __all__ = ["Wishes", "slips", "wishes_of", "wrong_wishes"]
 
 _VERSION = "1"
 _DEMOTE_TO = ("disk", "redis")
-_PRIORITIES = ("low", "normal", "high")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def _demote(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _priority(value: object) -> str:
-    return "" if isinstance(value, str) and value in _PRIORITIES else f"must be one of {', '.join(_PRIORITIES)}"
+    return "" if isinstance(value, str) and value in PRIORITIES else f"must be one of {', '.join(PRIORITIES)}"
 
 
 _PARAMS: dict[str, Callable[[object], str]] = {

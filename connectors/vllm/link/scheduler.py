@@ -258,10 +258,9 @@ class SchedulerLink(Link):
     def report(self, running: int, waiting: int, adapters: Sequence[bytes]) -> None:
         """Tell how many requests run and wait, the adapters of those that have arrived since the last report, and the
         counts."""
-        asks = not self._hot_asked
-        report = requests.Report(dict(self._counts), running, waiting, requests.join_keys(adapters))
+        asks, packed = not self._hot_asked, requests.join_keys(adapters)
         self._next_report = time.monotonic() + _REPORT_S
-        number = self._report(report, answer=asks)
+        number = self._report(requests.Report(dict(self._counts), running, waiting, packed), answer=asks)
         self._hot_asked = number if asks else self._hot_asked
 
     def hot_adapters(self) -> list[bytes]:
@@ -275,10 +274,12 @@ class SchedulerLink(Link):
         return self._hot
 
     def _report(self, report: requests.Report, *, answer: bool) -> int:
+        """Send a report that has the counts, which are kept where that fails."""
+        number = self.connection.send(report, answer=answer)
         if self._counts:
             self._next_counts = time.monotonic() + _REPORT_S
         self._counts.clear()
-        return self.connection.send(report, answer=answer)
+        return number
 
     def close(self) -> None:
         """Close the connection; its leases end."""

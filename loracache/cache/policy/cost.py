@@ -70,7 +70,7 @@ class Cost(Ranked):
 
     def worth(self, node: Node) -> float:
         """Its cost by size, by that of KV that has to be computed."""
-        return self.speeds.seconds(node, self._tier) / max(node.size, 1) * self.speeds.prefill
+        return self.speeds.by_size(node, self._tier) * self.speeds.prefill
 
     def lora_eval(self, needed: float, held: int) -> float:
         """What adapters are worth more than KV of the same Retain_Eval."""

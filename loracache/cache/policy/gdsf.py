@@ -35,7 +35,7 @@ class GDSF(Ranked):
         """H."""
         self._now = max(self._now, node.tick)
         level = self._levels[max(0, bisect_right(self._ticks, node.tick) - 1)]
-        worth = self.speeds.seconds(node, self._tier) / max(node.size, 1) * _NS
+        worth = self.speeds.by_size(node, self._tier) * _NS
         return level + (node.hits + 1) * worth, node.tick
 
     def withdraw(self, node: Node) -> None:

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from loracache.cache.policy.names import Names
+from loracache.cache.policy.shadow import ALL, limit_of
 
 __all__ = ["SHARES", "Kinds", "LowerShadows"]
 
@@ -71,8 +72,8 @@ class LowerShadows:
         self._kinds = kinds
         self._rooms = (memory, lower)
         self._asked: deque[tuple[Sequence[bytes], int, Hashable]] = deque(maxlen=_WAITING)
-        self._rate = 65_536  # of so many objects are in the sample:
-        self._limit = b"\xff\xff\xff"  # those whose keys are below
+        self._rate = ALL  # of so many objects that many are in the sample:
+        self._limit = limit_of(ALL)  # those whose keys are below
         self._now = self._look_at = 0
         self.best = 0
         self._begin()
@@ -106,12 +107,12 @@ class LowerShadows:
 
     def _fit(self) -> None:
         """Sample as much as a shadow can hold. A new rate begins anew."""
-        rate, lower = 65_536, self._rooms[1]()
-        while rate > 1 and rate * lower > 2 * _CAPACITY * 65_536:
+        rate, lower = ALL, self._rooms[1]()
+        while rate > 1 and rate * lower > 2 * _CAPACITY * ALL:
             rate //= 2
         if not self._rate // 2 <= rate <= self._rate * 2:
             self._rate = rate
-            self._limit = rate.to_bytes(2, "big") if rate < 65_536 else b"\xff\xff\xff"
+            self._limit = limit_of(rate)
             self._begin()
 
     def _use(self, name: int, kind: Hashable) -> None:
@@ -136,7 +137,7 @@ class LowerShadows:
         self._memory.move_to_end(name)
 
     def _shrink(self) -> None:
-        memory, lower = (max(1, room() * self._rate // 65_536) for room in self._rooms)
+        memory, lower = (max(1, room() * self._rate // ALL) for room in self._rooms)
         for held, room in ((self._memory, memory), *((each, lower) for each in self._lower)):
             while len(held) > room:
                 held.popitem(last=False)

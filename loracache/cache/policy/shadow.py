@@ -17,12 +17,14 @@ from loracache.cache.policy.names import Names
 from loracache.cache.state.index import Node
 from loracache.storage_backends.base import Kind
 
-__all__ = ["LINES", "WAYS", "Shadow", "Shadows", "Way"]
+__all__ = ["ALL", "LINES", "WAYS", "Shadow", "Shadows", "Way", "limit_of"]
 
 Way = tuple[float, ...]
 """How much longer, in as many uses as the tier has objects, those stay that came again once, twice, oftener."""
 
 LINES = 4
+ALL = 65_536
+"""The rate of a sample that is the whole."""
 _ALWAYS = 1000.0
 WAYS: tuple[Way, ...] = (
     (0.0, 0.0, 0.0, 0.0),  # LRU
@@ -37,7 +39,6 @@ _SURE = 2.5  # standard errors that another way must have found more
 _WAITING = 256  # lookups that wait to be looked at
 _WAITING_CHUNKS = 32_768  # of these
 _SLICE = 512  # objects of the tier that shadows begin with, between two looks at the socket
-_ALL = 65_536
 _LONGEST = 2048  # chunks of one of them: the rest is left aside
 
 
@@ -108,8 +109,8 @@ class Shadows:
         self._asked: deque[tuple[Sequence[bytes], int]] = deque()
         self._waiting = 0  # chunks of these
         self._sample: dict[bytes, Node] = {}  # of the tier: those whose keys are below
-        self._rate = _ALL  # of so many objects that many are in the sample
-        self._limit = _limit(self._rate)
+        self._rate = ALL  # of so many objects that many are in the sample
+        self._limit = limit_of(self._rate)
         self._times = Names()
         self._best = len(ways) - 1
         # How many more each found than each other, and the squares of that, lookup by lookup.
@@ -128,7 +129,7 @@ class Shadows:
         self._sample[node.key] = node
         if len(self._sample) > _SAMPLE and self._rate > 1:
             self._rate //= 2
-            self._limit = _limit(self._rate)
+            self._limit = limit_of(self._rate)
             self._sample = {key: node for key, node in self._sample.items() if key[:2] < self._limit}
             self._shadows = []
 
@@ -181,7 +182,7 @@ class Shadows:
 
     def _use(self, keys: Sequence[bytes], now: int, objects: int) -> None:
         room = len(self._sample)
-        sampled = reversed(keys) if self._rate == _ALL else [key for key in reversed(keys) if key[:2] < self._limit]
+        sampled = reversed(keys) if self._rate == ALL else [key for key in reversed(keys) if key[:2] < self._limit]
         names = [(key, self._line_of(key)) for key in sampled]
         if not room or not names:
             return
@@ -204,5 +205,6 @@ class Shadows:
         return line
 
 
-def _limit(rate: int) -> bytes:
-    return rate.to_bytes(2, "big") if rate < _ALL else b"\xff\xff\xff"
+def limit_of(rate: int) -> bytes:
+    """The key below which those of a sample are, that has so many of ALL objects."""
+    return rate.to_bytes(2, "big") if rate < ALL else b"\xff\xff\xff"

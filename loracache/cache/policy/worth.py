@@ -36,6 +36,10 @@ class Speeds:
             return min(self.from_disk(node.size), origin) if lower else origin
         return node.size / (max(self.disk, self.prefill) if lower else self.prefill)
 
+    def by_size(self, node: Node, tier: Tier) -> float:
+        """The same, by its bytes: seconds that a byte of it saves."""
+        return self.seconds(node, tier) / max(node.size, 1)
+
     def from_disk(self, nbytes: int) -> float:
         """To read so many bytes from the disk tier."""
         return self.disk_latency + nbytes / self.disk

@@ -76,7 +76,7 @@ class Candidates:
         if not is_root(node):
             return
         self.discard(node)
-        worth = self._speeds.seconds(node, Tier.CPU) / max(node.size, 1) * self._speeds.prefill
+        worth = self._speeds.by_size(node, Tier.CPU) * self._speeds.prefill
         rank = node.kind is Kind.LORA, node.tick + self._age * log(worth * (node.hits + 1)), node.tick
         self._order[rank] = node
         self._rank[node] = rank

@@ -20,7 +20,7 @@ from loracache.cache.state.slices import Slices
 from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import TierIO
 from loracache.cache.tier.write_behind import WriteBehind
-from loracache.results import Cause
+from loracache.results import Cause, Departure
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result, Transfer, padded
 from loracache.tiers import Tier
 
@@ -29,7 +29,7 @@ __all__ = ["DiskTier"]
 _log = logging.getLogger(__name__)
 _DELETE_AGAIN_S = 5.0
 _EVICTED = 64  # objects evicted between two looks at the socket
-_ASKED = ("asked", "moved", "replaced")  # causes of leaving that nobody has to be told of
+_ASKED = (Departure.ASKED, Departure.MOVED, "replaced")  # causes of leaving that nobody has to be told of
 
 
 class DiskTier:
