@@ -75,7 +75,43 @@ class Tree:
             going |= more
 
 
-class PolicyMachine(RuleBasedStateMachine):
+class IndexMachine(RuleBasedStateMachine):
+    """What happens to nodes of an index whatever else is kept of it: they are used, held and let go."""
+
+    index: Index
+    held: list[Node]
+
+    def some(self, data: st.DataObject) -> Node | None:
+        return data.draw(st.sampled_from(list(self.index))) if len(self.index) else None
+
+    @rule(data=st.data(), times=st.integers(1, 4))
+    def use(self, data: st.DataObject, times: int) -> None:
+        if node := self.some(data):
+            for _ in range(times):
+                chain = [node.key]
+                while (above := self.index.get(chain[0])) and above.parent:
+                    chain.insert(0, above.parent.key)
+                self.index.leading(chain, 1 << Tier.CPU | 1 << Tier.DISK)
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        if node := self.some(data):
+            self.index.hold(node)
+            self.held.append(node)
+
+    @rule(data=st.data())
+    def unhold(self, data: st.DataObject) -> None:
+        if self.held:
+            self.index.unhold(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    @rule(data=st.data(), tier=st.sampled_from(TIERS))
+    def pin_or_unpin(self, data: st.DataObject, tier: Tier) -> None:
+        if (node := self.some(data)) and node.held_in(tier):
+            node.pins ^= 1 << tier
+            self.index.offer(node, tier)
+
+
+class PolicyMachine(IndexMachine):
     """Random trees, uses, holds, pins, writes and evictions."""
 
     make: Make
@@ -106,35 +142,6 @@ class PolicyMachine(RuleBasedStateMachine):
         """One that left, maybe, and its name is remembered."""
         if number < self.count and self.index.get(key(number)) is None:
             self.tree.store(number)
-
-    def some(self, data: st.DataObject) -> Node | None:
-        return data.draw(st.sampled_from(list(self.index))) if len(self.index) else None
-
-    @rule(data=st.data(), times=st.integers(1, 4))
-    def use(self, data: st.DataObject, times: int) -> None:
-        if node := self.some(data):
-            for _ in range(times):
-                chain = [node.key]
-                while (above := self.index.get(chain[0])) and above.parent:
-                    chain.insert(0, above.parent.key)
-                self.index.leading(chain, 1 << Tier.CPU | 1 << Tier.DISK)
-
-    @rule(data=st.data())
-    def hold(self, data: st.DataObject) -> None:
-        if node := self.some(data):
-            self.index.hold(node)
-            self.held.append(node)
-
-    @rule(data=st.data())
-    def unhold(self, data: st.DataObject) -> None:
-        if self.held:
-            self.index.unhold(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
-
-    @rule(data=st.data(), tier=st.sampled_from(TIERS))
-    def pin_or_unpin(self, data: st.DataObject, tier: Tier) -> None:
-        if (node := self.some(data)) and node.held_in(tier):
-            node.pins ^= 1 << tier
-            self.index.offer(node, tier)
 
     @rule(data=st.data())
     def queue_or_finish_a_write(self, data: st.DataObject) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
 
 from loracache.cache.policy import POLICIES, Policy
 from loracache.cache.policy.classes import Classes
@@ -25,8 +25,8 @@ from loracache.cache.state.slices import Slices, whole
 from loracache.errors import UsageError
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
+from tests.unit.cache.test_policies import TIERS, IndexMachine
 
-TIERS = (Tier.CPU, Tier.DISK)
 ROOM = 40
 TENANTS = ("", "t1", "t2", "t3")
 MODELS = ("m1", "m2")
@@ -123,7 +123,7 @@ class Tree:
         return stored
 
 
-class QuotaMachine(RuleBasedStateMachine):
+class QuotaMachine(IndexMachine):
     make: Callable[..., Policy]
 
     def __init__(self) -> None:
@@ -197,35 +197,6 @@ class QuotaMachine(RuleBasedStateMachine):
                 assert owner.bytes >= min(before[subject], owner.soft), f"{subject} was pushed below its share"
             elif stored and owner.hard is not None:
                 assert owner.bytes <= owner.hard
-
-    def some(self, data: st.DataObject) -> Node | None:
-        return data.draw(st.sampled_from(list(self.index))) if len(self.index) else None
-
-    @rule(data=st.data())
-    def use(self, data: st.DataObject) -> None:
-        if node := self.some(data):
-            chain = [node.key]
-            while (above := self.index.get(chain[0])) and above.parent:
-                chain.insert(0, above.parent.key)
-            self.index.leading(chain, 1 << Tier.CPU | 1 << Tier.DISK)
-
-    @rule(data=st.data())
-    def hold(self, data: st.DataObject) -> None:
-        if node := self.some(data):
-            self.index.hold(node)
-            self.held.append(node)
-
-    @rule(data=st.data())
-    def unhold(self, data: st.DataObject) -> None:
-        if self.held:
-            self.index.unhold(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
-
-    @rule(data=st.data(), tier=st.sampled_from(TIERS))
-    def pin(self, data: st.DataObject, tier: Tier) -> None:
-        node = self.some(data)
-        if node is not None and node.held_in(tier):
-            node.pins ^= 1 << tier
-            self.index.offer(node, tier)
 
     @rule(data=st.data(), tier=st.sampled_from(TIERS))
     def leave(self, data: st.DataObject, tier: Tier) -> None:

@@ -15,26 +15,12 @@ from loracache.cache.swap.swapper import Swapper, SwapSettings
 from loracache.results import Cause
 from loracache.storage_backends.base import Kind, Outcome
 from loracache.tiers import Tier
+from tests.unit.cache.test_swapper import in_cpu, keys, on_disk_only
 
 Make = Callable[..., Any]
 NAME = b"n" * 16
 PAGE = 4096
 QUICK = SwapSettings(bandwidth=1 << 30, in_flight=1 << 20)
-
-
-def on_disk_only(rig: Any, *names: object) -> None:
-    rig.chain(*names)
-    rig.settle()
-    rig.evict(names[0])
-
-
-def in_cpu(rig: Any, *names: object) -> list[bool]:
-    nodes = [rig.node(name) for name in names]
-    return [node is not None and node.held_in(Tier.CPU) for node in nodes]
-
-
-def keys(rig: Any, *names: object) -> list[bytes]:
-    return [rig.info(name).key for name in names]
 
 
 class Announced:

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from loracache import CacheClient, Flushed, Namespace
+from tests.unit.rest.conftest import up
 
 SIZE = 3000
 Chain = Callable[[int], list[bytes]]
@@ -39,14 +40,7 @@ def running(module_daemon: Any, server: Any, eventually: Any, tmp_path_factory: 
         redis=server.url,
         http="127.0.0.1:0",
     )
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{made.http}/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    eventually(answers, "REST answers")
+    eventually(lambda: up(made), "REST answers")
     return made
 
 

@@ -18,6 +18,7 @@ import pytest
 from loracache import CacheClient, Namespace
 from loracache.client.connection import Connection
 from loracache.errors import ProtocolError, Unavailable
+from tests.unit.rest.conftest import up
 
 _END_S = 8.0
 _SLACK_S = 3.0  # of a machine whose cores are busy
@@ -53,13 +54,6 @@ def greeted(path: Path) -> Connection:
             time.sleep(0.05)
 
 
-def answers(running: Any) -> bool:
-    try:
-        return httpx.get(f"{running.http}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def test_a_redis_that_does_not_answer_does_not_keep_it(daemon: Any, redis_server: Any) -> None:
     redis = redis_server()
     running = daemon(memory="8MiB", redis=redis.url)
@@ -74,7 +68,7 @@ def test_a_redis_that_does_not_answer_does_not_keep_it(daemon: Any, redis_server
 
 def test_event_streams_and_a_client_that_reads_nothing_do_not_keep_it(daemon: Any, eventually: Any) -> None:
     running = daemon(memory="8MiB", http="127.0.0.1:0")
-    eventually(lambda: answers(running), "REST answers")
+    eventually(lambda: up(running), "REST answers")
     stopped = subprocess.Popen(
         [
             sys.executable, "-c",
