@@ -62,7 +62,13 @@ class SchedulerLink(Link):
         self._resident: set[bytes] = set()  # what the daemon was told that we hold
 
     def answering(self) -> bool:
-        """Whether the daemon is there and answers; collects what it has said."""
+        """Whether the daemon is there and answers; collects what it has said, and sends on what the socket did not take
+        at once."""
+        if self.connection.unsent:
+            try:
+                self.connection.poll()
+            except LoRACacheError as error:
+                self.outage.goes_on(error)
         return self.connection.connected and not self._silent()
 
     @property
@@ -245,8 +251,14 @@ class SchedulerLink(Link):
         """Count a failure seen in the engine; the daemon's status shows it."""
         self._counts[cause] += amount
 
-    def flush_counts(self, *, now: bool = False) -> None:
-        """Send the counts, at most once a second. now: whenever they were sent last, for no step may follow."""
+    def flush(self, *, now: bool = False) -> None:
+        """Send on what the socket did not take at once, and the counts, at most once a second. now: whenever they were
+        sent last, for no step may follow."""
+        if self.connection.unsent:
+            try:
+                self.connection.poll()
+            except LoRACacheError as error:
+                self.outage.goes_on(error)
         due = now or time.monotonic() >= self._next_counts
         if self._counts and due and self.connection.connected:
             self._report(requests.Report(dict(self._counts)), answer=False)
@@ -283,7 +295,7 @@ class SchedulerLink(Link):
 
     def close(self) -> None:
         """Close the connection; its leases end."""
-        self.flush_counts()
+        self.flush()
         self.connection.close()
 
     def _ask(self, request: requests.Request) -> int:

@@ -228,7 +228,7 @@ class SchedulerSide:
         self.admission.end(request.request_id)
         state = self._requests.pop(request.request_id, None)
         if not self._requests:
-            self._link.flush_counts(now=True)
+            self._link.flush(now=True)
         if state is None:
             return False
         self._lookups.forget(state)
@@ -285,7 +285,7 @@ class SchedulerSide:
                 self._plan_store(state, state.request.num_computed_tokens)
         self._plan = StepPlan(step=0)
         self._demand.step(len(output.num_scheduled_tokens), self._requests.keys())
-        self._link.flush_counts()
+        self._link.flush()
         return plan
 
     def check_weights(self) -> None:

@@ -110,7 +110,7 @@ class ScriptedLink:
     def count(self, cause: str, amount: int) -> None:
         self.counts[cause] += amount
 
-    def flush_counts(self, *, now: bool = False) -> None:
+    def flush(self, *, now: bool = False) -> None:
         if now:
             self.flushed += 1
 

@@ -298,5 +298,5 @@ def test_a_count_of_every_failure_reaches_the_daemon(
     engine = make_engine(url)
     engine.arrive("a", lora(os.urandom(32).hex()))
     eventually(lambda: engine.step() or engine.link._counts["adapter.absent"])
-    engine.link.flush_counts()
+    engine.link.flush()
     eventually(lambda: client.status()["counters"].get("client.adapter.absent"))
