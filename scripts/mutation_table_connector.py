@@ -175,7 +175,7 @@ CONNECTOR = [
         "connectors/vllm/worker/loader.py",
         "        if not part.flights:\n            job.parts.remove(part)",
         "        if True:\n            job.parts.remove(part)",
-        _worker("flights::test_a_load_that_ends_early_is_reported_after_what_it_submitted"),
+        _worker("load_parts::test_a_load_that_ends_early_is_reported_after_what_it_submitted"),
     ),
     Mutation(
         "memory of a failed store is given back when nothing writes to it any more",
