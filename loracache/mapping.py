@@ -22,20 +22,25 @@ _STEP = 64 << 20
 
 
 class ArenaMap(mmap.mmap):
-    """A mapped arena. Views of it keep it."""
+    """A mapped arena. Views of it keep it. instance: of the daemon's run that it belongs to."""
 
     def __init__(self, *_: object) -> None:
         self._ends: list[Callable[[], object]] = []
+        self.instance = b""
 
     def at_end(self, call: Callable[[], object]) -> None:
         """Call `call` when nobody holds the mapping any more, just before it is unmapped: a weak reference's callback
-        would come after that. Not at the end of the process."""
+        would come after that. At the end of the interpreter nothing is called, nor unmapped under what would have
+        been: the kernel takes both with the process."""
         self._ends.append(call)
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
-            for call in self._ends:
-                call()
+        ends, self._ends = self._ends, []
+        if ends and sys.is_finalizing():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+            return
+        for call in ends:
+            call()
 
 
 _mappings: weakref.WeakValueDictionary[bytes, ArenaMap] = weakref.WeakValueDictionary()
@@ -48,6 +53,7 @@ def map_arena(fd: int, size: int, instance: bytes) -> ArenaMap:
         known = _mappings.get(instance)
         if known is None:
             known = _mappings[instance] = ArenaMap(fd, size)
+            known.instance = instance
         return known
 
 
