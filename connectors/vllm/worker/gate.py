@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loracache.errors import Unavailable
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Copy, PageCopier
 
 __all__ = ["Gate", "GatedCopier"]
 
@@ -47,7 +47,13 @@ class GatedCopier(PageCopier):
         super().__init__(layers)
         self.gate = Gate()
 
-    def _run(self, *arguments: Any, **options: Any) -> None:
-        run = super()._run
-        if not self.gate.run(lambda: run(*arguments, **options)):
+    def _run(self, *arguments: Any, **options: Any) -> Copy:
+        run, copies = super()._run, []
+
+        def copy() -> None:
+            copies.append(run(*arguments, **options))
+            copies[0].wait()
+
+        if not self.gate.run(copy):
             raise Unavailable("the engine's KV cache is asleep")
+        return copies[0]

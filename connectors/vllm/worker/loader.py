@@ -29,7 +29,7 @@ from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import Load
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.errors import LoRACacheError, Rejected, Unavailable
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Move, PageCopier
 from loracache.keys import checksum, object_key
 from loracache.results import Cause
 
@@ -282,7 +282,7 @@ class Loader:
         if checksum(payload) != expected:
             part.bad.append(object_key(chunk.key, self._shard))
             return Cause.CHECKSUM
-        self._copier.scatter(chunk.blocks, payload, first=chunk.first, of=job.load.chunk_blocks, after=job.after)
+        self._copier.scatter([Move(chunk.blocks, payload, chunk.first, job.load.chunk_blocks)], job.after).wait()
         return Cause.NONE
 
     def _no_room(self, job: _Loading, part: _Part, position: int) -> None:

@@ -22,7 +22,7 @@ from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.gate import Gate
 from loracache.errors import LoRACacheError, Rejected, Unavailable
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Move, PageCopier
 from loracache.keys import checksum, object_key
 from loracache.results import Cause
 
@@ -237,7 +237,8 @@ class Storer:
                 continue
             blocks = chunk.blocks
             payload = self._link.connection.buffers(item, self._block_bytes * len(blocks))
-            if not job.gate.run(lambda: self._copier.gather(blocks, payload, job.after)):  # noqa: B023
+            move = Move(blocks, payload, 0, len(blocks))
+            if not job.gate.run(lambda: self._copier.gather([move], job.after).wait()):  # noqa: B023
                 causes[Cause.CANCELLED] = causes.get(Cause.CANCELLED, 0) + 1
                 return []
             written.append((key, checksum(payload)))

@@ -158,9 +158,10 @@ def test_the_deadline_is_for_the_next_byte(
     copied: list[int] = []
     scatter = worker.copier.scatter
 
-    def watched(blocks: Any, *arguments: Any, **options: Any) -> None:
-        scatter(blocks, *arguments, **options)
-        copied.extend(blocks)
+    def watched(moves: Any, after: Any) -> Any:
+        copy = scatter(moves, after)
+        copied.extend(block for move in moves for block in move.blocks)
+        return copy
 
     monkeypatch.setattr(worker.copier, "scatter", watched)
     worker.load(range(4))
@@ -226,9 +227,10 @@ def test_a_daemon_that_hangs_up_while_its_answer_is_copied_is_not_waited_for(
     worker = make_worker("unix:///none", timeout=60.0)
     scatter = worker.copier.scatter
 
-    def hangs_up(*arguments: Any, **options: Any) -> None:
-        scatter(*arguments, **options)
+    def hangs_up(*arguments: Any) -> Any:
+        copy = scatter(*arguments)
         script.map, script.connected = None, False
+        return copy
 
     monkeypatch.setattr(worker.copier, "scatter", hangs_up)
     worker.load(range(8))
