@@ -165,9 +165,8 @@ class RowsEngine:
         """Chunks into the blocks eight behind."""
         from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
 
-        self.loader.submit(
-            Load(name, tuple(ChunkBlocks(self.keys[number], (number + 8,)) for number in numbers), None, 1)
-        )
+        plan = tuple(ChunkBlocks(self.keys[number], (number + 8,)) for number in numbers)
+        self.loader.submit(Load(name, plan, None, 1), after)
 
     def ended(self) -> tuple[Any, ...]:
         return self.done.get(timeout=20)[1:]
