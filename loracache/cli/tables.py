@@ -128,7 +128,7 @@ def print_adapter(adapter: Adapter) -> None:
     added = time_text(adapter.added) if adapter.added else "-"
     sys.stdout.write(f"name     {adapter.name or '-'}\ndigest   {adapter.digest}\nadded    {added}\n")
     sys.stdout.write(f"size     {size_text(adapter.size)}\ntiers    {', '.join(adapter.tiers) or 'none'}\n")
-    sys.stdout.write(f"engines  {adapter.engines}\n")
+    sys.stdout.write(f"engines  {adapter.engines}\npriority {adapter.priority}\n")
     for tier, (objects, nbytes) in adapter.kv.items():
         sys.stdout.write(f"KV       {objects} objects, {size_text(nbytes)} in {tier}\n")
     if adapter.config:
