@@ -29,6 +29,8 @@ class Options:
     size), disk_path, disk (a size), redis (a URL without a password: process lists and vLLM's log show what stands
     here), redis_password_file and http (HOST:PORT of its REST) from here. model_id: names the model's weights where
     they are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses.
+    bounce_below: a size; runs of KV that are smaller on average go through memory of the GPU and a kernel, others
+    straight; without it as is best for the GPU, by measurement.
     load_timeout: seconds without a byte after which a load is given up and recomputed. recompute_if_faster: what is
     found is computed where that is predicted to be so many times faster than loading it; 0: never. lookup_wait: seconds
     for which any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has
@@ -47,6 +49,7 @@ class Options:
     http: str = ""
     model_id: str = ""
     chunk_tokens: int = 0
+    bounce_below: str = ""
     load_timeout: float = 10.0
     recompute_if_faster: float = 1.5
     lookup_wait: float = 0.02
@@ -54,6 +57,11 @@ class Options:
     kv_layout: str = ""
     lora_pool: str = ""
     lora_prefetch: int = 8
+
+    @property
+    def bounce_bytes(self) -> int | None:
+        """`bounce_below` in bytes; None: as measured."""
+        return parse_size(self.bounce_below) if self.bounce_below else None
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
@@ -89,7 +97,7 @@ class Options:
                     f"server={self.server!r}; give it to `loracache serve`, or leave server out to start a "
                     f"private daemon"
                 )
-        for key in ("memory", "disk", *(["lora_pool"] if self.lora_pool else [])):
+        for key in ("memory", "disk", *(key for key in ("lora_pool", "bounce_below") if getattr(self, key))):
             try:
                 size = parse_size(getattr(self, key))
             except ValueError as error:

@@ -124,7 +124,7 @@ class WorkerSide:
         if self._options.server:  # a private one would end with this client
             with CacheClient(server, name="vllm-start"):
                 pass  # an engine whose configuration names no living daemon should not start
-        self._copiers = [GatedCopier(layout.rows) for _ in range(2)]
+        self._copiers = [GatedCopier(layout.rows, self._options.bounce_bytes) for _ in range(2)]
         self._storer = Storer(
             server,
             ensure,
