@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from loracache.kernels.page_copy.device import Direction
 from loracache.kernels.page_copy.fragments import Fragments
 
@@ -26,4 +28,5 @@ class Choice:
         below = self.loads if direction is Direction.LOAD else self.stores
         if len(fragments) < FEW or fragments.mean >= below:
             return False
-        return not ((fragments.device | fragments.nbytes) & 15).any()
+        both = np.bitwise_or.reduce(fragments.device) | np.bitwise_or.reduce(fragments.nbytes)
+        return not int(both) & 15

@@ -13,6 +13,7 @@ from loracache.kernels.page_copy.cpu import CpuCopier
 from loracache.kernels.page_copy.device import Device, Direction
 from loracache.kernels.page_copy.fragments import Rows
 from loracache.kernels.page_copy.gpu import GpuCopier, PinnedPieces
+from loracache.kernels.page_copy.measuring import choice_of
 from loracache.kernels.page_copy.moves import ARRIVED, Copy, Move
 
 __all__ = ["PageCopier"]
@@ -24,9 +25,9 @@ class PageCopier:
     """Gathers blocks into host buffers, and scatters them from there.
 
     layers: int64 tensors (blocks, words) on one device, strided views of the engine's memory. pieces: which host memory
-    is pinned; None: none. device, choice: a device to use instead of the layers' own, and what goes which way there.
-    Raises CopyError where the layers are on a GPU that cannot be served, ValueError where the environment's
-    LORACACHE_BOUNCE_BELOW is no number.
+    is pinned; None: none. bounce_below: bytes of fragments on average below which they go through slots and a kernel,
+    0: never; None: as is best for the device, by measurement. device: one to use instead of the layers' own. Raises
+    CopyError where the layers are on a GPU that cannot be served.
     """
 
     def __init__(
@@ -34,21 +35,19 @@ class PageCopier:
         layers: Sequence[torch.Tensor],
         *,
         pieces: PinnedPieces | None = None,
+        bounce_below: int | None = None,
         device: Device | None = None,
-        choice: Choice | None = None,
     ) -> None:
         self._layers = list(layers)
         self._type = str(layers[0].device.type)
         self._gpu: GpuCopier | None = None
         if device is None and self._type == "cuda":
             from loracache.kernels.page_copy.cuda import cuda_device
-            from loracache.kernels.page_copy.measuring import choice_of
 
-            device = cuda = cuda_device(layers[0].device.index)
-            choice = choice or choice_of(device, has_kernels=cuda.has_kernels)
+            device = cuda_device(layers[0].device.index)
         if device is not None:
             self._type = "cuda"
-            self._gpu = GpuCopier(device, _rows(layers), pieces, choice or Choice(0, 0))
+            self._gpu = GpuCopier(device, _rows(layers), pieces, _choice(device, bounce_below))
         else:
             self._cpu = CpuCopier(layers)
 
@@ -76,6 +75,12 @@ class PageCopier:
         for move in moves:
             self._cpu.copy(move, into_host=into_host)
         return ARRIVED
+
+
+def _choice(device: Device, bounce_below: int | None) -> Choice:
+    if not device.has_kernels:
+        return Choice(0, 0)
+    return choice_of(device) if bounce_below is None else Choice(bounce_below, bounce_below)
 
 
 def _rows(layers: Sequence[torch.Tensor]) -> Rows:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import sys
 import threading
 import uuid
+import weakref
 from typing import Any
 
 import numpy as np
@@ -45,22 +45,14 @@ class _Attributes(ctypes.Structure):
 
 class _Event:
     def __init__(self, device: CudaDevice, flags: int) -> None:
-        self._destroy = device.driver.cuEventDestroy
         self.handle = device.call("cuEventCreate", flags)
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing() and hasattr(self, "handle"):
-            self._destroy(self.handle)
+        weakref.finalize(self, device.driver.cuEventDestroy, self.handle).atexit = False
 
 
 class _Memory:
     def __init__(self, device: CudaDevice, allocate: str, free: str, *arguments: int) -> None:
-        self._device, self._free = device, free
         self.address = int(device.call(allocate, *arguments))
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing() and hasattr(self, "address"):
-            self._device.call(self._free, self.address)
+        weakref.finalize(self, device.call, free, self.address).atexit = False
 
 
 class CudaDevice:
@@ -91,7 +83,7 @@ class CudaDevice:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether `launch` works: the kernels could be compiled."""
+        """See Device. They may not have compiled."""
         return bool(self._functions)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -106,10 +98,10 @@ class CudaDevice:
         priority = self._highest if direction is Direction.LOAD else self._lowest
         return self.call("cuStreamCreateWithPriority", int(self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING), priority)
 
-    def event(self, *, timed: bool = False) -> _Event:
+    def event(self) -> _Event:
         """See Device."""
         flags = self.driver.CUevent_flags
-        return _Event(self, int(flags.CU_EVENT_BLOCKING_SYNC) | (0 if timed else int(flags.CU_EVENT_DISABLE_TIMING)))
+        return _Event(self, int(flags.CU_EVENT_BLOCKING_SYNC) | int(flags.CU_EVENT_DISABLE_TIMING))
 
     def record(self, event: _Event, stream: Any) -> None:
         """See Device."""
@@ -132,10 +124,6 @@ class CudaDevice:
     def synchronize(self, event: _Event) -> None:
         """See Device."""
         self.call("cuEventSynchronize", event.handle)
-
-    def seconds(self, start: _Event, end: _Event) -> float:
-        """See Device."""
-        return float(self.call("cuEventElapsedTime", start.handle, end.handle)) / 1e3
 
     def allocate(self, nbytes: int) -> _Memory:
         """See Device."""

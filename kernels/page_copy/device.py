@@ -53,11 +53,16 @@ class Device(Protocol):
         """What measurements of it are kept under."""
         ...
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether it can launch."""
+        ...
+
     def stream(self, direction: Direction) -> Any:
         """A stream of one's own. Those of loads go before others, those of stores after."""
         ...
 
-    def event(self, *, timed: bool = False) -> Any:
+    def event(self) -> Any:
         """An event; until it is recorded it counts as happened."""
         ...
 
@@ -75,10 +80,6 @@ class Device(Protocol):
 
     def synchronize(self, event: Any) -> None:
         """Return when it has happened, as recorded last."""
-        ...
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two timed events that have happened."""
         ...
 
     def allocate(self, nbytes: int) -> Memory:

@@ -22,6 +22,7 @@ __all__ = ["Extents", "Fragments", "Integers", "Rows", "fragments_of", "host_run
 
 Integers = npt.NDArray[np.int64]
 _addressof, _in_place = ctypes.addressof, ctypes.c_char.from_buffer
+_WORTH = 16  # merging costs more than it saves where fewer than one in so many goes
 Extents = list[tuple[int, int]]  # (address, bytes) of a payload's parts
 
 
@@ -71,7 +72,7 @@ class Fragments:
     @property
     def mean(self) -> float:
         """Bytes of one on average."""
-        return float(self.nbytes.mean()) if len(self) else 0.0
+        return int(self.nbytes.sum()) / len(self) if len(self) else 0.0
 
     def __getitem__(self, part: slice) -> Fragments:
         return Fragments(self.device[part], self.host[part], self.nbytes[part])
@@ -123,21 +124,23 @@ def split_by_pinned(
     edges[i] up to edges[i + 1] are pinned together where pinned[i].
     """
     extents = [[(_address(part), part.nbytes) for part in move.payload if part.nbytes] for move in moves]
-    flat = np.array([each for parts in extents for each in parts], np.int64).reshape(-1, 2)
-    place = np.searchsorted(edges, flat[:, 0], side="right") - 1
     if not len(edges):
         return [], list(zip(moves, extents, strict=True))
-    inside = (place >= 0) & pinned[place]
-    crosses = flat[:, 0] + flat[:, 1] > edges[np.minimum(place + 1, len(edges) - 1)]
-    if inside.all() and not crosses.any():
-        return list(zip(moves, extents, strict=True)), []
+    flat = np.array([each for parts in extents for each in parts], np.int64).reshape(-1, 2)
+    place = np.searchsorted(edges, flat[:, 0], side="right") - 1
+    fine = (place >= 0) & pinned[place] & (flat.sum(axis=1) <= edges[np.minimum(place + 1, len(edges) - 1)])
     good: list[tuple[Move, Extents]] = []
     others: list[tuple[Move, Extents]] = []
+    at, all_fine = 0, fine.tolist()
     for move, parts in zip(moves, extents, strict=True):
-        cut = [piece for part in parts for piece in _cut_at(part, edges)]
-        places = np.searchsorted(edges, [start for start, _ in cut], side="right") - 1
-        whole = bool(((places >= 0) & pinned[places]).all())
-        (good if whole else others).append((move, cut))
+        start, at = at, at + len(parts)
+        if not all(all_fine[start:at]):
+            parts = [piece for part in parts for piece in _cut_at(part, edges)]
+            places = np.searchsorted(edges, [address for address, _ in parts], side="right") - 1
+            if not ((places >= 0) & pinned[places]).all():
+                others.append((move, parts))
+                continue
+        good.append((move, parts))
     return good, others
 
 
@@ -178,25 +181,25 @@ def _group(
     if first.min() < 0 or (first + count > of).any() or (sizes < of * block_bytes).any():
         raise ValueError(f"a move of {count} blocks reaches outside its payload")
     device = rows.base[:, None] + blocks[:, None, :] * rows.step[:, None]
-    places: Integers = first[:, None] + np.arange(count)
-    offset: Integers = of[:, None, None] * rows.before[:, None] + places[:, None] * rows.nbytes[:, None]
+    offset: Integers = (first[:, None] + np.arange(count))[:, None, :] * rows.nbytes[:, None]
+    offset += of[:, None, None] * rows.before[:, None]  # in place: such arrays are megabytes
     nbytes = np.broadcast_to(rows.nbytes[:, None], device.shape).flatten()
-    if together:
-        start: Integers = np.array([extents[0][0] for _, extents in moves], np.int64)
-        found = Fragments(device.reshape(-1), (offset + start[:, None, None]).reshape(-1), nbytes)
-        return _merged(found, device[0].size) if count > 1 else found
-    return _over_extents(device, offset, nbytes, [extents for _, extents in moves], sizes)
+    if not together:
+        return _over_extents(device, offset, nbytes, [extents for _, extents in moves], sizes)
+    offset += np.array([extents[0][0] for _, extents in moves], np.int64)[:, None, None]
+    found = Fragments(device.reshape(-1), offset.reshape(-1), nbytes)
+    neighbours = (np.diff(blocks) == 1)[:, None, :] & (rows.step == rows.nbytes)[:, None]
+    return _merged(found, neighbours) if neighbours.sum() * _WORTH > len(found) else found
 
 
-def _merged(fragments: Fragments, of_a_move: int) -> Fragments:
-    """Neighbours on both sides as one; never across moves, whose extents may lie in different registrations."""
-    device, host, nbytes = fragments.device, fragments.host, fragments.nbytes
-    follows = (device[1:] == device[:-1] + nbytes[:-1]) & (host[1:] == host[:-1] + nbytes[:-1])
-    follows[of_a_move - 1 :: of_a_move] = False
-    starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
-    if len(starts) == len(nbytes):
-        return fragments
-    return Fragments(device[starts], host[starts], np.add.reduceat(nbytes, starts))
+def _merged(fragments: Fragments, neighbours: npt.NDArray[np.bool_]) -> Fragments:
+    """Neighbours on both sides as one; never across moves, whose extents may lie in different registrations.
+    neighbours: (moves, rows, blocks less one), which of a row's blocks follow each other.
+    """
+    begins = np.ones((*neighbours.shape[:2], neighbours.shape[2] + 1), np.bool_)
+    np.logical_not(neighbours, out=begins[:, :, 1:])
+    starts = np.flatnonzero(begins.reshape(-1))
+    return Fragments(fragments.device[starts], fragments.host[starts], np.add.reduceat(fragments.nbytes, starts))
 
 
 def _over_extents(

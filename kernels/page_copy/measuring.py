@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures once per device from which size on fragments go straight, and keeps that in $XDG_CACHE_HOME/loracache.
-
-LORACACHE_BOUNCE_BELOW overrides it: bytes, for both directions; 0 sends everything straight.
-"""
+"""Measures once per device from which size on fragments go straight, and keeps that in $XDG_CACHE_HOME/loracache."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import Any
 
@@ -19,9 +15,8 @@ from loracache.kernels.page_copy.device import Device, Direction
 from loracache.kernels.page_copy.fragments import Fragments, Integers
 from loracache.kernels.page_copy.lane import Lane
 
-__all__ = ["BOUNCE_BELOW", "choice_of", "measure"]
+__all__ = ["choice_of", "measure"]
 
-BOUNCE_BELOW = "LORACACHE_BOUNCE_BELOW"
 _VERSION = 1  # of the file, and of the kernels that it was measured with
 _SIZES = tuple(1 << power for power in range(12, 18))  # 4 KiB to 128 KiB
 _BYTES = 16 << 20  # of a copy
@@ -31,16 +26,8 @@ _UNMEASURED = 64 << 10  # where the copy engines of an H100 reach 51 GB/s, as ot
 _STRAIGHT, _BOUNCING = Choice(0, 0), Choice(1 << 62, 1 << 62)
 
 
-def choice_of(device: Device, *, has_kernels: bool = True) -> Choice:
-    """The choice for a device: as the environment says, as was measured before, or as is measured now. Raises
-    ValueError where the environment says nonsense."""
-    told = os.environ.get(BOUNCE_BELOW)
-    if told is not None and not told.isdecimal():
-        raise ValueError(f"{BOUNCE_BELOW}={told!r} is no number of bytes; 65536 is one, 0 sends every copy straight")
-    if not has_kernels:
-        return _STRAIGHT
-    if told is not None:
-        return Choice(int(told), int(told))
+def choice_of(device: Device) -> Choice:
+    """The choice for a device: as was measured before, or as is measured now."""
     path = cache_folder() / f"{device.identity}.json"
     try:
         kept = json.loads(path.read_bytes())

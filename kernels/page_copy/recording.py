@@ -60,7 +60,7 @@ class RecordingDevice:
     refuses: numbers of copies and launches, from 0, that raise CopyError. copied: bytes by direction.
     """
 
-    identity = "recording"
+    identity, has_kernels = "recording", True
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class RecordingDevice:
         self._streams.append(_Stream(direction))
         return self._streams[-1]
 
-    def event(self, *, timed: bool = False) -> RecordingEvent:
+    def event(self) -> RecordingEvent:
         """See Device."""
         return RecordingEvent()
 
@@ -113,10 +113,6 @@ class RecordingDevice:
         """See Device."""
         with self._lock:
             self._reach(event, event.recorded)
-
-    def seconds(self, start: RecordingEvent, end: RecordingEvent) -> float:
-        """See Device."""
-        return 1e-3
 
     def allocate(self, nbytes: int) -> _Memory:
         """See Device."""

@@ -279,9 +279,12 @@ class Daemon:
             return
         _log.log(
             logging.INFO if arena.huge_bytes == arena.size else logging.WARNING,
-            "hugepages=%s: %d of %d MiB lie in huge pages%s", arena.hugepages, arena.huge_bytes >> 20,
-            arena.size >> 20, "" if arena.huge_bytes == arena.size else _FEW_HUGE,
-        )  # fmt: skip
+            "hugepages=%s: %d of %d MiB lie in huge pages%s",
+            arena.hugepages,
+            arena.huge_bytes >> 20,
+            arena.size >> 20,
+            "" if arena.huge_bytes == arena.size else _FEW_HUGE,
+        )
 
     def _collect_namespaces(self) -> None:
         """Forget some that hold nothing. What Redis holds nobody knows, so with one they are kept for long."""

@@ -51,8 +51,8 @@ REACHES = {
     "connectors": "",
     "vllm": (
         "adapters backoff client config errors free_pages kernels kernels.page_copy keys logs mapping results s3_fifo "
-        "tiers transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora "
-        "vllm.worker vllm.worker.lora wire"
+        "tiers transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler "
+        "vllm.scheduler.lora vllm.worker vllm.worker.lora wire"
     ),
     "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
     "vllm.frontend": "adapters backoff client config errors keys logs mapping vllm.common vllm.lora wire",

@@ -208,8 +208,13 @@ def _tell(error: int, offset: int, size: int) -> None:
         _told.add(error)
     _log.warning(
         "of the arena's %.1f GiB only the first %.1f are pinned (CUDA error %d: %s); copies of the rest are right, but "
-        "slower%s", size / 2**30, offset / 2**30, error, _reason(error), _fix(error, size),
-    )  # fmt: skip
+        "slower%s",
+        size / 2**30,
+        offset / 2**30,
+        error,
+        _reason(error),
+        _fix(error, size),
+    )
 
 
 def _reason(error: int) -> str:

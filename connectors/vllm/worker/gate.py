@@ -82,8 +82,8 @@ class _Passed:
 class GatedCopier(PageCopier):
     """A PageCopier behind a gate, for payloads in arenas. Copies raise Unavailable where it is shut."""
 
-    def __init__(self, layers: Any) -> None:
-        super().__init__(layers, pieces=pieces)
+    def __init__(self, layers: Any, bounce_below: int | None = None) -> None:
+        super().__init__(layers, pieces=pieces, bounce_below=bounce_below)
         self.gate = Gate()
 
     def gather(self, moves: Sequence[Move], after: Any = None) -> Copy:

@@ -19,7 +19,7 @@ from loracache.kernels.page_copy.recording import RecordingDevice
 
 LAYERS, BLOCKS, WORDS = 3, 64, 8
 ROW = WORDS * 8
-STRAIGHT, BOUNCING = Choice(0, 0), Choice(1 << 40, 1 << 40)
+STRAIGHT, BOUNCING = 0, 1 << 40
 ways = pytest.mark.parametrize("way", ["straight", "bouncing", "unpinned", "unpinned, bouncing", "mixed"])
 seeds = pytest.mark.parametrize("seed", range(4))
 
@@ -55,8 +55,8 @@ class Rig:
             device_memory=[(self.whole.data_ptr(), self.whole.nbytes)],
             refuses=refuses,
         )
-        choice = BOUNCING if way in ("bouncing", "unpinned, bouncing", "mixed") else STRAIGHT
-        self.copier = PageCopier(self.layers, pieces=self.pieces, device=self.device, choice=choice)
+        below = BOUNCING if way in ("bouncing", "unpinned, bouncing", "mixed") else STRAIGHT
+        self.copier = PageCopier(self.layers, pieces=self.pieces, device=self.device, bounce_below=below)
 
     def moves(self, *blocks: list[int]) -> list[Move]:
         """Of these blocks each, one payload behind another."""
@@ -250,7 +250,7 @@ def test_what_is_not_a_multiple_of_16_bytes_goes_straight(words: int, offset: in
     layer = storage[offset : offset + BLOCKS * words].view(BLOCKS, words)
     payload = np.arange(BLOCKS * words * 8, dtype=np.uint8)
     device = RecordingDevice()
-    copier = PageCopier([layer], pieces=Pinned(payload, "straight"), device=device, choice=BOUNCING)
+    copier = PageCopier([layer], pieces=Pinned(payload, "straight"), device=device, bounce_below=BOUNCING)
     blocks = list(range(0, BLOCKS, 2))
     copier.scatter([Move([block], [payload.data[at * words * 8 :]], 0, 1) for at, block in enumerate(blocks)]).wait()
     assert any(what == "launch" for what, *_ in device.submitted) == bounces

@@ -23,12 +23,11 @@ from loracache.connectors.vllm.link.pinned import pieces
 from loracache.connectors.vllm.worker import side as side_module
 from loracache.connectors.vllm.worker.gate import Gate, GatedCopier
 from loracache.kernels.page_copy import CopyError, PageCopier
-from loracache.kernels.page_copy.choice import Choice
 from loracache.kernels.page_copy.device import Direction, SourceOrder
 from loracache.kernels.page_copy.recording import RecordingDevice
 from loracache.keys import Namespace, object_key
 
-STRAIGHT, BOUNCING = Choice(0, 0), Choice(1 << 20, 1 << 20)
+STRAIGHT, BOUNCING = 0, 1 << 20  # bytes of fragments below which they bounce
 COUNT = 4  # chunks
 
 
@@ -47,10 +46,10 @@ def pins(monkeypatch: pytest.MonkeyPatch) -> None:
 class Gpu:
     """An engine's memory on a recording device, and the stream it computes on."""
 
-    def __init__(self, seed: int, choice: Choice, refuses: Any = ()) -> None:
+    def __init__(self, seed: int, bounce_below: int, refuses: Any = ()) -> None:
         self.content = torch.randint(1, 1 << 60, (16, 512), generator=torch.Generator().manual_seed(seed))
         self.junk, self.instead = torch.full((512,), -1), torch.full((512,), 7)
-        self._seed, self._choice, self._refuses = seed, choice, refuses
+        self._seed, self._below, self._refuses = seed, bounce_below, refuses
         self.device: Any = None
         self.engine: Any = None
 
@@ -60,7 +59,7 @@ class Gpu:
             known = [(each.data_ptr(), each.nbytes) for each in (rows, self.content, self.junk, self.instead)]
             self.device = RecordingDevice(self._seed, steps=pieces.steps, device_memory=known, refuses=self._refuses)
             self._stream = self.device.stream(Direction.STORE)
-        return PageCopier(layers, pieces=pieces, device=self.device, choice=self._choice)
+        return PageCopier(layers, pieces=pieces, device=self.device, bounce_below=self._below)
 
     def compute(self, block: int, result: torch.Tensor) -> Any:
         """Ask the GPU to write a block; answers the event after it."""
@@ -105,12 +104,12 @@ def make_gpu(running: Any, make_engine: Any) -> Callable[..., Gpu]:
     return make
 
 
-@pytest.mark.parametrize("choice", [STRAIGHT, BOUNCING], ids=["straight", "bouncing"])
+@pytest.mark.parametrize("bounce_below", [STRAIGHT, BOUNCING], ids=["straight", "bouncing"])
 @pytest.mark.parametrize("seed", range(5))
 def test_bytes_are_read_after_their_event_and_reported_when_they_are_there(
-    make_gpu: Any, running: Any, seed: int, choice: Choice
+    make_gpu: Any, running: Any, seed: int, bounce_below: int
 ) -> None:
-    gpu = make_gpu(seed, choice)
+    gpu = make_gpu(seed, bounce_below)
     gpu.store(COUNT)
     assert gpu.engine.ended() == ({},)
     with running.client().acquire([object_key(key, "s") for key in gpu.engine.keys[:COUNT]]) as reading:
@@ -123,13 +122,13 @@ def test_bytes_are_read_after_their_event_and_reported_when_they_are_there(
     assert gpu.wrong(COUNT) == []  # nor does their last holder write to the blocks any more
 
 
-@pytest.mark.parametrize("choice", [STRAIGHT, BOUNCING], ids=["straight", "bouncing"])
+@pytest.mark.parametrize("bounce_below", [STRAIGHT, BOUNCING], ids=["straight", "bouncing"])
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_is_late_refused_or_given_up_nothing_wrong_is_kept_or_written_late(
-    make_gpu: Any, running: Any, seed: int, choice: Choice
+    make_gpu: Any, running: Any, seed: int, bounce_below: int
 ) -> None:
     rng = random.Random(seed)
-    gpu = make_gpu(seed, choice, {number for number in range(200) if rng.random() < 0.15})
+    gpu = make_gpu(seed, bounce_below, {number for number in range(200) if rng.random() < 0.15})
     for _ in range(4):
         count = rng.randint(1, COUNT)
         job = gpu.store(count)
@@ -149,32 +148,38 @@ def test_whatever_is_late_refused_or_given_up_nothing_wrong_is_kept_or_written_l
     assert running.status()["leases"] == 0
 
 
+class Watched(RecordingDevice):
+    """Which thread asked it for what."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.asked: list[tuple[str, threading.Thread]] = []
+
+    def happened(self, event: Any) -> bool:
+        self.asked.append(("happened", threading.current_thread()))
+        return super().happened(event)
+
+    def synchronize(self, event: Any) -> None:
+        self.asked.append(("synchronize", threading.current_thread()))
+        super().synchronize(event)
+
+    def copy(self, *arguments: Any) -> None:
+        self.asked.append(("copy", threading.current_thread()))
+        super().copy(*arguments)
+
+
 def test_the_engines_thread_waits_for_no_copy(
     running: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     """Nor asks the device for anything in a step that neither loads nor stores."""
-    asked: list[tuple[str, threading.Thread]] = []
     recorded: list[int] = []
-
-    class Watched(RecordingDevice):
-        def happened(self, event: Any) -> bool:
-            asked.append(("happened", threading.current_thread()))
-            return super().happened(event)
-
-        def synchronize(self, event: Any) -> None:
-            asked.append(("synchronize", threading.current_thread()))
-            super().synchronize(event)
-
-        def copy(self, *arguments: Any) -> None:
-            asked.append(("copy", threading.current_thread()))
-            super().copy(*arguments)
 
     device = Watched(1)
     stream = device.stream(Direction.STORE)
 
     class OnDevice(GatedCopier):
         def __init__(self, layers: Any) -> None:
-            PageCopier.__init__(self, layers, pieces=pieces, device=device, choice=STRAIGHT)
+            PageCopier.__init__(self, layers, pieces=pieces, device=device, bounce_below=STRAIGHT)
             self.gate = Gate()
 
     def record_event() -> Any:
@@ -210,5 +215,5 @@ def test_the_engines_thread_waits_for_no_copy(
     eventually(lambda: "l" in step()[1], "it is loaded")
     assert torch.equal(side._copiers[0]._layers[0][0], side._copiers[0]._layers[0][5])
     assert recorded == [1, 2]
-    assert {what for what, _ in asked} >= {"copy", "synchronize"}
-    assert threading.main_thread() not in {thread for _, thread in asked}
+    assert {what for what, _ in device.asked} >= {"copy", "synchronize"}
+    assert threading.main_thread() not in {thread for _, thread in device.asked}
