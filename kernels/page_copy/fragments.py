@@ -15,10 +15,11 @@ from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from loracache.kernels.page_copy.moves import Move
 
-__all__ = ["Extents", "Fragments", "Integers", "Rows", "fragments_of", "host_runs", "split_by_pinned"]
+__all__ = ["Extents", "Fragments", "Integers", "Rows", "fragments_of", "host_runs", "rows_of", "split_by_pinned"]
 
 Integers = npt.NDArray[np.int64]
 _addressof, _in_place = ctypes.addressof, ctypes.c_char.from_buffer
@@ -100,6 +101,16 @@ class Fragments:
             end = min(end, start + most) if most else end
             yield slice(start, end)
             start = end
+
+
+def rows_of(layers: Sequence[torch.Tensor]) -> Rows:
+    """The rows of int64 tensors (blocks, words), strided views."""
+    return Rows.of(
+        [layer.data_ptr() for layer in layers],
+        [layer.stride(0) * layer.element_size() for layer in layers],
+        [layer.shape[1] * layer.element_size() for layer in layers],
+        min(layer.shape[0] for layer in layers),
+    )
 
 
 def host_runs(host: Integers, nbytes: Integers, edges: Integers | None = None) -> tuple[Integers, Integers]:
