@@ -174,9 +174,8 @@ def _figure(
         submitted.wait()
 
     spent = median(copy)
-    fragments = len(
-        fragments_of(rows := rows_of(rig.layers), rows.bands(), split_by_pinned(rig.moves, *rig.steps())[0])
-    )
+    rows, near = rows_of(rig.layers), split_by_pinned(rig.moves, *rig.steps())[0]
+    fragments = sum(len(each) for each in fragments_of(rows, rows.bands(), near))
     return Figure(
         *what, direction.value, way, rig.nbytes // fragments, rig.nbytes / spent / 1e9, rig.nbytes / floor / 1e9,
         statistics.median(submits) * 1e3, _busy(lambda: run(rig.moves)) if rig.whole.is_cuda else None,
