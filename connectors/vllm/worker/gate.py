@@ -80,7 +80,7 @@ class _Passed:
 
 
 class GatedCopier(PageCopier):
-    """A PageCopier between blocks and the arena, behind a gate. Copies raise Unavailable where it is shut."""
+    """A PageCopier behind a gate, for payloads in arenas. Copies raise Unavailable where it is shut."""
 
     def __init__(self, layers: Any, bounce_below: int | None = None) -> None:
         super().__init__(layers, pieces=pieces, bounce_below=bounce_below)

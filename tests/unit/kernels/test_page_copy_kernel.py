@@ -47,9 +47,14 @@ def run(library: Any, direction: Direction, table: Any, slot: int, rng: np.rando
     order = np.arange(blocks * threads, dtype=np.uint32)
     shuffled = rng.permutation(order) if rng.random() < 0.5 else order[:: int(rng.choice([-1, 1]))].copy()
     library.run(
-        int(direction is Direction.LOAD), ctypes.c_void_p(table.ctypes.data), len(table), ctypes.c_void_p(slot), blocks,
-        threads, ctypes.c_void_p(shuffled.ctypes.data),
-    )  # fmt: skip
+        int(direction is Direction.LOAD),
+        ctypes.c_void_p(table.ctypes.data),
+        len(table),
+        ctypes.c_void_p(slot),
+        blocks,
+        threads,
+        ctypes.c_void_p(shuffled.ctypes.data),
+    )
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -60,10 +65,13 @@ def test_the_kernel_moves_what_numpy_moves_in_any_order_of_its_threads(host_buil
         outermost = rng.random() < 0.5
         row, gap = 16 * words, 16 * int(rng.integers(0, 3))
         kv, kv_at = guarded(layers * blocks * (row + gap))
-        places = np.array([
-            kv_at + (block * layers + layer if outermost else layer * blocks + block) * (row + gap)
-            for layer in range(layers) for block in range(blocks)
-        ])  # fmt: skip
+        places = np.array(
+            [
+                kv_at + (block * layers + layer if outermost else layer * blocks + block) * (row + gap)
+                for layer in range(layers)
+                for block in range(blocks)
+            ]
+        )
         chosen = rng.permutation(places)[: int(rng.integers(1, len(places) + 1))]
         lengths = 16 * rng.integers(1, words + 1, len(chosen))  # rows cut where a payload's extents end
         slot, slot_at = guarded(int(lengths.sum()) + 64)

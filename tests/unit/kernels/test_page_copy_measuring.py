@@ -96,5 +96,8 @@ def test_measuring_copies_both_ways_by_both_ways(monkeypatch: pytest.MonkeyPatch
     }
     assert {choice.loads, choice.stores} <= {4096, 8192, 16384}
     assert {(what, direction.value) for what, direction, *_ in device.submitted} == {
-        ("copy", "loads"), ("copy", "stores"), ("launch", "loads"), ("launch", "stores"),
-    }  # fmt: skip
+        ("copy", "loads"),
+        ("copy", "stores"),
+        ("launch", "loads"),
+        ("launch", "stores"),
+    }
