@@ -11,14 +11,12 @@ import torch
 from loracache.kernels.page_copy.choice import Choice
 from loracache.kernels.page_copy.cpu import CpuCopier
 from loracache.kernels.page_copy.device import Device, Direction
-from loracache.kernels.page_copy.fragments import Rows
+from loracache.kernels.page_copy.fragments import rows_of
 from loracache.kernels.page_copy.gpu import GpuCopier, PinnedPieces
 from loracache.kernels.page_copy.measuring import choice_of
 from loracache.kernels.page_copy.moves import ARRIVED, Copy, Move
 
 __all__ = ["PageCopier"]
-
-_WORD = 8
 
 
 class PageCopier:
@@ -47,7 +45,7 @@ class PageCopier:
             device = cuda_device(layers[0].device.index)
         if device is not None:
             self._type = "cuda"
-            self._gpu = GpuCopier(device, _rows(layers), pieces, _choice(device, bounce_below))
+            self._gpu = GpuCopier(device, rows_of(layers), pieces, _choice(device, bounce_below))
         else:
             self._cpu = CpuCopier(layers)
 
@@ -81,12 +79,3 @@ def _choice(device: Device, bounce_below: int | None) -> Choice:
     if not device.has_kernels:
         return Choice(0, 0)
     return choice_of(device) if bounce_below is None else Choice(bounce_below, bounce_below)
-
-
-def _rows(layers: Sequence[torch.Tensor]) -> Rows:
-    return Rows.of(
-        [layer.data_ptr() for layer in layers],
-        [layer.stride(0) * _WORD for layer in layers],
-        [layer.shape[1] * _WORD for layer in layers],
-        min(layer.shape[0] for layer in layers),
-    )

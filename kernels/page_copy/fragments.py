@@ -9,16 +9,18 @@ layers are 655,360 fragments, and a loop over them would take longer than the co
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from loracache.kernels.page_copy.moves import Move
 
-__all__ = ["Extents", "Fragments", "Integers", "Rows", "fragments_of", "host_runs", "split_by_pinned"]
+__all__ = ["Extents", "Fragments", "Integers", "Rows", "fragments_of", "host_runs", "rows_of", "split_by_pinned"]
 
 Integers = npt.NDArray[np.int64]
 _addressof, _in_place = ctypes.addressof, ctypes.c_char.from_buffer
@@ -102,6 +104,16 @@ class Fragments:
             start = end
 
 
+def rows_of(layers: Sequence[torch.Tensor]) -> Rows:
+    """The rows of int64 tensors (blocks, words), strided views."""
+    return Rows.of(
+        [layer.data_ptr() for layer in layers],
+        [layer.stride(0) * layer.element_size() for layer in layers],
+        [layer.shape[1] * layer.element_size() for layer in layers],
+        min(layer.shape[0] for layer in layers),
+    )
+
+
 def host_runs(host: Integers, nbytes: Integers, edges: Integers | None = None) -> tuple[Integers, Integers]:
     """(first addresses, lengths) of the runs that fragments make in the host's memory, in the order they stand in; none
     reaches across one of `edges`."""
@@ -124,15 +136,18 @@ def split_by_pinned(
     edges[i] up to edges[i + 1] are pinned together where pinned[i].
     """
     extents = [[(_address(part), part.nbytes) for part in move.payload if part.nbytes] for move in moves]
+    located = list(zip(moves, extents, strict=True))
     if not len(edges):
-        return [], list(zip(moves, extents, strict=True))
-    flat = np.array([each for parts in extents for each in parts], np.int64).reshape(-1, 2)
+        return [], located
+    flat = np.fromiter(chain.from_iterable(chain.from_iterable(extents)), np.int64).reshape(-1, 2)
     place = np.searchsorted(edges, flat[:, 0], side="right") - 1
     fine = (place >= 0) & pinned[place] & (flat.sum(axis=1) <= edges[np.minimum(place + 1, len(edges) - 1)])
+    if fine.all():
+        return located, []
     good: list[tuple[Move, Extents]] = []
     others: list[tuple[Move, Extents]] = []
     at, all_fine = 0, fine.tolist()
-    for move, parts in zip(moves, extents, strict=True):
+    for move, parts in located:
         start, at = at, at + len(parts)
         if not all(all_fine[start:at]):
             parts = [piece for part in parts for piece in _cut_at(part, edges)]
@@ -144,28 +159,19 @@ def split_by_pinned(
     return good, others
 
 
-def fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]]) -> Fragments:
-    """The fragments of moves with their extents. bands: those of `rows`. Raises ValueError where a move reaches outside
-    its payload or the KV cache: what is copied by address has no other guard.
+def fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]]) -> list[Fragments]:
+    """The fragments of moves with their extents, those of moves of one form together. bands: those of `rows`. Raises
+    ValueError where a move reaches outside its payload or the KV cache: what is copied by address has no other guard.
     """
-    groups: dict[tuple[int, bool, bool], list[tuple[Move, Extents]]] = {}
+    groups: dict[tuple[int, bool, bool], list[tuple[Move, Extents]]] = defaultdict(list)
     for item in moves:
         move, extents = item
-        key = (len(move.blocks), move.of == 1, len(extents) == 1)
-        groups.setdefault(key, []).append(item)
-    found = [
+        groups[len(move.blocks), move.of == 1, len(extents) == 1].append(item)
+    return [
         _group(bands if single else rows, rows.block_bytes, count, together, group)
         for (count, single, together), group in groups.items()
         if count
     ]
-    if len(found) == 1:
-        return found[0]
-    empty = np.zeros(0, np.int64)
-    return Fragments(
-        np.concatenate([empty, *(each.device for each in found)]),
-        np.concatenate([empty, *(each.host for each in found)]),
-        np.concatenate([empty, *(each.nbytes for each in found)]),
-    )
 
 
 def _group(
@@ -173,20 +179,24 @@ def _group(
 ) -> Fragments:
     """Of moves of `count` blocks each; together: each payload is one extent."""
     blocks = np.fromiter(chain.from_iterable(move.blocks for move, _ in moves), np.int64).reshape(-1, count)
-    first = np.array([move.first for move, _ in moves], np.int64)
-    of = np.array([move.of for move, _ in moves], np.int64)
-    sizes = np.array([sum(nbytes for _, nbytes in extents) for _, extents in moves], np.int64)
+    first = np.fromiter((move.first for move, _ in moves), np.int64, len(moves))
+    of = np.fromiter((move.of for move, _ in moves), np.int64, len(moves))
+    if together:
+        start, sizes = np.fromiter(chain.from_iterable(extents[0] for _, extents in moves), np.int64).reshape(-1, 2).T
+    else:
+        sizes = np.array([sum(nbytes for _, nbytes in extents) for _, extents in moves], np.int64)
     if blocks.min() < 0 or blocks.max() >= rows.blocks:
         raise ValueError(f"blocks {blocks.min()} to {blocks.max()} of {rows.blocks}")
     if first.min() < 0 or (first + count > of).any() or (sizes < of * block_bytes).any():
         raise ValueError(f"a move of {count} blocks reaches outside its payload")
-    device = rows.base[:, None] + blocks[:, None, :] * rows.step[:, None]
+    device: Integers = blocks[:, None, :] * rows.step[:, None]
+    device += rows.base[:, None]  # in place, here and below: these arrays are megabytes
     offset: Integers = (first[:, None] + np.arange(count))[:, None, :] * rows.nbytes[:, None]
-    offset += of[:, None, None] * rows.before[:, None]  # in place: such arrays are megabytes
+    offset += of[:, None, None] * rows.before[:, None]
     nbytes = np.broadcast_to(rows.nbytes[:, None], device.shape).flatten()
     if not together:
         return _over_extents(device, offset, nbytes, [extents for _, extents in moves], sizes)
-    offset += np.array([extents[0][0] for _, extents in moves], np.int64)[:, None, None]
+    offset += start[:, None, None]
     found = Fragments(device.reshape(-1), offset.reshape(-1), nbytes)
     neighbours = (np.diff(blocks) == 1)[:, None, :] & (rows.step == rows.nbytes)[:, None]
     return _merged(found, neighbours) if neighbours.sum() * _WORTH > len(found) else found

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from loracache.kernels.page_copy.choice import Choice
 from loracache.kernels.page_copy.device import Device, Direction
-from loracache.kernels.page_copy.fragments import Fragments, Integers, Rows, fragments_of, split_by_pinned
+from loracache.kernels.page_copy.fragments import Integers, Rows, fragments_of, split_by_pinned
 from loracache.kernels.page_copy.lane import Lane
 from loracache.kernels.page_copy.moves import Copy, CopyError, Move
 
@@ -70,7 +70,7 @@ class GpuCopier:
         """
         edges, pinned = self._pieces.steps() if self._pieces else (np.zeros(0, np.int64), np.zeros(0, np.bool_))
         straight, staged = split_by_pinned(moves, edges, pinned)
-        near, far = (self._fragments(each) for each in (straight, staged))
+        near, far = (fragments_of(self._rows, self._bands, each) for each in (straight, staged))
         copy = _Submitted(self._device, moves)
         try:
             lane = self._lanes.get(direction)
@@ -80,9 +80,10 @@ class GpuCopier:
             copy.error = error
             return copy
         try:
-            lane.submit(near, edges, after)
-            if len(far):
-                lane.submit_unpinned(far, after)
+            for fragments in near:
+                lane.submit(fragments, edges, after)
+            for fragments in far:
+                lane.submit_unpinned(fragments, after)
         except CopyError as error:
             copy.error = error
         try:
@@ -90,6 +91,3 @@ class GpuCopier:
         except CopyError as error:
             copy.error = copy.error or error
         return copy
-
-    def _fragments(self, moves: Any) -> Fragments:
-        return fragments_of(self._rows, self._bands, moves)

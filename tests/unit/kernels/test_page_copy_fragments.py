@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracache.kernels.page_copy.fragments import Fragments, Rows, fragments_of, host_runs, split_by_pinned
+from loracache.kernels.page_copy.fragments import Extents, Fragments, Rows, fragments_of, host_runs, split_by_pinned
 from loracache.kernels.page_copy.moves import Move
 
 NONE = np.zeros(0, np.int64)
+FIELDS = ("device", "host", "nbytes")
 NOT_PINNED = NONE, np.zeros(0, np.bool_)
 
 
@@ -48,6 +49,11 @@ def naive(cache: Cache, move: Move) -> None:
             start = base + place * size
             cache.row(layer, block)[:] = np.frombuffer(payload[start : start + size], np.uint8)
         base += move.of * size
+
+
+def joined(cache: Cache, moves: list[tuple[Move, Extents]]) -> Fragments:
+    found = fragments_of(cache.rows, cache.rows.bands(), moves)
+    return Fragments(*(np.concatenate([NONE, *(getattr(each, name) for each in found)]) for name in FIELDS))
 
 
 def scatter(fragments: Fragments) -> None:
@@ -96,11 +102,11 @@ def test_fragments_move_what_a_loop_over_rows_moves(shape: Any, cut_at: list[int
     pinned = np.arange(len(edges)) % 3 != 2
     pinned[-1] = False
     for part in split_by_pinned(moves, edges, pinned):
-        fragments = fragments_of(found.rows, found.rows.bands(), part)
+        fragments = joined(found, part)
         assert (fragments.nbytes > 0).all()
         scatter(fragments)
     near, far = split_by_pinned(moves, edges, pinned)
-    straight = fragments_of(found.rows, found.rows.bands(), near)
+    straight = joined(found, near)
     places = np.searchsorted(edges, straight.host, side="right") - 1
     assert pinned[places].all()
     assert (straight.host + straight.nbytes <= edges[places + 1]).all()
@@ -116,7 +122,7 @@ def test_parts_and_smaller_fragments_are_the_same_bytes(shape: Any, words: int, 
     found, expected = Cache(blocks, sizes, outermost), Cache(blocks, sizes, outermost)
     arena = np.random.default_rng(1).integers(0, 255, 4096, np.uint8)
     moves = [Move(taken, [arena.data], first, of) for taken, first, of, _ in described]
-    whole = fragments_of(found.rows, found.rows.bands(), split_by_pinned(moves, *NOT_PINNED)[1])
+    whole = joined(found, split_by_pinned(moves, *NOT_PINNED)[1])
     small = whole.at_most(8 * words)
     assert not len(small) or small.nbytes.max() <= 8 * words
     for part in small.parts(24 * words, most):
@@ -130,7 +136,7 @@ def test_parts_and_smaller_fragments_are_the_same_bytes(shape: Any, words: int, 
 
 
 def one(cache: Cache, *moves: Move) -> Fragments:
-    return fragments_of(cache.rows, cache.rows.bands(), split_by_pinned(moves, *NOT_PINNED)[1])
+    return joined(cache, split_by_pinned(moves, *NOT_PINNED)[1])
 
 
 def test_a_block_of_a_block_outermost_cache_is_one_fragment() -> None:
