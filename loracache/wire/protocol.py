@@ -12,6 +12,7 @@ used by both sides.
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -26,7 +27,7 @@ __all__ = [
     "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "PRIORITIES", "SOCKET_PATH_BYTES", "UNKNOWN",
     "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
     "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup", "Prefetch", "Register", "Release", "Renew",
-    "Report", "Request", "Reserve", "Resident", "Status", "fault", "join_keys", "shown", "split_keys",
+    "Report", "Request", "Reserve", "Resident", "Status", "fault", "field_names", "join_keys", "shown", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
@@ -83,10 +84,11 @@ class Request:
 
     def encode(self, number: int) -> bytes:
         """As a frame. Fields at the end that have their default value are left out: an older daemon has none."""
-        values = [(getattr(self, field.name), field.default) for field in fields(self)]  # type: ignore[arg-type]
-        while values and values[-1][0] == values[-1][1]:
+        values = [getattr(self, name) for name in field_names(type(self))]
+        defaults = _defaults(type(self))
+        while values and values[-1] == defaults[len(values) - 1]:
             values.pop()
-        return frame([number, self.operation, *(value for value, _ in values)])
+        return frame([number, self.operation, *values])
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,12 +314,24 @@ class Report(Request):
     """The adapter of each request that has arrived since the last report, of those that have one."""
 
 
+@functools.cache
+def field_names(cls: type[Request]) -> tuple[str, ...]:
+    """Of a kind of request. Kept: every request is checked by them, and dataclasses take as long to say them."""
+    return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _defaults(cls: type[Request]) -> tuple[object, ...]:
+    """The same fields' default values, MISSING where there is none."""
+    return tuple(field.default for field in fields(cls))  # type: ignore[arg-type]
+
+
 def fault(request: Request) -> str:
     """What is wrong with a request's fields, or ""."""
-    for field in fields(request):  # type: ignore[arg-type]
-        value = getattr(request, field.name)
-        if problem := CHECKS[field.name](value):
-            return f"{request.operation}: {field.name} {problem}, not {shown(value)}"
+    for name in field_names(type(request)):
+        value = getattr(request, name)
+        if problem := CHECKS[name](value):
+            return f"{request.operation}: {name} {problem}, not {shown(value)}"
     return ""
 
 
