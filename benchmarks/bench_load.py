@@ -80,7 +80,7 @@ def _measure(
     source = np.random.default_rng(2).integers(0, 1 << 60, CHUNKS * CHUNK_BYTES // 8)
     target = np.zeros_like(source)
     assert client.connection.map is not None
-    prepare_mapping(client.connection.map, "cpu")
+    prepare_mapping(client.connection.map, None)
     with client.acquire([object_key(chunk.key, SHARD) for chunk in load.chunks], ttl=600) as reading:
         payloads = [list(slot.buffers) for slot in reading.slots if slot is not None]
         assert len(payloads) == CHUNKS

@@ -51,8 +51,8 @@ REACHES = {
     "connectors": "",
     "vllm": (
         "adapters backoff client config errors free_pages kernels kernels.page_copy keys logs mapping results s3_fifo "
-        "tiers vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora "
-        "vllm.worker vllm.worker.lora wire"
+        "tiers transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler "
+        "vllm.scheduler.lora vllm.worker vllm.worker.lora wire"
     ),
     "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
     "vllm.frontend": "adapters backoff client config errors keys logs mapping vllm.common vllm.lora wire",
@@ -60,8 +60,8 @@ REACHES = {
     "vllm.link": "backoff client errors keys mapping tiers wire",
     "vllm.lora": "adapters errors kernels",
     "vllm.scheduler": (
-        "adapters backoff client config errors kernels keys logs mapping results s3_fifo tiers vllm.common vllm.link "
-        "vllm.lora vllm.scheduler.lora wire"
+        "adapters backoff client config errors kernels keys logs mapping results s3_fifo tiers transfer_times "
+        "vllm.common vllm.link vllm.lora vllm.scheduler.lora wire"
     ),
     "vllm.scheduler.lora": (
         "adapters backoff client errors kernels keys mapping results s3_fifo tiers vllm.common vllm.link vllm.lora wire"
@@ -107,6 +107,7 @@ REACHES = {
     "storage_backends.redis": "adapters backoff errors folder keys storage_backends",
     "tiers": "errors",
     "tracing": "errors",
+    "transfer_times": "",
     "wire": "errors keys",
 }
 
