@@ -34,6 +34,7 @@ class LoopLag:
         """Measure until cancelled."""
         loop = asyncio.get_running_loop()
         self._part_ends = time.monotonic() + _PART_S
+        timer: asyncio.TimerHandle
 
         def look(due: float) -> None:  # no task, which a turn of the loop more would be for, a hundred times a second
             nonlocal timer

@@ -12,7 +12,6 @@ used by both sides.
 
 from __future__ import annotations
 
-import functools
 import reprlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -84,8 +83,8 @@ class Request:
 
     def encode(self, number: int) -> bytes:
         """As a frame. Fields at the end that have their default value are left out: an older daemon has none."""
-        values = [getattr(self, name) for name in field_names(type(self))]
-        defaults = _defaults(type(self))
+        names, defaults = _fields(type(self))
+        values = [getattr(self, name) for name in names]
         while values and values[-1] == defaults[len(values) - 1]:
             values.pop()
         return frame([number, self.operation, *values])
@@ -317,16 +316,22 @@ class Report(Request):
     """The adapter of each request that has arrived since the last report, of those that have one."""
 
 
-@functools.cache
 def field_names(cls: type[Request]) -> tuple[str, ...]:
-    """Of a kind of request. Kept: every request is checked by them, and dataclasses take as long to say them."""
-    return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]
+    """Of a kind of request."""
+    return _fields(cls)[0]
 
 
-@functools.cache
-def _defaults(cls: type[Request]) -> tuple[object, ...]:
-    """The same fields' default values, MISSING where there is none."""
-    return tuple(field.default for field in fields(cls))  # type: ignore[arg-type]
+def _fields(cls: type[Request]) -> tuple[tuple[str, ...], tuple[object, ...]]:
+    """Names, and default values (MISSING where there is none). Kept: dataclasses take as long to say them as all else
+    takes."""
+    known = _FIELDS.get(cls)
+    if known is None:
+        told = fields(cls)  # type: ignore[arg-type]
+        known = _FIELDS[cls] = tuple(field.name for field in told), tuple(field.default for field in told)
+    return known
+
+
+_FIELDS: dict[type[Request], tuple[tuple[str, ...], tuple[object, ...]]] = {}
 
 
 def fault(request: Request) -> str:
