@@ -95,10 +95,10 @@ class Remover:
                 self._redis.forget(node, "evicted")  # else it would be written after all
                 node.sent = False
             self._delete([node.key for node in nodes], total)
-        if Tier.CPU in tiers:
-            self._drop(nodes, Tier.CPU, total, Departure.ASKED)
-        if Tier.DISK in tiers:
-            self._drop(nodes, Tier.DISK, total, Departure.ASKED)
+        with self._index.together():
+            for tier in (Tier.CPU, Tier.DISK):
+                if tier in tiers:
+                    self._drop(nodes, tier, total, Departure.ASKED)
 
     def _delete(self, keys: list[bytes], did: Evicted) -> None:
         named = [key for key in keys if key in self._index.retained]  # without a disk Redis may be all that has them

@@ -76,14 +76,18 @@ class Reserver:
         self, reserving: _Reserving, infos: Sequence[ObjectInfo], protected: set[Node], answers: list[Writing | Cause]
     ) -> Iterator[None]:
         fresh, promised = reserving.fresh, reserving.promised
-        for info in infos:
+        ahead = True  # as long as there is room for all of them
+        for at, info in enumerate(infos):
             cause = self._refused(info, fresh)
             size = self._arena.rounded(info.size)
             if not cause and self._quotas.refuses(Tier.CPU, info, size):
                 cause = Cause.OVER_QUOTA
             if not cause and self._arena.free_bytes < size:
                 self._keep_reserved(reserving)  # others may come in between
-                cause = Cause.NONE if (yield from self._make_room(size, protected, promised, info)) else Cause.FULL
+                if ahead:  # one choice of victims for many objects costs little more than for one
+                    ahead = yield from self._make_room(self._coming(infos[at:], fresh), protected, promised, info)
+                if self._arena.free_bytes < size and not (yield from self._make_room(size, protected, promised, info)):
+                    cause = Cause.FULL
                 cause = self._refused(info, fresh) or cause
             if not cause and (extents := self._arena.allocate(info.size)) is not None:
                 settle = self._quotas.charge(Tier.CPU, info, size)
@@ -98,6 +102,22 @@ class Reserver:
             if promised and cause is Cause.FULL:
                 break
         self._keep_reserved(reserving)
+
+    def _coming(self, infos: Sequence[ObjectInfo], fresh: Collection[bytes]) -> int:
+        """Bytes of the first of `infos`, and of those behind it that are of the same owners and will get pages too, as
+        things stand."""
+        coming, total = set(fresh), 0
+        for info in infos:
+            size = self._arena.rounded(info.size)
+            if (info.namespace, info.kind) != (infos[0].namespace, infos[0].kind):
+                break
+            if self._refused(info, coming):
+                continue
+            if total and self._quotas.beyond(Tier.CPU, info, total + size):
+                break
+            coming.add(info.key)
+            total += size
+        return total
 
     def _exists(self, key: bytes, promised: bool) -> None:
         node = self._index.get(key)

@@ -103,11 +103,13 @@ class Room:
         reason: Callable[[Node], Departure],
     ) -> Iterator[None]:
         """Evict who was chosen and may go still."""
-        for count, node in enumerate(victims, start=1):
-            if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):
-                self._evict_one(node, wanting, reason)
-            if not count % _EVICTED:
+        for at in range(0, len(victims), _EVICTED):
+            if at:
                 yield
+            with self._index.together():
+                for node in victims[at : at + _EVICTED]:
+                    if node not in kept and not node.children[Tier.CPU] and self._index.evictable(node, Tier.CPU):
+                        self._evict_one(node, wanting, reason)
 
     def _evict_one(self, node: Node, wanting: Belongs | None, reason: Callable[[Node], Departure]) -> None:
         policy = self._policies[Tier.CPU]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loracache.cache.admitting import Admitter
 from loracache.cache.ahead import Ahead
+from loracache.cache.committing import Committer
 from loracache.cache.eviction import Evicted, Remover
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
 from loracache.cache.policy.benefit import Benefit
@@ -28,14 +29,14 @@ from loracache.cache.state.index import Index, Node
 from loracache.cache.state.leases import Grip, Leases, Writing
 from loracache.cache.state.node import State
 from loracache.cache.state.pins import Pins
-from loracache.cache.state.slices import Slices, parts
+from loracache.cache.state.slices import Slices
 from loracache.cache.tier.disk import DiskTier
 from loracache.cache.tier.flushes import Flushes
 from loracache.cache.tier.io import Post, TierIO
 from loracache.cache.tier.promotion import Promoter
 from loracache.cache.tier.write_behind import WriteBehind
 from loracache.results import Cause
-from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, StorageBackend
+from loracache.storage_backends.base import ObjectInfo, Outcome, StorageBackend
 from loracache.tiers import Tier
 
 __all__ = ["OPERATOR", "Acquired", "TieredCache"]
@@ -92,6 +93,8 @@ class TieredCache:
         self._room = Room(arena, self.index, self.leases, self.counters, self._policies, self.writers, evict, below)
         reserving = self._room.make, self.quotas, self._held, self.admitter.promise
         self._reserver = Reserver(arena, self.index, self.leases, self.counters, *reserving)
+        benefit, held = self._benefit, self._held
+        self._committer = Committer(arena, self.index, self.leases, self.counters, self.admitter, benefit, held)
         loading = self._room.make_for_load, self.quotas, self._arrived, self._lost
         self._promoter = Promoter(arena, self.index, self.counters, slices, *loading)
         self.quotas.add(Tier.CPU, POLICIES[policy], lambda node: arena.rounded(node.size), arena.size)
@@ -228,36 +231,9 @@ class TieredCache:
         """Make written objects visible, given (key, checksum) with parents before children; NONE or why not:
         LEASE_LOST, EXISTS, NO_PARENT. The write lease ends. Yields between two slices, for others to be served.
         """
-        answers: list[Cause] = []
-        for part in parts(written):
-            if answers:
-                yield
-            for key, checksum in part:
-                item = self.leases.take_written(owner, lease_id, key)
-                answers.append(self._commit_one(item, checksum) if item is not None else Cause.LEASE_LOST)
-                if item is not None and item.info.kind is Kind.KV:
-                    self._benefit.stored(owner, item.info.size)
-        self.leases.release(owner, lease_id)
+        answers = yield from self._committer.commit(owner, lease_id, written)
         self.pump()
         return answers
-
-    def _commit_one(self, item: Writing, checksum: int) -> Cause:
-        node = self.index.get(item.info.key)
-        if node is not None and (self._held(node) or node.state(Tier.CPU) is State.LOADING):
-            self.arena.free(item.extents)
-            return Cause.EXISTS
-        if node is not None and self.disk is not None:
-            self.disk.give_up(node)
-        node = self.index.insert(replace(item.info, checksum=checksum))
-        if node is None:
-            self.arena.free(item.extents)
-            self.counters.add("store.refused.no_parent")
-            return Cause.NO_PARENT
-        self.index.enter(node, Tier.CPU, "stored", item.extents)
-        self.counters.add("store.objects")
-        self.counters.add("store.bytes", node.size)
-        self.admitter.committed(node, item.promised)
-        return Cause.NONE
 
     def pump(self) -> None:
         """Start the writes that may start."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -89,6 +89,7 @@ class Operations:
 
     def __init__(self, ended: Callable[[Operation], None]) -> None:
         self._known: OrderedDict[str, Operation] = OrderedDict()
+        self._over: deque[Operation] = deque()  # those of them that have ended, the first first
         self._on_ended = ended
 
     @property
@@ -121,6 +122,7 @@ class Operations:
         if operation.ended:
             return
         operation.ended = time.time()
+        self._over.append(operation)
         operation.error = error
         if operation.running:
             operation.state = OperationState.FAILED if error else OperationState.DONE
@@ -163,11 +165,9 @@ class Operations:
             self.end(operation, error)
 
     def _forget(self) -> None:
-        over = time.time() - _REMEMBERED_S
-        ended = [operation for operation in self._known.values() if operation.ended]
-        for position, operation in enumerate(ended):
-            if len(ended) - position > _REMEMBERED or operation.ended < over:
-                del self._known[operation.id]
+        since = time.time() - _REMEMBERED_S
+        while self._over and (len(self._over) > _REMEMBERED or self._over[0].ended < since):
+            del self._known[self._over.popleft().id]
 
 
 class JobTurns:

@@ -34,14 +34,19 @@ class LoopLag:
         """Measure until cancelled."""
         loop = asyncio.get_running_loop()
         self._part_ends = time.monotonic() + _PART_S
-        woken = asyncio.Event()
-        while True:
-            due = time.monotonic() + _PERIOD_S
-            woken.clear()
-            loop.call_later(_PERIOD_S, woken.set)
-            await woken.wait()
+        timer: asyncio.TimerHandle
+
+        def look(due: float) -> None:  # no task, which a turn of the loop more would be for, a hundred times a second
+            nonlocal timer
             now = time.monotonic()
             self.note(max(0.0, now - due), now)
+            timer = loop.call_later(_PERIOD_S, look, now + _PERIOD_S)
+
+        timer = loop.call_later(_PERIOD_S, look, time.monotonic() + _PERIOD_S)
+        try:
+            await loop.create_future()
+        finally:
+            timer.cancel()
 
     def note(self, seconds: float, now: float) -> None:
         """One delay, seen at `now` (monotonic seconds)."""

@@ -26,7 +26,7 @@ __all__ = [
     "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "PRIORITIES", "SOCKET_PATH_BYTES", "UNKNOWN",
     "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
     "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup", "Prefetch", "Register", "Release", "Renew",
-    "Report", "Request", "Reserve", "Resident", "Status", "fault", "join_keys", "shown", "split_keys",
+    "Report", "Request", "Reserve", "Resident", "Status", "fault", "field_names", "join_keys", "shown", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
@@ -83,10 +83,11 @@ class Request:
 
     def encode(self, number: int) -> bytes:
         """As a frame. Fields at the end that have their default value are left out: an older daemon has none."""
-        values = [(getattr(self, field.name), field.default) for field in fields(self)]  # type: ignore[arg-type]
-        while values and values[-1][0] == values[-1][1]:
+        names, defaults = _fields(type(self))
+        values = [getattr(self, name) for name in names]
+        while values and values[-1] == defaults[len(values) - 1]:
             values.pop()
-        return frame([number, self.operation, *(value for value, _ in values)])
+        return frame([number, self.operation, *values])
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,12 +316,30 @@ class Report(Request):
     """The adapter of each request that has arrived since the last report, of those that have one."""
 
 
+def field_names(cls: type[Request]) -> tuple[str, ...]:
+    """Of a kind of request."""
+    return _fields(cls)[0]
+
+
+def _fields(cls: type[Request]) -> tuple[tuple[str, ...], tuple[object, ...]]:
+    """Names, and default values (MISSING where there is none). Kept: dataclasses take as long to say them as all else
+    takes."""
+    known = _FIELDS.get(cls)
+    if known is None:
+        told = fields(cls)  # type: ignore[arg-type]
+        known = _FIELDS[cls] = tuple(field.name for field in told), tuple(field.default for field in told)
+    return known
+
+
+_FIELDS: dict[type[Request], tuple[tuple[str, ...], tuple[object, ...]]] = {}
+
+
 def fault(request: Request) -> str:
     """What is wrong with a request's fields, or ""."""
-    for field in fields(request):  # type: ignore[arg-type]
-        value = getattr(request, field.name)
-        if problem := CHECKS[field.name](value):
-            return f"{request.operation}: {field.name} {problem}, not {shown(value)}"
+    for name in field_names(type(request)):
+        value = getattr(request, name)
+        if problem := CHECKS[name](value):
+            return f"{request.operation}: {name} {problem}, not {shown(value)}"
     return ""
 
 

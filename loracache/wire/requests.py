@@ -63,6 +63,7 @@ QuotaRequest = control_messages.QuotaSet | control_messages.QuotaRemove | contro
 AnyRequest = DataRequest | ControlRequest | QuotaRequest
 
 OPERATIONS: dict[str, type[AnyRequest]] = {cls.operation: cls for cls in get_args(AnyRequest)}
+_NEEDED = {cls: sum(field.default is MISSING for field in fields(cls)) for cls in OPERATIONS.values()}
 
 
 def decode_request(message: Any) -> tuple[int, AnyRequest]:
@@ -73,9 +74,8 @@ def decode_request(message: Any) -> tuple[int, AnyRequest]:
     cls = OPERATIONS.get(operation) if isinstance(operation, str) else None
     if cls is None:
         raise ProtocolError(f"unknown operation {protocol.shown(operation)}; known: {', '.join(OPERATIONS)}")
-    names = [field.name for field in fields(cls)]
-    needed = sum(field.default is MISSING for field in fields(cls))
-    if not needed <= len(values) <= len(names):
+    names = protocol.field_names(cls)
+    if not _NEEDED[cls] <= len(values) <= len(names):
         raise ProtocolError(f"{operation} takes {len(names)} fields ({', '.join(names)}), not {len(values)}")
     request = cls(*values)
     if wrong := protocol.fault(request):

@@ -129,11 +129,15 @@ class Quotas:
 
     def refuses(self, tier: Tier, item: Belongs, nbytes: int) -> bool:
         """Whether an object is beyond a hard quota, which is counted."""
-        classes = self._classes.get(tier)
-        if classes is None or not classes.beyond(item, nbytes):
+        if not self.beyond(tier, item, nbytes):
             return False
-        classes.shares.refuse(item)
+        self._classes[tier].shares.refuse(item)
         return True
+
+    def beyond(self, tier: Tier, item: Belongs, nbytes: int) -> bool:
+        """Whether so many bytes, of objects that are of the same owners as `item`, are beyond a hard quota."""
+        classes = self._classes.get(tier)
+        return classes is not None and classes.beyond(item, nbytes) > 0
 
     def charge(self, tier: Tier, item: Belongs, nbytes: int) -> Callable[[], None]:
         """Bytes are on their way into a tier, until what this answers is called: they are there, or will not come."""

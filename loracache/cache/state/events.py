@@ -57,10 +57,13 @@ class _Ring:
         self, number: int, time: float, words: tuple[str, str, str, bytes], key: bytes, nbytes: int, count: int
     ) -> None:
         at = number % _REMEMBERED
-        if len(self._known) > _MOST_WORDS:
-            self._known.clear()
+        known = self._known.get(words)
+        if known is None:
+            if len(self._known) >= _MOST_WORDS:
+                self._known.clear()
+            known = self._known[words] = words
         self._times[at] = time
-        self._words[at] = self._known.setdefault(words, words)
+        self._words[at] = known
         self._keyed[at] = bool(key)
         if key:
             self._keys[at * KEY_BYTES : (at + 1) * KEY_BYTES] = key
@@ -89,7 +92,8 @@ class Events:
 
     def changed(self, node: Node, tier: Tier, entered: bool, cause: str) -> None:
         """An object entered or left a tier."""
-        self.add("admitted" if entered else "evicted", tier, cause, node)
+        words = "admitted" if entered else "evicted", tier.label, cause, node.namespace
+        self._add(words, node.key, node.size)
 
     def add(self, what: str, tier: Tier, cause: str, node: Node) -> None:
         """One object's event."""

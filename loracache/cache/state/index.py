@@ -10,6 +10,7 @@ it is in some tier or has children, and no longer. Threading: one thread, the ca
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,6 +62,7 @@ class Index:
         self.on_count: Callable[[Node, Tier, int], None] | None = None
         self.objects = [0, 0, 0, 0]
         self.bytes = [0, 0, 0, 0]
+        self._uncovered: list[tuple[Node, Tier]] | None = None  # parents without children, while many leave
         self._most = 0
 
     def __len__(self) -> int:
@@ -84,8 +86,9 @@ class Index:
         """Whether `key` can be a parent."""
         return key in self._nodes or key in self.adapters
 
-    def insert(self, info: ObjectInfo) -> Node | None:
-        """The node for `info`, in no tier yet; None where its parent is not in the tree."""
+    def insert(self, info: ObjectInfo, checksum: int | None = None) -> Node | None:
+        """The node for `info`, in no tier yet; None where its parent is not in the tree. checksum: where it is known
+        only now."""
         node = self._nodes.get(info.key)
         # One that is held keeps its place: its parent counts its children in a tier as they enter and leave it.
         if node is None or (node.parent is None and info.parent and not node.present):
@@ -100,7 +103,8 @@ class Index:
             if parent is not None:
                 _link(parent, node)
         if not node.present:
-            node.namespace, node.size, node.checksum = info.namespace, info.size, info.checksum
+            node.namespace, node.size = info.namespace, info.size
+            node.checksum = info.checksum if checksum is None else checksum
         return node
 
     # -- states: the only methods that change `present`, `dirty`, `extents` and `condemned` ----------
@@ -174,20 +178,36 @@ class Index:
         parent = node.parent
         if parent is not None:
             parent.children[tier] -= 1
-            self.offer(parent, tier)
+            if self._uncovered is None:
+                self.offer(parent, tier)
+            elif not parent.children[tier]:
+                self._uncovered.append((parent, tier))
         if not node.present:
             self._unlist(node)
         self.on_change(node, tier, False, cause)
         self.prune(node)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Many leave in one go: a parent that goes behind its last child is no candidate. Nobody chooses victims."""
+        assert self._uncovered is None, "objects leave together already"
+        uncovered = self._uncovered = []
+        try:
+            yield
+        finally:
+            self._uncovered = None
+            for node, tier in uncovered:
+                self.offer(node, tier)
+
     # -- the rest ----------
 
     def _count(self, node: Node, tier: Tier, sign: int) -> None:
+        nbytes = sign * node.size
         self.objects[tier] += sign
-        self.bytes[tier] += sign * node.size
+        self.bytes[tier] += nbytes
         space = self.spaces[node.namespace]
         space.objects[tier] += sign
-        space.bytes[tier] += sign * node.size
+        space.bytes[tier] += nbytes
         self.resize(node, tier, sign * self.costs[tier](node))
 
     def resize(self, node: Node, tier: Tier, amount: int) -> None:
@@ -207,7 +227,8 @@ class Index:
     def _unlist(self, node: Node) -> None:
         space = self.spaces[node.namespace]
         space.keys.remove(node.key)
-        space.roots.discard(node.key)
+        if node.is_root:
+            space.roots.remove(node.key)
         if not space.keys:
             del self.spaces[node.namespace]
 
@@ -257,9 +278,9 @@ class Index:
 
     def evictable(self, node: Node, tier: Tier) -> bool:
         """Whether the node may leave `tier` now, its children in that tier left aside."""
-        if not node.present >> tier & 1 or self.stays(node, tier):
+        if not node.present >> tier & 1 or (tier is Tier.CPU and (node.leases or node.dirty)):
             return False
-        return tier is not Tier.CPU or (not node.leases and not node.dirty)
+        return not self.stays(node, tier)
 
     def stays(self, node: Node, tier: Tier) -> bool:
         """Whether a pin or a name keeps the node in `tier`."""

@@ -13,7 +13,7 @@ those out that have it. Threading: the cache's thread.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loracache.cache.state.arena import Arena, Extent
@@ -130,14 +130,18 @@ class Leases:
             lease.writing[item.info.key] = item
             self.being_written.add(item.info.key)
 
-    def take_written(self, owner: int, lease_id: bytes, key: bytes) -> Writing | None:
-        """The reserved object to be committed now, taken out of its lease; None where the lease is lost."""
+    def take_written(
+        self, owner: int, lease_id: bytes, written: Iterable[tuple[bytes, int]]
+    ) -> Iterator[tuple[Writing | None, int]]:
+        """The reserved objects to be committed now, given (key, checksum), each taken out of its lease as it is asked
+        for; None where the lease is lost."""
         lease = self._leases.get((owner, lease_id))
-        item = lease.writing.pop(key, None) if lease is not None else None
-        if item is not None:
-            self.being_written.discard(key)
-            item.settle()
-        return item
+        for key, checksum in written:
+            item = lease.writing.pop(key, None) if lease is not None else None
+            if item is not None:
+                self.being_written.discard(key)
+                item.settle()
+            yield item, checksum
 
     def held_by(self, owner: int) -> tuple[int, int]:
         """An owner's leases, and the objects that they hold for reading."""

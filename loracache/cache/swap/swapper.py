@@ -96,7 +96,10 @@ class Swapper:
 
         def changed(node: Node, tier: Tier, entered: bool, cause: str) -> None:
             told(node, tier, entered, cause)
-            self._changed(node, tier, entered)
+            if self.settings.on:
+                self.candidates.changed(node, tier, entered)
+            if not entered and tier is Tier.CPU and self._unused:
+                self._left(node)
 
         index.on_change = changed
 
@@ -137,10 +140,9 @@ class Swapper:
 
     # -- inside ----------
 
-    def _changed(self, node: Node, tier: Tier, entered: bool) -> None:
-        if self.settings.on:
-            self.candidates.changed(node, tier, entered)
-        if tier is Tier.CPU and not entered and (came := self._unused.pop(node, None)) is not None:
+    def _left(self, node: Node) -> None:
+        """It left memory."""
+        if (came := self._unused.pop(node, None)) is not None:
             self._counters.add("prefetch.wasted" if node.tick == came else "prefetch.used")
 
     def _free_ahead(self) -> None:

@@ -306,7 +306,8 @@ class DiskTier:
                 if at:
                     yield
                 going = (node for node in victims[at : at + _EVICTED] if node not in protected)
-                self._evict((node, policy.reason(node)) for node in self._leaving(going, policy, wanting))
+                with self._index.together():
+                    self._evict((node, policy.reason(node)) for node in self._leaving(going, policy, wanting))
         return True
 
     def _leaving(self, chosen: Iterable[Node], policy: Policy, wanting: Node | None) -> Iterator[Node]:
