@@ -68,25 +68,29 @@ def aligned(make: Callable[[], Map]) -> Map:
     """What `make` maps, beginning at a multiple of HUGE_PAGE where that can be had: elsewhere page tables hold a file's
     huge pages as small ones.
 
-    The kernel maps downwards from the end of the highest gap that is large enough. So a piece is kept at the end of
-    the next one, of the size that puts what is mapped below it where it should be.
+    The kernel maps at the end of the highest gap that is large enough. So one is made whose end is where it should be,
+    while what was mapped elsewhere fills the gaps above it.
     """
-    mapped = make()
+    mapped, others = make(), []
     size, libc = len(mapped), _libc()
-    for _ in range(3):  # another thread may map something in between
+    for _ in range(4):
         if size < HUGE_PAGE or address(mapped) % HUGE_PAGE == 0:
             break
-        mapped.close()
-        gap = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        if gap == _MAP_FAILED:
-            return make()
-        keep = gap % HUGE_PAGE
-        libc.munmap(gap, size - keep)
+        low = libc.mmap(None, size + HUGE_PAGE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if low == _MAP_FAILED:
+            break
+        end = -(-low // HUGE_PAGE) * HUGE_PAGE + size
+        libc.munmap(low, end - low)
+        others.append(mapped)
         try:
             mapped = make()
+        except OSError:  # a limit: one was to be had
+            others.pop()
+            break
         finally:
-            if keep:
-                libc.munmap(gap + size - keep, keep)
+            libc.munmap(end, low + size + HUGE_PAGE - end)
+    for other in others:
+        other.close()
     return mapped
 
 

@@ -59,7 +59,7 @@ class HostRuntime(Protocol):
 
 class CudaHost:
     """The CUDA runtime, with the device current that was so where this was made: a fresh thread is on device 0, and
-    would register for another rank's. ROCm's runtime has the same calls under the same names."""
+    would register for another rank's."""
 
     def __init__(self) -> None:
         self._device = torch.cuda.current_device()

@@ -53,10 +53,10 @@ def read_layout(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> KVLay
     for name, tensor in kv_caches.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
             raise UsageError(f"the KV cache of {name} is not a single tensor of blocks")
-        if tensor.device.type not in _DEVICES:
+        kind = "ROCm" if tensor.device.type == "cuda" and torch.version.hip else tensor.device.type
+        if kind not in _DEVICES:
             raise UsageError(
-                f"the KV cache of {name} is on a device of type {tensor.device.type}; "
-                f"it can be copied on {' and '.join(_DEVICES)}"
+                f"the KV cache of {name} is on a device of type {kind}; it can be copied on {' and '.join(_DEVICES)}"
             )
         if num_blocks <= 0 or not tensor.numel() or tensor.shape[0] % num_blocks:
             raise UsageError(f"the KV cache of {name} has {tensor.shape[0]} rows for {num_blocks} blocks")

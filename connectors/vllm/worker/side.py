@@ -30,6 +30,7 @@ from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, p
 from loracache.connectors.vllm.worker.storer import StoreJob, Storer
 from loracache.connectors.vllm.worker.weights import WeightsWatch
 from loracache.errors import UsageError
+from loracache.kernels.page_copy import CopyError
 from loracache.results import Cause
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class WorkerSide:
         if not problem:
             try:
                 layout = read_layout(kv_caches, self._kv_cache_config.num_blocks)
-            except UsageError as error:
+                self._copiers = [GatedCopier(layout.rows, self._options.bounce_bytes) for _ in range(2)]
+            except (UsageError, CopyError) as error:
                 problem = str(error)
         if problem:
             self._facts = Facts("", "", 0, problem, pool)
@@ -124,7 +126,6 @@ class WorkerSide:
         if self._options.server:  # a private one would end with this client
             with CacheClient(server, name="vllm-start"):
                 pass  # an engine whose configuration names no living daemon should not start
-        self._copiers = [GatedCopier(layout.rows, self._options.bounce_bytes) for _ in range(2)]
         self._storer = Storer(
             server,
             ensure,

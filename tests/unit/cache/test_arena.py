@@ -238,7 +238,10 @@ def test_large_mappings_begin_where_huge_pages_can(size: int) -> None:
     fd = os.memfd_create("arena")
     os.ftruncate(fd, size)
     spacer = mmap.mmap(-1, 12 * PAGE)
-    mapped = [aligned(lambda: mmap.mmap(fd, size)) for _ in range(3)]
+    gaps = [mmap.mmap(-1, max(size, HUGE_PAGE) + each * PAGE) for each in range(8)]
+    for gap in gaps[::2]:
+        gap.close()
+    mapped = [aligned(lambda: mmap.mmap(fd, size)) for _ in range(20)]
     os.close(fd)
     assert all(len(each) == size for each in mapped)
     assert size < HUGE_PAGE or not any(address(each) % HUGE_PAGE for each in mapped)

@@ -31,11 +31,13 @@ SIZE = 5 * PIECE + 4096
 
 @dataclass
 class Host:
-    """A runtime. fails: the error of the call of that number; takes: seconds of a registration."""
+    """A runtime. fails: the error of the call of that number; takes: seconds of a registration; stops: behind so many
+    until `let` is set again."""
 
     inode: str = ""
     fails: dict[int, int] = field(default_factory=dict)
     takes: float = 0.0
+    stops: int = 0
     registered: list[tuple[int, int]] = field(default_factory=list)
     unregistered: list[int] = field(default_factory=list)
     spans: list[tuple[float, float]] = field(default_factory=list)
@@ -43,13 +45,15 @@ class Host:
     let: threading.Event = field(default_factory=threading.Event)
 
     def register(self, start: int, nbytes: int) -> int:
-        self.let.wait(10)
+        self.let.wait(60)
         began = time.monotonic()
         time.sleep(self.takes)
         self.spans.append((began, time.monotonic()))
         if error := self.fails.get(len(self.spans)):
             return error
         self.registered.append((start, nbytes))
+        if len(self.registered) == self.stops:
+            self.let.clear()
         return 0
 
     def unregister(self, start: int) -> int:
@@ -80,14 +84,14 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[ArenaM
     yield make
     for host in hosts:
         host.let.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while threads("loracache-pin") and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
 @pytest.fixture
-def pieces() -> PinnedPieces:
-    assert not pinned.pieces.steps()[0].size
+def pieces(eventually: Any) -> PinnedPieces:
+    eventually(lambda: not pinned.pieces.steps()[0].size, "those of the test before are gone")
     return pinned.pieces
 
 
@@ -101,7 +105,7 @@ def test_the_whole_arena_is_pinned_in_pieces_and_no_copy_is_told_to_span_two(
     assert edges == [*range(base, base + SIZE, PIECE), base + SIZE]  # known before the first is pinned
     assert not pieces.is_pinned(base, 1)
     host.let.set()
-    eventually(lambda: pieces.is_pinned(base + 5 * PIECE, 4096), "all is pinned", 5)
+    eventually(lambda: pieces.is_pinned(base + 5 * PIECE, 4096), "all is pinned")
     assert host.registered == list(zip(edges[:-1], [PIECE] * 5 + [4096], strict=True))
     assert pieces.steps()[0].tolist() == edges
     assert all(pieces.is_pinned(start, nbytes) for start, nbytes in host.registered)
@@ -117,7 +121,7 @@ def test_what_was_read_of_the_pieces_does_not_change_under_its_reader(
     prepare_mapping(arena, host)
     _, before = pieces.steps()
     host.let.set()
-    eventually(lambda: pieces.is_pinned(address(arena), PIECE), "it is pinned", 5)
+    eventually(lambda: pieces.is_pinned(address(arena), PIECE), "it is pinned")
     assert not before.any()
 
 
@@ -143,8 +147,8 @@ def test_a_registration_ends_after_the_last_view_and_before_the_memory_goes(
     arena, host = make()
     host.let.set()
     prepare_mapping(arena, host)
-    eventually(lambda: len(host.registered) == 6, "it is pinned", 5)
-    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended", 5)
+    eventually(lambda: len(host.registered) == 6, "it is pinned")
+    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended")
     copying = memoryview(arena)[PIECE : PIECE + 64]
     del arena
     assert host.unregistered == []
@@ -158,12 +162,13 @@ def test_a_registration_ends_after_the_last_view_and_before_the_memory_goes(
 
 
 def test_an_arena_lost_while_it_is_pinned_gives_back_what_was(make: Any, pieces: PinnedPieces, eventually: Any) -> None:
-    arena, host = make(takes=0.02)
+    arena, host = make(stops=2)
     host.let.set()
     prepare_mapping(arena, host)
-    eventually(lambda: len(host.registered) >= 2, "some of it is pinned", 5)
+    eventually(lambda: len(host.registered) == 2, "some of it is pinned")
     del arena
-    eventually(lambda: host.inode not in inodes(), "it is unmapped", 5)
+    host.let.set()
+    eventually(lambda: host.inode not in inodes(), "it is unmapped")
     assert len(host.registered) < 6
     assert host.unregistered == [start for start, _ in host.registered]
     assert all(host.mapped)
@@ -175,8 +180,8 @@ def test_nothing_is_unmapped_under_a_registration_at_the_end_of_the_interpreter(
     arena, host = make()
     host.let.set()
     prepare_mapping(arena, host)
-    eventually(lambda: len(host.registered) == 6, "it is pinned", 5)
-    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended", 5)
+    eventually(lambda: len(host.registered) == 6, "it is pinned")
+    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended")
     base = address(arena)
     with monkeypatch.context() as patched:
         patched.setattr(sys, "is_finalizing", lambda: True)
@@ -190,8 +195,8 @@ def test_a_forked_child_ends_no_registration_of_its_parent(make: Any, pieces: Pi
     arena, host = make()
     host.let.set()
     prepare_mapping(arena, host)
-    eventually(lambda: len(host.registered) == 6, "it is pinned", 5)
-    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended", 5)
+    eventually(lambda: len(host.registered) == 6, "it is pinned")
+    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended")
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
@@ -206,7 +211,7 @@ def test_there_is_a_pause_behind_each_piece_as_long_as_it_took(make: Any, eventu
     arena, host = make(takes=0.02)
     host.let.set()
     prepare_mapping(arena, host)
-    eventually(lambda: len(host.registered) == 6, "it is pinned", 5)
+    eventually(lambda: len(host.registered) == 6, "it is pinned")
     for (began, ended), (again, _) in zip(host.spans, host.spans[1:], strict=False):
         assert again - ended >= 0.9 * (ended - began)
 
@@ -219,9 +224,9 @@ def test_processes_with_the_same_arena_take_turns(make: Any, pieces: PinnedPiece
         turn.bind(f"\0loracache-pin-{arena.instance.hex()}")
         prepare_mapping(arena, host)
         prepare_mapping(other, free)
-        eventually(lambda: len(free.registered) == 6, "another daemon's is pinned", 5)
+        eventually(lambda: len(free.registered) == 6, "another daemon's is pinned")
         assert host.registered == []
-    eventually(lambda: len(host.registered) == 6, "it is our turn", 5)
+    eventually(lambda: len(host.registered) == 6, "it is our turn")
 
 
 def test_who_waits_for_a_turn_keeps_no_lost_arena(make: Any, eventually: Any) -> None:
@@ -232,8 +237,8 @@ def test_who_waits_for_a_turn_keeps_no_lost_arena(make: Any, eventually: Any) ->
         prepare_mapping(arena, host)
         time.sleep(0.1)
         del arena
-        eventually(lambda: host.inode not in inodes(), "it is unmapped", 2)
-        eventually(lambda: threads("loracache-pin") == 0, "nobody waits any more", 2)
+        eventually(lambda: host.inode not in inodes(), "it is unmapped")
+        eventually(lambda: threads("loracache-pin") == 0, "nobody waits any more")
     assert host.registered == []
 
 
@@ -255,8 +260,8 @@ def test_why_no_more_is_pinned_is_said_once_and_the_rest_stays_unpinned(
     for arena, host in made:
         host.let.set()
         prepare_mapping(arena, host)
-        eventually(lambda host=host: len(host.spans) == 3, "it was refused", 5)
-        eventually(lambda: threads("loracache-pin") == 0, "its thread has ended", 5)
+        eventually(lambda host=host: len(host.spans) == 3, "it was refused")
+        eventually(lambda: threads("loracache-pin") == 0, "its thread has ended")
     for arena, host in made:
         assert [pieces.is_pinned(address(arena) + place * PIECE, PIECE) for place in range(4)] == [
             True,
@@ -302,8 +307,8 @@ def test_memory_is_registered_and_unregistered_on_the_workers_device_from_any_th
 ) -> None:
     arena, _ = make()
     prepare_mapping(arena, CudaHost())
-    eventually(lambda: len(devices) == 6, "it is pinned", 5)
-    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended", 5)
+    eventually(lambda: len(devices) == 6, "it is pinned")
+    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended")
     held = [arena]
     del arena
     thread = threading.Thread(target=held.clear)
@@ -319,7 +324,7 @@ def test_a_device_that_is_lost_leaves_the_arena_unpinned(make: Any, pieces: Pinn
 
     arena, _ = make()
     prepare_mapping(arena, Lost())
-    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended", 5)
+    eventually(lambda: threads("loracache-pin") == 0, "its thread has ended")
     assert not pieces.steps()[1].any()
 
 

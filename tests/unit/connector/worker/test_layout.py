@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loracache.connectors.vllm.common.geometry import payload_layout
 from loracache.connectors.vllm.worker.layout import read_layout
@@ -294,3 +295,11 @@ def test_layers_that_share_their_kv_are_moved_once() -> None:
 def test_a_device_that_nobody_copies_from_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"layer 0 is on a device of type meta.*cpu and cuda"):
         read_layout({"layer 0": torch.zeros(4, HEADS, TOKENS, CONTENT, device="meta")}, 4)
+
+
+def test_rocm_calls_its_device_cuda_and_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():  # no memory behind it
+        tensor = torch.zeros(4, HEADS, TOKENS, CONTENT, device="cuda:0")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(UsageError, match=r"layer 0 is on a device of type ROCm"):
+        read_layout({"layer 0": tensor}, 4)

@@ -28,7 +28,7 @@ from loracache.connectors.vllm.link.pinned import pieces
 from loracache.connectors.vllm.worker import side as side_module
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import CopyError, PageCopier
 from loracache.keys import Namespace
 
 BLOCKS = 8
@@ -141,6 +141,16 @@ def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody(
     assert both.failures == {"x": 3, "y": 1}
     assert both.unstored == {"p", "q"}
     assert [fact.shard for fact in both.facts] == ["a", "b"]
+
+
+def test_a_device_that_cannot_be_copied_from_turns_the_cache_off(
+    make_side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(layers: Any) -> Any:
+        raise CopyError("the Python package cuda-bindings is missing")
+
+    monkeypatch.setattr(side_module, "GatedCopier", refused)
+    assert "cuda-bindings is missing" in make_side("unix:///nowhere.sock").facts.problem
 
 
 def test_a_layer_that_shares_anothers_kv_is_no_layer_of_the_shard(
