@@ -44,9 +44,13 @@ class PagedModule:
 
 
 class _Rows:
-    """Which rows belong to which slot, in buffers that stay where they are. sized_for: see kernels/sgmv.py."""
+    """Which rows belong to which slot, in buffers that stay where they are. sized_for, overlaps: see kernels/sgmv.py.
+    how: what the operators take behind the tables; nothing on a CPU, where every argument costs a fiftieth of a call.
+    """
 
-    def __init__(self, most_rows: int, slots: int, device: torch.device | str, sized_for: int = 0) -> None:
+    def __init__(
+        self, most_rows: int, slots: int, device: torch.device | str, sized_for: int = 0, overlaps: bool = True
+    ) -> None:
         most_tiles = -(-most_rows // NARROW_TILE) + slots
         self._buffer = torch.full((4 * most_tiles + most_rows,), -1, dtype=torch.int32, device=device)
         self._all_tiles = self._buffer[: 4 * most_tiles].view(-1, 4)
@@ -54,6 +58,7 @@ class _Rows:
         self.idle = torch.ones(1, dtype=torch.bool)
         self.sized_for = sized_for
         self._on_cpu = self.order.device.type == "cpu"
+        self.how = () if self._on_cpu and not sized_for else (self.idle, sized_for, overlaps)
         self._blank = True
 
     def plan(self, slots: list[int]) -> None:
@@ -89,9 +94,10 @@ class PagedPunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         slots = kwargs["lora_config"].max_loras
         sized_for = INVARIANT_TOKENS if getattr(envs, "VLLM_BATCH_INVARIANT", False) else 0
         self._most_tokens = max_num_batched_tokens
-        self._tokens = _Rows(max_num_batched_tokens, slots, device, sized_for)
-        self._sampled = _Rows(max_num_batched_tokens, slots, device, sized_for)
-        self._overlaps = not getattr(envs, "VLLM_LORA_DISABLE_PDL", False)
+        overlaps = not getattr(envs, "VLLM_LORA_DISABLE_PDL", False)
+        self._tokens = _Rows(max_num_batched_tokens, slots, device, sized_for, overlaps)
+        self._sampled = _Rows(max_num_batched_tokens, slots, device, sized_for, overlaps)
+        self._warming = None, sized_for, overlaps
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -135,24 +141,22 @@ class PagedPunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: Any, add_inputs: bool = True, **kwargs: Any
     ) -> None:
         """y += scale * A[:, token].T @ B. x: token ids."""
-        self._embed(y, x, lora_b_stacked, self._tokens, self._tokens.idle)
+        self._embed(y, x, lora_b_stacked, self._tokens, self._tokens.how)
 
     def _apply(self, y: torch.Tensor, x: torch.Tensor, module: PagedModule, rows: _Rows) -> None:
-        self._multiply(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), module, rows, rows.idle)
+        self._multiply(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), module, rows, rows.how)
 
     def _multiply(
-        self, y: torch.Tensor, x: torch.Tensor, module: PagedModule, rows: _Rows, idle: torch.Tensor | None
+        self, y: torch.Tensor, x: torch.Tensor, module: PagedModule, rows: _Rows, how: tuple[Any, ...]
     ) -> None:
         tables = rows.order, rows.tiles, module.pages, module.page_ids, module.places, module.scales
-        shape = module.widths, module.chunk, module.most_rank
-        lora_linear(y, x, *tables, *shape, idle, rows.sized_for, self._overlaps)
+        lora_linear(y, x, *tables, module.widths, module.chunk, module.most_rank, *how)
 
     def _embed(
-        self, y: torch.Tensor, ids: torch.Tensor, module: PagedModule, rows: _Rows, idle: torch.Tensor | None
+        self, y: torch.Tensor, ids: torch.Tensor, module: PagedModule, rows: _Rows, how: tuple[Any, ...]
     ) -> None:
         tables = rows.order, rows.tiles, module.pages, module.page_ids, module.places, module.scales
-        shape = module.width, module.chunk, module.most_rank
-        lora_embedding(y, ids, *tables, *shape, idle, rows.sized_for, self._overlaps)
+        lora_embedding(y, ids, *tables, module.width, module.chunk, module.most_rank, *how)
 
     def warm(self, module: PagedModule, inputs: torch.dtype, outputs: torch.dtype) -> None:
         """Compile all that batches of any size will ask of a module, by launching it on tiles that are not used. No
@@ -160,7 +164,7 @@ class PagedPunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         for tokens in warm_sizes(self._most_tokens, self._tokens.sized_for):
             x = module.pages.new_zeros((tokens, module.width) if inputs.is_floating_point else (tokens,), dtype=inputs)
             y = module.pages.new_zeros((tokens, sum(module.widths)), dtype=outputs)
-            (self._multiply if inputs.is_floating_point else self._embed)(y, x, module, self._tokens, None)
+            (self._multiply if inputs.is_floating_point else self._embed)(y, x, module, self._tokens, self._warming)
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:
         """Of fully sharded layers, which lora_pool refuses."""
