@@ -147,4 +147,5 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "ttl": _ttl,
     "wait": _wait,
     "waiting": _requests,
+    "wanted": _keys,
 }

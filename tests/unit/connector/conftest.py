@@ -33,6 +33,7 @@ class ScriptedLink:
         self.leases: set[bytes] = set()
         self.prefetched: list[bytes] = []
         self.reported: list[tuple[int, int, list[bytes]]] = []
+        self.wanted: list[bytes] = []  # in the last report
         self.flushed = 0
         self.hot: list[bytes] = []
         self.announced: list[tuple[list[bytes], float, float]] = []
@@ -117,8 +118,9 @@ class ScriptedLink:
     def reports_now(self) -> bool:
         return self.answers
 
-    def report(self, running: int, waiting: int, adapters: Sequence[bytes]) -> None:
+    def report(self, running: int, waiting: int, adapters: Sequence[bytes], wanted: Sequence[bytes] = ()) -> None:
         self.reported.append((running, waiting, list(adapters)))
+        self.wanted = list(wanted)
 
     def hot_adapters(self) -> list[bytes]:
         return self.hot
