@@ -102,6 +102,8 @@ def print_status(status: dict[str, Any]) -> None:
         rows.append((name, tier.get("objects", "-"), size, used, status["hits"].get(name, 0), queued, state))
     print_table(["tier", ">objects", ">bytes", ">used of limit", ">hits", ">to write", "state"], rows)
     for name, tier in status["tiers"].items():
+        if "huge_bytes" in tier:
+            sys.stdout.write(f"{name}: {size_text(tier['huge_bytes'])} in huge pages\n")
         if tier.get("reason"):
             sys.stdout.write(f"{name}: {tier['reason']}\n")
     for title in ("misses", "failures"):

@@ -36,7 +36,9 @@ def server(
     transfer = {
         "kv_connector": "LoRACacheConnector", "kv_connector_module_path": "loracache.connectors.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"server": cache.url, "chunk_tokens": CHUNK, "lookup_wait": 1.0},
+        "kv_connector_extra_config": {
+            "server": cache.url, "chunk_tokens": CHUNK, "lookup_wait": 1.0, "recompute_if_faster": 0,
+        },
     }  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -113,7 +113,9 @@ def world(
     transfer = {
         "kv_connector": "LoRACacheConnector", "kv_connector_module_path": "loracache.connectors.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"server": daemon.url, "lora_pool": "1MiB", "chunk_tokens": CHUNK},
+        "kv_connector_extra_config": {
+            "server": daemon.url, "lora_pool": "1MiB", "chunk_tokens": CHUNK, "recompute_if_faster": 0,
+        },
     }  # fmt: skip
     more = ("--no-enable-prefix-caching",)
     server = openai_server(tmp_path_factory.mktemp("server") / "log", tiny / "model", transfer, *more)

@@ -49,7 +49,12 @@ def test_inside_multiconnector_it_works_as_alone(
         "kv_connector": "LoRACacheConnector",
         "kv_connector_module_path": MODULE,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"server": serving.url, "chunk_tokens": 128, "lookup_wait": 1.0},
+        "kv_connector_extra_config": {
+            "server": serving.url,
+            "chunk_tokens": 128,
+            "lookup_wait": 1.0,
+            "recompute_if_faster": 0,
+        },
     }
     engine = engine_factory(
         None,

@@ -155,7 +155,7 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     them. activated: orders done -> by how many workers; not_activated: orders that failed -> (cause, and words where
     nothing will help); pools_lost: nothing is on any page any more; pinned: adapter ids that may not be evicted, or may
     again; weights: rank -> (version, the last step computed with those before), where they changed; contents: how many
-    contents an adapter id has served."""
+    contents an adapter id has served; loaded: seconds that loads took which came, by request."""
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
@@ -167,6 +167,7 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     pinned: dict[int, bool] = field(default_factory=dict)
     weights: dict[int, tuple[int, int]] = field(default_factory=dict)
     contents: dict[int, int] = field(default_factory=dict)
+    loaded: dict[str, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
         """Workers of one engine read the same adapter files; where they saw different content, nobody is believed."""
@@ -183,6 +184,9 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
         activated = dict(self.activated)
         for order, count in other.activated.items():
             activated[order] = activated.get(order, 0) + count
+        loaded = dict(self.loaded)
+        for request_id, seconds in other.loaded.items():
+            loaded[request_id] = max(seconds, loaded.get(request_id, 0.0))
         return WorkerNews(
             adapters,
             failures,
@@ -194,4 +198,5 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.pinned | other.pinned,
             self.weights | other.weights,
             contents,
+            loaded,
         )

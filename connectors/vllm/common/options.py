@@ -25,9 +25,10 @@ class Options:
     size), disk_path, disk (a size), redis (a URL without a password: process lists and vLLM's log show what stands
     here), redis_password_file and http (HOST:PORT of its REST) from here. model_id: names the model's weights where
     they are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses.
-    load_timeout: seconds without a byte after which a load is given up and recomputed. lookup_wait: seconds for which
-    any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has much to
-    gain. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
+    load_timeout: seconds without a byte after which a load is given up and recomputed. recompute_if_faster: what is
+    found is computed where that is predicted to be so many times faster than loading it; 0: never. lookup_wait: seconds
+    for which any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has
+    much to gain. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
     lora_prefetch: how many of those that all engines' requests ask for most are brought onto free pages of it ahead of
     a request; 0: none.
     """
@@ -42,6 +43,7 @@ class Options:
     model_id: str = ""
     chunk_tokens: int = 0
     load_timeout: float = 10.0
+    recompute_if_faster: float = 1.5
     lookup_wait: float = 0.02
     lookup_wait_most: float = 1.0
     lora_pool: str = ""
@@ -101,6 +103,11 @@ class Options:
                 raise ConfigError(
                     f"kv_connector_extra_config: {key}={getattr(self, key)} must be within 0 and 10 seconds"
                 )
+        if self.recompute_if_faster and not 1 <= self.recompute_if_faster <= 1000:
+            raise ConfigError(
+                f"kv_connector_extra_config: recompute_if_faster={self.recompute_if_faster} must be within 1 and 1000, "
+                f"or 0 to load whatever is found"
+            )
         if not 0 < self.load_timeout <= 600:
             raise ConfigError(
                 f"kv_connector_extra_config: load_timeout={self.load_timeout} must be within 0 and 600 seconds"

@@ -30,6 +30,7 @@ _COUNTERS = {
     "loads": "Loads that were begun.",
     "load_bytes": "Bytes of KV copied into the engine's blocks.",
     "load_seconds": "Seconds that loads took, of each worker.",
+    "chunks_not_loaded": "Chunks that were found and computed all the same, because that is faster than loading them.",
     "store_bytes": "Bytes of KV stored.",
 }
 _BY_CAUSE = {

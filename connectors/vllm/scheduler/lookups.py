@@ -15,6 +15,7 @@ from loracache.connectors.vllm.scheduler.patience import Patience
 if TYPE_CHECKING:
     from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
     from loracache.connectors.vllm.scheduler.chunks import Chunks
+    from loracache.connectors.vllm.scheduler.load_or_compute import LoadChoice
     from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
     from loracache.connectors.vllm.scheduler.requests import RequestState
     from loracache.connectors.vllm.scheduler.tier_events import TierEvents
@@ -34,6 +35,7 @@ class Lookups:
         namespace: EngineNamespace,
         adapters: ServedAdapters,
         patience: Patience,
+        choice: LoadChoice,
         tally: Tally,
         events: TierEvents,
     ) -> None:
@@ -43,6 +45,7 @@ class Lookups:
         self._namespace = namespace
         self._adapters = adapters
         self._patience = patience
+        self._choice = choice
         self.chunks: Chunks | None = None
 
     def advance(self, state: RequestState) -> bool:
@@ -103,6 +106,23 @@ class Lookups:
             self._link.count("lookup.late" if self._link.answering() else "lookup.unavailable", 1)
             self._tally.add("lookups_late")
         return False
+
+    def weigh(self, state: RequestState) -> None:
+        """Leave out, once, what is computed sooner than it is loaded: it is neither loaded nor held."""
+        assert self.chunks is not None
+        if state.weighed:
+            return
+        state.weighed = True
+        local = state.local_tokens // self.chunks.tokens
+        worth = self._choice.leading(state.hits, local, self.chunks.tokens, self.chunks.nbytes)
+        kept, others = state.hits[:worth], state.hits[worth:]
+        state.pass_over(worth)
+        if "cpu" in others:  # what is not in memory is not held anyway; a lease ends as a whole
+            self.drop_lease(state)
+            held = [key for key, tier in zip(state.chunk_keys, kept, strict=False) if tier == "cpu"]
+            if held:
+                self._link.prefetch(state.lease, self.chunks.object_keys(held), LEASE_TTL_S)
+                state.leased = True
 
     def drop_lease(self, state: RequestState) -> None:
         """End the hold on what was found."""

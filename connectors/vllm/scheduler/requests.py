@@ -43,14 +43,16 @@ class RequestState:
     chunks, as last answered. blocks: the engine's blocks, in order. stored: chunks offered to the store so far; the
     next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache held.
     content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are (media.py).
-    stage: how far it has come. wishes: what it asks for itself. told: leading
-    chunks that the engine's KV events know of. late: it was counted that no answer came in time.
+    stage: how far it has come. wishes: what it asks for itself. told: leading chunks that the engine's KV events know
+    of. weighed: it is settled how many of its hits are loaded. passed_over: chunks that were found and are computed,
+    not counted yet. late: it was counted that no answer came in time.
     """
 
     __slots__ = (
         "adapter", "answered_at", "asked_at", "blocks", "cacheable", "chunk_keys", "content", "first_step",
         "has_stored", "hits", "late", "lease", "leased", "load_tiers", "local_tokens", "media", "namespace",
-        "parked_since", "question", "reads", "request", "stage", "store_after", "stored", "told", "wishes",
+        "parked_since", "passed_over", "question", "reads", "request", "stage", "store_after", "stored", "told",
+        "weighed", "wishes",
     )  # fmt: skip
 
     def __init__(self, request: Request, *, cacheable: bool, reads: bool, wishes: Wishes) -> None:
@@ -79,6 +81,8 @@ class RequestState:
         self.content = 0
         self.media: Future[tuple[Media, ...] | None] | None = None
         self.load_tiers: tuple[str, ...] = ()
+        self.weighed = False
+        self.passed_over = 0
         self.stage = Stage.WAITING
 
     def extend_keys(self, chunk_tokens: int) -> None:
@@ -97,11 +101,19 @@ class RequestState:
     def answer(self, tiers: tuple[str, ...]) -> None:
         """Take the answer to the request's question."""
         self.told = 0
+        self.weighed = False
+        self.passed_over = 0
         self.hits = tiers
         self.question = 0
         self.parked_since = None
         self.late = False
         self.answered_at = time.monotonic()
+
+    def pass_over(self, hits: int) -> None:
+        """Load no more than the leading `hits` chunks of those that were found; the rest is computed, and offered to
+        the store like what was found nowhere."""
+        self.passed_over += len(self.hits) - hits
+        self.hits = self.hits[:hits]
 
     @property
     def is_fresh(self) -> bool:

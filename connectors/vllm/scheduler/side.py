@@ -23,10 +23,11 @@ from loracache.connectors.vllm.scheduler.afterwards import Afterwards
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
 from loracache.connectors.vllm.scheduler.chunks import Chunks
 from loracache.connectors.vllm.scheduler.demand import Demand
+from loracache.connectors.vllm.scheduler.load_or_compute import LoadChoice
 from loracache.connectors.vllm.scheduler.lookups import LEASE_TTL_S, Lookups
 from loracache.connectors.vllm.scheduler.lora.admission import AdapterAdmission
 from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
-from loracache.connectors.vllm.scheduler.patience import Patience
+from loracache.connectors.vllm.scheduler.patience import Patience, even_position
 from loracache.connectors.vllm.scheduler.requests import RequestState, Stage, is_cacheable, uses_draft_kv, wants_reading
 from loracache.connectors.vllm.scheduler.resets import HeldBlocks, KnownWeights
 from loracache.connectors.vllm.scheduler.tier_events import TierEvents
@@ -69,11 +70,13 @@ class SchedulerSide:
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
         self.held = HeldBlocks()
         self._weights = KnownWeights()
-        self._patience = Patience(options.lookup_wait, options.lookup_wait_most)
+        self._patience = Patience(options.lookup_wait, options.lookup_wait_most, even_position(vllm_config))
+        self._choice = LoadChoice(self._patience.steps, options.recompute_if_faster)
         self.tally = Tally()
         published = getattr(vllm_config, "kv_events_config", None)
         self.events = TierEvents(link, bool(published is not None and published.enable_kv_cache_events))
-        self._lookups = Lookups(link, self._namespace, self._adapters, self._patience, self.tally, self.events)
+        deciding = self._patience, self._choice
+        self._lookups = Lookups(link, self._namespace, self._adapters, *deciding, self.tally, self.events)
         self._afterwards = Afterwards(link)
         self._demand = Demand(link)
         self._said: set[str] = set()
@@ -130,12 +133,15 @@ class SchedulerSide:
                 state.content = self._blocks.key(state.request)
         for cause, count in news.failures.items():
             self._link.count(cause, count)
+        for request_id, seconds in news.loaded.items():
+            self._choice.loads.took(request_id, seconds)
         for request_id in news.unstored & self._requests.keys():
             self._requests[request_id].offer_again(time.monotonic() + _STORE_AGAIN_S)
 
     def finished_loading(self, request_ids: set[str], invalid_blocks: set[int]) -> None:
         """Loads are done, some of their blocks perhaps not."""
         for request_id in request_ids:
+            self._choice.loads.over(request_id)
             state = self._requests.get(request_id)
             if state is not None and state.stage is Stage.LOADING:
                 state.stage = Stage.LOADED
@@ -197,6 +203,7 @@ class SchedulerSide:
             return 0, False
         if not self._lookups.advance(state) and not self._lookups.comes(state):
             return (None if self._lookups.parked(state) else 0), False
+        self._lookups.weigh(state)
         tokens = self._chunks.loadable(state, num_computed)
         if tokens <= 0:
             self._lookups.drop_lease(state)
@@ -214,6 +221,7 @@ class SchedulerSide:
         if not state.cacheable:  # since it was promised, the weights have changed
             self._plan.void.add(request.request_id)
         self._plan.loads.append(load)
+        self._choice.loads.began(request.request_id, state.load_tiers, self._chunks.nbytes)
         self.tally.add("loads")
         slow = [chunk.key for chunk, tier in zip(load.chunks, state.load_tiers, strict=True) if tier != "cpu"]
         self._prefetch(state, slow)
@@ -254,8 +262,7 @@ class SchedulerSide:
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
         """This step's plan for the workers."""
         self._step += 1
-        self._patience.answers.begin_step()
-        self._patience.steps.planned(time.monotonic(), sum(output.num_scheduled_tokens.values()))
+        self._patience.step_planned(time.monotonic(), output.num_scheduled_tokens, self._requests)
         plan = self._plan
         plan.step = self._step
         self.admission.prefetch(self._link.hot_adapters()[: self._options.lora_prefetch])
@@ -324,6 +331,10 @@ class SchedulerSide:
         state.blocks = blocks if replace else state.blocks + blocks
         if state.first_step is None:
             state.first_step = self._step
+            if state.passed_over:
+                self.tally.add("chunks_not_loaded", state.passed_over)
+                self._link.count("load.passed_over", state.passed_over)
+                state.passed_over = 0
             held = tuple(state.blocks[: state.local_tokens // self._chunks.block_size])
             if held and state.request.lora_request is not None:
                 self._plan.prefixes.append(Prefix(state.request.lora_request.lora_int_id, state.content, held))
@@ -346,6 +357,7 @@ class SchedulerSide:
             return True
         if not self._lookups.advance(state):
             return not (state.cacheable and state.reads)
+        state.weighed = True  # all of it will be in memory
         self._prefetch(state, [key for key, tier in zip(state.chunk_keys, state.hits, strict=False) if tier != "cpu"])
         return True
 

@@ -67,6 +67,7 @@ class WorkerSide:
             self._adapters.install()
         self.tally = Tally()
         self._load_began: dict[str, float] = {}
+        self._load_took: dict[str, float] = {}  # of those that came, and that the scheduler has not heard of
         self._lock = threading.Lock()
         self._job_done = threading.Condition(self._lock)
         self._done_loads: dict[str, list[int]] = {}
@@ -225,12 +226,13 @@ class WorkerSide:
         with self._lock:
             failures, self._failures = self._failures, Counter()
             unstored, self._unstored = self._unstored, set()
+            loaded, self._load_took = self._load_took, {}
         facts = [self._facts] if self._facts is not None and not self._facts_sent else []
         self._facts_sent = True
         adapters, contents = self._adapters.take_news()
         weights = self.weights.take_news()
         pool = self._pool.take_news() if self._pool is not None else None
-        if not (failures or facts or adapters or pool or weights):
+        if not (failures or facts or adapters or pool or weights or loaded):
             return None
         pool = pool or PoolNews()
         return WorkerNews(
@@ -244,6 +246,7 @@ class WorkerSide:
             pool.pinned,
             weights,
             contents,
+            loaded,
         )
 
     def leave_blocks(self) -> None:
@@ -354,8 +357,9 @@ class WorkerSide:
                 failed = load.blocks
             self._done_loads[load.request_id] = failed
             took = time.monotonic() - self._load_began.pop(load.request_id, time.monotonic())
-            for cause, count in causes.items():
-                self._failures[f"load.{cause}"] += count
+            if causes.keys() <= {Cause.DEADLINE}:  # one that was given up took that long at least
+                self._load_took[load.request_id] = took
+            self._failures.update({f"load.{cause}": count for cause, count in causes.items()})
         assert self._facts is not None
         self.tally.add("load_bytes", (len(load.blocks) - len(failed)) * self._facts.block_bytes)
         self.tally.add("load_seconds", took)
@@ -370,8 +374,7 @@ class WorkerSide:
             if not jobs:
                 del self._storing[job.store.request_id]
                 self._job_done.notify_all()
-            for cause, count in causes.items():
-                self._failures[f"store.{cause}"] += count
+            self._failures.update({f"store.{cause}": count for cause, count in causes.items()})
             if not _MAY_BE_STORED_LATER.isdisjoint(causes):
                 self._unstored.add(job.store.request_id)
 

@@ -97,6 +97,7 @@ class ScriptedLink:
 
     def prefetch(self, lease: bytes, keys: list[bytes], ttl: float) -> None:
         self.prefetched += keys
+        self.leases.add(lease)
 
     def release(self, lease: bytes) -> None:
         self.leases.discard(lease)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.errors import UsageError
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Move, PageCopier
 
 LAYERS, HEADS, TOKENS, CONTENT = 3, 2, 4, 16
 PAGE = 4096
@@ -115,8 +115,8 @@ def test_what_is_gathered_is_what_is_scattered(make: Callable[[int], Caches], da
     layout, second = read_layout(here, total), read_layout(there, other)
     assert (layout.order, layout.block_bytes) == (second.order, second.block_bytes)
     payload = extents(layout.block_bytes * width, data.draw(st.lists(st.integers(1, 9), max_size=20)))
-    PageCopier(layout.rows).gather(source, payload)
-    PageCopier(second.rows).scatter(target, payload, first=first, of=width)
+    PageCopier(layout.rows).gather([Move(source, payload, 0, width)]).wait()
+    PageCopier(second.rows).scatter([Move(target, payload, first, width)]).wait()
     for name, tensor in there.items():
         for block in range(other):
             found = block_of(tensor, block, other)

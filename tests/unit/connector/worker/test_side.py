@@ -157,10 +157,10 @@ def test_a_preempted_requests_blocks_are_read_no_more(
     inside, go = threading.Event(), threading.Event()
     gather = side._storer._copier.gather
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any) -> Any:
         inside.set()
         go.wait(5)
-        gather(*arguments)
+        return gather(*arguments)
 
     monkeypatch.setattr(side._storer._copier, "gather", slow)
     step(side, 1, stores=[store("other", os.urandom(32), 0), store("a", os.urandom(32), 1)])
@@ -276,9 +276,9 @@ def test_transfers_wait_for_what_the_gpu_was_asked_to_compute_before_them(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     run, seen = PageCopier._run, []
 
-    def watched(copier: PageCopier, *args: Any, into_host: bool, after: Any) -> None:
+    def watched(copier: PageCopier, *args: Any, into_host: bool, after: Any) -> Any:
         seen.append((into_host, after))
-        run(copier, *args, into_host=into_host, after=None)
+        return run(copier, *args, into_host=into_host, after=None)
 
     monkeypatch.setattr(PageCopier, "_run", watched)
     side._cuda = True
