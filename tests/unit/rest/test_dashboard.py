@@ -120,7 +120,11 @@ def test_what_is_raised_before_anybody_asks_is_shown(
     client._call(protocol.Prefetch(bytes(15) + b"1", b"".join(keys), 60.0, 3600.0))
     client._call(protocol.Report({}, 1, 1, b"", bytes(32)))
     raised = before["counters"].get("prefetch.objects", 0) + 5
-    eventually(lambda: client.status()["counters"].get("prefetch.objects") == raised, "they are raised")  # type: ignore[index]
+
+    def counters() -> Any:
+        return client.status()["counters"]
+
+    eventually(lambda: counters().get("prefetch.objects") == raised, "they are raised")
     page.open()
     page.says("#ahead tbody", f"raised{raised}")
     page.says("#ahead tbody", "chains announced1")
