@@ -42,6 +42,7 @@ class Swapping:
             load=cache.ahead.load,
             evict=cache.ahead.evict,
             quiet=self._quiet,
+            speeds=cache.quotas.speeds,
             clock=clock,
         )
         self.returns = Returns(cache.index, cache.counters, self.swapper, self._raise, clock)
@@ -55,6 +56,7 @@ class Swapping:
     def step(self) -> None:
         """What is due now."""
         self._cache.expect(self.demand.batch())
+        self._measure()
         self.returns.step()
         self.swapper.step()
 
@@ -66,6 +68,8 @@ class Swapping:
         """What an engine says of its requests; answers the keys of adapters that it may want on its own pages."""
         if report.running < 0:
             return []
+        if report.prefill:
+            self.demand.computes(engine, report.prefill)
         self.demand.report(engine, report.running, report.waiting, split_keys(report.adapters[:_MOST_ARRIVALS]))
         in_memory = (node for node in map(self._cache.index.get, self.demand.hottest(_HOT)) if node is not None)
         return [join_keys([node.key for node in in_memory if node.held_in(Tier.CPU)])]
@@ -80,6 +84,13 @@ class Swapping:
             "batch": round(self.demand.batch(), 2),
             "waiting": self.demand.waiting,
         }
+
+    def _measure(self) -> None:
+        """Let policies go by what engines and the disk really do."""
+        speeds, disk = self._cache.quotas.speeds, self._cache.disk
+        speeds.learn(prefill=self.demand.prefill)
+        if disk is not None and disk.io.load_times.known:
+            speeds.learn(disk=disk.io.load_times.bandwidth, disk_latency=disk.io.load_times.latency)
 
     def _quiet(self) -> bool:
         """Whether the disk has nothing to do for anybody: no load that was asked for, no queued write."""

@@ -267,12 +267,12 @@ class SchedulerLink(Link):
         """Whether it is time to tell the daemon of requests again."""
         return time.monotonic() >= self._next_report and self.connection.connected
 
-    def report(self, running: int, waiting: int, adapters: Sequence[bytes]) -> None:
-        """Tell how many requests run and wait, the adapters of those that have arrived since the last report, and the
-        counts."""
+    def report(self, running: int, waiting: int, adapters: Sequence[bytes], prefill: int = 0) -> None:
+        """Tell how many requests run and wait, the adapters of those that have arrived since the last report, the bytes
+        of KV that the engine computes a second (0: it is not known), and the counts."""
         asks, packed = not self._hot_asked, requests.join_keys(adapters)
         self._next_report = time.monotonic() + _REPORT_S
-        number = self._report(requests.Report(dict(self._counts), running, waiting, packed), answer=asks)
+        number = self._report(requests.Report(dict(self._counts), running, waiting, packed, prefill), answer=asks)
         self._hot_asked = number if asks else self._hot_asked
 
     def hot_adapters(self) -> list[bytes]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the daemon is told of this engine's requests, once a second with the counts: how many run and wait, and the
-adapters of those that have arrived since. Threading: the scheduler's loop.
+adapters of those that have arrived since, and how fast it computes KV. Threading: the scheduler's loop.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Demand:
         if state.request.lora_request is not None and len(self._arrived) < _MOST_ARRIVALS:
             self._arrived.append(state)
 
-    def step(self, running: int, requests: Collection[str]) -> None:
-        """A step is planned: of `requests`, by their ids, so many run in it."""
+    def step(self, running: int, requests: Collection[str], prefill: int = 0) -> None:
+        """A step is planned: of `requests`, by their ids, so many run in it. prefill: bytes of KV that the engine
+        computes a second; 0: it is not known."""
         if not self._link.reports_now():
             return
         known = [state for state in self._arrived if state.adapter is not None]
         adapters = [bytes.fromhex(state.adapter.digest) for state in known if state.adapter is not None]
         # What an adapter is becomes known as its request is looked up; of those that are over it never will be.
         self._arrived = [each for each in self._arrived if each.adapter is None and each.request.request_id in requests]
-        self._link.report(running, max(0, len(requests) - running), adapters)
+        self._link.report(running, max(0, len(requests) - running), adapters, prefill)

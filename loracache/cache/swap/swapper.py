@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loracache.backoff import Backoff
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.swap.candidates import Candidates
@@ -75,11 +76,12 @@ class Swapper:
         load: Callable[[Node, Callable[[Cause], None]], None],
         evict: Callable[[int, Callable[[], None]], None],
         quiet: Callable[[], bool],
+        speeds: Speeds | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.pace = Pace(settings.bandwidth, settings.in_flight, clock)
-        self.candidates = Candidates()
+        self.candidates = Candidates(speeds)
         self._memory = memory
         self._counters = counters
         self._load = load
