@@ -49,6 +49,7 @@ class Swapping:
             quiet=self._quiet,
             wanted=self._asked_for,
             seek=cache.ahead.seek if cache.redis is not None else None,
+            speeds=cache.quotas.speeds,
             clock=clock,
         )
         self.returns = Returns(cache.index, cache.counters, self.swapper, self._raise, clock)
@@ -62,6 +63,7 @@ class Swapping:
     def step(self) -> None:
         """What is due now."""
         self._cache.expect(self.demand.batch())
+        self._measure()
         self.returns.step()
         self.swapper.step()
 
@@ -73,6 +75,8 @@ class Swapping:
         """What an engine says of its requests; answers the keys of adapters that it may want on its own pages."""
         if report.running < 0:
             return []
+        if report.prefill:
+            self.demand.computes(engine, report.prefill)
         arrived, wanted = split_keys(report.adapters[:_MOST_ARRIVALS]), split_keys(report.wanted[:_MOST_WANTED])
         self.demand.report(engine, report.running, report.waiting, arrived, wanted)
         in_memory = (node for node in map(self._cache.index.get, self.demand.hottest(_HOT)) if node is not None)
@@ -96,6 +100,13 @@ class Swapping:
         if now - self._hottest_at >= _ASKED_S:
             self._hottest, self._hottest_at = self.demand.hottest(_HOT), now
         return [*self.demand.wanted, *self._hottest]
+
+    def _measure(self) -> None:
+        """Let policies go by what engines and the disk really do."""
+        speeds, disk = self._cache.quotas.speeds, self._cache.disk
+        speeds.learn(prefill=self.demand.prefill)
+        if disk is not None and disk.io.load_times.known:
+            speeds.learn(disk=disk.io.load_times.bandwidth, disk_latency=disk.io.load_times.latency)
 
     def _quiet(self) -> bool:
         """Whether the tiers below have nothing to do for anybody: no load that was asked for, no queued write."""

@@ -267,12 +267,16 @@ class SchedulerLink(Link):
         """Whether it is time to tell the daemon of requests again."""
         return time.monotonic() >= self._next_report and self.connection.connected
 
-    def report(self, running: int, waiting: int, adapters: Sequence[bytes], wanted: Sequence[bytes] = ()) -> None:
-        """Tell how many requests run and wait, the adapters of those that have arrived since the last report, those of
-        whom wait (`wanted`), and the counts."""
-        asks, packed = not self._hot_asked, [requests.join_keys(each) for each in (adapters, wanted)]
+    def report(
+        self, running: int, waiting: int, adapters: Sequence[bytes], prefill: int = 0, wanted: Sequence[bytes] = ()
+    ) -> None:
+        """Tell how many requests run and wait, the adapters of those that have arrived since the last report, the bytes
+        of KV that the engine computes a second (0: it is not known), the adapters of those that wait (`wanted`), and
+        the counts."""
+        asks, (arrived, awaited) = not self._hot_asked, map(requests.join_keys, (adapters, wanted))
         self._next_report = time.monotonic() + _REPORT_S
-        number = self._report(requests.Report(dict(self._counts), running, waiting, *packed), answer=asks)
+        told = requests.Report(dict(self._counts), running, waiting, arrived, prefill, awaited)
+        number = self._report(told, answer=asks)
         self._hot_asked = number if asks else self._hot_asked
 
     def hot_adapters(self) -> list[bytes]:

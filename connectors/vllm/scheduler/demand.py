@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the daemon is told of this engine's requests, once a second with the counts: how many run and wait, the adapters
-of those that have arrived since, and of those that wait. Threading: the scheduler's loop.
+of those that have arrived since, and of those that wait, and how fast it computes KV. Threading: the scheduler's loop.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ class Demand:
         if state.request.lora_request is not None and len(self._arrived) < _MOST_ARRIVALS:
             self._arrived.append(state)
 
-    def step(self, running: int, requests: Collection[str], waiting: Iterable[RequestState] = ()) -> None:
-        """A step is planned: of `requests`, by their ids, so many run in it, and these wait."""
+    def step(
+        self, running: int, requests: Collection[str], prefill: int = 0, waiting: Iterable[RequestState] = ()
+    ) -> None:
+        """A step is planned: of `requests`, by their ids, so many run in it, and these wait. prefill: bytes of KV that
+        the engine computes a second; 0: it is not known."""
         if not self._link.reports_now():
             return
         known = [state for state in self._arrived if state.adapter is not None]
@@ -42,4 +45,4 @@ class Demand:
         self._arrived = [each for each in self._arrived if each.adapter is None and each.request.request_id in requests]
         wanted = Counter(state.adapter.digest for state in waiting if state.adapter is not None)
         most = [bytes.fromhex(digest) for digest, _ in wanted.most_common(_MOST_WANTED)]
-        self._link.report(running, max(0, len(requests) - running), adapters, most)
+        self._link.report(running, max(0, len(requests) - running), adapters, prefill, most)

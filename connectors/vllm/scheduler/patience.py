@@ -86,6 +86,10 @@ class StepTimes:
         """To compute a request's tokens from position `first` to `end`."""
         return self.token_s * (end - first) * (1 + (first + end) / 2 / self._even)
 
+    def rate(self, token_bytes: float) -> int:
+        """Bytes of KV computed a second, where a token has so many; 0 before any step was seen."""
+        return int(token_bytes / self.token_s) if self.seen and self.token_s else 0
+
     def planned(self, now: float, tokens: int, positions: float = 0.0) -> None:
         """A step of `tokens` tokens begins, as soon as those before it are done. positions: the sum of theirs."""
         if len(self._planned) >= _STEPS:

@@ -28,6 +28,7 @@ class Demand:
         self._running: dict[int, deque[tuple[float, int]]] = {}  # by engine: (when, how many ran from then on)
         self._waiting: dict[int, int] = {}
         self._wanted: dict[int, Sequence[bytes]] = {}
+        self._prefill: dict[int, int] = {}
         self._rates: dict[bytes, tuple[float, float]] = {}  # adapter -> (arrivals, decayed, as of when)
 
     def report(
@@ -49,9 +50,19 @@ class Demand:
 
     def gone(self, engine: int) -> None:
         """An engine is not there any more."""
+        self._prefill.pop(engine, None)
         self._running.pop(engine, None)
         self._waiting.pop(engine, None)
         self._wanted.pop(engine, None)
+
+    def computes(self, engine: int, rate: int) -> None:
+        """An engine says how many bytes of KV it computes a second."""
+        self._prefill[engine] = rate
+
+    @property
+    def prefill(self) -> float:
+        """Bytes of KV that an engine computes a second, in the mean; 0 where none says."""
+        return sum(self._prefill.values()) / max(1, len(self._prefill))
 
     @property
     def waiting(self) -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loracache.backoff import Backoff
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
 from loracache.cache.swap.candidates import Candidates, is_root
@@ -81,11 +82,12 @@ class Swapper:
         quiet: Callable[[], bool],
         wanted: Callable[[], Sequence[bytes]] = tuple,
         seek: Callable[[bytes, Callable[[int], bool], Callable[[Cause, int], None]], None] | None = None,
+        speeds: Speeds | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.pace = Pace(settings.bandwidth, settings.in_flight, clock)
-        self.candidates = Candidates()
+        self.candidates = Candidates(speeds)
         self._memory = memory
         self._index = index
         self._counters = counters

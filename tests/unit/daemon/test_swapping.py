@@ -161,7 +161,7 @@ def test_an_adapter_that_requests_wait_for_comes_from_redis(
     client = daemon(config=file, memory="16MiB", page_size="4KiB", redis=url).client()
     keys = [bytes.fromhex(other.add_adapter(peft(tmp_path / name, seed))) for seed, name in enumerate("ab")]
     other.flush()
-    tell(client, protocol.Report({}, 1, 2, keys[1], keys[0]))
+    tell(client, protocol.Report({}, 1, 2, keys[1], wanted=keys[0]))
     assert status(client)["swapper"]["wanted"] == 1
     eventually(lambda: in_cpu(client) == 2, "who waits for one, and who asked for the other, has it in memory")
     assert status(client)["counters"]["load.redis.objects"] == 2

@@ -118,7 +118,7 @@ def test_what_is_raised_before_anybody_asks_is_shown(
     before: Any = client.status()
     client._call(protocol.Prefetch(bytes(16), b"".join(keys), 60.0, 0.1))
     client._call(protocol.Prefetch(bytes(15) + b"1", b"".join(keys), 60.0, 3600.0))
-    client._call(protocol.Report({}, 1, 1, b"", bytes(32)))
+    client._call(protocol.Report({}, 1, 1, wanted=bytes(32)))
     raised = before["counters"].get("prefetch.objects", 0) + 5
 
     def counters() -> Any:

@@ -20,7 +20,7 @@ class Link:
     def reports_now(self) -> bool:
         return self.due
 
-    def report(self, running: int, waiting: int, adapters: list[bytes], wanted: list[bytes]) -> None:
+    def report(self, running: int, waiting: int, adapters: list[bytes], prefill: int, wanted: list[bytes]) -> None:
         self.told.append((running, waiting, adapters))
         self.wanted = wanted
 
@@ -61,7 +61,7 @@ def test_the_adapters_that_most_of_those_who_wait_want_are_told_first() -> None:
     demand = Demand(link)
     digests = [f"{number:064x}" for number in range(40)]
     waiting = [state(f"r{number}", digest=digest) for number, digest in enumerate([*digests, DIGEST, DIGEST])]
-    demand.step(2, {"a"}, [*waiting, state("unknown"), state("plain", adapted=False)])
+    demand.step(2, {"a"}, 0, [*waiting, state("unknown"), state("plain", adapted=False)])
     assert link.wanted[0] == bytes.fromhex(DIGEST)
     assert link.wanted[1:] == [bytes.fromhex(digest) for digest in digests[:31]]
 
@@ -82,6 +82,14 @@ def test_a_scheduler_tells_what_each_step_runs(driver: Any, make_request: Any) -
     driver.arrive(two)
     driver.step({one: [0, 1, 2, 3]})
     assert driver.link.reported[-1] == (1, 1, [])
+
+
+def test_a_scheduler_tells_how_fast_its_engine_computes_kv(driver: Any, make_request: Any) -> None:
+    driver.step()
+    assert driver.link.prefill == 0
+    driver.side._patience.steps.seen, driver.side._patience.steps.token_s = True, 0.0001
+    driver.step()
+    assert driver.link.prefill == 10_000 * 4096 // 16  # tokens a second, bytes of a block by its tokens
 
 
 def test_with_the_last_request_the_counts_are_told_for_no_step_may_follow(driver: Any, make_request: Any) -> None:
