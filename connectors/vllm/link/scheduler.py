@@ -108,12 +108,8 @@ class SchedulerLink(Link):
         """As `answer_lookup`, waiting up to `seconds` for the answer."""
         deadline = time.monotonic() + seconds
         while (tiers := self.answer_lookup(number)) is None:
-            left = deadline - time.monotonic()
-            if left <= 0 or not self.connection.connected:
+            if not self._wait_until(deadline):
                 return None
-            ready = select.poll()
-            ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
-            ready.poll(left * 1000)
         return tiers
 
     def _tiers(self, keys: int, payload: list[Any]) -> tuple[str, ...]:
@@ -165,6 +161,24 @@ class SchedulerLink(Link):
             self.outage.goes_on(error)
             return True, None
         return reply is not None, reply.payload if reply is not None else None
+
+    def wait_answer(self, number: int, seconds: float) -> tuple[bool, list[Any] | str | None]:
+        """As `answer`, waiting up to `seconds` for it."""
+        deadline = time.monotonic() + seconds
+        while not (answered := self.answer(number))[0]:
+            if not self._wait_until(deadline):
+                break
+        return answered
+
+    def _wait_until(self, deadline: float) -> bool:
+        """Wait for the connection to move (monotonic seconds); False where there is no time left, or no connection."""
+        left = deadline - time.monotonic()
+        if left <= 0 or not self.connection.connected:
+            return False
+        ready = select.poll()
+        ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
+        ready.poll(left * 1000)
+        return True
 
     def buffers(self, extents: list[int], size: int) -> list[memoryview]:
         """Views of an object's bytes in the mapped arena."""
