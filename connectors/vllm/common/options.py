@@ -47,7 +47,7 @@ class Options:
     lookup_wait: float = 0.02
     lookup_wait_most: float = 1.0
     lora_pool: str = ""
-    lora_prefetch: int = 8
+    lora_prefetch: int = 0
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
