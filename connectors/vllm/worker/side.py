@@ -113,7 +113,7 @@ class WorkerSide:
             return
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._facts = Facts(
-            shard_name(self._config, list(kv_caches)),
+            shard_name(self._config, list(layout.names)),
             f"{_platform(self._config, spec)}/{layout.order}",
             layout.block_bytes,
             pool=pool,
@@ -124,7 +124,7 @@ class WorkerSide:
         if self._options.server:  # a private one would end with this client
             with CacheClient(server, name="vllm-start"):
                 pass  # an engine whose configuration names no living daemon should not start
-        self._copiers = [GatedCopier(layout.rows) for _ in range(2)]
+        self._copiers = [GatedCopier(layout.rows, self._options.bounce_bytes) for _ in range(2)]
         self._storer = Storer(
             server,
             ensure,

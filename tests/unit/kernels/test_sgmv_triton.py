@@ -73,10 +73,21 @@ def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     sgmv_launch.launch_of.cache_clear()
 
 
-# Triton's interpreter, before 3.9, with a NumPy that is newer.
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 class TestKernels:
     __test__ = INTERPRETED or torch.cuda.is_available()
+
+    @pytest.fixture(autouse=True)
+    def ranges_of_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before 3.9 Triton's interpreter counts with arrays of one number, which NumPy 2.4 takes for none."""
+        from triton.runtime import interpreter
+
+        original = interpreter._patch_lang_tensor
+
+        def patch(tensor: Any, *scope: Any) -> None:
+            original(tensor, *scope)
+            tensor.__index__ = lambda self: int(self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
     @pytest.mark.parametrize(
         ("layout", "dtype"),

@@ -51,6 +51,8 @@ _LAYERS = frozenset(
     )
 )  # fmt: skip
 
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))  # that the kernels multiply
+
 pools: dict[str, PagedLoRAModelManager] = {}
 """The manager of each engine's worker in this process, by engine id: where the connector finds it."""
 
@@ -110,6 +112,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     def _make_pool(self, modules: tuple[ModuleShape, ...]) -> None:
         dtype = self.lora_config.lora_dtype
+        if dtype not in _DTYPES:
+            kinds = ", ".join(sorted(str(each).removeprefix("torch.") for each in _DTYPES))
+            raise ConfigError(f"lora_pool does not compute adapters in {dtype}; set lora_dtype to one of {kinds}")
         size = torch.empty(0, dtype=dtype).element_size()
         widths = {width for module in modules for width in (module.width, *module.widths)}
         chunk = choose_chunk(widths)

@@ -16,6 +16,11 @@ def test_nothing_is_required() -> None:
     assert Options.parse({}) == Options()
 
 
+def test_what_bounces_is_measured_unless_told() -> None:
+    assert Options().bounce_bytes is None
+    assert [Options.parse({"bounce_below": each}).bounce_bytes for each in ("0", "64KiB")] == [0, 65536]
+
+
 def test_numbers_may_be_whole() -> None:
     assert Options.parse({"load_timeout": 5, "lookup_wait": 0}) == Options(load_timeout=5, lookup_wait=0)
 
@@ -36,6 +41,8 @@ def test_numbers_may_be_whole() -> None:
         ({"memory": "much"}, ["memory", "'much'", "4GiB"]),
         ({"memory": 4096}, ["memory=4096", "must be a str"]),
         ({"disk": "-1GiB"}, ["disk", "'-1GiB'", "write it like"]),
+        ({"bounce_below": "few"}, ["bounce_below", "'few'", "write it like"]),
+        ({"bounce_below": 65536}, ["bounce_below=65536", "must be a str"]),
         ({"disk_path": None}, ["disk_path=None", "must be a str"]),
         ({"chunk_tokens": -16}, ["chunk_tokens=-16", "negative"]),
         ({"chunk_tokens": True}, ["chunk_tokens=True", "must be a int"]),
@@ -47,6 +54,7 @@ def test_numbers_may_be_whole() -> None:
         ({"recompute_if_faster": True}, ["recompute_if_faster=True"]),
         ({"lookup_wait_most": 11}, ["lookup_wait_most=11", "within 0 and 10 seconds"]),
         ({"lookup_wait": float("nan")}, ["lookup_wait=nan", "within 0 and 10 seconds"]),
+        ({"kv_layout": "NHD"}, ["kv_layout='NHD'", "BLNHC, BLHNC", "VLLM_KV_CACHE_LAYOUT"]),
         ({"load_timeout": 0}, ["load_timeout=0", "within 0 and 600 seconds"]),
         ({"load_timeout": 601}, ["load_timeout=601", "within 0 and 600 seconds"]),
         ({"load_timeout": "10"}, ["load_timeout='10'", "must be a float"]),

@@ -8,68 +8,17 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from loracache.connectors.vllm.common.messages import ChunkBlocks, Load, Store
 from loracache.connectors.vllm.worker import hashers as hashers_module
 from loracache.connectors.vllm.worker.hashers import Hashers, cores_for_hashing
-from loracache.connectors.vllm.worker.loader import Loader
-from loracache.connectors.vllm.worker.storer import StoreJob, Storer
-from loracache.kernels.page_copy import PageCopier
-from loracache.keys import Namespace, checksum, object_key
+from loracache.keys import checksum, object_key
 
-SIZE, BLOCKS = 4096, 16
-SPACE = Namespace("m" * 64, "float32", "rows", 1)
-
-
-class Engine:
-    """Blocks of a chunk each, loader and storer with a late device each. `done` gets what they report."""
-
-    def __init__(self, url: str, copier: type[PageCopier], timeout: float = 20.0) -> None:
-        self.rows = torch.zeros(BLOCKS, SIZE // 8, dtype=torch.int64)
-        self.keys = [os.urandom(32) for _ in range(8)]
-        self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
-        self.into: Any = copier((self.rows,))
-        self.out: Any = copier((self.rows,))
-        self.may = True
-        put = lambda *what: self.done.put(what)  # noqa: E731
-        ensure = lambda: None  # noqa: E731
-        self.loader = Loader(url, ensure, self.into, "s", SIZE, timeout, lambda load: self.may, put)
-        self.storer = Storer(url, ensure, self.out, "s", SIZE, lambda store: True, put)
-        self.storer._flight_bytes = SIZE  # as if the chunks were large
-
-    def fill(self) -> None:
-        self.rows.copy_(torch.randint(1, 1 << 60, self.rows.shape, generator=torch.Generator().manual_seed(5)))
-
-    def store(self, *numbers: int) -> StoreJob:
-        """Chunks out of the blocks of their numbers."""
-        plan = tuple(ChunkBlocks(self.keys[number], (number,)) for number in numbers)
-        job = StoreJob(Store("s", SPACE, self.keys[numbers[0] - 1] if numbers[0] else b"", plan, None, 1))
-        self.storer.submit(job)
-        return job
-
-    def load(self, *numbers: int, name: str = "l") -> None:
-        """Chunks into the blocks eight behind."""
-        self.loader.submit(
-            Load(name, tuple(ChunkBlocks(self.keys[number], (number + 8,)) for number in numbers), None, 1)
-        )
-
-    def ended(self) -> tuple[Any, ...]:
-        return self.done.get(timeout=20)[1:]
-
-    def close(self) -> None:
-        for copier in (self.into, self.out):
-            copier.may.set()
-        self.storer.close()
-        self.loader.close()
-        assert self.done.empty()
-        assert not self.loader._thread.is_alive()
-        assert not self.storer._thread.is_alive()
+SIZE = 4096
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +27,9 @@ def running(module_daemon: Any) -> Any:
 
 
 @pytest.fixture
-def make_engine(late_copier: Any) -> Iterator[Callable[..., Engine]]:
-    made: list[Engine] = []
-
-    def make(url: str, **options: Any) -> Engine:
-        made.append(Engine(url, late_copier, **options))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
-
-
-@pytest.fixture
-def engine(running: Any, make_engine: Any) -> Engine:
+def engine(running: Any, make_engine: Any, late_copier: Any) -> Any:
     """Eight chunks in its blocks, and four of them in the daemon."""
-    engine: Engine = make_engine(running.url)
+    engine = make_engine(running.url, late_copier)
     engine.fill()
     engine.store(0, 1, 2, 3)
     assert engine.ended() == ({},)
@@ -102,7 +38,7 @@ def engine(running: Any, make_engine: Any) -> Engine:
     return engine
 
 
-def same(engine: Engine, *numbers: int) -> bool:
+def same(engine: Any, *numbers: int) -> bool:
     return all(torch.equal(engine.rows[number], engine.rows[number + 8]) for number in numbers)
 
 
@@ -114,7 +50,7 @@ def cpu(running: Any) -> int:
 
 
 def test_a_load_of_what_is_there_is_one_submission_and_held_until_its_bytes_have_arrived(
-    engine: Engine, running: Any, eventually: Any
+    engine: Any, running: Any, eventually: Any
 ) -> None:
     engine.into.may.clear()
     engine.load(0, 1, 2, 3)
@@ -130,7 +66,7 @@ def test_a_load_of_what_is_there_is_one_submission_and_held_until_its_bytes_have
 
 
 def test_checksums_of_a_load_are_computed_while_it_flies(
-    engine: Engine, eventually: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[threading.Thread] = []
 
@@ -147,7 +83,7 @@ def test_checksums_of_a_load_are_computed_while_it_flies(
     assert engine.ended() == ([], {})
 
 
-def test_a_wrong_chunk_fails_though_it_was_copied_and_is_not_served_again(engine: Engine, running: Any) -> None:
+def test_a_wrong_chunk_fails_though_it_was_copied_and_is_not_served_again(engine: Any, running: Any) -> None:
     with running.client().acquire([object_key(engine.keys[1], "s")]) as reading:
         reading.slots[0].buffers[0][100] ^= 1
     engine.load(0, 1, 2)
@@ -158,7 +94,7 @@ def test_a_wrong_chunk_fails_though_it_was_copied_and_is_not_served_again(engine
 
 
 @pytest.mark.parametrize("how", ["refuses", "fails"])
-def test_a_copy_that_fails_fails_its_own_load_alone(engine: Engine, running: Any, how: str) -> None:
+def test_a_copy_that_fails_fails_its_own_load_alone(engine: Any, running: Any, how: str) -> None:
     setattr(engine.into, how, lambda moves: [8] in [list(move.blocks) for move in moves])
     for numbers in ((0, 1), (2, 3)):
         engine.load(*numbers, name=str(numbers))
@@ -168,7 +104,7 @@ def test_a_copy_that_fails_fails_its_own_load_alone(engine: Engine, running: Any
     assert running.status()["leases"] == 0
 
 
-def test_a_bug_that_a_load_meets_is_not_the_others(engine: Engine, running: Any, eventually: Any) -> None:
+def test_a_bug_that_a_load_meets_is_not_the_others(engine: Any, running: Any, eventually: Any) -> None:
     engine.into.may.clear()
     engine.load(2, 3, name="before")
     eventually(lambda: engine.into.scatters)
@@ -181,7 +117,7 @@ def test_a_bug_that_a_load_meets_is_not_the_others(engine: Engine, running: Any,
     assert running.status()["leases"] == 0
 
 
-def test_a_shut_down_waits_for_what_was_submitted(engine: Engine, eventually: Any) -> None:
+def test_a_shut_down_waits_for_what_was_submitted(engine: Any, eventually: Any) -> None:
     engine.into.may.clear()
     engine.load(0, 1)
     eventually(lambda: engine.into.scatters)
@@ -199,7 +135,7 @@ def test_a_shut_down_waits_for_what_was_submitted(engine: Engine, eventually: An
 
 
 def test_a_store_is_few_submissions_two_under_way_and_visible_when_they_have_ended(
-    engine: Engine, running: Any, eventually: Any
+    engine: Any, running: Any, eventually: Any
 ) -> None:
     engine.out.may.clear()
     engine.storer._flight_bytes = 2 * SIZE
@@ -214,7 +150,7 @@ def test_a_store_is_few_submissions_two_under_way_and_visible_when_they_have_end
     assert same(engine, 4, 5, 6, 7)
 
 
-def test_stores_under_way_are_bounded_and_no_load_waits_behind_them(engine: Engine, eventually: Any) -> None:
+def test_stores_under_way_are_bounded_and_no_load_waits_behind_them(engine: Any, eventually: Any) -> None:
     engine.out.may.clear()
     engine.store(4, 5, 6, 7)
     eventually(lambda: len(engine.out.gathers) == 2)
@@ -229,7 +165,7 @@ def test_stores_under_way_are_bounded_and_no_load_waits_behind_them(engine: Engi
 
 @pytest.mark.parametrize("how", ["refuses", "fails"])
 def test_a_store_whose_copy_fails_gives_its_lease_up_after_the_other_copies(
-    engine: Engine, running: Any, eventually: Any, how: str
+    engine: Any, running: Any, eventually: Any, how: str
 ) -> None:
     """What is under way would write into memory that was given to others."""
     before = cpu(running)
@@ -253,7 +189,7 @@ def test_a_store_whose_copy_fails_gives_its_lease_up_after_the_other_copies(
 
 @pytest.mark.parametrize("numbers", [(4, 5), (4, 5, 6, 7)])
 def test_a_store_given_up_while_it_flies_is_waited_for_and_not_kept(
-    engine: Engine, running: Any, eventually: Any, numbers: tuple[int, ...]
+    engine: Any, running: Any, eventually: Any, numbers: tuple[int, ...]
 ) -> None:
     before = cpu(running)
     engine.out.may.clear()

@@ -24,6 +24,8 @@ from loracache.connectors.vllm.common.messages import (
     Store,
     WorkerNews,
 )
+from loracache.connectors.vllm.link.pinned import pieces
+from loracache.connectors.vllm.worker import side as side_module
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
@@ -141,7 +143,24 @@ def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody(
     assert [fact.shard for fact in both.facts] == ["a", "b"]
 
 
-@pytest.mark.parametrize("tensors", [{"layer": torch.zeros(2, BLOCKS, 16)[:, :, ::2]}, {"layer": [torch.zeros(4)]}])
+def test_a_layer_that_shares_anothers_kv_is_no_layer_of_the_shard(
+    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_module, "shard_name", lambda config, layers: "+".join(layers))
+    own = torch.zeros(BLOCKS, 2, 16, 16)
+    side = make_side(daemon().url, tensors={"first": own, "second": torch.zeros_like(own), "shares": own[:]})
+    assert side.facts.shard == "first+second"
+    assert side.facts.block_bytes == 2 * own[0].numel() * 4
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"layer": torch.zeros(2, BLOCKS, 16)[:, :, ::2]},
+        {"layer": [torch.zeros(4)]},
+        {"layer": torch.zeros(BLOCKS, 2, 16, 16, device="meta")},  # as on an XPU: a device that nothing copies from
+    ],
+)
 def test_kv_that_cannot_be_moved_turns_the_cache_off(make_side: Any, tensors: Any) -> None:
     side = make_side("unix:///nowhere.sock", tensors=tensors)
     assert side.facts.problem
@@ -289,6 +308,20 @@ def test_transfers_wait_for_what_the_gpu_was_asked_to_compute_before_them(
     step(side, 3, loads=[load("a", key, 5)])
     assert finished(side, eventually) == (set(), {"a"})
     assert seen == [(True, "first"), (False, "second")]
+
+
+def test_copiers_know_what_is_pinned_and_which_way_small_runs_go(
+    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, seen = PageCopier.__init__, []
+
+    def watched(copier: PageCopier, layers: Any, **options: Any) -> None:
+        seen.append(options)
+        begin(copier, layers, **options)
+
+    monkeypatch.setattr(PageCopier, "__init__", watched)
+    make_side(daemon().url, bounce_below="64KiB")
+    assert seen == [{"pieces": pieces, "bounce_below": 65536}] * 2
 
 
 # -- weights changed in place ------------------------------------------------------------------------------------------
