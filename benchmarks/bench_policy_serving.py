@@ -5,7 +5,9 @@ without a cache, which splits its memory between slots for adapters (20 %, what 
 A 53 M model, bfloat16; adapters of ranks 8, 16, 32 and 64, asked for by Zipf's law, one for each session. Half of the
 sessions end after their first prompt of 384 to 1,024 tokens, the others have three to six turns, each behind the one
 before and its answer. All have as much memory: vLLM alone slots of rank 64 and blocks; the others blocks and pages for
-two running requests, and the rest as a daemon's arena, where adapters take what they have and share the room with KV.
+any two requests at once, so that none waits for another's, and the rest as a daemon's arena, where adapters take what
+they have and share the room with KV. The files that vLLM alone reads adapters from are in the system's page cache,
+which nobody counts here.
 Slots with our CPU kernel: vLLM's own takes a second a request, which says nothing about memory. The three engines are
 up all the time and take turns, each round with new sessions for all of them, the first one another every round.
 """
@@ -42,8 +44,8 @@ ALONE, LRU, ADAPTIVE = "vLLM alone", "lru", "adaptive"
 RANK_BYTES = 2 * MODEL.layers * sum(sum(shape) for shape in linear_shapes(MODEL).values())
 SLOT_BYTES = max(RANKS) * RANK_BYTES
 BLOCK_BYTES = BLOCK * 2 * 2 * MODEL.layers * MODEL.kv_heads * MODEL.head_dim
-RUNNING = 3 * -(-(LONGEST + OUTPUT) // BLOCK) // 2  # blocks: of two requests of which one is half as long
-POOL_BYTES = 3 * SLOT_BYTES // 2  # of two adapters of which one has half the rank
+RUNNING = CLIENTS * -(-(LONGEST + OUTPUT) // BLOCK)  # blocks
+POOL_BYTES = CLIENTS * SLOT_BYTES * 17 // 16  # and what the last page of each leaves
 
 Asked = list[Any]  # [adapter, tokens, tokens of the answer, at], as lora_engine.py takes it
 

@@ -7,11 +7,11 @@ Loaded by vLLM by its module's name.
 from __future__ import annotations
 
 from loracache.connectors.vllm import LoRACacheConnector
-from loracache.connectors.vllm.scheduler import patience
+from loracache.connectors.vllm.common import answer_times
 
 __all__ = ["ImpatientConnector"]
 
-patience._MOST_S = 0.0
+answer_times._MOST_S = 0.0
 
 
 class ImpatientConnector(LoRACacheConnector):

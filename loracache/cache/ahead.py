@@ -13,7 +13,9 @@ from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import Slices
 from loracache.cache.tier.disk import DiskTier
 from loracache.cache.tier.promotion import Promoter
+from loracache.cache.tier.write_behind import WriteBehind
 from loracache.results import Cause
+from loracache.storage_backends.base import Outcome, Result
 from loracache.tiers import Tier
 
 __all__ = ["Ahead"]
@@ -22,12 +24,21 @@ __all__ = ["Ahead"]
 class Ahead:
     """Of one cache's arena and disk."""
 
-    def __init__(self, index: Index, promoter: Promoter, room: Room, slices: Slices, disk: DiskTier | None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        promoter: Promoter,
+        room: Room,
+        slices: Slices,
+        disk: DiskTier | None,
+        redis: WriteBehind | None,
+    ) -> None:
         self._index = index
         self._promoter = promoter
         self._room = room
         self._slices = slices
         self._disk = disk
+        self._redis = redis
 
     def load(self, node: Node, done: Callable[[Cause], None]) -> None:
         """Raise an object that the disk holds into room that is free; `done` is told how it went."""
@@ -36,6 +47,25 @@ class Ahead:
             return
         over = self.keeping_parent(node, done)
         self._promoter.from_disk(self._disk.io, [(node, lambda _, cause: over(cause))])
+
+    def seek(self, key: bytes, fits: Callable[[int], bool], done: Callable[[Cause, int], None]) -> None:
+        """Raise an object that only Redis may have, if it has it and fits(bytes); `done` is told how it went and how
+        large it is."""
+        if self._redis is None or not self._redis.io.available:
+            done(Cause.ABSENT, 0)
+            return
+        io = self._redis.io
+
+        def answered(results: list[Result]) -> None:
+            (found,) = results
+            if found.outcome is not Outcome.OK or found.info is None:
+                done(Cause.ABSENT, 0)
+            elif not fits(size := found.info.size):
+                done(Cause.MEMORY_FULL, size)
+            else:
+                self._promoter.from_redis(io, [(key, lambda _, cause: done(cause, size))])
+
+        io.contains([key], answered)
 
     def evict(self, nbytes: int, over: Callable[[], None]) -> None:
         """Have victims leave until so many bytes are free, as far as they may; `over` is called then."""

@@ -107,7 +107,7 @@ class TieredCache:
             self._add_redis(redis, post, slices)
         self.tiers = frozenset({Tier.CPU, *(writer.io.tier for writer in self.writers)})
         self.index.retaining_tier = Tier.DISK if disk is not None else Tier.CPU if redis is None else None
-        self.ahead = Ahead(self.index, self._promoter, self._room, slices, self.disk)
+        self.ahead = Ahead(self.index, self._promoter, self._room, slices, self.disk, self.redis)
         self._remover = Remover(self.index, self._evict_from_arena, self.disk, self.redis)
 
     def _add_disk(self, disk: StorageBackend, limit: int, policy: str, post: Post, slices: Slices) -> None:

@@ -106,11 +106,19 @@ def print_status(status: dict[str, Any]) -> None:
             sys.stdout.write(f"{name}: {size_text(tier['huge_bytes'])} in huge pages\n")
         if tier.get("reason"):
             sys.stdout.write(f"{name}: {tier['reason']}\n")
+    speeds = (_speed_text(name, speed) for name, speed in status["speeds"].items())
+    sys.stdout.write(f"speeds: {', '.join(speeds)}\n")
     for title in ("misses", "failures"):
         sys.stdout.write(f"{title}: {causes_text(status[title])}\n")
     for title, by_tier in (("evicted from", status["evicted"]), ("not admitted to", status["not_admitted"])):
         for tier, reasons in by_tier.items():
             sys.stdout.write(f"{title} {tier}: {causes_text(reasons)}\n")
+
+
+def _speed_text(name: str, speed: dict[str, Any]) -> str:
+    """ "disk 1.9 GiB/s after 0.4 ms", with "(assumed)" where it was not measured."""
+    latency = f" after {1e3 * speed['latency_seconds']:.1f} ms" if speed["latency_seconds"] else ""
+    return f"{name} {size_text(speed['bytes_per_second'])}/s{latency}{'' if speed['measured'] else ' (assumed)'}"
 
 
 def print_adapters(adapters: Iterable[Adapter]) -> None:

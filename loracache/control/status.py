@@ -55,6 +55,7 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
     return {
         "tiers": tiers,
         "adapters": {tier.label: adapters.objects[tier] if adapters is not None else 0 for tier in _HERE},
+        "speeds": _speeds(cache),
         "leases": len(cache.leases),
         "leased_objects": cache.leases.held_objects,
         "quarantined_bytes": cache.leases.quarantined,
@@ -69,6 +70,24 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             for event in list(cache.events.failures)[-_RECENT:]
         ],
     }
+
+
+def _speeds(cache: TieredCache) -> dict[str, dict[str, Any]]:
+    """What computing KV and loading it from the lower tiers takes: measured, or assumed by the policies still."""
+    speeds = cache.quotas.speeds
+    told: dict[str, dict[str, Any]] = {"prefill": _speed(speeds.prefill, 0.0, "prefill" in speeds.measured)}
+    for writer in cache.writers:
+        times, disk = writer.io.load_times, writer.io.tier is Tier.DISK
+        if times.known or disk:
+            bandwidth = times.bandwidth or (speeds.disk if disk else 0.0)
+            told[writer.io.tier.label] = _speed(
+                bandwidth, times.latency if times.known else speeds.disk_latency, times.known
+            )
+    return told
+
+
+def _speed(bandwidth: float, latency: float, measured: bool) -> dict[str, Any]:
+    return {"bytes_per_second": int(bandwidth), "latency_seconds": round(latency, 6), "measured": measured}
 
 
 def _by_tier(*totals: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -26,6 +26,8 @@ __all__ = ["Swapping"]
 
 _HOT = 32  # adapters that an engine is told of
 _MOST_ARRIVALS = 4096 * KEY_BYTES  # of one report
+_MOST_WANTED = 32 * KEY_BYTES
+_ASKED_S = 1.0  # between two looks at all rates of arrivals
 
 
 class Swapping:
@@ -34,6 +36,9 @@ class Swapping:
     def __init__(self, cache: TieredCache, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         self._cache = cache
         self.demand = Demand(clock)
+        self._clock = clock
+        self._hottest: list[bytes] = []
+        self._hottest_at = float("-inf")
         self.swapper = Swapper(
             cache.index,
             cache.arena,
@@ -42,6 +47,9 @@ class Swapping:
             load=cache.ahead.load,
             evict=cache.ahead.evict,
             quiet=self._quiet,
+            wanted=self._asked_for,
+            seek=cache.ahead.seek if cache.redis is not None else None,
+            speeds=cache.quotas.speeds,
             clock=clock,
         )
         self.returns = Returns(cache.index, cache.counters, self.swapper, self._raise, clock)
@@ -55,6 +63,7 @@ class Swapping:
     def step(self) -> None:
         """What is due now."""
         self._cache.expect(self.demand.batch())
+        self._measure()
         self.returns.step()
         self.swapper.step()
 
@@ -66,7 +75,10 @@ class Swapping:
         """What an engine says of its requests; answers the keys of adapters that it may want on its own pages."""
         if report.running < 0:
             return []
-        self.demand.report(engine, report.running, report.waiting, split_keys(report.adapters[:_MOST_ARRIVALS]))
+        if report.prefill:
+            self.demand.computes(engine, report.prefill)
+        arrived, wanted = split_keys(report.adapters[:_MOST_ARRIVALS]), split_keys(report.wanted[:_MOST_WANTED])
+        self.demand.report(engine, report.running, report.waiting, arrived, wanted)
         in_memory = (node for node in map(self._cache.index.get, self.demand.hottest(_HOT)) if node is not None)
         return [join_keys([node.key for node in in_memory if node.held_in(Tier.CPU)])]
 
@@ -79,12 +91,27 @@ class Swapping:
             "returns": len(self.returns),
             "batch": round(self.demand.batch(), 2),
             "waiting": self.demand.waiting,
+            "wanted": len(self.demand.wanted),
         }
 
+    def _asked_for(self) -> list[bytes]:
+        """Adapters that requests wait for, and then those asked for most."""
+        now = self._clock()
+        if now - self._hottest_at >= _ASKED_S:
+            self._hottest, self._hottest_at = self.demand.hottest(_HOT), now
+        return [*self.demand.wanted, *self._hottest]
+
+    def _measure(self) -> None:
+        """Let policies go by what engines and the disk really do."""
+        speeds, disk = self._cache.quotas.speeds, self._cache.disk
+        speeds.learn(prefill=self.demand.prefill)
+        if disk is not None and disk.io.load_times.known:
+            speeds.learn(disk=disk.io.load_times.bandwidth, disk_latency=disk.io.load_times.latency)
+
     def _quiet(self) -> bool:
-        """Whether the disk has nothing to do for anybody: no load that was asked for, no queued write."""
+        """Whether the tiers below have nothing to do for anybody: no load that was asked for, no queued write."""
         cache = self._cache
-        if cache.disk is None or not cache.disk.io.available:
+        if not cache.writers or (cache.disk is not None and not cache.disk.io.available):
             return False
         return cache.loading <= self.swapper.loading and not any(writer.depth for writer in cache.writers)
 

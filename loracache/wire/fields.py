@@ -134,6 +134,7 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "namespace": lambda value: "" if isinstance(value, bytes) and len(value) == KEY_BYTES else "must be 32 bytes",
     "parents": _keys,
     "path": _text,
+    "prefill": lambda value: "" if is_int(value) and 0 <= value < 2**63 else "must be bytes a second",  # type: ignore[operator]
     "priority": lambda value: "" if value in ("", *PRIORITIES) else "must be low, normal or high",
     "running": _requests,
     "scope": _salt,
@@ -147,4 +148,5 @@ CHECKS: dict[str, Callable[[object], str]] = {
     "ttl": _ttl,
     "wait": _wait,
     "waiting": _requests,
+    "wanted": _keys,
 }

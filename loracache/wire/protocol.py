@@ -314,6 +314,10 @@ class Report(Request):
     """Requests that wait."""
     adapters: bytes = b""
     """The adapter of each request that has arrived since the last report, of those that have one."""
+    prefill: int = 0
+    """Bytes of KV that it computes a second; 0: it does not know."""
+    wanted: bytes = b""
+    """The adapters of requests that wait, each once, those of whom most wait first."""
 
 
 def field_names(cls: type[Request]) -> tuple[str, ...]:

@@ -12,13 +12,20 @@ from typing import Any
 
 import pytest
 
+from loracache.simulator.replay import replay
+from loracache.simulator.store import Sizes, Way
+from loracache.simulator.trace import own_adapters, read_trace
+
 HELD = 512
+MEMORY = 256 << 20
 
 
 @pytest.fixture(scope="module")
-def serving(module_daemon: Any, engine_factory: Any) -> SimpleNamespace:
-    daemon = module_daemon(memory="256MiB")
-    return SimpleNamespace(engine=engine_factory({"server": daemon.url}), daemon=daemon)
+def serving(module_daemon: Any, engine_factory: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """An engine on a daemon that records what it is asked."""
+    trace = tmp_path_factory.mktemp("recorded") / "trace.jsonl"
+    daemon = module_daemon(memory=MEMORY, record=trace)
+    return SimpleNamespace(engine=engine_factory({"server": daemon.url}), daemon=daemon, trace=trace)
 
 
 def copy_adapter(adapter: Any, folder: Path) -> str:
@@ -112,3 +119,37 @@ def test_two_models_of_one_shape_do_not_share(
     assert answer.cached == 0
     assert answer.tokens != cold.tokens
     other.close()
+
+
+def test_a_replay_of_the_recording_finds_what_the_engines_found(
+    serving: Any, prompts: Callable[[int], list[int]], adapters: dict[str, Any], eventually: Any
+) -> None:
+    """The last test here: of all that the engines of this module asked, and of turns of its own, in each of which a
+    session goes on with its answer."""
+    first = len(recorded(serving.trace))
+    cached = asked = 0
+    for lora, salt in ((None, "replayed"), (adapters["a"], "replayed"), (adapters["b"], "")):
+        tokens = prompts(300)
+        for _ in range(3):
+            answer = serving.engine.ask(tokens, lora=lora, max_tokens=40, **({"salt": salt} if salt else {}))
+            cached, asked = cached + answer.cached, asked + 1
+            serving.engine.settle(serving.daemon)
+            tokens = tokens + answer.tokens + prompts(200)
+    assert cached > 0
+    eventually(lambda: len(recorded(serving.trace)) >= first + asked, "the last of them is written")
+    lines = recorded(serving.trace)
+    assert there(lines[first:]) == cached
+    sizes = Sizes(MEMORY, 0, 1, own_adapters(lines))
+    for policy in ("lru", "adaptive"):  # memory had room for all of it
+        run = replay(lines, sizes, Way.parse(policy))
+        assert run.hit_rate * sum(request.tokens for request in lines) == pytest.approx(there(lines))
+
+
+def recorded(trace: Path) -> list[Any]:
+    """The requests of a trace that is being written."""
+    return read_trace(trace) if '"request"' in trace.read_text() else []
+
+
+def there(requests: list[Any]) -> int:
+    """Tokens that a daemon found, as it recorded."""
+    return sum(request.tokens_of(0) * (request.held or 0) for request in requests)

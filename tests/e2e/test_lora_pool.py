@@ -63,7 +63,9 @@ def pooled(
     """An engine whose pool holds half of the 64 adapters, on a daemon with a disk."""
     daemon = module_daemon(memory="256MiB")
     engine = engine_factory(
-        {"server": daemon.url, "lora_pool": str(own_bytes(many) // 2)}, {"PYTHONPATH": host_path}, **OPTIONS
+        {"server": daemon.url, "lora_pool": str(own_bytes(many) // 2), "lora_prefetch": 8},
+        {"PYTHONPATH": host_path},
+        **OPTIONS,
     )
     adapters = [load.Adapter(f"many-{number}", 100 + number, str(path)) for number, path in enumerate(many)]
     return SimpleNamespace(engine=engine, daemon=daemon, adapters=adapters, model=load.MergedModel(tiny / "model"))

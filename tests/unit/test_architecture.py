@@ -30,7 +30,7 @@ REACHES = {
     "backoff": "",
     "cache": (
         "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
-        "tiers tracing"
+        "tiers tracing transfer_times"
     ),
     "cache.policy": "cache.state errors free_pages mapping memory_limit results storage_backends tiers",
     "cache.swap": (
@@ -38,13 +38,14 @@ REACHES = {
     ),
     "cache.state": "errors free_pages mapping memory_limit storage_backends tiers",
     "cache.tier": (
-        "backoff cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers tracing"
+        "backoff cache.policy cache.state errors free_pages mapping memory_limit results storage_backends tiers "
+        "tracing transfer_times"
     ),
     "cli": (
         "accepting adapters audit backoff cache cache.policy cache.state cache.swap cache.tier client config control "
         "daemon errors folder free_pages keys logs loracache mapping memory_limit namespaces rest results simulator "
         "storage_backends "
-        "storage_backends.disk storage_backends.redis tiers tracing wire"
+        "storage_backends.disk storage_backends.redis tiers tracing transfer_times wire"
     ),
     "client": "backoff errors keys mapping results tiers wire",
     "config": "errors keys logs",
@@ -76,12 +77,12 @@ REACHES = {
     ),
     "control": (
         "adapters backoff cache cache.policy cache.state cache.tier errors folder free_pages keys logs mapping "
-        "memory_limit namespaces results storage_backends tiers tracing wire"
+        "memory_limit namespaces results storage_backends tiers tracing transfer_times wire"
     ),
     "daemon": (
         "accepting adapters backoff cache cache.policy cache.state cache.swap cache.tier client config control errors "
         "folder free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
-        "storage_backends.disk storage_backends.redis tiers tracing wire"
+        "storage_backends.disk storage_backends.redis tiers tracing transfer_times wire"
     ),
     "errors": "",
     "folder": "",

@@ -56,7 +56,7 @@ class Options:
     lookup_wait_most: float = 1.0
     kv_layout: str = ""
     lora_pool: str = ""
-    lora_prefetch: int = 8
+    lora_prefetch: int = 0
 
     @property
     def bounce_bytes(self) -> int | None:

@@ -107,6 +107,15 @@ def _pin(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return (f"ttl={ttl!r:.60} {problem}" if problem else ""), {"pin": ttl}
 
 
+def _prefetch(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Of this request, or, where its payload says when, of the one that goes on with it."""
+    if "returns_in" not in payload:
+        return "", {"prefetch": True}
+    seconds = payload["returns_in"]
+    problem = _seconds(seconds)
+    return (f"returns_in={seconds!r:.60} {problem}" if problem else ""), {"returns_in": seconds}
+
+
 def _demote(payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     tier = payload.get("tier", _DEMOTE_TO[0])
     problem = "" if tier in _DEMOTE_TO else f"tier={tier!r:.60} must be one of {', '.join(_DEMOTE_TO)}"
@@ -128,6 +137,6 @@ _PARAMS: dict[str, Callable[[object], str]] = {
 _ACTIONS: dict[str, Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]]] = {
     "pin": _pin,
     "retain": _pin,
-    "prefetch": lambda payload: ("", {"prefetch": True}),
+    "prefetch": _prefetch,
     "demote": _demote,
 }

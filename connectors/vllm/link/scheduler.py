@@ -108,12 +108,8 @@ class SchedulerLink(Link):
         """As `answer_lookup`, waiting up to `seconds` for the answer."""
         deadline = time.monotonic() + seconds
         while (tiers := self.answer_lookup(number)) is None:
-            left = deadline - time.monotonic()
-            if left <= 0 or not self.connection.connected:
+            if not self._wait_until(deadline):
                 return None
-            ready = select.poll()
-            ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
-            ready.poll(left * 1000)
         return tiers
 
     def _tiers(self, keys: int, payload: list[Any]) -> tuple[str, ...]:
@@ -165,6 +161,24 @@ class SchedulerLink(Link):
             self.outage.goes_on(error)
             return True, None
         return reply is not None, reply.payload if reply is not None else None
+
+    def wait_answer(self, number: int, seconds: float) -> tuple[bool, list[Any] | str | None]:
+        """As `answer`, waiting up to `seconds` for it."""
+        deadline = time.monotonic() + seconds
+        while not (answered := self.answer(number))[0]:
+            if not self._wait_until(deadline):
+                break
+        return answered
+
+    def _wait_until(self, deadline: float) -> bool:
+        """Wait for the connection to move (monotonic seconds); False where there is no time left, or no connection."""
+        left = deadline - time.monotonic()
+        if left <= 0 or not self.connection.connected:
+            return False
+        ready = select.poll()
+        ready.register(self.connection.fileno(), select.POLLIN | (select.POLLOUT if self.connection.unsent else 0))
+        ready.poll(left * 1000)
+        return True
 
     def buffers(self, extents: list[int], size: int) -> list[memoryview]:
         """Views of an object's bytes in the mapped arena."""
@@ -267,12 +281,16 @@ class SchedulerLink(Link):
         """Whether it is time to tell the daemon of requests again."""
         return time.monotonic() >= self._next_report and self.connection.connected
 
-    def report(self, running: int, waiting: int, adapters: Sequence[bytes]) -> None:
-        """Tell how many requests run and wait, the adapters of those that have arrived since the last report, and the
-        counts."""
-        asks, packed = not self._hot_asked, requests.join_keys(adapters)
+    def report(
+        self, running: int, waiting: int, adapters: Sequence[bytes], prefill: int = 0, wanted: Sequence[bytes] = ()
+    ) -> None:
+        """Tell how many requests run and wait, the adapters of those that have arrived since the last report, the bytes
+        of KV that the engine computes a second (0: it is not known), the adapters of those that wait (`wanted`), and
+        the counts."""
+        asks, (arrived, awaited) = not self._hot_asked, map(requests.join_keys, (adapters, wanted))
         self._next_report = time.monotonic() + _REPORT_S
-        number = self._report(requests.Report(dict(self._counts), running, waiting, packed), answer=asks)
+        told = requests.Report(dict(self._counts), running, waiting, arrived, prefill, awaited)
+        number = self._report(told, answer=asks)
         self._hot_asked = number if asks else self._hot_asked
 
     def hot_adapters(self) -> list[bytes]:

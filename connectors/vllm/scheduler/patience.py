@@ -18,57 +18,18 @@ from collections.abc import Mapping
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from loracache.backoff import Backoff
+from loracache.connectors.vllm.common.answer_times import AnswerTimes
 
 if TYPE_CHECKING:
     from loracache.connectors.vllm.scheduler.requests import RequestState
 
-__all__ = ["AnswerTimes", "Patience", "StepTimes", "even_position"]
-
-_MOST_S = 0.003  # of a step that its waits take together
-_LEAST_S = 0.001  # the finest wait there is
-_FIRST_S = 0.001  # for an answer, before any was seen
-_WEIGHT = 1 / 8  # of a new answer's time; of its distance from the mean twice that, as TCP has it
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+__all__ = ["Patience", "StepTimes", "even_position"]
 
 _GAIN_SHARE = 0.5
 _TOKEN_S = 50e-6  # to compute a token, before any step was seen
 _MANY_TOKENS = 64  # that make a step one of prefill
 _STEP_WEIGHT = 1 / 4
 _STEPS = 8  # planned and not done at most: more have been lost sight of
-
-
-class AnswerTimes:
-    """What answers took, and how long the loop may wait for the next."""
-
-    def __init__(self) -> None:
-        self._mean, self._distance = _FIRST_S, _FIRST_S / 2
-        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
-        self._not_before = 0.0
-        self._left = _MOST_S
-
-    def begin_step(self) -> None:
-        """A step was planned: the next has all of its time."""
-        self._left = _MOST_S
-
-    def allowance(self, now: float, asked: float) -> float:
-        """Seconds for which the loop may wait for the answer to a question of `asked`; 0: not at all."""
-        if now < self._not_before or self._left < _LEAST_S:
-            return 0.0
-        until = asked + min(max(self._mean + 4 * self._distance, _LEAST_S), _MOST_S)
-        return min(until - now, self._left) if until - now > 0 else 0.0
-
-    def answered(self, took: float, waited: float) -> None:
-        """An answer came while the loop waited: `took` seconds after its question."""
-        self._left -= waited
-        self._pauses.reset()
-        self._distance += 2 * _WEIGHT * (abs(took - self._mean) - self._distance)
-        self._mean += _WEIGHT * (took - self._mean)
-
-    def missed(self, now: float, waited: float) -> None:
-        """None came in time: the daemon is silent, or slow. The next ones are not waited for, each time for longer."""
-        self._left -= waited
-        self._not_before = now + self._pauses.next()
 
 
 class StepTimes:
@@ -85,6 +46,10 @@ class StepTimes:
     def seconds(self, first: int, end: int) -> float:
         """To compute a request's tokens from position `first` to `end`."""
         return self.token_s * (end - first) * (1 + (first + end) / 2 / self._even)
+
+    def rate(self, token_bytes: float) -> int:
+        """Bytes of KV computed a second, where a token has so many; 0 before any step was seen."""
+        return int(token_bytes / self.token_s) if self.seen and self.token_s else 0
 
     def planned(self, now: float, tokens: int, positions: float = 0.0) -> None:
         """A step of `tokens` tokens begins, as soon as those before it are done. positions: the sum of theirs."""

@@ -291,7 +291,9 @@ class SchedulerSide:
                 # What earlier steps computed; this step's own tokens are stored by the next.
                 self._plan_store(state, state.request.num_computed_tokens)
         self._plan = StepPlan(step=0)
-        self._demand.step(len(output.num_scheduled_tokens), self._requests.keys())
+        prefill = self._patience.steps.rate(self._chunks.nbytes / self._chunks.tokens) if self._chunks else 0
+        waiting = (state for state in self._requests.values() if state.stage is Stage.WAITING)
+        self._demand.step(len(output.num_scheduled_tokens), self._requests.keys(), prefill, waiting)
         self._link.flush()
         return plan
 

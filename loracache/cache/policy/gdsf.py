@@ -4,7 +4,8 @@
     H = L + frequency * cost / size
 
 with L the H of the last victim at the time of the node's last use: what was not used for long falls behind because L
-grows. cost is the seconds to have it again, size its bytes, so that adapters and KV are weighed in one currency.
+grows. cost is the seconds to have it again, by those of computing as much KV, size its bytes, so that adapters and KV
+are weighed in one currency, which stays the same where an engine's speed does not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from loracache.tiers import Tier
 __all__ = ["GDSF"]
 
 _STEPS = 4096  # of L that are remembered; of uses before them the oldest stands for all
-_NS = 1e9  # a cost by size in nanoseconds a byte is a number that people can read
 
 
 class GDSF(Ranked):
@@ -35,7 +35,7 @@ class GDSF(Ranked):
         """H."""
         self._now = max(self._now, node.tick)
         level = self._levels[max(0, bisect_right(self._ticks, node.tick) - 1)]
-        worth = self.speeds.by_size(node, self._tier) * _NS
+        worth = self.speeds.by_size(node, self._tier) * self.speeds.prefill
         return level + (node.hits + 1) * worth, node.tick
 
     def withdraw(self, node: Node) -> None:

@@ -13,6 +13,7 @@ from loracache.cache.policy import Policy
 from loracache.cache.policy.classes import NORMAL, Classes
 from loracache.cache.policy.leaf_first import LeafFirst
 from loracache.cache.policy.quotas import Belongs, Owner, Quota, Shares, Subject
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
 from loracache.cache.state.slices import Slices
 from loracache.errors import UsageError
@@ -33,6 +34,7 @@ class Quotas:
         index.on_gone = lambda tier, node: policies[tier].gone(node)
         self._slices = slices
         self.limits: dict[Tier, int] = {}
+        self.speeds = Speeds()  # of all the tiers' policies
         self.names: Callable[[bytes], dict[str, tuple[str, ...]] | None] = lambda namespace: None
         self.rank: Callable[[Node], int] = lambda node: NORMAL
         self.rank_of: Callable[[bytes], int] = lambda namespace: NORMAL  # of a namespace, by its adapter's name
@@ -49,6 +51,7 @@ class Quotas:
         """A tier of so many bytes, of which `cost` says what a node takes; make(index, tier, cost): its policy."""
         self._index.costs[tier], self.limits[tier] = cost, limit
         self._policies[tier] = make(self._index, tier, cost)
+        self._policies[tier].speeds = self.speeds
 
     @property
     def given(self) -> bool:

@@ -7,7 +7,7 @@ again: it comes from the tier below, or from where its files are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loracache.cache.state.index import Node
 from loracache.storage_backends.base import Kind
@@ -16,10 +16,12 @@ from loracache.tiers import Tier
 __all__ = ["Speeds"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Speeds:
     """Bytes a second, and seconds before the first byte. The defaults are a model of 8B parameters (128 KiB of KV a
     token, 8,000 tokens a second) beside a local NVMe disk; adapters come from files that have to be read and checked.
+    All policies of a cache share one, in which what was measured takes the place of what was assumed. measured: the
+    names of these.
     """
 
     prefill: float = 8_000 * 128 * 1024
@@ -27,6 +29,14 @@ class Speeds:
     disk_latency: float = 0.001
     origin: float = 0.5e9
     origin_latency: float = 0.05
+    measured: set[str] = field(default_factory=set)
+
+    def learn(self, **speeds: float) -> None:
+        """Take what was measured, by the names above; 0: nothing was."""
+        for name, value in speeds.items():
+            if value > 0:
+                setattr(self, name, value)
+                self.measured.add(name)
 
     def seconds(self, node: Node, tier: Tier) -> float:
         """To have `node` again once it has left `tier`. A chunk waits for the disk with many others."""

@@ -7,6 +7,7 @@ Threading: the cache's thread.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import log
@@ -26,14 +27,20 @@ class Demand:
         self._clock = clock
         self._running: dict[int, deque[tuple[float, int]]] = {}  # by engine: (when, how many ran from then on)
         self._waiting: dict[int, int] = {}
+        self._wanted: dict[int, Sequence[bytes]] = {}
+        self._prefill: dict[int, int] = {}
         self._rates: dict[bytes, tuple[float, float]] = {}  # adapter -> (arrivals, decayed, as of when)
 
-    def report(self, engine: int, running: int, waiting: int, arrivals: Sequence[bytes]) -> None:
-        """An engine says what runs and waits now, and the adapters of requests that have arrived since it last did."""
+    def report(
+        self, engine: int, running: int, waiting: int, arrivals: Sequence[bytes], wanted: Sequence[bytes] = ()
+    ) -> None:
+        """An engine says what runs and waits now, the adapters of requests that have arrived since it last did, and
+        which those that wait want, those of most requests first."""
         now = self._clock()
         samples = self._running.setdefault(engine, deque())
         samples.append((now, running))
         self._waiting[engine] = waiting
+        self._wanted[engine] = wanted
         for adapter in arrivals:
             count, at = self._rates.get(adapter, (0.0, now))
             self._rates[adapter] = count * _decay(now - at) + 1, now
@@ -43,14 +50,30 @@ class Demand:
 
     def gone(self, engine: int) -> None:
         """An engine is not there any more."""
+        self._prefill.pop(engine, None)
         self._running.pop(engine, None)
         self._waiting.pop(engine, None)
+        self._wanted.pop(engine, None)
+
+    def computes(self, engine: int, rate: int) -> None:
+        """An engine says how many bytes of KV it computes a second."""
+        self._prefill[engine] = rate
+
+    @property
+    def prefill(self) -> float:
+        """Bytes of KV that an engine computes a second, in the mean; 0 where none says."""
+        return sum(self._prefill.values()) / max(1, len(self._prefill))
 
     @property
     def waiting(self) -> int:
         """Requests that wait in all engines, as last said."""
-        since = self._clock() - _WINDOW_S
-        return sum(count for engine, count in self._waiting.items() if self._running[engine][-1][0] >= since)
+        return sum(count for engine, count in self._waiting.items() if self._fresh(engine))
+
+    @property
+    def wanted(self) -> list[bytes]:
+        """The adapters of requests that wait, as last said: of each engine the first, then the second, ..."""
+        told = [keys for engine, keys in self._wanted.items() if self._fresh(engine)]
+        return list(dict.fromkeys(key for turn in itertools.zip_longest(*told) for key in turn if key is not None))
 
     def batch(self) -> float:
         """Requests that ran at once, of all engines together: a mean over the last 5 s."""
@@ -64,6 +87,9 @@ class Demand:
         """The adapters asked for most of late, in that order."""
         now = self._clock()
         return heapq.nlargest(count, self._rates, key=lambda adapter: self._score(adapter, now))
+
+    def _fresh(self, engine: int) -> bool:
+        return self._running[engine][-1][0] >= self._clock() - _WINDOW_S
 
     def _score(self, adapter: bytes, now: float) -> float:
         count, at = self._rates.get(adapter, (0.0, now))

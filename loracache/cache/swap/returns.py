@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from loracache.cache.state.counters import Counters
-from loracache.cache.state.index import Index
+from loracache.cache.state.index import Index, Node
 from loracache.cache.swap.candidates import parent_is_there
 from loracache.cache.swap.swapper import Swapper
 from loracache.results import Cause
@@ -156,10 +156,24 @@ class Returns:
             takes = node.size
             pace.begin(takes)
             pace.end(takes)
+            self._adapter_too(found, node.parent)
         if takes:
             self._swapper.brought(node)
         if not found.going:
             self._go_on(found)
+
+    def _adapter_too(self, found: _Return, above: Node | None) -> None:
+        """Of a chain that only Redis had nobody knew the adapter: have that raised too, where anybody has it."""
+        if above is None or above.kind is not Kind.LORA or above.held_in(Tier.CPU):
+            return
+        key = above.key
+
+        def arrived(cause: Cause) -> None:
+            node = self._index.get(key)
+            if not cause and node is not None:
+                self._swapper.brought(node)
+
+        self._acquire(found.name, key, found.hold, arrived)
 
     def _end(self, found: _Return) -> None:
         self._active.remove(found)

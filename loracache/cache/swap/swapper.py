@@ -2,7 +2,8 @@
 """Brings into memory what will be asked for, and makes room before it is asked for; in small steps, bounded in bytes.
 
 FASTLIBRA's swapper (Zhang et al., arXiv:2505.03756): every 100 ms, victims leave a full pool, and a pool that is less
-than 70 % full takes in the roots that are worth most. Here it never evicts for what it brings on its own account,
+than 70 % full takes in the roots that are worth most; before those come the adapters that requests wait for, and those
+that are asked for most, from Redis too. Here it never evicts for what it brings on its own account,
 which goes behind what somebody waits for; a chain that was announced (returns.py) is brought like one that is asked
 for. It is of no policy: who leaves is the policy's choice.
 
@@ -13,14 +14,15 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from loracache.backoff import Backoff
+from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
-from loracache.cache.swap.candidates import Candidates
+from loracache.cache.swap.candidates import Candidates, is_root
 from loracache.cache.swap.pace import Pace
 from loracache.results import Cause
 from loracache.tiers import Tier
@@ -31,6 +33,7 @@ STEP_S = 0.1
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _LOOKS = 256  # at prefetched objects in a step, for those that were used
 _AT_ONCE = 128  # objects begun in a step: a fraction of a millisecond each
+_AGAIN_S = 10.0  # what Redis did not have is sought again
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ class Memory(Protocol):
 class Swapper:
     """load(node, done) raises an object into free room and says how that went; evict(nbytes, over) has the policy's
     victims go until so many bytes are free, as far as that goes, and says when it is over; quiet() says whether nobody
-    waits for what these would hold up. clock(): seconds."""
+    waits for what these would hold up. wanted(): keys of adapters that requests wait for, and then of those asked for
+    most; seek(key, fits, done) raises one that only Redis may have, if there is room: done(cause, bytes). clock():
+    seconds."""
 
     def __init__(
         self,
@@ -75,16 +80,24 @@ class Swapper:
         load: Callable[[Node, Callable[[Cause], None]], None],
         evict: Callable[[int, Callable[[], None]], None],
         quiet: Callable[[], bool],
+        wanted: Callable[[], Sequence[bytes]] = tuple,
+        seek: Callable[[bytes, Callable[[int], bool], Callable[[Cause, int], None]], None] | None = None,
+        speeds: Speeds | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.pace = Pace(settings.bandwidth, settings.in_flight, clock)
-        self.candidates = Candidates()
+        self.candidates = Candidates(speeds)
         self._memory = memory
+        self._index = index
         self._counters = counters
         self._load = load
         self._evict = evict
         self._quiet = quiet
+        self._wanted = wanted
+        self._seek = seek
+        self._seeking = False
+        self._sought: OrderedDict[bytes, float] = OrderedDict()  # when, for a while
         self._clock = clock
         self.loading = 0  # objects
         self._evicting = False
@@ -132,6 +145,7 @@ class Swapper:
         """For `loracache status`."""
         return {
             "on": self.settings.on,
+            "bandwidth": self.settings.bandwidth,
             "paused": self.paused,
             "candidates": len(self.candidates),
             "in_flight_bytes": self.pace.in_flight,
@@ -155,18 +169,58 @@ class Swapper:
     def _evicted(self) -> None:
         self._evicting = False
 
+    def _bring_wanted(self) -> bool:
+        """Raise the adapters asked for, from the disk, or one that Redis may have; whether all are under way."""
+        now = self._clock()
+        while self._sought and next(iter(self._sought.values())) <= now - _AGAIN_S:
+            self._sought.popitem(last=False)
+        for key in self._wanted():
+            node = self._index.get(key)
+            takes = self._memory.rounded(node.size) if node is not None and node.present else 0
+            if self.paused or not self.pace.allows(takes):
+                return False
+            if node is not None and node.present:
+                if is_root(node) and self._fits(node.size):
+                    self.candidates.discard(node)
+                    self._begin(node, takes)
+            elif self._seek is not None and key not in self._sought and not self._seeking:
+                self._sought[key] = now
+                self._begin_seeking(key, self._seek)
+        return True
+
+    def _begin_seeking(
+        self, key: bytes, seek: Callable[[bytes, Callable[[int], bool], Callable[[Cause, int], None]], None]
+    ) -> None:
+        self._seeking = True
+
+        def done(cause: Cause, nbytes: int) -> None:
+            self._seeking = False
+            node = self._index.get(key)
+            if cause is Cause.NONE and node is not None:
+                self.pace.begin(nbytes)  # how large it is was not known before
+                self.pace.end(nbytes)
+                self.brought(node)
+            elif cause not in (Cause.ABSENT, Cause.MEMORY_FULL):
+                self.failed(cause)
+
+        seek(key, self._fits, done)
+
+    def _fits(self, nbytes: int) -> bool:
+        """Whether there is room for so many bytes below the mark."""
+        used = self._memory.size - self._memory.free_bytes
+        return used + self._memory.rounded(nbytes) <= self._memory.size * self.settings.mark
+
     def _bring(self) -> None:
         """Begin what may begin."""
         if self._bringing or not self._quiet():
             return
         self._bringing = True  # a load may end while it begins
-        for _ in range(_AT_ONCE):
+        for _ in range(_AT_ONCE if self._bring_wanted() else 0):
             node = self.candidates.best()
             if node is None or self.paused:
                 break
             takes = self._memory.rounded(node.size)
-            used = self._memory.size - self._memory.free_bytes
-            if used + takes > self._memory.size * self.settings.mark or not self.pace.allows(takes):
+            if not self._fits(node.size) or not self.pace.allows(takes):
                 break
             self.candidates.discard(node)
             self._begin(node, takes)

@@ -22,6 +22,7 @@ from loracache.errors import ConfigError, Unavailable
 from loracache.storage_backends.base import Outcome, Purge, Purpose, Result, Standing, StorageBackend, Tended, Transfer
 from loracache.tiers import Tier
 from loracache.tracing import span
+from loracache.transfer_times import TransferTimes
 
 __all__ = ["Post", "TierIO"]
 
@@ -43,7 +44,7 @@ class TierIO:
     a callable over to it.
 
     standing: what the backend can do as far as known. used: bytes of its own budget, as far as known. asks: round trips
-    of questions that may be under way.
+    of questions that may be under way. load_times: what loads take, of those that came whole.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TierIO:
         self._paused_until = 0.0
         self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self.standing = Standing()
+        self.load_times = TransferTimes()
         self._trouble = ""
         self._looking = False
         self._next_look = 0.0
@@ -172,7 +174,8 @@ class TierIO:
 
     def load(self, transfers: Sequence[Transfer], done: Done) -> None:
         """Read objects into their buffers."""
-        self._run(self._loads, "load", len(transfers), lambda: self.backend.load(transfers), done)
+        nbytes = sum(transfer.info.size for transfer in transfers)
+        self._run(self._loads, "load", len(transfers), lambda: self.backend.load(transfers), done, nbytes)
 
     def store(self, transfers: Sequence[Transfer], done: Done) -> None:
         """Write objects from their buffers, after all writes and deletions asked for before."""
@@ -250,9 +253,15 @@ class TierIO:
         """Calls that wait for a thread, by kind."""
         return {"write": self._writes.waiting, "load": self._loads.waiting, "lookup": len(self._questions)}
 
-    def _run(self, workers: Workers, what: str, count: int, call: Callable[[], list[Result]], done: Done) -> None:
+    def _run(
+        self, workers: Workers, what: str, count: int, call: Callable[[], list[Result]], done: Done, loads: int = 0
+    ) -> None:
+        """loads: bytes."""
+
         def finish(results: list[Result], seconds: float) -> None:
             self._account(what, results)
+            if loads and all(result.outcome is Outcome.OK for result in results):
+                self.load_times.add(loads, seconds)
             if count:
                 self._counters.add(f"busy_us.{self.tier.label}.{what}", int(seconds * 1e6))
             done(results)

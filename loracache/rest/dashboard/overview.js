@@ -17,6 +17,7 @@ const FLOWS = [ // name, counter, class: a tier has a colour, writing to it is d
   ["redis read", "load.redis.bytes", "redis"],
   ["redis written", "write.redis.bytes", "redis dashed"],
 ];
+const AHEAD = [["raised", "objects"], ["used since", "used"], ["left unused", "wasted"], ["did not come", "failed"]];
 
 const history = new History();
 const cards = new Map();
@@ -133,11 +134,28 @@ function showCounts({ hits, misses, evicted, not_admitted: unwritten, ...stats }
   setRows(byId("lookups").querySelector("tbody"), SUMS, [...found, ...not], "none yet");
   showReasons("evictions", evicted, "none yet");
   showReasons("unwritten", unwritten, "none");
+  showAhead(stats);
   setRows(byId("use").querySelector("tbody"), SUMS, [
     ["leases", stats.leases], ["leased objects", stats.leased_objects], ["quarantined", stats.quarantined_bytes, true],
     ["namespaces", stats.namespaces], ["operations running", stats.operations],
   ].map(([name, value, size]) => [[name, ""],
     size ? [bytes(value), exactBytes(value)] : [count(value), exact(value)]]), "");
+}
+
+/** What is raised before anybody asks: at which pace, what came of it, what waits. */
+function showAhead({ swapper, counters }) {
+  const state = swapper.paused ? "waits after a failure" : swapper.on ? `to ${rate(swapper.bandwidth)}` : "for returns";
+  const nbytes = counters["prefetch.bytes"] ?? 0;
+  const counts = AHEAD.map(([name, counter]) => [name, counters[`prefetch.${counter}`] ?? 0]);
+  const waits = [["could be raised", swapper.candidates], ["chains announced", swapper.returns],
+    ["adapters of requests that wait", swapper.wanted]];
+  const number = ([name, value]) => [[name, ""], [count(value), exact(value)]];
+  setRows(byId("ahead").querySelector("tbody"), SUMS, [
+    [["pace", ""], [state, `${exact(swapper.bandwidth)} bytes a second`]],
+    ...counts.map(number), [["raised bytes", ""], [bytes(nbytes), exactBytes(nbytes)]],
+    [["on its way", ""], [bytes(swapper.in_flight_bytes), exactBytes(swapper.in_flight_bytes)]],
+    ...waits.map(number),
+  ], "");
 }
 
 /** Counts by tier and reason. */

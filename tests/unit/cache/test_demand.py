@@ -72,3 +72,17 @@ def test_of_too_many_adapters_the_hottest_are_remembered(told: Demand, monkeypat
         told.report(1, 0, 0, [number.to_bytes(32, "big")])
     assert told.hottest(1) == [A]
     assert len(told.hottest(100)) <= 10
+
+
+def test_what_those_who_wait_want_is_known_while_their_engine_says_so(told: Demand, now: list[float]) -> None:
+    c = b"c" * 32
+    told.report(1, 1, 3, [], [A, B])
+    told.report(2, 1, 3, [], [c, A])
+    assert told.wanted == [A, c, B]
+    told.report(1, 1, 0, [], [])
+    assert told.wanted == [c, A]
+    now[0] += 6
+    assert told.wanted == []
+    told.report(2, 1, 1, [], [c])
+    told.gone(2)
+    assert told.wanted == []

@@ -32,6 +32,7 @@ class Swapped:
         self.rig = rig
         self.begun: list[Node] = []
         self.quiet = True
+        self.wanted: list[bytes] = []
         cache = rig.cache
 
         def load(node: Node, done: Callable[[Cause], None]) -> None:
@@ -46,6 +47,8 @@ class Swapped:
             load=load,
             evict=cache.ahead.evict,
             quiet=lambda: self.quiet,
+            wanted=lambda: self.wanted,
+            seek=cache.ahead.seek,
             clock=lambda: rig.now,
         )
 

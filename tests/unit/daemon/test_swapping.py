@@ -148,3 +148,20 @@ def test_engines_are_told_of_the_adapters_in_memory_that_are_asked_for_most(daem
     said = status(client)["swapper"]
     assert (said["batch"], said["waiting"]) == (4.0, 2)
     assert tell(client, protocol.Report({}, 0, 0, a + a + a)) == [a + b]
+
+
+def test_an_adapter_that_requests_wait_for_comes_from_redis(
+    daemon: Any, redis_server: Any, tmp_path: Path, eventually: Any
+) -> None:
+    """Another machine has put it there; this one has heard of it from its engine alone."""
+    url = redis_server().url
+    file = tmp_path / "loracache.yaml"
+    file.write_text("swapper: 100MiB\n")
+    other = daemon(memory="16MiB", page_size="4KiB", redis=url).client()
+    client = daemon(config=file, memory="16MiB", page_size="4KiB", redis=url).client()
+    keys = [bytes.fromhex(other.add_adapter(peft(tmp_path / name, seed))) for seed, name in enumerate("ab")]
+    other.flush()
+    tell(client, protocol.Report({}, 1, 2, keys[1], wanted=keys[0]))
+    assert status(client)["swapper"]["wanted"] == 1
+    eventually(lambda: in_cpu(client) == 2, "who waits for one, and who asked for the other, has it in memory")
+    assert status(client)["counters"]["load.redis.objects"] == 2

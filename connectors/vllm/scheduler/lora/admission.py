@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler's side of paged LoRA: which content a request's adapter is, fetching it, and when the request may run.
 
-A request waits until its adapter is on the pages of every worker, and the others run on. Nothing here waits: the
-daemon is asked when a request arrives, and its answers are looked for when vLLM asks whether the request can run.
+A request waits until its adapter is on the pages of every worker, and the others run on. Nothing here waits but for an
+answer that was just asked for, a few milliseconds a step, for without it the request loses a whole step:
+the daemon is asked when a request arrives, and its answers are looked for when vLLM asks whether the request can run.
 While no daemon answers, an adapter that has a folder is read from there, on a thread of its own (folders.py).
 
 No request waits for ever. It waits for pages as long as others run on them; for a content that cannot be had or copied
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.payload import ModuleSize, Packed
 from loracache.backoff import Backoff
+from loracache.connectors.vllm.common.answer_times import AnswerTimes
 from loracache.connectors.vllm.common.messages import AdapterOrders, PoolFacts, WorkerNews
 from loracache.connectors.vllm.common.recent import MOST_ADAPTERS, Recent
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
@@ -67,6 +69,7 @@ class AdapterAdmission:
         self._last_order = 0
         self._told: Recent[int, str] = Recent()  # what the workers were told serves an adapter id
         self._pinned: set[int] = set()
+        self._answers = AnswerTimes()
         self._most_contents = MOST_ADAPTERS  # more, where more are in use
         self._next_resident = 0.0
         self.fail: Callable[[str, Refusal], None] = lambda request_id, refusal: None
@@ -223,6 +226,7 @@ class AdapterAdmission:
 
     def take_orders(self) -> AdapterOrders:
         """What the workers do in the next step."""
+        self._answers.begin_step()
         self._forget_unused()
         orders, self._orders = self._orders, AdapterOrders()
         self._told.update(orders.bind)
@@ -294,6 +298,14 @@ class AdapterAdmission:
         now = time.monotonic()
         if found.asked:
             done, payload = self._link.answer(found.asked)
+            seconds = 0.0 if done else self._answers.allowance(now, found.since)
+            if seconds:
+                done, payload = self._link.wait_answer(found.asked, seconds)
+                after = time.monotonic()
+                if done:
+                    self._answers.answered(after - found.since, after - now)
+                else:
+                    self._answers.missed(after, after - now)
             if not done and now - found.since <= self._patience:
                 return False
             found.asked = 0

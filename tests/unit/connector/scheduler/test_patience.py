@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
+from loracache.connectors.vllm.common.answer_times import AnswerTimes
 from loracache.connectors.vllm.scheduler import lookups, requests, side
-from loracache.connectors.vllm.scheduler.patience import AnswerTimes, Patience, StepTimes
+from loracache.connectors.vllm.scheduler.patience import Patience, StepTimes
 
 CHUNK = 32
 OFF, AGAIN = (0, False), (None, False)

@@ -84,6 +84,8 @@ def test_a_wrong_value_leaves_the_others_as_they_are() -> None:
         ([hint("retain", ttl=60)], Wishes(pin=60)),
         ([hint("pin", "1.2", ttl=1.5)], Wishes(pin=1.5)),
         ([hint("prefetch")], Wishes(prefetch=True)),
+        ([hint("prefetch", returns_in=30)], Wishes(returns_in=30)),
+        ([hint("prefetch"), hint("prefetch", returns_in=0.5)], Wishes(prefetch=True, returns_in=0.5)),
         ([hint("demote")], Wishes(demote="disk")),
         ([hint("demote", tier="redis"), hint("prefetch", "1")], Wishes(demote="redis", prefetch=True)),
         ([hint("share", "7", what={})], Wishes()),  # somebody else's
@@ -100,6 +102,8 @@ def test_hints_become_wishes(hints: list[Any], wishes: Wishes) -> None:
         (hint("retain", ttl="1h"), ["retain", "ttl='1h'"]),
         (hint("demote", tier="gpu"), ["demote", "tier='gpu'", "disk, redis"]),
         (hint("prefetch", "2"), ["prefetch has version '2'", "send version 1"]),
+        (hint("prefetch", returns_in=0), ["prefetch: returns_in=0 must be seconds, more than 0"]),
+        (hint("prefetch", returns_in="soon"), ["prefetch: returns_in='soon' must be seconds"]),
         (SimpleNamespace(action_type="pin", action_version="1", payload=None), ["ttl=None"]),
     ],
 )

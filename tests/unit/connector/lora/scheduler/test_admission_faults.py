@@ -16,6 +16,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from loracache import Namespace
+from loracache.connectors.vllm.common import answer_times
 from loracache.connectors.vllm.lora.paths import path_of
 from loracache.connectors.vllm.lora.refusals import Refusal
 from loracache.connectors.vllm.scheduler.lora import admission as admission_module
@@ -294,6 +295,33 @@ def test_what_was_taken_in_again_is_asked_for_at_once(
     engine.arrive("b", lora(adapter))
     eventually(lambda: engine.runs("b"))
     assert engine.link._counts["adapter.absent"] == 1
+
+
+def test_the_answer_to_a_question_that_was_just_sent_is_waited_for(
+    url: str, client: Any, make_engine: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a request whose adapter is in memory loses a whole step of the others."""
+    for bound in ("_MOST_S", "_LEAST_S"):  # longer than a busy machine makes the daemon wait
+        monkeypatch.setattr(answer_times, bound, 5.0)
+    adapter = make_adapter("in memory")
+    client.add_adapter(adapter.path)
+    for number in range(20):
+        engine = make_engine(url)
+        engine.arrive("a", lora(adapter.digest, number + 1))
+        engine.step()
+        assert [order[1] for order in engine.orders] == [adapter.digest]
+
+
+def test_a_silent_daemon_costs_a_step_a_few_milliseconds_at_most(url: str, make_engine: Any, make_adapter: Any) -> None:
+    engine = make_engine(url)
+    waited: list[float] = []
+    engine.admission._link.answer = lambda number: (False, None)
+    engine.admission._link.wait_answer = lambda number, seconds: (waited.append(seconds), (False, None))[1]
+    engine.arrive("a", lora(make_adapter("never").digest))
+    for _ in range(5):
+        engine.step()
+    assert len(waited) == 1, "and the next is not waited for"
+    assert waited[0] <= 0.003
 
 
 def test_hits_misses_loads_and_evictions_are_counted(
