@@ -45,6 +45,7 @@ NAMES = (
     "scale",
     "stalls",
     "ttft",
+    "recompute",
     "overhead",
     "lora",
     "serving",
