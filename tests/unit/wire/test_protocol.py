@@ -48,6 +48,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "parents": keys,
     "path": st.text(max_size=100),
     "priority": st.sampled_from(["", "low", "normal", "high"]),
+    "prefill": st.integers(0, 2**63 - 1),
     "running": st.integers(-1, 2**31 - 1),
     "scope": st.just("") | digests,
     "selector": selectors,
