@@ -32,7 +32,7 @@ from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
 from loracache.connectors.vllm.link.pinned import prepare_mapping
 from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.connectors.vllm.worker.loader import Loader
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Move, PageCopier
 from loracache.keys import checksum, object_key
 
 CHUNKS, LAYERS, BLOCKS, SHARD = 31, 16, 64, "benchmark"
@@ -80,7 +80,7 @@ def _measure(
     source = np.random.default_rng(2).integers(0, 1 << 60, CHUNKS * CHUNK_BYTES // 8)
     target = np.zeros_like(source)
     assert client.connection.map is not None
-    prepare_mapping(client.connection.map, "cpu")
+    prepare_mapping(client.connection.map, None)
     with client.acquire([object_key(chunk.key, SHARD) for chunk in load.chunks], ttl=600) as reading:
         payloads = [list(slot.buffers) for slot in reading.slots if slot is not None]
         assert len(payloads) == CHUNKS
@@ -92,8 +92,7 @@ def _measure(
                 raise RuntimeError(f"the load failed: {causes}")
 
         def scatter() -> None:
-            for chunk, payload in zip(load.chunks, payloads, strict=True):
-                copier.scatter(chunk.blocks, payload, first=0, of=1)
+            copier.scatter([Move(chunk.blocks, each, 0, 1) for chunk, each in zip(load.chunks, payloads, strict=True)])
 
         times = interleaved(
             rounds,

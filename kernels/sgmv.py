@@ -16,6 +16,11 @@ What every operator takes:
     places   int64 (slots, slices, 5)   rank, address of A, address of B, and where in the pool A and B lie when their
                                         pages follow each other (in elements from the first page, else -1)
     scales   float32 (slots, slices)
+    idle     bool (1,), on the CPU      whether no row of the batch has an adapter: then nothing is launched. A tensor,
+                                        which a compiler does not take for a constant. None: look at the tiles
+    sized_for                           tokens of the batch whose way of summing this one is to follow, so that a row's
+                                        result does not depend on the others; 0: its own. On a CPU: a row at a time
+    overlaps                            whether a kernel may start before the one before it has ended
 A slice is a part of the output with matrices of its own (q, k and v of a fused projection). All of these are buffers
 that keep their addresses while their content changes, so that a CUDA graph that captured a call stays valid.
 
@@ -85,12 +90,21 @@ class _SlotWeights:
         return found.to(self._dtype)
 
 
-def _segments(order: torch.Tensor, tiles: torch.Tensor) -> Iterator[tuple[int, slice | torch.Tensor]]:
-    """(slot, its rows) of every used tile; consecutive rows as a slice, which makes a view and no copy."""
-    for slot, first, count, row in tiles.tolist():
+def _segments(
+    order: torch.Tensor, tiles: torch.Tensor, idle: torch.Tensor | None, sized_for: int
+) -> Iterator[tuple[int, slice | torch.Tensor]]:
+    """(slot, its rows) of every used tile, consecutive rows as a slice, which makes a view and no copy; or of every row
+    of it, in copies: how a product is summed depends on the address as well.
+    """
+    if idle is not None and idle.item():
+        return
+    for slot, first, count, begin in tiles.tolist():
         if slot < 0:
             return
-        yield slot, slice(row, row + count) if row >= 0 else order[first : first + count].long()
+        if sized_for:
+            yield from ((slot, row) for row in order[first : first + count].long().split(1))
+            continue
+        yield slot, slice(begin, begin + count) if begin >= 0 else order[first : first + count].long()
 
 
 def _one_by_one(x: torch.Tensor, weights: torch.Tensor, rows: int, places: list[list[int]]) -> bool:
@@ -155,8 +169,11 @@ def _lora_linear_cpu(
     widths: Sequence[int],
     chunk: int,
     most_rank: int,
+    idle: torch.Tensor | None = None,
+    sized_for: int = 0,
+    overlaps: bool = True,
 ) -> None:
-    for slot, rows in _segments(order, tiles):
+    for slot, rows in _segments(order, tiles, idle, sized_for):
         inputs, outputs, place = x[rows], y[rows], places[slot].tolist()
         dtype = x.dtype if x.dtype is pages.dtype else torch.float32
         weights = _SlotWeights(pages, page_ids[slot], place, chunk, dtype)
@@ -178,8 +195,11 @@ def _lora_embedding_cpu(
     vocabulary: int,
     chunk: int,
     most_rank: int,
+    idle: torch.Tensor | None = None,
+    sized_for: int = 0,
+    overlaps: bool = True,
 ) -> None:
-    for slot, rows in _segments(order, tiles):
+    for slot, rows in _segments(order, tiles, idle, sized_for):
         place = places[slot].tolist()
         if not place[0][RANK]:
             continue
@@ -203,10 +223,14 @@ def _lora_linear_cuda(
     widths: Sequence[int],
     chunk: int,
     most_rank: int,
+    idle: torch.Tensor | None = None,
+    sized_for: int = 0,
+    overlaps: bool = True,
 ) -> None:
     from loracache.kernels.sgmv_triton import lora_linear
 
-    lora_linear(y, x, order, tiles, pages, page_ids, places, scales, widths, chunk, most_rank)
+    tables = order, tiles, pages, page_ids, places, scales
+    lora_linear(y, x, *tables, widths, chunk, most_rank, idle, sized_for, overlaps)
 
 
 def _lora_embedding_cuda(
@@ -221,20 +245,25 @@ def _lora_embedding_cuda(
     vocabulary: int,
     chunk: int,
     most_rank: int,
+    idle: torch.Tensor | None = None,
+    sized_for: int = 0,
+    overlaps: bool = True,
 ) -> None:
     from loracache.kernels.sgmv_triton import lora_embedding
 
-    lora_embedding(y, ids, order, tiles, pages, page_ids, places, scales, vocabulary, chunk, most_rank)
+    tables = order, tiles, pages, page_ids, places, scales
+    lora_embedding(y, ids, *tables, vocabulary, chunk, most_rank, idle, sized_for, overlaps)
 
 
-def _no_values(*_: object) -> None:
+def _no_values(*_: object, **__: object) -> None:
     """What a compiler needs to know of an operator that returns nothing."""
 
 
 _library = torch.library.Library("loracache", "DEF")
 _TABLES = "Tensor order, Tensor tiles, Tensor pages, Tensor page_ids, Tensor places, Tensor scales"
-_library.define(f"lora_linear(Tensor(a!) y, Tensor x, {_TABLES}, int[] widths, int chunk, int most_rank) -> ()")
-_library.define(f"lora_embedding(Tensor(a!) y, Tensor ids, {_TABLES}, int vocabulary, int chunk, int most_rank) -> ()")
+_HOW = "int chunk, int most_rank, Tensor? idle=None, int sized_for=0, bool overlaps=True"
+_library.define(f"lora_linear(Tensor(a!) y, Tensor x, {_TABLES}, int[] widths, {_HOW}) -> ()")
+_library.define(f"lora_embedding(Tensor(a!) y, Tensor ids, {_TABLES}, int vocabulary, {_HOW}) -> ()")
 for _name, _cpu, _cuda in (
     ("lora_linear", _lora_linear_cpu, _lora_linear_cuda),
     ("lora_embedding", _lora_embedding_cpu, _lora_embedding_cuda),

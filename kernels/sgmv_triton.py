@@ -4,10 +4,15 @@
 Two launches, back to back: shrink writes h = x @ A.T of every used tile into float32 scratch (for an embedding: what it
 looks up), expand adds scale * h @ B to y. Where a batch has too few tiles to fill the device, the columns of x are cut
 into splits that write partial sums of their own. Expand adds them in a fixed order: nothing has to be zeroed before,
-nothing is added atomically, and equal inputs give equal bits.
+nothing is added atomically, and equal inputs give equal bits. From compute capability 9.0 on, expand starts before
+shrink has ended (programmatic dependent launch) and waits for it where it first needs h.
 
 Grids follow from shapes alone, so that a CUDA graph of a call stays valid when the tables change. What the tables leave
-unused (a tile without a slot, ranks beyond an adapter's own, a slice without LoRA) ends after a load or two.
+unused (a tile without a slot, ranks beyond an adapter's own, a slice without LoRA) ends after a load or two. A batch in
+which no row has an adapter launches nothing.
+
+What a kernel is compiled for depends on the module and on whether the batch is cut into narrow or wide tiles, and on
+nothing else of the batch: sgmv_launch.warm_sizes names batches that between them ask for all kernels there are.
 
 A block of columns is never wider than a chunk, hence lies in one page per rank row. Masks run along rows and ranks, not
 along the columns, which are contiguous: loads stay 16 bytes wide. Columns are masked only where a width ends inside a
@@ -22,25 +27,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from loracache.kernels.tables import A_ADDRESS, B_ADDRESS, NARROW_TILE, PLACE_FIELDS, RANK, round_up, tile_rows
+from loracache.kernels.sgmv_launch import LEAST, Launch, launch_of
+from loracache.kernels.tables import A_ADDRESS, B_ADDRESS, PLACE_FIELDS, RANK, round_up
 
 __all__ = ["lora_embedding", "lora_linear"]
 
-_LEAST = 16  # the smallest side of a block in tl.dot; addresses and rows are multiples of it, and thus 16-byte aligned
-_PROGRAMS = 264  # what fills an H100: two programs on each of its 132 multiprocessors
-_MOST_SPLITS = 16
-_MOST_EXPANDS = 4096  # programs of an expand; from here on, each takes several blocks of columns
-_MOST_BLOCKS = 8
 _DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 _RANK, _A_ADDRESS, _B_ADDRESS = tl.constexpr(RANK), tl.constexpr(A_ADDRESS), tl.constexpr(B_ADDRESS)
-_PLACE_FIELDS, _ALIGNED = tl.constexpr(PLACE_FIELDS), tl.constexpr(_LEAST)
+_PLACE_FIELDS, _ALIGNED = tl.constexpr(PLACE_FIELDS), tl.constexpr(LEAST)
+# Parts of tables, which begin anywhere, and numbers that differ from batch to batch: those that happen to be aligned
+# (or one) get no kernel of their own.
+_PLAIN = ("places", "scales", "splits", "blocks")
 
 
 @triton.jit
@@ -49,16 +52,18 @@ def _pages_of(page_ids, at, used, PAGE: tl.constexpr):
     return tl.load(page_ids + at // PAGE, mask=used, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def _shrink_kernel(
     hidden, x, order, tiles, pages, page_ids, places,
-    x_stride, page_stride, ids_stride, places_stride, split_stride, slice_stride,
-    WIDTH: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, HIDDEN_ROW: tl.constexpr, SPLIT_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr,
+    x_stride, page_stride, ids_stride, places_stride, split_stride, slice_stride, split_columns,
+    WIDTH: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, HIDDEN_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """hidden[split, slice, place in order, rank] = x[:, columns of the split] @ A.T. Grid: tiles; splits times blocks
-    of ranks; slices. Ranks from an adapter's own to the end of its last block become zero.
+    of ranks; slices. Ranks from an adapter's own to the end of its last block become zero. split_columns: whole blocks.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tiles + 4 * tl.program_id(0)
     slot, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if slot < 0:
@@ -72,8 +77,8 @@ def _shrink_kernel(
     m, r, k = tl.arange(0, BLOCK_M), first_rank + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     used_m, used_r = m < count, r < rank
     rows = tl.load(order + first + m, mask=used_m, other=0)
-    begin = split * SPLIT_COLUMNS
-    end = SPLIT_COLUMNS if WIDTH % SPLIT_COLUMNS == 0 else tl.minimum(SPLIT_COLUMNS, WIDTH - begin)
+    begin = split * split_columns
+    end = tl.minimum(split_columns, WIDTH - begin)
     page_ids += slot.to(tl.int64) * ids_stride + address // PAGE
     at = tl.multiple_of((address % PAGE).to(tl.int32), _ALIGNED) + r * ROW + begin
     # Where these columns of a row lie in two pages at most, both are looked up here and no load waits in the loop.
@@ -81,7 +86,7 @@ def _shrink_kernel(
     inputs = x + rows.to(tl.int64) * x_stride + begin
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k0 in range(0, end, BLOCK_K):
-        if PAGE >= SPLIT_COLUMNS:
+        if PAGE >= WIDTH:
             found = tl.where((at + k0) // PAGE == at // PAGE, first_pages, last_pages)
         else:
             found = _pages_of(page_ids, at + k0, used_r, PAGE)
@@ -100,12 +105,15 @@ def _shrink_kernel(
     tl.store(target, acc, mask=used_m[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def _lookup_kernel(
     hidden, ids, order, tiles, pages, page_ids, places, page_stride, ids_stride, places_stride,
     ROW: tl.constexpr, PAGE: tl.constexpr, HIDDEN_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """hidden[place in order, rank] = A[rank, ids]. Grid: tiles; blocks of ranks. Zeros as in the shrink."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tiles + 4 * tl.program_id(0)
     slot, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if slot < 0:
@@ -129,52 +137,57 @@ def _lookup_kernel(
 
 
 @triton.jit
-def _summed(hidden, m, r, count, rank, split_stride, HIDDEN_ROW: tl.constexpr, SPLITS: tl.constexpr):
-    """h of a tile's rows m for the ranks r, float32: the splits' partial sums, added in their order."""
+def _summed(hidden, m, r, count, rank, splits, split_stride, HIDDEN_ROW: tl.constexpr, TOGETHER: tl.constexpr):
+    """h of a tile's rows m for the ranks r, float32: the splits' partial sums, added in their order. TOGETHER: how many
+    are loaded at once; those beyond the last split cost no traffic.
+    """
     # Whole groups of 16 ranks were written: a mask in such steps leaves the loads wide.
     written = r < (rank + _ALIGNED - 1) // _ALIGNED * _ALIGNED
     mask = (m < count)[:, None] & written[None, :]
     source = hidden + m[:, None] * HIDDEN_ROW + r[None, :]
     total = tl.load(source, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(source + split * split_stride, mask=mask, other=0.0)
+    for begin in range(1, splits, TOGETHER):
+        for each in tl.static_range(TOGETHER):
+            split = begin + each
+            used = (m < tl.where(split < splits, count, 0))[:, None] & written[None, :]
+            total += tl.load(source + split.to(tl.int64) * split_stride, mask=used, other=0.0)
     return total
 
 
 @triton.jit
-def _slice_of(run, WIDTHS: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
-    """The slice that run number `run` of COLUMNS columns lies in: its number, where in y it starts, its width, the
-    length of its rows in the pool; and the run's first column in it.
+def _slice_of(run, blocks, WIDTHS: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The slice that run number `run` of `blocks` blocks of columns lies in: its number, where in y it starts, its
+    width, the length of its rows in the pool; and the run's first column in it.
     """
     # Sums of products with constants, not loads from a table: Triton sees which powers of two divide them.
-    number, left, width, row, begin = 0, 0, WIDTHS[0], tl.cdiv(WIDTHS[0], CHUNK) * CHUNK, run * COLUMNS
+    number, left, width, row, begin = 0, 0, WIDTHS[0], tl.cdiv(WIDTHS[0], CHUNK) * CHUNK, run * blocks * BLOCK_N
     end = 0
     for i in tl.static_range(1, SLICES):
-        runs = tl.cdiv(WIDTHS[i - 1], COLUMNS)
+        runs = tl.cdiv(tl.cdiv(WIDTHS[i - 1], BLOCK_N), blocks)
         end += runs
         later = (run >= end).to(tl.int32)
         number += later
         left += later * WIDTHS[i - 1]
         width += later * (WIDTHS[i] - WIDTHS[i - 1])
         row += later * (tl.cdiv(WIDTHS[i], CHUNK) - tl.cdiv(WIDTHS[i - 1], CHUNK)) * CHUNK
-        begin -= later * runs * COLUMNS
+        begin -= later * runs * blocks * BLOCK_N
     return number, left, width, row, begin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def _expand_kernel(
     y, hidden, order, tiles, pages, page_ids, places, scales,
-    y_stride, page_stride, ids_stride, places_stride, scales_stride, split_stride, slice_stride,
+    y_stride, page_stride, ids_stride, places_stride, scales_stride, split_stride, slice_stride, splits, blocks,
     WIDTHS: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, HIDDEN_ROW: tl.constexpr,
-    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, COMPUTE: tl.constexpr,
+    TOGETHER: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    COMPUTE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """y[rows, slice] += scale * h @ B for COLUMNS columns. Grid: tiles; runs of columns, slice after slice."""
+    """y[rows, slice] += scale * h @ B for `blocks` blocks of columns. Grid: tiles; such runs, slice after slice."""
     tile = tiles + 4 * tl.program_id(0)
     slot, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if slot < 0:
         return
-    number, left, width, row, begin = _slice_of(tl.program_id(1), WIDTHS, SLICES, CHUNK, COLUMNS)
+    number, left, width, row, begin = _slice_of(tl.program_id(1), blocks, WIDTHS, SLICES, CHUNK, BLOCK_N)
     place = places + slot.to(tl.int64) * places_stride + number * _PLACE_FIELDS
     rank, address = tl.load(place + _RANK).to(tl.int32), tl.load(place + _B_ADDRESS)
     scale = tl.load(scales + slot.to(tl.int64) * scales_stride + number)
@@ -187,9 +200,13 @@ def _expand_kernel(
     within = tl.multiple_of((address % PAGE).to(tl.int32), _ALIGNED)
     outputs = y + rows.to(tl.int64) * y_stride + left
     hidden += number * slice_stride + first.to(tl.int64) * HIDDEN_ROW
+    if OVERLAPS:
+        # Programs that ended above need not wait: the shrink wrote nothing for their tiles and slices. What was read so
+        # far was there before the shrink began, which no kernel before it overlaps.
+        tl.extra.cuda.gdc_wait()
     if HIDDEN_ROW <= BLOCK_R:
-        h = _summed(hidden, m, ranks, count, rank, split_stride, HIDDEN_ROW, SPLITS).to(COMPUTE)
-    for step in range(0, COLUMNS if WHOLE else tl.minimum(COLUMNS, width - begin), BLOCK_N):
+        h = _summed(hidden, m, ranks, count, rank, splits, split_stride, HIDDEN_ROW, TOGETHER).to(COMPUTE)
+    for step in range(0, tl.minimum(blocks * BLOCK_N, width - begin), BLOCK_N):
         n0 = begin + step
         target = outputs[:, None] + (n0 + n)[None, :]
         mask_y = used_m[:, None] if EVEN else used_m[:, None] & (n0 + n < width)[None, :]
@@ -202,7 +219,7 @@ def _expand_kernel(
             source = pages + starts[:, None] + n[None, :]
             b = tl.load(source, mask=(r < rank)[:, None], other=0.0)
             if HIDDEN_ROW > BLOCK_R:
-                h = _summed(hidden, m, r, count, rank, split_stride, HIDDEN_ROW, SPLITS).to(COMPUTE)
+                h = _summed(hidden, m, r, count, rank, splits, split_stride, HIDDEN_ROW, TOGETHER).to(COMPUTE)
             acc = tl.dot(h, b.to(COMPUTE), acc, input_precision="ieee")
         tl.store(target, (before.to(tl.float32) + acc * scale).to(y.dtype.element_ty), mask=mask_y)
 
@@ -210,75 +227,22 @@ def _expand_kernel(
 _INTERPRETED = not isinstance(_shrink_kernel, triton.JITFunction)
 
 
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """Grids and block sizes of one call; see _launch."""
-
-    tiles: int
-    block_m: int
-    shrink_r: int  # ranks of a program of the shrink
-    shrink_k: int
-    hidden_row: int  # most_rank in whole blocks of the shrink
-    split_columns: int
-    splits: int
-    expand_r: int
-    block_n: int
-    even: bool  # no width ends inside a block
-    columns: int  # of a program of the expand
-    whole: bool  # no width ends inside a program's columns
-    runs: int
-    stages: int
-
-
-@functools.lru_cache(maxsize=4096)
-def _launch(
-    tokens: int,
-    slots: int,
-    most_tiles: int,
-    width: int,
-    widths: tuple[int, ...],
-    chunk: int,
-    most_rank: int,
-    itemsize: int,
-) -> _Launch:
-    """Sizes for an H100; chosen on paper for hidden sizes around 4096, ranks of 8 to 256 and 1 to 4096 tokens.
-
-    Narrow tiles (decode) wait for weights: few ranks a program, long blocks of columns, and splits until the fewest
-    tiles that such a batch can have fill the device. Wide tiles (prefill) wait for x and y, which a program should read
-    once: 64 ranks, no splits where the tiles suffice. Expand takes several blocks of columns a program when programs
-    abound, so that those without a tile cost little and the others read h once. float32 is multiplied without tensor
-    cores: small blocks.
-    """
-    narrow, half = tile_rows(tokens) == NARROW_TILE, itemsize == 2
-    divisor = chunk & -chunk  # the power of two in a chunk: blocks of it, or of less, never straddle a page
-    if divisor < _LEAST:
-        raise ValueError(f"chunks of {chunk} elements: on a GPU a chunk is a multiple of {_LEAST}")
-    tiles = min(most_tiles, triton.cdiv(tokens, NARROW_TILE) + min(slots, tokens))
-    ranks = max(_LEAST, triton.next_power_of_2(most_rank))
-    shrink_r = min(ranks, 32 if narrow else 64)
-    shrink_k = min(divisor, (256 if narrow else 128) // itemsize)
-    hidden_row = round_up(most_rank, shrink_r)
-    fewest = triton.cdiv(tokens, tile_rows(tokens)) * len(widths) * (hidden_row // shrink_r)
-    splits = max(1, min(_MOST_SPLITS, _PROGRAMS // fewest))
-    split_columns = round_up(triton.cdiv(width, splits), shrink_k)
-    block_n = min(divisor, 128 if narrow and half else 64)
-    blocks = tiles * sum(triton.cdiv(each, block_n) for each in widths)
-    together = max(1, min(_MOST_BLOCKS, blocks // _MOST_EXPANDS))
-    columns = block_n << together.bit_length() - 1
-    return _Launch(
-        tiles=tiles, block_m=tile_rows(tokens), shrink_r=shrink_r, shrink_k=shrink_k, hidden_row=hidden_row,
-        split_columns=split_columns, splits=triton.cdiv(width, split_columns), expand_r=min(ranks, 64 if half else 16),
-        block_n=block_n, even=all(each % block_n == 0 for each in widths), columns=columns,
-        whole=all(each % columns == 0 for each in widths),
-        runs=sum(triton.cdiv(each, columns) for each in widths), stages=4 if half else 2,
-    )  # fmt: skip
-
-
 def _compute_type(pages: torch.Tensor) -> tl.dtype:
     """The dtype of the operands of tl.dot: the weights'. Triton's interpreter gets bfloat16 wrong in tl.dot."""
     if pages.dtype not in _DOT_TYPES:
         raise TypeError(f"weights are {pages.dtype}: float32, float16 and bfloat16 are supported")
     return tl.float32 if _INTERPRETED and pages.dtype is torch.bfloat16 else _DOT_TYPES[pages.dtype]
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may start before the one before it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _row_stride(tensor: torch.Tensor) -> int:
+    """Elements from row to row; of a single row torch may say anything."""
+    return int(tensor.stride(0) if len(tensor) > 1 else tensor.shape[1])
 
 
 def _check_rows(**tensors: torch.Tensor) -> None:
@@ -300,6 +264,9 @@ def lora_linear(
     widths: Sequence[int],
     chunk: int,
     most_rank: int,
+    idle: torch.Tensor | None = None,
+    sized_for: int = 0,
+    overlaps: bool = True,
 ) -> None:
     """y[rows, slice] += scale * (x[rows] @ A.T) @ B for every used tile and slice, in place.
 
@@ -312,16 +279,20 @@ def lora_linear(
         return
     _check_rows(x=x, y=y, pages=pages)
     widths, compute = tuple(widths), _compute_type(pages)
-    launch = _launch(len(x), len(places), len(tiles), x.shape[1], widths, chunk, most_rank, pages.element_size())
+    size, overlaps = pages.element_size(), overlaps and _can_overlap(x.device)
+    launch = launch_of(len(x), len(places), len(tiles), x.shape[1], widths, chunk, most_rank, size, sized_for)
     hidden = x.new_empty((launch.splits, len(widths), len(x), launch.hidden_row), dtype=torch.float32)
+    if idle is not None and idle.item():  # behind the scratch: the run that measures an engine's memory has no adapters
+        return
     _shrink_kernel[launch.tiles, launch.splits * (launch.hidden_row // launch.shrink_r), len(widths)](
         hidden, x, order, tiles, pages, page_ids, places,
-        x.stride(0), pages.stride(0), page_ids.stride(0), places.stride(0), hidden.stride(0), hidden.stride(1),
+        _row_stride(x), pages.stride(0), page_ids.stride(0), places.stride(0), hidden.stride(0), hidden.stride(1),
+        launch.split_columns,
         WIDTH=x.shape[1], ROW=round_up(x.shape[1], chunk), PAGE=pages.shape[1], HIDDEN_ROW=launch.hidden_row,
-        SPLIT_COLUMNS=launch.split_columns, BLOCK_M=launch.block_m, BLOCK_R=launch.shrink_r, BLOCK_K=launch.shrink_k,
-        COMPUTE=compute, num_warps=4, num_stages=launch.stages,
+        BLOCK_M=launch.block_m, BLOCK_R=launch.shrink_r, BLOCK_K=launch.shrink_k, COMPUTE=compute, OVERLAPS=overlaps,
+        num_warps=4, num_stages=launch.stages,
     )  # fmt: skip
-    _expand(launch, y, hidden, order, tiles, pages, page_ids, places, scales, widths, chunk, compute)
+    _expand(launch, y, hidden, order, tiles, pages, page_ids, places, scales, widths, chunk, compute, overlaps)
 
 
 def lora_embedding(
@@ -336,6 +307,9 @@ def lora_embedding(
     vocabulary: int,
     chunk: int,
     most_rank: int,
+    idle: torch.Tensor | None = None,
+    sized_for: int = 0,
+    overlaps: bool = True,
 ) -> None:
     """y[rows] += scale * A[:, ids[rows]].T @ B for every used tile, in place.
 
@@ -346,27 +320,31 @@ def lora_embedding(
         return
     _check_rows(y=y, pages=pages)
     widths, compute = (y.shape[1],), _compute_type(pages)
-    launch = _launch(len(ids), len(places), len(tiles), 1, widths, chunk, most_rank, pages.element_size())
+    size, overlaps = pages.element_size(), overlaps and _can_overlap(y.device)
+    launch = launch_of(len(ids), len(places), len(tiles), 1, widths, chunk, most_rank, size, sized_for)
     hidden = y.new_empty((1, 1, len(ids), launch.hidden_row), dtype=torch.float32)
+    if idle is not None and idle.item():
+        return
     _lookup_kernel[launch.tiles, launch.hidden_row // launch.shrink_r](
         hidden, ids, order, tiles, pages, page_ids, places, pages.stride(0), page_ids.stride(0), places.stride(0),
         ROW=round_up(vocabulary, chunk), PAGE=pages.shape[1], HIDDEN_ROW=launch.hidden_row, BLOCK_M=launch.block_m,
-        BLOCK_R=launch.shrink_r, num_warps=4,
+        BLOCK_R=launch.shrink_r, OVERLAPS=overlaps, num_warps=4,
     )  # fmt: skip
-    _expand(launch, y, hidden, order, tiles, pages, page_ids, places, scales, widths, chunk, compute)
+    _expand(launch, y, hidden, order, tiles, pages, page_ids, places, scales, widths, chunk, compute, overlaps)
 
 
 def _expand(
-    launch: _Launch, y: torch.Tensor, hidden: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor,
+    launch: Launch, y: torch.Tensor, hidden: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor,
     pages: torch.Tensor, page_ids: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, widths: tuple[int, ...],
-    chunk: int, compute: tl.dtype,
+    chunk: int, compute: tl.dtype, overlaps: bool,
 ) -> None:  # fmt: skip
     """The second launch of both. hidden: float32 (splits, slices, tokens, ranks)."""
     _expand_kernel[launch.tiles, launch.runs](
         y, hidden, order, tiles, pages, page_ids, places, scales,
-        y.stride(0), pages.stride(0), page_ids.stride(0), places.stride(0), scales.stride(0), hidden.stride(0),
-        hidden.stride(1),
+        _row_stride(y), pages.stride(0), page_ids.stride(0), places.stride(0), scales.stride(0), hidden.stride(0),
+        hidden.stride(1), launch.splits, launch.blocks,
         WIDTHS=widths, SLICES=len(widths), CHUNK=chunk, PAGE=pages.shape[1], HIDDEN_ROW=launch.hidden_row,
-        SPLITS=launch.splits, COLUMNS=launch.columns, WHOLE=launch.whole, EVEN=launch.even, BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n, BLOCK_R=launch.expand_r, COMPUTE=compute, num_warps=4, num_stages=launch.stages,
+        TOGETHER=launch.together, EVEN=launch.even, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        BLOCK_R=launch.expand_r, COMPUTE=compute, OVERLAPS=overlaps, num_warps=4, num_stages=launch.stages,
+        **({"launch_pdl": True} if overlaps else {}),
     )  # fmt: skip

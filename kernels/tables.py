@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "A_ADDRESS", "A_FLAT", "B_ADDRESS", "B_FLAT", "NARROW_TILE", "PLACE_FIELDS", "RANK", "plan_tiles", "round_up",
-    "tile_rows",
+    "A_ADDRESS", "A_FLAT", "B_ADDRESS", "B_FLAT", "NARROW_TILE", "NARROW_UNTIL", "PLACE_FIELDS", "RANK", "plan_tiles",
+    "round_up", "tile_rows",
 ]  # fmt: skip
 
 # Fields of a row of `places` (sgmv.py).
 RANK, A_ADDRESS, B_ADDRESS, A_FLAT, B_FLAT = range(5)
 PLACE_FIELDS = 5
 NARROW_TILE, WIDE_TILE = 16, 64
-_NARROW_UNTIL = 512  # tokens of a batch; more are cut into wide tiles
+NARROW_UNTIL = 512  # tokens of a batch; more are cut into wide tiles
 
 
 def round_up(length: int, chunk: int) -> int:
@@ -28,7 +28,7 @@ def round_up(length: int, chunk: int) -> int:
 
 def tile_rows(tokens: int) -> int:
     """Rows of a tile on a GPU. Grows with the batch only, so that a padded batch takes tiles planned for fewer rows."""
-    return NARROW_TILE if tokens <= _NARROW_UNTIL else WIDE_TILE
+    return NARROW_TILE if tokens <= NARROW_UNTIL else WIDE_TILE
 
 
 def plan_tiles(

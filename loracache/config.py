@@ -147,6 +147,9 @@ class Config(BaseModel):
     socket: Path = Field(description="Unix socket the daemon listens on (mode 0600).")
     memory: Size = Field(4 << 30, ge=1 << 20, description="Size of the arena, tier cpu.")
     page_size: Size = Field(64 << 10, description="Page of the arena, a power of two from 4 KiB to 16 MiB.")
+    hugepages: Literal["transparent", "reserved"] | None = Field(
+        None, description="Huge pages for the arena: transparent, as far as the kernel has them, or reserved ones."
+    )
     disk_path: Path | None = Field(None, description="Folder of tier disk; without it there is none.")
     disk: Size = Field(20 << 30, description="Most bytes tier disk may take.")
     disk_sync: bool = Field(False, description="Acknowledge a write to disk only after fdatasync.")

@@ -14,28 +14,40 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
-__all__ = ["ArenaMap", "address", "fill_page_tables", "map_arena"]
+__all__ = ["HUGE_PAGE", "ArenaMap", "address", "aligned", "fill_page_tables", "map_arena"]
 
+HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MADV_COLLAPSE = 25  # Linux 6.1
+_MAP_FAILED = ctypes.c_size_t(-1).value
 _STEP = 64 << 20
 
 
+Map = TypeVar("Map", bound=mmap.mmap)
+
+
 class ArenaMap(mmap.mmap):
-    """A mapped arena. Views of it keep it."""
+    """A mapped arena. Views of it keep it. instance: of the daemon's run that it belongs to."""
 
     def __init__(self, *_: object) -> None:
         self._ends: list[Callable[[], object]] = []
+        self.instance = b""
 
     def at_end(self, call: Callable[[], object]) -> None:
         """Call `call` when nobody holds the mapping any more, just before it is unmapped: a weak reference's callback
-        would come after that. Not at the end of the process."""
+        would come after that. At the end of the interpreter nothing is called, nor unmapped under what would have
+        been: the kernel takes both with the process."""
         self._ends.append(call)
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
-            for call in self._ends:
-                call()
+        ends, self._ends = self._ends, []
+        if ends and sys.is_finalizing():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+            return
+        for call in ends:
+            call()
 
 
 _mappings: weakref.WeakValueDictionary[bytes, ArenaMap] = weakref.WeakValueDictionary()
@@ -47,24 +59,54 @@ def map_arena(fd: int, size: int, instance: bytes) -> ArenaMap:
     with _lock:
         known = _mappings.get(instance)
         if known is None:
-            known = _mappings[instance] = ArenaMap(fd, size)
+            known = _mappings[instance] = aligned(lambda: ArenaMap(fd, size))
+            known.instance = instance
         return known
 
 
-def fill_page_tables(arena: Callable[[], mmap.mmap | None]) -> int:
-    """Touch every page for writing, so that no copy pays for it later; answers the bytes done.
+def aligned(make: Callable[[], Map]) -> Map:
+    """What `make` maps, beginning at a multiple of HUGE_PAGE where that can be had: elsewhere page tables hold a file's
+    huge pages as small ones.
+
+    The kernel maps downwards from the end of the highest gap that is large enough. So a piece is kept at the end of
+    the next one, of the size that puts what is mapped below it where it should be.
+    """
+    mapped = make()
+    size, libc = len(mapped), _libc()
+    for _ in range(3):  # another thread may map something in between
+        if size < HUGE_PAGE or address(mapped) % HUGE_PAGE == 0:
+            break
+        mapped.close()
+        gap = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if gap == _MAP_FAILED:
+            return make()
+        keep = gap % HUGE_PAGE
+        libc.munmap(gap, size - keep)
+        try:
+            mapped = make()
+        finally:
+            if keep:
+                libc.munmap(gap + size - keep, keep)
+    return mapped
+
+
+def fill_page_tables(arena: Callable[[], mmap.mmap | None], *, join: bool = False) -> int:
+    """Touch every page for writing, so that no copy pays for it later; answers the bytes done. join: have the kernel
+    make huge pages of them, where it finds the room.
 
     Takes seconds for a large arena and runs without the interpreter's lock: call it on a thread of its own. Asks
     `arena` for the mapping before each piece and ends early where it has none any more, so that it need not keep it;
     a kernel that cannot do it leaves pages to be touched when used.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc = _libc()
     offset = 0
     while (mapped := arena()) is not None and offset < len(mapped):
         step = min(_STEP, len(mapped) - offset)
-        if libc.madvise(address(mapped) + offset, step, _MADV_POPULATE_WRITE) != 0:
+        start = address(mapped) + offset
+        if libc.madvise(start, step, _MADV_POPULATE_WRITE) != 0:
             break
+        if join:
+            libc.madvise(start, step, _MADV_COLLAPSE)
         offset += step
         del mapped
     return offset
@@ -73,3 +115,12 @@ def fill_page_tables(arena: Callable[[], mmap.mmap | None]) -> int:
 def address(arena: mmap.mmap) -> int:
     """Where a mapping begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(arena))
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    numbers = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.mmap.argtypes, libc.mmap.restype = (ctypes.c_void_p, ctypes.c_size_t, *numbers), ctypes.c_size_t
+    return libc

@@ -63,6 +63,7 @@ class Cause(enum.StrEnum):
     CANCELLED = "cancelled"  # the engine took the blocks back
     CHANGED = "changed"  # the adapter's folder is no longer what was read first
     CHECKSUM = "checksum"  # bytes in the arena disagree with their checksum
+    COPY_FAILED = "copy_failed"  # the GPU refused or failed a copy
     DEADLINE = "deadline"
     EVICTED = "evicted"  # the engine took the adapter's pages back meanwhile
     POOL_FULL = "pool_full"

@@ -166,15 +166,29 @@ CONNECTOR = [
     Mutation(
         "bytes that do not match their checksum reach no block",
         "connectors/vllm/worker/loader.py",
-        "if checksum(payload) != expected:",
-        "if False:",
+        "right = found == chunk.expected",
+        "right = True",
         _worker("transfer::test_bytes_that_do_not_match_are_never_scattered_nor_served_again"),
+    ),
+    Mutation(
+        "a load is reported when nothing writes to its blocks any more",
+        "connectors/vllm/worker/loader.py",
+        "        if not part.flights:\n            job.parts.remove(part)",
+        "        if True:\n            job.parts.remove(part)",
+        _worker("load_parts::test_a_load_that_ends_early_is_reported_after_what_it_submitted"),
+    ),
+    Mutation(
+        "memory of a failed store is given back when nothing writes to it any more",
+        "connectors/vllm/worker/storer.py",
+        "for copy, _ in flying:",
+        "for copy, _ in ():",
+        _worker("flights::test_a_store_whose_copy_fails_gives_its_lease_up_after_the_other_copies"),
     ),
     Mutation(
         "an adapter that changed during a load fails it",
         "connectors/vllm/worker/loader.py",
-        "if not self._may_load(job.load):",
-        "if False:",
+        "job.cause if self._may_load(job.load) else Cause.ADAPTER_CHANGED",
+        "job.cause",
         _worker("transfer::test_an_adapter_that_changes_during_a_load_fails_it"),
     ),
     Mutation(

@@ -179,7 +179,7 @@ CONTROL = [
     ),
     Mutation(
         "a kernel imports nothing of ours",
-        "kernels/page_copy.py",
+        "kernels/page_copy/copier.py",
         "import torch\n",
         "import torch\n\nfrom loracache.errors import UsageError\n",
         "tests/unit/test_architecture.py",

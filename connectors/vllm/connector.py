@@ -24,10 +24,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from loracache.connectors.vllm.common.geometry import uncacheable
 from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.messages import Facts, StepPlan
-from loracache.connectors.vllm.common.options import Options
+from loracache.connectors.vllm.common.options import Options, own_options
 from loracache.connectors.vllm.common.patches import problem
 from loracache.connectors.vllm.common.private import private_server
-from loracache.connectors.vllm.common.releases import unknown_release
+from loracache.connectors.vllm.common.releases import has_kv_layouts, unknown_release
 from loracache.connectors.vllm.common.reports import ReportInbox, ReportOutbox
 from loracache.connectors.vllm.common.stats import ConnectorStats, PromMetrics
 from loracache.connectors.vllm.identity.model import ModelIdentity
@@ -95,6 +95,14 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
 
     # -- both sides ----------
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """The layout to prefer. Where the attention cannot read it vLLM says so and takes its own."""
+        layout = own_options(vllm_config).kv_layout
+        if layout and not has_kv_layouts():
+            raise ConfigError(f"kv_connector_extra_config: kv_layout={layout!r} needs vLLM 0.29 or later; leave it out")
+        return layout or None
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -34,6 +34,9 @@ __all__ = ["AdapterNames", "NameRecord", "SharedNames", "check_name"]
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.:@+/-]{0,199}", re.ASCII)
 _END_OF_TIME = 2.0**36  # seconds; a clock that shows more is none
+_NORMAL = "normal"
+_PRIORITIES = ("low", _NORMAL, "high")
+_TYPES = (str, str, str, float, int, str)  # of a record's fields
 _PAUSE_S = 1.0  # a Redis that failed is not asked again before that
 
 
@@ -49,17 +52,22 @@ def check_name(name: str) -> None:
 @dataclass(frozen=True, slots=True)
 class NameRecord:
     """digest: hex, or "" for a name that was removed. config: the adapter_config.json it was added with. added: Unix
-    seconds. version: grows with every change of the name, so that the later of two records is known."""
+    seconds. version: grows with every change of the name, so that the later of two records is known. priority: of what
+    is of the adapter, low, normal or high."""
 
     name: str
     digest: str
     config: str
     added: float
     version: int
+    priority: str = _NORMAL
 
     def encode(self, key: bytes | None) -> bytes:
         """As JSON, under a MAC where there is a key."""
-        body = json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if self.priority == _NORMAL:
+            del fields["priority"]  # as before there were any
+        body = json.dumps(fields, sort_keys=True)
         return json.dumps([body, _mac(body, key)]).encode()
 
     @classmethod
@@ -71,10 +79,12 @@ class NameRecord:
                 raise ValueError("its MAC does not match integrity_key")
             record = cls(**json.loads(body))
             check_name(record.name)
-            if tuple(map(type, astuple(record))) != (str, str, str, float, int) or not 0 <= record.added < _END_OF_TIME:
+            if tuple(map(type, astuple(record))) != _TYPES or not 0 <= record.added < _END_OF_TIME:
                 raise ValueError("its fields are not those of a record")
             if record.digest and not is_digest(record.digest):
                 raise ValueError("its digest is none")
+            if record.priority not in _PRIORITIES:
+                raise ValueError(f"its priority is {record.priority:.20}")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no record of a name: {error}") from None
         return record
@@ -173,18 +183,27 @@ class AdapterNames:
         except Unavailable as error:
             self._leave_alone(error)
 
-    def put(self, name: str, digest: str, config: str) -> None:
-        """Point a name at a digest, here and everywhere. Raises UsageError for a name that cannot be, Unavailable (and
-        nothing changed) where the Redis cannot be told or the folder not written."""
+    def put(self, name: str, digest: str, config: str, priority: str = "") -> None:
+        """Point a name at a digest, here and everywhere, with a priority ("": the one that it has). Raises UsageError
+        for a name that cannot be, Unavailable (and nothing changed) where the Redis cannot be told or the folder not
+        written."""
         check_name(name)
-        self._set(name, digest, config)
+        self._set(name, digest, config, priority)
+
+    def prioritize(self, name: str, priority: str) -> NameRecord | None:
+        """Give a name another priority; answers its record, or None where nobody knows it. Raises Unavailable as
+        `put`."""
+        before = self._latest(name)
+        if before is None or not before.digest:
+            return None
+        return self._set(name, before.digest, before.config, priority, before.added)
 
     def remove(self, name: str) -> NameRecord | None:
         """Forget a name, here and everywhere; answers what it pointed to. Raises Unavailable as `put`."""
         before = self._latest(name)
         if before is None or not before.digest:
             return None
-        self._set(name, "", "")  # a record too: a machine that knows the name still must not bring it back
+        self._set(name, "", "", _NORMAL)  # a record too: a machine that knows the name still must not bring it back
         return before
 
     def close(self) -> None:
@@ -192,11 +211,12 @@ class AdapterNames:
         if self._shared is not None:
             self._shared.close()
 
-    def _set(self, name: str, digest: str, config: str) -> None:
+    def _set(self, name: str, digest: str, config: str, priority: str, added: float | None = None) -> NameRecord:
         before, now = self._latest(name), time.time()
+        priority = priority or (before.priority if before is not None else _NORMAL)
         # A time, so that it is the later one, too, than what another machine gave to a Redis that has lost it since.
         version = max(int(now * 1e6), before.version + 1 if before is not None else 1)
-        record = NameRecord(name, digest, config, now, version)
+        record = NameRecord(name, digest, config, now if added is None else added, version, priority)
         file = self._write(record)  # may fail: before the Redis is told, which cannot be untold
         if self._shared is not None:
             self._shared.put(name, record.encode(self._key))
@@ -206,6 +226,7 @@ class AdapterNames:
                 sync_folder(self._folder)
             except OSError as error:
                 raise Unavailable(f"the name {name} may not outlive a crash of the machine: {error}") from None
+        return record
 
     def _latest(self, name: str) -> NameRecord | None:
         """The newest record there is; raises Unavailable where that cannot be known."""

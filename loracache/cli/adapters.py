@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`loracache adapters add | list | show | remove | export`."""
+"""`loracache adapters add | list | show | prioritize | remove | export`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="LoRA adapters that the cache knows by name.", no_args_is_help=True)
 
+Priority = Literal["low", "normal", "high"]
 NameArgument = Annotated[
     str, typer.Argument(help="Name, or digest in hex.", show_default=False, autocompletion=complete_adapter)
 ]
@@ -28,11 +29,14 @@ NameArgument = Annotated[
 def add(
     name: Annotated[str, typer.Argument(help="What requests will call it (model=NAME).", show_default=False)],
     path: Annotated[Path, typer.Argument(help="PEFT folder on the daemon's machine.", show_default=False)],
+    priority: Annotated[
+        Priority | None, typer.Option(help="Of its weights and KV; without it the one that NAME has.")
+    ] = None,
     socket: SocketOption = None,
 ) -> None:
     """Take a PEFT folder into the cache under NAME. A name that is there already is re-pointed, all at once."""
     with client_of(socket) as client:
-        digest = client.add_adapter(str(path.absolute()), name)
+        digest = client.add_adapter(str(path.absolute()), name, priority=priority or "")
         client.flush(600.0)
     typer.echo(f"{name} -> {digest}")
 
@@ -61,6 +65,19 @@ def show(name: NameArgument, socket: SocketOption = None, as_json: JsonOption = 
     from loracache.cli.tables import print_adapter
 
     print_adapter(adapter)
+
+
+@app.command()
+def prioritize(
+    name: Annotated[str, typer.Argument(help="Its name.", show_default=False, autocompletion=complete_adapter)],
+    priority: Annotated[Priority, typer.Argument(help="Of its weights and KV.", show_default=False)],
+    socket: SocketOption = None,
+) -> None:
+    """Give NAME a priority: who goes first of what is of the same owners. What a request gave its KV comes first."""
+    with client_of(socket) as client:
+        if not client.prioritize_adapter(name, priority):
+            raise Unknown(f"no adapter is called {name!r}; see: loracache adapters list")
+    typer.echo(f"{name}: {priority}")
 
 
 @app.command()

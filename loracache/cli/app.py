@@ -84,6 +84,9 @@ def _options(
 def serve(
     socket: SocketOption = None,
     memory: Annotated[str | None, typer.Option(help="Arena, tier cpu, e.g. 4GiB.", show_default="4GiB")] = None,
+    hugepages: Annotated[
+        str | None, typer.Option(help="Huge pages for it: transparent or reserved.", show_default=False)
+    ] = None,
     disk_path: Annotated[Path | None, typer.Option(help="Folder of tier disk.", show_default=False)] = None,
     disk: Annotated[str | None, typer.Option(help="Most bytes tier disk may take.", show_default="20GiB")] = None,
     redis: Annotated[str | None, typer.Option(help="URL of tier redis.", show_default=False)] = None,
@@ -119,7 +122,7 @@ def serve(
         "redis_password_file": redis_password_file, "http": http, "page_size": page_size,
         "disk_sync": disk_sync or None, "drain": drain, "private": private or None, "log_level": log_level,
         "log_format": log_format, "audit_log": audit_log, "traces": traces,
-        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key, "record": record,
+        "http_hosts": http_hosts, "tls_cert": tls_cert, "tls_key": tls_key, "record": record, "hugepages": hugepages,
     }  # fmt: skip
     settings = load_config(flags, config)
     set_up_logging(settings.log_level, settings.log_format)

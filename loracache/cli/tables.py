@@ -102,6 +102,8 @@ def print_status(status: dict[str, Any]) -> None:
         rows.append((name, tier.get("objects", "-"), size, used, status["hits"].get(name, 0), queued, state))
     print_table(["tier", ">objects", ">bytes", ">used of limit", ">hits", ">to write", "state"], rows)
     for name, tier in status["tiers"].items():
+        if "huge_bytes" in tier:
+            sys.stdout.write(f"{name}: {size_text(tier['huge_bytes'])} in huge pages\n")
         if tier.get("reason"):
             sys.stdout.write(f"{name}: {tier['reason']}\n")
     speeds = (_speed_text(name, speed) for name, speed in status["speeds"].items())
@@ -134,7 +136,7 @@ def print_adapter(adapter: Adapter) -> None:
     added = time_text(adapter.added) if adapter.added else "-"
     sys.stdout.write(f"name     {adapter.name or '-'}\ndigest   {adapter.digest}\nadded    {added}\n")
     sys.stdout.write(f"size     {size_text(adapter.size)}\ntiers    {', '.join(adapter.tiers) or 'none'}\n")
-    sys.stdout.write(f"engines  {adapter.engines}\n")
+    sys.stdout.write(f"engines  {adapter.engines}\npriority {adapter.priority}\n")
     for tier, (objects, nbytes) in adapter.kv.items():
         sys.stdout.write(f"KV       {objects} objects, {size_text(nbytes)} in {tier}\n")
     if adapter.config:

@@ -46,6 +46,8 @@ class Adapter:
     """How many engines hold it in their own memory."""
     kv: dict[str, tuple[int, int]]
     """What depends on it, by tier as (objects, bytes)."""
+    priority: str = "normal"
+    """Of its name: low, normal or high."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Adapter:

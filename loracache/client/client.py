@@ -211,11 +211,18 @@ class CacheClient(ControlCalls):
                     raise
         return payloads, False
 
-    def add_adapter(self, path: str, name: str = "", *, timeout: float = 600.0) -> str:
+    def add_adapter(self, path: str, name: str = "", *, priority: str = "", timeout: float = 600.0) -> str:
         """Take the PEFT folder at `path` (on the daemon's machine) into the cache and point `name` at it; answers its
-        hex digest. Raises Rejected naming file, tensor and reason."""
-        (digest,) = self._call(protocol.AdapterAdd(path, name, ""), timeout)
+        hex digest. priority: as of `prioritize_adapter`. Raises Rejected naming file, tensor and reason."""
+        (digest,) = self._call(protocol.AdapterAdd(path, name, "", priority), timeout)
         return str(digest)
+
+    def prioritize_adapter(self, name: str, priority: str) -> bool:
+        """Give a name a priority: "low", "normal" or "high". It is that of the adapter's weights and KV, as far as no
+        request gave another, and is kept with the name. False where nobody knows the name."""
+        if priority not in protocol.PRIORITIES:
+            raise UsageError(f"priority={priority!r:.30}: give one of {', '.join(protocol.PRIORITIES)}")
+        return bool(self._call(protocol.AdapterAdd("", name, "", priority)))
 
     def find_adapter(self, name: str) -> str | None:
         """The hex digest that a name points to now, or None."""

@@ -19,6 +19,7 @@ from loracache.adapters.names import AdapterNames, NameRecord, check_name
 from loracache.adapters.payload import AdapterDigests, Packing
 from loracache.adapters.peft import PeftFolder
 from loracache.cache.eviction import Evicted
+from loracache.cache.policy.keeps import PRIORITIES
 from loracache.cache.state.leases import Writing
 from loracache.cache.tier.workers import Workers
 from loracache.control.listing import sum_of
@@ -63,20 +64,26 @@ class Adapters:
         self.engines: Counter[bytes] = Counter()
         names.changed = self._renamed
         cache.retain(bytes.fromhex(record.digest) for record in names.known().values())
+        for digest in {record.digest for record in names.known().values() if record.priority != "normal"}:
+            self._prioritize(digest)
 
     async def digest(self, path: str) -> list[Any]:
         """[hex digest, identity of the files] of a PEFT folder."""
         digest, identity = await self._files.result(lambda: self._digests.digest(path))
         return [digest, list(identity)]
 
-    async def add(self, path: str, name: str) -> list[Any]:
-        """Take a folder in; answers [hex digest] when it can be loaded from the cache."""
+    async def add(self, path: str, name: str, priority: str = "") -> list[Any]:
+        """Take a folder in; answers [hex digest] when it can be loaded from the cache. priority: of the name, "" for
+        the one that it has. Without a path the name's priority alone is changed; [] where nobody knows it."""
+        if not path:
+            record = await self._others.result(lambda: self._names.prioritize(name, priority))
+            return [record.digest] if record is not None else []
         if name:
             check_name(name)
         async with self._turns:
             folder = await self._files.result(lambda: PeftFolder(path))
             with folder:
-                return [await self._take_in(folder, path, name)]
+                return [await self._take_in(folder, path, name, priority)]
 
     async def find(self, name: str) -> list[Any]:
         """[hex digest] that a name points to, or []."""
@@ -164,21 +171,29 @@ class Adapters:
                 self._cache.stop_retaining(bytes.fromhex(before.digest))
             if after.digest:
                 self._cache.retain([bytes.fromhex(after.digest)])
+            for digest in {after.digest, before.digest if before is not None else ""} - {""}:
+                self._prioritize(digest)
 
         self._post(settle)
+
+    def _prioritize(self, digest: str) -> None:
+        """What is of an adapter has the highest priority that a name of it has."""
+        found = {record.priority for record in self._names.known().values() if record.digest == digest}
+        highest = next((each for each in reversed(PRIORITIES) if each in found), "normal")
+        self._cache.keeps.name(bytes.fromhex(digest), highest)
 
     def _named(self, digest: str) -> bool:
         return any(record.digest == digest for record in self._names.known().values())
 
     # -- on the loop ----------
 
-    async def _take_in(self, folder: PeftFolder, path: str, name: str) -> str:
+    async def _take_in(self, folder: PeftFolder, path: str, name: str, priority: str) -> str:
         packing = await self._files.result(lambda: Packing(folder))
         digest, _ = await self._files.result(lambda: self._digests.digest(path))
         await self._store(bytes.fromhex(digest), packing, path)
         if name:
             await self._keep(bytes.fromhex(digest), path)
-            await self._files.result(lambda: self._names.put(name, digest, folder.config_text))
+            await self._files.result(lambda: self._names.put(name, digest, folder.config_text, priority))
             # Its last other name may have been removed meanwhile, and it with that. From now on it stays.
             await self._store(bytes.fromhex(digest), packing, path)
             await self._keep(bytes.fromhex(digest), path)
@@ -265,6 +280,7 @@ class Adapters:
             "digest": key.hex(),
             "added": record.added if record is not None else 0.0,
             "config": record.config if record is not None else "",
+            "priority": record.priority if record is not None else "normal",
             "size": node.size if node is not None else 0,
             "tiers": tiers,
             "engines": self.engines[key],

@@ -34,6 +34,8 @@ def cache_status(cache: TieredCache) -> dict[str, Any]:
             "populated_bytes": arena.populated,
         }
     }
+    if arena.hugepages is not None:
+        tiers["cpu"]["huge_bytes"] = arena.huge_bytes
     if cache.disk is not None:
         tiers["disk"] = {
             "objects": index.objects[Tier.DISK],

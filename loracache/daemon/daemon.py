@@ -53,6 +53,10 @@ _log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _ACCEPT_PAUSE_S = 1.0
 _SAY_AGAIN_S = 10.0
+_FEW_HUGE = (
+    "; the rest works with small ones. Free memory is too scattered, or the kernel is older than 6.1 or denies them "
+    "(/sys/kernel/mm/transparent_hugepage/shmem_enabled); --hugepages reserved has them set aside"
+)
 _END_S = 3.0  # to end in after the draining, whatever hangs: most of it is waiting, _LEFT_S are for the last steps
 _LEFT_S, _SURE_S = 1.5, 0.3
 _UNUSED_S, _UNUSED_WITH_REDIS_S = 3600.0, 7 * 24 * 3600.0  # a namespace without objects is kept so long
@@ -268,8 +272,19 @@ class Daemon:
 
     def _populate(self) -> None:
         started = time.monotonic()
-        self.cache.arena.populate(self._stopping.is_set)
-        _log.info("arena of %d MiB ready after %.1f s", self.cache.arena.size >> 20, time.monotonic() - started)
+        arena = self.cache.arena
+        arena.populate(self._stopping.is_set)
+        _log.info("arena of %d MiB ready after %.1f s", arena.size >> 20, time.monotonic() - started)
+        if arena.hugepages is None or self._stopping.is_set():
+            return
+        _log.log(
+            logging.INFO if arena.huge_bytes == arena.size else logging.WARNING,
+            "hugepages=%s: %d of %d MiB lie in huge pages%s",
+            arena.hugepages,
+            arena.huge_bytes >> 20,
+            arena.size >> 20,
+            "" if arena.huge_bytes == arena.size else _FEW_HUGE,
+        )
 
     def _collect_namespaces(self) -> None:
         """Forget some that hold nothing. What Redis holds nobody knows, so with one they are kept for long."""

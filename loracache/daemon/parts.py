@@ -34,7 +34,7 @@ def tiers(config: Config, describe: Callable[[bytes], Mapping[bytes, bytes]], po
     Raises ConfigError."""
     disk, redis = _disk_backend(config), _redis_backend(config, describe)
     return TieredCache(
-        Arena(config.memory, config.page_size),
+        Arena(config.memory, config.page_size, config.hugepages),
         post,
         disk=disk,
         disk_limit=config.disk,

@@ -341,7 +341,7 @@ class Session(asyncio.Protocol):
         self._later(number, self._served.adapters.digest(request.path))
 
     def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
-        work = self._served.adapters.add(request.path, request.name)
+        work = self._served.adapters.add(request.path, request.name, request.priority)
         who, request = self._asker(request)
         self._later(number, self._served.control.audited(request, who, work))
 

@@ -68,9 +68,12 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
         responses=problems(404, 409, 413, 415, 422, 507),
         openapi_extra={"requestBody": _UPLOAD},
     )
-    async def upload(name: Name, request: Request, who: Uploader) -> models.Adapter:
-        """Take an uploaded PEFT folder into the cache, and point the name at it. Fields' names do not matter, files'
-        names do: adapter_config.json and adapter_model.safetensors; others are ignored."""
+    async def upload(
+        name: Name, request: Request, who: Uploader, priority: models.Priority | None = None
+    ) -> models.Adapter:
+        """Take an uploaded PEFT folder into the cache, and point the name at it, with the priority that it has if none
+        is given. Fields' names do not matter, files' names do: adapter_config.json and adapter_model.safetensors;
+        others are ignored."""
         try:
             check_name(name)
             folder = await receive(request.stream(), request.headers.get("content-type", ""), uploads)
@@ -83,12 +86,25 @@ def add_routes(app: FastAPI, link: DaemonLink, uploads: FilePath) -> None:
             raise HTTPException(507, f"the upload cannot be written: {error.strerror}") from None
         try:
             await asyncio.to_thread(_check, folder)
-            await link.call(protocol.AdapterAdd(str(folder), name, name_of(who)), _TAKE_IN_S)
+            await link.call(protocol.AdapterAdd(str(folder), name, name_of(who), priority or ""), _TAKE_IN_S)
         except (UsageError, Rejected) as error:  # its text names a folder that nobody knows
             status = 422 if isinstance(error, UsageError) else 409
             raise HTTPException(status, str(error).replace(str(folder), "the upload")) from None
         finally:
             await discard(folder)
+        return models.Adapter.of(await _adapter(link, name))
+
+    _add_changes(app, link)
+
+
+def _add_changes(app: FastAPI, link: DaemonLink) -> None:
+    """Routes that change a name."""
+
+    @app.post("/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 409, 422))
+    async def prioritize(name: Name, body: models.Prioritize, who: Admin) -> models.Adapter:
+        """Give a name a priority: that of the adapter's weights and of its KV, as far as no request gave another."""
+        if not await link.call(protocol.AdapterAdd("", name, name_of(who), body.priority), _CHANGE_S):
+            raise HTTPException(404, f"no adapter has the name {name!a}")
         return models.Adapter.of(await _adapter(link, name))
 
     @app.delete("/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 409, 422))

@@ -14,13 +14,14 @@ from loracache.wire.protocol import MAX_TTL_S
 __all__ = [
     "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flush",
     "Flushed", "Found", "LocalTier", "Lookup", "Move", "Object", "ObjectPage", "Operation", "OperationPage", "Pin",
-    "Selector", "Strict", "TreeNode", "TreePage", "Unpin",
+    "Prioritize", "Priority", "Selector", "Strict", "TreeNode", "TreePage", "Unpin",
 ]  # fmt: skip
 
 HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LocalTier = Literal["cpu", "disk"]
 StoredTier = Literal["disk", "redis"]
 Tier = Literal["cpu", "disk", "redis"]
+Priority = Literal["low", "normal", "high"]
 Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 ALL_TIERS: tuple[Tier, ...] = ("cpu", "disk", "redis")
 _MOST_TOKENS = 1 << 20
@@ -220,6 +221,12 @@ class Changed(BaseModel):
     skipped: int = Field(description="Left because leased, pinned, named, or needed by what is.")
 
 
+class Prioritize(Strict):
+    """The priority of an adapter's name."""
+
+    priority: Priority
+
+
 class Adapter(BaseModel):
     """An adapter of the cache."""
 
@@ -227,6 +234,7 @@ class Adapter(BaseModel):
     digest: str
     added: float = Field(description="Unix seconds.")
     config: str = Field(description="The adapter_config.json it was added with.")
+    priority: Priority = Field(description="Of the name: who goes first among what is of the same owners.")
     size: int = Field(description="Bytes; 0 where no tier of this daemon but Redis has it.")
     tiers: list[str]
     engines: int = Field(description="Engines that hold it in their own memory.")

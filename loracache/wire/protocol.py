@@ -120,10 +120,13 @@ class AdapterAdd(Request):
 
     operation: ClassVar[str] = "adapter_add"
     path: str
+    """An empty one: `name` points where it did, its priority alone is given. -> [], too, where nobody knows it"""
     name: str
     """An empty one points nowhere."""
     by: str
     """Who asked, for the audit log. Believed of the daemon's own REST process; of others noted as what they say."""
+    priority: str = ""
+    """low, normal or high; "": as it is."""
 
 
 @dataclass(frozen=True, slots=True)

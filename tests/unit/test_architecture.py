@@ -51,9 +51,9 @@ REACHES = {
     "config": "errors keys logs",
     "connectors": "",
     "vllm": (
-        "adapters backoff client config errors free_pages kernels keys logs mapping results s3_fifo tiers "
-        "transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler vllm.scheduler.lora "
-        "vllm.worker vllm.worker.lora wire"
+        "adapters backoff client config errors free_pages kernels kernels.page_copy keys logs mapping results s3_fifo "
+        "tiers transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler "
+        "vllm.scheduler.lora vllm.worker vllm.worker.lora wire"
     ),
     "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
     "vllm.frontend": "adapters backoff client config errors keys logs mapping vllm.common vllm.lora wire",
@@ -68,8 +68,8 @@ REACHES = {
         "adapters backoff client errors kernels keys mapping results s3_fifo tiers vllm.common vllm.link vllm.lora wire"
     ),
     "vllm.worker": (
-        "adapters backoff client config errors free_pages kernels keys logs mapping results tiers vllm.common "
-        "vllm.link vllm.lora vllm.worker.lora wire"
+        "adapters backoff client config errors free_pages kernels kernels.page_copy keys logs mapping results tiers "
+        "vllm.common vllm.link vllm.lora vllm.worker.lora wire"
     ),
     "vllm.worker.lora": (
         "adapters backoff client config errors free_pages kernels keys logs mapping results vllm.common vllm.link "
@@ -88,6 +88,7 @@ REACHES = {
     "folder": "",
     "free_pages": "",
     "kernels": "",
+    "kernels.page_copy": "",
     "keys": "errors",
     "logs": "",
     "mapping": "",

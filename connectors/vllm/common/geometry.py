@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["chunk_blocks", "joint_layout", "shard_name", "uncacheable"]
+__all__ = ["IN_BLOCKS", "chunk_blocks", "joint_layout", "payload_layout", "shard_name", "uncacheable"]
+
+IN_BLOCKS = "blocks"
+"""What the layout of a worker ends with, behind "@" or ".", where a payload holds block after block, each with all its
+layers, and not layer after layer."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -57,6 +61,12 @@ def joint_layout(layouts: Mapping[str, str]) -> str:
     if len({layout.partition("@")[0] for layout in different}) != 1:
         return ""
     return "|".join(f"{layout}#{shard}" for shard, layout in sorted(layouts.items()))
+
+
+def payload_layout(layout: str, per_chunk: int) -> str:
+    """The layout of a worker's payloads of `per_chunk` blocks: of one block they are the same bytes both ways."""
+    both = per_chunk == 1 and layout.endswith((f"@{IN_BLOCKS}", f".{IN_BLOCKS}"))
+    return layout[: -len(IN_BLOCKS) - 1] if both else layout
 
 
 def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:

@@ -11,7 +11,11 @@ from loracache.client.connection import socket_path
 from loracache.config import ENVIRONMENT, holds_password, http_address, parse_size
 from loracache.errors import ConfigError
 
-__all__ = ["Options", "is_alone", "is_ours", "own_options", "pool_bytes"]
+__all__ = ["KV_LAYOUTS", "Options", "is_alone", "is_ours", "own_options", "pool_bytes"]
+
+KV_LAYOUTS = ("BLNHC", "BLHNC")
+"""vLLM's names (0.29 or later) of layouts whose outermost dimension are the blocks: tokens before KV heads, as most
+attention reads it, or behind them."""
 
 _CONNECTOR = "LoRACacheConnector"
 _DAEMON_KEYS = ("memory", "disk_path", "disk", "redis", "redis_password_file", "http")
@@ -28,9 +32,10 @@ class Options:
     load_timeout: seconds without a byte after which a load is given up and recomputed. recompute_if_faster: what is
     found is computed where that is predicted to be so many times faster than loading it; 0: never. lookup_wait: seconds
     for which any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has
-    much to gain. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
-    lora_prefetch: how many of those that all engines' requests ask for most are brought onto free pages of it ahead of
-    a request; 0: none.
+    much to gain. kv_layout: how KV should lie in the engine's memory, one of KV_LAYOUTS; without it vLLM chooses.
+    lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter. lora_prefetch:
+    how many of those that all engines' requests ask for most are brought onto free pages of it ahead of a request; 0:
+    none.
     """
 
     server: str = ""
@@ -46,6 +51,7 @@ class Options:
     recompute_if_faster: float = 1.5
     lookup_wait: float = 0.02
     lookup_wait_most: float = 1.0
+    kv_layout: str = ""
     lora_pool: str = ""
     lora_prefetch: int = 8
 
@@ -103,6 +109,11 @@ class Options:
                 raise ConfigError(
                     f"kv_connector_extra_config: {key}={getattr(self, key)} must be within 0 and 10 seconds"
                 )
+        if self.kv_layout and self.kv_layout not in KV_LAYOUTS:
+            raise ConfigError(
+                f"kv_connector_extra_config: kv_layout={self.kv_layout!r} must be one of {', '.join(KV_LAYOUTS)}; for "
+                "another one set VLLM_KV_CACHE_LAYOUT, or leave kv_layout out for vLLM's own"
+            )
         if self.recompute_if_faster and not 1 <= self.recompute_if_faster <= 1000:
             raise ConfigError(
                 f"kv_connector_extra_config: recompute_if_faster={self.recompute_if_faster} must be within 1 and 1000, "

@@ -7,9 +7,10 @@ warns and goes on; `lora_pool` stands in the place of vLLM's own LoRA code and i
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
-__all__ = ["NEWEST", "OLDEST", "unknown_release", "vllm_version"]
+__all__ = ["NEWEST", "OLDEST", "has_kv_layouts", "unknown_release", "vllm_version"]
 
 OLDEST = (0, 26)
 NEWEST = (0, 33)
@@ -22,6 +23,11 @@ def vllm_version() -> str:
     except ImportError:
         return "unknown"
     return str(__version__)
+
+
+def has_kv_layouts() -> bool:
+    """Whether a connector may name one of the KV cache's layouts (0.29 on)."""
+    return importlib.util.find_spec("vllm.v1.kv_cache_layout") is not None
 
 
 def unknown_release() -> str:

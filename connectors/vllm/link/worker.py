@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from loracache.client import requests
 from loracache.client.link import Link
-from loracache.connectors.vllm.link.pinned import prepare_mapping
+from loracache.connectors.vllm.link.pinned import CudaHost, prepare_mapping
 
 __all__ = ["WorkerLink"]
 
@@ -17,11 +17,12 @@ _CALL_TIMEOUT_S = 5.0
 
 
 class WorkerLink(Link):
-    """A link whose arena is made fast to copy from and to. ensure: starts the daemon where it is a private one."""
+    """A link whose arena is made fast to copy from and to. ensure: starts the daemon where it is a private one. Made on
+    a thread whose current device is the worker's."""
 
     def __init__(self, server: str, name: str, ensure: Callable[[], None], device_type: str) -> None:
         super().__init__(server, name=name, log=_log, prepare=ensure)
-        self._device_type = device_type
+        self._host = CudaHost() if device_type == "cuda" else None
         self._registered: set[bytes] = set()
 
     def register(self, digest: bytes, descriptor: str, names: Sequence[str]) -> None:
@@ -34,4 +35,4 @@ class WorkerLink(Link):
         self._registered.clear()
         arena = self.connection.map
         if arena is not None:
-            prepare_mapping(arena, self._device_type)
+            prepare_mapping(arena, self._host)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout
+from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Facts, Load, Store
 from loracache.connectors.vllm.scheduler.requests import RequestState
 from loracache.keys import object_key
@@ -34,11 +34,11 @@ class Chunks:
     def of(cls, facts: Iterable[Facts], block_size: int, chunk_tokens: int, *, drops_last_block: bool) -> Chunks | None:
         """From what the workers say, one for each shard; None where they lay KV out differently."""
         by_shard = {fact.shard: fact for fact in facts}
-        layout = joint_layout({shard: fact.layout for shard, fact in by_shard.items()})
-        if not layout:
-            return None
         smallest = min(fact.block_bytes for fact in by_shard.values())
         per_chunk = chunk_blocks(smallest, block_size, chunk_tokens)
+        layout = joint_layout({shard: payload_layout(fact.layout, per_chunk) for shard, fact in by_shard.items()})
+        if not layout:
+            return None
         nbytes = per_chunk * sum(fact.block_bytes for fact in by_shard.values())
         return cls(block_size, per_chunk, tuple(sorted(by_shard)), layout, nbytes, drops_last_block)
 

@@ -1,61 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an engine's KV cache lies in memory, read from the tensors it registers, never from its version.
 
-Registered tensors are logical (blocks, KV heads, tokens of a block, content) views with any strides. What is needed:
-all bytes of one block of one layer lie together, so that a block moves as one run of bytes; the order inside goes
-into the namespace, and engines of another order never meet.
+Registered tensors are logical (blocks, KV heads, tokens of a block, content) views with any strides. A block moves as
+runs of bytes: one for all layers where they lie side by side (block-outermost layouts), else one a layer, or one a head
+where a layer's heads lie apart. The order inside goes into the namespace, and engines of another order never meet.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from loracache.connectors.vllm.common.geometry import IN_BLOCKS
 from loracache.errors import UsageError
 
 __all__ = ["KVLayout", "read_layout"]
 
 _WORD = 8
+_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """The KV cache of one worker as rows of words.
 
-    rows: for each layer an int64 tensor (blocks, words of a block), a strided view of the engine's memory. order: the
-    physical order of a block's dimensions and the dtype, for the namespace; where layers differ, every kind and
-    a digest of which layer is which ("N16.H.C128:bfloat16+N16.H.C128:uint8@3f1c..."). block_bytes: bytes of a block
-    over all layers.
+    names: its layers; those that share another's KV are not among them. rows: int64 tensors (blocks, words of a row),
+    strided views of the engine's memory; a payload holds row after row, each for all its blocks. order: the physical
+    order of a block's dimensions and the dtype, for the namespace; where layers differ, every kind and a digest of
+    which layer is which ("N16.H.C128:bfloat16+N16.H.C128:uint8@3f1c..."); where one row spans all layers, "@blocks"
+    or, where they do not lie in their order, a digest of it. block_bytes: bytes of a block over all layers.
     """
 
+    names: tuple[str, ...]
     rows: tuple[torch.Tensor, ...]
     order: str
     block_bytes: int
 
 
 def read_layout(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> KVLayout:
-    """The layout of registered tensors, sorted by layer name as registered. Raises UsageError where blocks do not lie
-    together.
+    """The layout of registered tensors, sorted by layer name as registered. Raises UsageError where blocks cannot be
+    moved as runs of words, naming the layer.
 
     A tensor may have a multiple of `num_blocks` rows (the attention kernel's blocks are smaller than the cache
-    manager's): then that many rows make a block.
+    manager's): then that many rows make a block. Layers under whose names the same tensor is registered share their KV.
     """
-    rows = []
-    orders = []
+    rows: list[torch.Tensor] = []
+    orders: dict[str, str] = {}
+    seen = set()
     for name, tensor in kv_caches.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
             raise UsageError(f"the KV cache of {name} is not a single tensor of blocks")
+        if tensor.device.type not in _DEVICES:
+            raise UsageError(
+                f"the KV cache of {name} is on a device of type {tensor.device.type}; "
+                f"it can be copied on {' and '.join(_DEVICES)}"
+            )
         if num_blocks <= 0 or not tensor.numel() or tensor.shape[0] % num_blocks:
             raise UsageError(f"the KV cache of {name} has {tensor.shape[0]} rows for {num_blocks} blocks")
-        rows.append(_rows(name, tensor, tensor.shape[0] // num_blocks))
-        orders.append(_order(tensor))
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place in seen:
+            continue
+        seen.add(place)
+        parts = _parts(tensor)
+        rows += [_rows(name, part, tensor.shape[0] // num_blocks) for part in parts]
+        orders[name] = _order(tensor, apart=len(parts) > 1)
     if not rows:
         raise UsageError("the engine registered no KV cache")
-    block_bytes = sum(layer.shape[1] * _WORD for layer in rows)
-    return KVLayout(tuple(rows), _joined(orders), block_bytes)
+    block_bytes = sum(row.shape[1] * _WORD for row in rows)
+    joined, how = _side_by_side(rows)
+    order = _joined(list(orders.values()))
+    if how:
+        order += f"{'.' if '@' in order else '@'}{how}"
+    return KVLayout(tuple(orders), tuple(joined), order, block_bytes)
 
 
 def _joined(orders: list[str]) -> str:
@@ -63,6 +82,34 @@ def _joined(orders: list[str]) -> str:
     if len(kinds) == 1:
         return kinds[0]
     return f"{'+'.join(kinds)}@{hashlib.sha256(' '.join(orders).encode()).hexdigest()[:16]}"
+
+
+def _side_by_side(rows: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], str]:
+    """(the rows to move, how they differ from `rows`): one that spans them all where they tile every block."""
+    storage, step = rows[0].untyped_storage().data_ptr(), rows[0].stride(0)
+    order = sorted(range(len(rows)), key=lambda place: rows[place].data_ptr())
+    begins = at = rows[order[0]].data_ptr()
+    for row in (rows[place] for place in order):
+        if (row.untyped_storage().data_ptr(), row.stride(0), row.data_ptr()) != (storage, step, at):
+            return rows, ""
+        at += row.shape[1] * _WORD
+    words = (at - begins) // _WORD
+    if len(rows) == 1 or words > step:
+        return rows, ""
+    joined = rows[order[0]].as_strided((rows[0].shape[0], words), (step, 1))
+    if order == list(range(len(rows))):
+        return [joined], IN_BLOCKS
+    return [joined], hashlib.sha256(repr(order).encode()).hexdigest()[:16]
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What of a tensor lies in one piece in every block: all of it, or each head where heads lie apart."""
+    if tensor.dim() != 4 or tensor.shape[1] == 1:
+        return [tensor]
+    inner = tensor.shape[2] * tensor.shape[3]
+    if tensor.stride(1) <= inner:  # heads interleaved with tokens, or one behind the other
+        return [tensor]
+    return [tensor[:, head] for head in range(tensor.shape[1])]
 
 
 def _rows(name: str, tensor: torch.Tensor, per_block: int) -> torch.Tensor:
@@ -90,11 +137,12 @@ def _rows(name: str, tensor: torch.Tensor, per_block: int) -> torch.Tensor:
     )
 
 
-def _order(tensor: torch.Tensor) -> str:
+def _order(tensor: torch.Tensor, *, apart: bool) -> str:
     """The block's dimensions from the slowest to the fastest, with all sizes but the number of KV heads (dimension 1: a
-    shard's own) where there are four, and its dtype:
-    "N128.H.C128:bfloat16"."""
+    shard's own) where there are four, and its dtype: "N128.H.C128:bfloat16"; "H/N128.C128:bfloat16" where each head is
+    a row of its own."""
     names = "BHNC" if tensor.dim() == 4 else "BNC" if tensor.dim() == 3 else "BXYZUVW"
     dims = sorted(range(1, tensor.dim()), key=lambda dim: -tensor.stride(dim))
     order = ".".join(names[dim] if names[dim] == "H" else f"{names[dim]}{tensor.shape[dim]}" for dim in dims)
+    order = order.replace("H.", "H/", 1) if apart else order
     return f"{order}:{str(tensor.dtype).removeprefix('torch.')}"

@@ -5,6 +5,11 @@ The engine's loop hands jobs over and collects what is done; it never waits for 
 small against the daemon's arena: held there, copied, let go, so that it may be larger than the arena, and share that
 with others. Where a load ends early, what was copied under a lease that held counts, and the scheduler has the rest
 recomputed. What was decided to have failed is never copied afterwards.
+
+On a GPU what the daemon answers at a time is one submission, a flight, and its checksums are computed meanwhile. No
+part is let go, and no load reported, before its flights have ended. A chunk that turns out to be wrong then lies in
+blocks that nobody reads: vLLM computes with blocks, and shares them, only once their load was reported, and not with
+those that failed. On a CPU a chunk is checked before it is copied.
 """
 
 from __future__ import annotations
@@ -19,17 +24,18 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from loracache.backoff import Backoff
 from loracache.client import requests
 from loracache.client.connection import Reply
 from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import Load
 from loracache.connectors.vllm.link.worker import WorkerLink
+from loracache.connectors.vllm.worker.hashers import Hashers, cores_for_hashing
+from loracache.connectors.vllm.worker.loading import LONGEST_PAUSE_S, Chunk, Flight, Loading, Part
 from loracache.errors import LoRACacheError, Rejected, Unavailable
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier
 from loracache.keys import checksum, object_key
 from loracache.results import Cause
 
@@ -45,48 +51,6 @@ _PART_SHARE = 16  # of the arena is a part at most,
 _SHARE = 4  # and this all parts of a worker, but for one that is larger
 _PART_CHUNKS = 4096
 _NO_ROOM_S = 1.0  # for which a load waits for room in the arena without getting any
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
-
-
-@dataclass(slots=True)
-class _Part:
-    """Chunks of a load that are held in the arena together. copied: those whose bytes are in their blocks."""
-
-    lease: bytes
-    nbytes: int
-    positions: list[int]
-    acquire: int = 0
-    release: int = 0
-    copied: list[int] = field(default_factory=list)
-    bad: list[bytes] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Loading:
-    """A load under way. todo: positions of chunks to be asked for, a heap. missing: those that did not arrive, or whose
-    part is held still. gap: one of them never will, so that those behind it are of no use. deadline: for the next
-    byte. most: chunks of a part. again: when to ask for room once more, after the last of `pauses`. cause: why it ends
-    early.
-    """
-
-    load: Load
-    after: Any  # a CUDA event: nothing writes to the blocks any more once it has happened
-    deadline: float
-    todo: list[int]
-    missing: set[int]
-    most: int
-    parts: list[_Part] = field(default_factory=list)
-    causes: dict[str, int] = field(default_factory=dict)
-    gap: bool = False
-    again: float = 0.0
-    pauses: Backoff = field(default_factory=lambda: Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S))
-    no_room_since: float | None = None
-    cause: str = ""
-
-    def count(self, cause: str, amount: int = 1) -> None:
-        """Count failures."""
-        if amount:
-            self.causes[cause] = self.causes.get(cause, 0) + amount
 
 
 class Loader:
@@ -110,13 +74,16 @@ class Loader:
     ) -> None:
         self._link = WorkerLink(server, "vllm-load", ensure, copier.device_type)
         self._copier = copier
+        threads = cores_for_hashing(copier.device_type)
+        self._hashers = Hashers(threads)
+        self._landing = ThreadPoolExecutor(1, "loracache-landing", initializer=leave_pinned_core) if threads else None
         self._shard = shard
         self._block_bytes = block_bytes
         self._timeout = timeout
         self._may_load = may_load
         self._finished = finished
         self._jobs: queue.SimpleQueue[tuple[Load, Any] | None] = queue.SimpleQueue()
-        self._active: list[_Loading] = []
+        self._active: list[Loading] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._open = True
         self._thread = threading.Thread(target=self._run, name="loracache-load", daemon=True)
@@ -135,6 +102,9 @@ class Loader:
         self._jobs.put(None)
         os.eventfd_write(self._wake, 1)
         self._thread.join(timeout=_END_S)
+        self._hashers.close()
+        if self._landing is not None:
+            self._landing.shutdown(wait=False)
 
     # -- the thread ----------
 
@@ -158,18 +128,19 @@ class Loader:
         due = [self._due(job) for job in self._active]
         if connection.connected:
             poller.register(connection.fileno(), select.POLLIN | (select.POLLOUT if connection.unsent else 0))
-        elif any(job.parts for job in self._active):
+        elif any(part.acquire or part.release for job in self._active for part in job.parts):
             due.append(0.0)  # the daemon hung up meanwhile: hear it out, and end what it will not answer
-        timeout = min(due, default=None)
-        poller.poll(None if timeout is None else max(0.0, timeout - time.monotonic()) * 1000 + 1)
+        timeout = min(due, default=math.inf)
+        poller.poll(None if timeout == math.inf else max(0.0, timeout - time.monotonic()) * 1000 + 1)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
 
-    def _due(self, job: _Loading) -> float:
+    def _due(self, job: Loading) -> float:
         """When to look at a job again, whatever the daemon says."""
         now = time.monotonic()
-        waits = job.again if job.again > now else now + _LONGEST_PAUSE_S  # for others of ours to make room
-        return min(job.deadline if job.parts else math.inf, waits if job.todo and len(job.parts) < _PARTS else math.inf)
+        waits = job.again if job.again > now else now + LONGEST_PAUSE_S  # for others of ours to make room
+        deadline = job.deadline if job.waits else math.inf
+        return min(deadline, waits if job.todo and len(job.parts) < _PARTS else math.inf)
 
     def _step(self) -> None:
         while not self._jobs.empty():
@@ -188,25 +159,32 @@ class Loader:
                     work(job)
                 except (LoRACacheError, ValueError) as error:
                     _log.debug("load of %s: %s", job.load.request_id, error)
-                    self._end(job, Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE)
+                    self._give_up(job, Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE)
+                except Exception:  # noqa: BLE001 - top of the thread: a bug that one load meets is not the others'
+                    _log.exception("the load of %s failed and is recomputed", job.load.request_id)
+                    self._give_up(job, Cause.BUG)
 
     def _begin(self, load: Load, after: Any) -> None:
         positions = list(range(len(load.chunks)))
-        job = _Loading(load, after, time.monotonic() + self._timeout, positions, set(positions), _PART_CHUNKS)
+        job = Loading(load, after, time.monotonic() + self._timeout, positions, set(positions), _PART_CHUNKS)
         self._active.append(job)
         if not self._may_load(load):
-            self._end(job, Cause.ADAPTER_CHANGED)
+            self._give_up(job, Cause.ADAPTER_CHANGED)
         elif not self._link.ready():
-            self._end(job, Cause.UNAVAILABLE)
+            self._give_up(job, Cause.UNAVAILABLE)
 
     # -- parts ----------
 
-    def _advance(self, job: _Loading) -> None:
+    def _advance(self, job: Loading) -> None:
         """Take what has arrived; end what is late."""
         for part in list(job.parts):
-            self._receive(job, part)
+            self._land(job, part)
+            if part.dropped:
+                self._drop(job, part)
+            else:
+                self._receive(job, part)
         now = time.monotonic()
-        if job.parts and job.deadline <= now:
+        if job.waits and job.deadline <= now:
             self._let_go(job)
         elif job.no_room_since is not None and now - job.no_room_since > min(_NO_ROOM_S, self._timeout):
             job.count(Cause.MEMORY_FULL, len(job.todo))
@@ -214,7 +192,7 @@ class Loader:
         if job.gap:
             job.todo.clear()
 
-    def _ask(self, job: _Loading) -> None:
+    def _ask(self, job: Loading) -> None:
         """Ask for the next parts, as far as they fit beside all that are under way; where none is left, end."""
         size = job.load.chunk_blocks * self._block_bytes
         now = time.monotonic()
@@ -226,7 +204,7 @@ class Loader:
             held = sum(part.nbytes for other in self._active for part in other.parts)
             if held and held + count * size > len(arena) // _SHARE:
                 return
-            part = _Part(os.urandom(16), count * size, positions=[heapq.heappop(job.todo) for _ in range(count)])
+            part = Part(os.urandom(16), count * size, positions=[heapq.heappop(job.todo) for _ in range(count)])
             keys = [object_key(job.load.chunks[position].key, self._shard) for position in part.positions]
             if not job.parts:
                 job.deadline = now + self._timeout
@@ -234,58 +212,114 @@ class Loader:
             acquire = requests.Acquire(part.lease, requests.join_keys(keys), self._timeout + _LEASE_MARGIN_S)
             part.acquire = self._link.connection.send(acquire)
         if not job.parts and not job.todo:
-            self._end(job, job.cause)
+            self._end(job)
 
-    def _receive(self, job: _Loading, part: _Part) -> None:
-        connection = self._link.connection
-        while not part.release:
-            reply = connection.take(part.acquire)
-            if reply is None:
-                return
-            self._copy(job, part, reply)
+    def _receive(self, job: Loading, part: Part) -> None:
+        chunks: list[Chunk] = []
+        while part.acquire and (reply := self._link.connection.take(part.acquire)) is not None:
             if reply.last:
-                part.release = connection.send(requests.Release(part.lease, requests.join_keys(part.bad)))
-                connection.poll()
+                part.acquire = 0
+            chunks += self._arrived(job, part, reply)
+        if chunks:
+            self._copy(job, part, chunks)
+        if not (part.acquire or part.flights):
+            self._confirm(job, part)
+
+    def _confirm(self, job: Loading, part: Part) -> None:
+        """Let a part go. What was copied counts where its lease held until now: nothing can have reused the extents
+        meanwhile."""
+        connection = self._link.connection
+        if not part.release:
+            part.release = connection.send(requests.Release(part.lease, requests.join_keys(part.bad)))
+            connection.poll()
         reply = connection.take(part.release)
         if reply is None:
             return
         job.parts.remove(part)
-        if reply.payload[0]:  # held until now: nothing can have reused the extents while they were copied
+        if reply.payload[0]:
             job.missing.difference_update(part.copied)
         else:
-            job.count(Cause.LEASE_LOST)
-            job.gap = True
+            job.lost(Cause.LEASE_LOST)
 
-    def _copy(self, job: _Loading, part: _Part, reply: Reply) -> None:
+    def _arrived(self, job: Loading, part: Part, reply: Reply) -> list[Chunk]:
+        """Chunks that are in the arena now."""
+        chunks, size = [], job.load.chunk_blocks * self._block_bytes
         for place, *rest in reply.payload:
             position = part.positions[place]
-            if len(rest) == 1 and rest[0] == Cause.MEMORY_FULL:
-                self._no_room(job, part, position)
+            if len(rest) == 1:
+                if rest[0] == Cause.MEMORY_FULL:
+                    self._no_room(job, part, position)
+                else:
+                    job.lost(rest[0])
                 continue
-            cause = rest[0] if len(rest) == 1 else self._scatter(job, part, position, *rest)
-            if cause:
-                job.count(cause)
-                job.gap = True
-                continue
-            part.copied.append(position)
+            nbytes, expected, extents = rest
+            if nbytes == size:
+                chunks.append(Chunk(position, expected, self._link.connection.buffers(extents, size)))
+            else:
+                job.lost(Cause.SIZE)
+        return chunks
+
+    def _copy(self, job: Loading, part: Part, chunks: list[Chunk]) -> None:
+        if self._landing is not None:
+            self._fly(job, part, chunks, self._landing)
+            return
+        for chunk in chunks:
+            if self._checked(job, part, chunk, checksum(chunk.payload)) and self._submit(job, [chunk]):
+                self._came(job, part, chunk)
+
+    def _fly(self, job: Loading, part: Part, chunks: list[Chunk], landing: ThreadPoolExecutor) -> None:
+        copy = self._submit(job, chunks)
+        if copy is not None:
             job.deadline = time.monotonic() + self._timeout
-            job.pauses.reset()
-            job.no_room_since = None
+            sums = self._hashers.start([chunk.payload for chunk in chunks])
+            part.flights.append(Flight(chunks, landing.submit(_landed, copy, sums)))
+            part.flights[-1].landing.add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
 
-    def _scatter(
-        self, job: _Loading, part: _Part, position: int, size: int, expected: int, extents: list[int]
-    ) -> Cause:
-        chunk = job.load.chunks[position]
-        if size != job.load.chunk_blocks * self._block_bytes:
-            return Cause.SIZE
-        payload = self._link.connection.buffers(extents, size)
-        if checksum(payload) != expected:
-            part.bad.append(object_key(chunk.key, self._shard))
-            return Cause.CHECKSUM
-        self._copier.scatter(chunk.blocks, payload, first=chunk.first, of=job.load.chunk_blocks, after=job.after)
-        return Cause.NONE
+    def _submit(self, job: Loading, chunks: list[Chunk]) -> Copy | None:
+        """One submission; None where the device refuses it."""
+        load = job.load
+        plan = [(load.chunks[chunk.position], chunk.payload) for chunk in chunks]
+        moves = [Move(planned.blocks, payload, planned.first, load.chunk_blocks) for planned, payload in plan]
+        try:
+            copy = self._copier.scatter(moves, job.after)
+            if self._landing is None:
+                copy.wait()
+            return copy
+        except CopyError as error:
+            self._not_copied(job, chunks, error)
+            return None
 
-    def _no_room(self, job: _Loading, part: _Part, position: int) -> None:
+    def _land(self, job: Loading, part: Part) -> None:
+        """Take the flights that have ended."""
+        for flight in [flight for flight in part.flights if flight.landing.done()]:
+            part.flights.remove(flight)
+            try:
+                sums = flight.landing.result()
+            except CopyError as error:
+                self._not_copied(job, flight.chunks, error)
+                continue
+            for chunk, found in zip(flight.chunks, sums, strict=True):
+                if self._checked(job, part, chunk, found):
+                    self._came(job, part, chunk)
+
+    def _checked(self, job: Loading, part: Part, chunk: Chunk, found: int) -> bool:
+        right = found == chunk.expected
+        if not right:
+            part.bad.append(object_key(job.load.chunks[chunk.position].key, self._shard))
+            job.lost(Cause.CHECKSUM)
+        return right
+
+    def _came(self, job: Loading, part: Part, chunk: Chunk) -> None:
+        part.copied.append(chunk.position)
+        job.deadline = time.monotonic() + (_CONFIRM_S if job.cause else self._timeout)
+        job.pauses.reset()
+        job.no_room_since = None
+
+    def _not_copied(self, job: Loading, chunks: list[Chunk], error: CopyError) -> None:
+        _log.warning("%d chunks for %s were not copied: %s", len(chunks), job.load.request_id, error)
+        job.lost(Cause.COPY_FAILED, len(chunks))
+
+    def _no_room(self, job: Loading, part: Part, position: int) -> None:
         """The arena is full of what others hold: ask again, for less at a time."""
         heapq.heappush(job.todo, position)
         now = time.monotonic()
@@ -297,33 +331,43 @@ class Loader:
 
     # -- the end ----------
 
-    def _let_go(self, job: _Loading) -> None:
+    def _let_go(self, job: Loading) -> None:
         """The next byte is late: ask for no more. What was copied counts where its lease held until now, which the
         daemon may say still."""
         late, job.cause = bool(job.cause), Cause.DEADLINE
         job.todo.clear()
-        for part in list(job.parts):
-            if late or not part.copied:
-                self._forget(job, part)
-            elif not part.release:
-                self._link.connection.forget(part.acquire)
-                bad = requests.join_keys(part.bad)
-                part.release = self._link.connection.send(requests.Release(part.lease, bad))
         job.deadline = time.monotonic() + _CONFIRM_S
+        for part in list(job.parts):
+            if late or not (part.copied or part.flights):
+                self._drop(job, part)
+            elif part.acquire:
+                self._link.connection.forget(part.acquire)
+                part.acquire = 0
+                if not part.flights:
+                    self._confirm(job, part)
 
-    def _forget(self, job: _Loading, part: _Part) -> None:
+    def _give_up(self, job: Loading, cause: str) -> None:
+        """Ask for no more, and end as soon as what was submitted has ended."""
+        job.cause = cause
+        job.todo.clear()
+        for part in list(job.parts):
+            self._drop(job, part)
+        if not job.parts:
+            self._end(job)
+
+    def _drop(self, job: Loading, part: Part) -> None:
         connection = self._link.connection
-        job.parts.remove(part)
         connection.forget(part.release or part.acquire)
-        connection.send(requests.Release(part.lease, b""), answer=False)
+        part.acquire = part.release = 0
+        part.dropped = True
+        if not part.flights:
+            job.parts.remove(part)
+            connection.send(requests.Release(part.lease, requests.join_keys(part.bad)), answer=False)
 
-    def _end(self, job: _Loading, cause: str) -> None:
+    def _end(self, job: Loading) -> None:
         """Report the load: what did not arrive has failed, and all of it where it is not what was asked for."""
         self._active.remove(job)
-        for part in list(job.parts):
-            self._forget(job, part)
-        if not self._may_load(job.load):
-            cause = Cause.ADAPTER_CHANGED
+        cause = job.cause if self._may_load(job.load) else Cause.ADAPTER_CHANGED
         if cause:
             job.count(cause)
         if cause in (Cause.ADAPTER_CHANGED, Cause.BUG, Cause.SHUTDOWN):
@@ -335,6 +379,17 @@ class Loader:
         while not self._jobs.empty():
             submitted = self._jobs.get()
             if submitted is not None:
-                self._active.append(_Loading(*submitted, 0.0, [], set(), 1))
+                self._active.append(Loading(*submitted, 0.0, [], set(), 1))
         for job in list(self._active):
-            self._end(job, cause)
+            for part in job.parts:
+                wait([flight.landing for flight in part.flights])
+                part.flights.clear()
+            self._give_up(job, cause)
+
+
+def _landed(copy: Copy, sums: Callable[[], list[int]]) -> list[int]:
+    try:
+        copy.wait()
+    finally:
+        found = sums()
+    return found

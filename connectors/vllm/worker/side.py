@@ -113,7 +113,7 @@ class WorkerSide:
             return
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._facts = Facts(
-            shard_name(self._config, list(kv_caches)),
+            shard_name(self._config, list(layout.names)),
             f"{_platform(self._config, spec)}/{layout.order}",
             layout.block_bytes,
             pool=pool,

@@ -2,17 +2,23 @@
 """The worker's thread that stores. It has a connection and a copier of its own; loader.py has the one that loads.
 
 The engine's loop hands jobs over and collects what is done; it never waits for a daemon. A store is cut into parts
-that are small against the daemon's arena, and each is visible before the next is written.
+that are small against the daemon's arena, and each is visible before the next is written. On a GPU a part is copied in
+large submissions, two under way at most so that loads never wait long behind stores; what has arrived is hashed while
+the next flies. A write lease is committed or given up only after all that was submitted under it has ended: a copy
+under way would write into what belongs to others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from loracache.backoff import Backoff
@@ -21,9 +27,10 @@ from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.gate import Gate
+from loracache.connectors.vllm.worker.hashers import Hashers, cores_for_hashing
 from loracache.errors import LoRACacheError, Rejected, Unavailable
-from loracache.kernels.page_copy import PageCopier
-from loracache.keys import checksum, object_key
+from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier
+from loracache.keys import object_key
 from loracache.results import Cause
 
 __all__ = ["StoreJob", "Storer"]
@@ -33,6 +40,8 @@ _CALL_TIMEOUT_S = 5.0
 _WRITE_LEASE_S = 60.0
 _PART_SHARE = 16  # of the arena is a part at most
 _PART_CHUNKS = 4096
+_FLIGHTS = 2  # of a store are under way at most,
+_FLIGHT_BYTES = 32 << 20  # each of so many bytes
 _NO_ROOM_S = 1.0  # for which a store waits for room without getting any
 _LONGEST_S = 5.0  # and with it: what comes behind waits, too
 _FULL_S = 10.0  # after which the next one waits again
@@ -95,6 +104,8 @@ class Storer:
     ) -> None:
         self._link = WorkerLink(server, "vllm-store", ensure, copier.device_type)
         self._copier = copier
+        self._hashers = Hashers(min(1, cores_for_hashing(copier.device_type)))
+        self._flight_bytes = 0 if copier.device_type == "cpu" else _FLIGHT_BYTES  # 0: a chunk, hashed from the cache
         self._shard = shard
         self._block_bytes = block_bytes
         self._may_store = may_store
@@ -114,6 +125,7 @@ class Storer:
         """Finish what is queued, within a bounded time, and end the thread."""
         self._jobs.put(None)
         self._thread.join(timeout=_END_S)
+        self._hashers.close()
 
     def _run(self) -> None:
         leave_pinned_core()
@@ -124,6 +136,9 @@ class Storer:
             except LoRACacheError as error:
                 _log.debug("store for %s: %s", job.store.request_id, error)
                 causes[Cause.REJECTED if isinstance(error, Rejected) else Cause.UNAVAILABLE] = job.left
+            except CopyError as error:
+                _log.warning("the store for %s ends early: %s", job.store.request_id, error)
+                causes[Cause.COPY_FAILED] = job.left
             except Exception:  # noqa: BLE001 - top of the thread: a bug must not keep a request's blocks for ever
                 _log.exception("a store failed")
                 causes[Cause.BUG] = job.left
@@ -210,7 +225,7 @@ class Storer:
                 lease, requests.join_keys([key for key, _ in written]), [total for _, total in written]
             )
             answer = connection.call(commit, _CALL_TIMEOUT_S).payload
-        except BaseException:  # of a copier, too: else the extents stay reserved for as long as the lease
+        except BaseException:  # else the extents stay reserved for as long as the lease
             connection.abort(lease)
             raise
         sizes = {key: self._block_bytes * len(chunk.blocks) for key, chunk in zip(keys, chunks, strict=True)}
@@ -229,16 +244,51 @@ class Storer:
         answer: Sequence[Any],
         causes: dict[str, int],
     ) -> list[tuple[bytes, int]]:
-        written = []
+        granted: list[tuple[bytes, Move]] = []
         for key, chunk, item in zip(keys, chunks, answer, strict=True):
-            if not isinstance(item, list):
-                if item not in (Cause.EXISTS, Cause.BUSY):
-                    causes[item] = causes.get(item, 0) + 1
-                continue
-            blocks = chunk.blocks
-            payload = self._link.connection.buffers(item, self._block_bytes * len(blocks))
-            if not job.gate.run(lambda: self._copier.gather(blocks, payload, job.after)):  # noqa: B023
-                causes[Cause.CANCELLED] = causes.get(Cause.CANCELLED, 0) + 1
-                return []
-            written.append((key, checksum(payload)))
-        return written
+            if isinstance(item, list):
+                count = len(chunk.blocks)
+                payload = self._link.connection.buffers(item, self._block_bytes * count)
+                granted.append((key, Move(chunk.blocks, payload, 0, count)))
+            elif item not in (Cause.EXISTS, Cause.BUSY):
+                causes[item] = causes.get(item, 0) + 1
+        sums = self._gather(job, [move for _, move in granted])
+        if sums is None:
+            causes[Cause.CANCELLED] = causes.get(Cause.CANCELLED, 0) + 1
+            return []
+        return list(zip([key for key, _ in granted], sums, strict=True))
+
+    def _gather(self, job: StoreJob, moves: Sequence[Move]) -> list[int] | None:
+        """Copy; answers the checksums, or None where the job was given up meanwhile. Whatever comes of it, what was
+        submitted has ended."""
+        flying: deque[tuple[Copy, Sequence[Move]]] = deque()
+        sums: list[Callable[[], list[int]]] = []
+
+        def land() -> None:
+            copy, landed = flying[0]
+            copy.wait()
+            flying.popleft()
+            sums.append(self._hashers.start([move.payload for move in landed]))
+
+        try:
+            for flight in self._flights(moves):
+                copy = job.gate.submit(partial(self._copier.gather, flight, job.after))
+                if copy is None:
+                    return None
+                flying.append((copy, flight))
+                while flying and (len(flying) == _FLIGHTS or flying[0][0].done()):
+                    land()
+            while flying:
+                land()
+        finally:
+            for copy, _ in flying:
+                with contextlib.suppress(CopyError):
+                    copy.wait()
+        return [each for found in sums for each in found()] if job.gate.is_open else None
+
+    def _flights(self, moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
+        """Moves that are submitted together."""
+        size = self._block_bytes * max((move.of for move in moves), default=1)
+        most = max(1, self._flight_bytes // size)
+        for at in range(0, len(moves), most):
+            yield moves[at : at + most]

@@ -154,13 +154,13 @@ class Classes:
         for namespace in list(self._index.spaces):
             yield from self.regroup_space(namespace)
 
-    def regroup_space(self, namespace: bytes) -> Iterator[None]:
-        """The same of one namespace."""
+    def regroup_space(self, namespace: bytes, ranked: bool = False) -> Iterator[None]:
+        """The same of one namespace. ranked: its rank may have changed, whoever's it is."""
         space = self._index.spaces.get(namespace)
         first = self._index.get(space.keys[0]) if space is not None else None
         if first is None:
             return
-        if first.kind is not Kind.LORA and not self.shares.renew(namespace, first.kind):
+        if first.kind is not Kind.LORA and not self.shares.renew(namespace, first.kind) and not ranked:
             yield
             return
         after = b""

@@ -2,8 +2,8 @@
 """What requests asked for: objects that are kept for a time since their last use, and others' priorities.
 
 A kept object goes only where all that is not kept gave too little room (classes.py); its time always runs out. A tenant
-may have so much kept, and no more is; of two wishes for one object the longer, and the higher, counts. Threading: the
-cache's thread.
+may have so much kept, and no more is; of two wishes for one object the longer, and the higher, counts. What no request
+gave a priority has that of its adapter's name. Threading: the cache's thread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from loracache.cache.policy.classes import HIGH, KEPT, LOW, NORMAL
 from loracache.cache.policy.limits import Quotas
 from loracache.cache.state.counters import Counters
 from loracache.cache.state.index import Index, Node
+from loracache.storage_backends.base import Kind
 from loracache.tiers import Tier
 
 __all__ = ["PRIORITIES", "Keeps"]
@@ -47,10 +48,12 @@ class Keeps:
         self._clock = clock
         self._kept: dict[Node, _Kept] = {}
         self._priorities: dict[Node, int] = {}
+        self._named: dict[bytes, int] = {}  # adapters, by key -> the rank that a name of theirs gives, if not NORMAL
+        self._spaces: dict[bytes, int] = {}  # namespaces -> the same; only while there are any
         self._bytes: Counter[str] = Counter()  # that are kept, by tenant
         self._ends: list[tuple[float, int, Node, _Kept]] = []  # a heap, one entry for each that is kept
         self._order = itertools.count()
-        quotas.rank = self.rank
+        quotas.rank, quotas.rank_of = self.rank, self._rank_of
         quotas.on_gone = self._gone
 
     def __len__(self) -> int:
@@ -58,7 +61,26 @@ class Keeps:
 
     def rank(self, node: Node) -> int:
         """Its rank among those of its owners."""
-        return KEPT if node in self._kept else self._priorities.get(node, NORMAL)
+        if node in self._kept:
+            return KEPT
+        own = self._priorities.get(node)
+        if own is not None or not self._named:
+            return own if own is not None else NORMAL
+        return self._named.get(node.key, NORMAL) if node.kind is Kind.LORA else self._rank_of(node.namespace)
+
+    def name(self, adapter: bytes, priority: str) -> None:
+        """What is of an adapter (by key), its weights and its KV, has the priority of its name from now on, as far as
+        no request gave it another. What is there is looked at in slices."""
+        rank = PRIORITIES[priority]
+        if rank == self._named.get(adapter, NORMAL):
+            return
+        self._quotas.engage()
+        if rank == NORMAL:
+            del self._named[adapter]
+        else:
+            self._named[adapter] = rank
+        self._spaces.clear()
+        self._quotas.rerank(adapter)
 
     def wish(self, keys: Sequence[bytes], ttl: float, priority: str) -> Iterator[None]:
         """Keep what is held of `keys` for `ttl` seconds (0: not at all) since its last use, and give it a priority (""
@@ -100,6 +122,19 @@ class Keeps:
             self._release(node)
             self._counters.add("keep.expired")
             self._quotas.move(node)
+
+    def _rank_of(self, namespace: bytes) -> int:
+        """Of what is of a namespace, by its adapter's name."""
+        if not self._named:
+            return NORMAL
+        rank = self._spaces.get(namespace)
+        if rank is None:
+            told = self._quotas.names(namespace)
+            if told is None:
+                return NORMAL
+            (adapter,) = told["adapter"] or ("",)
+            rank = self._spaces[namespace] = self._named.get(bytes.fromhex(adapter), NORMAL)
+        return rank
 
     def _keep(self, node: Node, ttl: float) -> None:
         until = self._clock() + ttl

@@ -37,6 +37,7 @@ class Quotas:
         self.speeds = Speeds()  # of all the tiers' policies
         self.names: Callable[[bytes], dict[str, tuple[str, ...]] | None] = lambda namespace: None
         self.rank: Callable[[Node], int] = lambda node: NORMAL
+        self.rank_of: Callable[[bytes], int] = lambda namespace: NORMAL  # of a namespace, by its adapter's name
         self.on_gone: Callable[[Node], None] = lambda node: None  # from the last tier
         self._classes: dict[Tier, Classes] = {}
 
@@ -86,6 +87,21 @@ class Quotas:
         for classes in self._classes.values():
             classes.move(node)
 
+    def rerank(self, adapter: bytes) -> None:
+        """The rank of what is of an adapter has changed, of its weights and its KV."""
+        self._slices.run(self._rerank(adapter))
+
+    def _rerank(self, adapter: bytes) -> Iterator[None]:
+        node = self._index.get(adapter)
+        if node is not None:
+            self.move(node)
+        for namespace in list(self._index.spaces):
+            told = self.names(namespace)
+            if told is not None and adapter.hex() in told["adapter"]:
+                for classes in self._classes.values():
+                    yield from classes.regroup_space(namespace, True)
+            yield
+
     def tenant_of(self, node: Node) -> str:
         """The digest of its tenant's salt, "" where there is none."""
         found = self.names(node.namespace) if node.kind is Kind.KV else None
@@ -94,8 +110,9 @@ class Quotas:
     def learned(self, namespace: bytes) -> None:
         """Somebody has told of a namespace, of which there may be objects already."""
         if namespace in self._index.spaces:
+            ranked = self.rank_of(namespace) != NORMAL
             for classes in self._classes.values():
-                self._slices.run(classes.regroup_space(namespace))
+                self._slices.run(classes.regroup_space(namespace, ranked))
 
     def all(self) -> Iterator[tuple[Tier, Subject, Quota, Owner | None]]:
         """Every quota, with the owner that it is of, where it is of one that is known."""

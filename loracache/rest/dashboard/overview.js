@@ -106,6 +106,9 @@ function card(name) {
     if (said.populated_bytes !== undefined) {
       figure("populated", "populated_bytes", bytes(said.populated_bytes), exactBytes(said.populated_bytes));
     }
+    if (said.huge_bytes !== undefined) {
+      figure("in huge pages", "huge_bytes", bytes(said.huge_bytes), exactBytes(said.huge_bytes));
+    }
     if (said.direct_io !== undefined) figure("direct I/O", "direct_io", said.direct_io ? "yes" : "no");
   } };
 }

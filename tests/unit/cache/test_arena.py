@@ -14,9 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from loracache.cache.state import arena as arena_module
 from loracache.cache.state.arena import Arena
+from loracache.cache.state.huge_pages import huge_bytes, reserved_pages
 from loracache.errors import ConfigError
 from loracache.free_pages import FreePages
+from loracache.mapping import HUGE_PAGE, address, aligned, fill_page_tables, map_arena
 
 PAGES = 61
 PAGE = 4096
@@ -190,3 +193,94 @@ def test_populating_touches_every_page_and_stops_when_told(arena: Arena) -> None
         assert other.populated == 0
     finally:
         os.close(other.fd)
+
+
+def in_huge_pages(mapped: mmap.mmap) -> int:
+    return huge_bytes(address(mapped))
+
+
+def can_join() -> bool:
+    """Whether this kernel joins pages of a file in memory when asked to."""
+    arena = Arena(4 << 20, PAGE, "transparent")
+    arena.populate()
+    os.close(arena.fd)
+    return arena.huge_bytes > 0
+
+
+def test_transparent_huge_pages_hold_the_arena_here_and_in_who_maps_it_and_it_stays_sealed() -> None:
+    if not can_join():
+        pytest.skip("this kernel makes no huge pages of shared memory (MADV_COLLAPSE, Linux 6.1)")
+    arena = Arena((9 << 20) + 3 * PAGE, PAGE, "transparent")
+    client = map_arena(arena.fd, arena.size, b"a client's")
+    try:
+        assert arena.size == 8 << 20
+        assert arena.huge_bytes == 0
+        arena.populate()
+        assert arena.populated == arena.huge_bytes == in_huge_pages(arena.map) == arena.size
+        assert fill_page_tables(lambda: client) == in_huge_pages(client) == arena.size
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.fd, arena.size // 2)
+        client[-1] = arena.view[0] = 7
+        assert (arena.view[-1], client[0]) == (7, 7)
+    finally:
+        os.close(arena.fd)
+
+
+def test_small_pages_are_what_nobody_asked_to_join() -> None:
+    arena = Arena(4 << 20, PAGE)
+    arena.populate()
+    os.close(arena.fd)
+    assert arena.huge_bytes == in_huge_pages(arena.map) == 0
+
+
+@pytest.mark.parametrize("size", [1 << 20, 4 << 20, (64 << 20) + PAGE])
+def test_large_mappings_begin_where_huge_pages_can(size: int) -> None:
+    fd = os.memfd_create("arena")
+    os.ftruncate(fd, size)
+    spacer = mmap.mmap(-1, 12 * PAGE)
+    mapped = [aligned(lambda: mmap.mmap(fd, size)) for _ in range(3)]
+    os.close(fd)
+    assert all(len(each) == size for each in mapped)
+    assert size < HUGE_PAGE or not any(address(each) % HUGE_PAGE for each in mapped)
+    spacer.close()
+
+
+def test_reserved_pages_that_are_not_there_are_refused_with_both_figures_and_the_fix() -> None:
+    page, free = reserved_pages()
+    if not page:
+        pytest.skip("a kernel without reserved pages")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    pages = free + 8
+    with pytest.raises(
+        ConfigError, match=f"takes {pages} pages of {page >> 10} KiB, of which {free} are free.*nr_huge"
+    ):
+        Arena(pages * page, PAGE, "reserved")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    with pytest.raises(ConfigError, match="less than a huge page"):
+        Arena(page // 2, PAGE, "reserved")
+
+
+def test_reserved_pages_that_a_limit_withholds_are_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control group's limit counts at the first touch, whose failure is a SIGBUS."""
+    monkeypatch.setattr(os, "MFD_HUGETLB", 0)  # so that the mapping succeeds
+    monkeypatch.setattr(arena_module, "fill_page_tables", lambda arena: len(arena()) // 2)
+    with pytest.raises(ConfigError, match="limit or the memory policy leaves fewer"):
+        Arena(4 << 20, PAGE, "reserved")
+
+
+def test_reserved_pages_hold_the_arena_and_its_seals() -> None:
+    page, free = reserved_pages()
+    if not page or free < 2:
+        pytest.skip("fewer than two reserved pages are free (sysctl vm.nr_hugepages)")
+    arena = Arena(2 * page + PAGE, PAGE, "reserved")
+    client = map_arena(arena.fd, arena.size, b"another client's")
+    try:
+        assert arena.size == 2 * page
+        arena.populate()
+        assert arena.huge_bytes == arena.size
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.fd, page)
+        client[-1] = 7
+        assert arena.view[-1] == 7
+    finally:
+        os.close(arena.fd)

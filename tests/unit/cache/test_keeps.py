@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from loracache.cache.policy import POLICIES
+from loracache.cache.policy.classes import HIGH, NORMAL
 from loracache.cache.policy.quotas import Quota
 from loracache.cache.state.slices import whole
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
+from tests.unit.cache.test_quota_machine import ADAPTERS, LORA, SPACES, names_of
 from tests.unit.cache.test_quotas import A, B, Tenants
 from tests.unit.conftest import PAGE, Rig, key_of
 
@@ -134,3 +137,87 @@ def test_an_adapter_may_be_kept_and_needs_its_own_room(rig_of: Make) -> None:
     for number in range(30):
         assert rig.store(number) == ""
     assert rig.node("lora") is not None
+
+
+# -- priorities of names -----------------------------------------------------------------------------------------------
+
+
+def put(rig: Rig, info: ObjectInfo) -> None:
+    place: Any = whole(rig.cache.reserve(1, b"w", [info], 30.0))[0]
+    assert rig.commit(1, b"w", [(info.key, rig.write(place))]) == [""]
+
+
+def served(rig: Rig, adapter: str, chunks: int = 2) -> list[bytes]:
+    """Keys of an adapter's weights and of KV that was computed with it, in memory, a page each."""
+    rig.cache.quotas.names = names_of
+    (space,) = (each for each, names in SPACES.items() if names == ("t1", adapter, "m1"))
+    keys = [bytes.fromhex(adapter), *(key_of((adapter, number)) for number in range(chunks))]
+    put(rig, ObjectInfo(keys[0], b"", Kind.LORA, LORA, PAGE, 0))
+    for above, key in pairwise(keys):
+        put(rig, ObjectInfo(key, above, Kind.KV, space, PAGE, 0))
+    return keys
+
+
+def held(rig: Rig, keys: list[bytes]) -> list[bytes]:
+    return [key for key in keys if (node := rig.cache.index.get(key)) is not None and node.held_in(CPU)]
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("before", [True, False])
+def test_what_is_of_an_adapter_goes_as_its_name_says(rig_of: Make, policy: str, before: bool) -> None:
+    """Whether the priority was given before it was stored, or after."""
+    rig = rig_of(pages=12, policy=policy)
+    high, low = (bytes.fromhex(each) for each in ADAPTERS[1:])
+
+    def name() -> None:
+        rig.cache.keeps.name(high, "high")
+        rig.cache.keeps.name(low, "low")
+        rig.settle()
+
+    if before:
+        name()
+    precious, cheap = served(rig, ADAPTERS[1]), served(rig, ADAPTERS[2])
+    if not before:
+        name()
+    for number in range(9):  # six pages are free
+        assert rig.store(number) == ""
+    assert held(rig, cheap) == []
+    for number in range(30):
+        assert rig.store(("more", number)) == ""
+    assert held(rig, precious) == precious
+    rig.cache.keeps.name(high, "normal")
+    rig.settle()
+    for number in range(100):
+        assert rig.store(("last", number)) == ""
+        rig.cache.lookup([key_of(("last", number))])
+    assert held(rig, precious[1:]) == []  # the weights may stay: adaptive has a part of the tier for them
+
+
+def test_what_a_request_said_of_its_kv_comes_before_its_adapters_name(rig_of: Make) -> None:
+    rig = rig_of(pages=12)
+    keys = served(rig, ADAPTERS[1])
+    rig.cache.keeps.name(keys[0], "low")
+    whole(rig.cache.keeps.wish(keys[1:], 0.0, "high"))  # type: ignore[arg-type]
+    rig.settle()
+    for number in range(40):
+        assert rig.store(number) == ""
+    assert held(rig, keys) == keys
+
+
+def test_kv_found_on_disk_before_its_namespace_was_told_of_ranks_when_it_is(rig_of: Make) -> None:
+    rig = rig_of(pages=12)
+    keys = served(rig, ADAPTERS[1])
+    told = rig.cache.quotas.names
+    rig.cache.quotas.names = lambda namespace: None
+    rig.cache.keeps.name(keys[0], "high")
+    rig.settle()
+    node = rig.cache.index.get(keys[1])
+    assert node is not None
+    assert rig.cache.keeps.rank(node) == NORMAL
+    rig.cache.quotas.names = told
+    rig.cache.quotas.learned(node.namespace)
+    rig.settle()
+    assert rig.cache.keeps.rank(node) == HIGH
+    for number in range(40):
+        assert rig.store(number) == ""
+    assert held(rig, keys) == keys

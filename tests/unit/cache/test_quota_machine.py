@@ -50,6 +50,8 @@ SUBJECTS = (
 
 
 def names_of(namespace: bytes) -> dict[str, tuple[str, ...]] | None:
+    if namespace not in SPACES:
+        return None
     tenant, adapter, model = SPACES[namespace]
     return {"tenant": (tenant,) * bool(tenant), "adapter": (adapter,) * bool(adapter), "model": (model,)}
 
@@ -240,6 +242,10 @@ class QuotaMachine(IndexMachine):
     def wish(self, data: st.DataObject, ttl: float, priority: str) -> None:
         if node := self.some(data):
             whole(self.tree.keeps.wish([node.key], ttl, priority))  # type: ignore[arg-type]
+
+    @rule(adapter=st.sampled_from(ADAPTERS[1:]), priority=st.sampled_from(("low", "normal", "high")))
+    def name(self, adapter: str, priority: str) -> None:
+        self.tree.keeps.name(bytes.fromhex(adapter), priority)
 
     @rule(seconds=st.sampled_from((1.0, 6.0)))
     def wait(self, seconds: float) -> None:

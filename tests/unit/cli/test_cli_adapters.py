@@ -252,3 +252,12 @@ def test_wrong_usage_is_exit_code_2(loracache: Any) -> None:
         assert (code, out) == (2, "")
         assert said in err
         assert "Traceback" not in err
+
+
+def test_a_name_is_given_a_priority(run: Any, fails: Any, tmp_path: Path) -> None:
+    run("add", "ranked", peft(tmp_path / "ranked"), "--priority", "high")
+    assert "priority high" in run("show", "ranked").splitlines()
+    assert run("prioritize", "ranked", "low") == "ranked: low\n"
+    assert json.loads(run("show", "ranked", "--json"))["priority"] == "low"
+    assert "no adapter is called 'nobody'" in fails("prioritize", "nobody", "low", code=3)
+    run("remove", "ranked")

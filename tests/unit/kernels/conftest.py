@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -197,3 +201,19 @@ def paged() -> Callable[..., PagedWeights]:
 def batch_of() -> Callable[..., Batch]:
     """Makes a Batch."""
     return Batch
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[[str, str], None]:
+    """alone(tests, variable) runs tests in a process of their own, which the variable tells that it is that."""
+
+    def run(tests: str, variable: str) -> None:
+        # -P: the repository's root, where `kernels` lies, stays off sys.path.
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+        environment |= {variable: "1", "TRITON_CACHE_DIR": str(tmp_path)}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert " passed" in ran.stdout.splitlines()[-1]
+
+    return run

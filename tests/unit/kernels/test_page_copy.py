@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Move, PageCopier
 
 BLOCKS, LAYERS, WORDS = 8, 3, 6
 ROW = WORDS * 8
@@ -44,7 +44,7 @@ def cut_up(payload: bytearray, at: Sequence[int]) -> list[memoryview]:
 def test_a_payload_holds_the_rows_of_its_blocks_layer_after_layer(device: str, cut: tuple[int, ...]) -> None:
     layers = rows(device, 1)
     payload = bytearray(LAYERS * 2 * ROW)
-    PageCopier(layers).gather([5, 2], cut_up(payload, cut))
+    PageCopier(layers).gather([Move([5, 2], cut_up(payload, cut), 0, 2)]).wait()
     assert bytes(payload) == b"".join(layer[block].cpu().numpy().tobytes() for layer in layers for block in (5, 2))
 
 
@@ -53,8 +53,8 @@ def test_a_payload_holds_the_rows_of_its_blocks_layer_after_layer(device: str, c
 def test_blocks_get_back_what_was_gathered_and_others_keep_theirs(device: str, cut: tuple[int, ...]) -> None:
     source, target, before = rows(device, 1), rows(device, 2), rows(device, 2)
     payload = bytearray(LAYERS * 3 * ROW)
-    PageCopier(source).gather([0, 7, 3], cut_up(payload, cut))
-    PageCopier(target).scatter([6, 1], cut_up(payload, cut), first=1, of=3)
+    PageCopier(source).gather([Move([0, 7, 3], cut_up(payload, cut), 0, 3)]).wait()
+    PageCopier(target).scatter([Move([6, 1], cut_up(payload, cut), 1, 3)]).wait()
     for there, here, untouched in zip(source, target, before, strict=True):
         assert torch.equal(here[[6, 1]], there[[7, 3]])
         others = [0, 2, 3, 4, 5, 7]
@@ -71,13 +71,13 @@ def test_a_copy_waits_for_what_was_computed_before() -> None:
         layer[4] = 3
     computed = torch.cuda.current_stream().record_event()
     copier = PageCopier(layers)
-    copier.gather([4], [memoryview(payload)], computed)
+    copier.gather([Move([4], [memoryview(payload)], 0, 1)], computed).wait()
     assert bytes(payload) == torch.full((LAYERS, WORDS), 3).numpy().tobytes()
     torch.cuda._sleep(1 << 28)
     for layer in layers:
         layer[4] = 5
     overwritten = torch.cuda.current_stream().record_event()
     payload[:] = scattered.numpy().tobytes()
-    copier.scatter([4], [memoryview(payload)], first=0, of=1, after=overwritten)
+    copier.scatter([Move([4], [memoryview(payload)], 0, 1)], overwritten)
     torch.cuda.synchronize()
     assert all(torch.equal(layer[4].cpu(), scattered[0]) for layer in layers)

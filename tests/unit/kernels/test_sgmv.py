@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from loracache.kernels import sgmv
+from loracache.kernels.sgmv_launch import INVARIANT_TOKENS
 from loracache.kernels.tables import plan_tiles, tile_rows
 
 LAYOUTS = ("contiguous", "scattered", "strided", "offset")
@@ -25,16 +26,18 @@ NO_SLICE = [[8], [0], [12], [64], [1]]
 SLOTS = np.array([3, 0, -1, 2, 2, 1, 4, 0, -1, 3, 3, 3, 4, 2, 0, 0, -1])
 
 
-def run(batch: Any, order: np.ndarray | None = None, tiles: np.ndarray | None = None) -> torch.Tensor:
+def run(
+    batch: Any, order: np.ndarray | None = None, tiles: np.ndarray | None = None, sized_for: int = 0
+) -> torch.Tensor:
     """y after lora_linear or lora_embedding, whichever the batch is for."""
     weights, y = batch.weights, batch.y.clone()
     if order is None or tiles is None:
         order, tiles = plan_tiles(batch.slots)
     tables = (torch.from_numpy(order), torch.from_numpy(tiles), *weights.tables())
     if batch.embeds:
-        sgmv.lora_embedding(y, batch.x, *tables, weights.inputs, weights.chunk, weights.most_rank)
+        sgmv.lora_embedding(y, batch.x, *tables, weights.inputs, weights.chunk, weights.most_rank, None, sized_for)
     else:
-        sgmv.lora_linear(y, batch.x, *tables, weights.widths, weights.chunk, weights.most_rank)
+        sgmv.lora_linear(y, batch.x, *tables, weights.widths, weights.chunk, weights.most_rank, None, sized_for)
     return y
 
 
@@ -121,6 +124,35 @@ def test_a_batch_without_adapters_changes_nothing(
     assert not len(order)
     assert tiles.shape == (0, 4)
     assert torch.equal(run(batch, order, tiles), batch.y)
+
+
+def test_a_batch_that_is_said_to_have_no_adapters_is_not_looked_at(
+    paged: Callable[..., Any], batch_of: Callable[..., Any]
+) -> None:
+    weights = paged(MIXED, inputs=64, widths=[64, 32, 32])
+    batch = batch_of(weights, SLOTS)
+    tables = (*map(torch.from_numpy, plan_tiles(SLOTS)), *weights.tables())
+    for idle in (True, False):
+        y = batch.y.clone()
+        flag = torch.tensor([idle])
+        sgmv.lora_linear(y, batch.x, *tables, weights.widths, weights.chunk, weights.most_rank, flag)
+        assert torch.equal(y, batch.y) == idle
+
+
+@pytest.mark.parametrize("embeds", [False, True], ids=["linear", "embedding"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_alone_and_in_any_batch_where_it_must_be(
+    paged: Callable[..., Any], batch_of: Callable[..., Any], dtype: str, embeds: bool
+) -> None:
+    ranks, widths = (NO_SLICE, [96]) if embeds else (MIXED, [96, 33, 64])
+    weights = paged(ranks, inputs=300, widths=widths, dtype=dtype)
+    batch = batch_of(weights, np.random.default_rng(0).integers(-1, len(ranks), 70), dtype=dtype, embeds=embeds)
+    whole = run(batch, sized_for=INVARIANT_TOKENS)
+    batch.check(whole)
+    for rows in (slice(0, 1), slice(3, 4), slice(69, 70), slice(1, 30), slice(5, 69)):
+        part = batch_of(weights, batch.slots[rows], dtype=dtype, embeds=embeds)
+        part.x, part.y = batch.x[rows].clone(), batch.y[rows].clone()
+        assert torch.equal(run(part, sized_for=INVARIANT_TOKENS).view(torch.uint8), whole[rows].view(torch.uint8))
 
 
 def test_another_page_id_gives_another_result(paged: Callable[..., Any], batch_of: Callable[..., Any]) -> None:

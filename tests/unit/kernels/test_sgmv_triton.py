@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels of segmented LoRA multiplication: natively where there is a GPU, and everywhere in Triton's
-interpreter and through its compiler. Both change Triton for the whole process, so they get one of their own: what runs
-there is `TestKernels` and `TestCompiler`.
+interpreter. It changes Triton for the whole process, so it gets one of its own: what runs there is `TestKernels`.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from loracache.kernels.tables import PLACE_FIELDS, plan_tiles, tile_rows
+from loracache.kernels import sgmv_launch
+from loracache.kernels.tables import plan_tiles, tile_rows
 
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COMPILING = os.environ.get("SGMV_COMPILE") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = ("float32", "float16", "bfloat16")
 MIXED = [[8, 8, 8], [0, 0, 0], [12, 1, 0], [64, 64, 64], [1, 0, 100]]
@@ -39,29 +34,20 @@ def in_turn(rows: int, slots: int) -> np.ndarray[Any, Any]:
     return found
 
 
-@pytest.mark.parametrize(("cases", "variable"), [("TestKernels", "TRITON_INTERPRET"), ("TestCompiler", "SGMV_COMPILE")])
-@pytest.mark.skipif(INTERPRETED or COMPILING, reason="this is the process of their own")
+@pytest.mark.skipif(INTERPRETED, reason="this is the process of their own")
 @pytest.mark.timeout(400)
-def test_kernels_work_where_there_is_no_gpu(cases: str, variable: str, tmp_path: Path) -> None:
-    # -P: the repository's root, where `kernels` lies, stays off sys.path.
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
-    environment |= {variable: "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    ran = subprocess.run(
-        [*command, f"{__file__}::{cases}"], env=environment, capture_output=True, text=True, timeout=380, check=False
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert " passed" in ran.stdout.splitlines()[-1]
+def test_kernels_work_where_there_is_no_gpu(alone: Callable[[str, str], None]) -> None:
+    alone(f"{__file__}::TestKernels", "TRITON_INTERPRET")
 
 
-def run(batch: Any, tiles_behind: int = 7, padding: int = 0) -> torch.Tensor:
+def run(batch: Any, tiles_behind: int = 7, padding: int = 0, sized_for: int = 0) -> torch.Tensor:
     """y after the kernels ran. tiles_behind: unused tiles in the table; padding: rows of x and y behind the batch's,
     and as many entries of `order`.
     """
     from loracache.kernels import sgmv_triton
 
     weights, width = batch.weights, batch.x.shape[1:]
-    order, tiles = plan_tiles(batch.slots, tile_rows(len(batch.slots)))
+    order, tiles = plan_tiles(batch.slots, tile_rows(sized_for or len(batch.slots)))
     order = np.concatenate([order, np.full(padding, 1 << 30, np.int32)])
     tiles = np.concatenate([tiles, np.full((tiles_behind, 4), -1, np.int32)])
     x = torch.cat([batch.x, torch.full((padding, *width), -(1 << 40) if batch.embeds else torch.nan).to(batch.x.dtype)])
@@ -71,7 +57,7 @@ def run(batch: Any, tiles_behind: int = 7, padding: int = 0) -> torch.Tensor:
     columns = weights.inputs if batch.embeds else weights.widths
     torch.use_deterministic_algorithms(True)  # torch.empty, and so the scratch, is full of NaN
     try:
-        operator(y, x.to(DEVICE), *tables, columns, weights.chunk, weights.most_rank)
+        operator(y, x.to(DEVICE), *tables, columns, weights.chunk, weights.most_rank, None, sized_for)
     finally:
         torch.use_deterministic_algorithms(False)
     assert (y[len(batch.slots) :] == 7).all()
@@ -81,18 +67,27 @@ def run(batch: Any, tiles_behind: int = 7, padding: int = 0) -> torch.Tensor:
 @pytest.fixture(params=[1, 264], ids=["whole", "split"])
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether the columns of x are split; the test runs with and without."""
-    from loracache.kernels import sgmv_triton
-
-    monkeypatch.setattr(sgmv_triton, "_PROGRAMS", request.param)
-    sgmv_triton._launch.cache_clear()
+    monkeypatch.setattr(sgmv_launch, "_PROGRAMS", request.param)
+    sgmv_launch.launch_of.cache_clear()
     yield request.param > 1
-    sgmv_triton._launch.cache_clear()
+    sgmv_launch.launch_of.cache_clear()
 
 
-# Triton's interpreter, before 3.9, with a NumPy that is newer.
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 class TestKernels:
-    __test__ = not COMPILING and (INTERPRETED or torch.cuda.is_available())
+    __test__ = INTERPRETED or torch.cuda.is_available()
+
+    @pytest.fixture(autouse=True)
+    def ranges_of_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before 3.9 Triton's interpreter counts with arrays of one number, which NumPy 2.4 takes for none."""
+        from triton.runtime import interpreter
+
+        original = interpreter._patch_lang_tensor
+
+        def patch(tensor: Any, *scope: Any) -> None:
+            original(tensor, *scope)
+            tensor.__index__ = lambda self: int(self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
     @pytest.mark.parametrize(
         ("layout", "dtype"),
@@ -134,13 +129,11 @@ class TestKernels:
     def test_pages_may_be_shorter_or_longer_than_rows(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], splits: bool, page_elements: int, rows: int
     ) -> None:
-        from loracache.kernels import sgmv_triton
-
         weights = paged(MIXED[2:], inputs=96, widths=[96, 32, 64], page_elements=page_elements)
         batch = batch_of(weights, in_turn(rows, 3))
         batch.check(run(batch))
         arguments = (rows, 3, 1000, 96, (96, 32, 64), 32, 100, 4)
-        assert (sgmv_triton._launch(*arguments).splits > 1) == splits
+        assert (sgmv_launch.launch_of(*arguments).splits > 1) == splits
 
     def test_widths_and_chunks_need_not_fit_blocks(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], splits: bool
@@ -154,14 +147,12 @@ class TestKernels:
     def test_a_program_may_take_several_blocks_of_columns(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rows: int
     ) -> None:
-        from loracache.kernels import sgmv_triton
-
-        monkeypatch.setattr(sgmv_triton, "_MOST_EXPANDS", 8)
-        sgmv_triton._launch.cache_clear()
+        monkeypatch.setattr(sgmv_launch, "_MOST_EXPANDS", 8)
+        sgmv_launch.launch_of.cache_clear()
         weights = paged(MIXED[2:], inputs=64, widths=[224, 33, 64])
         batch = batch_of(weights, in_turn(rows, 3))
         batch.check(run(batch))
-        sgmv_triton._launch.cache_clear()
+        sgmv_launch.launch_of.cache_clear()
 
     @pytest.mark.parametrize(
         ("weights_dtype", "dtype", "y_dtype"),
@@ -230,6 +221,22 @@ class TestKernels:
                 batch.y.to(DEVICE), batch.x.to(DEVICE), *tables, *batch.weights.tables(DEVICE), [64], 32, 8
             )
 
+    @pytest.mark.parametrize("embeds", [False, True], ids=["linear", "embedding"])
+    def test_a_row_is_the_same_alone_and_in_any_batch_where_it_must_be(
+        self, paged: Callable[..., Any], batch_of: Callable[..., Any], embeds: bool
+    ) -> None:
+        """Among rows that would else make wide tiles and be summed without splits."""
+        weights = paged([[8], [40]], inputs=320, widths=[96])
+        slots = np.full(LONG, -1)
+        slots[[3, 4, 5, 77, 300, 301, 302, 599]] = [0, 1, 0, 0, 1, 1, 1, 0]
+        batch = batch_of(weights, slots, embeds=embeds)
+        whole = run(batch, sized_for=sgmv_launch.INVARIANT_TOKENS)
+        batch.check(whole)
+        for rows in (slice(4, 5), slice(599, 600), slice(300, 302), slice(0, 100)):
+            part = batch_of(weights, slots[rows], embeds=embeds)
+            part.x, part.y = batch.x[rows], batch.y[rows]
+            assert torch.equal(run(part, sized_for=sgmv_launch.INVARIANT_TOKENS), whole[rows])
+
     @pytest.mark.skipif(INTERPRETED, reason="programs run one after another there")
     def test_equal_inputs_give_equal_bits(
         self, paged: Callable[..., Any], batch_of: Callable[..., Any], splits: bool
@@ -269,73 +276,3 @@ class TestKernels:
             fill(batch)
             graph.replay()
             batch.check(y)
-
-
-class TestCompiler:
-    """Compiles for an H100 that need not be there: the calls are real, the launch is left out."""
-
-    __test__ = COMPILING
-
-    @pytest.fixture
-    def compiled(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
-        """Calls an operator for shapes; answers the PTX of its kernels by name."""
-        from triton.backends.compiler import GPUTarget
-        from triton.runtime import driver, jit
-
-        from loracache.kernels import sgmv_triton
-
-        class H100:
-            get_current_device = staticmethod(lambda: 0)
-            get_current_stream = staticmethod(lambda device: 0)
-            get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-
-        found: dict[str, str] = {}
-        launch = jit.JITFunction.run
-
-        def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-            found[kernel.fn.__name__] = launch(kernel, *arguments, grid=grid, warmup=True, **named).asm["ptx"]
-
-        monkeypatch.setattr(jit.JITFunction, "run", compile_only)
-        driver.set_active(H100())
-
-        def call(tokens: int, width: int, widths: list[int], page: int, dtype: str, embeds: bool) -> dict[str, str]:
-            found.clear()
-            kind = getattr(torch, dtype)
-            x = torch.zeros(tokens, dtype=torch.int64) if embeds else torch.zeros(tokens, width, dtype=kind)
-            tables = (
-                torch.zeros(tokens, dtype=torch.int32), torch.zeros(5000, 4, dtype=torch.int32),
-                torch.zeros(1, page, dtype=kind), torch.zeros(8, 64, dtype=torch.int32),
-                torch.zeros(8, len(widths), PLACE_FIELDS, dtype=torch.int64), torch.zeros(8, len(widths)),
-            )  # fmt: skip
-            y = torch.zeros(tokens, sum(widths), dtype=kind)
-            if embeds:
-                sgmv_triton.lora_embedding(y, x, *tables, width, 256, 64)
-            else:
-                sgmv_triton.lora_linear(y, x, *tables, widths, 256, 64)
-            return found
-
-        return call
-
-    @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-    @pytest.mark.parametrize(
-        ("tokens", "width", "widths", "page", "embeds", "dtype"),
-        [
-            (8, 4096, [4096, 1024, 1024], 1 << 18, False, "bfloat16"),
-            (8, 4096, [4096, 1024, 1024], 1 << 18, False, "float32"),
-            (600, 4096, [14336, 14336], 1 << 18, False, "bfloat16"),
-            (600, 4096, [4096], 1 << 11, False, "bfloat16"),
-            (8, 32000, [4096], 1 << 18, True, "bfloat16"),
-        ],
-        ids=["decode", "decode in float32", "prefill", "short pages", "embedding"],
-    )
-    def test_rows_are_read_and_written_sixteen_bytes_at_a_time(
-        self, compiled: Callable[..., dict[str, str]], tokens: int, width: int, widths: list[int], page: int,
-        embeds: bool, dtype: str,
-    ) -> None:  # fmt: skip
-        found = compiled(tokens, width, widths, page, dtype, embeds)
-        assert set(found) == {"_lookup_kernel" if embeds else "_shrink_kernel", "_expand_kernel"}
-        for name, ptx in found.items():
-            # An embedding's columns are looked up one by one.
-            narrow = re.findall(r"(?:ld|st)\.global[\w.]*\.[bu]16", ptx)
-            assert not narrow or name == "_lookup_kernel", name
-            assert re.search(r"(ld|st)\.global[\w.]*\.v4\.b32|cp\.async\.cg\.shared\.global.*0x10,", ptx), name

@@ -150,3 +150,22 @@ def test_an_upload_that_breaks_off_leaves_nothing(
 def test_an_upload_needs_an_admin(anybody: httpx.Client, unchanged: Callable[[], bool]) -> None:
     assert put(anybody, "stranger", files()).status_code == 401
     assert unchanged()
+
+
+def test_a_name_gets_its_priority_with_the_upload_or_later(
+    operator: httpx.Client, anybody: httpx.Client, client: CacheClient
+) -> None:
+    parts = [("files", item) for item in files(7).items()]
+    answer = operator.put("/v1/adapters/ranked", params={"priority": "high"}, files=parts)
+    assert (answer.status_code, answer.json()["priority"]) == (200, "high")
+    assert put(operator, "ranked", files(8)).json()["priority"] == "high"
+    answer = operator.post("/v1/adapters/ranked", json={"priority": "low"})
+    assert (answer.status_code, answer.json()["priority"]) == (200, "low")
+    shown = client.show_adapter("ranked")
+    assert shown is not None
+    assert shown.priority == "low"
+    assert operator.post("/v1/adapters/nobody", json={"priority": "low"}).status_code == 404
+    assert operator.post("/v1/adapters/ranked", json={"priority": "highest"}).status_code == 422
+    assert operator.put("/v1/adapters/ranked", params={"priority": "x"}, files=parts).status_code == 422
+    assert anybody.post("/v1/adapters/ranked", json={"priority": "low"}).status_code == 401
+    client.remove_adapter("ranked")

@@ -15,7 +15,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loracache.adapters.payload import ModuleSize, Packed
@@ -26,6 +25,7 @@ from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.lora.names import model_names
 from loracache.connectors.vllm.lora.paths import digest_in
 from loracache.connectors.vllm.lora.refusals import Refusal
+from loracache.connectors.vllm.scheduler.lora.content import Content, Wait
 from loracache.connectors.vllm.scheduler.lora.folders import Folders
 from loracache.connectors.vllm.scheduler.lora.ledger import Answer, PageLedger
 from loracache.errors import LoRACacheError, UsageError
@@ -44,37 +44,6 @@ _RESIDENT_S = 0.2
 _FOLDER_PATIENCES = 4  # a daemon that is silent takes up to three before the folder is read
 
 
-@dataclass(slots=True)
-class _Adapter:
-    """One content. path: a folder that holds it, or "". costs: pages by worker, once known. here: it can be copied in
-    now. asked: the number of the question that fetches it, since: when it was asked. order: the number of the last
-    order to copy it in, ready: how many workers have done so. pauses: after copies that failed.
-    """
-
-    digest: str
-    pauses: Backoff
-    path: str = ""
-    costs: tuple[int, ...] | None = None
-    here: bool = False
-    asked: int = 0
-    since: float = 0.0
-    lease: bytes = b""
-    next_try: float = 0.0
-    order: int = 0
-    ready: int = 0
-    problem: str = ""
-
-
-@dataclass(slots=True)
-class _Wait:
-    """A request's wait for a content that nobody has, or that could not be copied in. since: monotonic. cause: of the
-    last copy that failed. over: it was given up."""
-
-    since: float
-    cause: str = ""
-    over: bool = False
-
-
 class AdapterAdmission:
     """Admission of one engine's requests: of all, unless a pool is `wanted`. bound(id, digest) is called when it
     is known what serves an adapter id; `fail` takes the ids of requests that are given up, and why, where vLLM can be
@@ -90,8 +59,8 @@ class AdapterAdmission:
         self._ledger = PageLedger(())
         self._ids: Recent[int, str] = Recent()
         self._folders = Folders(link, patience)
-        self._adapters: dict[str, _Adapter] = {}
-        self._waits: dict[str, _Wait] = {}
+        self._adapters: dict[str, Content] = {}
+        self._waits: dict[str, Wait] = {}
         self._waited: set[str] = set()
         self._running: dict[str, int] = {}  # request -> adapter id, from admission to its end
         self._orders = AdapterOrders()
@@ -170,7 +139,7 @@ class AdapterAdmission:
                 self._link.count("adapter.evict", len(victims))
         return answer not in (Answer.WAIT, Answer.NEVER) and self._served(adapter.lora_int_id, found)
 
-    def _load(self, found: _Adapter) -> None:
+    def _load(self, found: Content) -> None:
         self._last_order += 1
         found.order, found.ready = self._last_order, 0
         self._orders.load.append((found.order, found.digest, found.path))
@@ -192,7 +161,7 @@ class AdapterAdmission:
             if found.asked or found.digest in self._ledger:
                 return
 
-    def _served(self, adapter: int, found: _Adapter) -> bool:
+    def _served(self, adapter: int, found: Content) -> bool:
         """Whether the workers serve this id with this content: its copy is done, and they were told in an earlier step
         (in the same step some vLLMs tell them too late). Requests that run under the id, whose adapter was loaded in
         place, are served by it too from then on.
@@ -241,11 +210,11 @@ class AdapterAdmission:
             if adapter in self._told:
                 self._ledger.pin(self._told[adapter], pinned)
 
-    def _failed(self, found: _Adapter, cause: str) -> None:
+    def _failed(self, found: Content, cause: str) -> None:
         """A copy failed: nobody has pages of it any more, and the next try is later each time."""
         now = time.monotonic()
         for request in self._ledger.drop(found.digest):
-            self._waits.setdefault(request, _Wait(now)).cause = cause
+            self._waits.setdefault(request, Wait(now)).cause = cause
         self._orders.evict.append(found.digest)  # some workers may have it
         self._let_go(found)
         found.next_try = now + found.pauses.next()
@@ -299,8 +268,11 @@ class AdapterAdmission:
             self._give_up(request_id, adapter.lora_name, content)
             return None
         self._bind(adapter.lora_int_id, content.digest, content.place)
+        found = self._adapters[content.digest]
         if content.sizes:
-            self._price(self._adapters[content.digest], content.sizes)
+            self._price(found, content.sizes)
+        elif time.monotonic() - found.taken_in > _AGAIN_S:  # it is back: no pause, unless it leaves over and over
+            found.taken_in, found.next_try = time.monotonic(), 0.0
         return content.digest
 
     def _bind(self, adapter: int, digest: str, path: str) -> str:
@@ -310,12 +282,12 @@ class AdapterAdmission:
         self._bound(adapter, digest)
         return digest
 
-    def _content(self, digest: str) -> _Adapter:
-        return self._adapters.setdefault(digest, _Adapter(digest, Backoff(_AGAIN_S, max(_AGAIN_S, self._patience / 4))))
+    def _content(self, digest: str) -> Content:
+        return self._adapters.setdefault(digest, Content(digest, Backoff(_AGAIN_S, max(_AGAIN_S, self._patience / 4))))
 
     # -- fetching ----------
 
-    def _fetch(self, found: _Adapter) -> bool:
+    def _fetch(self, found: Content) -> bool:
         """Whether the content can be copied in now; if not, have the daemon raise it."""
         if found.here:
             return True
@@ -325,9 +297,9 @@ class AdapterAdmission:
             if not done and now - found.since <= self._patience:
                 return False
             found.asked = 0
-            found.next_try = now + _AGAIN_S
             self._fetched(found, payload)
             if not found.here:
+                found.next_try = now + _AGAIN_S
                 self._let_go(found)
             return found.here
         if now < found.next_try:
@@ -342,7 +314,7 @@ class AdapterAdmission:
                 self._forget_ids(found)
         return found.here
 
-    def _fetched(self, found: _Adapter, payload: Any) -> None:
+    def _fetched(self, found: Content, payload: Any) -> None:
         try:
             (_, *rest), *_ = payload or [[0, Cause.UNAVAILABLE]]
             if len(rest) == 1:
@@ -356,12 +328,12 @@ class AdapterAdmission:
         except (LoRACacheError, ValueError, TypeError) as error:
             _log.warning("adapter %s: %s", found.digest[:12], error)
 
-    def _forget_ids(self, found: _Adapter) -> None:
+    def _forget_ids(self, found: Content) -> None:
         """Ask anew which content the adapter's folder holds."""
         for adapter in [adapter for adapter, digest in self._ids.items() if digest == found.digest]:
             del self._ids[adapter]
 
-    def _price(self, found: _Adapter, sizes: Mapping[str, ModuleSize]) -> None:
+    def _price(self, found: Content, sizes: Mapping[str, ModuleSize]) -> None:
         """Pages on every worker, each of which may have other modules, or other parts of the same."""
         try:
             placements = [pool.shape.fit(model_names(sizes, pool.mapper)) for pool in self._pools]
@@ -372,7 +344,7 @@ class AdapterAdmission:
             found.problem = str(error)
             found.next_try = time.monotonic() + _AGAIN_S
 
-    def _let_go(self, found: _Adapter) -> None:
+    def _let_go(self, found: Content) -> None:
         """The daemon need not hold it for us any longer; the next time it is needed it is asked for again."""
         if found.lease:
             self._link.release(found.lease)
@@ -380,10 +352,10 @@ class AdapterAdmission:
 
     # -- requests ----------
 
-    def _complain(self, request_id: str, name: str, found: _Adapter) -> None:
+    def _complain(self, request_id: str, name: str, found: Content) -> None:
         """Give a request up whose adapter nobody has, after a while, or at once where nothing will help."""
         now = time.monotonic()
-        since = self._waits.setdefault(request_id, _Wait(now)).since
+        since = self._waits.setdefault(request_id, Wait(now)).since
         patience = self._patience * (_FOLDER_PATIENCES if found.path else 1)
         if found.problem:
             self._give_up(request_id, name, Refusal(found.problem, forever=True))
@@ -393,7 +365,7 @@ class AdapterAdmission:
 
     def _give_up(self, request_id: str, name: str, refusal: Refusal) -> None:
         """End a request with an error that says why; so does the log, once."""
-        wait = self._waits.setdefault(request_id, _Wait(time.monotonic()))
+        wait = self._waits.setdefault(request_id, Wait(time.monotonic()))
         if not wait.over:
             _log.error("adapter %s cannot be served: %s", name, refusal.why)
         wait.over = True

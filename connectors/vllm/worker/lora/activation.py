@@ -3,7 +3,8 @@
 
 The worker's main thread hands orders over and collects what is done; the engine's step never waits. An adapter is
 resident only after the bytes on its pages agreed with their checksum, or, where they were cast or cut on the way, those
-of the arena did and the lease they were read under held to the end.
+of the arena did and the lease they were read under held to the end. Pages and payload are let go of, whatever comes of
+a copy, only when nothing that was submitted is under way any more.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ _FETCHED_S = 10.0  # in the arena at least, after it was fetched ahead
 _END_S = 2.0
 _MOST_FAILED = 64
 _UNFIT = {Cause.NONE, Cause.POOL_FULL, Cause.EVICTED, Cause.BUG}  # where the folder would fare no better
+
+
+class _DeviceError(Exception):
+    """The GPU refused or failed a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,9 @@ class Activator:
         except (LoRACacheError, OSError) as error:
             _log.warning("adapter %s was not loaded: %s", order.digest[:12], error)
             return Cause.UNAVAILABLE, ""
+        except _DeviceError as error:
+            _log.warning("adapter %s was not copied: %s", order.digest[:12], error)
+            return Cause.COPY_FAILED, ""
         except Exception as error:  # noqa: BLE001 - top of the thread: a request that waits for ever helps nobody
             if self._failed.get(order.digest) != repr(error):  # it will be tried again
                 _log.exception("adapter %s was not loaded", order.digest[:12])
@@ -215,16 +223,26 @@ class Activator:
         self, order: Order, resident: PagedAdapter, recipe: Recipe, payload: list[memoryview]
     ) -> tuple[int, bool]:
         """Copies; answers a checksum, and whether it is of what is on the pages rather than of the payload."""
-        if self._stream is None and recipe.plain is not None and len(payload) == 1:
+        if self._stream is not None:
+            return self._copy_by_device(self._stream, order, resident, recipe, payload), False
+        if recipe.plain is not None and len(payload) == 1:
             return copy_plain(self._pool, resident, recipe, payload[0]), True
         total = checksum(payload)
-        packed = Packed(payload)
-        if self._stream is None:
-            fill_pages(self._pool, resident, packed, recipe.parts, self._manager.layers)
-            return total, False
-        with torch.cuda.stream(self._stream):
-            if order.after is not None:
-                self._stream.wait_event(order.after)
-            fill_pages(self._pool, resident, packed, recipe.parts, self._manager.layers)
-        self._stream.synchronize()
+        fill_pages(self._pool, resident, Packed(payload), recipe.parts, self._manager.layers)
         return total, False
+
+    def _copy_by_device(
+        self, stream: Any, order: Order, resident: PagedAdapter, recipe: Recipe, payload: list[memoryview]
+    ) -> int:
+        """The payload's checksum, which is computed while it is copied. Raises _DeviceError."""
+        try:
+            try:
+                with torch.cuda.stream(stream):
+                    if order.after is not None:
+                        stream.wait_event(order.after)
+                    fill_pages(self._pool, resident, Packed(payload), recipe.parts, self._manager.layers)
+                return checksum(payload)
+            finally:
+                stream.synchronize()
+        except RuntimeError as error:
+            raise _DeviceError(str(error)) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -50,6 +51,8 @@ _LAYERS = frozenset(
     )
 )  # fmt: skip
 
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))  # that the kernels multiply
+
 pools: dict[str, PagedLoRAModelManager] = {}
 """The manager of each engine's worker in this process, by engine id: where the connector finds it."""
 
@@ -62,6 +65,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         self._making_layers = False
         self._pool_bytes = pool_bytes(vllm_config)
+        self._dtype = vllm_config.model_config.dtype
+        self._logits_dtype = getattr(vllm_config.model_config, "head_dtype", self._dtype)
         self.ids: dict[int, str] = {}
         self.dummies: set[int] = set()
         self.lost = False  # what was resident is not any more
@@ -107,6 +112,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     def _make_pool(self, modules: tuple[ModuleShape, ...]) -> None:
         dtype = self.lora_config.lora_dtype
+        if dtype not in _DTYPES:
+            kinds = ", ".join(sorted(str(each).removeprefix("torch.") for each in _DTYPES))
+            raise ConfigError(f"lora_pool does not compute adapters in {dtype}; set lora_dtype to one of {kinds}")
         size = torch.empty(0, dtype=dtype).element_size()
         widths = {width for module in modules for width in (module.width, *module.widths)}
         chunk = choose_chunk(widths)
@@ -127,6 +135,23 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
                 page_embedding(layer, paged)
             row = rows.stop
         _log.info("LoRA pool: %d pages of %d KiB, chunks of %d", pages, page * size >> 10, chunk)
+        if self.device.type == "cuda":
+            self.warm()
+
+    def warm(self) -> None:
+        """Have the kernels compiled for all modules, so that no request waits for that."""
+        start, known = time.monotonic(), set()
+        for name, layer in self.modules.items():
+            paged, inputs, outputs = layer.lora_a_stacked, self._dtype, self._dtype
+            if isinstance(layer, VocabParallelEmbeddingWithLoRA):
+                inputs = torch.int32  # vLLM's token ids
+            elif isinstance(layer, LogitsProcessorWithLoRA):
+                outputs = self._logits_dtype
+            call = paged.width, tuple(paged.widths), inputs, outputs
+            if call not in known:
+                known.add(call)
+                self._get_punica_wrapper(name).warm(paged, inputs, outputs)
+        _log.info("LoRA kernels are ready for %d kinds of modules after %.1f s", len(known), time.monotonic() - start)
 
     def _parts(self, name: str, layer: Any) -> tuple[str, ...]:
         """The adapters' modules behind a layer's slices. Raises ConfigError where a layer cannot be paged: with its

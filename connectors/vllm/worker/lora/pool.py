@@ -31,7 +31,8 @@ __all__ = ["PagePool", "PagedAdapter", "SlotTables"]
 @dataclass(frozen=True, slots=True)
 class PagedAdapter:
     """An adapter on its pages. runs: (first page, pages). lengths: elements of the A and the B of every slice.
-    page_ids, places, scales: a row of the tables."""
+    page_ids, places, scales: a row of the tables, in pinned memory where the tables are on a GPU: it comes there in the
+    midst of a step, which must not wait for that."""
 
     runs: tuple[tuple[int, int], ...]
     lengths: tuple[tuple[int, int], ...]
@@ -79,9 +80,11 @@ class PagePool:
         runs.sort()
         ids = np.concatenate([np.arange(first, first + pages) for first, pages in runs] or [np.empty(0, np.int64)])
         ids = ids.astype(np.int32)
-        places = torch.from_numpy(self.shape.flatten(placement, ids))
+        tables = [torch.from_numpy(each) for each in (ids, self.shape.flatten(placement, ids), scales)]
+        if self.pages.device.type != "cpu":
+            tables = [each.pin_memory() for each in tables]
         lengths = tuple((a, b) for a, b in placement.lengths.tolist())
-        adapter = PagedAdapter(tuple(runs), lengths, torch.from_numpy(ids), places, torch.from_numpy(scales))
+        adapter = PagedAdapter(tuple(runs), lengths, *tables)
         self._reserved[id(adapter)] = adapter
         return adapter
 

@@ -14,7 +14,9 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1 import kv_cache_interface as specs
 
-from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, uncacheable
+from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout, uncacheable
+from loracache.connectors.vllm.common.messages import Facts
+from loracache.connectors.vllm.scheduler.chunks import Chunks
 from loracache.errors import ConfigError
 
 MIB = 1 << 20
@@ -157,3 +159,34 @@ def test_mla_is_refused_where_vllm_turns_its_prefix_cache_off(
     groups = [specs.KVCacheGroupSpec(["layer"], spec)]
     found = uncacheable(config, specs.KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=groups))
     assert found == "" if amx and platform.machine() == "x86_64" else "MLA on a CPU without AMX" in found
+
+
+@pytest.mark.parametrize(
+    ("layout", "per_chunk", "payloads"),
+    [
+        ("cuda/N16.H.C128:bfloat16@blocks", 1, "cuda/N16.H.C128:bfloat16"),
+        ("cuda/N16.H.C128:bfloat16@blocks", 2, "cuda/N16.H.C128:bfloat16@blocks"),
+        ("cuda/A+B@0123.blocks", 1, "cuda/A+B@0123"),
+        ("cuda/A+B@0123.blocks", 4, "cuda/A+B@0123.blocks"),
+        ("cuda/A@4567", 1, "cuda/A@4567"),  # heads before layers: never the same bytes
+        ("cuda/A", 1, "cuda/A"),
+    ],
+)
+def test_a_payload_of_one_block_is_the_same_whether_layers_lie_side_by_side_or_not(
+    layout: str, per_chunk: int, payloads: str
+) -> None:
+    assert payload_layout(layout, per_chunk) == payloads
+
+
+def test_what_a_chunk_really_has_decides_and_stages_of_one_layer_agree_with_the_others() -> None:
+    """A stage whose blocks are large would have chunks of one block alone; beside a small one it has several."""
+    facts = [Facts("stage0", "cuda/A@blocks", 2 * MIB), Facts("stage1", "cuda/A@blocks", MIB // 2)]
+    several = Chunks.of(facts, 16, 0, drops_last_block=False)
+    alone = Chunks.of(facts[:1], 16, 0, drops_last_block=False)
+    assert several is not None
+    assert alone is not None
+    assert (several.per_chunk, several.layout) == (2, "cuda/A@blocks#stage0|stage1")
+    assert (alone.per_chunk, alone.layout) == (1, "cuda/A#stage0")
+    single = Chunks.of([facts[0], Facts("stage1", "cuda/A", MIB // 2)], 16, 0, drops_last_block=False)
+    assert single is not None
+    assert single.layout == "cuda/A@blocks#stage0|cuda/A#stage1"

@@ -47,6 +47,7 @@ def test_numbers_may_be_whole() -> None:
         ({"recompute_if_faster": True}, ["recompute_if_faster=True"]),
         ({"lookup_wait_most": 11}, ["lookup_wait_most=11", "within 0 and 10 seconds"]),
         ({"lookup_wait": float("nan")}, ["lookup_wait=nan", "within 0 and 10 seconds"]),
+        ({"kv_layout": "NHD"}, ["kv_layout='NHD'", "BLNHC, BLHNC", "VLLM_KV_CACHE_LAYOUT"]),
         ({"load_timeout": 0}, ["load_timeout=0", "within 0 and 600 seconds"]),
         ({"load_timeout": 601}, ["load_timeout=601", "within 0 and 600 seconds"]),
         ({"load_timeout": "10"}, ["load_timeout='10'", "must be a float"]),

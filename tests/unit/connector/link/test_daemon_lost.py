@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm.link import pinned
+from loracache.connectors.vllm.link import pinned, worker
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.layout import read_layout
@@ -54,20 +54,20 @@ def test_idle_threads_and_a_scheduler_let_go_of_a_killed_daemons_arena_within_a_
 
 
 class Runtime:
-    """Stands in for CUDA's, and sees what is mapped when it is called."""
+    """Stands in for the GPU's, and sees what is mapped when it is called."""
 
     def __init__(self, pause: float) -> None:
         self.pause = pause
         self.calls: list[tuple[str, int, bool]] = []
         self.inode = ""
 
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+    def register(self, start: int, nbytes: int) -> int:
         time.sleep(self.pause)
-        self.calls.append(("register", address, mapped(self.inode)))
+        self.calls.append(("register", start, mapped(self.inode)))
         return 0
 
-    def cudaHostUnregister(self, address: int) -> int:
-        self.calls.append(("unregister", address, mapped(self.inode)))
+    def unregister(self, start: int) -> int:
+        self.calls.append(("unregister", start, mapped(self.inode)))
         return 0
 
 
@@ -76,7 +76,7 @@ def test_pinned_memory_is_given_back_while_it_is_mapped_also_where_the_daemon_en
     daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch, pause: float
 ) -> None:
     runtime = Runtime(pause)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(worker, "CudaHost", lambda: runtime)
     monkeypatch.setattr(pinned, "_PIECE", 4 << 20)
     serving = daemon(memory="64MiB")
     runtime.inode = inode_of(serving)

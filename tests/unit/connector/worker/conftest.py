@@ -1,28 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine's blocks of a chunk each, and the loader that fills them."""
+"""An engine's blocks of a chunk each, and the loader that fills them; a device whose copies come late."""
 
 from __future__ import annotations
 
+import os
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier
+from loracache.keys import Namespace
+
+SIZE = 4096  # of a RowsEngine's blocks
+_SPACE = Namespace("m" * 64, "float32", "rows", 1)
+_LONGEST_S = 20.0
+
+
+class LateCopy:
+    """Moves nothing before somebody waits for it, and not before it may."""
+
+    def __init__(self, apply: Callable[[], object], may: threading.Event) -> None:
+        self._apply = apply
+        self._may = may
+        self._lock = threading.Lock()
+        self.error = ""
+        self.ended = False
+        self.waiters: set[threading.Thread] = set()
+
+    def done(self) -> bool:
+        self.waiters.add(threading.current_thread())
+        return self.ended
+
+    def wait(self) -> None:
+        self.waiters.add(threading.current_thread())
+        assert self._may.wait(_LONGEST_S)
+        with self._lock:
+            if not self.ended and not self.error:
+                self._apply()
+            self.ended = True
+        if self.error:
+            raise CopyError(self.error)
+
+
+class LateCopier(PageCopier):
+    """A device whose copies end as late as they may: when they are waited for, and while `may` is set. `gathers` and
+    `scatters`: (moves, copy) of all that was submitted; where `refuses` says so, a submission fails instead, and where
+    `fails` does, its copy."""
+
+    device_type = "late"
+
+    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+        super().__init__(layers)
+        self.may = threading.Event()
+        self.may.set()
+        self.gathers: list[tuple[list[Move], LateCopy]] = []
+        self.scatters: list[tuple[list[Move], LateCopy]] = []
+        self.refuses: Callable[[Sequence[Move]], bool] = lambda moves: False
+        self.fails: Callable[[Sequence[Move]], bool] = lambda moves: False
+
+    def gather(self, moves: Sequence[Move], after: Any = None) -> Copy:
+        return self._late(self.gathers, moves, super().gather)
+
+    def scatter(self, moves: Sequence[Move], after: Any = None) -> Copy:
+        return self._late(self.scatters, moves, super().scatter)
+
+    def _late(self, log: list[tuple[list[Move], LateCopy]], moves: Sequence[Move], apply: Any) -> Copy:
+        if self.refuses(moves):
+            raise CopyError("CUDA error: invalid argument")
+        copy = LateCopy(lambda: apply(moves), self.may)
+        copy.error = "CUDA error: an illegal memory access was encountered" if self.fails(moves) else ""
+        log.append((list(moves), copy))
+        return copy
+
+
+@pytest.fixture
+def late_copier() -> type[LateCopier]:
+    return LateCopier
 
 
 class RowsWorker:
     """Blocks of `size` bytes, one for each of `chunks` (keys), and their loader."""
 
-    def __init__(self, chunks: Sequence[bytes], size: int, url: str, timeout: float = 20.0) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[bytes],
+        size: int,
+        url: str,
+        timeout: float = 20.0,
+        copier: type[PageCopier] = PageCopier,
+    ) -> None:
         from loracache.connectors.vllm.worker.loader import Loader  # which imports vLLM
 
         self.chunks = chunks
         self.rows = torch.zeros(len(chunks), size // 8, dtype=torch.int64)
         self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
-        self.copier = PageCopier((self.rows,))
+        self.copier = copier((self.rows,))
         finished = lambda *what: self.done.put(what)  # noqa: E731
         self.loader = Loader(url, lambda: None, self.copier, "s", size, timeout, lambda load: True, finished)
 
@@ -51,3 +127,70 @@ def make_rows_worker() -> Iterator[Callable[..., RowsWorker]]:
         worker.loader.close()
         assert worker.done.empty()
         assert not worker.loader._thread.is_alive()
+
+
+class RowsEngine:
+    """Sixteen blocks of a chunk each, loader and storer with a copier each. `done` gets what they report."""
+
+    def __init__(self, url: str, copier: Callable[[Any], PageCopier], timeout: float = 20.0) -> None:
+        from loracache.connectors.vllm.worker.loader import Loader  # which imports vLLM
+        from loracache.connectors.vllm.worker.storer import Storer
+
+        self.rows = torch.zeros(16, SIZE // 8, dtype=torch.int64)
+        self.keys = [os.urandom(32) for _ in range(8)]
+        self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
+        self.into: Any = copier((self.rows,))
+        self.out: Any = copier((self.rows,))
+        self.may = True
+        put = lambda *what: self.done.put(what)  # noqa: E731
+        ensure = lambda: None  # noqa: E731
+        self.loader = Loader(url, ensure, self.into, "s", SIZE, timeout, lambda load: self.may, put)
+        self.storer = Storer(url, ensure, self.out, "s", SIZE, lambda store: True, put)
+        self.storer._flight_bytes = SIZE  # as if the chunks were large
+
+    def fill(self) -> None:
+        self.rows.copy_(torch.randint(1, 1 << 60, self.rows.shape, generator=torch.Generator().manual_seed(5)))
+
+    def store(self, *numbers: int, after: Any = None) -> Any:
+        """Chunks out of the blocks of their numbers."""
+        from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
+        from loracache.connectors.vllm.worker.storer import StoreJob
+
+        plan = tuple(ChunkBlocks(self.keys[number], (number,)) for number in numbers)
+        job = StoreJob(Store("s", _SPACE, self.keys[numbers[0] - 1] if numbers[0] else b"", plan, None, 1), after)
+        self.storer.submit(job)
+        return job
+
+    def load(self, *numbers: int, name: str = "l", after: Any = None) -> None:
+        """Chunks into the blocks eight behind."""
+        from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
+
+        self.loader.submit(
+            Load(name, tuple(ChunkBlocks(self.keys[number], (number + 8,)) for number in numbers), None, 1)
+        )
+
+    def ended(self) -> tuple[Any, ...]:
+        return self.done.get(timeout=20)[1:]
+
+    def close(self) -> None:
+        for copier in (self.into, self.out):
+            if isinstance(copier, LateCopier):
+                copier.may.set()
+        self.storer.close()
+        self.loader.close()
+        assert self.done.empty()
+        assert not self.loader._thread.is_alive()
+        assert not self.storer._thread.is_alive()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., RowsEngine]]:
+    made: list[RowsEngine] = []
+
+    def make(*arguments: Any, **options: Any) -> RowsEngine:
+        made.append(RowsEngine(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()

@@ -101,11 +101,12 @@ def test_of_a_store_whose_daemon_dies_between_parts_what_was_not_stored_has_fail
     copier = PageCopier((content,))
     gather, copied = copier.gather, []
 
-    def watched(*arguments: Any, **options: Any) -> None:
-        gather(*arguments, **options)
+    def watched(*arguments: Any) -> Any:
+        copy = gather(*arguments)
         copied.append(arguments)
         if len(copied) == 8:
             running.stop(signal.SIGKILL)
+        return copy
 
     monkeypatch.setattr(copier, "gather", watched)
     finished = lambda job, causes: done.put((job.nbytes, causes))  # noqa: E731
@@ -161,11 +162,12 @@ def test_what_a_silent_daemon_brought_before_counts(
     worker = make_worker(stocked.url, timeout=2.0)
     scatter, copied = worker.copier.scatter, []
 
-    def watched(*arguments: Any, **options: Any) -> None:
-        scatter(*arguments, **options)
+    def watched(*arguments: Any) -> Any:
+        copy = scatter(*arguments)
         copied.append(arguments)
         if len(copied) == 40:
             stocked.send(signal.SIGSTOP)
+        return copy
 
     monkeypatch.setattr(worker.copier, "scatter", watched)
     worker.load()

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loracache.connectors.vllm.common.geometry import payload_layout
 from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.errors import UsageError
-from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy import Move, PageCopier
 
 LAYERS, HEADS, TOKENS, CONTENT = 3, 2, 4, 16
 PAGE = 4096
@@ -57,6 +58,29 @@ def block_outermost(blocks: int) -> Caches:
     return named([whole[:, layer] for layer in range(LAYERS)])
 
 
+def heads_outermost(blocks: int) -> Caches:
+    """LHBNC: the blocks of one head lie together, those of a block do not."""
+    return named([torch.zeros(HEADS, blocks, TOKENS, CONTENT).permute(1, 0, 2, 3) for _ in range(LAYERS)])
+
+
+def layers_inside_heads(blocks: int) -> Caches:
+    """BHLNC: a head of all layers lies together."""
+    whole = torch.zeros(blocks, HEADS, LAYERS, TOKENS, CONTENT, dtype=torch.bfloat16)
+    return named([whole[:, :, layer] for layer in range(LAYERS)])
+
+
+def block_outermost_with_a_gap(blocks: int) -> Caches:
+    """Something behind the layers of each block, as padding."""
+    whole = torch.zeros(blocks, LAYERS + 1, HEADS, TOKENS, CONTENT, dtype=torch.bfloat16)
+    return named([whole[:, layer] for layer in range(LAYERS)])
+
+
+def layers_apart_in_a_block(blocks: int) -> Caches:
+    """Something between them."""
+    whole = torch.zeros(blocks, 2 * LAYERS, HEADS, TOKENS, CONTENT, dtype=torch.bfloat16)
+    return named([whole[:, 2 * layer] for layer in range(LAYERS)])
+
+
 def latent(blocks: int) -> Caches:
     """MLA: (B, N, C)."""
     return named([torch.zeros(blocks, TOKENS, 24, dtype=torch.bfloat16) for _ in range(LAYERS)])
@@ -73,7 +97,8 @@ def mixed(blocks: int) -> Caches:
 
 
 MAKERS: list[Callable[[int], Caches]] = [
-    heads_first, tokens_first, with_offset, one_buffer, block_outermost, latent, kernel_blocks, mixed,
+    heads_first, tokens_first, with_offset, one_buffer, block_outermost, latent, kernel_blocks, mixed, heads_outermost,
+    layers_inside_heads, block_outermost_with_a_gap, layers_apart_in_a_block,
     lambda blocks: heads_first(blocks, torch.float32),
     lambda blocks: tokens_first(blocks, torch.uint8),
 ]  # fmt: skip
@@ -115,8 +140,8 @@ def test_what_is_gathered_is_what_is_scattered(make: Callable[[int], Caches], da
     layout, second = read_layout(here, total), read_layout(there, other)
     assert (layout.order, layout.block_bytes) == (second.order, second.block_bytes)
     payload = extents(layout.block_bytes * width, data.draw(st.lists(st.integers(1, 9), max_size=20)))
-    PageCopier(layout.rows).gather(source, payload)
-    PageCopier(second.rows).scatter(target, payload, first=first, of=width)
+    PageCopier(layout.rows).gather([Move(source, payload, 0, width)]).wait()
+    PageCopier(second.rows).scatter([Move(target, payload, first, width)]).wait()
     for name, tensor in there.items():
         for block in range(other):
             found = block_of(tensor, block, other)
@@ -136,7 +161,8 @@ def test_a_block_has_the_bytes_of_all_its_layers(make: Callable[[int], Caches]) 
 
 def test_the_order_tells_physical_orders_apart_and_nothing_else() -> None:
     orders = {make.__name__: read_layout(make(4), 4).order for make in MAKERS[:6]}
-    assert orders["heads_first"] == orders["with_offset"] == orders["block_outermost"] == "H.N4.C16:bfloat16"
+    assert orders["heads_first"] == orders["with_offset"] == "H.N4.C16:bfloat16"
+    assert orders["block_outermost"] == "H.N4.C16:bfloat16@blocks"
     assert orders["tokens_first"] == orders["one_buffer"] == "N4.H.C16:bfloat16"
     assert orders["latent"] == "N4.C24:bfloat16"
     assert read_layout(heads_first(9), 9).order == orders["heads_first"]
@@ -168,15 +194,11 @@ def test_other_sizes_inside_a_block_are_another_order(shape: tuple[int, ...]) ->
     assert read_layout(named([torch.zeros(shape)]), 3).order != read_layout(named([torch.zeros(3, 2, 4, 16)]), 3).order
 
 
-def heads_outermost(blocks: int) -> torch.Tensor:
-    """LHBNC: the blocks of one head lie together, those of a block do not."""
-    return torch.zeros(HEADS, blocks, TOKENS, CONTENT).permute(1, 0, 2, 3)
-
-
 @pytest.mark.parametrize(
     ("tensor", "blocks"),
     [
-        (heads_outermost(4), 4),
+        (torch.zeros(HEADS, 4, TOKENS, 2 * CONTENT).permute(1, 0, 2, 3)[..., ::2], 4),  # heads apart, and in pieces
+        (torch.zeros(TOKENS, 4, HEADS, CONTENT).permute(1, 2, 0, 3), 4),  # tokens apart
         (torch.zeros(4, HEADS, TOKENS, 2 * CONTENT)[..., :CONTENT], 4),  # every other piece
         (torch.zeros(1, HEADS, TOKENS, CONTENT).expand(4, -1, -1, -1)[:, :, :, ::2], 4),
         (torch.zeros(4, 2, HEADS, TOKENS, CONTENT)[:, 0].repeat(1, 1, 1, 1)[::2], 1),  # kernel blocks apart
@@ -207,3 +229,68 @@ def test_rows_share_the_engines_memory() -> None:
     rows = layout.rows[0]
     assert rows[2].ne(0).all()
     assert not rows[[0, 1, 3]].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [
+        (heads_first, LAYERS),
+        (one_buffer, LAYERS),
+        (block_outermost, 1),
+        (block_outermost_with_a_gap, 1),
+        (layers_apart_in_a_block, LAYERS),
+        (heads_outermost, LAYERS * HEADS),
+        (layers_inside_heads, 1),
+        (kernel_blocks, LAYERS),
+    ],
+)
+def test_what_lies_side_by_side_is_one_row(make: Callable[[int], Caches], rows: int) -> None:
+    assert len(read_layout(make(4), 4).rows) == rows
+
+
+def test_a_single_block_of_layers_one_behind_the_other_is_no_other_order() -> None:
+    caches = one_buffer(1)
+    assert read_layout(caches, 1).order == read_layout(one_buffer(4), 4).order
+
+
+def payload_of(caches: Caches, blocks: Sequence[int]) -> bytes:
+    layout = read_layout(caches, 4)
+    payload = memoryview(bytearray(layout.block_bytes * len(blocks)))
+    PageCopier(layout.rows).gather([Move(blocks, [payload], 0, len(blocks))], None).wait()
+    return bytes(payload)
+
+
+ORDERED = [heads_first, tokens_first, one_buffer, block_outermost, block_outermost_with_a_gap, layers_apart_in_a_block]
+
+
+@pytest.mark.parametrize("blocks", [[2], [3, 1]])
+def test_engines_whose_payloads_differ_are_told_apart_and_no_others(blocks: Sequence[int]) -> None:
+    """Over the same content, in every order that holds it."""
+    found: dict[str, set[bytes]] = {}
+    for make in [*ORDERED, layers_inside_heads, heads_outermost]:
+        caches = bfloat16(make(4)) if make is heads_outermost else make(4)
+        fill(caches, 5)
+        layout = payload_layout(read_layout(caches, 4).order, len(blocks))
+        found.setdefault(layout, set()).add(payload_of(caches, blocks))
+    assert all(len(payloads) == 1 for payloads in found.values()), "two payloads under one name"
+    shared = {"H.N4.C16:bfloat16", "N4.H.C16:bfloat16"}
+    assert len(found) == (4 if len(blocks) == 1 else 5)
+    assert shared < found.keys()
+
+
+def bfloat16(caches: Caches) -> Caches:
+    return {name: tensor.to(torch.bfloat16) for name, tensor in caches.items()}
+
+
+def test_layers_that_share_their_kv_are_moved_once() -> None:
+    """As vLLM registers them (KV sharing): the same tensor under two names."""
+    caches = tokens_first(4)
+    shared = caches | {"shares": caches["model.layers.1.attn"]}
+    layout = read_layout(shared, 4)
+    assert layout.names == tuple(caches)
+    assert (layout.block_bytes, layout.order) == (read_layout(caches, 4).block_bytes, read_layout(caches, 4).order)
+
+
+def test_a_device_that_nobody_copies_from_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"layer 0 is on a device of type meta.*cpu and cuda"):
+        read_layout({"layer 0": torch.zeros(4, HEADS, TOKENS, CONTENT, device="meta")}, 4)

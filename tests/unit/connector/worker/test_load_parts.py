@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import time
 from collections import deque
 from collections.abc import Callable
@@ -158,9 +159,10 @@ def test_the_deadline_is_for_the_next_byte(
     copied: list[int] = []
     scatter = worker.copier.scatter
 
-    def watched(blocks: Any, *arguments: Any, **options: Any) -> None:
-        scatter(blocks, *arguments, **options)
-        copied.extend(blocks)
+    def watched(moves: Any, after: Any) -> Any:
+        copy = scatter(moves, after)
+        copied.extend(block for move in moves for block in move.blocks)
+        return copy
 
     monkeypatch.setattr(worker.copier, "scatter", watched)
     worker.load(range(4))
@@ -226,9 +228,10 @@ def test_a_daemon_that_hangs_up_while_its_answer_is_copied_is_not_waited_for(
     worker = make_worker("unix:///none", timeout=60.0)
     scatter = worker.copier.scatter
 
-    def hangs_up(*arguments: Any, **options: Any) -> None:
-        scatter(*arguments, **options)
+    def hangs_up(*arguments: Any) -> Any:
+        copy = scatter(*arguments)
         script.map, script.connected = None, False
+        return copy
 
     monkeypatch.setattr(worker.copier, "scatter", hangs_up)
     worker.load(range(8))
@@ -279,4 +282,67 @@ def test_where_there_is_no_room_less_is_asked_for_at_a_time(
     for part in range(2, 4):
         eventually(lambda: len(script.parts) > part)  # noqa: B023
         script.bring(part, 0, last=True)
+    assert worker.loaded() == ([], {})
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_load_over_several_tiers_begins_with_what_is_in_memory(
+    script: ScriptedConnection, make_worker: Make, eventually: Any, late_copier: Any
+) -> None:
+    worker = make_worker("unix:///none", copier=late_copier)
+    worker.load(range(4))
+    eventually(lambda: len(script.parts) == 1)
+    script.bring(0, 0, 2)  # the rest comes from a disk
+    eventually(lambda: worker.loader._active[0].parts[0].copied == [0, 2], "its bytes are in their blocks")
+    assert not script.releases
+    script.bring(0, 1)
+    script.bring(0, 3, last=True)
+    assert worker.loaded() == ([], {})
+    assert [move.blocks for moves, _ in worker.copier.scatters for move in moves][:2] == [(0,), (2,)]
+
+
+@pytest.mark.parametrize("how", ["the daemon dies", "it is late"])
+def test_a_load_that_ends_early_is_reported_after_what_it_submitted(
+    script: ScriptedConnection, make_worker: Make, eventually: Any, late_copier: Any, clock: list[float], how: str
+) -> None:
+    """Else vLLM computes into blocks that a copy under way still writes to."""
+    worker = make_worker("unix:///none", timeout=100.0, copier=late_copier)
+    worker.copier.may.clear()
+    worker.load(range(4))
+    eventually(lambda: len(script.parts) == 1)
+    script.bring(0, 0, 1)
+    eventually(lambda: worker.copier.scatters)
+    if how == "the daemon dies":
+        script.map = None
+    else:
+        clock[0] += 200.0
+    os.eventfd_write(worker.loader._wake, 1)
+    with pytest.raises(queue.Empty):
+        worker.done.get(timeout=0.3)
+    assert not script.releases
+    worker.copier.may.set()
+    failed, causes = worker.loaded()
+    assert all(copy.ended for _, copy in worker.copier.scatters)
+    if how == "the daemon dies":
+        assert (failed, causes) == ([0, 1, 2, 3], {"unavailable": 1})
+    else:
+        assert (failed, causes) == ([2, 3], {"deadline": 1})
+
+
+def test_the_deadline_is_not_for_the_device(
+    script: ScriptedConnection, make_worker: Make, eventually: Any, late_copier: Any, clock: list[float]
+) -> None:
+    worker = make_worker("unix:///none", timeout=100.0, copier=late_copier)
+    worker.copier.may.clear()
+    worker.load(range(4))
+    eventually(lambda: len(script.parts) == 1)
+    script.bring(0, 0, 1, 2, 3, last=True)
+    eventually(lambda: worker.copier.scatters)
+    clock[0] += 200.0
+    os.eventfd_write(worker.loader._wake, 1)
+    with pytest.raises(queue.Empty):
+        worker.done.get(timeout=0.2)
+    worker.copier.may.set()
     assert worker.loaded() == ([], {})

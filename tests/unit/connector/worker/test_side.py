@@ -24,6 +24,7 @@ from loracache.connectors.vllm.common.messages import (
     Store,
     WorkerNews,
 )
+from loracache.connectors.vllm.worker import side as side_module
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
@@ -141,7 +142,24 @@ def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody(
     assert [fact.shard for fact in both.facts] == ["a", "b"]
 
 
-@pytest.mark.parametrize("tensors", [{"layer": torch.zeros(2, BLOCKS, 16)[:, :, ::2]}, {"layer": [torch.zeros(4)]}])
+def test_a_layer_that_shares_anothers_kv_is_no_layer_of_the_shard(
+    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_module, "shard_name", lambda config, layers: "+".join(layers))
+    own = torch.zeros(BLOCKS, 2, 16, 16)
+    side = make_side(daemon().url, tensors={"first": own, "second": torch.zeros_like(own), "shares": own[:]})
+    assert side.facts.shard == "first+second"
+    assert side.facts.block_bytes == 2 * own[0].numel() * 4
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"layer": torch.zeros(2, BLOCKS, 16)[:, :, ::2]},
+        {"layer": [torch.zeros(4)]},
+        {"layer": torch.zeros(BLOCKS, 2, 16, 16, device="meta")},  # as on an XPU: a device that nothing copies from
+    ],
+)
 def test_kv_that_cannot_be_moved_turns_the_cache_off(make_side: Any, tensors: Any) -> None:
     side = make_side("unix:///nowhere.sock", tensors=tensors)
     assert side.facts.problem
@@ -157,10 +175,10 @@ def test_a_preempted_requests_blocks_are_read_no_more(
     inside, go = threading.Event(), threading.Event()
     gather = side._storer._copier.gather
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any) -> Any:
         inside.set()
         go.wait(5)
-        gather(*arguments)
+        return gather(*arguments)
 
     monkeypatch.setattr(side._storer._copier, "gather", slow)
     step(side, 1, stores=[store("other", os.urandom(32), 0), store("a", os.urandom(32), 1)])
@@ -276,9 +294,9 @@ def test_transfers_wait_for_what_the_gpu_was_asked_to_compute_before_them(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     run, seen = PageCopier._run, []
 
-    def watched(copier: PageCopier, *args: Any, into_host: bool, after: Any) -> None:
+    def watched(copier: PageCopier, *args: Any, into_host: bool, after: Any) -> Any:
         seen.append((into_host, after))
-        run(copier, *args, into_host=into_host, after=None)
+        return run(copier, *args, into_host=into_host, after=None)
 
     monkeypatch.setattr(PageCopier, "_run", watched)
     side._cuda = True

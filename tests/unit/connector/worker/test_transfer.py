@@ -231,9 +231,10 @@ def test_a_lease_that_ended_meanwhile_fails_the_whole_load(
     monkeypatch.setattr(loader_module, "_LEASE_MARGIN_S", -4.9)  # a lease of 0.1 s
     scatter = worker.loader._copier.scatter
 
-    def slow(*arguments: Any, **options: Any) -> None:
-        scatter(*arguments, **options)
+    def slow(*arguments: Any) -> Any:
+        copy = scatter(*arguments)
         time.sleep(0.6)
+        return copy
 
     monkeypatch.setattr(worker.loader._copier, "scatter", slow)
     worker.load((0, (8, 9)))
@@ -286,7 +287,13 @@ def test_an_adapter_that_changes_during_a_load_fails_it(daemon: Any, make_worker
     worker = make_worker(daemon().url)
     worker.fill()
     worker.store((0, (0, 1)))
-    monkeypatch.setattr(worker.loader._copier, "scatter", lambda *_, **__: setattr(worker, "may", False))
+    scatter = worker.loader._copier.scatter
+
+    def changes(*arguments: Any) -> Any:
+        worker.may = False
+        return scatter(*arguments)
+
+    monkeypatch.setattr(worker.loader._copier, "scatter", changes)
     worker.load((0, (8, 9)), adapter=AdapterBinding(1, "a" * 64))
     assert worker.loaded() == ([8, 9], {"adapter_changed": 1})
 
@@ -299,11 +306,12 @@ def test_after_cancel_no_byte_of_the_blocks_is_read(daemon: Any, make_worker: An
     gathered: list[Any] = []
     gather = worker.storer._copier.gather
 
-    def watched(blocks: Any, *rest: Any) -> None:
+    def watched(moves: Any, after: Any) -> Any:
         inside.set()
         go.wait(5)
-        gather(blocks, *rest)
-        gathered.append(tuple(blocks))
+        copy = gather(moves, after)
+        gathered.extend(tuple(move.blocks) for move in moves)
+        return copy
 
     monkeypatch.setattr(worker.storer._copier, "gather", watched)
     job, later = worker.store_job((0, (0, 1)), (1, (2, 3))), worker.store_job((0, (4, 5)))

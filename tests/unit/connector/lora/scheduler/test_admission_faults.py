@@ -278,6 +278,24 @@ def test_an_adapter_that_left_the_cache_is_taken_in_again(
     assert engine.failed == ["c"]
 
 
+def test_what_was_taken_in_again_is_asked_for_at_once(
+    url: str, client: Any, make_engine: Any, make_adapter: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause after an answer that it left is for what nobody can bring back."""
+    monkeypatch.setattr(admission_module, "_AGAIN_S", 60.0)
+    monkeypatch.setattr(admission_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 1000.0))
+    adapter, engine = make_adapter("comes back"), make_engine(url)
+    engine.arrive("a", lora(adapter))
+    eventually(lambda: engine.runs("a"))
+    engine.end("a")
+    engine.report(pools_lost=True)
+    eventually(lambda: client.evict([bytes.fromhex(adapter.digest)]).objects == 1)
+    engine.admission._adapters[adapter.digest].taken_in -= 100.0  # long ago
+    engine.arrive("b", lora(adapter))
+    eventually(lambda: engine.runs("b"))
+    assert engine.link._counts["adapter.absent"] == 1
+
+
 def test_hits_misses_loads_and_evictions_are_counted(
     url: str, make_engine: Any, make_shape: Any, make_adapter: Any, eventually: Any
 ) -> None:

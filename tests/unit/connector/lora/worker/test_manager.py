@@ -3,16 +3,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import vllm.lora.layers as layers
+from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from loracache.connectors.vllm.worker.lora.manager import PagedLoRAModelManager, elsewhere, whole_sizes
+from loracache.adapters.peft import WEIGHTS
+from loracache.connectors.vllm.worker.lora.manager import (
+    PagedLoRAModelManager,
+    PagedWorkerLoRAManager,
+    elsewhere,
+    whole_sizes,
+)
+from loracache.connectors.vllm.worker.lora.pool import PagePool
 from loracache.errors import ConfigError
 
 
@@ -48,6 +58,47 @@ def test_slices_are_adapters_modules(manager: Any) -> None:
 def test_layers_that_cannot_be_paged_are_refused_by_name(manager: Any, name: str, kind: str, slices: int) -> None:
     with pytest.raises(ConfigError, match=rf"'{name}' \({kind}, .*leave lora_pool out"):
         manager._parts(name, layer(kind, slices))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_a_dtype_that_no_kernel_multiplies_is_refused_at_the_start(manager: Any, dtype: torch.dtype) -> None:
+    manager.lora_config = SimpleNamespace(lora_dtype=dtype, max_lora_rank=16)
+    with pytest.raises(ConfigError, match=rf"in {dtype}; set lora_dtype to one of bfloat16, float16, float32"):
+        manager._make_pool(())
+
+
+@pytest.fixture
+def worker(manager: Any, make_shape: Callable[..., Any]) -> Any:
+    """What vLLM adds adapters by, over the small model's pool."""
+    manager.pool = PagePool(make_shape(), torch.float32, torch.device("cpu"))
+    manager.names, manager.fetches_ahead, manager.added = None, True, lambda path: None
+    made: Any = object.__new__(PagedWorkerLoRAManager)
+    made._adapter_manager = manager
+    return made
+
+
+def request(path: str) -> Any:
+    return SimpleNamespace(lora_path=path, lora_name="a", lora_int_id=1)
+
+
+def test_an_adapter_of_fp8_weights_is_refused_when_it_is_added(worker: Any, make_adapter: Callable[..., Any]) -> None:
+    """It is no format of PEFT's: who made it dropped bits, and the scales that would bring them back are not there."""
+    adapter = make_adapter("plain")
+    assert worker.add_adapter(request(adapter.path))
+    path = Path(adapter.path) / WEIGHTS
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"tensor '.*lora_A\.weight' is F8_E4M3; give one of .*F16"):
+        worker.add_adapter(request(adapter.path))
+
+
+def test_an_adapter_of_experts_is_refused_when_it_is_added(worker: Any, make_adapter: Callable[..., Any]) -> None:
+    expert = "model.layers.0.mlp.experts.3.gate_proj"
+    attention = "model.layers.0.self_attn.q_proj"
+    sizes = {expert: (24, 40), attention: (24, 32)}
+    assert worker.add_adapter(request(make_adapter("attention", {attention: 4}, sizes=sizes).path))
+    with pytest.raises(ValueError, match=rf"module '{expert}' of the adapter is none that this model can adapt"):
+        worker.add_adapter(request(make_adapter("experts", {expert: 4, attention: 4}, sizes=sizes).path))
 
 
 def test_the_layers_we_take_are_called_so_by_this_vllm(manager: Any) -> None:

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a load under way is made of. Values of the loader's thread; no other touches them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from loracache.backoff import Backoff
+from loracache.connectors.vllm.common.messages import Load
+
+__all__ = ["LONGEST_PAUSE_S", "Chunk", "Flight", "Loading", "Part"]
+
+_FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk that is in the arena. position: in its load. expected: its checksum."""
+
+    position: int
+    expected: int
+    payload: list[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """Chunks that were submitted together. landing: their checksums, once their bytes are in their blocks."""
+
+    chunks: list[Chunk]
+    landing: Future[list[int]]
+
+
+@dataclass(slots=True)
+class Part:
+    """Chunks of a load that are held in the arena together. acquire, release: requests that the daemon has not
+    answered. dropped: it is let go of as soon as its flights have ended. copied: chunks whose bytes are in their
+    blocks. bad: keys of those that are wrong.
+    """
+
+    lease: bytes
+    nbytes: int
+    positions: list[int]
+    acquire: int = 0
+    release: int = 0
+    dropped: bool = False
+    flights: list[Flight] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
+    bad: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Loading:
+    """A load under way. todo: positions of chunks to be asked for, a heap. missing: those that did not arrive, or whose
+    part is held still. gap: one of them never will, so that those behind it are of no use. deadline: for the next
+    byte. most: chunks of a part. again: when to ask for room once more, after the last of `pauses`. cause: why it ends
+    early.
+    """
+
+    load: Load
+    after: Any  # a CUDA event: nothing writes to the blocks any more once it has happened
+    deadline: float
+    todo: list[int]
+    missing: set[int]
+    most: int
+    parts: list[Part] = field(default_factory=list)
+    causes: dict[str, int] = field(default_factory=dict)
+    gap: bool = False
+    again: float = 0.0
+    pauses: Backoff = field(default_factory=lambda: Backoff(_FIRST_PAUSE_S, LONGEST_PAUSE_S))
+    no_room_since: float | None = None
+    cause: str = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is the daemon's turn."""
+        return any(part.acquire or part.release for part in self.parts)
+
+    def count(self, cause: str, amount: int = 1) -> None:
+        """Count failures."""
+        if amount:
+            self.causes[cause] = self.causes.get(cause, 0) + amount
+
+    def lost(self, cause: str, amount: int = 1) -> None:
+        """So many chunks will never come."""
+        self.count(cause, amount)
+        self.gap = True

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One direction of a copier: two streams of its own, and the memory that copies pass through.
+
+Large fragments are copied by the copy engines, straight. Small ones bounce: a copy engine moves large runs of the
+payload to or from a slot in device memory, a kernel the fragments between the slot and the KV cache. Several slots make
+the two overlap. Host memory that is not pinned goes through pinned memory first, which its caller's thread copies: for
+such memory a submission returns when the bytes have passed that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loracache.kernels.page_copy.choice import Choice
+from loracache.kernels.page_copy.device import FRAGMENT, Device, Direction, Memory, SourceOrder
+from loracache.kernels.page_copy.fragments import Fragments, Integers, host_runs
+
+__all__ = ["SLOTS", "SLOT_BYTES", "Lane"]
+
+SLOTS, SLOT_BYTES = 3, 32 << 20  # in device memory, of each direction that needs them
+_TABLES, _TABLE_FRAGMENTS = 8, 1 << 17  # 2 MiB each, in pinned and in device memory
+_STAGES, _STAGE_BYTES = 2, 8 << 20  # in pinned memory
+_STORE_BYTES = 32 << 20  # of a submission of stores: what a load may have to wait for
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """filled: it holds what was copied last. free: that has left it."""
+
+    memory: Memory
+    filled: Any
+    free: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """free: no copy reads or writes it."""
+
+    memory: Memory
+    free: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Fragments for the kernels, where they are written and where they are read. free: no launch reads them."""
+
+    written: Memory
+    read: Memory
+    fragments: npt.NDArray[np.void]
+    free: Any
+
+
+class Lane:
+    """See the module. Used by one thread."""
+
+    def __init__(self, device: Device, direction: Direction, choice: Choice) -> None:
+        self._device = device
+        self._direction = direction
+        self._choice = choice
+        self._copies, self._kernels = device.stream(direction), device.stream(direction)
+        self._slots: Iterator[_Slot] | None = None
+        self._tables: Iterator[_Table] | None = None
+        self._stages: Iterator[_Stage] | None = None
+
+    def submit(self, fragments: Fragments, edges: Integers, after: Any) -> None:
+        """Copy between pinned memory and the device, once `after` has happened. edges: addresses in host memory that no
+        copy may reach across; no fragment does."""
+        if not len(fragments):
+            return
+        if self._choice.bounces(self._direction, fragments):
+            self._bounce(fragments, edges, after)
+        else:
+            self._copy(fragments, after)
+
+    def submit_unpinned(self, fragments: Fragments, after: Any) -> None:
+        """Copy between other memory and the device."""
+        stages = self._stages = self._stages or cycle([self._new_stage() for _ in range(_STAGES)])
+        fragments = fragments.at_most(_STAGE_BYTES)
+        filling: tuple[_Stage, Fragments] | None = None
+        for part in fragments.parts(_STAGE_BYTES):
+            piece, stage = fragments[part], next(stages)
+            self._device.synchronize(stage.free)
+            if self._direction is Direction.LOAD:
+                _move(stage.memory.address, piece, into_host=False)
+            offset = np.cumsum(piece.nbytes) - piece.nbytes
+            try:
+                self.submit(piece.at(stage.memory.address + offset), np.zeros(0, np.int64), after)
+            finally:
+                self.end(stage.free)
+            if self._direction is Direction.STORE:
+                if filling:
+                    self._empty(*filling)
+                filling = (stage, piece)
+        if filling:
+            self._empty(*filling)
+
+    def end(self, event: Any) -> Any:
+        """Record `event` behind all that was submitted, and answer it."""
+        first, last = (
+            (self._copies, self._kernels) if self._direction is Direction.LOAD else (self._kernels, self._copies)
+        )
+        joint = self._device.event()
+        self._device.record(joint, first)
+        self._device.wait(last, joint)
+        self._device.record(event, last)
+        return event
+
+    # -- straight ----------
+
+    def _copy(self, fragments: Fragments, after: Any) -> None:
+        if after is not None:
+            self._device.wait(self._copies, after)
+        if self._direction is Direction.LOAD:
+            self._device.copy(fragments.device, fragments.host, fragments.nbytes, self._copies, SourceOrder.ANY)
+            return
+        fragments = fragments.at_most(_STORE_BYTES)
+        for part in fragments.parts(_STORE_BYTES):
+            piece = fragments[part]
+            self._device.copy(piece.host, piece.device, piece.nbytes, self._copies, SourceOrder.STREAM)
+
+    # -- bouncing ----------
+
+    def _bounce(self, fragments: Fragments, edges: Integers, after: Any) -> None:
+        if after is not None:
+            self._device.wait(self._kernels, after)
+        fragments = fragments.at_most(SLOT_BYTES)
+        for part in fragments.parts(int(fragments.nbytes.sum()), _TABLE_FRAGMENTS):
+            self._through_slots(fragments[part], edges)
+
+    def _through_slots(self, fragments: Fragments, edges: Integers) -> None:
+        """Fragments of one table."""
+        tables = self._tables = self._tables or cycle([self._new_table() for _ in range(_TABLES)])
+        table, count = next(tables), len(fragments)
+        self._device.synchronize(table.free)  # what reads it was submitted eight tables ago
+        parts = list(fragments.parts(SLOT_BYTES))
+        offset = np.cumsum(fragments.nbytes) - fragments.nbytes
+        for part in parts:
+            offset[part] -= offset[part.start]
+        table.fragments["device"][:count] = fragments.device
+        table.fragments["offset"][:count] = offset >> 4
+        table.fragments["length"][:count] = fragments.nbytes >> 4
+        try:
+            one = np.array([[table.read.address], [table.written.address], [count * FRAGMENT.itemsize]], np.int64)
+            self._device.copy(one[0], one[1], one[2], self._kernels, SourceOrder.STREAM)
+            for part in parts:
+                start = table.read.address + part.start * FRAGMENT.itemsize
+                self._through_slot(fragments[part], edges, start)
+        finally:  # else the next to use it would write over what a launch of before still has to read
+            self._device.record(table.free, self._kernels)
+
+    def _through_slot(self, fragments: Fragments, edges: Integers, table: int) -> None:
+        device, copies, kernels = self._device, self._copies, self._kernels
+        slots = self._slots = self._slots or cycle([self._new_slot() for _ in range(SLOTS)])
+        slot, count = next(slots), len(fragments)
+        host, nbytes = host_runs(fragments.host, fragments.nbytes, edges)
+        staged = slot.memory.address + np.cumsum(nbytes) - nbytes
+        if self._direction is Direction.LOAD:
+            device.wait(copies, slot.free)
+            device.copy(staged, host, nbytes, copies, SourceOrder.ANY)
+            device.record(slot.filled, copies)
+            device.wait(kernels, slot.filled)
+            device.launch(self._direction, table, count, slot.memory.address, kernels)
+            device.record(slot.free, kernels)
+        else:
+            device.wait(kernels, slot.free)
+            device.launch(self._direction, table, count, slot.memory.address, kernels)
+            device.record(slot.filled, kernels)
+            device.wait(copies, slot.filled)
+            device.copy(host, staged, nbytes, copies, SourceOrder.STREAM)
+            device.record(slot.free, copies)
+
+    # -- memory ----------
+
+    def _empty(self, stage: _Stage, fragments: Fragments) -> None:
+        """Copy what has arrived in a stage to where it belongs."""
+        self._device.synchronize(stage.free)
+        _move(stage.memory.address, fragments, into_host=True)
+
+    def _new_slot(self) -> _Slot:
+        return _Slot(self._device.allocate(SLOT_BYTES), self._device.event(), self._device.event())
+
+    def _new_stage(self) -> _Stage:
+        return _Stage(self._device.allocate_host(_STAGE_BYTES), self._device.event())
+
+    def _new_table(self) -> _Table:
+        nbytes = _TABLE_FRAGMENTS * FRAGMENT.itemsize
+        written = self._device.allocate_host(nbytes)
+        fragments = np.frombuffer(memoryview((ctypes.c_char * nbytes).from_address(written.address)), FRAGMENT)
+        return _Table(written, self._device.allocate(nbytes), fragments, self._device.event())
+
+
+def _move(stage: int, fragments: Fragments, *, into_host: bool) -> None:
+    """Copy between a stage and the host's side of fragments, on the processor."""
+    for host, nbytes in zip(*(each.tolist() for each in host_runs(fragments.host, fragments.nbytes)), strict=True):
+        target, source = (host, stage) if into_host else (stage, host)
+        ctypes.memmove(target, source, nbytes)
+        stage += nbytes
