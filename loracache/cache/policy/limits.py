@@ -31,6 +31,7 @@ class Quotas:
         index.on_used = lambda tier, node, before: policies[tier].used(node, before)
         index.on_left = lambda tier, node: policies[tier].withdraw(node)
         index.on_gone = lambda tier, node: policies[tier].gone(node)
+        index.on_few = self._shrink
         self._slices = slices
         self.limits: dict[Tier, int] = {}
         self.names: Callable[[bytes], dict[str, tuple[str, ...]] | None] = lambda namespace: None
@@ -141,6 +142,10 @@ class Quotas:
             self._policies[tier] = classes
             self._index.on_count = self._count
         return classes
+
+    def _shrink(self) -> None:
+        for policy in self._policies.values():
+            policy.shrink()
 
     def _count(self, node: Node, tier: Tier, amount: int) -> None:
         classes = self._classes.get(tier)

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sortedcontainers import SortedDict
 
 from loracache.cache.state.index import Node
 
-__all__ = ["Front", "Line", "R"]
+__all__ = ["Front", "Line", "R", "repack"]
 
 R = TypeVar("R", int, tuple[float, int])
+
+
+def repack(table: dict[Any, Any]) -> None:
+    """Have a dict, of whatever kind, take no more than what is in it does: one keeps its places for what it had."""
+    kept = dict(table)
+    table.clear()
+    table.update(kept)
 
 
 class Line(Generic[R]):
@@ -35,6 +42,11 @@ class Line(Generic[R]):
     def all(self) -> dict[R, Node]:
         """All of them by rank, for audits."""
         return {**self._line, **self._recent}
+
+    def shrink(self) -> None:
+        """Few are left of very many."""
+        repack(self._recent)
+        repack(self._line)
 
     def put(self, rank: R, node: Node) -> None:
         """`node` stands in line from now on."""
