@@ -138,6 +138,8 @@ class Shadows:
     def ask(self, keys: Sequence[bytes], now: int) -> None:
         """A chain is looked up, when the tier's last use was `now`. It is looked at later, in `work`."""
         if len(self._ways) > 1:
+            if not self._shadows:  # they begin with the last: in a tier that never is full no keys are kept
+                self._asked.clear()
             self._asked.add(keys, now)
 
     def forget(self) -> None:

@@ -34,7 +34,8 @@ def test_a_line_in_parts_is_in_the_order_of_its_ranks(monkeypatch: pytest.Monkey
             line.take(rank)
             del model[rank]
         else:
-            front, found = Front(line), []
+            front = Front(line)
+            found: list[tuple[int, Node]] = []
             while front.first() is not None and len(found) < 10:
                 found.append(front.pop())
             assert found == sorted(model.items())[:10]
