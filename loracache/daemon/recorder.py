@@ -126,7 +126,9 @@ class Recorder:
 
     # -- the event loop's ----------
 
-    def asked(self, owner: int, lease: bytes, keys: bytes, group: int, tiers: Sequence[int], space: Namespace | None) -> None:
+    def asked(
+        self, owner: int, lease: bytes, keys: bytes, group: int, tiers: Sequence[int], space: Namespace | None
+    ) -> None:
         """A lookup was answered."""
         self._give(_Asked(self._now(), owner, lease, keys, group, tiers, space))
 
