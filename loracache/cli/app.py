@@ -9,6 +9,7 @@ script waits for.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_SWITCH_S = 0.001  # after which a tier's thread that computes lets the loop go on; by default five times as long, each
 _LOOK, _CHANGE, _MANAGE = "Look", "Change", "Manage"
 VERBS = (
     ("lookup", objects.lookup, _LOOK),
@@ -130,6 +132,7 @@ def serve(
     async def main_task() -> None:
         await Daemon(settings, give_up=os._exit).run()
 
+    sys.setswitchinterval(_SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main_task())
 

@@ -42,7 +42,7 @@ DataRequest = (
     | protocol.Prefetch
     | protocol.Keep
 )
-_FOUND, _ACQUIRED, _BAD = 2048, 512, 64  # keys of a slice: what takes about a millisecond
+_FOUND, _ACQUIRED, _BAD = 1024, 512, 64  # keys of a slice: what takes about a millisecond
 _UNANSWERED = 4096  # keys of one request that are waited for at a time
 
 Answer = Callable[[int, int, object], None]
@@ -133,7 +133,7 @@ class DataRequests:
         """Hold and count what was found, in whole groups."""
         counters = self._cache.counters
         count = len(hits.tiers) // request.group * request.group
-        tiers = hits.tiers[:count]
+        tiers = bytes(hits.tiers[:count])
         for at in range(0, max(count, 1), _FOUND) if request.lease and hold else ():
             if at:
                 yield
@@ -147,7 +147,7 @@ class DataRequests:
             node = self._cache.index.get(keys[0])
             space = self._namespaces.get(node.namespace) if node is not None and node.namespace else None
             self._recorder.asked(self._owner, request.lease, request.keys, request.group, tiers, space)
-        return [bytes(tiers)]
+        return [tiers]
 
     def _acquire(self, number: int, request: protocol.Acquire) -> Iterator[None]:
         left = len(request.keys) // KEY_BYTES

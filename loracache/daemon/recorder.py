@@ -64,7 +64,7 @@ class _Asked:
     lease: bytes
     keys: bytes
     group: int
-    tiers: Sequence[Tier]
+    tiers: Sequence[int]
     space: Namespace | None
 
 
@@ -127,7 +127,7 @@ class Recorder:
     # -- the event loop's ----------
 
     def asked(
-        self, owner: int, lease: bytes, keys: bytes, group: int, tiers: Sequence[Tier], space: Namespace | None
+        self, owner: int, lease: bytes, keys: bytes, group: int, tiers: Sequence[int], space: Namespace | None
     ) -> None:
         """A lookup was answered."""
         self._give(_Asked(self._now(), owner, lease, keys, group, tiers, space))

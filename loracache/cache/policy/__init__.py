@@ -54,6 +54,9 @@ class Policy(Protocol):
     def expect(self, batch: float) -> None:
         """So many requests run at once, as engines say; 0: nobody said."""
 
+    def shrink(self) -> None:
+        """Few nodes are left of very many: keep no memory for the others."""
+
     def reason(self, node: Node) -> Departure:
         """Why a victim goes, where it stands before it has gone."""
 

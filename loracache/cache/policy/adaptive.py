@@ -46,7 +46,7 @@ class Adaptive(LeafFirst[int]):
         self._before: dict[Node, int] = {}  # -> how often it came before, not counting its hits
         self._standing: dict[Node, int] = {}  # -> the line of a candidate
         self._now = 0
-        self._names = Names()
+        self._names = Names(wide=True)  # of what left -> its place in the balance, and how often it had come
         self._shadows = Shadows(ways)
         self._balance = Balance()
         self._loras: dict[Node, int] = {}  # -> the bytes it takes
@@ -111,6 +111,11 @@ class Adaptive(LeafFirst[int]):
                 least, chosen = tick + stay * objects, front
         return chosen
 
+    def shrink(self) -> None:
+        """Few nodes are left of very many: keep no memory for the others."""
+        super().shrink()
+        self._shadows.forget()
+
     def expect(self, batch: float) -> None:
         """So many requests run at once, as engines say; 0: nobody said."""
         self._balance.batch = batch or self._balance.batch
@@ -119,12 +124,13 @@ class Adaptive(LeafFirst[int]):
         """It has left the tier; its name is remembered."""
         before = self._before.pop(node, None)
         if before is not None:
-            name, lora = hash(node.key), node.kind is Kind.LORA
+            lora = node.kind is Kind.LORA
             nbytes = self._loras.pop(node) if lora else self._cost(node)
             if lora:
                 self._taken[Kind.LORA] -= nbytes
-            self._balance.left(name, lora, nbytes, self._index.bytes[self._tier])
-            self._names.add(name, len(self._before), min(before + node.hits, LINES - 1))
+            place = self._balance.left(lora, nbytes, self._index.bytes[self._tier])
+            times = min(before + node.hits, LINES - 1)
+            self._names.add(hash(node.key), len(self._before), LINES * place + times)
             self._shadows.left(node)
 
     def prepare(self) -> Iterator[None]:
@@ -132,14 +138,18 @@ class Adaptive(LeafFirst[int]):
         return self._shadows.work(self.line_of, self._index.objects[self._tier])
 
     def _meet(self, node: Node) -> int:
-        name, lora, nbytes = hash(node.key), node.kind is Kind.LORA, self._cost(node)
-        worth = self.speeds.seconds(node, self._tier) * self.speeds.prefill if "cost" not in self.without else nbytes
-        self._balance.came(name, lora, worth, self._taken[Kind.LORA], self._index.bytes[self._tier])
-        times = self._names.get(name)
-        # The hits of one that stayed in another tier count what is remembered of it too.
-        self._before[node] = 0 if lora else max(0, times + 1 - node.hits) if times >= 0 else 0
+        lora, nbytes, before = node.kind is Kind.LORA, self._cost(node), 0
+        remembered = self._names.get(hash(node.key))
+        if remembered >= 0:
+            place, times = divmod(remembered, LINES)
+            seconds = self.speeds.seconds(node, self._tier)
+            worth = seconds * self.speeds.prefill if "cost" not in self.without else nbytes
+            self._balance.back(place, lora, worth, self._taken[Kind.LORA], self._index.bytes[self._tier])
+            if not lora:  # the hits of one that stayed in another tier count what is remembered of it too
+                before = max(0, times + 1 - node.hits)
+        self._before[node] = before
         if lora:
             self._loras[node] = nbytes
             self._taken[Kind.LORA] += nbytes
         self._shadows.entered(node)
-        return self._before[node]
+        return before

@@ -23,6 +23,7 @@ __all__ = ["AdaptiveAdmission", "AdmitAll", "SecondTouch"]
 
 _HEADS = 1024  # chains that were looked up, and whose new part has not been stored yet
 _SHARED = 8  # hits of the last known object of a chain: many begin with it, and what follows is a new session's
+_WORTH_FORGETTING = 10_000  # objects that are no more
 _STEPS = 2  # kinds by the length of what is new, for each time that it doubles
 
 
@@ -88,6 +89,7 @@ class AdaptiveAdmission(SecondTouch):
         self._kinds = Kinds()
         self._shadows = LowerShadows(self._kinds, memory, lower)
         self._spaces = Kinds()
+        self._most = 0  # objects that there were
         self._heads: OrderedDict[int, Hashable] = OrderedDict()  # first names of what is new -> their kinds
         self._parts: OrderedDict[int, Hashable] = OrderedDict()  # names last stored of such parts -> the same
 
@@ -105,7 +107,14 @@ class AdaptiveAdmission(SecondTouch):
         self._shadows.ask(keys, known, kind)
 
     def work(self) -> Iterator[None]:
-        """Look at what was asked; yields between two chains."""
+        """Look at what was asked; yields between two slices."""
+        objects = self._objects()
+        self._most = max(self._most, objects)
+        if self._most > _WORTH_FORGETTING + 4 * objects:  # names that lie among what has gone keep its memory
+            self._most = objects
+            for names in (self._heads, self._parts):
+                names.clear()
+            self._shadows.forget()
         return self._shadows.work()
 
     def came(self, node: Node) -> Refusal:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of a tier adapters may take beside KV: as much as makes the next byte worth the same to both.
 
-Names of the last victims of each kind are kept. Who asks for one of them says what its kind lacks room for, and what
+The last victims of each kind are remembered. Who asks for one of them says what its kind lacks room for, and what
 that cost: the seconds to have it again, by the bytes that would have had to be larger for it to be there. Each such
 miss moves room to its kind, until both lose the same for want of a byte (Cidon et al., "Cliffhanger", NSDI 2016, with
 seconds in the place of hits). Such a miss moves as many bytes as could be computed in the time that it costs.
@@ -9,37 +9,16 @@ seconds in the place of hits). Such a miss moves as many bytes as could be compu
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
+from loracache.cache.policy.ghosts import Ghosts
 from loracache.cache.policy.visits import Visits, needed
 from loracache.cache.state.index import Node
 
 __all__ = ["Balance"]
 
-_REACH = 1 / 4  # of the tier, in victims of each kind whose names are kept
-_MOST = 1 << 16  # names of each kind
+_REACH = 1 / 4  # of the tier, in victims of each kind that are remembered
+_MOST = 1 << 16  # of each kind
 _FARTHEST = 1 / 8  # of the tier, by one miss
 _COUNT_AGAIN = 4096  # uses after which the adapters that a batch needs are counted anew
-
-
-class _Ghosts:
-    """Victims of one kind, the last ones."""
-
-    def __init__(self) -> None:
-        self._sizes: OrderedDict[int, int] = OrderedDict()
-        self.nbytes = 0
-
-    def add(self, name: int, nbytes: int, limit: float) -> None:
-        self.nbytes += nbytes - self._sizes.pop(name, 0)
-        self._sizes[name] = nbytes
-        while len(self._sizes) > 1 and (self.nbytes > limit or len(self._sizes) > _MOST):
-            self.nbytes -= self._sizes.popitem(last=False)[1]
-
-    def take(self, name: int) -> int:
-        """Its bytes, 0 where it is not among them."""
-        nbytes = self._sizes.pop(name, 0)
-        self.nbytes -= nbytes
-        return nbytes
 
 
 class Balance:
@@ -49,21 +28,21 @@ class Balance:
     def __init__(self, batch: float = 32) -> None:
         self.batch = batch
         self.adapters: float | None = None
-        self._ghosts = (_Ghosts(), _Ghosts())  # of KV, of adapters
+        self._ghosts = (Ghosts(_MOST), Ghosts(_MOST))  # of KV, of adapters
         self._visits = Visits()  # of adapters that were here lately
         self._least = 0.0  # bytes of those that a batch needs
         self._count_at = 0
 
-    def left(self, name: int, lora: bool, nbytes: int, tier_bytes: int) -> None:
-        """A victim has left a tier that holds so many bytes."""
-        self._ghosts[lora].add(name, nbytes, _REACH * tier_bytes)
+    def left(self, lora: bool, nbytes: int, tier_bytes: int) -> int:
+        """A victim has left a tier that holds so many bytes. Its place among those of its kind."""
+        return self._ghosts[lora].add(nbytes, _REACH * tier_bytes)
 
-    def came(self, name: int, lora: bool, worth: float, taken: int, tier_bytes: int) -> None:
-        """An object came into the tier. worth: the bytes of KV that could be computed while it is brought back. taken:
-        by adapters, now."""
+    def back(self, place: int, lora: bool, worth: float, taken: int, tier_bytes: int) -> None:
+        """One that had this place has come again. worth: the bytes of KV that could be computed while it is brought
+        back. taken: by adapters, now."""
         ghosts = self._ghosts[lora]
         reach = ghosts.nbytes
-        if not ghosts.take(name) or self.adapters is None:
+        if not ghosts.take(place) or self.adapters is None:
             return
         lack = worth * max(self._ghosts[not lora].nbytes, reach) / reach
         step = min(lack, _FARTHEST * tier_bytes)

@@ -21,6 +21,7 @@ from typing import Any
 
 from loracache.cache.policy.choice import NO_LIMIT, Choice
 from loracache.cache.policy.leaf_first import LeafFirst
+from loracache.cache.policy.line import repack
 from loracache.cache.policy.quotas import Belongs, Group, Owner, Shares
 from loracache.cache.state.index import Index, Node
 from loracache.results import Departure
@@ -99,6 +100,13 @@ class Classes:
         for group in self.shares.groups():
             for policy in group.policies.values():
                 policy.expect(batch)
+
+    def shrink(self) -> None:
+        """Few nodes are left of very many: keep no memory for the others."""
+        repack(self._standing)
+        for group in self.shares.groups():
+            for policy in group.policies.values():
+                policy.shrink()
 
     def reason(self, node: Node) -> Departure:
         """Why `node` leaves for others: although it is kept, its owners are above their shares, or the policy chose

@@ -97,6 +97,11 @@ class Cost(Ranked):
         else:
             self._visits[_KV].forget(node)
 
+    def shrink(self) -> None:
+        """Few nodes are left of very many: keep no memory for the others."""
+        super().shrink()
+        self._visits[_KV].shrink()
+
     def _visits_of(self, node: Node, line: int) -> float:
         if "decay" in self.without:
             return node.hits + 1

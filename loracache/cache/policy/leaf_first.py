@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Container, Generator, Iterator
 from typing import Generic
 
 from loracache.cache.policy.choice import Choice
-from loracache.cache.policy.line import Front, Line, R
+from loracache.cache.policy.line import Front, Line, R, repack
 from loracache.cache.policy.quotas import Belongs
 from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Index, Node
@@ -74,6 +74,14 @@ class LeafFirst(ABC, Generic[R]):
 
     def expect(self, batch: float) -> None:
         """So many requests run at once, as engines say; 0: nobody said."""
+
+    def shrink(self) -> None:
+        """Few nodes are left of very many: keep no memory for the others."""
+        for line in self._lines:
+            line.shrink()
+        for each in vars(self).values():
+            if isinstance(each, dict):  # what a policy knows of nodes
+                repack(each)
 
     @abstractmethod
     def place(self, node: Node) -> R:

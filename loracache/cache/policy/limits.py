@@ -32,6 +32,7 @@ class Quotas:
         index.on_used = lambda tier, node, before: policies[tier].used(node, before)
         index.on_left = lambda tier, node: policies[tier].withdraw(node)
         index.on_gone = lambda tier, node: policies[tier].gone(node)
+        index.on_few = self._shrink
         self._slices = slices
         self.limits: dict[Tier, int] = {}
         self.speeds = Speeds()  # of all the tiers' policies
@@ -165,6 +166,10 @@ class Quotas:
             self._policies[tier] = classes
             self._index.on_count = self._count
         return classes
+
+    def _shrink(self) -> None:
+        for policy in self._policies.values():
+            policy.shrink()
 
     def _count(self, node: Node, tier: Tier, amount: int) -> None:
         classes = self._classes.get(tier)

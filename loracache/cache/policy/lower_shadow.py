@@ -8,11 +8,12 @@ same for all of them: what is found there needs no tier below.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from loracache.cache.policy.names import Names
 from loracache.cache.policy.shadow import ALL, limit_of
+from loracache.cache.policy.waiting import Waiting
 
 __all__ = ["SHARES", "Kinds", "LowerShadows"]
 
@@ -29,8 +30,7 @@ _PRIOR = 32  # first touches that a new kind is thought to have had, of which as
 _AT_FIRST = 0.05  # of the first of all, as many
 _MOST_FIRSTS = 2048  # of a kind that are counted; then the older count for half
 _MOST_KINDS = 4096
-_WAITING = 256  # lookups that wait to be looked at
-_LONGEST = 4096  # chunks of one of them: the rest is left aside
+_LONGEST = 4096  # chunks of a lookup that are looked at
 
 
 class Kinds:
@@ -71,7 +71,7 @@ class LowerShadows:
     def __init__(self, kinds: Kinds, memory: Callable[[], int], lower: Callable[[], int]) -> None:
         self._kinds = kinds
         self._rooms = (memory, lower)
-        self._asked: deque[tuple[Sequence[bytes], int, Hashable]] = deque(maxlen=_WAITING)
+        self._asked: Waiting[tuple[int, Hashable]] = Waiting(_LONGEST)
         self._rate = ALL  # of so many objects that many are in the sample:
         self._limit = limit_of(ALL)  # those whose keys are below
         self._now = self._look_at = 0
@@ -92,12 +92,17 @@ class LowerShadows:
 
     def ask(self, keys: Sequence[bytes], known: int, kind: Hashable) -> None:
         """A chain is looked up, whose first `known` came before; the rest is of a kind. It is looked at in `work`."""
-        self._asked.append((keys[:_LONGEST], known, kind))
+        self._asked.add(keys, (known, kind))
+
+    def forget(self) -> None:
+        """The tiers are not what they were, nor is what the shadows hold: they begin anew."""
+        self._asked.clear()
+        self._begin()
 
     def work(self) -> Iterator[None]:
         """Look at what was asked; yields between two chains."""
         while self._asked:
-            keys, known, kind = self._asked.popleft()
+            keys, (known, kind) = self._asked.take()
             self._fit()
             for at in reversed(range(len(keys))):
                 if keys[at][:2] < self._limit:

@@ -1,35 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of objects that were there before, as many as are worth their memory: about 100 bytes each."""
+"""Names of objects that were there before, as many as are worth their memory: 6 to 18 bytes each.
+
+A name is the hash of a key. All lie in one table of buckets, none as an object of Python's: names outlive what they
+name, and one small object among all those that were freed beside it keeps a whole MiB from being given back. A bucket
+holds its names from the oldest to the newest, and is searched as a string of bytes is. Of a name 40 bits are kept, so
+that one in a hundred thousand may be taken for another: who asks only guesses what is worth keeping, and nobody reads
+bytes by it. Python salts the hashes of bytes anew in each process: no client can choose keys that fall into one bucket.
+"""
 
 from __future__ import annotations
+
+from struct import Struct
 
 __all__ = ["Names"]
 
 _LEAST = 1 << 17
 _BY_OBJECT = 8  # names by object that there is
+_MARK = 5  # bytes of a name
+_MARKS = (1 << 8 * _MARK) - 1
+_BUCKET = 64  # names
+_CROWDED = 40  # names by bucket, on average: next to none has too many
 
 
 class Names:
-    """Two generations: when the younger has half of all that may be, the older is forgotten and it takes its place.
-    With each name a number is remembered."""
+    """With each name a number is remembered. A full table forgets the oldest of the bucket that a new one falls into,
+    so it remembers between `by_object` names for each object that there is and half as many, but half of `least` in any
+    case. wide: for numbers up to 2^32 - 2; else up to 254.
 
-    def __init__(self) -> None:
-        self._young: dict[int, int] = {}
-        self._old: dict[int, int] = {}
+    The table doubles bucket by bucket (Litwin, "Linear hashing", VLDB 1980): no single name waits for a million others.
+    """
+
+    def __init__(self, least: int = _LEAST, by_object: int = _BY_OBJECT, *, wide: bool = False) -> None:
+        self._least = least
+        self._by_object = by_object
+        self._number = Struct("<I" if wide else "<B")  # 1 more than the number; 0: here is no name
+        self._slot = _MARK + self._number.size
+        self._width = _BUCKET * self._slot
+        self._table = bytearray(self._width)
+        self._mask = 0  # buckets when it began to double, less 1
+        self._split = 0  # of these so many have been split since
+        self._doubling = False
+        self._crowded = _CROWDED  # names, from which on it doubles
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._young) + len(self._old)
+        return self._count
 
     def __contains__(self, name: int) -> bool:
-        return name in self._young or name in self._old
+        return self.get(name) >= 0
 
     def get(self, name: int) -> int:
         """The number of a name, -1 where it is not remembered."""
-        number = self._young.get(name, -1)
-        return number if number >= 0 else self._old.get(name, -1)
+        at = self._table.find((name & _MARKS).to_bytes(_MARK, "little"), *self._bucket(name))
+        return self._number.unpack_from(self._table, at + _MARK)[0] - 1 if at >= 0 else -1
 
     def add(self, name: int, objects: int, number: int = 0) -> None:
-        """Remember a name. objects: how many of them there are in the tier. number: 0 or more."""
-        self._young[name] = number
-        if len(self._young) > max(_LEAST, _BY_OBJECT * objects) // 2:
-            self._young, self._old = {}, self._young
+        """Remember a name, as the newest. objects: how many of them there are in the tier. number: 0 or more."""
+        table, slot = self._table, self._slot
+        mark = (name & _MARKS).to_bytes(_MARK, "little")
+        start, end = self._bucket(name)
+        at = table.find(mark, start, end)
+        if at < 0 or (at - start) % slot:
+            at = start  # the oldest goes
+            self._count += not self._number.unpack_from(table, at + _MARK)[0]
+        table[at:end] = table[at + slot : end] + mark + self._number.pack(number + 1)
+        if self._doubling:
+            self._split_next()
+        elif self._count > self._crowded and 2 * len(table) <= slot * max(self._least, self._by_object * objects):
+            self._doubling = True
+
+    def take(self, name: int) -> int:
+        """The number of a name that is forgotten now, -1 where it was not remembered."""
+        number = self.get(name)
+        if number >= 0:
+            start, end = self._bucket(name)
+            at = self._table.find((name & _MARKS).to_bytes(_MARK, "little"), start, end)
+            if (at - start) % self._slot == 0:
+                self._table[start : at + self._slot] = bytes(self._slot) + self._table[start:at]
+                self._count -= 1
+        return number
+
+    def _bucket(self, name: int) -> tuple[int, int]:
+        """Where its bucket begins and ends."""
+        bucket = name & self._mask
+        if bucket < self._split:
+            bucket = name & (2 * self._mask + 1)
+        start = bucket * self._width
+        return start, start + self._width
+
+    def _split_next(self) -> None:
+        table, slot = self._table, self._slot
+        start, bit = self._split * self._width, self._mask + 1
+        stay, go = bytearray(), bytearray()
+        for at in range(start, start + self._width, slot):
+            each = table[at : at + slot]
+            if any(each[_MARK:]):
+                (go if int.from_bytes(each[:_MARK], "little") & bit else stay).extend(each)
+        table[start : start + self._width] = stay.rjust(self._width, b"\0")
+        table += go.rjust(self._width, b"\0")
+        self._split += 1
+        if self._split > self._mask:
+            self._mask, self._split, self._doubling = 2 * self._mask + 1, 0, False
+            self._crowded *= 2

@@ -8,12 +8,13 @@ the main queue at once. In the main queue each use since then buys one more turn
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from loracache.cache.policy.ghosts import Ghosts
 from loracache.cache.policy.leaf_first import Ranked
 from loracache.cache.policy.line import Front
+from loracache.cache.policy.names import Names
 from loracache.cache.state.index import Index, Node
 from loracache.tiers import Tier
 
@@ -23,7 +24,8 @@ _SMALL, _MAIN = 0, 1
 _SMALL_SHARE = 0.1
 _PROMOTED_AT = 1  # uses while it stood in the small queue
 _MOST_USES = 3
-_LEAST_GHOSTS = 64
+_LEAST_GHOSTS, _MOST_GHOSTS = 64, 1 << 24
+_NAMES_BY_OBJECT = 8  # names by ghost: of these there is one by object, and places of such as came again
 
 
 @dataclass(slots=True)
@@ -46,7 +48,8 @@ class S3FIFO(Ranked):
         self._known: dict[Node, _Standing] = {}
         self._turn = 0
         self._bytes = [0, 0]
-        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._ghosts = Ghosts(_MOST_GHOSTS)
+        self._places = Names(_LEAST_GHOSTS, _NAMES_BY_OBJECT, wide=True)  # of these
 
     def line_of(self, node: Node) -> int:
         """The small queue or the main one."""
@@ -90,13 +93,13 @@ class S3FIFO(Ranked):
             return
         self._bytes[known.queue] -= known.nbytes
         if known.queue == _SMALL:
-            self._ghosts[node.key] = None
-            if len(self._ghosts) > max(_LEAST_GHOSTS, len(self._known)):
-                self._ghosts.popitem(last=False)
+            # Room is made for several at a time: what there was before that counts.
+            place = self._ghosts.add(1, max(_LEAST_GHOSTS, len(self._known), len(self._ghosts)))
+            self._places.add(hash(node.key), len(self._ghosts), place)
 
     def _meet(self, node: Node) -> _Standing:
-        queue = _MAIN if node.key in self._ghosts else _SMALL
-        self._ghosts.pop(node.key, None)
+        place = self._places.get(hash(node.key))
+        queue = _MAIN if place >= 0 and self._ghosts.take(place) else _SMALL
         known = self._known[node] = _Standing(queue, self._next_turn(), node.hits, self._cost(node))
         self._bytes[queue] += known.nbytes
         return known

@@ -9,11 +9,12 @@ end goes first as in the tree.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf, sqrt
 
 from loracache.cache.policy.names import Names
+from loracache.cache.policy.waiting import Waiting
 from loracache.cache.state.index import Node
 from loracache.storage_backends.base import Kind
 
@@ -36,10 +37,8 @@ WAYS: tuple[Way, ...] = (
 _SAMPLE = 8_192  # objects, at most; and half of it in large tiers
 _KEPT = 0.97  # of what was found before, by as many names asked as the sample has
 _SURE = 2.5  # standard errors that another way must have found more
-_WAITING = 256  # lookups that wait to be looked at
-_WAITING_CHUNKS = 32_768  # of these
 _SLICE = 512  # objects of the tier that shadows begin with, between two looks at the socket
-_LONGEST = 2048  # chunks of one of them: the rest is left aside
+_LONGEST = 2048  # chunks of a lookup that are looked at
 
 
 class Shadow:
@@ -106,8 +105,7 @@ class Shadows:
         self._ways = ways
         self._shadows: list[Shadow] = []
         self._beginning = False
-        self._asked: deque[tuple[Sequence[bytes], int]] = deque()
-        self._waiting = 0  # chunks of these
+        self._asked: Waiting[int] = Waiting(_LONGEST)  # and the tier's last use when they were
         self._sample: dict[bytes, Node] = {}  # of the tier: those whose keys are below
         self._rate = ALL  # of so many objects that many are in the sample
         self._limit = limit_of(self._rate)
@@ -140,10 +138,14 @@ class Shadows:
     def ask(self, keys: Sequence[bytes], now: int) -> None:
         """A chain is looked up, when the tier's last use was `now`. It is looked at later, in `work`."""
         if len(self._ways) > 1:
-            self._asked.append((keys if len(keys) <= _LONGEST else keys[:_LONGEST], now))
-            self._waiting += min(len(keys), _LONGEST)
-            while len(self._asked) > _WAITING or self._waiting > _WAITING_CHUNKS:
-                self._next()
+            if not self._shadows:  # they begin with the last: in a tier that never is full no keys are kept
+                self._asked.clear()
+            self._asked.add(keys, now)
+
+    def forget(self) -> None:
+        """The tier is not what it was, nor is what the shadows hold: they begin anew. What did best stays in force."""
+        self._shadows = []
+        self._asked.clear()
 
     def work(self, line_of: Callable[[Node], int], objects: int) -> Iterator[None]:
         """Look at what was asked; yields between two chains. The tier is full, and has so many objects."""
@@ -152,14 +154,9 @@ class Shadows:
         if not self._shadows:
             yield from self._begin(line_of)
         while self._asked and self._shadows:
-            keys, now = self._next()
+            keys, now = self._asked.take()
             self._use(keys, now, objects)
             yield
-
-    def _next(self) -> tuple[Sequence[bytes], int]:
-        keys, now = self._asked.popleft()
-        self._waiting -= len(keys)
-        return keys, now
 
     def _begin(self, line_of: Callable[[Node], int]) -> Iterator[None]:
         """The tier is what all shadows hold, with what was asked before it was full. Yields between two slices."""
@@ -176,7 +173,7 @@ class Shadows:
         finally:
             self._beginning = False
         while len(self._asked) > 1:
-            self._next()
+            self._asked.take()
         if limit == self._limit:  # else the sample is another now
             self._shadows = shadows
 

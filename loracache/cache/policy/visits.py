@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from math import exp
 
+from loracache.cache.policy.line import repack
 from loracache.cache.state.index import Node
 
 __all__ = ["Visits", "needed"]
@@ -43,6 +44,10 @@ class Visits:
     def forget(self, node: Node) -> None:
         """It has left for good."""
         self._known.pop(node.key, None)
+
+    def shrink(self) -> None:
+        """Few are left of very many."""
+        repack(self._known)
 
     def all(self, now: int, scale: float) -> list[float]:
         """F of each, now; those that have faded are forgotten."""

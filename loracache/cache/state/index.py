@@ -36,13 +36,14 @@ class Index:
 
     `on_candidate(tier, node)` is called whenever a node may have become a victim; of one that its policy has taken as
     a candidate (`Node.offered`), `on_used(tier, node, its tick before)` when it is used and `on_left(tier, node)` when
-    it leaves the tier or is no leaf of it any more; `on_gone(tier, node)` whenever a node has left a tier. `free` takes
-    back extents that nobody holds any more. `adapters` are keys that stand for a node without a tier as soon as a chain
-    needs one as its parent: adapters that an engine serves and the cache does not hold. `retained` are keys of adapters
-    that have a name: such a node stays in the tier `retaining_tier`, and in the arena until it is there. `spaces` says
-    what there is of each namespace that has anything, in the order of their digests. `on_change(node, tier, entered,
-    cause)` is told of every change. `costs` say what a node takes of a tier's room; `on_count(node, tier, amount)`,
-    where somebody wants to know, is told before what a namespace takes grows or shrinks.
+    it leaves the tier or is no leaf of it any more; `on_gone(tier, node)` whenever a node has left a tier; `on_few()`
+    when few nodes are left of very many. `free` takes back extents that nobody holds any more. `adapters` are keys that
+    stand for a node without a tier as soon as a chain needs one as its parent: adapters that an engine serves and the
+    cache does not hold. `retained` are keys of adapters that have a name: such a node stays in the tier
+    `retaining_tier`, and in the arena until it is there. `spaces` says what there is of each namespace that has
+    anything, in the order of their digests. `on_change(node, tier, entered, cause)` is told of every change. `costs`
+    say what a node takes of a tier's room; `on_count(node, tier, amount)`, where somebody wants to know, is told before
+    what a namespace takes grows or shrinks.
     """
 
     def __init__(self, on_candidate: Callable[[Tier, Node], None], free: Callable[[Iterable[Extent]], None]) -> None:
@@ -51,6 +52,7 @@ class Index:
         self.on_used: Callable[[Tier, Node, int], None] = lambda tier, node, before: None
         self.on_left: Callable[[Tier, Node], None] = lambda tier, node: None
         self.on_gone: Callable[[Tier, Node], None] = lambda tier, node: None
+        self.on_few: Callable[[], None] = lambda: None
         self._free = free
         self._clock = itertools.count(1)
         self.adapters: set[bytes] = set()
@@ -250,6 +252,7 @@ class Index:
             self._most = len(self._nodes)
             self._nodes = dict(self._nodes)
             if len(self._nodes) < _FEW:
+                self.on_few()
                 gc.collect()  # the daemon looks at young objects only: what it takes grows with all there are
             give_back_memory()
 

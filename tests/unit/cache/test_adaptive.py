@@ -115,12 +115,20 @@ def test_shadows_of_a_large_tier_begin_in_slices_and_are_whole_then() -> None:
 
 
 def test_lookups_that_wait_are_bounded_in_chunks() -> None:
-    shadows = Shadows()
+    shadows = shadows_of(10)
+    list(shadows.work(lambda node: 0, 10))
     for number in range(1000):
         shadows.ask([bytes(32)] * (100 + 50 * number), number)
     waiting = sum(len(keys) for keys, _ in shadows._asked)
-    assert 30_000 < waiting == shadows._waiting <= 32_768
-    assert shadows._asked[-1][1] == 999
+    assert 30_000 < waiting == shadows._asked.chunks <= 32_768
+    assert list(shadows._asked)[-1][1] == 999
+
+
+def test_in_a_tier_that_is_not_full_the_last_lookup_waits_alone() -> None:
+    shadows = shadows_of(10)
+    for number in range(100):
+        shadows.ask([bytes(32)] * 500, number)
+    assert [(len(keys), now) for keys, now in shadows._asked] == [(500, 99)]
 
 
 def test_chance_changes_nothing() -> None:
@@ -137,7 +145,7 @@ def test_lookups_that_nobody_looks_at_are_forgotten() -> None:
         shadows.ask([number.to_bytes(32, "little")], 0)
     assert sum(1 for _ in shadows.work(lambda node: 0, 10)) == 256
     shadows.ask([number.to_bytes(32, "little") for number in range(100_000)], 0)
-    assert len(shadows._asked[0][0]) == 2048
+    assert [len(keys) for keys, _ in shadows._asked] == [2048]
 
 
 def test_a_shadow_begins_as_the_tier_is() -> None:

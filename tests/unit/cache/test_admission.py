@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from loracache.cache.policy import ADMISSIONS
-from loracache.cache.policy.names import Names
 from loracache.cache.state.slices import whole
 from loracache.cache.tier.io import TierIO
 from loracache.storage_backends.base import Kind
@@ -101,15 +100,6 @@ def test_what_an_operation_moves_is_not_written_down_by_that(rig: Any) -> None:
     rig.acquire(0)
     rig.settle()
     assert on_disk(rig, 0) == [False]
-
-
-def test_names_are_forgotten_by_generations() -> None:
-    names = Names()
-    for number in range(200_000):
-        names.add(number, 10_000)
-    assert len(names) <= 8 * 10_000 + 1
-    assert 199_999 in names
-    assert 0 not in names
 
 
 def slow_tier(rig: Any, tier: str, *, computed: int, loaded: int) -> None:

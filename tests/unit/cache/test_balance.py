@@ -21,34 +21,31 @@ TIER, EACH = 1000, 10
 KV, LORA = False, True
 
 
-def full(balance: Balance, kind: bool, first: int = 0) -> range:
-    """So many victims of one kind as are remembered; answers their names."""
-    names = range(first, first + TIER // EACH // 4)
-    for name in names:
-        balance.left(name, kind, EACH, TIER)
-    return names
+def full(balance: Balance, kind: bool) -> list[int]:
+    """So many victims of one kind as are remembered; answers their places."""
+    return [balance.left(kind, EACH, TIER) for _ in range(TIER // EACH // 4)]
 
 
 def test_who_is_asked_for_after_it_left_gets_room_for_its_kind() -> None:
     balance = Balance()
     balance.adapters = 300.0
-    balance.came(full(balance, LORA)[-1], LORA, 2 * EACH, 300, TIER)
+    last = full(balance, LORA)[-1]
+    balance.back(last, LORA, 2 * EACH, 300, TIER)
     assert balance.adapters == 320
-    for name in full(balance, KV, 1000)[:3]:
-        balance.came(name, KV, EACH, 300, TIER)
+    for place in full(balance, KV)[:3]:
+        balance.back(place, KV, EACH, 300, TIER)
     assert balance.adapters == pytest.approx(290, abs=1)
     before = balance.adapters
-    balance.came(5000, LORA, EACH, 300, TIER)  # nobody knows that it was here
+    balance.back(last, LORA, EACH, 300, TIER)  # it has not left since
     assert balance.adapters == before
 
 
 def test_what_costs_the_same_by_a_byte_moves_nothing_in_the_end() -> None:
     balance = Balance()
     balance.adapters = 500.0
-    for turn in range(20):
+    for _ in range(20):
         for kind in (KV, LORA):
-            names = full(balance, kind, 10_000 * turn + 1000 * kind)
-            balance.came(names[0], kind, EACH, 500, TIER)
+            balance.back(full(balance, kind)[0], kind, EACH, 500, TIER)
     assert balance.adapters == pytest.approx(500, abs=2 * EACH)
 
 
@@ -56,18 +53,17 @@ def test_the_part_of_adapters_stays_near_what_they_take_and_one_miss_moves_littl
     balance = Balance()
     balance.adapters = 100.0
     for _ in range(50):
-        balance.came(full(balance, LORA)[0], LORA, 100 * TIER, 100, TIER)
+        balance.back(full(balance, LORA)[0], LORA, 100 * TIER, 100, TIER)
     assert 100 < balance.adapters <= 100 + TIER / 8
 
 
-def test_names_are_bounded_and_those_that_left_last_are_kept() -> None:
+def test_victims_are_remembered_as_far_as_they_were_the_last() -> None:
     balance = Balance()
     balance.adapters = 0.0
-    for name in range(1000):
-        balance.left(name, LORA, EACH, TIER)
-    balance.came(900, LORA, EACH, 0, TIER)
+    places = [balance.left(LORA, EACH, TIER) for _ in range(1000)]
+    balance.back(places[900], LORA, EACH, 0, TIER)
     assert balance.adapters == 0
-    balance.came(999, LORA, EACH, 0, TIER)
+    balance.back(places[999], LORA, EACH, 0, TIER)
     assert balance.adapters > 0
 
 

@@ -242,3 +242,26 @@ echo "${{COMPREPLY[@]}}"
         ["bash", "-c", asking], env=environment, capture_output=True, text=True, timeout=30, check=False
     )
     assert (done.stdout, done.stderr) == ("bashful\n", "")
+
+
+def test_a_daemon_lets_its_loop_go_on_beside_threads_that_compute(
+    monkeypatch: pytest.MonkeyPatch, short_tmp: Path
+) -> None:
+    """By default each of them may keep it waiting for 5 ms."""
+    found: list[float] = []
+
+    class Noted:
+        def __init__(self, settings: object, give_up: object) -> None:
+            pass
+
+        async def run(self) -> None:
+            found.append(sys.getswitchinterval())
+
+    monkeypatch.setattr("loracache.daemon.daemon.Daemon", Noted)
+    before = sys.getswitchinterval()
+    try:
+        done = CliRunner().invoke(app, ["serve", "--socket", str(short_tmp / "s")])
+    finally:
+        sys.setswitchinterval(before)
+    assert done.exit_code == 0, done.output
+    assert found == [pytest.approx(0.001)]
