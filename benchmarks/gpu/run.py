@@ -177,9 +177,15 @@ def _figure(
     rows, near = rows_of(rig.layers), split_by_pinned(rig.moves, *rig.steps())[0]
     fragments = sum(len(each) for each in fragments_of(rows, rows.bands(), near))
     return Figure(
-        *what, direction.value, way, rig.nbytes // fragments, rig.nbytes / spent / 1e9, rig.nbytes / floor / 1e9,
-        statistics.median(submits) * 1e3, _busy(lambda: run(rig.moves)) if rig.whole.is_cuda else None,
-    )  # fmt: skip
+        *what,
+        direction.value,
+        way,
+        rig.nbytes // fragments,
+        rig.nbytes / spent / 1e9,
+        rig.nbytes / floor / 1e9,
+        statistics.median(submits) * 1e3,
+        _busy(lambda: run(rig.moves)) if rig.whole.is_cuda else None,
+    )
 
 
 def _busy(submit: Callable[[], Any]) -> float:

@@ -14,8 +14,8 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from loracache.cache.state.index import Node, parents_first
 from loracache.cache.state.leases import Grip
+from loracache.cache.state.node import Node, parents_first
 from loracache.cache.tier.write_behind import WriteBehind
 from loracache.cache.tiered import OPERATOR, Acquired, TieredCache
 from loracache.control.incompressible import Incompressible

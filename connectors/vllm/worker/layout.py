@@ -11,13 +11,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from loracache.connectors.vllm.common.geometry import IN_BLOCKS
 from loracache.errors import UsageError
 
-__all__ = ["KVLayout", "read_layout"]
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["KVLayout", "platform_name", "read_layout"]
 
 _WORD = 8
 _DEVICES = ("cpu", "cuda")
@@ -146,3 +150,18 @@ def _order(tensor: torch.Tensor, *, apart: bool) -> str:
     order = ".".join(names[dim] if names[dim] == "H" else f"{names[dim]}{tensor.shape[dim]}" for dim in dims)
     order = order.replace("H.", "H/", 1) if apart else order
     return f"{order}:{str(tensor.dtype).removeprefix('torch.')}"
+
+
+def platform_name(config: VllmConfig, spec: object) -> str:
+    """The device type and, on CPUs, the instruction set whose kernels order the bytes inside a block."""
+    from vllm.platforms import current_platform
+
+    device = str(current_platform.device_type)
+    if device != "cpu":
+        return device
+    import platform
+
+    from vllm.v1.attention.backends import cpu_attn
+
+    isa = cpu_attn._get_attn_isa(config.model_config.dtype, spec.block_size, getattr(spec, "head_size", None))  # type: ignore[attr-defined]
+    return f"cpu-{platform.machine()}-{isa}"

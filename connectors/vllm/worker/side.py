@@ -24,7 +24,7 @@ from loracache.connectors.vllm.common.private import ensure_private_daemon, priv
 from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.worker.adapters import LoadedAdapters
 from loracache.connectors.vllm.worker.gate import GatedCopier
-from loracache.connectors.vllm.worker.layout import read_layout
+from loracache.connectors.vllm.worker.layout import platform_name, read_layout
 from loracache.connectors.vllm.worker.loader import Loader
 from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, paged_worker
 from loracache.connectors.vllm.worker.storer import StoreJob, Storer
@@ -116,7 +116,7 @@ class WorkerSide:
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._facts = Facts(
             shard_name(self._config, list(layout.names)),
-            f"{_platform(self._config, spec)}/{layout.order}",
+            f"{platform_name(self._config, spec)}/{layout.order}",
             layout.block_bytes,
             pool=pool,
         )
@@ -384,18 +384,3 @@ def _served_names(config: VllmConfig) -> list[str]:
     """What users call the model, for operators who name it."""
     names = getattr(config.model_config, "served_model_name", None) or []
     return [str(name) for name in ([names] if isinstance(names, str) else names)]
-
-
-def _platform(config: VllmConfig, spec: object) -> str:
-    """The device type and, on CPUs, the instruction set whose kernels order the bytes inside a block."""
-    from vllm.platforms import current_platform
-
-    device = str(current_platform.device_type)
-    if device != "cpu":
-        return device
-    import platform
-
-    from vllm.v1.attention.backends import cpu_attn
-
-    isa = cpu_attn._get_attn_isa(config.model_config.dtype, spec.block_size, getattr(spec, "head_size", None))  # type: ignore[attr-defined]
-    return f"cpu-{platform.machine()}-{isa}"

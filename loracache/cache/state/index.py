@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from sortedcontainers import SortedDict, SortedList
 
 from loracache.cache.state.arena import Extent
-from loracache.cache.state.node import Node, State
+from loracache.cache.state.node import Node, State, children_of, link, unlink
 from loracache.memory_limit import give_back_memory
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
-__all__ = ["Index", "Node", "Space", "parents_first"]
+__all__ = ["Index", "Node", "Space"]
 
 _WORTH_SHRINKING = 10_000  # nodes
 _FEW = 5_000  # of them a whole collection takes a few milliseconds
@@ -103,7 +103,7 @@ class Index:
                 node = self._nodes[info.key] = Node(info.key, info.kind, None)
             node.parent = parent
             if parent is not None:
-                _link(parent, node)
+                link(parent, node)
         if not node.present:
             node.namespace, node.size = info.namespace, info.size
             node.checksum = info.checksum if checksum is None else checksum
@@ -242,7 +242,7 @@ class Index:
             del self._nodes[node.key]
             parent = node.parent
             if parent is not None:
-                _unlink(parent, node)
+                unlink(parent, node)
             node = parent
 
     def shrink(self) -> None:
@@ -335,7 +335,7 @@ class Index:
         if root in seen:
             return
         seen.add(root)
-        path = [(root, iter(_children(root)))]
+        path = [(root, iter(children_of(root)))]
         while path:
             node, children = path[-1]
             child = next(children, None)
@@ -344,7 +344,7 @@ class Index:
                 yield node
             elif child not in seen:
                 seen.add(child)
-                path.append((child, iter(_children(child))))
+                path.append((child, iter(children_of(child))))
 
 
 @dataclass(slots=True)
@@ -359,45 +359,3 @@ class Space:
     keys: SortedList[bytes] = field(default_factory=SortedList)
     roots: SortedList[bytes] = field(default_factory=SortedList)
     taken: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-
-
-def parents_first(nodes: list[Node]) -> list[Node]:
-    """Sorted so that children come behind their parents, and else in the order they have."""
-    among = set(nodes)
-    found: dict[Node, None] = {}
-    for node in nodes:
-        line = []
-        above: Node | None = node
-        while above is not None and above in among and above not in found:
-            line.append(above)
-            above = above.parent
-        found.update(dict.fromkeys(reversed(line)))
-    return list(found)
-
-
-def _children(node: Node) -> list[Node]:
-    children = []
-    child = node.first_child
-    while child is not None:
-        children.append(child)
-        child = child.next_sibling
-    return children
-
-
-def _link(parent: Node, child: Node) -> None:
-    after = parent.first_child
-    child.next_sibling = after
-    if after is not None:
-        after.previous_sibling = child
-    parent.first_child = child
-
-
-def _unlink(parent: Node, child: Node) -> None:
-    before, after = child.previous_sibling, child.next_sibling
-    if before is None:
-        parent.first_child = after
-    else:
-        before.next_sibling = after
-    if after is not None:
-        after.previous_sibling = before
-    child.previous_sibling = child.next_sibling = None

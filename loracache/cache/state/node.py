@@ -13,7 +13,7 @@ from loracache.cache.state.arena import Extent
 from loracache.storage_backends.base import Kind, ObjectInfo
 from loracache.tiers import Tier
 
-__all__ = ["ARENA", "LOWER", "Node", "State"]
+__all__ = ["ARENA", "LOWER", "Node", "State", "children_of", "link", "parents_first", "unlink"]
 
 
 class State(Enum):
@@ -131,3 +131,48 @@ class Node:
         """What travels with the bytes into another tier."""
         parent = self.parent.key if self.parent is not None else b""
         return ObjectInfo(self.key, parent, self.kind, self.namespace, self.size, self.checksum)
+
+
+def children_of(node: Node) -> list[Node]:
+    """Whatever tier they are in, or in none."""
+    children = []
+    child = node.first_child
+    while child is not None:
+        children.append(child)
+        child = child.next_sibling
+    return children
+
+
+def link(parent: Node, child: Node) -> None:
+    """`child`, which hangs nowhere, hangs below `parent` from now on."""
+    after = parent.first_child
+    child.next_sibling = after
+    if after is not None:
+        after.previous_sibling = child
+    parent.first_child = child
+
+
+def unlink(parent: Node, child: Node) -> None:
+    """`child` hangs below `parent` no longer."""
+    before, after = child.previous_sibling, child.next_sibling
+    if before is None:
+        parent.first_child = after
+    else:
+        before.next_sibling = after
+    if after is not None:
+        after.previous_sibling = before
+    child.previous_sibling = child.next_sibling = None
+
+
+def parents_first(nodes: list[Node]) -> list[Node]:
+    """Sorted so that children come behind their parents, and else in the order they have."""
+    among = set(nodes)
+    found: dict[Node, None] = {}
+    for node in nodes:
+        line = []
+        above: Node | None = node
+        while above is not None and above in among and above not in found:
+            line.append(above)
+            above = above.parent
+        found.update(dict.fromkeys(reversed(line)))
+    return list(found)

@@ -282,7 +282,7 @@ def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Cal
     from loracache.connectors.vllm.worker.side import WorkerSide
 
     monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
-    monkeypatch.setattr(worker_module, "_platform", lambda config, spec: "cpu-test")
+    monkeypatch.setattr(worker_module, "platform_name", lambda config, spec: "cpu-test")
     made: list[Any] = []
 
     def make(url: str, *, problem: str = "", tensors: dict[str, Any] | None = None, **options: Any) -> Any:

@@ -25,10 +25,9 @@ from loracache.connectors.vllm.common.messages import (
     WorkerNews,
 )
 from loracache.connectors.vllm.link.pinned import pieces
-from loracache.connectors.vllm.worker import side as side_module
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
-from loracache.kernels.page_copy import CopyError, PageCopier
+from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace
 
 BLOCKS = 8
@@ -141,41 +140,6 @@ def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody(
     assert both.failures == {"x": 3, "y": 1}
     assert both.unstored == {"p", "q"}
     assert [fact.shard for fact in both.facts] == ["a", "b"]
-
-
-def test_a_device_that_cannot_be_copied_from_turns_the_cache_off(
-    make_side: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(layers: Any) -> Any:
-        raise CopyError("the Python package cuda-bindings is missing")
-
-    monkeypatch.setattr(side_module, "GatedCopier", refused)
-    assert "cuda-bindings is missing" in make_side("unix:///nowhere.sock").facts.problem
-
-
-def test_a_layer_that_shares_anothers_kv_is_no_layer_of_the_shard(
-    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(side_module, "shard_name", lambda config, layers: "+".join(layers))
-    own = torch.zeros(BLOCKS, 2, 16, 16)
-    side = make_side(daemon().url, tensors={"first": own, "second": torch.zeros_like(own), "shares": own[:]})
-    assert side.facts.shard == "first+second"
-    assert side.facts.block_bytes == 2 * own[0].numel() * 4
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"layer": torch.zeros(2, BLOCKS, 16)[:, :, ::2]},
-        {"layer": [torch.zeros(4)]},
-        {"layer": torch.zeros(BLOCKS, 2, 16, 16, device="meta")},  # as on an XPU: a device that nothing copies from
-    ],
-)
-def test_kv_that_cannot_be_moved_turns_the_cache_off(make_side: Any, tensors: Any) -> None:
-    side = make_side("unix:///nowhere.sock", tensors=tensors)
-    assert side.facts.problem
-    step(side, 1, stores=[store("a", os.urandom(32), 0)], loads=[load("b", os.urandom(32), 1)], await_stores={"a"})
-    assert side.take_finished()[0] == {"a"}
 
 
 def test_a_preempted_requests_blocks_are_read_no_more(
