@@ -172,7 +172,7 @@ def test_the_engines_thread_waits_for_no_copy(
     stream = device.stream(Direction.STORE)
 
     class OnDevice(GatedCopier):
-        def __init__(self, layers: Any) -> None:
+        def __init__(self, layers: Any, bounce_below: int | None = None) -> None:
             PageCopier.__init__(self, layers, pieces=pieces, device=device, bounce_below=STRAIGHT)
             self.gate = Gate()
 

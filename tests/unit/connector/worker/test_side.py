@@ -24,7 +24,6 @@ from loracache.connectors.vllm.common.messages import (
     Store,
     WorkerNews,
 )
-from loracache.connectors.vllm.link.pinned import pieces
 from loracache.connectors.vllm.worker import side as side_module
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
@@ -308,20 +307,6 @@ def test_transfers_wait_for_what_the_gpu_was_asked_to_compute_before_them(
     step(side, 3, loads=[load("a", key, 5)])
     assert finished(side, eventually) == (set(), {"a"})
     assert seen == [(True, "first"), (False, "second")]
-
-
-def test_copiers_know_what_is_pinned_and_which_way_small_runs_go(
-    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin, seen = PageCopier.__init__, []
-
-    def watched(copier: PageCopier, layers: Any, **options: Any) -> None:
-        seen.append(options)
-        begin(copier, layers, **options)
-
-    monkeypatch.setattr(PageCopier, "__init__", watched)
-    make_side(daemon().url, bounce_below="64KiB")
-    assert seen == [{"pieces": pieces, "bounce_below": 65536}] * 2
 
 
 # -- weights changed in place ------------------------------------------------------------------------------------------
