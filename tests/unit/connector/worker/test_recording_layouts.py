@@ -96,3 +96,17 @@ def test_what_was_computed_late_is_stored_and_what_is_reported_has_arrived(
         storer.close()
         loader.close()
     assert any(what == "launch" for what, *_ in device.submitted) == bool(bounce_below)
+
+
+def test_copiers_know_what_is_pinned_and_which_way_small_runs_go(
+    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, seen = PageCopier.__init__, []
+
+    def watched(copier: PageCopier, layers: Any, **options: Any) -> None:
+        seen.append(options)
+        begin(copier, layers, **options)
+
+    monkeypatch.setattr(PageCopier, "__init__", watched)
+    make_side(daemon().url, bounce_below="64KiB")
+    assert seen == [{"pieces": pinned.pieces, "bounce_below": 65536}] * 2

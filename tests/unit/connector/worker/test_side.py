@@ -284,20 +284,6 @@ def test_transfers_wait_for_what_the_gpu_was_asked_to_compute_before_them(
     assert seen == [(True, "first"), (False, "second")]
 
 
-def test_copiers_know_what_is_pinned_and_which_way_small_runs_go(
-    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin, seen = PageCopier.__init__, []
-
-    def watched(copier: PageCopier, layers: Any, **options: Any) -> None:
-        seen.append(options)
-        begin(copier, layers, **options)
-
-    monkeypatch.setattr(PageCopier, "__init__", watched)
-    make_side(daemon().url, bounce_below="64KiB")
-    assert seen == [{"pieces": pieces, "bounce_below": 65536}] * 2
-
-
 # -- weights changed in place ------------------------------------------------------------------------------------------
 
 
