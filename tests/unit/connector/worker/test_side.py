@@ -24,7 +24,6 @@ from loracache.connectors.vllm.common.messages import (
     Store,
     WorkerNews,
 )
-from loracache.connectors.vllm.link.pinned import pieces
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
 from loracache.kernels.page_copy import PageCopier
