@@ -41,15 +41,19 @@ SPECS: dict[str, FullAttentionSpec] = {
         block_size=16, num_kv_heads=HEADS, head_size=64, dtype=torch.uint8, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR
     ),
     "fp8 with a scale a token and head": FullAttentionSpec(
-        block_size=16, num_kv_heads=HEADS, head_size=64, dtype=torch.uint8,
-        kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD, state_content_bytes=2 * (64 + 4),
+        block_size=16,
+        num_kv_heads=HEADS,
+        head_size=64,
+        dtype=torch.uint8,
+        kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD,
+        state_content_bytes=2 * (64 + 4),
     ),
     "one head": FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16),
     "MLA": MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
     "MLA fp8": MLAAttentionSpec(
         block_size=64, num_kv_heads=1, head_size=656, dtype=torch.uint8, cache_dtype_str="fp8_ds_mla"
     ),
-}  # fmt: skip
+}
 
 
 def allocated(layout: KVCacheLayout, spec: KVCacheSpec, names: Sequence[str] = NAMES) -> dict[str, torch.Tensor]:

@@ -24,10 +24,9 @@ from loracache.connectors.vllm.common.messages import (
     Store,
     WorkerNews,
 )
-from loracache.connectors.vllm.worker import side as side_module
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import Unavailable
-from loracache.kernels.page_copy import CopyError, PageCopier
+from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace
 
 BLOCKS = 8
@@ -140,26 +139,6 @@ def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody(
     assert both.failures == {"x": 3, "y": 1}
     assert both.unstored == {"p", "q"}
     assert [fact.shard for fact in both.facts] == ["a", "b"]
-
-
-def test_a_device_that_cannot_be_copied_from_turns_the_cache_off(
-    make_side: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(layers: Any) -> Any:
-        raise CopyError("the Python package cuda-bindings is missing")
-
-    monkeypatch.setattr(side_module, "GatedCopier", refused)
-    assert "cuda-bindings is missing" in make_side("unix:///nowhere.sock").facts.problem
-
-
-def test_a_layer_that_shares_anothers_kv_is_no_layer_of_the_shard(
-    daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(side_module, "shard_name", lambda config, layers: "+".join(layers))
-    own = torch.zeros(BLOCKS, 2, 16, 16)
-    side = make_side(daemon().url, tensors={"first": own, "second": torch.zeros_like(own), "shares": own[:]})
-    assert side.facts.shard == "first+second"
-    assert side.facts.block_bytes == 2 * own[0].numel() * 4
 
 
 @pytest.mark.parametrize(
