@@ -342,9 +342,8 @@ class WorkerSide:
         self._fail_loads(stale, Cause.ADAPTER_CHANGED)
 
     def _may_load(self, load: Load) -> bool:
-        if load.adapter is None:
-            return True
-        return self._adapters.digest(load.adapter.lora_int_id) in (None, load.adapter.digest)
+        binding = load.adapter
+        return binding is None or self._adapters.digest(binding.lora_int_id) in (None, binding.digest)
 
     def _may_store(self, store: Store) -> bool:
         binding = store.adapter
