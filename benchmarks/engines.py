@@ -26,9 +26,10 @@ def fresh_prompt(length: int = PROMPT_TOKENS) -> list[int]:
 
 
 def start_engine(
-    folder: Path, name: str, server: str | None, *, connector: str = "LoRACacheConnector"
+    folder: Path, name: str, server: str | None, *, connector: str = "LoRACacheConnector", **options: object
 ) -> EngineProcess:
-    """An engine in bfloat16, warmed up, with the cache at `server`; a stock engine where that is None."""
+    """An engine in bfloat16, warmed up, with the cache at `server`; a stock engine where that is None. options: more of
+    the connector's."""
     arguments: dict[str, Any] = {
         "model": str(model_folder() / "model"),
         "dtype": "bfloat16",
@@ -49,7 +50,7 @@ def start_engine(
             "kv_connector_module_path": module,
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"server": server},
+            "kv_connector_extra_config": {"server": server} | options,
         }
     engine = EngineProcess(arguments, log=folder / f"{name}.log", more=environment)
     engine.ask(fresh_prompt(), max_tokens=1)

@@ -8,6 +8,7 @@ python benchmarks/far_redis.py HERE.sock THERE.sock 1.0 30     and 30 MB/s each 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 
 PIECE = 64 << 10  # that takes its turn on a link of a limited rate
@@ -34,11 +35,12 @@ async def far_redis(here: str, there: str, delay_s: float, rate: float = 0.0) ->
     to, back = Way(delay_s, rate), Way(delay_s, rate)
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way) -> None:
-        while data := await reader.read(PIECE if rate else 1 << 20):
-            arrives = way.arrives(len(data))
-            loop.call_at(arrives, writer.write, data)
-            if rate:  # and no more is read than the link carries
-                await asyncio.sleep(arrives - delay_s - loop.time())
+        with contextlib.suppress(ConnectionError):  # one side hung up
+            while data := await reader.read(PIECE if rate else 1 << 20):
+                arrives = way.arrives(len(data))
+                loop.call_at(arrives, writer.write, data)
+                if rate:  # and no more is read than the link carries
+                    await asyncio.sleep(arrives - delay_s - loop.time())
         loop.call_later(delay_s, writer.close)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -46,6 +46,7 @@ NAMES = (
     "scale",
     "stalls",
     "ttft",
+    "recompute",
     "overhead",
     "lora",
     "serving",

@@ -283,4 +283,40 @@ CONNECTOR = [
         "' '.join(kinds)",
         _LAYOUT,
     ),
+    # -- load or compute ----------
+    Mutation(
+        "loads under way share the link",
+        "connectors/vllm/scheduler/load_or_compute.py",
+        "self.times.seconds(nbytes + min(self.nbytes, self.loads * nbytes))",
+        "self.times.seconds(nbytes)",
+        _scheduler("load_or_compute"),
+    ),
+    Mutation(
+        "a tier that is passed over is tried again",
+        "connectors/vllm/scheduler/load_or_compute.py",
+        "return best + self._tried(tiers, best, chunk_bytes, everything / self._factor)",
+        "return best",
+        _scheduler("load_or_compute"),
+    ),
+    Mutation(
+        "what is passed over is not held",
+        "connectors/vllm/scheduler/lookups.py",
+        'if "cpu" in others:',
+        "if False:",
+        _scheduler("passing_over"),
+    ),
+    Mutation(
+        "what is passed over is counted",
+        "connectors/vllm/scheduler/side.py",
+        "            if state.passed_over:",
+        "            if False:",
+        _scheduler("passing_over"),
+    ),
+    Mutation(
+        "a load that failed tells nothing",
+        "connectors/vllm/worker/side.py",
+        "if causes.keys() <= {Cause.DEADLINE}:",
+        "if True:",
+        "tests/unit/connector/test_far_tier.py::test_loads_that_failed_tell_nothing_but_for_those_that_took_too_long",
+    ),
 ]

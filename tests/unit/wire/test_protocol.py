@@ -48,6 +48,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "parents": keys,
     "path": st.text(max_size=100),
     "priority": st.sampled_from(["", "low", "normal", "high"]),
+    "prefill": st.integers(0, 2**63 - 1),
     "running": st.integers(-1, 2**31 - 1),
     "scope": st.just("") | digests,
     "selector": selectors,
@@ -67,11 +68,12 @@ EXAMPLES: dict[str, Any] = {
     "tier": "cpu", "tiers": ["cpu"], "ttl": 1.5, "after": "", "by": "x", "keep": True, "names": ["x"], "scope": "",
     "kind": "tenant", "priority": "high", "soft": 1, "hard": -1,
     "selector": {"keys": bytes(32)}, "since": 0, "source": "cpu", "wait": 1.5,
-    "adapters": bytes(32), "delay": 1.5, "running": 1, "waiting": 1,
+    "adapters": bytes(32), "delay": 1.5, "running": 1, "prefill": 1, "waiting": 1,
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "adapters": [None, "x" * 32, bytes(31), [bytes(32)]],
     "delay": [None, -1, 3601, float("nan"), float("inf"), True, "1"],
+    "prefill": [None, -1, 2**63, 1.0, True, "1"],
     "running": [None, -2, 2**31, 1.0, True, "1"],
     "waiting": [None, -2, 2**31, 1.0, True, "1"],
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
