@@ -55,7 +55,7 @@ REACHES = {
         "tiers transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler "
         "vllm.scheduler.lora vllm.worker vllm.worker.lora wire"
     ),
-    "vllm.common": "adapters client config errors kernels keys logs mapping vllm.lora wire",
+    "vllm.common": "adapters backoff client config errors kernels keys logs mapping vllm.lora wire",
     "vllm.frontend": "adapters backoff client config errors keys logs mapping vllm.common vllm.lora wire",
     "vllm.identity": "errors vllm.common",
     "vllm.link": "backoff client errors keys mapping tiers wire",

@@ -109,31 +109,6 @@ def test_the_hit_rate_is_that_of_the_lookups_since(page: Any, client: CacheClien
     assert f"miss: absent{exact(stats['misses']['absent'])}" in sums
 
 
-def test_what_is_raised_before_anybody_asks_is_shown(
-    page: Any, client: CacheClient, kv: Chain, eventually: Any
-) -> None:
-    keys = [bytes.fromhex(key) for key in kv(5, size=100_000)]
-    client.flush()
-    client.evict(keys, tiers=["cpu"])
-    before: Any = client.status()
-    client._call(protocol.Prefetch(bytes(16), b"".join(keys), 60.0, 0.1))
-    client._call(protocol.Prefetch(bytes(15) + b"1", b"".join(keys), 60.0, 3600.0))
-    client._call(protocol.Report({}, 1, 1, wanted=bytes(32)))
-    raised = before["counters"].get("prefetch.objects", 0) + 5
-
-    def counters() -> Any:
-        return client.status()["counters"]
-
-    eventually(lambda: counters().get("prefetch.objects") == raised, "they are raised")
-    page.open()
-    page.says("#ahead tbody", f"raised{raised}")
-    page.says("#ahead tbody", "chains announced1")
-    page.says("#ahead tbody", "pacefor returns")
-    titles = [cell.get_attribute("title") for cell in page.all("#ahead td")]
-    assert "200,000,000 bytes a second" in titles
-    assert f"{exact(before['counters'].get('prefetch.bytes', 0) + 500_000)} bytes" in titles
-
-
 def test_throughput_is_drawn_and_the_crosshair_looks_back(page: Any, client: CacheClient, kv: Chain) -> None:
     page.open()
     assert page.wait(lambda: page.all("#throughput .legend li"), "a legend")
