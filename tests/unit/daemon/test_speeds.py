@@ -23,8 +23,8 @@ SIZE = 100_000
 
 
 def speeds(client: CacheClient) -> dict[str, Any]:
-    told: Any = client.status()["speeds"]
-    return dict(told)
+    status: Any = client.status()
+    return dict(status["speeds"])
 
 
 def test_engines_say_how_fast_they_compute(daemon: Any, eventually: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dashboard shows what is raised before anybody asks for it."""
+"""What the dashboard shows of the swapper, in a real browser."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ Chain = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def running(module_daemon: Any, eventually: Any, rest_is_up: Any, tmp_path_factory: Any) -> Any:
-    """As the other modules' daemon, with a disk to raise from."""
-    made = module_daemon(
-        http="127.0.0.1:0", memory="16MiB", page_size="4KiB", disk_path=tmp_path_factory.mktemp("disk"), disk="64MiB"
-    )
+def running(module_daemon: Any, eventually: Any, rest_is_up: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """With a disk to raise from."""
+    folder = tmp_path_factory.mktemp("disk")
+    made = module_daemon(http="127.0.0.1:0", memory="16MiB", page_size="4KiB", disk_path=folder, disk="64MiB")
     eventually(lambda: rest_is_up(made), "REST answers")
     return made
 
@@ -46,4 +45,4 @@ def test_what_is_raised_before_anybody_asks_is_shown(
     page.says("#ahead tbody", "pacefor returns")
     titles = [cell.get_attribute("title") for cell in page.all("#ahead td")]
     assert "200,000,000 bytes a second" in titles
-    assert f"{before['counters'].get('prefetch.bytes', 0) + 500_000:,} bytes" in titles
+    assert f"{format(before['counters'].get('prefetch.bytes', 0) + 500_000, ',')} bytes" in titles

@@ -61,6 +61,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "ttl": st.floats(0, 3600) | st.integers(0, 3600),
     "wait": st.floats(0, 600) | st.integers(0, 600),
     "waiting": st.integers(-1, 2**31 - 1),
+    "wanted": keys,
 }
 EXAMPLES: dict[str, Any] = {
     "checksums": [1, 2**64 - 1], "count": 10, "counts": {"a": 1}, "descriptor": "{}", "group": 1, "keys": bytes(64),
@@ -68,7 +69,7 @@ EXAMPLES: dict[str, Any] = {
     "tier": "cpu", "tiers": ["cpu"], "ttl": 1.5, "after": "", "by": "x", "keep": True, "names": ["x"], "scope": "",
     "kind": "tenant", "priority": "high", "soft": 1, "hard": -1,
     "selector": {"keys": bytes(32)}, "since": 0, "source": "cpu", "wait": 1.5,
-    "adapters": bytes(32), "delay": 1.5, "running": 1, "prefill": 1, "waiting": 1,
+    "adapters": bytes(32), "delay": 1.5, "running": 1, "prefill": 1, "waiting": 1, "wanted": bytes(32),
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "adapters": [None, "x" * 32, bytes(31), [bytes(32)]],
@@ -76,6 +77,7 @@ NONSENSE: dict[str, list[Any]] = {
     "prefill": [None, -1, 2**63, 1.0, True, "1"],
     "running": [None, -2, 2**31, 1.0, True, "1"],
     "waiting": [None, -2, 2**31, 1.0, True, "1"],
+    "wanted": [None, "x" * 32, bytes(31), [bytes(32)]],
     "checksums": [None, 1, [-1], [2**64], ["1"], [True], [1.0]],
     "count": [None, "1", True, 0, -1, 10_001, 1.0],
     "counts": [
