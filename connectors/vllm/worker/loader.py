@@ -46,7 +46,7 @@ _LEASE_MARGIN_S = 5.0
 _CONFIRM_S = 1.0  # for the daemon's word that a lease held until now
 _END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
 
-_PARTS = 2  # of one load at a time: one is read while the other is copied
+_PARTS = 2  # of one load hold pages at a time: one is read while the other is copied
 _PART_SHARE = 16  # of the arena is a part at most,
 _SHARE = 4  # and this all parts of a worker, but for one that is larger
 _PART_CHUNKS = 4096
@@ -140,7 +140,7 @@ class Loader:
         now = time.monotonic()
         waits = job.again if job.again > now else now + LONGEST_PAUSE_S  # for others of ours to make room
         deadline = job.deadline if job.waits else math.inf
-        return min(deadline, waits if job.todo and len(job.parts) < _PARTS else math.inf)
+        return min(deadline, waits if job.todo and len(job.holding) < _PARTS else math.inf)
 
     def _step(self) -> None:
         while not self._jobs.empty():
@@ -153,7 +153,7 @@ class Loader:
             self._link.connection.poll()
         except LoRACacheError as error:
             self._link.outage.goes_on(error)
-        for work in (self._advance, self._ask):
+        for work in (self._advance, self._ask, self._finish):
             for job in list(self._active):
                 try:
                     work(job)
@@ -193,15 +193,16 @@ class Loader:
             job.todo.clear()
 
     def _ask(self, job: Loading) -> None:
-        """Ask for the next parts, as far as they fit beside all that are under way; where none is left, end."""
+        """Ask for the next parts, as far as they fit beside all that hold pages: the daemon takes what one connection
+        sends in its order, and has let go of what was released before it looks for room."""
         size = job.load.chunk_blocks * self._block_bytes
         now = time.monotonic()
-        while job.todo and len(job.parts) < _PARTS and now >= job.again:
+        while job.todo and len(job.holding) < _PARTS and now >= job.again:
             arena = self._link.connection.map
             if arena is None:
                 raise Unavailable("no daemon")
             count = min(job.most, max(1, len(arena) // _PART_SHARE // size), len(job.todo))
-            held = sum(part.nbytes for other in self._active for part in other.parts)
+            held = sum(part.nbytes for other in self._active for part in other.holding)
             if held and held + count * size > len(arena) // _SHARE:
                 return
             part = Part(os.urandom(16), count * size, positions=[heapq.heappop(job.todo) for _ in range(count)])
@@ -211,6 +212,8 @@ class Loader:
             job.parts.append(part)
             acquire = requests.Acquire(part.lease, requests.join_keys(keys), self._timeout + _LEASE_MARGIN_S)
             part.acquire = self._link.connection.send(acquire)
+
+    def _finish(self, job: Loading) -> None:
         if not job.parts and not job.todo:
             self._end(job)
 
@@ -231,7 +234,8 @@ class Loader:
         connection = self._link.connection
         if not part.release:
             part.release = connection.send(requests.Release(part.lease, requests.join_keys(part.bad)))
-            connection.poll()
+            if not job.gap:
+                self._ask(job)  # now: it is read while the next is copied
         reply = connection.take(part.release)
         if reply is None:
             return

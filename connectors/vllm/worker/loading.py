@@ -73,6 +73,11 @@ class Loading:
     cause: str = ""
 
     @property
+    def holding(self) -> list[Part]:
+        """Parts whose pages are held, as far as we have said."""
+        return [part for part in self.parts if not part.release]
+
+    @property
     def waits(self) -> bool:
         """Whether it is the daemon's turn."""
         return any(part.acquire or part.release for part in self.parts)
