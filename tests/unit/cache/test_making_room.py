@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loracache.cache.state.slices import whole
 from loracache.tiers import Tier
 
 PAGE = 4096
@@ -185,3 +186,21 @@ def test_room_for_a_child_is_not_made_by_taking_its_parent(rig_of: Make) -> None
     rig.store("other")
     assert rig.store("child", "parent") == ""
     assert rig.node("other") is None
+
+
+def test_room_for_many_is_one_choice_of_victims_and_no_more_than_they_need(
+    rig_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them exists and one has no parent: nothing is evicted for those."""
+    rig = rig_of(pages=8)
+    rig.chain(*"abcdefgh")
+    choices = []
+    policy = rig.cache._policies[Tier.CPU]
+    choose = policy.victims
+    monkeypatch.setattr(policy, "victims", lambda *asked: choices.append(asked[0]) or choose(*asked))
+    infos = [rig.info("k"), rig.info("l", "k"), rig.info("a"), rig.info("n", "nobody"), rig.info("m", "l")]
+    answers = whole(rig.cache.reserve(1, b"w", infos, 30.0))
+    assert [str(answer) for answer in answers if isinstance(answer, str)] == ["exists", "no_parent"]
+    assert choices == [3 * PAGE]
+    assert [rig.node(name) is not None for name in "abcdefgh"] == [True] * 5 + [False] * 3
+    assert rig.arena.free_bytes == 0
