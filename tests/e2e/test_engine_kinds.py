@@ -44,7 +44,9 @@ def test_tensor_parallel_workers_keep_a_shard_each(
 def test_inside_multiconnector_it_works_as_alone(
     daemon: Any, engine_factory: Any, prompts: Callable[[int], list[int]]
 ) -> None:
-    serving = daemon(memory="64MiB")
+    """With a layout asked for that a CPU's attention does not have, and an arena in huge pages."""
+    serving = daemon(memory="64MiB", hugepages="transparent")
+    layout = {"kv_layout": "BLNHC"} if tuple(map(int, VLLM.split(".")[:2])) >= (0, 29) else {}
     ours = {
         "kv_connector": "LoRACacheConnector",
         "kv_connector_module_path": MODULE,
@@ -54,6 +56,7 @@ def test_inside_multiconnector_it_works_as_alone(
             "chunk_tokens": 128,
             "lookup_wait": 1.0,
             "recompute_if_faster": 0,
+            **layout,
         },
     }
     engine = engine_factory(
