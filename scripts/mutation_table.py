@@ -79,16 +79,16 @@ CACHE = [
     Mutation(
         "what is leased stays in the arena",
         "loracache/cache/state/index.py",
-        "(not node.leases and not node.dirty)",
-        "not node.dirty",
+        "(node.leases or node.dirty)",
+        "node.dirty",
         _INDEX,
     ),
     # -- flush and writes ----------
     Mutation(
         "what is queued to be written stays in the arena",
         "loracache/cache/state/index.py",
-        "(not node.leases and not node.dirty)",
-        "not node.leases",
+        "(node.leases or node.dirty)",
+        "node.leases",
         _INDEX,
     ),
     Mutation(
@@ -158,8 +158,8 @@ CACHE = [
     Mutation(
         "a parent may go when its last child has gone",
         "loracache/cache/state/index.py",
-        "            parent.children[tier] -= 1\n            self.offer(parent, tier)",
-        "            parent.children[tier] -= 1",
+        "                self.offer(parent, tier)\n            elif",
+        "                pass\n            elif",
         _INDEX,
     ),
     Mutation(
@@ -264,9 +264,9 @@ CACHE = [
     ),
     Mutation(
         "the pages of an object whose parent has gone are free again",
-        "loracache/cache/tiered.py",
-        '            self.arena.free(item.extents)\n            self.counters.add("store.refused.no_parent")',
-        '            self.counters.add("store.refused.no_parent")',
+        "loracache/cache/committing.py",
+        '            self._arena.free(item.extents)\n            self._counters.add("store.refused.no_parent")',
+        '            self._counters.add("store.refused.no_parent")',
         _DISK,
     ),
     Mutation(
@@ -279,8 +279,8 @@ CACHE = [
     Mutation(
         "a node without tier and children goes, and its ancestors after it",
         "loracache/cache/state/index.py",
-        "                _unlink(parent, node)\n            node = parent",
-        "                _unlink(parent, node)\n            node = None",
+        "                unlink(parent, node)\n            node = parent",
+        "                unlink(parent, node)\n            node = None",
         _INDEX,
     ),
     # -- the disk's budget ----------

@@ -214,6 +214,8 @@ class CacheClient(ControlCalls):
     def add_adapter(self, path: str, name: str = "", *, priority: str = "", timeout: float = 600.0) -> str:
         """Take the PEFT folder at `path` (on the daemon's machine) into the cache and point `name` at it; answers its
         hex digest. priority: as of `prioritize_adapter`. Raises Rejected naming file, tensor and reason."""
+        if priority and not path:
+            raise UsageError("path='' names no folder; prioritize_adapter() gives a name a priority")
         (digest,) = self._call(protocol.AdapterAdd(path, name, "", priority), timeout)
         return str(digest)
 

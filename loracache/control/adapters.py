@@ -74,8 +74,8 @@ class Adapters:
 
     async def add(self, path: str, name: str, priority: str = "") -> list[Any]:
         """Take a folder in; answers [hex digest] when it can be loaded from the cache. priority: of the name, "" for
-        the one that it has. Without a path the name's priority alone is changed; [] where nobody knows it."""
-        if not path:
+        the one that it has. With one and no path the name's priority alone is changed; [] where nobody knows it."""
+        if priority and not path:
             record = await self._others.result(lambda: self._names.prioritize(name, priority))
             return [record.digest] if record is not None else []
         if name:

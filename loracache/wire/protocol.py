@@ -121,7 +121,7 @@ class AdapterAdd(Request):
 
     operation: ClassVar[str] = "adapter_add"
     path: str
-    """An empty one: `name` points where it did, its priority alone is given. -> [], too, where nobody knows it"""
+    """An empty one, and a priority: `name` has it from now on. -> [], too, where nobody knows the name"""
     name: str
     """An empty one points nowhere."""
     by: str

@@ -285,15 +285,22 @@ THERE: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
+def look(target: Path) -> tuple[list[int], list[str]]:
+    """What stands there; not when it was read last, which looking changes."""
+    found = os.lstat(target)
+    numbers = [found.st_mode, found.st_ino, found.st_uid, found.st_gid, found.st_size, found.st_mtime_ns]
+    return numbers, os.listdir(target) if target.is_dir() else []
+
+
 @pytest.mark.parametrize("what", list(THERE))
 def test_what_is_there_already_is_not_touched_by_an_export(tmp_path: Path, payload: bytes, what: str) -> None:
     target = tmp_path / "x"
     THERE[what](target)
-    before = (os.lstat(target), os.listdir(target) if target.is_dir() else [])
+    before = look(target)
     with pytest.raises(UsageError, match=f"^{re.escape(str(target))} cannot be written: .*; give a folder that is not"):
         export(unpack(payload), target)
     assert os.listdir(tmp_path) == ["x"]
-    assert before == (os.lstat(target), os.listdir(target) if target.is_dir() else [])
+    assert before == look(target)
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ def test_a_names_priority_outlives_a_restart_and_a_new_content(daemon: Any, tmp_
     client.add_adapter(one, "plain")
     assert client.prioritize_adapter("plain", "low")
     assert not client.prioritize_adapter("nobody", "low")
+    with pytest.raises(UsageError, match="path='' names no folder"):
+        client.add_adapter("", "plain", priority="high")
     before = {adapter.name: adapter for adapter in client.adapters()}
     assert {name: adapter.priority for name, adapter in before.items()} == {"first": "high", "plain": "low"}
     client.add_adapter(other, "first")

@@ -47,8 +47,8 @@ EXPECTED = {
         "POST /v1/admit", "POST /v1/evict", "POST /v1/pin", "POST /v1/unpin", "POST /v1/move", "POST /v1/compress",
         "POST /v1/decompress", "POST /v1/flush", "DELETE /v1/operations/{}",
     },
-    "admin": {"POST /v1/clear", "PUT /v1/adapters/{}", "DELETE /v1/adapters/{}", "GET /v1/config", "PUT /v1/quotas",
-              "DELETE /v1/quotas"},
+    "admin": {"POST /v1/clear", "PUT /v1/adapters/{}", "POST /v1/adapters/{}", "DELETE /v1/adapters/{}",
+              "GET /v1/config", "PUT /v1/quotas", "DELETE /v1/quotas"},
 }  # fmt: skip
 SALTED = {"lookup", "admit", "evict", "pin", "unpin", "move", "compress", "decompress", "objects", "tree", "operations",
           "quotas"}  # fmt: skip
