@@ -222,6 +222,7 @@ def test_an_uploaded_adapter_is_served_by_the_engine_and_leaves_with_its_kv(
     assert "cpu" in chunk["tiers"]
     held = world.call("GET", "/v1/objects", params={"adapter": name, "model": "*"})["objects"]
     assert chunk["key"] in [item["key"] for item in held]
+    assert world.call("POST", f"/v1/adapters/{name}", template, json={"priority": "high"})["priority"] == "high"
     assert world.call("DELETE", f"/v1/adapters/{name}", template)["objects"] >= 1
     assert found(world, selector | {"adapter": digest})["hits"] == 0
 
