@@ -79,7 +79,7 @@ class PinnedPieces:
     """Where the pieces of the mapped arenas lie, and which are pinned. For all threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a mapping on a thread that holds it
         self._arenas: dict[int, _Steps] = {}  # by first address
         self._steps: _Steps = (np.zeros(0, np.int64), np.zeros(0, np.bool_))
 
@@ -117,7 +117,7 @@ class PinnedPieces:
         return [int(start) for start in edges[pinned]]
 
     def _join(self) -> None:
-        known = [self._arenas[base] for base in sorted(self._arenas)]
+        known = [steps for _, steps in sorted(self._arenas.items(), key=lambda item: item[0])]
         edges, pinned = np.zeros(0, np.int64), np.zeros(0, np.bool_)
         self._steps = (
             np.concatenate([edges, *(each for each, _ in known)]),

@@ -140,6 +140,25 @@ def test_arenas_side_by_side_are_told_apart() -> None:
     assert pieces.remove(1 << 40) == []
 
 
+def test_a_mapping_may_end_while_another_begins_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the collector comes upon the last reference to the one."""
+    pieces = PinnedPieces()
+    pieces.add(PIECE, SIZE)
+    join = pieces._join
+
+    def collected() -> None:
+        monkeypatch.setattr(pieces, "_join", join)
+        pieces.remove(PIECE)
+        join()
+
+    monkeypatch.setattr(pieces, "_join", collected)
+    adding = threading.Thread(target=pieces.add, args=(100 * PIECE, SIZE), daemon=True)
+    adding.start()
+    adding.join(10)
+    assert not adding.is_alive()
+    assert pieces.steps()[0][0] == 100 * PIECE
+
+
 def test_a_registration_ends_after_the_last_view_and_before_the_memory_goes(
     make: Any, pieces: PinnedPieces, eventually: Any
 ) -> None:
