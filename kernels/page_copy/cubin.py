@@ -51,9 +51,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that others see whole or not at all; where it cannot be written, not at all."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
+        file = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)  # noqa: SIM115 - closed before it is moved
         try:
+            with file:
+                file.write(content)
             os.replace(file.name, path)
         except OSError:
             os.unlink(file.name)

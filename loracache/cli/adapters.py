@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,13 +13,13 @@ from loracache.cli.common import JsonOption, SocketOption, client_of, print_json
 from loracache.cli.completion import complete_adapter
 from loracache.client.answers import Adapter
 from loracache.client.client import CacheClient
+from loracache.client.requests import Priority
 from loracache.errors import Rejected, Unknown, UsageError
 
 __all__ = ["app"]
 
 app = typer.Typer(help="LoRA adapters that the cache knows by name.", no_args_is_help=True)
 
-Priority = Literal["low", "normal", "high"]
 NameArgument = Annotated[
     str, typer.Argument(help="Name, or digest in hex.", show_default=False, autocompletion=complete_adapter)
 ]

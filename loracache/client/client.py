@@ -224,7 +224,7 @@ class CacheClient(ControlCalls):
         request gave another, and is kept with the name. False where nobody knows the name."""
         if priority not in protocol.PRIORITIES:
             raise UsageError(f"priority={priority!r:.30}: give one of {', '.join(protocol.PRIORITIES)}")
-        return bool(self._call(protocol.AdapterAdd("", name, "", priority)))
+        return bool(self._call(protocol.AdapterPrioritize(name, "", priority)))
 
     def find_adapter(self, name: str) -> str | None:
         """The hex digest that a name points to now, or None."""

@@ -24,6 +24,7 @@ from loracache.wire.protocol import (
     Keep,
     Lookup,
     Prefetch,
+    Priority,
     Register,
     Release,
     Report,
@@ -36,8 +37,8 @@ from loracache.wire.protocol import (
 
 __all__ = [
     "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "PRIORITIES", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd",
-    "AdapterDigest", "AdapterFind", "Commit", "EventList", "Keep", "Lookup", "Move", "Pin", "Prefetch", "Register",
-    "Release", "Report", "Request", "Reserve", "Resident", "join_keys", "lookup_parts", "split_keys",
+    "AdapterDigest", "AdapterFind", "Commit", "EventList", "Keep", "Lookup", "Move", "Pin", "Prefetch", "Priority",
+    "Register", "Release", "Report", "Request", "Reserve", "Resident", "join_keys", "lookup_parts", "split_keys",
 ]  # fmt: skip
 
 _PART_KEYS = 8192  # of a lookup: a quarter of a megabyte, which the daemon answers within milliseconds

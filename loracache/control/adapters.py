@@ -12,8 +12,8 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Generator
+from typing import TYPE_CHECKING, Any, assert_never
 
 from loracache.adapters.names import AdapterNames, NameRecord, check_name
 from loracache.adapters.payload import AdapterDigests, Packing
@@ -29,6 +29,8 @@ from loracache.keys import LORA_NAMESPACE, checksum
 from loracache.results import Cause
 from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Result
 from loracache.tiers import Tier
+from loracache.wire import protocol
+from loracache.wire.requests import AdapterChange
 
 if TYPE_CHECKING:
     from loracache.cache.tier.io import Post
@@ -72,18 +74,31 @@ class Adapters:
         digest, identity = await self._files.result(lambda: self._digests.digest(path))
         return [digest, list(identity)]
 
+    def change(self, request: AdapterChange) -> Coroutine[Any, Any, list[Any]]:
+        """What answers a request that changes a name."""
+        match request:
+            case protocol.AdapterAdd():
+                return self.add(request.path, request.name, request.priority)
+            case protocol.AdapterPrioritize():
+                return self.prioritize(request.name, request.priority)
+            case protocol.AdapterRemove():
+                return self.remove(request.name)
+        assert_never(request)
+
     async def add(self, path: str, name: str, priority: str = "") -> list[Any]:
         """Take a folder in; answers [hex digest] when it can be loaded from the cache. priority: of the name, "" for
-        the one that it has. With one and no path the name's priority alone is changed; [] where nobody knows it."""
-        if priority and not path:
-            record = await self._others.result(lambda: self._names.prioritize(name, priority))
-            return [record.digest] if record is not None else []
+        the one that it has."""
         if name:
             check_name(name)
         async with self._turns:
             folder = await self._files.result(lambda: PeftFolder(path))
             with folder:
                 return [await self._take_in(folder, path, name, priority)]
+
+    async def prioritize(self, name: str, priority: str) -> list[Any]:
+        """Give a name another priority: [hex digest], or [] for no such name."""
+        record = await self._others.result(lambda: self._names.prioritize(name, priority))
+        return [record.digest] if record is not None else []
 
     async def find(self, name: str) -> list[Any]:
         """[hex digest] that a name points to, or []."""

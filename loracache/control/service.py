@@ -38,8 +38,7 @@ from loracache.results import NodeKind
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
-from loracache.wire import protocol
-from loracache.wire.requests import ControlRequest
+from loracache.wire.requests import AdapterChange, ControlRequest
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
@@ -136,9 +135,7 @@ class Control:
         """Nothing comes back from the tiers any more; the audit log takes the last lines."""
         self.operations.end_all("the daemon ended")
 
-    async def audited(
-        self, request: protocol.AdapterAdd | protocol.AdapterRemove, by: str, work: Awaitable[list[Any]]
-    ) -> list[Any]:
+    async def audited(self, request: AdapterChange, by: str, work: Awaitable[list[Any]]) -> list[Any]:
         """What `work` answers, noted down where something changed."""
         payload = await work
         if payload:

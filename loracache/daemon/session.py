@@ -265,16 +265,16 @@ class Session(asyncio.Protocol):
                 self._on_resident(number, request)
             case protocol.AdapterDigest():
                 self._on_adapter_digest(number, request)
-            case protocol.AdapterAdd():
-                self._on_adapter_add(number, request)
+            case protocol.AdapterAdd() | protocol.AdapterPrioritize() | protocol.AdapterRemove():
+                who, change = self._asker(request)
+                work = self._served.adapters.change(request)
+                self._later(number, self._served.control.audited(change, who, work))
             case protocol.AdapterFind():
                 self._on_adapter_find(number, request)
             case protocol.AdapterShow():
                 self._on_adapter_show(number, request)
             case protocol.AdapterList():
                 self._on_adapter_list(number, request)
-            case protocol.AdapterRemove():
-                self._on_adapter_remove(number, request)
             case messages.QuotaSet() | messages.QuotaRemove() | messages.QuotaList():
                 who, quota = self._asker(request)
                 self._later(number, self._served.quotas.serve(quota, who))
@@ -340,11 +340,6 @@ class Session(asyncio.Protocol):
     def _on_adapter_digest(self, number: int, request: protocol.AdapterDigest) -> None:
         self._later(number, self._served.adapters.digest(request.path))
 
-    def _on_adapter_add(self, number: int, request: protocol.AdapterAdd) -> None:
-        work = self._served.adapters.add(request.path, request.name, request.priority)
-        who, request = self._asker(request)
-        self._later(number, self._served.control.audited(request, who, work))
-
     def _on_adapter_find(self, number: int, request: protocol.AdapterFind) -> None:
         self._later(number, self._served.adapters.find(request.name))
 
@@ -353,11 +348,6 @@ class Session(asyncio.Protocol):
 
     def _on_adapter_list(self, number: int, request: protocol.AdapterList) -> None:
         self._later(number, self._served.adapters.page(request.name, request.count))
-
-    def _on_adapter_remove(self, number: int, request: protocol.AdapterRemove) -> None:
-        work = self._served.adapters.remove(request.name)
-        who, request = self._asker(request)
-        self._later(number, self._served.control.audited(request, who, work))
 
     def _on_resident(self, number: int, request: protocol.Resident) -> None:
         if len(request.keys) > _MOST_RESIDENT * KEY_BYTES:

@@ -103,7 +103,7 @@ def _add_changes(app: FastAPI, link: DaemonLink) -> None:
     @app.post("/v1/adapters/{name:path}", tags=["adapters"], responses=problems(404, 409, 422))
     async def prioritize(name: Name, body: models.Prioritize, who: Admin) -> models.Adapter:
         """Give a name a priority: that of the adapter's weights and of its KV, as far as no request gave another."""
-        if not await link.call(protocol.AdapterAdd("", name, name_of(who), body.priority), _CHANGE_S):
+        if not await link.call(protocol.AdapterPrioritize(name, name_of(who), body.priority), _CHANGE_S):
             raise HTTPException(404, f"no adapter has the name {name!a}")
         return models.Adapter.of(await _adapter(link, name))
 

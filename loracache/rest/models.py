@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from loracache.client.control import Selection
 from loracache.results import NodeKind, OperationState
-from loracache.wire.protocol import MAX_TTL_S
+from loracache.wire.protocol import MAX_TTL_S, Priority
 
 __all__ = [
     "ALL_TIERS", "Adapter", "AdapterPage", "Admit", "Changed", "Clear", "Compress", "Event", "Evict", "Flush",
@@ -21,7 +21,6 @@ HexKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LocalTier = Literal["cpu", "disk"]
 StoredTier = Literal["disk", "redis"]
 Tier = Literal["cpu", "disk", "redis"]
-Priority = Literal["low", "normal", "high"]
 Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 ALL_TIERS: tuple[Tier, ...] = ("cpu", "disk", "redis")
 _MOST_TOKENS = 1 << 20

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Literal, get_args
 
 from loracache.keys import KEY_BYTES, is_digest
 
-__all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "MAX_WAIT_S", "PRIORITIES", "is_int"]
+__all__ = ["CHECKS", "LEASE_BYTES", "MAX_TTL_S", "MAX_WAIT_S", "PRIORITIES", "Priority", "is_int"]
 
 LEASE_BYTES = 16
 MAX_TTL_S = 3600.0
 MAX_WAIT_S = 600.0
-PRIORITIES = ("low", "normal", "high")
+Priority = Literal["low", "normal", "high"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 _MAX_TEXT = 64 << 10
 _MAX_SHORT = 300

@@ -19,14 +19,15 @@ from typing import Any, ClassVar
 
 from loracache.errors import ProtocolError, UsageError
 from loracache.keys import KEY_BYTES
-from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, PRIORITIES, is_int
+from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, PRIORITIES, Priority, is_int
 from loracache.wire.frames import frame
 
 __all__ = [
     "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "PRIORITIES", "SOCKET_PATH_BYTES", "UNKNOWN",
-    "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterRemove",
-    "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup", "Prefetch", "Register", "Release", "Renew",
-    "Report", "Request", "Reserve", "Resident", "Status", "fault", "field_names", "join_keys", "shown", "split_keys",
+    "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterPrioritize",
+    "AdapterRemove", "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup", "Prefetch", "Priority",
+    "Register", "Release", "Renew", "Report", "Request", "Reserve", "Resident", "Status", "fault", "field_names",
+    "join_keys", "shown", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
@@ -121,7 +122,6 @@ class AdapterAdd(Request):
 
     operation: ClassVar[str] = "adapter_add"
     path: str
-    """An empty one, and a priority: `name` has it from now on. -> [], too, where nobody knows the name"""
     name: str
     """An empty one points nowhere."""
     by: str
@@ -165,6 +165,18 @@ class AdapterRemove(Request):
     operation: ClassVar[str] = "adapter_remove"
     name: str
     by: str
+    """As of AdapterAdd."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPrioritize(Request):
+    """Give a name another priority. -> [hex digest], or [] where nobody knows the name"""
+
+    operation: ClassVar[str] = "adapter_prioritize"
+    name: str
+    by: str
+    """As of AdapterAdd."""
+    priority: str
     """As of AdapterAdd."""
 
 

@@ -13,7 +13,15 @@ from loracache.errors import ProtocolError
 from loracache.wire import control_messages, protocol
 from loracache.wire.fields import is_int
 
-__all__ = ["OPERATIONS", "AnyRequest", "ControlRequest", "DataRequest", "QuotaRequest", "decode_request"]
+__all__ = [
+    "OPERATIONS",
+    "AdapterChange",
+    "AnyRequest",
+    "ControlRequest",
+    "DataRequest",
+    "QuotaRequest",
+    "decode_request",
+]
 
 DataRequest = (
     protocol.Lookup
@@ -36,8 +44,10 @@ DataRequest = (
     | protocol.AdapterFind
     | protocol.AdapterShow
     | protocol.AdapterList
+    | protocol.AdapterPrioritize
     | protocol.AdapterRemove
 )
+AdapterChange = protocol.AdapterAdd | protocol.AdapterPrioritize | protocol.AdapterRemove
 ControlRequest = (
     control_messages.Locate
     | control_messages.LocateChain

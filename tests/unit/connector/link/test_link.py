@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,9 +29,25 @@ def fast_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_link, "RETRY_S", 0.05)
 
 
-def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence: None, eventually: Any) -> None:
-    link = SchedulerLink(daemon().url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+@pytest.fixture
+def link_of(eventually: Any) -> Iterator[Callable[[str], SchedulerLink]]:
+    """A link that the daemon there has greeted; closed in the end, whatever comes of the test."""
+    made: list[SchedulerLink] = []
+
+    def make(url: str) -> SchedulerLink:
+        made.append(link := SchedulerLink(url))
+        eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+        return link
+
+    yield make
+    for link in made:
+        link.close()
+
+
+def test_an_answer_nobody_looks_for_is_a_sign_of_life(
+    daemon: Any, link_of: Any, fast_silence: None, eventually: Any
+) -> None:
+    link = link_of(daemon().url)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     assert number
     time.sleep(0.2)
@@ -40,10 +57,11 @@ def test_an_answer_nobody_looks_for_is_a_sign_of_life(daemon: Any, fast_silence:
     link.close()
 
 
-def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_silence: None, eventually: Any) -> None:
+def test_a_silent_daemon_is_asked_nothing_until_it_answers(
+    daemon: Any, link_of: Any, fast_silence: None, eventually: Any
+) -> None:
     running = daemon()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
     running.send(signal.SIGSTOP)
     first = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     forgotten = link.ask_lookup(LEASE, KEYS, 1, 5.0)
@@ -64,10 +82,9 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(daemon: Any, fast_sil
     link.close()
 
 
-def test_an_answer_may_be_waited_for(daemon: Any, fast_silence: None, eventually: Any) -> None:
+def test_an_answer_may_be_waited_for(daemon: Any, link_of: Any, fast_silence: None, eventually: Any) -> None:
     running = daemon()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
     assert link.wait_lookup(link.ask_lookup(LEASE, KEYS, 1, 5.0), 30.0) == ()  # and no longer than it takes
     running.send(signal.SIGSTOP)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
@@ -82,11 +99,10 @@ def test_an_answer_may_be_waited_for(daemon: Any, fast_silence: None, eventually
 
 
 def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
-    daemon: Any, fast_silence: None, eventually: Any
+    daemon: Any, link_of: Any, fast_silence: None, eventually: Any
 ) -> None:
     running = daemon()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
     running.send(signal.SIGSTOP)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     running.stop(signal.SIGKILL)
@@ -205,15 +221,16 @@ def test_a_long_lookup_that_is_forgotten_or_lost_between_parts_is_over(
 # -- verbs and events ----------
 
 
-def test_objects_are_pinned_for_a_time_and_moved_down(daemon: Any, eventually: Any, tmp_path: Any) -> None:
+def test_objects_are_pinned_for_a_time_and_moved_down(
+    daemon: Any, link_of: Any, eventually: Any, tmp_path: Any
+) -> None:
     running = daemon(disk_path=tmp_path / "disk")
     client = running.client()
     with client.reserve(client.register(NAMESPACE), KEYS[1:], [100] * 3) as reservation:
         for position in range(3):
             reservation.write(position, bytes(100))
     client.flush()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
     link.pin(KEYS[1:3], 3600.0)
     eventually(lambda: client.operations() and client.operations()[0].objects == 2, "two are pinned")
     assert client.evict(KEYS[1:2], tiers=["cpu"]).skipped == 2  # the third goes, as what depends on it
@@ -223,10 +240,9 @@ def test_objects_are_pinned_for_a_time_and_moved_down(daemon: Any, eventually: A
     link.close()
 
 
-def test_more_keys_than_a_message_holds_are_told_in_parts(daemon: Any, eventually: Any) -> None:
+def test_more_keys_than_a_message_holds_are_told_in_parts(daemon: Any, link_of: Any, eventually: Any) -> None:
     running = daemon()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
     link.pin([KEYS[1]] * 300_000, 5.0)
     link.demote([KEYS[1]] * 300_000, "disk")
     assert eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the connection is there still")
@@ -290,12 +306,11 @@ def test_an_outage_is_said_once_and_so_is_its_end(
 
 
 def test_what_runs_is_reported_with_the_counts_and_the_hot_adapters_come_back(
-    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+    daemon: Any, link_of: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_module, "_REPORT_S", 0.05)
     running = daemon()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
     link.count("adapter.miss", 2)
     link.report(3, 4, [KEYS[0]])
 
@@ -314,12 +329,11 @@ def test_what_runs_is_reported_with_the_counts_and_the_hot_adapters_come_back(
 
 
 def test_counts_wait_for_no_report_of_requests_and_the_last_for_nothing(
-    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+    daemon: Any, link_of: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_module, "_REPORT_S", 3600.0)
     running = daemon()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
 
     def counted() -> Any:
         return running.status()["counters"].get("client.adapter.hit")
@@ -337,10 +351,9 @@ def test_counts_wait_for_no_report_of_requests_and_the_last_for_nothing(
     link.close()
 
 
-def test_a_chain_that_is_announced_in_parts_is_one(daemon: Any, eventually: Any) -> None:
+def test_a_chain_that_is_announced_in_parts_is_one(daemon: Any, link_of: Any, eventually: Any) -> None:
     running = daemon()
-    link = SchedulerLink(running.url)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
+    link = link_of(running.url)
     link.announce([number.to_bytes(32, "big") for number in range(20_000)], 60.0, 5.0)
 
     def heard() -> bool:
