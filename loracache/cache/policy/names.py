@@ -71,13 +71,15 @@ class Names:
 
     def take(self, name: int) -> int:
         """The number of a name that is forgotten now, -1 where it was not remembered."""
-        number = self.get(name)
-        if number >= 0:
-            start, end = self._bucket(name)
-            at = self._table.find((name & _MARKS).to_bytes(_MARK, "little"), start, end)
-            if (at - start) % self._slot == 0:
-                self._table[start : at + self._slot] = bytes(self._slot) + self._table[start:at]
-                self._count -= 1
+        table, slot = self._table, self._slot
+        start, end = self._bucket(name)
+        at = table.find((name & _MARKS).to_bytes(_MARK, "little"), start, end)
+        if at < 0:
+            return -1
+        number: int = self._number.unpack_from(table, at + _MARK)[0] - 1
+        if number >= 0 and (at - start) % slot == 0:
+            table[start : at + slot] = bytes(slot) + table[start:at]
+            self._count -= 1
         return number
 
     def _bucket(self, name: int) -> tuple[int, int]:
