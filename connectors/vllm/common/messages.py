@@ -20,6 +20,7 @@ __all__ = [
     "AdapterOrders",
     "ChunkBlocks",
     "Facts",
+    "GroupFacts",
     "Load",
     "PoolFacts",
     "Prefix",
@@ -39,22 +40,24 @@ class AdapterBinding:
 
 @dataclass(frozen=True, slots=True)
 class ChunkBlocks:
-    """One chunk and the engine's blocks for it. `first` is the place in the chunk of the first of `blocks`: 0 unless a
-    prefix that the engine holds itself ends inside the chunk."""
+    """One object of a chunk and the engine's blocks for it. group: which of the model's groups it is of (groups.py).
+    blocks: those of the group's first member, then of the next. first: the token of the chunk that they begin with: that
+    of the object unless the engine holds some before it itself."""
 
     key: bytes
     blocks: tuple[int, ...]
     first: int = 0
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Chunks to copy into a request's blocks, first to last. chunk_blocks: the engine's blocks of a whole chunk."""
+    """Chunks to copy into a request's blocks, first to last. chunk_tokens: tokens of a whole chunk."""
 
     request_id: str
     chunks: tuple[ChunkBlocks, ...]
     adapter: AdapterBinding | None
-    chunk_blocks: int
+    chunk_tokens: int
 
     @property
     def blocks(self) -> list[int]:
@@ -64,8 +67,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Computed chunks to keep, a run of one chain. parent: the chunk before, b"" for none. first_step: the step in
-    which the request was first computed: an adapter changed since then made these blocks worthless.
+    """Computed chunks to keep, a run of one chain: of every chunk the object of full attention first, which stands
+    above its others. parent: the chunk before, b"" for none. first_step: the step in which the request was first
+    computed: an adapter changed since then made these blocks worthless. number: the scheduler is told when it is over;
+    0: it is not.
     """
 
     request_id: str
@@ -74,6 +79,7 @@ class Store:
     chunks: tuple[ChunkBlocks, ...]
     adapter: AdapterBinding | None
     first_step: int
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +140,22 @@ class PoolFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a worker knows and the scheduler needs: how its KV lies in memory, and which shard of it is its own.
-
-    block_bytes: bytes of one block over the shard's layers. problem: why this KV cannot be cached, or "". pool: of LoRA
-    pages, where there is one.
-    """
+class GroupFacts:
+    """A worker's part of a group: which shard it is, how its bytes lie, and bytes of one block of each member over the
+    shard's layers."""
 
     shard: str
     layout: str
-    block_bytes: int
+    block_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a worker knows and the scheduler needs: how its KV lies in memory, and which shard of it is its own, for
+    each of the model's groups. problem: why this KV cannot be cached, or "". pool: of LoRA pages, where there is one.
+    """
+
+    groups: tuple[GroupFacts, ...]
     problem: str = ""
     pool: PoolFacts | None = None
 
@@ -155,7 +167,8 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     them. activated: orders done -> by how many workers; not_activated: orders that failed -> (cause, and words where
     nothing will help); pools_lost: nothing is on any page any more; pinned: adapter ids that may not be evicted, or may
     again; weights: rank -> (version, the last step computed with those before), where they changed; contents: how many
-    contents an adapter id has served; loaded: seconds that loads took which came, by request."""
+    contents an adapter id has served; loaded: seconds that loads took which came, by request; stored: numbers of stores
+    that are over -> for how many workers."""
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
@@ -168,6 +181,7 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     weights: dict[int, tuple[int, int]] = field(default_factory=dict)
     contents: dict[int, int] = field(default_factory=dict)
     loaded: dict[str, float] = field(default_factory=dict)
+    stored: dict[int, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
         """Workers of one engine read the same adapter files; where they saw different content, nobody is believed."""
@@ -184,6 +198,9 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
         activated = dict(self.activated)
         for order, count in other.activated.items():
             activated[order] = activated.get(order, 0) + count
+        stored = dict(self.stored)
+        for store, count in other.stored.items():
+            stored[store] = stored.get(store, 0) + count
         loaded = dict(self.loaded)
         for request_id, seconds in other.loaded.items():
             loaded[request_id] = max(seconds, loaded.get(request_id, 0.0))
@@ -199,4 +216,5 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.weights | other.weights,
             contents,
             loaded,
+            stored,
         )
