@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from loracache.connectors.vllm.common.groups import each_spec, groups_of
+from loracache.connectors.vllm.common.releases import has_block_references
 from loracache.errors import ConfigError
+from loracache.groups import Need
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -71,29 +74,63 @@ def payload_layout(layout: str, per_chunk: int) -> str:
 
 def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     """Why this model's KV cannot be cached exactly, or ""."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
-
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"
-        return f"it has {len(groups)} KV cache groups ({kinds}); one group of full attention can be cached"
-    spec = groups[0].kv_cache_spec
-    specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
-    for each in specs:
-        # Subclasses (sinks, hidden states, bounded replay) add state of their own; MLA keeps plain full attention.
-        if type(each).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec") or not isinstance(
-            each, FullAttentionSpec
-        ):
-            return f"its KV is of kind {type(each).__name__}; full attention can be cached"
-        if getattr(each, "non_causal", False):
-            return "its attention is not causal: KV of a prefix depends on what follows"
-    problem = _cannot_continue(config)
+    if not groups:
+        return "it has no KV cache"
+    for group in groups:
+        for spec in each_spec(group.kv_cache_spec):
+            if why := _unknown_spec(spec):
+                return why
+        if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
+            return f"vLLM moves the KV of {group.layer_names[0]} itself"
+    needs_all = len(groups) == 1 and groups_of(kv_cache_config)[0].need is Need.ALL
+    problem = _cannot_continue(config) or ("" if needs_all else _cannot_mix(config, len(groups)))
     if problem:
         return problem
     parallel = config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} is {getattr(parallel, name)}; context parallel KV is not cached"
+    return ""
+
+
+_KNOWN_SPECS = {
+    "FullAttentionSpec",
+    "MLAAttentionSpec",
+    "SlidingWindowSpec",
+    "SlidingWindowMLASpec",
+    "ChunkedLocalAttentionSpec",
+    "MambaSpec",
+}
+
+
+def _unknown_spec(spec: Any) -> str:
+    """Why layers of a spec cannot be cached, or "". Other classes add state of their own (sinks, hidden states, rings)."""
+    name = type(spec).__name__
+    if name not in _KNOWN_SPECS:
+        return f"its KV is of kind {name}; known are {', '.join(sorted(_KNOWN_SPECS))}"
+    if getattr(spec, "non_causal", False):
+        return "its attention is not causal: KV of a prefix depends on what follows"
+    if getattr(spec, "bounded_replay", False):
+        return "vLLM recomputes the last window of its prefixes"
+    if name == "MambaSpec" and getattr(spec, "mamba_cache_mode", "none") != "align":
+        return (
+            f"mamba_cache_mode is {getattr(spec, 'mamba_cache_mode', 'none')!r}: no state is left at a block's end; turn "
+            "prefix caching on (--enable-prefix-caching)"
+        )
+    if getattr(spec, "num_speculative_blocks", 0):
+        return "its states are kept for speculative decoding, where the last one is not confirmed"
+    return ""
+
+
+def _cannot_mix(config: VllmConfig, groups: int) -> str:
+    """Why a model whose layers do not all need all of a prefix cannot be cached, or ""."""
+    if not has_block_references():
+        return (
+            f"it has {groups} KV cache groups, or windows, and this vLLM lets no connector keep blocks; 0.32 and later do"
+        )
+    if getattr(config, "speculative_config", None) is not None:
+        return "speculative decoding with windows or states: the last blocks are not confirmed"
     return ""
 
 

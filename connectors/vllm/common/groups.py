@@ -19,7 +19,7 @@ from loracache.groups import Need
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["KVGroup", "Member", "groups_of"]
+__all__ = ["KVGroup", "Member", "block_unit", "each_spec", "groups_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class KVGroup:
     """vLLM's groups whose layers need the same of a prefix, in their order. tokens: of the window or the span, else 0.
-    name: for the names of shards and layouts; "" where the model has no other group.
+    name: for the names of shards and layouts; "" where all layers need all of a prefix and are one group of vLLM's.
     """
 
     need: Need
@@ -68,7 +68,7 @@ def groups_of(config: KVCacheConfig) -> tuple[KVGroup, ...]:
         kinds.setdefault(kind, []).append(Member(index, spec.block_size, tuple(group.layer_names)))
         specs.setdefault(kind, []).append(spec)
     order = sorted(kinds, key=lambda kind: (list(Need).index(kind[0]), kind[1]))
-    if len(config.kv_cache_groups) == 1:
+    if len(config.kv_cache_groups) == 1 and order[0][0] is Need.ALL:
         return (KVGroup(*order[0], tuple(kinds[order[0]])),)
     return tuple(
         KVGroup(*kind, tuple(kinds[kind]), f"{kind[0]}{kind[1] or ''}-{_digest(kinds[kind], specs[kind])}")
