@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loracache.connectors.vllm.common.groups import each_spec, groups_of
+from loracache.connectors.vllm.common.groups import each_spec, groups_of, need_of
 from loracache.connectors.vllm.common.releases import has_block_references
 from loracache.errors import ConfigError
 from loracache.groups import Need
@@ -81,6 +81,8 @@ def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
         for spec in each_spec(group.kv_cache_spec):
             if why := _unknown_spec(spec):
                 return why
+        if len({need_of(each) for each in each_spec(group.kv_cache_spec)}) > 1:
+            return "layers of one of vLLM's KV cache groups need different parts of a prefix"
         if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
             return f"vLLM moves the KV of {group.layer_names[0]} itself"
     needs_all = len(groups) == 1 and groups_of(kv_cache_config)[0].need is Need.ALL

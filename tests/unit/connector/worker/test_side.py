@@ -127,13 +127,13 @@ def test_loads_are_reported_once_with_the_blocks_that_failed(daemon: Any, make_s
 def test_facts_and_failures_are_news_once(daemon: Any, make_side: Any) -> None:
     side = make_side(daemon().url)
     news = side.take_news()
-    assert news.facts == [side.facts] == [Facts("all", "cpu-test/H.N16.C16:float32", 2 * 16 * 16 * 4)]
+    assert news.facts == [side.facts] == [Facts((GroupFacts("all", "cpu-test/H.N16.C16:float32", (2 * 16 * 16 * 4,)),))]
     assert side.take_news() is None
 
 
 def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody() -> None:
-    one = WorkerNews({1: OLD, 2: OLD}, {"x": 1}, {"p"}, [Facts("a", "l", 1)])
-    other = WorkerNews({1: NEW, 3: NEW}, {"x": 2, "y": 1}, {"q"}, [Facts("b", "l", 1)])
+    one = WorkerNews({1: OLD, 2: OLD}, {"x": 1}, {"p"}, [Facts((GroupFacts("a", "l", (1,)),))])
+    other = WorkerNews({1: NEW, 3: NEW}, {"x": 2, "y": 1}, {"q"}, [Facts((GroupFacts("b", "l", (1,)),))])
     both = one.aggregate(other)
     assert both.adapters == {1: "", 2: OLD, 3: NEW}
     assert both.failures == {"x": 3, "y": 1}
