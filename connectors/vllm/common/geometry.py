@@ -131,6 +131,9 @@ def _cannot_mix(config: VllmConfig, groups: int) -> str:
         return (
             f"it has {groups} KV cache groups, or windows, and this vLLM lets no connector keep blocks; 0.32 and later do"
         )
+    for name in ("use_replayssm", "replayssm_buffer_len", "use_kda_recoverssm"):
+        if getattr(getattr(config, "cache_config", None), name, False):
+            return f"{name} is set: what is kept of a state lags behind the tokens"
     if getattr(config, "speculative_config", None) is not None:
         return "speculative decoding with windows or states: the last blocks are not confirmed"
     return ""
