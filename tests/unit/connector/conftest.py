@@ -195,10 +195,15 @@ class Driver:
         self.link = link
         chosen = Options(chunk_tokens=CHUNK, **options)
         self.side = SchedulerSide(config, chosen, lambda: "m" * 64, link, groups or [full_attention()])
-        names = [f"/{group.name}" if group.name else "" for group in groups or [full_attention()]]
-        self.side.set_facts(
-            [Facts(tuple(GroupFacts(shard + name, "cpu/H.N.C", (4096,)) for name in names)) for shard in shards]
-        )
+        self.side.set_facts([
+            Facts(tuple(
+                GroupFacts(
+                    f"{shard}/{group.name}" if group.name else shard, "cpu/H.N.C", (4096,) * len(group.members)
+                )
+                for group in groups or [full_attention()]
+            ))
+            for shard in shards
+        ])
         self._shards = shards
 
     def hold(self, request: Any, tiers: Iterable[str], *, shards: Iterable[str] = ()) -> None:
