@@ -107,7 +107,7 @@ _KNOWN_SPECS = {
 
 
 def _unknown_spec(spec: Any) -> str:
-    """Why layers of a spec cannot be cached, or "". Other classes add state of their own (sinks, hidden states, rings)."""
+    """Why layers of a spec cannot be cached, or "". Others add state of their own: sinks, hidden states, rings."""
     name = type(spec).__name__
     if name not in _KNOWN_SPECS:
         return f"its KV is of kind {name}; known are {', '.join(sorted(_KNOWN_SPECS))}"
@@ -116,10 +116,7 @@ def _unknown_spec(spec: Any) -> str:
     if getattr(spec, "bounded_replay", False):
         return "vLLM recomputes the last window of its prefixes"
     if name == "MambaSpec" and getattr(spec, "mamba_cache_mode", "none") != "align":
-        return (
-            f"mamba_cache_mode is {getattr(spec, 'mamba_cache_mode', 'none')!r}: no state is left at a block's end; turn "
-            "prefix caching on (--enable-prefix-caching)"
-        )
+        return "no state is left at a block's end while prefix caching is off; turn it on (--enable-prefix-caching)"
     if getattr(spec, "num_speculative_blocks", 0):
         return "its states are kept for speculative decoding, where the last one is not confirmed"
     return ""
@@ -128,9 +125,7 @@ def _unknown_spec(spec: Any) -> str:
 def _cannot_mix(config: VllmConfig, groups: int) -> str:
     """Why a model whose layers do not all need all of a prefix cannot be cached, or ""."""
     if not has_block_references():
-        return (
-            f"it has {groups} KV cache groups, or windows, and this vLLM lets no connector keep blocks; 0.32 and later do"
-        )
+        return f"it has {groups} KV cache groups, or windows: from vLLM 0.32 on a connector can keep their blocks"
     for name in ("use_replayssm", "replayssm_buffer_len", "use_kda_recoverssm"):
         if getattr(getattr(config, "cache_config", None), name, False):
             return f"{name} is set: what is kept of a state lags behind the tokens"

@@ -14,7 +14,7 @@ import select
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loracache.client import requests
@@ -52,7 +52,7 @@ class _Lookup:
     number: int = 0
     keys: int = 0
     beside: int = 0
-    found: Found = Found((), ())
+    found: Found = field(default_factory=lambda: Found((), ()))
 
 
 class SchedulerLink(Link):

@@ -67,8 +67,8 @@ class Chunks:
         parts, layouts = [], []
         for group, by_shard in zip(groups, shards, strict=True):
             counts = group.counts(group.tail(tokens))
-            texts = {shard: payload_layout(fact.layout, max(counts)) for shard, fact in by_shard.items()}
-            layouts.append(joint_layout(texts))
+            laid_out = {shard: payload_layout(fact.layout, max(counts)) for shard, fact in by_shard.items()}
+            layouts.append(joint_layout(laid_out))
             nbytes = sum(_nbytes(fact.block_bytes, counts) for fact in by_shard.values())
             parts.append(Part(group, tuple(sorted(by_shard)), nbytes))
         if not all(layouts):
@@ -76,8 +76,8 @@ class Chunks:
         chain = parts[0] if groups[0].need is Need.ALL else None
         layout = layouts[0]
         if groups[0].name:
-            layout = ";".join(f"{group.name}={text.partition('#')[0]}" for group, text in zip(groups, layouts, strict=True))
-            layout += f"#{'|'.join(chain.shards)}" if chain is not None else ""
+            texts = (f"{group.name}={text.partition('#')[0]}" for group, text in zip(groups, layouts, strict=True))
+            layout = ";".join(texts) + (f"#{'|'.join(chain.shards)}" if chain is not None else "")
         return cls(tokens, chain, tuple(parts[chain is not None :]), layout, drops_last_block)
 
     @property
@@ -177,9 +177,7 @@ class Chunks:
             tokens -= self.block_tokens
         return min(tokens, int(state.request.num_tokens)) - num_computed
 
-    def load(
-        self, state: RequestState, tables: Sequence[Sequence[int]], tokens: int
-    ) -> tuple[Load, tuple[str, ...]]:
+    def load(self, state: RequestState, tables: Sequence[Sequence[int]], tokens: int) -> tuple[Load, tuple[str, ...]]:
         """The load of `tokens` tokens behind the request's local ones into its blocks, and the tier of each object.
         tables: blocks of each of vLLM's groups, NOT_LOADED where none is loaded into. A load of nothing where there are
         not the blocks that it needs: it cannot come.
@@ -202,7 +200,7 @@ class Chunks:
                 offset, ids = blocks
                 if ids:
                     chunks.append(ChunkBlocks(state.chunk_keys[number], ids, begin + offset - whole, place))
-                    tiers.append(state.hits[number] if is_chain else self._columns(state)[place - len(self.parts)][1][number])
+                    tiers.append(state.hits[number] if is_chain else state.beside[place - len(self.parts)][number])
         return Load(state.request.request_id, tuple(chunks), state.adapter, self.tokens), tuple(tiers)
 
     def store(

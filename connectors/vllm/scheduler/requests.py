@@ -42,11 +42,11 @@ class RequestState:
     grown as tokens are confirmed. asked_at: when its question left (monotonic seconds). hits: tiers of its leading
     chunks, as last answered: a hit that the engine can go on behind. beside: for each group beside the chain, each
     chunk's tier, "" where it is nowhere. blocks: the engine's blocks, in order, for each of its groups. kept: by chunk
-    and group, blocks that are kept for the store of what is beside the chain. stored: chunks offered to the store so far; the
-    next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache held.
-    content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are (media.py).
-    stage: how far it has come. wishes: what it asks for itself. told: leading chunks that the engine's KV events know
-    of. weighed: it is settled how many of its hits are loaded. passed_over: chunks that were found and are computed,
+    and group, blocks that are kept for the store of what is beside the chain. stored: chunks offered to the store so
+    far; the next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache
+    held. content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are
+    (media.py). stage: how far it has come. wishes: what it asks for itself. told: leading chunks that the engine's KV
+    events know of. weighed: it is settled how many of its hits are loaded. passed_over: chunks that were found and are computed,
     not counted yet. late: it was counted that no answer came in time.
     """
 

@@ -4,9 +4,9 @@ engine has seen are held in "cpu", "disk" or "redis".
 
 The daemon tells what enters and leaves its tiers, whoever did it; chunks of prompts that this engine never saw are
 nobody's blocks here. Where layers differ in what they need of a prefix, a chunk counts as held where that of full
-attention is: a router that sends the request finds how far it can go on. What Redis holds is known where a lookup found it. Requests with media or a salt are left out:
-no router could tell their blocks from those of plain text. Where the daemon is lost, or tells faster than this engine
-listens, everything is taken back, and told anew as it is found. Threading: the scheduler's loop.
+attention is. What Redis holds is known where a lookup found it. Requests with media or a salt are left out: no router
+could tell their blocks from those of plain text. Where the daemon is lost, or tells faster than this engine listens,
+everything is taken back, and told anew as it is found. Threading: the scheduler's loop.
 """
 
 from __future__ import annotations

@@ -173,7 +173,11 @@ def full_attention() -> Any:
 
 def tables_of(*blocks: Sequence[int]) -> Any:
     """KVCacheBlocks with these blocks, one table for each of vLLM's groups; -1: one of its prefix cache, 0: none."""
-    block = {each: SimpleNamespace(block_id=each, is_null=not each, block_hash=b"" if each < 0 else None) for t in blocks for each in t}
+    block = {
+        each: SimpleNamespace(block_id=each, is_null=not each, block_hash=b"" if each < 0 else None)
+        for t in blocks
+        for each in t
+    }
     tables = tuple([block[each] for each in table] for table in blocks)
     return SimpleNamespace(blocks=tables, get_block_ids=lambda: tuple(list(table) for table in blocks))
 
@@ -195,15 +199,19 @@ class Driver:
         self.link = link
         chosen = Options(chunk_tokens=CHUNK, **options)
         self.side = SchedulerSide(config, chosen, lambda: "m" * 64, link, groups or [full_attention()])
-        self.side.set_facts([
-            Facts(tuple(
-                GroupFacts(
-                    f"{shard}/{group.name}" if group.name else shard, "cpu/H.N.C", (4096,) * len(group.members)
+        self.side.set_facts(
+            [
+                Facts(
+                    tuple(
+                        GroupFacts(
+                            f"{shard}/{group.name}" if group.name else shard, "cpu/H.N.C", (4096,) * len(group.members)
+                        )
+                        for group in groups or [full_attention()]
+                    )
                 )
-                for group in groups or [full_attention()]
-            ))
-            for shard in shards
-        ])
+                for shard in shards
+            ]
+        )
         self._shards = shards
 
     def hold(self, request: Any, tiers: Iterable[str], *, shards: Iterable[str] = ()) -> None:
@@ -254,7 +262,9 @@ class Driver:
         """
         new, more = new or {}, more or {}
         output = SimpleNamespace(
-            scheduled_new_reqs=[SimpleNamespace(req_id=each.request_id, block_ids=_tables(b)) for each, b in new.items()],
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=each.request_id, block_ids=_tables(b)) for each, b in new.items()
+            ],
             scheduled_cached_reqs=SimpleNamespace(
                 req_ids=[each.request_id for each in more],
                 new_block_ids=[_tables(blocks) if blocks else None for blocks in more.values()],

@@ -91,7 +91,7 @@ def test_layers_that_need_less_than_all_of_a_prefix_are_cached(make_config: Any)
 
 def test_they_are_refused_where_they_could_not_be_exact(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     none = specs.MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))
-    assert "mamba_cache_mode is 'none'" in reason(make_config, FULL, none)
+    assert "prefix caching is off" in reason(make_config, FULL, none)
     drafted = SimpleNamespace(use_eagle=lambda: False)
     assert "speculative decoding" in reason(make_config, FULL, WINDOW, speculative_config=drafted)
     assert reason(make_config, FULL, speculative_config=drafted) == ""
@@ -100,7 +100,7 @@ def test_they_are_refused_where_they_could_not_be_exact(make_config: Any, monkey
     both = specs.UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": WINDOW})
     assert "different parts of a prefix" in reason(make_config, both)
     monkeypatch.setattr("loracache.connectors.vllm.common.geometry.has_block_references", lambda: False)
-    assert "0.32 and later" in reason(make_config, FULL, WINDOW)
+    assert "from vLLM 0.32 on" in reason(make_config, FULL, WINDOW)
     assert reason(make_config, FULL) == ""
 
 
@@ -233,13 +233,18 @@ def test_a_payload_of_one_block_is_the_same_whether_layers_lie_side_by_side_or_n
 
 def test_what_a_chunk_really_has_decides_and_stages_of_one_layer_agree_with_the_others() -> None:
     """A stage whose blocks are large would have chunks of one block alone; beside a small one it has several."""
-    facts = [Facts((GroupFacts("stage0", "cuda/A@blocks", (2 * MIB,)),)), Facts((GroupFacts("stage1", "cuda/A@blocks", (MIB // 2,)),))]
+    facts = [
+        Facts((GroupFacts("stage0", "cuda/A@blocks", (2 * MIB,)),)),
+        Facts((GroupFacts("stage1", "cuda/A@blocks", (MIB // 2,)),)),
+    ]
     several = Chunks.of(facts, GROUPS, 0, drops_last_block=False)
     alone = Chunks.of(facts[:1], GROUPS, 0, drops_last_block=False)
     assert several is not None
     assert alone is not None
     assert (several.tokens, several.layout) == (32, "cuda/A@blocks#stage0|stage1")
     assert (alone.tokens, alone.layout) == (16, "cuda/A#stage0")
-    single = Chunks.of([facts[0], Facts((GroupFacts("stage1", "cuda/A", (MIB // 2,)),))], GROUPS, 0, drops_last_block=False)
+    single = Chunks.of(
+        [facts[0], Facts((GroupFacts("stage1", "cuda/A", (MIB // 2,)),))], GROUPS, 0, drops_last_block=False
+    )
     assert single is not None
     assert single.layout == "cuda/A@blocks#stage0|cuda/A#stage1"

@@ -215,7 +215,10 @@ def test_a_long_lookup_that_is_forgotten_or_lost_between_parts_is_over(
     lost = link.ask_lookup(LEASE, KEYS[1:], 1, 5.0)
     running.stop(signal.SIGKILL)
     # What was answered by then is what it knows.
-    assert eventually(lambda: [tiers] if (tiers := link.answer_lookup(lost)) is not None else None)[0] in (MISS, (("cpu",), ()))
+    assert eventually(lambda: [tiers] if (tiers := link.answer_lookup(lost)) is not None else None)[0] in (
+        MISS,
+        (("cpu",), ()),
+    )
     link.close()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models whose layers do not all need all of a prefix: how far a hit reaches, what is loaded, what is kept to be stored.
+"""Models whose layers do not all need all of a prefix: how far a hit reaches, what is loaded, what is kept.
 
 Full attention, and a window of 32 tokens: behind each chunk of 32 it is the chunk before. Or states.
 """
@@ -147,7 +147,11 @@ def test_a_load_that_lacks_blocks_cannot_come(windows: Any, make_request: Any) -
 def prefill(driver: Any, request: Any, tables: Any, *, tokens: int, states: Any = ()) -> Any:
     """The next step computes so many tokens of the request."""
     known = request.request_id in driver.side._requests and driver.side._requests[request.request_id].blocks
-    plan = driver.step(more={request: []}, scheduled=tokens, states=states) if known else driver.step({request: tables}, scheduled=tokens, states=states)
+    plan = (
+        driver.step(more={request: []}, scheduled=tokens, states=states)
+        if known
+        else driver.step({request: tables}, scheduled=tokens, states=states)
+    )
     request.num_computed_tokens += tokens
     return plan
 

@@ -192,7 +192,9 @@ def test_what_is_no_function_of_its_tokens_stays_out(driver: Any, make_request: 
 def test_shards_of_different_sizes_cut_the_same_chunks(make_config: Any, make_request: Any, link: Any) -> None:
     """Pipeline stages with 17 and 16 layers: the smallest decides, and the plan tells the workers."""
     side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link, GROUPS)
-    side.set_facts([Facts((GroupFacts("stage0", "x", (600 << 10,)),)), Facts((GroupFacts("stage1", "x", (300 << 10,)),))])
+    side.set_facts(
+        [Facts((GroupFacts("stage0", "x", (600 << 10,)),)), Facts((GroupFacts("stage1", "x", (300 << 10,)),))]
+    )
     request = make_request("a", 4 * BLOCK)
     side.on_new_request(request)
     link.tiers = dict.fromkeys(link.lookups[0], "cpu")
@@ -201,7 +203,7 @@ def test_shards_of_different_sizes_cut_the_same_chunks(make_config: Any, make_re
     assert side.matched_tokens(request, 0) == (4 * BLOCK, True)
     side.planned_load(request, SimpleNamespace(get_block_ids=lambda: ([0, 1, 2, 3],)), 4 * BLOCK)
     (load,) = side._plan.loads
-    assert load.chunk_blocks == len(load.chunks[0].blocks) == 4
+    assert load.chunk_tokens == len(load.chunks[0].blocks) * BLOCK == 4 * BLOCK
 
 
 def test_a_request_that_must_not_read_takes_no_lease_but_is_stored(driver: Any, make_request: Any) -> None:
