@@ -46,8 +46,8 @@ class RequestState:
     far; the next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache
     held. content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are
     (media.py). stage: how far it has come. wishes: what it asks for itself. told: leading chunks that the engine's KV
-    events know of. weighed: it is settled how many of its hits are loaded. passed_over: chunks that were found and are computed,
-    not counted yet. late: it was counted that no answer came in time.
+    events know of. weighed: it is settled how many of its hits are loaded. passed_over: chunks that were found and are
+    computed, not counted yet. late: it was counted that no answer came in time.
     """
 
     __slots__ = (
