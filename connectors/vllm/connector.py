@@ -38,6 +38,7 @@ from loracache.connectors.vllm.scheduler.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler.side import SchedulerSide
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import ConfigError
+from loracache.groups import Need
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,9 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
         groups = () if problem else groups_of(kv_cache_config)
         self._link = SchedulerLink(options.server or private_server(transfer.engine_id, options.disk_path))
-        self._identity = None if problem else ModelIdentity(vllm_config, options.model_id)
+        self._identity = None if problem else ModelIdentity(
+            vllm_config, options.model_id, states=any(group.need is Need.STATE for group in groups)
+        )
         identity = self._identity.value if self._identity is not None else lambda: None
         self._scheduler = SchedulerSide(vllm_config, options, identity, self._link, groups)
         hook_scheduler_class()

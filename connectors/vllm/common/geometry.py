@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loracache.connectors.vllm.common.groups import KVGroup, each_spec, groups_of
+from loracache.connectors.vllm.common.groups import KVGroup, each_spec, groups_of, need_of
 from loracache.connectors.vllm.common.releases import has_block_references
 from loracache.errors import ConfigError
 from loracache.groups import Need
@@ -84,6 +84,8 @@ def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
         for spec in each_spec(group.kv_cache_spec):
             if why := _unknown_spec(spec):
                 return why
+        if len({need_of(each) for each in each_spec(group.kv_cache_spec)}) > 1:
+            return "layers of one of vLLM's KV cache groups need different parts of a prefix"
         if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
             return f"vLLM moves the KV of {group.layer_names[0]} itself"
     needs_all = len(groups) == 1 and groups_of(kv_cache_config)[0].need is Need.ALL
@@ -132,6 +134,9 @@ def _cannot_mix(config: VllmConfig, groups: int) -> str:
         return (
             f"it has {groups} KV cache groups, or windows, and this vLLM lets no connector keep blocks; 0.32 and later do"
         )
+    for name in ("use_replayssm", "replayssm_buffer_len", "use_kda_recoverssm"):
+        if getattr(getattr(config, "cache_config", None), name, False):
+            return f"{name} is set: what is kept of a state lags behind the tokens"
     if getattr(config, "speculative_config", None) is not None:
         return "speculative decoding with windows or states: the last blocks are not confirmed"
     return ""

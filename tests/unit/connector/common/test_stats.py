@@ -122,7 +122,7 @@ def test_the_scheduler_counts_lookups_loads_and_waits(driver: Any, make_request:
     driver.arrive(request)
     driver.link.answers = True
     assert driver.side.matched_tokens(request, 0) == (64, True)
-    driver.side.planned_load(request, list(range(8)), 64)
+    driver.load(request, list(range(8)), 64)
     late = make_request("b", 4 * 32, seed=2)
     driver.link.connected = False
     driver.arrive(late)
