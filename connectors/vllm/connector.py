@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.lora.request import LoRARequest
@@ -182,6 +183,16 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.take_stores(plan)
         stored, loaded = self._worker.take_finished(finished_req_ids)
         return stored or None, loaded or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """`get_finished`, and the requests whose load failed as a whole (vLLM 0.32 on): in a model whose layers differ
+        in what they need of a prefix, no block's failure is reported.
+        """
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+        stored, loaded = self.get_finished(finished_req_ids)
+        assert self._worker is not None
+        return KVConnectorTransferResults(stored or set(), loaded or set(), self._worker.take_failed_loads())
 
     def clear_connector_metadata(self) -> None:
         """The end of every step, in every release, after `wait_for_save` and `get_finished` in either order: starts

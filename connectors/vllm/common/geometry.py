@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loracache.connectors.vllm.common.groups import each_spec, groups_of, need_of
+from loracache.connectors.vllm.common.groups import KVGroup, each_spec, groups_of, need_of
 from loracache.connectors.vllm.common.releases import has_block_references
 from loracache.errors import ConfigError
 from loracache.groups import Need
@@ -37,21 +37,24 @@ def chunk_blocks(block_bytes: int, block_size: int, chunk_tokens: int) -> int:
     return chunk_tokens // block_size or max(1, -(-_CHUNK_BYTES // block_bytes))
 
 
-def shard_name(config: VllmConfig, layers: list[str]) -> str:
-    """This worker's part of the KV: its layers and its range of KV heads. Ranks with replicated heads share a name."""
+def shard_name(config: VllmConfig, layers: Sequence[str], group: KVGroup, *, replicated: bool = False) -> str:
+    """This worker's part of a group: its layers, and its range of KV heads or, of states, its rank. Ranks that hold the
+    same share a name: those with replicated heads, or with states that are `replicated`."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     total = config.model_config.get_total_num_kv_heads()
     ranks, rank = config.parallel_config.tensor_parallel_size, get_tp_group().rank_in_group
-    if getattr(config.model_config, "use_mla", False):
-        heads = "all"
+    if group.need is Need.STATE:
+        part = "all" if replicated else f"tp{rank}of{ranks}"
+    elif getattr(config.model_config, "use_mla", False):
+        part = f"headsallof{total}"
     elif total >= ranks:
-        heads = f"{rank * total // ranks}-{(rank + 1) * total // ranks}"
+        part = f"heads{rank * total // ranks}-{(rank + 1) * total // ranks}of{total}"
     else:
         first = rank * total // ranks
-        heads = f"{first}-{first + 1}"
+        part = f"heads{first}-{first + 1}of{total}"
     stage = f"pp{get_pp_group().rank_in_group}of{config.parallel_config.pipeline_parallel_size}"
-    return f"{stage}/{len(layers)}layers/heads{heads}of{total}"
+    return f"{stage}/{len(layers)}layers/{part}{group.name and f'/{group.name}'}"
 
 
 def joint_layout(layouts: Mapping[str, str]) -> str:

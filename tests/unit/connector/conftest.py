@@ -343,15 +343,16 @@ def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Cal
     import torch
 
     from loracache.connectors.vllm.common.options import Options
-    from loracache.connectors.vllm.worker import side as worker_module
+    from loracache.connectors.vllm.worker import objects as objects_module
     from loracache.connectors.vllm.worker.side import WorkerSide
 
-    monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
-    monkeypatch.setattr(worker_module, "platform_name", lambda config, spec: "cpu-test")
+    monkeypatch.setattr(objects_module, "shard_name", lambda config, layers, group, replicated: "all")
+    monkeypatch.setattr(objects_module, "platform_name", lambda config, spec: "cpu-test")
     made: list[Any] = []
 
     def make(url: str, *, problem: str = "", tensors: dict[str, Any] | None = None, **options: Any) -> Any:
-        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, head_size=8))
+        spec = SimpleNamespace(block_size=16, head_size=8)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         kv_cache = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
         side = WorkerSide(make_config(), kv_cache, Options(server=url, chunk_tokens=16, **options), problem)
         made.append(side)

@@ -113,9 +113,9 @@ def fill(client: CacheClient, engine: Engine, asked: list[Any]) -> None:
         root = client.register(state.namespace)
         keys = [object_key(key, "all") for key in state.chunk_keys]
         assert len(keys) == CHUNKS
-        with client.reserve(root, keys, [engine.worker.facts.block_bytes] * CHUNKS) as reservation:
+        with client.reserve(root, keys, [engine.worker.facts.groups[0].block_bytes[0]] * CHUNKS) as reservation:
             for position in range(CHUNKS):
-                reservation.write(position, os.urandom(engine.worker.facts.block_bytes))
+                reservation.write(position, os.urandom(engine.worker.facts.groups[0].block_bytes[0]))
     client.flush()
 
 

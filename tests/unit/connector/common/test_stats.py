@@ -105,7 +105,7 @@ def test_a_worker_counts_bytes_seconds_and_failures(daemon: Any, make_side: Any,
         eventually(lambda: side.take_finished()[0], "it is stored")
     counts = side.tally.take().data
     assert counts == {"store_bytes": 2048, "store_failures.no_parent": 1}
-    loads = [Load("c", (ChunkBlocks(here, (2,)), ChunkBlocks(gone, (3,))), None, 1)]
+    loads = [Load("c", (ChunkBlocks(here, (2,)), ChunkBlocks(gone, (3,))), None, 16)]
     side.start_loads(StepPlan(step=3, loads=loads))
     eventually(lambda: side.take_finished()[1], "it is loaded")
     counts = side.tally.take().data
