@@ -42,9 +42,7 @@ class Group:
 
     def __post_init__(self) -> None:
         sized = self.need in (Need.WINDOW, Need.SPAN)
-        if type(self.tokens) is not int or (
-            self.tokens < 0 if self.need is Need.WINDOW else sized != (self.tokens > 0)
-        ):
+        if type(self.tokens) is not int or (self.tokens < 0 if self.need is Need.WINDOW else sized != (self.tokens > 0)):
             raise UsageError(f"a group that needs {self.need} cannot have {self.tokens!r} tokens")
         if not self.shards or not all(isinstance(name, str) and name for name in self.shards):
             raise UsageError(f"a group has shards with names, not {self.shards!r}")

@@ -28,8 +28,7 @@ _log = logging.getLogger(__name__)
 _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
 _EVENTS_PAGE, _EVENTS_WAIT_S = 500, 30.0
-_NOWHERE = 255
-_WHERE = {int(tier): tier.label for tier in Tier} | {_NOWHERE: ""}
+_WHERE = {int(tier): tier.label for tier in Tier} | {requests.NOWHERE: ""}
 _PART_KEYS = 8192  # of a lookup with keys beside its chain
 
 

@@ -228,13 +228,13 @@ def test_a_reset_gives_every_block_back_and_ends_the_stores_first(windows: Any, 
     news(windows, {store.number: 1})  # and nothing is given back twice
 
 
-def test_what_is_kept_is_bounded(windows: Any, make_request: Any) -> None:
+def test_what_is_kept_is_bounded_and_the_last_goes_before_the_first(windows: Any, make_request: Any) -> None:
     pool = windows.side.storing.kept.pool
-    pool.num_gpu_blocks = 8 * 4
+    pool.num_gpu_blocks = 4 * 4
     request = make_request("a", 3 * CHUNK)
     windows.arrive(request)
     prefill(windows, request, TABLES, tokens=3 * CHUNK)
-    assert pool.held == {11, 12, 21, 22}
+    assert pool.held == {15, 16, 25, 26}
     assert windows.link.counts["store.engine_full"] == 2
 
 
