@@ -90,8 +90,10 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
         groups = () if problem else groups_of(kv_cache_config)
         self._link = SchedulerLink(options.server or private_server(transfer.engine_id, options.disk_path))
-        self._identity = None if problem else ModelIdentity(
-            vllm_config, options.model_id, states=any(group.need is Need.STATE for group in groups)
+        self._identity = (
+            None
+            if problem
+            else ModelIdentity(vllm_config, options.model_id, states=any(group.need is Need.STATE for group in groups))
         )
         identity = self._identity.value if self._identity is not None else lambda: None
         self._scheduler = SchedulerSide(vllm_config, options, identity, self._link, groups)

@@ -73,7 +73,7 @@ class Engine:
         self.step(loads=[Load("l", chunks, None, CHUNK)])
         eventually(lambda: "l" in self.side.take_finished()[1], "the load ends")
         assert self.side.take_load_errors() == set()
-        return self.side.take_failed_loads()  # type: ignore[no-any-return]
+        return self.side.take_failed_loads()
 
     def of(self, chunks: Sequence[ChunkBlocks]) -> list[list[bytes]]:
         """What a member's layers have in each of these blocks, object after object."""
@@ -195,7 +195,7 @@ def test_vllm_is_told_of_failed_requests_and_of_no_block(daemon: Any, make_engin
     assert engine.stored(eventually, chunk(key, 3, 9), beside(key, "window", 1, 11)) == {}
     loads = [Load("gone", (chunk(os.urandom(32), 5, 6),), None, CHUNK), Load("here", (chunk(key, 7, 8),), None, CHUNK)]
     engine.step(loads=loads)
-    seen = [set(), set()]
+    seen: list[set[str]] = [set(), set()]
 
     def over() -> bool:
         results = connector.get_transfer_results(set())
@@ -334,7 +334,7 @@ def test_every_numbered_store_is_over_once_whatever_comes_of_it(
     side.close()
     engine.step(stores=[numbered(9)], weights=known)
     engine.news()
-    assert engine.over == {number: 1 for number in range(1, 10)}
+    assert engine.over == dict.fromkeys(range(1, 10), 1)
 
 
 def test_an_engine_that_stores_nothing_says_at_once_that_it_is_over(make_engine: Any) -> None:
