@@ -205,7 +205,7 @@ class Storer:
                 return
 
     def _items(self, store: Store) -> list[_Item]:
-        """The objects of a store that this worker has a part of. In the chain each hangs under that of the chunk before;
+        """What of a store is on this worker. In the chain each hangs under that of the chunk before;
         what is beside it, under that of its own chunk."""
         chain = next((each for each in self._objects if each.group.need is Need.ALL and any(each.block_bytes)), None)
         items, above, at = [], store.parent, b""
