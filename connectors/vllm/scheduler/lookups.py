@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.common.stats import Tally
-from loracache.connectors.vllm.link.scheduler import Found, SchedulerLink
+from loracache.connectors.vllm.link.parted_lookup import Found
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.patience import Patience
 
 if TYPE_CHECKING:
