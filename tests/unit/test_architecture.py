@@ -28,6 +28,7 @@ REACHES = {
         "storage_backends.disk storage_backends.redis tiers wire"
     ),
     "backoff": "",
+    "batch": "errors keys",
     "cache": (
         "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing transfer_times"
