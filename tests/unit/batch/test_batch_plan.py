@@ -24,7 +24,7 @@ from loracache.errors import UsageError
 from tests.unit.batch.conftest import Asked, batches, prompts_of
 
 blocks = st.integers(1, 3)
-few = settings(max_examples=50)
+few = settings(max_examples=50, deadline=None)
 
 
 # -- the order ----------
