@@ -45,7 +45,8 @@ REACHES = {
     "cli": (
         "accepting adapters audit backoff batch cache cache.policy cache.state cache.swap cache.tier client config "
         "control daemon errors folder free_pages groups keys logs loracache mapping memory_limit namespaces rest "
-        "results simulator storage_backends storage_backends.disk storage_backends.redis tiers tracing transfer_times wire"
+        "results simulator storage_backends storage_backends.disk storage_backends.redis tiers tracing transfer_times "
+        "wire"
     ),
     "client": "backoff errors groups keys mapping results tiers wire",
     "config": "errors groups keys logs",
