@@ -26,7 +26,9 @@ class Mixed:
         shape = (REGIONS, BLOCKS, PAGE) if outermost == "layer" else (BLOCKS, REGIONS, PAGE)
         self.whole = torch.randint(-(1 << 62), 1 << 62, shape, generator=torch.Generator().manual_seed(seed))
         regions = self.whole.unbind(0 if outermost == "layer" else 1)
-        self.members = [[region[:, :width] for region, width in zip(regions, widths, strict=False)] for widths in WIDTHS]
+        self.members = [
+            [region[:, :width] for region, width in zip(regions, widths, strict=False)] for widths in WIDTHS
+        ]
         self.rows = [row for rows in self.members for row in rows]
         ends = np.cumsum([len(rows) for rows in self.members]).tolist()
         self.slices = [slice(end - len(rows), end) for end, rows in zip(ends, self.members, strict=True)]
