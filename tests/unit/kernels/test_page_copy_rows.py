@@ -92,7 +92,8 @@ def test_each_member_has_its_own_rows_in_its_own_payloads(
     source, target = Mixed(outermost, seed), Mixed(outermost, seed + 100)
     arena, before = np.full(1 << 16, 0xEE, np.uint8), target.whole.clone()
     moves = list(moves_of(source, arena))
-    copier_of(source, arena, way, seed).gather([move for move, _ in moves]).wait()
+    reading, writing = copier_of(source, arena, way, seed), copier_of(target, arena, way, seed)
+    reading.gather([move for move, _ in moves]).wait()
     for (member, blocks, part), (move, where) in zip(PAYLOADS, moves, strict=True):
         expected = bytearray(b"\xee" * (where.stop - where.start))
         wide, begin = np.array(WIDTHS[member]) * 8, 0
@@ -102,7 +103,7 @@ def test_each_member_has_its_own_rows_in_its_own_payloads(
                 expected[low : low + nbytes] = row[blocks[place]].numpy().tobytes()
             begin += nbytes * len(blocks)
         assert arena[where].tobytes() == expected, (member, move.blocks)
-    copier_of(target, arena, way, seed).scatter([move for move, _ in moves]).wait()
+    writing.scatter([move for move, _ in moves]).wait()
     for member, blocks, part in PAYLOADS:
         taken = [blocks[place] for place in part]
         assert target.content(member, taken) == source.content(member, taken)
