@@ -199,3 +199,4 @@ def test_thousands_beside_a_chain_are_looked_at_in_slices(make_rig: Make, monkey
             any(thread.run_one() for thread in rig.threads())
     assert found == [Hits([], Cause.ABSENT, bytes([NOWHERE]) * 5000)]
     assert turns > 8  # five slices before Redis is asked, five behind it
+    rig.settle()

@@ -17,6 +17,9 @@ import pytest
 from loracache import CacheClient, Group, Namespace, Need, Selection
 from loracache.errors import ProtocolError, Unavailable
 from loracache.keys import salt_digest
+from loracache.simulator.replay import replay
+from loracache.simulator.store import Sizes, Way
+from loracache.simulator.trace import read_trace
 from loracache.wire import protocol
 from loracache.wire.protocol import NOWHERE, join_keys
 
@@ -325,3 +328,20 @@ def test_the_dashboards_page_of_an_object_beside_a_chain_is_served(client: Cache
     prompt = Prompt(client, HYBRID)
     (item,) = rest.get("/v1/objects", params={"key": prompt.of("w", 2).hex()}).json()["objects"]
     assert (item["kind"], item["parent"]) == ("beside", prompt.of("a0", 2).hex())
+
+
+def test_a_recorded_trace_is_of_chains_and_replays_as_it_was_found(daemon: Any, tmp_path: Path) -> None:
+    running = daemon(memory="4MiB", page_size="4KiB", record=tmp_path / "trace")
+    with CacheClient(running.url) as client:
+        prompt = Prompt(client, HYBRID)
+        for _ in range(3):
+            request = protocol.Lookup(
+                os.urandom(16), join_keys(prompt.chain), HYBRID.lead, 30.0, join_keys(prompt.beside)
+            )
+            client.connection.call(request, 10)
+    assert running.stop() == 0
+    requests = read_trace(tmp_path / "trace")
+    assert [(len(each.blocks), each.held) for each in requests] == [(10, 10)] * 3
+    assert sum(len(kept.blocks) for kept in requests[0].kept) == OBJECTS  # what it stored takes room, all of it
+    run = replay(requests, Sizes(4 << 20, 0, 1), Way.parse("lru"))
+    assert (run.hit_rate, run.bytes_stored) == (1.0, OBJECTS * 4096)
