@@ -2,9 +2,9 @@
 """Load or compute: time to the first token of prompts that a Redis behind a slow link has, 190 M model, bfloat16.
 
 1,030 tokens are 8 chunks, 32 MB of KV, which this engine computes at 20 to 30 MB/s. Each engine has a daemon of its
-own, and one Redis a millisecond away behind a link of 16 MB/s (computing is faster) or 200 MB/s (loading is). It computes
-eight prompts, all of which are written to Redis; then its own cache and the daemon's memory are emptied, and it is
-asked for each again, once. The first three tell it what loading takes; the others count.
+own, and one Redis a millisecond away behind a link of 16 MB/s (computing is faster) or 200 MB/s (loading is). It
+computes eight prompts, all of which are written to Redis; then its own cache and the daemon's memory are emptied, and
+it is asked for each again, once. The first three tell it what loading takes; the others count.
 """
 
 from __future__ import annotations
