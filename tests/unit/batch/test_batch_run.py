@@ -375,7 +375,9 @@ def test_a_plan_needs_no_server(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["--url", "http://h:1"], "no output is named"),
-        (["-o", "x"], "no server is named"),
+        (["-o", "x"], "give either --url"),
+        (["-o", "x", "--url", "http://h:1", "--model", "m"], "give either --url"),
+        (["-o", "x", "--url", "http://h:1", "--", "--dtype"], "options of vLLM go with --model"),
         (["-o", "x", "--url", "ftp://h"], "is no server's address"),
         (["-o", "x", "--url", "http://h:1", "--order", "any"], "--order 'any'"),
         (["-o", "x", "--url", "http://h:1", "--by", "words"], "--by 'words'"),
