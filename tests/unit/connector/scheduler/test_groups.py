@@ -198,8 +198,10 @@ def test_a_store_is_over_when_all_workers_say_so(make_driver: Any, make_request:
     (store,) = prefill(driver, request, TABLES, tokens=5).stores
     news(driver, {store.number: 1})
     assert pool.held == {11, 12, 21, 22}
+    assert driver.side.storing.frees_soon
     news(driver, {store.number: 1})
     assert not pool.held
+    assert not driver.side.storing.frees_soon
 
 
 def test_a_request_that_ends_or_is_preempted_keeps_nothing(windows: Any, make_request: Any) -> None:
