@@ -158,8 +158,10 @@ def test_what_is_found_beside_a_chain_is_neither_held_nor_counted_as_hit_or_miss
     grown = {name: count - before.get(name, 0) for name, count in status["counters"].items()}
     grown = {name: count for name, count in grown.items() if name.partition(".")[0] in ("hit", "miss", "beside")}
     assert {name: count for name, count in grown.items() if count} == {
-        "hit.cpu": 10, "beside.cpu": 15, "beside.absent": 2
-    }  # fmt: skip
+        "hit.cpu": 10,
+        "beside.cpu": 15,
+        "beside.absent": 2,
+    }
     hits = {item["key"]: item["hits"] for item in client.objects(prompt.selection)}
     assert {hits[key.hex()] for key in prompt.beside} == {0}
     assert {hits[key.hex()] for key in prompt.chain} == {1}
