@@ -129,7 +129,7 @@ def _cannot_mix(config: VllmConfig, groups: int) -> str:
     """Why a model whose layers do not all need all of a prefix cannot be cached, or ""."""
     if not has_block_references():
         return f"it has {groups} KV cache groups, or windows: from vLLM 0.32 on a connector can keep their blocks"
-    for name in ("use_replayssm", "replayssm_buffer_len", "use_kda_recoverssm"):
+    for name in ("use_replayssm", "use_kda_recoverssm"):
         if getattr(getattr(config, "cache_config", None), name, False):
             return f"{name} is set: what is kept of a state lags behind the tokens"
     if getattr(config, "speculative_config", None) is not None:

@@ -23,7 +23,7 @@ __all__ = ["KeptBlocks"]
 
 Tables = Callable[[], Sequence[Sequence[int]]]
 _NO_BLOCK = 0  # vLLM's null block
-_SHARE = 8  # of the engine's blocks are kept at a time at most
+_SHARE = 4  # of the engine's blocks are kept at a time at most
 _WINDOWS_SHARE = 4  # of the daemon's memory is what one prompt's windows may take; of a longer one some are stored
 
 
@@ -45,7 +45,8 @@ class KeptBlocks:
         if self.pool is None or end // chunks.tokens <= first:
             return
         found = tables()
-        for number in range(max(first, len(state.hits)), end // chunks.tokens):
+        # The last first: where there is no room for all, it is they behind which one goes on.
+        for number in reversed(range(max(first, len(state.hits)), end // chunks.tokens)):
             for place, part in enumerate(chunks.parts):
                 if part is chunks.chain or chunks.was_found(state, place, number):
                     continue

@@ -205,7 +205,7 @@ class Storer:
                 return
 
     def _items(self, store: Store) -> list[_Item]:
-        """The objects of a store that this worker has a part of. In the chain each hangs under that of the chunk before;
+        """What of a store is on this worker. In the chain each hangs under that of the chunk before;
         what is beside it, under that of its own chunk."""
         chain = next((each for each in self._objects if each.group.need is Need.ALL and any(each.block_bytes)), None)
         items, above, at = [], store.parent, b""
@@ -231,6 +231,7 @@ class Storer:
             requests.join_keys([item.parent for item in items]),
             [item.nbytes for item in items],
             _WRITE_LEASE_S,
+            beside=requests.join_keys([item.key for item in items if item.objects.group.need is not Need.ALL]),
         )
         try:
             granted, left = self._sorted(items, connection.call(reserve, _CALL_TIMEOUT_S).payload, causes)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from loracache.connectors.vllm.link import pinned, worker
 from loracache.connectors.vllm.common.groups import KVGroup, Member
+from loracache.connectors.vllm.link import pinned, worker
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.layout import read_layout

@@ -15,6 +15,7 @@ from loracache import Namespace
 from loracache.client import link as client_link
 from loracache.client import requests
 from loracache.client.connection import Reply
+from loracache.connectors.vllm.link import parted_lookup
 from loracache.connectors.vllm.link import scheduler as link_module
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
@@ -158,14 +159,37 @@ def test_a_long_lookup_is_asked_in_parts_as_far_as_hits_go(
 
     def answer(wanted: list[bytes], shards: int = 1) -> Any:
         number = eventually(lambda: link.ask_lookup(LEASE, wanted, shards, 5.0), "it is asked")
-        return eventually(lambda: [tiers] if (tiers := link.answer_lookup(number)) is not None else None)
+        return eventually(lambda: [found] if (found := link.answer_lookup(number)) is not None else None)[0].tiers
 
-    assert answer(keys) == [("cpu",) * 5]
-    assert answer(keys[:4]) == [("cpu",) * 4]
-    assert answer(keys[:3], shards=3) == [("cpu",) * 3]
-    assert answer(keys[5:]) == [()]
+    assert answer(keys) == ("cpu",) * 5
+    assert answer(keys[:4]) == ("cpu",) * 4
+    assert answer(keys[:3], shards=3) == ("cpu",) * 3
+    assert answer(keys[5:]) == ()
     assert running.status()["counters"]["lookup"] == 3 + 2 + 1 + 1
     assert running.status()["leases"] == 1
+    link.close()
+
+
+def test_keys_beside_a_chain_are_each_looked_for_in_the_same_parts(
+    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks of a chain are held of three; of the two objects beside each, some."""
+    monkeypatch.setattr(parted_lookup, "_PART_KEYS", 3)
+    running = daemon()
+    client = running.client()
+    chain, beside = ([bytes([first + number]) * 32 for number in range(count)] for first, count in ((1, 3), (11, 6)))
+    held = [*chain[:2], beside[0], beside[3]]
+    with client.reserve(client.register(NAMESPACE), held, [100] * 4, parents=[b"", chain[0], b"", b""]) as reservation:
+        for position in range(4):
+            reservation.write(position, bytes(100))
+    link = SchedulerLink(running.url)
+
+    def answer(keys: list[bytes], shards: int) -> Any:
+        number = eventually(lambda: link.ask_lookup(LEASE, keys, shards, 5.0, beside, 2), "it is asked")
+        return eventually(lambda: link.answer_lookup(number), "it is answered")
+
+    assert answer(chain, 1) == (("cpu", "cpu"), ("cpu", "", "", "cpu", "", ""))
+    assert answer([], 0) == ((), ("cpu", "", "", "cpu", "", ""))  # no chain: all of them are asked for
     link.close()
 
 

@@ -148,7 +148,7 @@ def test_a_group_that_is_all_there_is_has_the_name_it_always_had(make_mixed: Any
 
 
 def test_layers_of_another_stage_are_members_without_rows(make_mixed: Any) -> None:
-    mixed = make_mixed("window")
+    mixed = make_mixed("window", layout="LBHNC")
     mixed.config.parallel_config.pipeline_parallel_size = 2
     for name in mixed.names[2]:
         del mixed.caches[name]
@@ -186,6 +186,6 @@ def test_blocks_that_are_no_part_of_an_object_are_refused(make_mixed: Any) -> No
         ChunkBlocks(b"", (1, 2, 3, 4), 16, 1),  # behind it
         ChunkBlocks(b"", (1, 2), 24, 1),  # within a block
     ):
-        with pytest.raises(ValueError, match="no part|begins no block"):
+        with pytest.raises(ValueError, match=r"no part|begins no block"):
             objects[1].part(chunk, whole, 32)
     assert [move.first for move in objects[0].part(ChunkBlocks(b"", (1,), 16), whole, 32)] == [1]
