@@ -28,10 +28,13 @@ from common import (
 )
 
 from loracache import CacheClient
+from loracache.connectors.vllm.common.groups import KVGroup, Member
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
 from loracache.connectors.vllm.link.pinned import prepare_mapping
 from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.connectors.vllm.worker.loader import Loader
+from loracache.connectors.vllm.worker.objects import GroupObjects
+from loracache.groups import Need
 from loracache.kernels.page_copy import Move, PageCopier
 from loracache.keys import checksum, object_key
 
@@ -57,8 +60,7 @@ def run(quick: bool) -> list[Row]:
             running.url,
             lambda: None,
             PageCopier(layout.rows),
-            SHARD,
-            layout.block_bytes,
+            (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 1, ()),)), SHARD, (layout.block_bytes,)),),
             10.0,
             lambda load: True,
             lambda load, failed, causes: ended.put((failed, causes)),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Unknown,
         UsageError,
     )
+    from loracache.groups import Group, Need
     from loracache.keys import KEY_BYTES, LORA_NAMESPACE, Media, Namespace, chunk_keys, object_key, salt_digest
     from loracache.results import Cause, OperationState
     from loracache.tiers import Tier
@@ -31,16 +32,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "KEY_BYTES", "LORA_NAMESPACE", "Adapter", "CacheClient", "Cause", "ConfigError", "Flushed", "LeaseLost",
-    "LoRACacheError", "Located", "Lookup", "Media", "Namespace", "OperationReport", "OperationState", "ProtocolError",
-    "Reading", "Rejected", "Reservation", "Selection", "Slot", "Tier", "Unavailable", "Unknown", "UsageError",
-    "__version__", "chunk_keys", "object_key", "salt_digest",
+    "KEY_BYTES", "LORA_NAMESPACE", "Adapter", "CacheClient", "Cause", "ConfigError", "Flushed", "Group", "LeaseLost",
+    "LoRACacheError", "Located", "Lookup", "Media", "Namespace", "Need", "OperationReport", "OperationState",
+    "ProtocolError", "Reading", "Rejected", "Reservation", "Selection", "Slot", "Tier", "Unavailable", "Unknown",
+    "UsageError", "__version__", "chunk_keys", "object_key", "salt_digest",
 ]  # fmt: skip
 
 _HOMES = (
     "errors",
     "tiers",
     "results",
+    "groups",
     "keys",
     "client.control",
     "client.answers",

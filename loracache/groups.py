@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 
 from loracache.errors import UsageError
 
-__all__ = ["Group", "Need", "furthest"]
+__all__ = ["Group", "Need", "continued", "furthest"]
 
 
 class Need(StrEnum):
@@ -32,8 +33,9 @@ class Need(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers that need the same of a prefix. tokens: of the window or the span; 0 for the others. shards: names of the
-    parts that one chunk of the group is kept in, each an object. Raises UsageError.
+    """Layers that need the same of a prefix. tokens: of the window, or the span; 0 for the others. A window counts the
+    tokens before the one that is computed: one less than the model's. shards: names of the parts that one chunk of the
+    group is kept in, each an object. Raises UsageError.
     """
 
     need: Need
@@ -41,11 +43,14 @@ class Group:
     shards: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        sized = self.need in (Need.WINDOW, Need.SPAN)
-        if type(self.tokens) is not int or (self.tokens < 0 if self.need is Need.WINDOW else sized != (self.tokens > 0)):
+        if not isinstance(self.need, Need):
+            raise UsageError(f"a group needs one of {', '.join(Need)}, not {self.need!r}")
+        least, most = {Need.WINDOW: (0, inf), Need.SPAN: (1, inf)}.get(self.need, (0, 0))
+        if type(self.tokens) is not int or not least <= self.tokens <= most:
             raise UsageError(f"a group that needs {self.need} cannot have {self.tokens!r} tokens")
-        if not self.shards or not all(isinstance(name, str) and name for name in self.shards):
-            raise UsageError(f"a group has shards with names, not {self.shards!r}")
+        named = type(self.shards) is tuple and all(isinstance(name, str) and name for name in self.shards)
+        if not self.shards or not named:
+            raise UsageError(f"a group has a tuple of shards with names, not {self.shards!r}")
 
     def first(self, chunks: int, chunk_tokens: int) -> int:
         """The first of the chunks that a prefix of `chunks` chunks needs; `chunks` where it needs none."""
@@ -56,24 +61,56 @@ class Group:
             case Need.STATE:
                 return max(0, chunks - 1)
             case Need.WINDOW:
-                return min(chunks, max(0, end - self.tokens) // chunk_tokens) if self.tokens else chunks
+                return max(0, end - self.tokens) // chunk_tokens
             case Need.SPAN:
                 return end // self.tokens * self.tokens // chunk_tokens
 
 
 def furthest(held: Sequence[tuple[Group, Sequence[bool]]], chunk_tokens: int, most: int) -> int:
     """The greatest number of chunks, at most `most`, behind which a chain can be continued. held: which chunks of each
-    group are held, in the chain's order; those behind are not.
+    group are held, in the chain's order; those behind are not. Takes time in proportion to `most`.
     """
     runs = []  # for every chunk, how many up to it are held without a gap
     for group, chunks in held:
         run, lengths = 0, [0]
-        for each in chunks[:most]:
+        for each in chunks[: max(0, most)]:
             run = run + 1 if each else 0
             lengths.append(run)
         lengths += [0] * (most + 1 - len(lengths))
         runs.append((group, lengths))
     for end in range(most, 0, -1):
-        if all(lengths[end] >= end - group.first(end, chunk_tokens) for group, lengths in runs):
+        for group, lengths in runs:
+            if lengths[end] < end - group.first(end, chunk_tokens):
+                break
+        else:
             return end
     return 0
+
+
+def continued(
+    groups: Sequence[Group], chunk_tokens: int, lead: int, chain: Sequence[int], beside: Sequence[int | None]
+) -> tuple[int, list[int]]:
+    """(how many chunks are behind which a chain can be continued, of each of them that something is needed of the
+    slowest tier that has it).
+
+    groups: those beside full attention. lead: objects of a chunk that the chain itself is made of; 0 where no layer of
+    the model reads all of a prefix. chain: the tiers of its leading ones that are held, the faster the smaller. beside:
+    the tiers of those of `groups`, or None, chunk by chunk, and within one in the order of the groups and their shards;
+    what is told of no longer is not held.
+    """
+    if not groups and lead == 1:
+        return len(chain), list(chain)
+    width = sum(len(group.shards) for group in groups)
+    rows = len(beside) // width if width else 0
+    most = len(chain) // lead if lead else rows
+    needed = [list(chain[at * lead : (at + 1) * lead]) for at in range(most)]
+    columns, begin = [], 0
+    for group in groups:
+        end = begin + len(group.shards)
+        columns.append((group, [beside[at + begin : at + end] for at in range(0, min(most, rows) * width, width)]))
+        begin = end
+    count = furthest([(group, [None not in part for part in parts]) for group, parts in columns], chunk_tokens, most)
+    for group, parts in columns:
+        for at in range(group.first(count, chunk_tokens), count):
+            needed[at] += [tier for tier in parts[at] if tier is not None]
+    return count, [max(tiers) for tiers in needed[:count] if tiers]

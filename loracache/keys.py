@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import xxhash
 
 from loracache.errors import UsageError
+from loracache.groups import Group, Need
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,8 @@ class Namespace:
     model: the model identity (see DESIGN). kv_dtype: as the engine stores it, "bfloat16". layout: block shape, order
     of its dimensions and, on CPUs, the instruction set that packed it; behind a "#" the shards that make up a chunk,
     with "|" between them. chunk_tokens: tokens of a chunk. adapter: hex digest of the LoRA adapter's content, or "".
-    salt: hex digest of the tenant's salt (`salt_digest`), or "".
+    salt: hex digest of the tenant's salt (`salt_digest`), or "". groups: what those layers need that do not read all of
+    a prefix, kept in objects beside the chain; a layout without shards then says that no layer reads all of it.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Namespace:
     chunk_tokens: int
     adapter: str = ""
     salt: str = ""
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         if self.chunk_tokens <= 0:
@@ -64,20 +67,37 @@ class Namespace:
         for name in ("adapter", "salt"):
             if getattr(self, name) != "" and not is_digest(getattr(self, name)):
                 raise UsageError(f"{name} must be empty or 64 hexadecimal digits, not {getattr(self, name)!r}")
+        if self.groups:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        if type(self.groups) is not tuple or not all(isinstance(group, Group) for group in self.groups):
+            raise UsageError(f"groups must be a tuple of Group, not {self.groups!r}")
+        if any(group.need is Need.ALL for group in self.groups):
+            raise UsageError("layers that need all of a prefix are no group beside it; layout names their shards")
+        names = (*self.shards, *self.beside)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UsageError(f"shard {twice!r} is named twice: two objects of a chunk would have one key")
 
     def descriptor(self) -> str:
         """Canonical JSON: what is registered with a daemon and kept beside the disk tier."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        fields = asdict(self)
+        if not self.groups:  # as those wrote it that knew of none: digests stay
+            del fields["groups"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
     def parse(cls, descriptor: str) -> Namespace:
         """The namespace of a descriptor. Raises UsageError where it is not one."""
         try:
             fields = json.loads(descriptor)
+            if isinstance(fields, dict) and "groups" in fields:
+                fields["groups"] = _groups(fields["groups"])
             namespace = cls(**fields)
-            typed = all(isinstance(fields[name], str) for name in fields if name != "chunk_tokens")
+            typed = all(isinstance(fields[name], str) for name in fields if name not in ("chunk_tokens", "groups"))
             if not typed or type(namespace.chunk_tokens) is not int:
-                raise UsageError("chunk_tokens must be an integer and every other field a string")
+                raise UsageError("chunk_tokens must be an integer and every other field but groups a string")
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"not a namespace descriptor: {descriptor[:200]!r} ({error})") from None
         return namespace
@@ -88,28 +108,69 @@ class Namespace:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Names of the parts that a chunk is kept in, each an object; none where a chunk's key is its object's."""
+        """Names of the parts that a chunk of the chain is kept in, each an object; none where a chunk's key is its
+        object's, or, with groups, where the chain has no objects of its own."""
         names = self.layout.partition("#")[2]
         return tuple(names.split("|")) if names else ()
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Names of the parts that a chunk is kept in beside the chain, each an object: of one group after the other."""
+        return tuple(name for group in self.groups for name in group.shards)
+
+    @property
+    def lead(self) -> int:
+        """Objects of a chunk that the chain is made of, which a hit needs of every chunk."""
+        return len(self.shards) or (0 if self.groups else 1)
+
+    @property
+    def width(self) -> int:
+        """Objects of a chunk, those beside the chain included."""
+        return self.lead + len(self.beside)
+
     def object_keys(self, tokens: Sequence[int] | TokenArray) -> list[bytes]:
-        """Keys of the objects that hold the KV of `tokens`, chunk by chunk, a chunk's shards side by side."""
-        chunks = chunk_keys(self.digest(), tokens, self.chunk_tokens)
-        shards = self.shards
-        return [object_key(chunk, shard) for chunk in chunks for shard in shards] if shards else chunks
+        """Keys of the objects that hold the KV of `tokens`, chunk by chunk, a chunk's shards side by side, and behind
+        them those of its other groups."""
+        return list(self.keys_by_parts(tokens, max(1, len(tokens))))
 
     def keys_by_parts(self, tokens: Sequence[int] | TokenArray, chunks: int) -> Iterator[bytes]:
         """The same, hashed when they are asked for, the keys of so many chunks at a time."""
-        ids, parent, shards = token_array(tokens), self.digest(), self.shards
+        lead, more = self.lead, len(self.beside)
+        for chain, beside in self.parts(tokens, chunks):
+            if not more:
+                yield from chain
+            for at in range(len(beside) // more if more else 0):
+                yield from chain[at * lead : (at + 1) * lead]
+                yield from beside[at * more : (at + 1) * more]
+
+    def parts(self, tokens: Sequence[int] | TokenArray, chunks: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """(keys of the chain's objects, keys of those beside it) of so many chunks at a time, chunk by chunk, hashed
+        when they are asked for."""
+        ids, parent, shards, beside, lead = token_array(tokens), self.digest(), self.shards, self.beside, self.lead
         for at in range(0, len(ids), chunks * self.chunk_tokens):
             part = chunk_keys(parent, ids[at : at + chunks * self.chunk_tokens], self.chunk_tokens)
             if part:
                 parent = part[-1]
-            yield from (object_key(chunk, shard) for chunk in part for shard in shards) if shards else part
+            chain = [object_key(chunk, shard) for chunk in part for shard in shards] if shards else part
+            yield chain if lead else [], [object_key(chunk, name) for chunk in part for name in beside]
 
     def adapter_key(self) -> bytes:
         """32 bytes of the adapter's digest, or b"" for the base model."""
         return bytes.fromhex(self.adapter)
+
+
+def _groups(told: Any) -> tuple[Group, ...]:
+    """Of a descriptor. Raises UsageError saying which of them is none."""
+    if not isinstance(told, list):
+        raise UsageError(f"groups must be a list, not {str(told)[:80]!r}")
+    groups = []
+    for each in told:
+        if not isinstance(each, dict) or each.keys() != {"need", "tokens", "shards"}:
+            raise UsageError(f"a group is a map of need, tokens and shards, not {str(each)[:80]!r}")
+        need = next((need for need in Need if need == each["need"]), each["need"])
+        shards = tuple(each["shards"]) if isinstance(each["shards"], list) else each["shards"]
+        groups.append(Group(need, each["tokens"], shards))
+    return tuple(groups)
 
 
 @dataclass(frozen=True, slots=True)

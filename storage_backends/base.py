@@ -68,6 +68,8 @@ class Kind(enum.IntEnum):
 
     KV = 1
     LORA = 2
+    BESIDE = 3
+    """KV of layers that do not read all of a prefix: beside a chain, never part of one, so nothing hangs under it."""
 
 
 class Outcome(enum.Enum):

@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from loracache.connectors.vllm.common.geometry import uncacheable
+from loracache.connectors.vllm.common.groups import groups_of
 from loracache.connectors.vllm.common.logs import log_as_vllm_does
 from loracache.connectors.vllm.common.messages import Facts, StepPlan
 from loracache.connectors.vllm.common.options import Options, own_options
@@ -37,11 +38,13 @@ from loracache.connectors.vllm.scheduler.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler.side import SchedulerSide
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import ConfigError
+from loracache.groups import Need
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.lora.request import LoRARequest
@@ -85,14 +88,18 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             _log.warning(
                 'kv_load_failure_policy is "fail": a chunk that cannot be loaded fails its request; set "recompute"'
             )
-        self._num_block_tokens = 0 if problem else kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        groups = () if problem else groups_of(kv_cache_config)
         self._link = SchedulerLink(options.server or private_server(transfer.engine_id, options.disk_path))
-        self._identity = None if problem else ModelIdentity(vllm_config, options.model_id)
+        self._identity = (
+            None
+            if problem
+            else ModelIdentity(vllm_config, options.model_id, states=any(group.need is Need.STATE for group in groups))
+        )
         identity = self._identity.value if self._identity is not None else lambda: None
-        self._scheduler = SchedulerSide(vllm_config, options, identity, self._link)
+        self._scheduler = SchedulerSide(vllm_config, options, identity, self._link, groups)
         hook_scheduler_class()
         if problem:
-            self._scheduler.set_facts([Facts("", "", 0, problem)], 0)
+            self._scheduler.set_facts([Facts((), problem)])
 
     # -- both sides ----------
 
@@ -177,6 +184,16 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         stored, loaded = self._worker.take_finished(finished_req_ids)
         return stored or None, loaded or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """`get_finished`, and the requests whose load failed as a whole (vLLM 0.32 on): in a model whose layers differ
+        in what they need of a prefix, no block's failure is reported.
+        """
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+        stored, loaded = self.get_finished(finished_req_ids)
+        assert self._worker is not None
+        return KVConnectorTransferResults(stored or set(), loaded or set(), self._worker.take_failed_loads())
+
     def clear_connector_metadata(self) -> None:
         """The end of every step, in every release, after `wait_for_save` and `get_finished` in either order: starts
         this step's stores, which run behind the engine while their blocks are held.
@@ -240,6 +257,11 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._scheduler.adapter_reloaded(lora_request)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """vLLM's own books of its blocks."""
+        if self._scheduler is not None:
+            self._scheduler.storing.kept.pool = gpu_block_pool
+
     def on_new_request(self, request: Request) -> None:
         """Send the lookup."""
         assert self._scheduler is not None
@@ -254,7 +276,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Plan the load of `num_external_tokens`."""
         assert self._scheduler is not None
         if num_external_tokens:
-            self._scheduler.planned_load(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+            self._scheduler.planned_load(request, blocks, num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[Any, int]:
         """The tiers that `num_external_tokens` come from."""
@@ -270,15 +292,16 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Take the workers' results."""
         assert self._scheduler is not None
         self._scheduler.step_done()
-        self._scheduler.stores_done(connector_output.finished_sending or ())
+        self._scheduler.storing.done(connector_output.finished_sending or ())
         news = self._inbox.news(connector_output.kv_connector_worker_meta)
         if news is not None:
             if news.facts:
                 self._take_facts(news.facts)
             self._scheduler.take_news(news)
         loaded, invalid = connector_output.finished_recving or set(), connector_output.invalid_block_ids or set()
+        failed = getattr(connector_output, "failed_recving", None) or set()
         if loaded or invalid:
-            self._scheduler.finished_loading(loaded, invalid)
+            self._scheduler.finished_loading(loaded, invalid, failed)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """What has entered and left our tiers, for vLLM's KV events."""
@@ -288,18 +311,19 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Plan the last stores; True where blocks must wait for them."""
         assert self._scheduler is not None
-        return self._scheduler.finished(request, block_ids), None
+        return self._scheduler.finished(request, [block_ids]), None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The same with several KV cache groups; more than one is never cached."""
-        return self.request_finished(request, block_ids[0] if len(block_ids) == 1 else [])
+        """The same with all KV cache groups."""
+        assert self._scheduler is not None
+        return self._scheduler.finished(request, block_ids), None
 
     def has_pending_block_frees(self) -> bool:
         """Whether finished requests' blocks will be free soon: vLLM then waits and preempts nobody."""
         assert self._scheduler is not None
-        return self._scheduler.held.pending
+        return self._scheduler.storing.held.pending
 
     def reset_cache(self) -> bool | None:
         """Part of a reset, a pause or a sleep, none of which makes KV of these weights wrong: it stays."""
@@ -310,7 +334,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def before_prefix_cache_reset(self, manager: Any) -> None:
         """vLLM is about to forget its own KV and needs all blocks free (resets.py)."""
         if self._scheduler is not None and manager is not None:
-            self._scheduler.held.free(manager)
+            self._scheduler.free_blocks(manager)
 
     def after_prefix_cache_reset(self) -> None:
         """It has (resets.py)."""
@@ -321,7 +345,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         assert self._scheduler is not None
         known = [fact for fact in facts if isinstance(fact, Facts)]
         if known and not self._scheduler.on:
-            self._scheduler.set_facts(known, self._num_block_tokens)
+            self._scheduler.set_facts(known)
 
 
 def _check_release(options: Options, role: KVConnectorRole) -> None:

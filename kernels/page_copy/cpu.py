@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from loracache.kernels.page_copy.moves import Move
+from loracache.kernels.page_copy.moves import Move, bounds
 
 __all__ = ["CpuCopier"]
 
@@ -23,21 +25,22 @@ class CpuCopier:
 
     def copy(self, move: Move, *, into_host: bool) -> None:
         """Copy the blocks of a move."""
-        for (layer, block), piece in self._rows(move):
-            row, start = self._layers[layer][block], 0
+        for row, piece in self._rows(move):
+            start = 0
             for part in piece:
                 host = np.frombuffer(part, dtype=np.int64)
                 device = row[start : start + len(host)]
                 np.copyto(*((host, device) if into_host else (device, host)))
                 start += len(host)
 
-    def _rows(self, move: Move) -> Iterator[tuple[tuple[int, int], list[memoryview]]]:
-        """((layer, block), the parts of the payload that hold this row), in the payload's order."""
+    def _rows(self, move: Move) -> Iterator[tuple[npt.NDArray[Any], list[memoryview]]]:
+        """(a layer's row of a block, the parts of the payload that hold it), in the payload's order."""
         base = 0
-        for layer, rows in enumerate(self._layers):
+        layers = self._layers if move.rows is None else self._layers[slice(*bounds(move.rows, len(self._layers)))]
+        for rows in layers:
             nbytes = rows.shape[1] * _WORD
             for place, block in enumerate(move.blocks, move.first):
-                yield (layer, block), _cut(move.payload, base + place * nbytes, nbytes)
+                yield rows[block], _cut(move.payload, base + place * nbytes, nbytes)
             base += move.of * nbytes
 
 

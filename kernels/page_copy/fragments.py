@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loracache.kernels.page_copy.moves import Move
+from loracache.kernels.page_copy.moves import Move, bounds
 
 __all__ = ["Extents", "Fragments", "Integers", "Rows", "fragments_of", "host_runs", "rows_of", "split_by_pinned"]
 
@@ -50,6 +50,11 @@ class Rows:
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         return int(self.nbytes.sum())
+
+    def part(self, start: int, end: int) -> Rows:
+        """Of these layers alone."""
+        nbytes = self.nbytes[start:end]
+        return Rows(self.base[start:end], self.step[start:end], nbytes, np.cumsum(nbytes) - nbytes, self.blocks)
 
     def bands(self) -> Rows:
         """Layers whose rows of a block lie side by side, in order, taken as one: all of them in a block-outermost
@@ -163,6 +168,21 @@ def fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]])
     """The fragments of moves with their extents, those of moves of one form together. bands: those of `rows`. Raises
     ValueError where a move reaches outside its payload or the KV cache: what is copied by address has no other guard.
     """
+    if all(move.rows is None for move, _ in moves):
+        return _fragments_of(rows, bands, moves)
+    about: dict[tuple[int, int], list[tuple[Move, Extents]]] = defaultdict(list)
+    for item in moves:
+        about[bounds(item[0].rows, len(rows.base))].append(item)
+    found = []
+    for (start, end), own in about.items():
+        if start < end:
+            part = rows.part(start, end)
+            found += _fragments_of(part, part.bands(), own)
+    return found
+
+
+def _fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]]) -> list[Fragments]:
+    """Of moves about all of these rows."""
     groups: dict[tuple[int, bool, bool], list[tuple[Move, Extents]]] = defaultdict(list)
     for item in moves:
         move, extents = item

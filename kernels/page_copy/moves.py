@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["ARRIVED", "Copy", "CopyError", "Move"]
+__all__ = ["ARRIVED", "Copy", "CopyError", "Move", "bounds"]
 
 
 class CopyError(Exception):
@@ -20,13 +20,23 @@ class Move:
 
     payload: buffers that hold, one behind another, rows of shape (layers, `of`, bytes of the layer's row); every buffer
     begins and ends at a multiple of 8 bytes of it. blocks: numbers of blocks of the KV cache; they are the payload's
-    blocks `first`, `first` + 1, ...
+    blocks `first`, `first` + 1, ... rows: the copier's layers that it is about; None: all of them.
     """
 
     blocks: Sequence[int]
     payload: Sequence[memoryview]
     first: int
     of: int
+    rows: slice | None = None
+
+
+def bounds(rows: slice | None, layers: int) -> tuple[int, int]:
+    """The first of `layers` layers that a move is about, and the end. Raises ValueError where it has not got these."""
+    if rows is None:
+        return 0, layers
+    if rows.step not in (None, 1) or not 0 <= rows.start <= rows.stop <= layers:
+        raise ValueError(f"layers {rows.start} to {rows.stop} of {layers}")
+    return rows.start, rows.stop
 
 
 class Copy(Protocol):

@@ -67,7 +67,7 @@ class Committer:
             if not cause:
                 objects += 1
                 nbytes += item.info.size
-            if item.info.kind is Kind.KV:
+            if item.info.kind is not Kind.LORA:
                 computed += item.info.size
             yield cause
         self._counters.add("store.objects", objects)

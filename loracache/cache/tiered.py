@@ -131,9 +131,7 @@ class TieredCache:
         """Tiers (the fastest of each) of the longest leading run of `keys` that cpu or disk hold. Records the use. A
         disk that is left alone after a failure holds nothing.
         """
-        tiers = 1 << Tier.CPU
-        if self.disk is not None and self.disk.io.available:
-            tiers |= 1 << Tier.DISK
+        tiers = self._readable
         for policy in self._policies.values():
             policy.asked(keys)
         cpu, disk, in_cpu = Tier.CPU, Tier.DISK, 1 << Tier.CPU
@@ -141,6 +139,20 @@ class TieredCache:
         self.keeps.used(found)
         self._admission.asked(keys, found)
         return [cpu if node.present & in_cpu else disk for node in found]
+
+    def where(self, keys: Sequence[bytes]) -> list[Tier | None]:
+        """The fastest of cpu and disk that holds each, as `lookup` has it; None where neither does. It is no use: that
+        is recorded when they are acquired."""
+        find, in_cpu, on_disk = self.index.get, 1 << Tier.CPU, self._readable & 1 << Tier.DISK
+        found: list[Tier | None] = []
+        for key in keys:
+            node = find(key)
+            if node is None or not node.present & (in_cpu | on_disk):
+                found.append(None)
+                continue
+            node.asked = True
+            found.append(Tier.CPU if node.present & in_cpu else Tier.DISK)
+        return found
 
     def hold(self, owner: int, lease_id: bytes, keys: Sequence[bytes], ttl: float) -> None:
         """Keep those of `keys` that are in the arena there until the lease ends, loosely."""
@@ -179,6 +191,9 @@ class TieredCache:
 
         for position, key in enumerate(keys):
             node = self.index.get(key)
+            if node is not None and node.asked and owner != OPERATOR:
+                self.index.read_beside(node)
+                self.keeps.used((node,))
             if node is not None and node.held_in(Tier.CPU):
                 self.index.touch(node)
                 self.leases.hold(owner, lease_id, ttl, (node,), grip)
@@ -318,6 +333,12 @@ class TieredCache:
 
     # -- inside ----------
 
+    @property
+    def _readable(self) -> int:
+        """The tiers whose objects are found, as a bit mask."""
+        disk = self.disk is not None and self.disk.io.available
+        return 1 << Tier.CPU | (1 << Tier.DISK if disk else 0)
+
     def _held(self, node: Node) -> bool:
         """Whether the object need not be stored again: a tier has it that can be read now."""
         return node.held_in(Tier.CPU) or (self.disk is not None and self.disk.keeps(node))
@@ -354,8 +375,10 @@ class TieredCache:
         return outcome is Outcome.OK
 
     def _memory_room(self) -> int:
-        """For how many objects there is room in the arena, as large as those are that it holds."""
-        return self.arena.size * self.index.objects[Tier.CPU] // max(1, self.index.bytes[Tier.CPU])
+        """For how many objects of chains there is room in the arena, as large as those are that it holds, with what is
+        beside them."""
+        objects = self.index.objects[Tier.CPU] - self.index.beside[Tier.CPU]
+        return self.arena.size * objects // max(1, self.index.bytes[Tier.CPU])
 
     def _lower_room(self) -> int:
         """The same of the larger of the tiers below; a Redis that knows no limit has room for all that comes."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loracache.errors import LeaseLost, ProtocolError, UsageError
-from loracache.keys import checksum
+from loracache.groups import continued
+from loracache.keys import Namespace, checksum
 from loracache.results import Cause
+from loracache.tiers import Tier
 
 __all__ = ["Adapter", "Flushed", "Lookup", "Reading", "Reservation", "Slot"]
 
@@ -20,11 +22,20 @@ class Lookup:
 
     tiers: tuple[str, ...]
     """For each leading key that is there the fastest tier that has it: "cpu", "disk" or "redis"."""
+    beside: tuple[str, ...] = ()
+    """For each key that was asked for beside them the fastest tier that has it, "" where none has."""
 
     @property
     def hits(self) -> int:
         """How many leading keys are held."""
         return len(self.tiers)
+
+    def chunks(self, namespace: Namespace) -> int:
+        """Chunks behind which a chain of `namespace` can be continued, where it was asked for with `group` its `lead`,
+        and `beside` chunk by chunk: fewer than are held, where what a layer needs at their end is not."""
+        here = [None if not tier else Tier.CPU for tier in self.beside]
+        tiers = [Tier.CPU] * len(self.tiers)
+        return continued(namespace.groups, namespace.chunk_tokens, namespace.lead, tiers, here)[0]
 
 
 @dataclass(frozen=True, slots=True)

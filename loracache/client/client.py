@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +23,7 @@ from loracache.client.requests import lookup_parts
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.results import Cause
-from loracache.tiers import labels
+from loracache.tiers import Tier, labels
 from loracache.wire import protocol
 from loracache.wire.fields import MAX_WAIT_S
 
@@ -73,16 +74,27 @@ class CacheClient(ControlCalls):
         self._call(protocol.Register(namespace.descriptor(), list(names)))
         return namespace.digest()
 
-    def lookup(self, keys: Sequence[bytes], *, group: int = 1) -> Lookup:
+    def lookup(self, keys: Sequence[bytes], *, group: int = 1, beside: Sequence[bytes] = ()) -> Lookup:
         """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together. Many
-        keys are asked for in parts, as far as they are held."""
+        keys are asked for in parts, as far as they are held.
+
+        beside: objects of the model's other groups (`Namespace.parts`); of each is answered where it is, and how far
+        the chain can be continued then says `Lookup.chunks`. They count as used when they are acquired.
+        """
         held: tuple[str, ...] = ()
-        for part in lookup_parts(keys, group):
-            (tiers,) = self._call(protocol.Lookup(b"", protocol.join_keys(part), group, 0.0))
-            held += labels(tiers)
-            if len(tiers) < len(part):
+        where: list[str] = []
+        led = bool(keys) or not beside
+        parts = zip_longest(lookup_parts(keys, group), lookup_parts(beside, 1), fillvalue=())
+        for part, others in parts:
+            if not led and not others:
                 break
-        return Lookup(held)
+            asked = part if led else ()
+            request = protocol.Lookup(b"", protocol.join_keys(asked), group, 0.0, protocol.join_keys(others))
+            tiers, *told = self._call(request)
+            held += labels(tiers)
+            led = led and len(tiers) == len(asked)
+            where += _places(told, len(others))
+        return Lookup(held, tuple(where))
 
     @contextlib.contextmanager
     def reserve(
@@ -92,12 +104,14 @@ class CacheClient(ControlCalls):
         sizes: Sequence[int],
         *,
         parents: Sequence[bytes] | None = None,
+        beside: Sequence[bytes] = (),
         ttl: float = _LEASE_TTL_S,
     ) -> Iterator[Reservation]:
         """Reserve space, write into it, and commit on leaving the context (abort where it is left by an exception).
 
         parents: each object's parent key, b"" for the first of a chain; left out, the keys are one chain from its
-        start. On leaving, `causes` says of each object whether it was committed ("") or why not.
+        start. beside: those of them that are of the model's other groups, each with its chunk's object of the chain for
+        a parent. On leaving, `causes` says of each object whether it was committed ("") or why not.
         """
         parents = [b"", *keys[:-1]] if parents is None else parents
         if not len(keys) == len(sizes) == len(parents):
@@ -105,7 +119,9 @@ class CacheClient(ControlCalls):
         lease = os.urandom(protocol.LEASE_BYTES)
         blob = protocol.join_keys([parent or protocol.NO_PARENT for parent in parents])
         try:
-            request = protocol.Reserve(lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl, self._wait)
+            others = protocol.join_keys(beside)
+            about = lease, namespace, protocol.join_keys(keys), blob, list(sizes), ttl, self._wait, others
+            request = protocol.Reserve(*about)
             answer = self._call(request, self._timeout + (self._wait and _ANSWER_S))
             causes = [Cause.NONE if isinstance(item, list) else _cause(item) for item in answer]
         except (Unavailable, ProtocolError):  # which do not say that nothing was reserved
@@ -283,6 +299,17 @@ class CacheClient(ControlCalls):
         if len(key) != KEY_BYTES:
             raise UsageError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
         return Slot(key, size, expected, tuple(self.connection.buffers(extents, size)))
+
+
+def _places(told: list[Any], asked: int) -> list[str]:
+    """Where each of so many objects is, "" for nowhere, from what is told of those beside a chain."""
+    try:
+        places = ["" if tier == protocol.NOWHERE else Tier(tier).label for each in told for tier in each]
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
+    if len(places) != asked:
+        raise ProtocolError(f"the daemon's answer is malformed: it tells of {len(places)} objects, not of {asked}")
+    return places
 
 
 def _cause(value: Any) -> Cause:

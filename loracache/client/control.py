@@ -67,13 +67,13 @@ class Located:
     """How far what was selected is held."""
 
     hits: int
-    """Leading keys, or whole chunks of a prompt, that some tier holds."""
+    """Leading keys that some tier holds; of a prompt the whole chunks behind which it can be continued."""
     asked: int
     """Of how many."""
     tiers: tuple[str, ...]
-    """The fastest that has each; "gpu": an adapter in an engine's memory."""
+    """The fastest that has each, of a prompt of those of which anything is needed; "gpu": an engine's memory."""
     tokens: int
-    """Leading tokens whose KV is held."""
+    """Leading tokens that need not be computed: those of these chunks."""
     namespace: str
     """Where that is, as a hex digest."""
     engines: int

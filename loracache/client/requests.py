@@ -14,6 +14,7 @@ from loracache.wire.protocol import (
     LEASE_BYTES,
     MAX_TTL_S,
     NO_PARENT,
+    NOWHERE,
     PRIORITIES,
     SOCKET_PATH_BYTES,
     Acquire,
@@ -36,7 +37,7 @@ from loracache.wire.protocol import (
 )
 
 __all__ = [
-    "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "PRIORITIES", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd",
+    "LEASE_BYTES", "MAX_TTL_S", "NOWHERE", "NO_PARENT", "PRIORITIES", "SOCKET_PATH_BYTES", "Acquire", "AdapterAdd",
     "AdapterDigest", "AdapterFind", "Commit", "EventList", "Keep", "Lookup", "Move", "Pin", "Prefetch", "Priority",
     "Register", "Release", "Report", "Request", "Reserve", "Resident", "join_keys", "lookup_parts", "split_keys",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 from loracache.control.listing import sum_of
 from loracache.control.selection import Chain, Selected
 from loracache.control.steps import done, turn
+from loracache.groups import continued
 from loracache.tiers import Tier, labels
+from loracache.wire.protocol import NOWHERE
 
 if TYPE_CHECKING:
     from loracache.cache.tiered import TieredCache
     from loracache.control.adapters import Adapters
     from loracache.control.lookup import Finder
+    from loracache.keys import Namespace
     from loracache.namespaces import Namespaces
 
 __all__ = ["Locator"]
 
 _TIERS = (Tier.CPU, Tier.DISK)
 _PART = 512  # keys looked for between two looks at the socket
+_AT_ONCE = 4096  # answers that are put together in one go: a millisecond or two
 
 
 class Locator:
@@ -52,11 +57,22 @@ class Locator:
         return best
 
     async def _chain(self, chain: Chain) -> dict[str, Any]:
-        tiers, group = await self.leading(chain.keys()), len(chain.namespace.shards) or 1
-        chunks = [max(tiers[at : at + group]) for at in range(0, len(tiers) // group * group, group)]
-        return _told(chunks, len(chain) // group) | {
-            "tokens": len(chunks) * chain.namespace.chunk_tokens,
-            "namespace": chain.namespace.digest().hex(),
+        space = chain.namespace
+        tiers: list[Tier] = []
+        beside = bytearray()
+        parts = space.parts(chain.tokens, max(1, _PART // space.width))
+        for keys, others in parts:
+            hits = await self._finder.find(keys, others)
+            tiers += hits.tiers
+            beside += hits.beside
+            if len(hits.tiers) < len(keys):
+                break
+            await turn()
+        count, slowest = await _continued(space, tiers, beside)
+        return _told([Tier(tier) for tier in slowest], chain.chunks) | {
+            "hits": count,
+            "tokens": count * space.chunk_tokens,
+            "namespace": space.digest().hex(),
         }
 
     async def leading(self, keys: Iterator[bytes]) -> list[Tier]:
@@ -70,6 +86,14 @@ class Locator:
             await turn()
         return tiers
 
+    async def where(self, keys: Sequence[bytes]) -> bytes:
+        """A byte for each of `keys`, a Tier value or NOWHERE, asked for in parts."""
+        where = bytearray()
+        for at in range(0, len(keys), _PART):
+            where += (await self._finder.find((), keys[at : at + _PART])).beside
+            await turn()
+        return bytes(where)
+
     async def _keys(self, selected: Selected) -> dict[str, Any]:
         index, namespaces = self._cache.index, self._namespaces
         shown = itertools.takewhile(lambda key: selected.shows(index, namespaces, key), selected.keys())
@@ -80,6 +104,16 @@ class Locator:
     async def _held(self, selected: Selected) -> dict[str, list[int]]:
         total, _ = await done(sum_of(self._cache.index, selected.spaces))
         return {tier.label: [total.objects[tier], total.bytes[tier]] for tier in _TIERS}
+
+
+async def _continued(space: Namespace, tiers: Sequence[int], beside: Sequence[int]) -> tuple[int, list[int]]:
+    """See groups.continued. On a thread where that takes milliseconds."""
+
+    def work() -> tuple[int, list[int]]:
+        held = [None if tier == NOWHERE else tier for tier in beside]
+        return continued(space.groups, space.chunk_tokens, space.lead, tiers, held)
+
+    return await asyncio.to_thread(work) if len(tiers) + len(beside) > _AT_ONCE else work()
 
 
 def _told(tiers: list[Tier], asked: int) -> dict[str, Any]:

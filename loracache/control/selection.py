@@ -50,15 +50,20 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The objects of one prompt in one namespace, chunk by chunk, a chunk's shards side by side. They are hashed when
-    they are asked for: a prompt may be looked for in very many namespaces.
+    """The objects of one prompt in one namespace, chunk by chunk: a chunk's shards side by side, and what is beside it.
+    They are hashed when they are asked for: a prompt may be looked for in very many namespaces.
     """
 
     namespace: Namespace
     tokens: TokenArray
 
+    @property
+    def chunks(self) -> int:
+        """Whole chunks of the prompt."""
+        return len(self.tokens) // self.namespace.chunk_tokens
+
     def __len__(self) -> int:
-        return len(self.tokens) // self.namespace.chunk_tokens * (len(self.namespace.shards) or 1)
+        return self.chunks * self.namespace.width
 
     def keys(self) -> Iterator[bytes]:
         """Keys of the objects, hashed a few chunks at a time as they are asked for."""

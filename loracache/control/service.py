@@ -38,6 +38,7 @@ from loracache.results import NodeKind
 from loracache.storage_backends.base import Outcome
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
+from loracache.wire.protocol import split_keys
 from loracache.wire.requests import AdapterChange, ControlRequest
 
 if TYPE_CHECKING:
@@ -246,7 +247,8 @@ class Control:
         if namespace is None or (request.scope and namespace.salt != request.scope):
             raise Unknown(f"namespace {request.namespace.hex()} is not registered here")
         keys = (request.keys[at : at + KEY_BYTES] for at in range(0, len(request.keys), KEY_BYTES))
-        return [bytes(await self._locator.leading(keys))]
+        found = [bytes(await self._locator.leading(keys))]
+        return [*found, await self._locator.where(split_keys(request.beside))] if request.beside else found
 
     async def _on_objects(self, request: messages.ObjectList, label: str) -> list[Any]:
         tier = Tier.named(request.tier) if request.tier else None

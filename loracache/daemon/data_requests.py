@@ -107,22 +107,31 @@ class DataRequests:
     def _lookup(self, number: int, request: protocol.Lookup) -> Iterator[None]:
         keys: list[bytes] = []
         tiers: list[Tier] = []
-        for part in _parts(request.keys, _FOUND):
+        for part in _parts(request.keys, _FOUND) if request.keys or not request.beside else ():
             if keys:
                 yield
             if len(tiers) == len(keys):
                 tiers += self._cache.lookup(part)
             keys += part
-        hits = self._finder.judge(tiers, len(keys))
+        beside: list[bytes] = []
+        where = bytearray()
+        for part in _parts(request.beside, _FOUND) if request.beside else ():
+            if len(keys) + len(beside) >= _FOUND:
+                yield
+            where += self._finder.where(part)
+            beside += part
+        hits = self._finder.judge(tiers, len(keys), bytes(where))
         if hits.cause:
             self._asking.discard(request.lease)
             self._answer(number, OK, (yield from self._hits(request, keys, hits)))
         else:
-            self._later(number, self._look_in_redis(request, keys, hits))
+            self._later(number, self._look_in_redis(request, keys, hits, beside))
 
-    async def _look_in_redis(self, request: protocol.Lookup, keys: list[bytes], hits: Hits) -> list[Any]:
+    async def _look_in_redis(
+        self, request: protocol.Lookup, keys: list[bytes], hits: Hits, beside: list[bytes]
+    ) -> list[Any]:
         self._asking.add(request.lease)
-        hits = await self._finder.ask_redis(keys, hits)
+        hits = await self._finder.ask_redis(keys, hits, beside)
         wanted = request.lease in self._asking
         self._asking.discard(request.lease)
         return await done(self._hits(request, keys, hits, hold=wanted))
@@ -147,7 +156,12 @@ class DataRequests:
             node = self._cache.index.get(keys[0])
             space = self._namespaces.get(node.namespace) if node is not None and node.namespace else None
             self._recorder.asked(self._owner, request.lease, request.keys, request.group, tiers, space)
-        return [tiers]
+        if not request.beside:
+            return [tiers]
+        for tier in (Tier.CPU, Tier.DISK, Tier.REDIS):
+            counters.add(f"beside.{tier.label}", hits.beside.count(tier))
+        counters.add("beside.absent", hits.beside.count(protocol.NOWHERE))
+        return [tiers, hits.beside]
 
     def _acquire(self, number: int, request: protocol.Acquire) -> Iterator[None]:
         left = len(request.keys) // KEY_BYTES
@@ -246,14 +260,16 @@ class DataRequests:
         if self._recorder is not None:
             self._recorder.stored(namespace, request.keys, request.parents, request.sizes)
         root = namespace.adapter_key()
+        beside = set(split_keys(request.beside))
         infos: list[ObjectInfo] = []
         for keys, parents in zip(_parts(request.keys, _FOUND), _parts(request.parents, _FOUND), strict=True):
             if infos:
                 yield
             sizes = request.sizes[len(infos) : len(infos) + len(keys)]
+            kinds = [Kind.BESIDE if key in beside else Kind.KV for key in keys] if beside else [Kind.KV] * len(keys)
             infos += [
-                ObjectInfo(key, root if parent == NO_PARENT else parent, Kind.KV, request.namespace, size, 0)
-                for key, parent, size in zip(keys, parents, sizes, strict=True)
+                ObjectInfo(key, root if parent == NO_PARENT else parent, kind, request.namespace, size, 0)
+                for key, parent, kind, size in zip(keys, parents, kinds, sizes, strict=True)
             ]
         if request.wait:
             self._later(number, self._reserve_in_time(request, infos))

@@ -173,10 +173,12 @@ class Held(BaseModel):
 class Found(BaseModel):
     """How far what was selected is held."""
 
-    hits: int = Field(description="Leading keys, or whole chunks of the tokens, that some tier holds.")
+    hits: int = Field(description="Leading keys that some tier holds; of tokens the chunks that a hit reaches over.")
     asked: int = Field(description="Of how many.")
-    tiers: list[str] = Field(description="The fastest tier of each; gpu: an adapter in an engine's memory.")
-    tokens: int = Field(description="Leading tokens whose KV is held.")
+    tiers: list[str] = Field(
+        description="The fastest tier of each, of tokens of those of which anything is needed; gpu: an engine's memory."
+    )
+    tokens: int = Field(description="Leading tokens that need not be computed.")
     namespace: str = Field(description="Where that is, as a hex digest.")
     engines: int = Field(description="Engines that hold the adapter in their own memory.")
     held: dict[str, Held] = Field(description="Of a model or tenant: what there is, by tier.")
@@ -256,7 +258,7 @@ class Object(BaseModel):
     """An object of the cache."""
 
     key: str
-    kind: Literal["kv", "lora"]
+    kind: Literal["kv", "lora", "beside"]
     namespace: str
     parent: str = Field(description="The object it depends on; empty where there is none.")
     size: int = Field(description="Bytes of payload.")

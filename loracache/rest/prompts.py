@@ -8,21 +8,21 @@ Threading: the event loop; a part of a prompt at a time is hashed on a thread.
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+from loracache.groups import continued
 from loracache.keys import Namespace, TokenArray, token_array
 from loracache.rest.link import DaemonLink
 from loracache.rest.models import Selector
 from loracache.tiers import Tier
 from loracache.wire import control_messages as messages
-from loracache.wire.protocol import join_keys
+from loracache.wire.protocol import NOWHERE, join_keys
 
 __all__ = ["locate_tokens"]
 
 _PART = 2048  # keys that are hashed and asked for at a time
-_CHUNKS = 64
+_AT_ONCE = 4096  # answers that are put together without a thread
 _MOST_SPACES = 1000
 
 
@@ -42,23 +42,29 @@ async def locate_tokens(link: DaemonLink, by: str, tenant: str, selector: Select
 
 
 async def _locate(link: DaemonLink, by: str, tenant: str, space: Namespace, tokens: TokenArray) -> dict[str, Any]:
-    group, digest = len(space.shards) or 1, space.digest()
-    keys = space.keys_by_parts(tokens, _CHUNKS)
-    tiers = b""
-    while part := await asyncio.to_thread(_next, keys):
-        (found,) = await link.call(messages.LocateChain(by, tenant, digest, join_keys(part)))
+    digest = space.digest()
+    parts = space.parts(tokens, max(1, _PART // space.width))
+    tiers, beside = b"", bytearray()
+    while (part := await asyncio.to_thread(next, parts, None)) is not None:
+        keys, others = part
+        found, *where = await link.call(messages.LocateChain(by, tenant, digest, join_keys(keys), join_keys(others)))
         tiers += found
-        if len(found) < len(part):
+        beside += where[0] if where else b""
+        if len(found) < len(keys):
             break
-    chunks = [Tier(max(tiers[at : at + group])) for at in range(0, len(tiers) // group * group, group)]
-    return _told(chunks, len(tokens) // space.chunk_tokens) | {
-        "tokens": len(chunks) * space.chunk_tokens,
+    work = partial(_continued, space, tiers, bytes(beside))
+    count, slowest = work() if len(tiers) + len(beside) <= _AT_ONCE else await asyncio.to_thread(work)
+    return _told(slowest, len(tokens) // space.chunk_tokens) | {
+        "hits": count,
+        "tokens": count * space.chunk_tokens,
         "namespace": digest.hex(),
     }
 
 
-def _next(keys: Iterator[bytes]) -> list[bytes]:
-    return list(itertools.islice(keys, _PART))
+def _continued(space: Namespace, tiers: bytes, beside: bytes) -> tuple[int, list[Tier]]:
+    held = [None if tier == NOWHERE else tier for tier in beside]
+    count, slowest = continued(space.groups, space.chunk_tokens, space.lead, tiers, held)
+    return count, [Tier(tier) for tier in slowest]
 
 
 def _told(tiers: list[Tier], asked: int) -> dict[str, Any]:

@@ -49,11 +49,12 @@ class SpaceList(_ControlRequest):
 
 @dataclass(frozen=True, slots=True)
 class LocateChain(_ControlRequest):
-    """Leading run of the keys of a chain that is held. -> [tiers: one byte a hit, a Tier value]"""
+    """Leading run of the keys of a chain that is held, and where each of those beside it is. -> as Lookup"""
 
     operation: ClassVar[str] = "locate_chain"
     namespace: bytes
     keys: bytes
+    beside: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

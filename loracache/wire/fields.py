@@ -119,6 +119,7 @@ _SELECTOR: dict[str, Callable[[object], str]] = {
 CHECKS: dict[str, Callable[[object], str]] = {
     "adapters": _keys,
     "after": _short,
+    "beside": _keys,
     "by": _short,
     "checksums": _unsigned,
     "count": _count,

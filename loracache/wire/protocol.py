@@ -23,15 +23,16 @@ from loracache.wire.fields import CHECKS, LEASE_BYTES, MAX_TTL_S, PRIORITIES, Pr
 from loracache.wire.frames import frame
 
 __all__ = [
-    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NO_PARENT", "OK", "PART", "PRIORITIES", "SOCKET_PATH_BYTES", "UNKNOWN",
-    "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList", "AdapterPrioritize",
-    "AdapterRemove", "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup", "Prefetch", "Priority",
-    "Register", "Release", "Renew", "Report", "Request", "Reserve", "Resident", "Status", "fault", "field_names",
-    "join_keys", "shown", "split_keys",
+    "ERROR", "LEASE_BYTES", "MAX_TTL_S", "NOWHERE", "NO_PARENT", "OK", "PART", "PRIORITIES", "SOCKET_PATH_BYTES",
+    "UNKNOWN", "VERSION", "Abort", "Acquire", "AdapterAdd", "AdapterDigest", "AdapterFind", "AdapterList",
+    "AdapterPrioritize", "AdapterRemove", "AdapterShow", "Commit", "Flush", "Greeting", "Hello", "Keep", "Lookup",
+    "Prefetch", "Priority", "Register", "Release", "Renew", "Report", "Request", "Reserve", "Resident", "Status",
+    "fault", "field_names", "join_keys", "shown", "split_keys",
 ]  # fmt: skip
 
 VERSION = 1
 NO_PARENT = bytes(KEY_BYTES)
+NOWHERE = 255  # in the place of a Tier value
 SOCKET_PATH_BYTES = 107  # what the kernel takes
 OK, PART, ERROR, UNKNOWN = 0, 1, 2, 3
 
@@ -190,7 +191,8 @@ class Resident(Request):
 
 @dataclass(frozen=True, slots=True)
 class Lookup(Request):
-    """Leading run of `keys` held anywhere. -> [tiers: one byte a hit, a Tier value]"""
+    """Leading run of `keys` held anywhere, and where each of `beside` is. -> [tiers: one byte a hit, a Tier value], and
+    where there are keys beside, behind it one byte for each of these, a Tier value or NOWHERE."""
 
     operation: ClassVar[str] = "lookup"
     lease: bytes
@@ -199,6 +201,9 @@ class Lookup(Request):
     group: int
     """So many keys make one chunk (its shards): the run ends with a whole chunk."""
     ttl: float
+    beside: bytes = b""
+    """Objects of the model's other groups (groups.py), in any order. What is found of them is neither held nor counted
+    as used: who asks decides which of them it needs, and says so by acquiring them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +266,9 @@ class Reserve(Request):
     wait: float = 0.0
     """Seconds that it may take for room, where the writer waits rather than have a queued write given up; 0: at once,
     and the oldest queued writes make room."""
+    beside: bytes = b""
+    """Those of `keys` that are of the model's other groups: each hangs under its chunk's object of full attention, or
+    under nothing where no layer has full attention. A parent may stand before its child in the same request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracache.storage_backends.base import ObjectInfo, Outcome, Purge, Purpose, StorageBackend, Transfer
+from loracache.storage_backends.base import Kind, ObjectInfo, Outcome, Purge, Purpose, StorageBackend, Transfer
 from loracache.storage_backends.disk.backend import DiskBackend
 from loracache.storage_backends.memory import MemoryBackend
 from loracache.storage_backends.redis.backend import RedisBackend
@@ -43,6 +43,15 @@ def test_contains_answers_with_all_of_the_objects_info(backend: StorageBackend, 
     results = backend.contains([chunk.info.key, bytes(32), adapter.info.key])
     assert outcomes(results) == [OK, MISS, OK]
     assert [result.info for result in results] == [chunk.info, None, adapter.info]
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_an_object_is_of_the_kind_that_it_was_stored_as(backend: StorageBackend, objects: Any, kind: Kind) -> None:
+    made = objects.new(100, parent=bytes(range(32)))
+    stored = Transfer(replace(made.info, kind=kind), made.buffers)
+    objects.store(backend, [stored])
+    assert backend.contains([stored.info.key])[0].info == stored.info
+    assert list(backend.scan()) == ([] if isinstance(backend, RedisBackend) else [stored.info])
 
 
 def test_empty_batches_have_empty_answers(backend: StorageBackend) -> None:

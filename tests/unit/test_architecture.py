@@ -20,11 +20,11 @@ BANNED_CALLS = {"eval", "exec"}
 # All that each room may lead to, through any number of modules; no more and no less. "vllm" is connectors.vllm. A new
 # arrow is a decision: write it here, and in the "May import" line of the room's __init__.
 REACHES = {
-    "loracache": "backoff client errors keys mapping results tiers wire",
+    "loracache": "backoff client errors groups keys mapping results tiers wire",
     "accepting": "",
-    "adapters": "errors folder keys",
+    "adapters": "errors folder groups keys",
     "audit": (
-        "adapters backoff client config errors folder keys logs mapping results storage_backends "
+        "adapters backoff client config errors folder groups keys logs mapping results storage_backends "
         "storage_backends.disk storage_backends.redis tiers wire"
     ),
     "backoff": "",
@@ -43,45 +43,46 @@ REACHES = {
     ),
     "cli": (
         "accepting adapters audit backoff cache cache.policy cache.state cache.swap cache.tier client config control "
-        "daemon errors folder free_pages keys logs loracache mapping memory_limit namespaces rest results simulator "
-        "storage_backends "
+        "daemon errors folder free_pages groups keys logs loracache mapping memory_limit namespaces rest results "
+        "simulator storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing transfer_times wire"
     ),
-    "client": "backoff errors keys mapping results tiers wire",
-    "config": "errors keys logs",
+    "client": "backoff errors groups keys mapping results tiers wire",
+    "config": "errors groups keys logs",
     "connectors": "",
     "vllm": (
-        "adapters backoff client config errors free_pages kernels kernels.page_copy keys logs mapping results s3_fifo "
-        "tiers transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler "
+        "adapters backoff client config errors free_pages groups kernels kernels.page_copy keys logs mapping results "
+        "s3_fifo tiers transfer_times vllm.common vllm.frontend vllm.identity vllm.link vllm.lora vllm.scheduler "
         "vllm.scheduler.lora vllm.worker vllm.worker.lora wire"
     ),
-    "vllm.common": "adapters backoff client config errors kernels keys logs mapping vllm.lora wire",
-    "vllm.frontend": "adapters backoff client config errors keys logs mapping vllm.common vllm.lora wire",
+    "vllm.common": "adapters backoff client config errors groups kernels keys logs mapping vllm.lora wire",
+    "vllm.frontend": "adapters backoff client config errors groups keys logs mapping vllm.common vllm.lora wire",
     "vllm.identity": "errors vllm.common",
-    "vllm.link": "backoff client errors keys mapping tiers wire",
+    "vllm.link": "backoff client errors groups keys mapping tiers wire",
     "vllm.lora": "adapters errors kernels",
     "vllm.scheduler": (
-        "adapters backoff client config errors kernels keys logs mapping results s3_fifo tiers transfer_times "
+        "adapters backoff client config errors groups kernels keys logs mapping results s3_fifo tiers transfer_times "
         "vllm.common vllm.link vllm.lora vllm.scheduler.lora wire"
     ),
     "vllm.scheduler.lora": (
-        "adapters backoff client errors kernels keys mapping results s3_fifo tiers vllm.common vllm.link vllm.lora wire"
-    ),
-    "vllm.worker": (
-        "adapters backoff client config errors free_pages kernels kernels.page_copy keys logs mapping results tiers "
-        "vllm.common vllm.link vllm.lora vllm.worker.lora wire"
-    ),
-    "vllm.worker.lora": (
-        "adapters backoff client config errors free_pages kernels keys logs mapping results vllm.common vllm.link "
+        "adapters backoff client errors groups kernels keys mapping results s3_fifo tiers vllm.common vllm.link "
         "vllm.lora wire"
     ),
+    "vllm.worker": (
+        "adapters backoff client config errors free_pages groups kernels kernels.page_copy keys logs mapping results "
+        "tiers vllm.common vllm.link vllm.lora vllm.worker.lora wire"
+    ),
+    "vllm.worker.lora": (
+        "adapters backoff client config errors free_pages groups kernels keys logs mapping results vllm.common "
+        "vllm.link vllm.lora wire"
+    ),
     "control": (
-        "adapters backoff cache cache.policy cache.state cache.tier errors folder free_pages keys logs mapping "
+        "adapters backoff cache cache.policy cache.state cache.tier errors folder free_pages groups keys logs mapping "
         "memory_limit namespaces results storage_backends tiers tracing transfer_times wire"
     ),
     "daemon": (
         "accepting adapters backoff cache cache.policy cache.state cache.swap cache.tier client config control errors "
-        "folder free_pages keys logs loracache mapping memory_limit namespaces rest results storage_backends "
+        "folder free_pages groups keys logs loracache mapping memory_limit namespaces rest results storage_backends "
         "storage_backends.disk storage_backends.redis tiers tracing transfer_times wire"
     ),
     "errors": "",
@@ -89,13 +90,15 @@ REACHES = {
     "free_pages": "",
     "kernels": "",
     "kernels.page_copy": "",
-    "keys": "errors",
+    "groups": "errors",
+    "keys": "errors groups",
     "logs": "",
     "mapping": "",
     "memory_limit": "",
-    "namespaces": "errors folder keys",
+    "namespaces": "errors folder groups keys",
     "rest": (
-        "accepting adapters backoff client config errors folder keys logs loracache mapping results tiers tracing wire"
+        "accepting adapters backoff client config errors folder groups keys logs loracache mapping results tiers "
+        "tracing wire"
     ),
     "results": "",
     "simulator": (
@@ -105,11 +108,11 @@ REACHES = {
     "s3_fifo": "",
     "storage_backends": "errors",
     "storage_backends.disk": "errors folder storage_backends",
-    "storage_backends.redis": "adapters backoff errors folder keys storage_backends",
+    "storage_backends.redis": "adapters backoff errors folder groups keys storage_backends",
     "tiers": "errors",
     "tracing": "errors",
     "transfer_times": "",
-    "wire": "errors keys",
+    "wire": "errors groups keys",
 }
 
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loracache.errors import UsageError
+from loracache.groups import Group, Need
 from loracache.keys import KEY_BYTES, Media, Namespace, checksum, chunk_keys, object_key, salt_digest, token_array
 
 NAMESPACE = Namespace("org/model@1a2b", "bfloat16", "BHND:16x8x128", 16)
@@ -185,7 +186,9 @@ def test_the_shards_of_a_chunk_have_different_keys() -> None:
 def test_every_field_of_a_namespace_keeps_objects_apart() -> None:
     changed = [NAMESPACE]
     for field in fields(Namespace):
-        value: Any = {"chunk_tokens": 32, "adapter": "ab" * 32, "salt": "cd" * 32}.get(field.name, "other")
+        others: dict[str, Any] = {"chunk_tokens": 32, "adapter": "ab" * 32, "salt": "cd" * 32}
+        others["groups"] = (Group(Need.STATE, 0, ("s",)),)
+        value = others.get(field.name, "other")
         changed.append(replace(NAMESPACE, **{field.name: value}))
     changed.append(replace(NAMESPACE, adapter="cd" * 32))
     assert len({namespace.digest() for namespace in changed}) == len(changed)

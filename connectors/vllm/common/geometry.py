@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from loracache.connectors.vllm.common.groups import KVGroup, each_spec, groups_of, need_of
+from loracache.connectors.vllm.common.releases import has_block_references
 from loracache.errors import ConfigError
+from loracache.groups import Need
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,21 +37,24 @@ def chunk_blocks(block_bytes: int, block_size: int, chunk_tokens: int) -> int:
     return chunk_tokens // block_size or max(1, -(-_CHUNK_BYTES // block_bytes))
 
 
-def shard_name(config: VllmConfig, layers: list[str]) -> str:
-    """This worker's part of the KV: its layers and its range of KV heads. Ranks with replicated heads share a name."""
+def shard_name(config: VllmConfig, layers: Sequence[str], group: KVGroup, *, replicated: bool = False) -> str:
+    """This worker's part of a group: its layers, and its range of KV heads or, of states, its rank. Ranks that hold the
+    same share a name: those with replicated heads, or with states that are `replicated`."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     total = config.model_config.get_total_num_kv_heads()
     ranks, rank = config.parallel_config.tensor_parallel_size, get_tp_group().rank_in_group
-    if getattr(config.model_config, "use_mla", False):
-        heads = "all"
+    if group.need is Need.STATE:
+        part = "all" if replicated else f"tp{rank}of{ranks}"
+    elif getattr(config.model_config, "use_mla", False):
+        part = f"headsallof{total}"
     elif total >= ranks:
-        heads = f"{rank * total // ranks}-{(rank + 1) * total // ranks}"
+        part = f"heads{rank * total // ranks}-{(rank + 1) * total // ranks}of{total}"
     else:
         first = rank * total // ranks
-        heads = f"{first}-{first + 1}"
+        part = f"heads{first}-{first + 1}of{total}"
     stage = f"pp{get_pp_group().rank_in_group}of{config.parallel_config.pipeline_parallel_size}"
-    return f"{stage}/{len(layers)}layers/heads{heads}of{total}"
+    return f"{stage}/{len(layers)}layers/{part}{group.name and f'/{group.name}'}"
 
 
 def joint_layout(layouts: Mapping[str, str]) -> str:
@@ -71,29 +77,63 @@ def payload_layout(layout: str, per_chunk: int) -> str:
 
 def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     """Why this model's KV cannot be cached exactly, or ""."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
-
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"
-        return f"it has {len(groups)} KV cache groups ({kinds}); one group of full attention can be cached"
-    spec = groups[0].kv_cache_spec
-    specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
-    for each in specs:
-        # Subclasses (sinks, hidden states, bounded replay) add state of their own; MLA keeps plain full attention.
-        if type(each).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec") or not isinstance(
-            each, FullAttentionSpec
-        ):
-            return f"its KV is of kind {type(each).__name__}; full attention can be cached"
-        if getattr(each, "non_causal", False):
-            return "its attention is not causal: KV of a prefix depends on what follows"
-    problem = _cannot_continue(config)
+    if not groups:
+        return "it has no KV cache"
+    for group in groups:
+        for spec in each_spec(group.kv_cache_spec):
+            if why := _unknown_spec(spec):
+                return why
+        if len({need_of(each) for each in each_spec(group.kv_cache_spec)}) > 1:
+            return "layers of one of vLLM's KV cache groups need different parts of a prefix"
+        if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
+            return f"vLLM moves the KV of {group.layer_names[0]} itself"
+    needs_all = len(groups) == 1 and groups_of(kv_cache_config)[0].need is Need.ALL
+    problem = _cannot_continue(config) or ("" if needs_all else _cannot_mix(config, len(groups)))
     if problem:
         return problem
     parallel = config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} is {getattr(parallel, name)}; context parallel KV is not cached"
+    return ""
+
+
+_KNOWN_SPECS = {
+    "FullAttentionSpec",
+    "MLAAttentionSpec",
+    "SlidingWindowSpec",
+    "SlidingWindowMLASpec",
+    "ChunkedLocalAttentionSpec",
+    "MambaSpec",
+}
+
+
+def _unknown_spec(spec: Any) -> str:
+    """Why layers of a spec cannot be cached, or "". Others add state of their own: sinks, hidden states, rings."""
+    name = type(spec).__name__
+    if name not in _KNOWN_SPECS:
+        return f"its KV is of kind {name}; known are {', '.join(sorted(_KNOWN_SPECS))}"
+    if getattr(spec, "non_causal", False):
+        return "its attention is not causal: KV of a prefix depends on what follows"
+    if getattr(spec, "bounded_replay", False):
+        return "vLLM recomputes the last window of its prefixes"
+    if name == "MambaSpec" and getattr(spec, "mamba_cache_mode", "none") != "align":
+        return "no state is left at a block's end while prefix caching is off; turn it on (--enable-prefix-caching)"
+    if getattr(spec, "num_speculative_blocks", 0):
+        return "its states are kept for speculative decoding, where the last one is not confirmed"
+    return ""
+
+
+def _cannot_mix(config: VllmConfig, groups: int) -> str:
+    """Why a model whose layers do not all need all of a prefix cannot be cached, or ""."""
+    if not has_block_references():
+        return f"it has {groups} KV cache groups, or windows: from vLLM 0.32 on a connector can keep their blocks"
+    for name in ("use_replayssm", "use_kda_recoverssm"):
+        if getattr(getattr(config, "cache_config", None), name, False):
+            return f"{name} is set: what is kept of a state lags behind the tokens"
+    if getattr(config, "speculative_config", None) is not None:
+        return "speculative decoding with windows or states: the last blocks are not confirmed"
     return ""
 
 

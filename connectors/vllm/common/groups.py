@@ -19,7 +19,7 @@ from loracache.groups import Need
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["KVGroup", "Member", "groups_of"]
+__all__ = ["KVGroup", "Member", "block_unit", "each_spec", "groups_of", "need_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class KVGroup:
     """vLLM's groups whose layers need the same of a prefix, in their order. tokens: of the window or the span, else 0.
-    name: for the names of shards and layouts; "" where the model has no other group.
+    name: for the names of shards and layouts; "" where all layers need all of a prefix and are one group of vLLM's.
     """
 
     need: Need
@@ -64,11 +64,11 @@ def groups_of(config: KVCacheConfig) -> tuple[KVGroup, ...]:
     specs: dict[tuple[Need, int], list[Any]] = {}
     for index, group in enumerate(config.kv_cache_groups):
         spec = group.kv_cache_spec
-        kind = _kind(spec)
+        kind = need_of(each_spec(spec)[0])
         kinds.setdefault(kind, []).append(Member(index, spec.block_size, tuple(group.layer_names)))
         specs.setdefault(kind, []).append(spec)
     order = sorted(kinds, key=lambda kind: (list(Need).index(kind[0]), kind[1]))
-    if len(config.kv_cache_groups) == 1:
+    if len(config.kv_cache_groups) == 1 and order[0][0] is Need.ALL:
         return (KVGroup(*order[0], tuple(kinds[order[0]])),)
     return tuple(
         KVGroup(*kind, tuple(kinds[kind]), f"{kind[0]}{kind[1] or ''}-{_digest(kinds[kind], specs[kind])}")
@@ -81,13 +81,13 @@ def block_unit(groups: Iterable[KVGroup]) -> int:
     return math.lcm(*(member.block_tokens for group in groups for member in group.members))
 
 
-def _kind(spec: Any) -> tuple[Need, int]:
-    name = type(each_spec(spec)[0]).__name__
-    first = each_spec(spec)[0]
-    if "SlidingWindow" in name:
-        return Need.WINDOW, first.sliding_window - 1 + getattr(first, "extra_retained_tokens", 0)
+def need_of(spec: Any) -> tuple[Need, int]:
+    """What a layer of this spec needs of a prefix, and the tokens of its window or span."""
+    name = type(spec).__name__
+    if name.startswith("SlidingWindow"):
+        return Need.WINDOW, spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
     if name == "ChunkedLocalAttentionSpec":
-        return Need.SPAN, first.attention_chunk_size
+        return Need.SPAN, spec.attention_chunk_size
     if name == "MambaSpec":
         return Need.STATE, 0
     return Need.ALL, 0

@@ -41,8 +41,8 @@ class AdapterBinding:
 @dataclass(frozen=True, slots=True)
 class ChunkBlocks:
     """One object of a chunk and the engine's blocks for it. group: which of the model's groups it is of (groups.py).
-    blocks: those of the group's first member, then of the next. first: the token of the chunk that they begin with: that
-    of the object unless the engine holds some before it itself."""
+    blocks: those of the group's first member, then of the next. first: the token of the chunk that they begin with:
+    that of the object, unless the engine holds some before it itself."""
 
     key: bytes
     blocks: tuple[int, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 
-__all__ = ["NEWEST", "OLDEST", "has_kv_layouts", "unknown_release", "vllm_version"]
+__all__ = ["NEWEST", "OLDEST", "has_block_references", "has_kv_layouts", "unknown_release", "vllm_version"]
 
 OLDEST = (0, 26)
 NEWEST = (0, 33)
@@ -28,6 +28,16 @@ def vllm_version() -> str:
 def has_kv_layouts() -> bool:
     """Whether a connector may name one of the KV cache's layouts (0.29 on)."""
     return importlib.util.find_spec("vllm.v1.kv_cache_layout") is not None
+
+
+def has_block_references() -> bool:
+    """Whether a connector is given vLLM's pool of blocks and a step's tables of them, and can report a load of several
+    groups as failed (0.32 on)."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+    from vllm.v1.core.sched import output
+
+    hooks = "bind_gpu_block_pool", "get_transfer_results"
+    return all(hasattr(KVConnectorBase_V1, name) for name in hooks) and hasattr(output, "KVConnectorBlockState")
 
 
 def unknown_release() -> str:

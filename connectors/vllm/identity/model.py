@@ -36,15 +36,18 @@ class ModelIdentity:
     """An engine's identity, found in the background. What cannot be told from others gets one of its own, shared with
     nobody, not even with the next run of this engine; the log says why.
 
-    The configuration is taken at once: engines change theirs while they run.
+    The configuration is taken at once: engines change theirs while they run. states: some layers keep states, and how
+    they are computed counts too.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model_id: str = "") -> None:
+    def __init__(self, vllm_config: VllmConfig, model_id: str = "", *, states: bool = False) -> None:
         self._value: str | None = None
         self._stop = threading.Event()
         self._name = vllm_config.model_config.model
         try:
             self._parts: dict[str, Any] = _configuration(vllm_config)
+            if states:
+                self._parts["states"] = _states(vllm_config)
             self._weights: dict[str, Weights] = _weights(vllm_config, model_id)
         except (OSError, UsageError) as error:
             self._value = self._private(error)
@@ -108,6 +111,15 @@ def _configuration(vllm_config: VllmConfig) -> dict[str, Any]:
     else:
         parts["draft"] = _model(draft)
     return parts
+
+
+def _states(vllm_config: VllmConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: canonical(getattr(vllm_config.cache_config, name, None), name)
+        for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype")
+    }
+    mamba = getattr(vllm_config, "mamba_config", None)
+    return found | ({"mamba_config": counted_fields(mamba)} if mamba is not None else {})
 
 
 def _weights(vllm_config: VllmConfig, model_id: str) -> dict[str, Weights]:

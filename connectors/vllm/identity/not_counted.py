@@ -22,7 +22,7 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
         "moves data": "kv_transfer_config ec_transfer_config ec_manager_config weight_transfer_config",
         "made from what counts": "quant_config",
         "kernels and graphs": "optimization_level performance_mode",
-        "such models are not cached": "mamba_config",
+        "counts for models with states": "mamba_config",
         "of a run": "instance_id shutdown_timeout",
     },
     "ModelConfig": {
@@ -59,9 +59,10 @@ NOT_COUNTED: dict[str, dict[str, str]] = {
         "kv_offloading_size kv_offloading_backend simple_cpu_offload_num_blocks",
         "what the engine keeps itself": "enable_prefix_caching prefix_caching_hash_algo prefix_match_unit "
         "prefix_cache_retention_interval cache_hit_alignment_tokens",
-        "such models are not cached": "is_attention_free mamba_page_size_padded skip_page_size_padded "
-        "mamba_block_size mamba_cache_dtype mamba_ssm_cache_dtype mamba_cache_mode "
-        "enable_mamba_shared_prefix_checkpoint replayssm_buffer_len use_replayssm use_kda_recoverssm",
+        "counts for models with states": "mamba_cache_dtype mamba_ssm_cache_dtype",
+        "where states lie, and which the engine keeps itself": "is_attention_free mamba_page_size_padded "
+        "skip_page_size_padded mamba_block_size mamba_cache_mode enable_mamba_shared_prefix_checkpoint",
+        "such models are not cached": "replayssm_buffer_len use_replayssm use_kda_recoverssm",
     },
     "ParallelConfig": {
         "part of a shard's name": "tensor_parallel_size pipeline_parallel_size world_size rank",

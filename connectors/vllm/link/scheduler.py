@@ -14,34 +14,44 @@ import select
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from loracache.client import requests
 from loracache.client.link import Link
 from loracache.errors import LoRACacheError, ProtocolError, Rejected
 from loracache.tiers import Tier, labels
 
-__all__ = ["SchedulerLink"]
+__all__ = ["Found", "SchedulerLink"]
 
 _log = logging.getLogger(__name__)
 _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
 _EVENTS_PAGE, _EVENTS_WAIT_S = 500, 30.0
+_WHERE = {int(tier): tier.label for tier in Tier} | {requests.NOWHERE: ""}
+_PART_KEYS = 8192  # of a lookup with keys beside its chain
+
+
+class Found(NamedTuple):
+    """The tiers of the leading keys of a chain, and of each key beside it, "" where it is nowhere."""
+
+    tiers: tuple[str, ...]
+    beside: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class _Lookup:
-    """A question in parts. number: of the part that was asked last, of so many keys; parts: what is left; tiers: of
-    those before it."""
+    """A question in parts. number: of the part that was asked last, of so many keys and so many beside them; parts:
+    what is left; found: of those before it."""
 
     lease: bytes
     shards: int
     ttl: float
-    parts: Iterator[Sequence[bytes]]
+    parts: Iterator[tuple[Sequence[bytes], Sequence[bytes]]]
     number: int = 0
     keys: int = 0
-    tiers: tuple[str, ...] = ()
+    beside: int = 0
+    found: Found = field(default_factory=lambda: Found((), ()))
 
 
 class SchedulerLink(Link):
@@ -82,55 +92,63 @@ class SchedulerLink(Link):
         """Which run of the daemon that was, or is."""
         return self.connection.instance
 
-    def ask_lookup(self, lease: bytes, keys: Sequence[bytes], shards: int, ttl: float) -> int:
-        """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held."""
-        lookup = _Lookup(lease, shards, ttl, requests.lookup_parts(keys, shards))
+    def ask_lookup(
+        self, lease: bytes, keys: Sequence[bytes], shards: int, ttl: float, beside: Sequence[bytes] = (), width: int = 0
+    ) -> int:
+        """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held. shards: keys
+        of one chunk. beside: keys of the same chunks, `width` each, of which each is looked for and none held; all of
+        them where there are no `keys`."""
+        lookup = _Lookup(lease, shards, ttl, _parts(keys, shards, beside, width))
         if self._ask_part(lookup):
             self._lookups[lookup.number] = lookup
         return lookup.number
 
-    def answer_lookup(self, number: int) -> tuple[str, ...] | None:
-        """Tier names of the leading keys, or None while there is no answer. A question that failed is a miss."""
+    def answer_lookup(self, number: int) -> Found | None:
+        """What was found, or None while there is no answer. A question that failed is a miss."""
         lookup = self._lookups.get(number)
         if lookup is None:  # of a connection that ended
-            return ()
+            return Found((), ())
         while True:
             done, payload = self._answer(lookup.number)
             if not done:
                 return None
-            tiers = self._tiers(lookup.keys, payload) if payload else ()
-            lookup.tiers += tiers
-            if len(tiers) < lookup.keys or not self._ask_part(lookup):
+            tiers, beside = self._found(lookup, payload) if payload else ((), ())
+            lookup.found = Found(lookup.found.tiers + tiers, lookup.found.beside + beside)
+            if not payload or len(tiers) < lookup.keys or not self._ask_part(lookup):
                 self._lookups.pop(number, None)
-                return lookup.tiers
+                return lookup.found
 
-    def wait_lookup(self, number: int, seconds: float) -> tuple[str, ...] | None:
+    def wait_lookup(self, number: int, seconds: float) -> Found | None:
         """As `answer_lookup`, waiting up to `seconds` for the answer."""
         deadline = time.monotonic() + seconds
-        while (tiers := self.answer_lookup(number)) is None:
+        while (found := self.answer_lookup(number)) is None:
             if not self._wait_until(deadline):
                 return None
-        return tiers
+        return found
 
-    def _tiers(self, keys: int, payload: list[Any]) -> tuple[str, ...]:
-        """Of the leading ones of so many keys. What is no answer is a miss: vLLM's loop would end with an error."""
+    def _found(self, lookup: _Lookup, payload: list[Any]) -> Found:
+        """What an answer says of the part asked last. What is no answer is a miss: vLLM's loop would end with an
+        error."""
         with contextlib.suppress(LookupError, TypeError):
             tiers = labels(payload[0])
-            if len(tiers) <= keys:
-                return tiers
+            where = payload[1] if lookup.beside else b""
+            beside = tuple([_WHERE[tier] for tier in where])
+            if len(tiers) <= lookup.keys and len(beside) == lookup.beside:
+                return Found(tiers, beside)
         self._malformed()
-        return ()
+        return Found((), ())
 
     def _malformed(self) -> None:
         self.connection.close()
         self.outage.goes_on(ProtocolError("the daemon's answer is malformed"))
 
     def _ask_part(self, lookup: _Lookup) -> bool:
-        part = next(lookup.parts, None)
-        if part is None:
+        keys, beside = next(lookup.parts, (None, ()))
+        if keys is None:
             return False
-        lookup.keys = len(part)
-        lookup.number = self._ask(requests.Lookup(lookup.lease, requests.join_keys(part), lookup.shards, lookup.ttl))
+        lookup.keys, lookup.beside = len(keys), len(beside)
+        joined = requests.join_keys(keys), max(1, lookup.shards), lookup.ttl, requests.join_keys(beside)
+        lookup.number = self._ask(requests.Lookup(lookup.lease, *joined))
         return bool(lookup.number)
 
     def ask_adapter(self, path: str) -> int | None:
@@ -263,7 +281,8 @@ class SchedulerLink(Link):
 
     def count(self, cause: str, amount: int) -> None:
         """Count a failure seen in the engine; the daemon's status shows it."""
-        self._counts[cause] += amount
+        if amount:
+            self._counts[cause] += amount
 
     def flush(self, *, now: bool = False) -> None:
         """Send on what the socket did not take at once, and the counts, at most once a second. now: whenever they were
@@ -371,3 +390,15 @@ class SchedulerLink(Link):
             else:
                 self._early[number] = payload
         return False
+
+
+def _parts(
+    keys: Sequence[bytes], shards: int, beside: Sequence[bytes], width: int
+) -> Iterator[tuple[Sequence[bytes], Sequence[bytes]]]:
+    """Whole chunks that are asked for one after the other: their keys, and those beside them."""
+    if not beside:
+        yield from ((part, ()) for part in requests.lookup_parts(keys, shards))
+        return
+    chunks = max(1, _PART_KEYS // (shards + width))
+    for at in range(0, len(beside) // width, chunks):
+        yield keys[at * shards : (at + chunks) * shards], beside[at * width : (at + chunks) * width]

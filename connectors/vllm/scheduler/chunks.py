@@ -1,92 +1,278 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an engine's KV is cut into chunks and shards, once its workers have said how it lies."""
+"""How an engine's KV is cut into chunks, groups and shards, once its workers have said how it lies.
+
+Where layers differ in what they need of a prefix (groups.py), a chunk is several objects: one of the layers that need
+all of it, in the chain, and others beside it. What is planned then lists a chunk's object of the chain first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout
+from loracache.connectors.vllm.common.groups import KVGroup, block_unit
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Facts, Load, Store
 from loracache.connectors.vllm.scheduler.requests import RequestState
+from loracache.groups import Group, Need, furthest
 from loracache.keys import object_key
 
-__all__ = ["Chunks"]
+__all__ = ["NOT_LOADED", "Chunks", "Part"]
+
+NOT_LOADED = -1
+"""In a table of blocks: the engine has this one, or needs none there."""
 
 _SLOWEST_LAST = ("cpu", "disk", "redis")
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A group's part of every chunk. shards: the workers', sorted. nbytes: of its objects of one chunk."""
+
+    group: KVGroup
+    shards: tuple[str, ...]
+    nbytes: int
+
+    def as_group(self) -> Group:
+        """What is known of it outside the engine."""
+        return Group(self.group.need, self.group.tokens, self.shards)
+
+
+@dataclass(frozen=True, slots=True)
 class Chunks:
-    """block_size: tokens of one of the engine's blocks. per_chunk: blocks of a chunk. shards: the workers', sorted.
-    layout: theirs together. nbytes: of a chunk over all shards. drops_last_block: the last computed block is not
-    confirmed (drafts write to it).
+    """tokens: of a chunk. chain: the part that needs all of a prefix; None where no layer does. beside: the others.
+    layout: all workers' together. drops_last_block: the last computed block is not confirmed (drafts write to it).
     """
 
-    block_size: int
-    per_chunk: int
-    shards: tuple[str, ...]
+    tokens: int
+    chain: Part | None
+    beside: tuple[Part, ...]
     layout: str
-    nbytes: int
     drops_last_block: bool
 
     @classmethod
-    def of(cls, facts: Iterable[Facts], block_size: int, chunk_tokens: int, *, drops_last_block: bool) -> Chunks | None:
-        """From what the workers say, one for each shard; None where they lay KV out differently."""
-        by_shard = {fact.shard: fact for fact in facts}
-        smallest = min(fact.block_bytes for fact in by_shard.values())
-        per_chunk = chunk_blocks(smallest, block_size, chunk_tokens)
-        layout = joint_layout({shard: payload_layout(fact.layout, per_chunk) for shard, fact in by_shard.items()})
-        if not layout:
+    def of(
+        cls, facts: Iterable[Facts], groups: Sequence[KVGroup], chunk_tokens: int, *, drops_last_block: bool
+    ) -> Chunks | None:
+        """From what the workers say; None where they lay KV out differently."""
+        facts = list(facts)
+        shards = [{fact.groups[place].shard: fact.groups[place] for fact in facts} for place in range(len(groups))]
+        unit = block_unit(groups)
+        if any(group.need is Need.STATE for group in groups) and not chunk_tokens:
+            tokens = unit  # a state stands at the end of its block; a larger chunk would leave some out
+        else:
+            counts = groups[0].counts(groups[0].tail(unit))
+            smallest = min(_nbytes(fact.block_bytes, counts) for fact in shards[0].values())
+            tokens = unit * chunk_blocks(smallest, unit, chunk_tokens)
+        parts, layouts = [], []
+        for group, by_shard in zip(groups, shards, strict=True):
+            counts = group.counts(group.tail(tokens))
+            laid_out = {shard: payload_layout(fact.layout, max(counts)) for shard, fact in by_shard.items()}
+            layouts.append(joint_layout(laid_out))
+            nbytes = sum(_nbytes(fact.block_bytes, counts) for fact in by_shard.values())
+            parts.append(Part(group, tuple(sorted(by_shard)), nbytes))
+        if not all(layouts):
             return None
-        nbytes = per_chunk * sum(fact.block_bytes for fact in by_shard.values())
-        return cls(block_size, per_chunk, tuple(sorted(by_shard)), layout, nbytes, drops_last_block)
+        chain = parts[0] if groups[0].need is Need.ALL else None
+        layout = layouts[0]
+        if groups[0].name:
+            texts = (f"{group.name}={text.partition('#')[0]}" for group, text in zip(groups, layouts, strict=True))
+            layout = ";".join(texts) + (f"#{'|'.join(chain.shards)}" if chain is not None else "")
+        return cls(tokens, chain, tuple(parts[chain is not None :]), layout, drops_last_block)
 
     @property
-    def tokens(self) -> int:
-        """Of a chunk."""
-        return self.per_chunk * self.block_size
+    def groups(self) -> tuple[Group, ...]:
+        """Those that do not need all of a prefix."""
+        return tuple(part.as_group() for part in self.beside)
+
+    @property
+    def nbytes(self) -> int:
+        """Of a chunk over all groups and shards."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of all groups, in the order of the plans."""
+        return (self.chain, *self.beside) if self.chain is not None else self.beside
+
+    @property
+    def width(self) -> int:
+        """Objects of a chunk."""
+        return sum(len(part.shards) for part in self.parts)
+
+    @property
+    def block_tokens(self) -> int:
+        """Of a block of the first group."""
+        return self.parts[0].group.members[0].block_tokens
+
+    def chain_keys(self, chunk_keys: Sequence[bytes]) -> list[bytes]:
+        """Of the objects of these chunks in the chain, a chunk's shards side by side."""
+        return _keys(chunk_keys, self.chain.shards) if self.chain is not None else []
+
+    def beside_keys(self, chunk_keys: Sequence[bytes]) -> list[bytes]:
+        """Of those beside it, a chunk's side by side."""
+        return _keys(chunk_keys, [shard for part in self.beside for shard in part.shards])
 
     def object_keys(self, chunk_keys: Sequence[bytes]) -> list[bytes]:
-        """Of every shard of these chunks."""
-        return [object_key(key, shard) for key in chunk_keys for shard in self.shards]
+        """Of all objects of these chunks, parents first."""
+        return _keys(chunk_keys, [shard for part in self.parts for shard in part.shards])
 
-    def slowest_of_shards(self, tiers: Sequence[str]) -> tuple[str, ...]:
-        """One tier a chunk. tiers: one a shard, chunk after chunk."""
-        count = len(self.shards)
-        return tuple(max(tiers[at : at + count], key=_SLOWEST_LAST.index) for at in range(0, len(tiers), count))
+    def needed_keys(self, chunk_keys: Sequence[bytes], first: int = 0) -> list[bytes]:
+        """Of the objects that a hit of all these chunks needs, where the engine has those before chunk `first`."""
+        keys = self.chain_keys(chunk_keys[first:])
+        for part in self.beside:
+            needed = part.as_group().first(len(chunk_keys), self.tokens)
+            keys += _keys(chunk_keys[max(first, needed) :], part.shards)
+        return keys
+
+    def hit_keys(self, state: RequestState, *tiers: str) -> list[bytes]:
+        """Of the objects that a request's hit needs and that are in one of `tiers`."""
+        keys: list[bytes] = []
+        hits = len(state.hits)
+        if self.chain is not None:
+            found = [key for key, tier in zip(state.chunk_keys, state.hits, strict=False) if tier in tiers]
+            keys += _keys(found, self.chain.shards)
+        for part, column in self._columns(state):
+            needed = range(part.as_group().first(hits, self.tokens), hits)
+            keys += _keys([state.chunk_keys[number] for number in needed if column[number] in tiers], part.shards)
+        return keys
+
+    def found(self, state: RequestState, tiers: Sequence[str], beside: Sequence[str]) -> None:
+        """Take what a request's lookup found: the tiers of the leading objects in the chain, and of each beside it, ""
+        where it is nowhere."""
+        width = sum(len(part.shards) for part in self.beside)
+        chunks = len(beside) // width if width else 0
+        columns, at = [], 0
+        for part in self.beside:
+            rows = (beside[row * width + at : row * width + at + len(part.shards)] for row in range(chunks))
+            columns.append(tuple("" if "" in row else _slowest(row) for row in rows))
+            at += len(part.shards)
+        if self.chain is None:
+            leading: tuple[str, ...] = ("cpu",) * chunks
+        else:
+            count = len(self.chain.shards)
+            leading = tuple(_slowest(tiers[row : row + count]) for row in range(0, len(tiers), count))
+        state.beside = tuple(columns)
+        state.answer(leading)
+        state.hits = leading[: self.resumable(state, len(leading))]
+
+    def was_found(self, state: RequestState, place: int, number: int) -> bool:
+        """Whether a lookup found the object of a chunk and of the group at `place`, which is beside the chain."""
+        column = state.beside[place - len(self.parts)] if state.beside else ()
+        return number < len(column) and bool(column[number])
+
+    def resumable(self, state: RequestState, most: int) -> int:
+        """Behind how many of the first `most` chunks of a request the engine can go on, with what was found."""
+        if not self.beside:
+            return most
+        # The last token is computed in any case, and no state, nor what left a window, comes back for it.
+        most = min(most, (int(state.request.num_tokens) - 1) // self.tokens)
+        held = [(part.as_group(), [bool(tier) for tier in column]) for part, column in self._columns(state)]
+        return furthest(held, self.tokens, most)
 
     def loadable(self, state: RequestState, num_computed: int) -> int:
         """How many tokens beyond `num_computed` the hits of a request are good for; may be below 1."""
         tokens = len(state.hits) * self.tokens
         if self.drops_last_block:
-            tokens -= self.block_size
+            tokens -= self.block_tokens
         return min(tokens, int(state.request.num_tokens)) - num_computed
 
-    def load(self, state: RequestState, block_ids: Sequence[int], tokens: int) -> tuple[Load, tuple[str, ...]]:
-        """The load of `tokens` tokens behind the request's local ones into its blocks, and each chunk's tier."""
-        first, end = state.local_tokens // self.block_size, (state.local_tokens + tokens) // self.block_size
-        numbers = range(first // self.per_chunk, -(-end // self.per_chunk))
-        chunks = []
-        for number in numbers:
-            whole = number * self.per_chunk
-            start, stop = max(first, whole), min(end, whole + self.per_chunk)
-            chunks.append(ChunkBlocks(state.chunk_keys[number], tuple(block_ids[start:stop]), start - whole))
-        load = Load(state.request.request_id, tuple(chunks), state.adapter, self.per_chunk)
-        return load, state.hits[numbers.start : numbers.stop]
+    def load(self, state: RequestState, tables: Sequence[Sequence[int]], tokens: int) -> tuple[Load, tuple[str, ...]]:
+        """The load of `tokens` tokens behind the request's local ones into its blocks, and the tier of each object.
+        tables: blocks of each of vLLM's groups, NOT_LOADED where none is loaded into. A load of nothing where there are
+        not the blocks that it needs: it cannot come.
+        """
+        first, end = state.local_tokens, state.local_tokens + tokens
+        last = -(-end // self.tokens)
+        chunks: list[ChunkBlocks] = []
+        tiers: list[str] = []
+        for number in range(first // self.tokens, last):
+            whole = number * self.tokens
+            for place, part in enumerate(self.parts):
+                is_chain = part is self.chain
+                if not is_chain and number < part.as_group().first(last, self.tokens):
+                    continue
+                begin = whole + self.tokens - part.group.tail(self.tokens)
+                begin = max(first, begin) if is_chain else begin
+                blocks = _blocks(part.group, tables, begin, min(end, whole + self.tokens), may_skip=not is_chain)
+                if blocks is None:
+                    return Load(state.request.request_id, (), state.adapter, self.tokens), ()
+                offset, ids = blocks
+                if ids:
+                    chunks.append(ChunkBlocks(state.chunk_keys[number], ids, begin + offset - whole, place))
+                    tiers.append(state.hits[number] if is_chain else state.beside[place - len(self.parts)][number])
+        return Load(state.request.request_id, tuple(chunks), state.adapter, self.tokens), tuple(tiers)
 
-    def store(self, state: RequestState, computed_tokens: int) -> Store | None:
-        """The store of what is computed and confirmed: whole chunks beyond those that are held or offered already."""
-        confirmed = min(computed_tokens, state.request.num_tokens, len(state.blocks) * self.block_size)
+    def store(
+        self,
+        state: RequestState,
+        computed_tokens: int,
+        kept: Mapping[int, Mapping[int, tuple[int, ...]]],
+        number: int = 0,
+    ) -> Store | None:
+        """The store of what is computed and confirmed, which counts as offered: whole chunks beyond those that are held
+        or offered already. kept: by chunk and group, the blocks of what is beside the chain. number: the store's."""
+        confirmed = min(computed_tokens, int(state.request.num_tokens))
+        if self.chain is not None:
+            members = self.chain.group.members
+            confirmed = min(confirmed, *(len(state.blocks[each.index]) * each.block_tokens for each in members))
         if self.drops_last_block:
-            confirmed -= self.block_size
+            confirmed -= self.block_tokens
         first = max(state.stored, len(state.hits))
         end = min(confirmed // self.tokens, len(state.chunk_keys))
         if end <= first or state.namespace is None or state.first_step is None:
             return None
-        chunks = tuple(
-            ChunkBlocks(key, tuple(state.blocks[number * self.per_chunk : (number + 1) * self.per_chunk]))
-            for number, key in enumerate(state.chunk_keys[first:end], first)
-        )
+        chunks = []
+        for chunk, key in enumerate(state.chunk_keys[first:end], first):
+            whole = chunk * self.tokens
+            if self.chain is not None:
+                blocks = _blocks(self.chain.group, state.blocks, whole, whole + self.tokens)
+                chunks.append(ChunkBlocks(key, blocks[1] if blocks is not None else ()))
+            for place, ids in sorted(kept.get(chunk, {}).items()):
+                tail = self.parts[place].group.tail(self.tokens)
+                chunks.append(ChunkBlocks(key, ids, self.tokens - tail, place))
+        state.offered(end - first)
+        if not chunks:
+            return None
         parent = state.chunk_keys[first - 1] if first else b""
-        return Store(state.request.request_id, state.namespace, parent, chunks, state.adapter, state.first_step)
+        return Store(
+            state.request.request_id, state.namespace, parent, tuple(chunks), state.adapter, state.first_step, number
+        )
+
+    def _columns(self, state: RequestState) -> list[tuple[Part, tuple[str, ...]]]:
+        return list(zip(self.beside, state.beside, strict=False))
+
+
+def _blocks(
+    group: KVGroup, tables: Sequence[Sequence[int]], begin: int, end: int, *, may_skip: bool = False
+) -> tuple[int, tuple[int, ...]] | None:
+    """(tokens that are left out at the beginning, the blocks of all members) from token `begin` to `end`; None where
+    there is one too few. may_skip: the engine may have the first ones, or need none there."""
+    runs = []
+    for member in group.members:
+        size, table = member.block_tokens, tables[member.index]
+        runs.append(list(table[begin // size : -(-end // size)]))
+    skipped = 0
+    if may_skip:
+        lengths = set()
+        for member, run in zip(group.members, runs, strict=True):
+            left_out = next((at for at, block in enumerate(run) if block != NOT_LOADED), len(run))
+            lengths.add(left_out * member.block_tokens)
+            del run[:left_out]
+        if len(lengths) > 1:
+            return None
+        skipped = lengths.pop()
+    flat = tuple(block for run in runs for block in run)
+    return None if NOT_LOADED in flat else (skipped, flat)
+
+
+def _keys(chunk_keys: Sequence[bytes], shards: Sequence[str]) -> list[bytes]:
+    return [object_key(key, shard) for key in chunk_keys for shard in shards]
+
+
+def _slowest(tiers: Sequence[str]) -> str:
+    return max(tiers, key=_SLOWEST_LAST.index)
+
+
+def _nbytes(block_bytes: Sequence[int], counts: Sequence[int]) -> int:
+    return sum(size * count for size, count in zip(block_bytes, counts, strict=True))

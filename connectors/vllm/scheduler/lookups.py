@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.common.stats import Tally
-from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.connectors.vllm.link.scheduler import Found, SchedulerLink
 from loracache.connectors.vllm.scheduler.patience import Patience
 
 if TYPE_CHECKING:
@@ -63,17 +63,16 @@ class Lookups:
             if not state.chunk_keys:
                 state.answer(())
                 return True
-            keys = self.chunks.object_keys(state.chunk_keys)
-            state.question = self._link.ask_lookup(state.lease, keys, len(self.chunks.shards), LEASE_TTL_S)
+            state.question = self._ask(state, self.chunks)
             state.leased = bool(state.question)
             if not state.question:
                 return False
             state.asked_at = time.monotonic()
             self._tally.add("lookups")
-        tiers = self._link.answer_lookup(state.question)
-        if tiers is None:
+        found = self._link.answer_lookup(state.question)
+        if found is None:
             return False
-        self._take(state, tiers)
+        self._take(state, found)
         return True
 
     def comes(self, state: RequestState) -> bool:
@@ -84,14 +83,14 @@ class Lookups:
         seconds = self._patience.allowance(now, state.asked_at, self._at_stake(state))
         if not seconds:
             return False
-        tiers = self._link.wait_lookup(state.question, seconds)
+        found = self._link.wait_lookup(state.question, seconds)
         after = time.monotonic()
         self._tally.add("loop_wait_seconds", after - now)
-        if tiers is None:
+        if found is None:
             self._patience.answers.missed(after, after - now)
             return False
         self._patience.answers.answered(after - state.asked_at, after - now)
-        self._take(state, tiers)
+        self._take(state, found)
         return True
 
     def parked(self, state: RequestState) -> bool:
@@ -113,15 +112,17 @@ class Lookups:
         if state.weighed:
             return
         state.weighed = True
-        local = state.local_tokens // self.chunks.tokens
-        worth = self._choice.leading(state.hits, local, self.chunks.tokens, self.chunks.nbytes)
-        kept, others = state.hits[:worth], state.hits[worth:]
-        state.pass_over(worth)
-        if "cpu" in others:  # what is not in memory is not held anyway; a lease ends as a whole
+        chunks, found = self.chunks, state.hits
+        if chunks.chain is not None:
+            local = state.local_tokens // chunks.tokens
+            worth = self._choice.leading(found, local, chunks.tokens, chunks.chain.nbytes)
+            state.pass_over(chunks.resumable(state, worth))
+        if chunks.beside or "cpu" in found[len(state.hits) :]:
+            # What is not in memory is not held anyway; a lease ends as a whole.
             self.drop_lease(state)
-            held = [key for key, tier in zip(state.chunk_keys, kept, strict=False) if tier == "cpu"]
+            held = chunks.hit_keys(state, "cpu")
             if held:
-                self._link.prefetch(state.lease, self.chunks.object_keys(held), LEASE_TTL_S)
+                self._link.prefetch(state.lease, held, LEASE_TTL_S)
                 state.leased = True
 
     def drop_lease(self, state: RequestState) -> None:
@@ -135,11 +136,20 @@ class Lookups:
         self.drop_lease(state)
         self._link.forget(state.question)
 
-    def _take(self, state: RequestState, tiers: tuple[str, ...]) -> None:
+    def _ask(self, state: RequestState, chunks: Chunks) -> int:
+        keys, width = chunks.chain_keys(state.chunk_keys), len(chunks.chain.shards) if chunks.chain is not None else 0
+        if not chunks.beside:
+            return self._link.ask_lookup(state.lease, keys, width, LEASE_TTL_S)
+        beside = chunks.beside_keys(state.chunk_keys)
+        return self._link.ask_lookup(
+            state.lease, keys, width, LEASE_TTL_S, beside, len(beside) // len(state.chunk_keys)
+        )
+
+    def _take(self, state: RequestState, found: Found) -> None:
         assert self.chunks is not None
         if state.parked_since is not None:
             self._tally.add("parked_seconds", time.monotonic() - state.parked_since)
-        state.answer(self.chunks.slowest_of_shards(tiers))
+        self.chunks.found(state, *found)
         self._events.learn(state, self.chunks)
 
     def _awaits(self, state: RequestState) -> bool:

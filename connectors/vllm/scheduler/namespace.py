@@ -11,6 +11,7 @@ from loracache.connectors.vllm.common.messages import AdapterBinding
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.media import MediaContents
 from loracache.connectors.vllm.scheduler.requests import RequestState
+from loracache.groups import Group
 from loracache.keys import Namespace, salt_digest
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ __all__ = ["EngineNamespace"]
 
 
 class EngineNamespace:
-    """The namespaces of one engine. identity: tells its model's, None while it is not known. layout and chunk_tokens
-    are set once the workers' facts are known.
+    """The namespaces of one engine. identity: tells its model's, None while it is not known. layout,
+    chunk_tokens and groups are set once the workers' facts are known.
     """
 
     def __init__(self, vllm_config: VllmConfig, identity: Callable[[], str | None], adapters: ServedAdapters) -> None:
@@ -33,6 +34,7 @@ class EngineNamespace:
         self._epoch = ""
         self.layout = ""
         self.chunk_tokens = 0
+        self.groups: tuple[Group, ...] = ()
 
     @property
     def known(self) -> bool:
@@ -76,6 +78,7 @@ class EngineNamespace:
             chunk_tokens=self.chunk_tokens,
             adapter=digest,
             salt=salt_digest(request.cache_salt),
+            groups=self.groups,
         )
         return True
 

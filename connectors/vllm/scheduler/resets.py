@@ -52,11 +52,12 @@ class KnownWeights:
 
 
 class HeldBlocks:
-    """Finished requests whose blocks wait for stores."""
+    """Finished requests whose blocks wait for stores. freed: requests whose blocks are free before their stores are
+    over."""
 
     def __init__(self) -> None:
         self._requests: dict[str, Request] = {}
-        self._freed: set[str] = set()
+        self.freed: set[str] = set()
 
     def hold(self, request: Request) -> None:
         """vLLM keeps its blocks until its stores are done."""
@@ -66,7 +67,7 @@ class HeldBlocks:
         """Their stores are done; vLLM frees what it still keeps."""
         for request_id in request_ids:
             self._requests.pop(request_id, None)
-            self._freed.discard(request_id)
+            self.freed.discard(request_id)
 
     @property
     def pending(self) -> bool:
@@ -77,12 +78,12 @@ class HeldBlocks:
         """Free all of them now. manager: vLLM's KVCacheManager; that it frees them again later does nothing."""
         for request_id, request in self._requests.items():
             manager.free(request)
-            self._freed.add(request_id)
+            self.freed.add(request_id)
         self._requests.clear()
 
     def take_freed(self) -> set[str]:
         """Requests whose stores must be over before a block is written."""
-        freed, self._freed = self._freed, set()
+        freed, self.freed = self.freed, set()
         return freed
 
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from loracache.connectors.vllm.common.groups import KVGroup
 from loracache.connectors.vllm.common.messages import Facts, Prefix, StepPlan, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.common.wishes import Wishes, wishes_of
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
-from loracache.connectors.vllm.scheduler.afterwards import Afterwards
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
-from loracache.connectors.vllm.scheduler.chunks import Chunks
+from loracache.connectors.vllm.scheduler.chunks import NOT_LOADED, Chunks
 from loracache.connectors.vllm.scheduler.demand import Demand
 from loracache.connectors.vllm.scheduler.load_or_compute import LoadChoice
 from loracache.connectors.vllm.scheduler.lookups import LEASE_TTL_S, Lookups
@@ -29,7 +29,8 @@ from loracache.connectors.vllm.scheduler.lora.admission import AdapterAdmission
 from loracache.connectors.vllm.scheduler.namespace import EngineNamespace
 from loracache.connectors.vllm.scheduler.patience import Patience, even_position
 from loracache.connectors.vllm.scheduler.requests import RequestState, Stage, is_cacheable, uses_draft_kv, wants_reading
-from loracache.connectors.vllm.scheduler.resets import HeldBlocks, KnownWeights
+from loracache.connectors.vllm.scheduler.resets import KnownWeights
+from loracache.connectors.vllm.scheduler.storing import Storing
 from loracache.connectors.vllm.scheduler.tier_events import TierEvents
 
 if TYPE_CHECKING:
@@ -51,16 +52,21 @@ class SchedulerSide:
     """Plans for one engine. Off until the workers' facts are known, and for good where they name a problem."""
 
     def __init__(
-        self, vllm_config: VllmConfig, options: Options, identity: Callable[[], str | None], link: SchedulerLink
+        self,
+        vllm_config: VllmConfig,
+        options: Options,
+        identity: Callable[[], str | None],
+        link: SchedulerLink,
+        groups: Sequence[KVGroup] = (),
     ) -> None:
         self._config = vllm_config
         self._options = options
         self._link = link
+        self._groups = groups
         self._off = False
         self._drops_last_block = uses_draft_kv(vllm_config)
         self._may_load = bool(vllm_config.kv_transfer_config.is_kv_consumer)
-        self._may_store = bool(vllm_config.kv_transfer_config.is_kv_producer)
-        self._facts: dict[str, Facts] = {}
+        self._facts: list[Facts] = []
         self._chunks: Chunks | None = None
         self._requests: dict[str, RequestState] = {}
         ask = (lambda path: None) if options.lora_pool else link.ask_adapter
@@ -68,7 +74,6 @@ class SchedulerSide:
         self._blocks = BlockKeys(bool(getattr(vllm_config.lora_config, "enable_tower_connector_lora", False)))
         self._namespace = EngineNamespace(vllm_config, identity, self._adapters)
         self.admission = AdapterAdmission(link, options.load_timeout, self._adapters.correct, bool(options.lora_pool))
-        self.held = HeldBlocks()
         self._weights = KnownWeights()
         self._patience = Patience(options.lookup_wait, options.lookup_wait_most, even_position(vllm_config))
         self._choice = LoadChoice(self._patience.steps, options.recompute_if_faster)
@@ -77,7 +82,8 @@ class SchedulerSide:
         self.events = TierEvents(link, bool(published is not None and published.enable_kv_cache_events))
         deciding = self._patience, self._choice
         self._lookups = Lookups(link, self._namespace, self._adapters, *deciding, self.tally, self.events)
-        self._afterwards = Afterwards(link)
+        stores = bool(vllm_config.kv_transfer_config.is_kv_producer)
+        self.storing = Storing(link, self._namespace, self._adapters, self.events, enabled=stores)
         self._demand = Demand(link)
         self._said: set[str] = set()
         self._ahead: list[RequestState] = []  # asks for its chunks to be raised before its turn comes
@@ -91,7 +97,7 @@ class SchedulerSide:
 
     # -- what workers tell ----------
 
-    def set_facts(self, facts: list[Facts], block_size: int) -> None:
+    def set_facts(self, facts: list[Facts]) -> None:
         """Take what the workers know of their KV; turns the cache on, or says once why it stays off."""
         self.admission.set_pools([fact.pool for fact in facts if fact.pool is not None])
         if self._off:
@@ -101,18 +107,20 @@ class SchedulerSide:
                 self._off = True
                 _log.warning("LoRACache is off for this model: %s", fact.problem)
                 return
-            self._facts[fact.shard] = fact
+            self._facts.append(fact)
+        self.storing.kept.workers = len(self._facts)
         chunks = Chunks.of(
-            self._facts.values(), block_size, self._options.chunk_tokens, drops_last_block=self._drops_last_block
+            self._facts, self._groups, self._options.chunk_tokens, drops_last_block=self._drops_last_block
         )
         if chunks is None:
             self._off = True
-            layouts = sorted({fact.layout for fact in self._facts.values()})
+            layouts = sorted({group.layout for fact in self._facts for group in fact.groups})
             _log.warning("LoRACache is off for this model: its workers lay out KV differently: %s", layouts)
             return
-        self._chunks = self._lookups.chunks = chunks
+        self._chunks = self._lookups.chunks = self.storing.chunks = chunks
         self._namespace.layout = chunks.layout
         self._namespace.chunk_tokens = chunks.tokens
+        self._namespace.groups = chunks.groups
         self._link.begin()
 
     def step_done(self) -> None:
@@ -133,22 +141,26 @@ class SchedulerSide:
                 state.content = self._blocks.key(state.request)
         for cause, count in news.failures.items():
             self._link.count(cause, count)
+        self.storing.kept.over(news.stored)
         for request_id, seconds in news.loaded.items():
             self._choice.loads.took(request_id, seconds)
         for request_id in news.unstored & self._requests.keys():
             self._requests[request_id].offer_again(time.monotonic() + _STORE_AGAIN_S)
 
-    def finished_loading(self, request_ids: set[str], invalid_blocks: set[int]) -> None:
-        """Loads are done, some of their blocks perhaps not."""
+    def finished_loading(self, request_ids: set[str], invalid_blocks: set[int], failed: Iterable[str] = ()) -> None:
+        """Loads are done, some of their blocks perhaps not, or nothing of those that `failed`."""
         for request_id in request_ids:
             self._choice.loads.over(request_id)
             state = self._requests.get(request_id)
             if state is not None and state.stage is Stage.LOADING:
                 state.stage = Stage.LOADED
                 self._lookups.drop_lease(state)
+        for request_id in failed:
+            if request_id in self._requests:
+                self._requests[request_id].offer_again(0.0)
         if invalid_blocks:
             for state in self._requests.values():
-                if not invalid_blocks.isdisjoint(state.blocks):
+                if not all(map(invalid_blocks.isdisjoint, state.blocks)):
                     state.offer_again(0.0)
 
     # -- requests ----------
@@ -210,28 +222,28 @@ class SchedulerSide:
             return 0, False
         return tokens, True
 
-    def planned_load(self, request: Request, block_ids: list[int], tokens: int) -> None:
-        """vLLM has made room for `tokens` loaded tokens: plan their load."""
+    def planned_load(self, request: Request, blocks: Any, tokens: int) -> None:
+        """vLLM has made room for `tokens` loaded tokens in `blocks` (its KVCacheBlocks): plan their load."""
         state = self._requests.get(request.request_id)
         if self._chunks is None or state is None or not tokens or not state.hits:
             return
-        load, state.load_tiers = self._chunks.load(state, block_ids, tokens)
+        state.blocks = [list(table) for table in blocks.get_block_ids()]
+        tables = _loaded_into(blocks) if self._chunks.beside else state.blocks
+        load, state.load_tiers = self._chunks.load(state, tables, tokens)
         state.stage = Stage.LOADING
-        state.blocks = list(block_ids)
-        if not state.cacheable:  # since it was promised, the weights have changed
+        if not (state.cacheable and load.chunks):  # the weights have changed since it was promised, or the blocks
             self._plan.void.add(request.request_id)
         self._plan.loads.append(load)
-        self._choice.loads.began(request.request_id, state.load_tiers, self._chunks.nbytes)
+        self._choice.loads.began(request.request_id, state.load_tiers, self._chunks.nbytes // len(self._chunks.parts))
         self.tally.add("loads")
-        slow = [chunk.key for chunk, tier in zip(load.chunks, state.load_tiers, strict=True) if tier != "cpu"]
-        self._prefetch(state, slow)
+        self._prefetch(state, self._chunks.hit_keys(state, "disk", "redis"))
 
     def load_tiers(self, request_id: str) -> tuple[str, ...]:
         """The tier of each chunk of a request's planned load."""
         state = self._requests.get(request_id)
         return state.load_tiers if state is not None else ()
 
-    def finished(self, request: Request, block_ids: list[int]) -> bool:
+    def finished(self, request: Request, tables: Sequence[Sequence[int]]) -> bool:
         """A request is over: plan its last stores. True where its blocks must stay until they are done."""
         self.admission.end(request.request_id)
         state = self._requests.pop(request.request_id, None)
@@ -242,22 +254,7 @@ class SchedulerSide:
         self._lookups.forget(state)
         if state.stage is Stage.LOADING:
             return False
-        if state.cacheable:
-            state.blocks = list(block_ids)
-            self._plan_store(state, request.num_computed_tokens)
-        if self._chunks is not None and state.cacheable and state.wishes.afterwards:
-            keys, nbytes = self._chunks.object_keys(state.chunk_keys), len(state.chunk_keys) * self._chunks.nbytes
-            self._afterwards.finished(request.request_id, keys, nbytes, state.wishes, storing=state.has_stored)
-        if not state.has_stored:  # else blocks may be read still, whatever was learnt about the request meanwhile
-            return False
-        self._plan.await_stores.add(request.request_id)
-        self.held.hold(request)
-        return True
-
-    def stores_done(self, request_ids: Iterable[str]) -> None:
-        """All stores of these requests, which are over, are done."""
-        self.held.stored(request_ids)
-        self._afterwards.stored(request_ids)
+        return self.storing.finish(state, request, tables, self._plan)
 
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
         """This step's plan for the workers."""
@@ -268,7 +265,7 @@ class SchedulerSide:
         self.admission.prefetch(self._link.hot_adapters()[: self._options.lora_prefetch])
         plan.adapters = self.admission.take_orders()
         plan.weights = dict(self._weights.versions)
-        plan.freed = self.held.take_freed()
+        plan.freed = self.storing.held.take_freed()
         preempted = getattr(output, "preempted_req_ids", None)
         plan.preempted = set(preempted) if preempted is not None else self._preempted()
         for request_id in plan.preempted:  # first: a reset preempts and schedules again in one step
@@ -276,20 +273,24 @@ class SchedulerSide:
             if state is not None:
                 if state.stage is not Stage.LOADING:
                     self._lookups.forget(state)
+                self.storing.kept.release(state)
                 state.preempted()
                 if not state.blocks:
                     state.content = self._blocks.key(state.request)
         for new in output.scheduled_new_reqs:
-            self._scheduled(new.req_id, list(new.block_ids[0]) if new.block_ids else [], replace=True)
+            self._scheduled(new.req_id, new.block_ids or (), replace=True)
         cached = output.scheduled_cached_reqs
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            self._scheduled(request_id, list(blocks[0]) if blocks else [], replace=request_id in cached.resumed_req_ids)
+            self._scheduled(request_id, blocks or (), replace=request_id in cached.resumed_req_ids)
         self._ahead = [state for state in self._ahead if not self._raised(state)]
-        for request_id in output.num_scheduled_tokens:
+        for request_id, scheduled in output.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
             if state is not None and state.cacheable and time.monotonic() >= state.store_after:
                 # What earlier steps computed; this step's own tokens are stored by the next.
-                self._plan_store(state, state.request.num_computed_tokens)
+                store = self.storing.plan(state, state.request.num_computed_tokens)
+                if store is not None:
+                    plan.stores.append(store)
+                self.storing.keep(state, scheduled, output)
         self._plan = StepPlan(step=0)
         prefill = self._patience.steps.rate(self._chunks.nbytes / self._chunks.tokens) if self._chunks else 0
         waiting = (state for state in self._requests.values() if state.stage is Stage.WAITING)
@@ -300,6 +301,10 @@ class SchedulerSide:
     def check_weights(self) -> None:
         """They may have been changed in place: let the workers look before anything more is loaded or stored."""
         self._plan.check_weights = True
+
+    def free_blocks(self, manager: Any) -> None:
+        """vLLM needs all blocks free (resets.py)."""
+        self.storing.free_blocks(manager, self._requests.values())
 
     def prefix_cache_reset(self) -> None:
         """vLLM forgot the KV in its own blocks."""
@@ -315,28 +320,33 @@ class SchedulerSide:
     def _weights_changed(self) -> None:
         """From now on this engine's KV is another model's. Nobody else's is cleared."""
         self._namespace.begin_epoch()
-        self._plan.stores.clear()
+        self.storing.drop(self._plan)
         for request_id, state in self._requests.items():
             if state.is_fresh:
                 self._lookups.forget(state)
                 state.begin_anew()
                 continue
             state.cacheable = False
+            self.storing.kept.release(state)
             if state.stage in (Stage.LOADING, Stage.LOADED):
                 self._plan.void.add(request_id)
 
-    def _scheduled(self, request_id: str, blocks: list[int], *, replace: bool) -> None:
+    def _scheduled(self, request_id: str, tables: Sequence[Sequence[int]], *, replace: bool) -> None:
         state = self._requests.get(request_id)
         if self._chunks is None or state is None:
             return
-        state.blocks = blocks if replace else state.blocks + blocks
+        if replace or not state.blocks:
+            state.blocks = [list(table) for table in tables]
+        else:
+            for known, new in zip(state.blocks, tables, strict=False):
+                known += new
         if state.first_step is None:
             state.first_step = self._step
             if state.passed_over:
                 self.tally.add("chunks_not_loaded", state.passed_over)
                 self._link.count("load.passed_over", state.passed_over)
                 state.passed_over = 0
-            held = tuple(state.blocks[: state.local_tokens // self._chunks.block_size])
+            held = tuple((state.blocks or [[]])[0][: state.local_tokens // self._chunks.block_tokens])
             if held and state.request.lora_request is not None:
                 self._plan.prefixes.append(Prefix(state.request.lora_request.lora_int_id, state.content, held))
         if state.stage is Stage.LOADED:
@@ -359,16 +369,17 @@ class SchedulerSide:
         if not self._lookups.advance(state):
             return not (state.cacheable and state.reads)
         state.weighed = True  # all of it will be in memory
-        self._prefetch(state, [key for key, tier in zip(state.chunk_keys, state.hits, strict=False) if tier != "cpu"])
+        assert self._chunks is not None
+        self._prefetch(state, self._chunks.hit_keys(state, "disk", "redis"))
         return True
 
     def _prefetch(self, state: RequestState, slow: list[bytes]) -> None:
-        """Have chunks raised that will be loaded: as many as leave room for the loads themselves."""
+        """Have objects raised that will be loaded: as many as leave room for the loads themselves."""
         assert self._chunks is not None
         most = min(self._link.arena_bytes // _PREFETCH_SHARE // self._chunks.nbytes, _PREFETCH_CHUNKS)
-        few = slow[: max(1, most)]
+        few = slow[: max(1, most) * self._chunks.width]
         if few:
-            self._link.prefetch(state.lease, self._chunks.object_keys(few), LEASE_TTL_S)
+            self._link.prefetch(state.lease, few, LEASE_TTL_S)
 
     def _wishes(self, request: Request) -> Wishes:
         wishes, problems = wishes_of(request)
@@ -379,16 +390,10 @@ class SchedulerSide:
                 _log.warning("request %s: %s; it is served without that", request.request_id, problem)
         return wishes
 
-    def _plan_store(self, state: RequestState, computed_tokens: int) -> None:
-        """Plan to store what is computed and confirmed: whole chunks beyond those that are held or planned already."""
-        if self._chunks is None or not self._may_store or not state.wishes.store or not self._namespace.settle(state):
-            return
-        if state.adapter is not None and not self._adapters.serves(state.adapter.lora_int_id, state.adapter.digest):
-            state.cacheable = False
-            return
-        state.extend_keys(self._chunks.tokens)
-        self.events.learn(state, self._chunks)
-        store = self._chunks.store(state, computed_tokens)
-        if store is not None:
-            self._plan.stores.append(store)
-            state.offered(len(store.chunks))
+
+def _loaded_into(blocks: Any) -> list[list[int]]:
+    """Tables of the blocks that a load writes to: those that are neither vLLM's "no block" nor of its prefix cache."""
+    return [
+        [NOT_LOADED if block.is_null or block.block_hash is not None else block.block_id for block in table]
+        for table in blocks.blocks
+    ]

@@ -3,9 +3,10 @@
 engine has seen are held in "cpu", "disk" or "redis".
 
 The daemon tells what enters and leaves its tiers, whoever did it; chunks of prompts that this engine never saw are
-nobody's blocks here. What Redis holds is known where a lookup found it. Requests with media or a salt are left out:
-no router could tell their blocks from those of plain text. Where the daemon is lost, or tells faster than this engine
-listens, everything is taken back, and told anew as it is found. Threading: the scheduler's loop.
+nobody's blocks here. Where layers differ in what they need of a prefix, a chunk counts as held where that of full
+attention is. What Redis holds is known where a lookup found it. Requests with media or a salt are left out: no router
+could tell their blocks from those of plain text. Where the daemon is lost, or tells faster than this engine listens,
+everything is taken back, and told anew as it is found. Threading: the scheduler's loop.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ class TierEvents:
     def learn(self, state: RequestState, chunks: Chunks) -> None:
         """Learn which blocks a request's chunks are, as far as that is new, and where its lookup found them."""
         request = state.request
-        if not self.wanted or request.cache_salt or request.mm_features:
+        if not self.wanted or request.cache_salt or request.mm_features or chunks.chain is None:
             return
         hashes = request.block_hashes
-        if len(hashes) != request.num_tokens // chunks.block_size:
+        if len(hashes) != request.num_tokens // chunks.block_tokens:
             return  # they are of other pieces than blocks
-        self._shards = len(chunks.shards)
+        self._shards = len(chunks.chain.shards)
         for number, key in enumerate(state.chunk_keys[state.told :], state.told):
             known = self._chunks.used(key) or self._new(state, chunks, number)
             if number < len(state.hits):
@@ -99,18 +100,19 @@ class TierEvents:
 
     def _new(self, state: RequestState, chunks: Chunks, number: int) -> _Chunk:
         request, key = state.request, state.chunk_keys[number]
-        first, end = number * chunks.per_chunk, (number + 1) * chunks.per_chunk
+        per_chunk = chunks.tokens // chunks.block_tokens
+        first, end = number * per_chunk, (number + 1) * per_chunk
         hashes = [maybe_convert_block_hash(each) for each in request.block_hashes[max(0, first - 1) : end]]
         parent = hashes.pop(0) if first else None
         adapter = request.lora_request
-        objects = chunks.object_keys([key])
+        objects = chunks.chain_keys([key])
         self._objects.update((each, (key, shard)) for shard, each in enumerate(objects))
         known = self._chunks[key] = _Chunk(
             objects,
             hashes,
             parent,
             list(request.all_token_ids[number * chunks.tokens : (number + 1) * chunks.tokens]),
-            chunks.block_size,
+            chunks.block_tokens,
             adapter.lora_int_id if adapter is not None else None,
             adapter.lora_name if adapter is not None else None,
         )

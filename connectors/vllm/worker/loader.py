@@ -15,7 +15,6 @@ those that failed. On a CPU a chunk is checked before it is copied.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import logging
 import math
 import os
@@ -23,8 +22,10 @@ import queue
 import select
 import threading
 import time
-from collections.abc import Callable
+from bisect import insort
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import accumulate
 from typing import Any
 
 from loracache.client import requests
@@ -33,10 +34,11 @@ from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import Load
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.hashers import Hashers, cores_for_hashing
-from loracache.connectors.vllm.worker.loading import LONGEST_PAUSE_S, Chunk, Flight, Loading, Part
+from loracache.connectors.vllm.worker.loading import LONGEST_PAUSE_S, Chunk, Flight, Loading, Part, landed
+from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.errors import LoRACacheError, Rejected, Unavailable
 from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier
-from loracache.keys import checksum, object_key
+from loracache.keys import checksum
 from loracache.results import Cause
 
 __all__ = ["Loader"]
@@ -56,9 +58,9 @@ _NO_ROOM_S = 1.0  # for which a load waits for room in the arena without getting
 class Loader:
     """Copies chunks from the arena into blocks.
 
-    timeout: seconds without a byte after which a load is given up. finished(load, failed blocks, causes) is called on
-    this thread once per load. may_load(load) says whether the adapter the load belongs to is still the one it was
-    planned for; asked before the first byte and after the last.
+    objects: how those of each of the model's groups are made up. timeout: seconds without a byte after which a load is
+    given up. finished(load, failed blocks, causes) is called on this thread once per load. may_load(load) says whether
+    the adapter the load belongs to is still the one it was planned for; asked before the first byte and after the last.
     """
 
     def __init__(
@@ -66,8 +68,7 @@ class Loader:
         server: str,
         ensure: Callable[[], None],
         copier: PageCopier,
-        shard: str,
-        block_bytes: int,
+        objects: Sequence[GroupObjects],
         timeout: float,
         may_load: Callable[[Load], bool],
         finished: Callable[[Load, list[int], dict[str, int]], None],
@@ -77,8 +78,7 @@ class Loader:
         threads = cores_for_hashing(copier.device_type)
         self._hashers = Hashers(threads)
         self._landing = ThreadPoolExecutor(1, "loracache-landing", initializer=leave_pinned_core) if threads else None
-        self._shard = shard
-        self._block_bytes = block_bytes
+        self._objects = objects
         self._timeout = timeout
         self._may_load = may_load
         self._finished = finished
@@ -165,8 +165,10 @@ class Loader:
                     self._give_up(job, Cause.BUG)
 
     def _begin(self, load: Load, after: Any) -> None:
-        positions = list(range(len(load.chunks)))
-        job = Loading(load, after, time.monotonic() + self._timeout, positions, set(positions), _PART_CHUNKS)
+        sizes = [objects.chunk_bytes(load.chunk_tokens) for objects in self._objects]
+        before = list(accumulate((sizes[chunk.group] for chunk in load.chunks), initial=0))
+        todo = [at for at, chunk in enumerate(load.chunks) if any(self._objects[chunk.group].block_bytes)]
+        job = Loading(load, after, time.monotonic() + self._timeout, before, todo, set(todo), _PART_CHUNKS)
         self._active.append(job)
         if not self._may_load(load):
             self._give_up(job, Cause.ADAPTER_CHANGED)
@@ -195,18 +197,19 @@ class Loader:
     def _ask(self, job: Loading) -> None:
         """Ask for the next parts, as far as they fit beside all that hold pages: the daemon takes what one connection
         sends in its order, and has let go of what was released before it looks for room."""
-        size = job.load.chunk_blocks * self._block_bytes
         now = time.monotonic()
         while job.todo and len(job.holding) < _PARTS and now >= job.again:
             arena = self._link.connection.map
             if arena is None:
                 raise Unavailable("no daemon")
-            count = min(job.most, max(1, len(arena) // _PART_SHARE // size), len(job.todo))
+            positions = job.fitting(len(arena) // _PART_SHARE)
+            nbytes = job.before[positions[-1] + 1] - job.before[positions[0]]
             held = sum(part.nbytes for other in self._active for part in other.holding)
-            if held and held + count * size > len(arena) // _SHARE:
+            if held and held + nbytes > len(arena) // _SHARE:
                 return
-            part = Part(os.urandom(16), count * size, positions=[heapq.heappop(job.todo) for _ in range(count)])
-            keys = [object_key(job.load.chunks[position].key, self._shard) for position in part.positions]
+            part = Part(os.urandom(16), nbytes, positions)
+            del job.todo[: len(positions)]
+            keys = [self._key(job, position) for position in positions]
             if not job.parts:
                 job.deadline = now + self._timeout
             job.parts.append(part)
@@ -247,7 +250,7 @@ class Loader:
 
     def _arrived(self, job: Loading, part: Part, reply: Reply) -> list[Chunk]:
         """Chunks that are in the arena now."""
-        chunks, size = [], job.load.chunk_blocks * self._block_bytes
+        chunks = []
         for place, *rest in reply.payload:
             position = part.positions[place]
             if len(rest) == 1:
@@ -257,8 +260,8 @@ class Loader:
                     job.lost(rest[0])
                 continue
             nbytes, expected, extents = rest
-            if nbytes == size:
-                chunks.append(Chunk(position, expected, self._link.connection.buffers(extents, size)))
+            if nbytes == job.size(position):
+                chunks.append(Chunk(position, expected, self._link.connection.buffers(extents, nbytes)))
             else:
                 job.lost(Cause.SIZE)
         return chunks
@@ -276,14 +279,15 @@ class Loader:
         if copy is not None:
             job.deadline = time.monotonic() + self._timeout
             sums = self._hashers.start([chunk.payload for chunk in chunks])
-            part.flights.append(Flight(chunks, landing.submit(_landed, copy, sums)))
+            part.flights.append(Flight(chunks, landing.submit(landed, copy, sums)))
             part.flights[-1].landing.add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
 
     def _submit(self, job: Loading, chunks: list[Chunk]) -> Copy | None:
         """One submission; None where the device refuses it."""
-        load = job.load
-        plan = [(load.chunks[chunk.position], chunk.payload) for chunk in chunks]
-        moves = [Move(planned.blocks, payload, planned.first, load.chunk_blocks) for planned, payload in plan]
+        moves: list[Move] = []
+        for chunk in chunks:
+            planned = job.load.chunks[chunk.position]
+            moves += self._objects[planned.group].part(planned, chunk.payload, job.load.chunk_tokens)
         try:
             copy = self._copier.scatter(moves, job.after)
             if self._landing is None:
@@ -309,7 +313,7 @@ class Loader:
     def _checked(self, job: Loading, part: Part, chunk: Chunk, found: int) -> bool:
         right = found == chunk.expected
         if not right:
-            part.bad.append(object_key(job.load.chunks[chunk.position].key, self._shard))
+            part.bad.append(self._key(job, chunk.position))
             job.lost(Cause.CHECKSUM)
         return right
 
@@ -325,13 +329,17 @@ class Loader:
 
     def _no_room(self, job: Loading, part: Part, position: int) -> None:
         """The arena is full of what others hold: ask again, for less at a time."""
-        heapq.heappush(job.todo, position)
+        insort(job.todo, position)
         now = time.monotonic()
         if job.again > now:  # others of the same answer
             return
         job.no_room_since = job.no_room_since or now
         job.most = max(1, len(part.positions) // 2)
         job.again = now + job.pauses.next()
+
+    def _key(self, job: Loading, position: int) -> bytes:
+        chunk = job.load.chunks[position]
+        return self._objects[chunk.group].key(chunk.key)
 
     # -- the end ----------
 
@@ -383,17 +391,9 @@ class Loader:
         while not self._jobs.empty():
             submitted = self._jobs.get()
             if submitted is not None:
-                self._active.append(Loading(*submitted, 0.0, [], set(), 1))
+                self._active.append(Loading(*submitted, 0.0, [0], [], set(), 1))
         for job in list(self._active):
             for part in job.parts:
                 wait([flight.landing for flight in part.flights])
                 part.flights.clear()
             self._give_up(job, cause)
-
-
-def _landed(copy: Copy, sums: Callable[[], list[int]]) -> list[int]:
-    try:
-        copy.wait()
-    finally:
-        found = sums()
-    return found

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a load under way is made of. Values of the loader's thread; no other touches them."""
+"""What a load under way is made of. Values of the loader's thread; no other touches them, but for what lands."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from loracache.backoff import Backoff
 from loracache.connectors.vllm.common.messages import Load
+from loracache.kernels.page_copy import Copy
 
-__all__ = ["LONGEST_PAUSE_S", "Chunk", "Flight", "Loading", "Part"]
+__all__ = ["LONGEST_PAUSE_S", "Chunk", "Flight", "Loading", "Part", "landed"]
 
 _FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.05
 
@@ -52,15 +55,16 @@ class Part:
 
 @dataclass(slots=True)
 class Loading:
-    """A load under way. todo: positions of chunks to be asked for, a heap. missing: those that did not arrive, or whose
-    part is held still. gap: one of them never will, so that those behind it are of no use. deadline: for the next
-    byte. most: chunks of a part. again: when to ask for room once more, after the last of `pauses`. cause: why it ends
-    early.
+    """A load under way. before: bytes of the objects before each, and of all. todo: positions of chunks to be asked
+    for, in order. missing: those that did not arrive, or whose part is held still. gap: one of them never will, so that
+    those behind it are of no use. deadline: for the next byte. most: chunks of a part. again: when to ask for room once
+    more, after the last of `pauses`. cause: why it ends early.
     """
 
     load: Load
     after: Any  # a CUDA event: nothing writes to the blocks any more once it has happened
     deadline: float
+    before: list[int]
     todo: list[int]
     missing: set[int]
     most: int
@@ -82,6 +86,16 @@ class Loading:
         """Whether it is the daemon's turn."""
         return any(part.acquire or part.release for part in self.parts)
 
+    def size(self, position: int) -> int:
+        """Bytes of the object of a chunk."""
+        return self.before[position + 1] - self.before[position]
+
+    def fitting(self, room: int) -> list[int]:
+        """The next chunks to be asked for: one at least, and so many that they take no more than `room` bytes."""
+        end = self.before[self.todo[0]] + room
+        count = bisect_right(self.todo, end, key=lambda position: self.before[position + 1])
+        return self.todo[: min(self.most, max(1, count))]
+
     def count(self, cause: str, amount: int = 1) -> None:
         """Count failures."""
         if amount:
@@ -91,3 +105,12 @@ class Loading:
         """So many chunks will never come."""
         self.count(cause, amount)
         self.gap = True
+
+
+def landed(copy: Copy, sums: Callable[[], list[int]]) -> list[int]:
+    """The checksums of what a copy brought, once it has ended. Raises CopyError where it failed."""
+    try:
+        copy.wait()
+    finally:
+        found = sums()
+    return found

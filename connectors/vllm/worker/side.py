@@ -11,22 +11,23 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from loracache.client.client import CacheClient
-from loracache.connectors.vllm.common.geometry import chunk_blocks, shard_name
+from loracache.connectors.vllm.common.geometry import chunk_blocks
+from loracache.connectors.vllm.common.groups import block_unit
 from loracache.connectors.vllm.common.messages import Facts, Load, Prefix, StepPlan, Store, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.private import ensure_private_daemon, private_server
 from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.worker.adapters import LoadedAdapters
 from loracache.connectors.vllm.worker.gate import GatedCopier
-from loracache.connectors.vllm.worker.layout import platform_name, read_layout
 from loracache.connectors.vllm.worker.loader import Loader
 from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, paged_worker
+from loracache.connectors.vllm.worker.objects import GroupObjects, bytes_but, read_groups
 from loracache.connectors.vllm.worker.storer import StoreJob, Storer
 from loracache.connectors.vllm.worker.weights import WeightsWatch
 from loracache.errors import UsageError
@@ -54,6 +55,8 @@ class WorkerSide:
         self._problem = problem
         self._facts: Facts | None = None
         self._facts_sent = False
+        self._objects: Sequence[GroupObjects] = ()
+        self._is_mixed = False  # its layers differ in what they need of a prefix
         self._loader: Loader | None = None
         self._storer: Storer | None = None
         self._cuda = False
@@ -81,15 +84,18 @@ class WorkerSide:
         self._ended: set[str] = set()  # those that ended first
         self._void: set[str] = set()  # those of them that must not be computed upon
         self._load_errors: set[int] = set()
+        self._lost: set[str] = set()  # requests whose load is done and did not come whole
+        self._failed: set[str] = set()  # those of them that are reported as such
         self._prefixes: list[Prefix] = []
         self._unstored: set[str] = set()
+        self._over: dict[int, int] = {}  # numbers of stores that are over
 
     @property
     def facts(self) -> Facts | None:
         """What the scheduler needs to know of this worker."""
         return self._facts
 
-    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
         """Learn the layout, connect to the daemon and start the transfer threads."""
         server = self._options.server or private_server(
             self._config.kv_transfer_config.engine_id, self._options.disk_path
@@ -106,45 +112,28 @@ class WorkerSide:
         pool = self._pool.facts if self._pool is not None else None
         if not problem:
             try:
-                layout = read_layout(kv_caches, self._kv_cache_config.num_blocks)
-                self._copiers = [GatedCopier(layout.rows, self._options.bounce_bytes) for _ in range(2)]
+                registered = read_groups(self._config, self._kv_cache_config, kv_caches)
+                self._copiers = [GatedCopier(registered.rows, self._options.bounce_bytes) for _ in range(2)]
             except (UsageError, CopyError) as error:
                 problem = str(error)
         if problem:
-            self._facts = Facts("", "", 0, problem, pool)
+            self._facts = Facts((), problem, pool)
             return
-        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        self._facts = Facts(
-            shard_name(self._config, list(layout.names)),
-            f"{platform_name(self._config, spec)}/{layout.order}",
-            layout.block_bytes,
-            pool=pool,
-        )
-        chunk_blocks(layout.block_bytes, spec.block_size, self._options.chunk_tokens)  # raises early; the plans say it
-        self._cuda = layout.rows[0].device.type == "cuda"
+        self._facts = Facts(registered.facts, pool=pool)
+        self._objects = registered.objects
+        self._is_mixed = any(each.group.name for each in registered.objects)
+        unit = block_unit(each.group for each in registered.objects)
+        chunk_blocks(1, unit, self._options.chunk_tokens)  # raises early; the plans say it
+        self._cuda = registered.rows[0].device.type == "cuda"
         ensure()
         if self._options.server:  # a private one would end with this client
             with CacheClient(server, name="vllm-start"):
                 pass  # an engine whose configuration names no living daemon should not start
         self._storer = Storer(
-            server,
-            ensure,
-            self._copiers[0],
-            self._facts.shard,
-            layout.block_bytes,
-            self._may_store,
-            self._stored,
-            _served_names(self._config),
+            server, ensure, self._copiers[0], self._objects, self._may_store, self._stored, _served_names(self._config)
         )
         self._loader = Loader(
-            server,
-            ensure,
-            self._copiers[1],
-            self._facts.shard,
-            layout.block_bytes,
-            self._options.load_timeout,
-            self._may_load,
-            self._loaded,
+            server, ensure, self._copiers[1], self._objects, self._options.load_timeout, self._may_load, self._loaded
         )
 
     def handle_preemptions(self, plan: StepPlan) -> None:
@@ -201,18 +190,32 @@ class WorkerSide:
             stored = {request_id for request_id in self._awaited if request_id not in self._storing}
             self._awaited -= stored
             loads, self._done_loads = self._done_loads, {}
+            lost, self._lost = self._lost, set()
         for request_id, failed in loads.items():
             self._load_errors.update(failed)
             self._collected.add(request_id)
+        if self._is_mixed:
+            self._failed |= lost
         self._ended |= ended & self._not_yet_run.keys()
         for request_id in self._ended & self._collected:
             self._ended.discard(request_id)
             self._forget_load(request_id)
         return stored, set(loads)
 
+    def take_failed_loads(self) -> set[str]:
+        """Requests of the loads just reported of which nothing may be used, in a model whose layers differ in what they
+        need of a prefix: vLLM cannot tell there whose a block is, nor how far a request could go on without it.
+        """
+        failed, self._failed = self._failed, set()
+        return failed
+
     def take_load_errors(self) -> set[int]:
         """Blocks that hold no valid KV although a load was planned for them, or although the engine's own prefix cache
         has them: of an adapter whose content was replaced, perhaps in this very step.
+
+        None in a model whose layers differ in what they need of a prefix, where vLLM takes none: what was reported as
+        loaded, or is in its prefix cache, is used there as it is, and counted. It is KV of what was served under that
+        name when it was computed; vLLM by itself goes on with that, too, and nothing of it is stored.
         """
         errors, self._load_errors = self._load_errors, set()
         stale = self._adapters.stale_blocks(self._prefixes)
@@ -220,7 +223,7 @@ class WorkerSide:
             with self._lock:
                 self._failures["prefix.adapter_changed"] += 1
         self._prefixes = []
-        return errors | stale
+        return set() if self._is_mixed else errors | stale
 
     def take_news(self) -> WorkerNews | None:
         """What the scheduler does not know yet."""
@@ -228,12 +231,13 @@ class WorkerSide:
             failures, self._failures = self._failures, Counter()
             unstored, self._unstored = self._unstored, set()
             loaded, self._load_took = self._load_took, {}
+            stored, self._over = self._over, {}
         facts = [self._facts] if self._facts is not None and not self._facts_sent else []
         self._facts_sent = True
         adapters, contents = self._adapters.take_news()
         weights = self.weights.take_news()
         pool = self._pool.take_news() if self._pool is not None else None
-        if not (failures or facts or adapters or pool or weights or loaded):
+        if not (failures or facts or adapters or pool or weights or loaded or stored):
             return None
         pool = pool or PoolNews()
         return WorkerNews(
@@ -248,6 +252,7 @@ class WorkerSide:
             weights,
             contents,
             loaded,
+            stored,
         )
 
     def leave_blocks(self) -> None:
@@ -266,6 +271,9 @@ class WorkerSide:
 
     def close(self) -> None:
         """End the threads; what is queued for storing is finished first."""
+        for job in self._to_start:
+            self._stored(job, {Cause.SHUTDOWN: job.left})
+        self._to_start = []
         if self._storer is not None:
             self._storer.close()
         if self._loader is not None:
@@ -275,11 +283,13 @@ class WorkerSide:
 
     def _take(self, plan: StepPlan, stores: list[Store]) -> list[StoreJob]:
         """Jobs for these stores; their requests have stores under way from now on."""
-        if self._storer is None or not stores:
+        if not stores:
             return []
-        if not self.weights.believes(plan.weights):
+        if self._storer is None or not self.weights.believes(plan.weights):
             with self._lock:
-                self._failures["store.weights_changed"] += sum(len(store.chunks) for store in stores)
+                self._over.update((store.number, 1) for store in stores if store.number)
+                if self._storer is not None:
+                    self._failures["store.weights_changed"] += sum(len(store.chunks) for store in stores)
             return []
         jobs = [StoreJob(store) for store in stores]
         with self._lock:
@@ -325,6 +335,7 @@ class WorkerSide:
                 self._void.add(request_id)
                 if request_id in self._done_loads:
                     self._done_loads[request_id] = blocks
+                    self._lost.add(request_id)
                 self._failures[f"load.{cause}"] += 1
             if request_id in self._collected:
                 self._load_errors.update(blocks)
@@ -353,15 +364,15 @@ class WorkerSide:
 
     def _loaded(self, load: Load, failed: list[int], causes: dict[str, int]) -> None:
         with self._lock:
-            if load.request_id in self._void or not self._may_load(load):  # maybe since the loader looked
-                failed = load.blocks
-            self._done_loads[load.request_id] = failed
+            void = load.request_id in self._void or not self._may_load(load)  # maybe since the loader looked
+            self._done_loads[load.request_id] = failed = load.blocks if void else failed
+            if void or failed:
+                self._lost.add(load.request_id)
             took = time.monotonic() - self._load_began.pop(load.request_id, time.monotonic())
             if causes.keys() <= {Cause.DEADLINE}:  # one that was given up took that long at least
                 self._load_took[load.request_id] = took
             self._failures.update({f"load.{cause}": count for cause, count in causes.items()})
-        assert self._facts is not None
-        self.tally.add("load_bytes", (len(load.blocks) - len(failed)) * self._facts.block_bytes)
+        self.tally.add("load_bytes", bytes_but(load, failed, self._objects))
         self.tally.add("load_seconds", took)
         self.tally.add_causes("load_failures", causes)
 
@@ -375,6 +386,8 @@ class WorkerSide:
                 del self._storing[job.store.request_id]
                 self._job_done.notify_all()
             self._failures.update({f"store.{cause}": count for cause, count in causes.items()})
+            if job.store.number:
+                self._over[job.store.number] = 1
             if not _MAY_BE_STORED_LATER.isdisjoint(causes):
                 self._unstored.add(job.store.request_id)
 

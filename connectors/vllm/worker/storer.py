@@ -18,8 +18,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from loracache.backoff import Backoff
 from loracache.client import requests
@@ -28,9 +29,10 @@ from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.gate import Gate
 from loracache.connectors.vllm.worker.hashers import Hashers, cores_for_hashing
+from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.errors import LoRACacheError, Rejected, Unavailable
+from loracache.groups import Need
 from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier
-from loracache.keys import object_key
 from loracache.results import Cause
 
 __all__ = ["StoreJob", "Storer"]
@@ -85,10 +87,31 @@ class StoreJob:
         self.left = len(store.chunks)  # not dealt with yet
 
 
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An object to store. parent: its parent's key."""
+
+    chunk: ChunkBlocks
+    objects: GroupObjects
+    key: bytes
+    parent: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Granted:
+    """One that there are pages for."""
+
+    item: _Item
+    payload: Sequence[memoryview]
+    moves: Sequence[Move]
+    nbytes: int
+
+
 class Storer:
-    """Copies computed chunks into the arena. finished(job, causes) is called on this thread once per job;
-    may_store(store) says whether the chunks were computed with the adapter they are stored for. names: what the engine
-    calls its model.
+    """Copies computed chunks into the arena. objects: how those of each of the model's groups are made up. finished(
+    job, causes) is called once per job, on this thread, or on the one that submits after the end; may_store(store) says
+    whether the chunks were computed with the adapter they are stored for. names: what the engine calls its model.
     """
 
     def __init__(
@@ -96,8 +119,7 @@ class Storer:
         server: str,
         ensure: Callable[[], None],
         copier: PageCopier,
-        shard: str,
-        block_bytes: int,
+        objects: Sequence[GroupObjects],
         may_store: Callable[[Store], bool],
         finished: Callable[[StoreJob, dict[str, int]], None],
         names: Sequence[str] = (),
@@ -106,23 +128,27 @@ class Storer:
         self._copier = copier
         self._hashers = Hashers(min(1, cores_for_hashing(copier.device_type)))
         self._flight_bytes = 0 if copier.device_type == "cpu" else _FLIGHT_BYTES  # 0: a chunk, hashed from the cache
-        self._shard = shard
-        self._block_bytes = block_bytes
+        self._objects = objects
         self._may_store = may_store
         self._names = names
         self._finished = finished
         self._full_until = 0.0
+        self._open = True
         self._jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loracache-store", daemon=True)
         self._link.ready()
         self._thread.start()
 
     def submit(self, job: StoreJob) -> None:
-        """Start a store; returns at once."""
+        """Start a store; returns at once. After `close` it is over at once."""
+        if not self._open:
+            self._finished(job, {Cause.SHUTDOWN: job.left})
+            return
         self._jobs.put(job)
 
     def close(self) -> None:
         """Finish what is queued, within a bounded time, and end the thread."""
+        self._open = False
         self._jobs.put(None)
         self._thread.join(timeout=_END_S)
         self._hashers.close()
@@ -153,126 +179,123 @@ class Storer:
         if not self._link.ready():
             raise Unavailable("no daemon")
         self._link.register(store.namespace.digest(), store.namespace.descriptor(), self._names)
-        parent = object_key(store.parent, self._shard) if store.parent else requests.NO_PARENT
-        room = _Room(self._full_until)
-        for chunks in self._parts(store.chunks):
-            keys = [object_key(chunk.key, self._shard) for chunk in chunks]
-            done = 0
-            while True:
-                above = [keys[done - 1] if done else parent, *keys[done:-1]]
-                part = self._store_part(job, chunks[done:], keys[done:], above, causes)
-                if Cause.CANCELLED in causes:
-                    return
-                if part:
-                    room.found()
-                done += part
-                job.left -= part
-                if done == len(keys) or not room.waits():
-                    break
-            if done < len(keys):  # the chain ends here
-                self._full_until = time.monotonic() + _FULL_S
-                causes[Cause.FULL] = causes.get(Cause.FULL, 0) + len(keys) - done
-                job.left -= len(keys) - done
-            if Cause.OVER_QUOTA in causes:  # and the rest of the chain with what was refused
-                causes[Cause.OVER_QUOTA] += job.left
-                return
-            parent = keys[-1]
-
-    def _parts(self, chunks: Sequence[ChunkBlocks]) -> Iterator[Sequence[ChunkBlocks]]:
-        """Runs that each take little of the arena, so that one store may be larger than it."""
+        items = self._items(store)
+        job.left = len(items)
         arena = self._link.connection.map
         if arena is None:
             raise Unavailable("no daemon")
-        size = self._block_bytes * max(len(chunk.blocks) for chunk in chunks)
-        most = min(_PART_CHUNKS, max(1, len(arena) // _PART_SHARE // size))
-        for at in range(0, len(chunks), most):
-            yield chunks[at : at + most]
+        room = _Room(self._full_until)
+        for part in _runs(items, len(arena) // _PART_SHARE, _PART_CHUNKS):  # each takes little of the arena
+            left: Sequence[_Item] = part
+            while left:
+                count, left = len(left), self._store_part(job, left, causes)
+                if Cause.CANCELLED in causes:
+                    return
+                job.left -= count - len(left)
+                if len(left) < count:
+                    room.found()
+                if left and not room.waits():
+                    break
+            if left:  # the chain ends here
+                self._full_until = time.monotonic() + _FULL_S
+                causes[Cause.FULL] = causes.get(Cause.FULL, 0) + len(left)
+                job.left -= len(left)
+            if Cause.OVER_QUOTA in causes:  # and the rest of the chain with what was refused
+                causes[Cause.OVER_QUOTA] += job.left
+                return
 
-    def _store_part(
-        self,
-        job: StoreJob,
-        chunks: Sequence[ChunkBlocks],
-        keys: list[bytes],
-        parents: list[bytes],
-        causes: dict[str, int],
-    ) -> int:
-        """Store a part; answers how many of its first chunks were dealt with: there is no room for the next."""
+    def _items(self, store: Store) -> list[_Item]:
+        """What of a store is on this worker. In the chain each hangs under that of the chunk before;
+        what is beside it, under that of its own chunk."""
+        chain = next((each for each in self._objects if each.group.need is Need.ALL and any(each.block_bytes)), None)
+        items, above, at = [], store.parent, b""
+        for chunk in store.chunks:
+            if chunk.key != at:
+                above, at = at or store.parent, chunk.key
+            objects = self._objects[chunk.group]
+            nbytes = objects.nbytes(len(chunk.blocks))
+            if nbytes:
+                parent = above if objects is chain else chunk.key
+                parent = chain.key(parent) if chain is not None and parent else requests.NO_PARENT
+                items.append(_Item(chunk, objects, objects.key(chunk.key), parent, nbytes))
+        return items
+
+    def _store_part(self, job: StoreJob, items: Sequence[_Item], causes: dict[str, int]) -> list[_Item]:
+        """Store a part; answers those of it that there was no room for."""
         connection = self._link.connection
         lease = os.urandom(16)
         reserve = requests.Reserve(
             lease,
             job.store.namespace.digest(),
-            requests.join_keys(keys),
-            requests.join_keys(parents),
-            [self._block_bytes * len(chunk.blocks) for chunk in chunks],
+            requests.join_keys([item.key for item in items]),
+            requests.join_keys([item.parent for item in items]),
+            [item.nbytes for item in items],
             _WRITE_LEASE_S,
         )
         try:
-            answer = connection.call(reserve, _CALL_TIMEOUT_S).payload
-            done = next((place for place, item in enumerate(answer) if item == Cause.FULL), len(answer))
-            for place, item in enumerate(answer[done:], done):
-                if item in (Cause.FULL, Cause.NO_PARENT):  # because the chunk before it has no room
-                    answer[place] = Cause.BUSY
-            if Cause.OVER_QUOTA in answer:
-                refused = answer.index(Cause.OVER_QUOTA)
-                answer[refused:] = [Cause.OVER_QUOTA if item == Cause.NO_PARENT else item for item in answer[refused:]]
-            written = self._write(job, chunks, keys, answer, causes)
-            if not written:
-                if any(isinstance(item, list) for item in answer):
+            granted, left = self._sorted(items, connection.call(reserve, _CALL_TIMEOUT_S).payload, causes)
+            sums = self._gather(job, granted)
+            if sums is None:
+                causes[Cause.CANCELLED] = causes.get(Cause.CANCELLED, 0) + 1
+            if not sums:
+                if granted:
                     connection.abort(lease)
-                return done
+                return left
+            written = list(zip([each.item for each in granted], sums, strict=True))
             commit = requests.Commit(
-                lease, requests.join_keys([key for key, _ in written]), [total for _, total in written]
+                lease, requests.join_keys([item.key for item, _ in written]), [total for _, total in written]
             )
             answer = connection.call(commit, _CALL_TIMEOUT_S).payload
         except BaseException:  # else the extents stay reserved for as long as the lease
             connection.abort(lease)
             raise
-        sizes = {key: self._block_bytes * len(chunk.blocks) for key, chunk in zip(keys, chunks, strict=True)}
-        for (key, _), cause in zip(written, answer, strict=True):
+        for (item, _), cause in zip(written, answer, strict=True):
             if not cause:
-                job.nbytes += sizes[key]
+                job.nbytes += item.nbytes
             elif cause != Cause.EXISTS:
                 causes[cause] = causes.get(cause, 0) + 1
-        return done
+        return left
 
-    def _write(
-        self,
-        job: StoreJob,
-        chunks: Sequence[ChunkBlocks],
-        keys: Sequence[bytes],
-        answer: Sequence[Any],
-        causes: dict[str, int],
-    ) -> list[tuple[bytes, int]]:
-        granted: list[tuple[bytes, Move]] = []
-        for key, chunk, item in zip(keys, chunks, answer, strict=True):
-            if isinstance(item, list):
-                count = len(chunk.blocks)
-                payload = self._link.connection.buffers(item, self._block_bytes * count)
-                granted.append((key, Move(chunk.blocks, payload, 0, count)))
-            elif item not in (Cause.EXISTS, Cause.BUSY):
-                causes[item] = causes.get(item, 0) + 1
-        sums = self._gather(job, [move for _, move in granted])
-        if sums is None:
-            causes[Cause.CANCELLED] = causes.get(Cause.CANCELLED, 0) + 1
-            return []
-        return list(zip([key for key, _ in granted], sums, strict=True))
+    def _sorted(
+        self, items: Sequence[_Item], answer: Sequence[Any], causes: dict[str, int]
+    ) -> tuple[list[_Granted], list[_Item]]:
+        """(objects to write, those that there is no room for) by a reservation's answer; others are counted. What hangs
+        under one without room has none either, and under one that was refused is refused for the same."""
+        granted: list[_Granted] = []
+        left: list[_Item] = []
+        full: set[bytes] = set()
+        refused: set[bytes] = set()
+        for item, found in zip(items, answer, strict=True):
+            if found == Cause.NO_PARENT and item.parent in refused:
+                found = Cause.OVER_QUOTA
+            if isinstance(found, list):
+                payload = self._link.connection.buffers(found, item.nbytes)
+                granted.append(_Granted(item, payload, item.objects.whole(item.chunk, payload), item.nbytes))
+            elif found == Cause.FULL or (found == Cause.NO_PARENT and item.parent in full):
+                left.append(item)
+                full.add(item.key)
+            elif found not in (Cause.EXISTS, Cause.BUSY):
+                causes[found] = causes.get(found, 0) + 1
+                if found == Cause.OVER_QUOTA:
+                    refused.add(item.key)
+        return granted, left
 
-    def _gather(self, job: StoreJob, moves: Sequence[Move]) -> list[int] | None:
+    def _gather(self, job: StoreJob, granted: Sequence[_Granted]) -> list[int] | None:
         """Copy; answers the checksums, or None where the job was given up meanwhile. Whatever comes of it, what was
         submitted has ended."""
-        flying: deque[tuple[Copy, Sequence[Move]]] = deque()
+        flying: deque[tuple[Copy, Sequence[_Granted]]] = deque()
         sums: list[Callable[[], list[int]]] = []
 
         def land() -> None:
             copy, landed = flying[0]
             copy.wait()
             flying.popleft()
-            sums.append(self._hashers.start([move.payload for move in landed]))
+            sums.append(self._hashers.start([each.payload for each in landed]))
 
         try:
-            for flight in self._flights(moves):
-                copy = job.gate.submit(partial(self._copier.gather, flight, job.after))
+            for flight in _runs(granted, self._flight_bytes, len(granted)):
+                moves = [move for each in flight for move in each.moves]
+                copy = job.gate.submit(partial(self._copier.gather, moves, job.after))
                 if copy is None:
                     return None
                 flying.append((copy, flight))
@@ -286,9 +309,17 @@ class Storer:
                     copy.wait()
         return [each for found in sums for each in found()] if job.gate.is_open else None
 
-    def _flights(self, moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
-        """Moves that are submitted together."""
-        size = self._block_bytes * max((move.of for move in moves), default=1)
-        most = max(1, self._flight_bytes // size)
-        for at in range(0, len(moves), most):
-            yield moves[at : at + most]
+
+_Sized = TypeVar("_Sized", _Item, _Granted)
+
+
+def _runs(items: Sequence[_Sized], nbytes: int, most: int) -> Iterator[Sequence[_Sized]]:
+    """Runs of at most so many bytes and items; a larger item goes alone."""
+    begin = total = 0
+    for at, item in enumerate(items):
+        if at > begin and (total + item.nbytes > nbytes or at - begin == most):
+            yield items[begin:at]
+            begin, total = at, 0
+        total += item.nbytes
+    if begin < len(items):
+        yield items[begin:]

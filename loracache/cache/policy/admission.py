@@ -3,7 +3,7 @@
 
 Asked when an object has come into the arena, and again when it is used there. A chunk is never asked for without its
 parents, so those are known where it is; and a chunk that is written takes along those of its parents that the tier
-lacks. Adapters are always admitted: nothing computes one again.
+lacks. What stands beside a chunk goes where that went. Adapters are always admitted: nothing computes one again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from loracache.cache.policy.names import Names
 from loracache.cache.state.index import Node
 from loracache.results import Refusal
 from loracache.storage_backends.base import Kind
+from loracache.tiers import Tier
 
 __all__ = ["AdaptiveAdmission", "AdmitAll", "SecondTouch"]
 
@@ -61,7 +62,7 @@ class SecondTouch(AdmitAll):
     def came(self, node: Node) -> Refusal:
         """Why an object that has come into the arena is not to be written down: it was not there before."""
         name = hash(node.key)
-        if node.kind is Kind.LORA or name in self._seen:
+        if node.kind is Kind.LORA or name in self._seen or _goes_with_its_chunk(node):
             return Refusal.NONE
         self._seen.add(name, self._objects())
         return self._first(node)
@@ -136,11 +137,14 @@ class AdaptiveAdmission(SecondTouch):
 
     def _first(self, node: Node) -> Refusal:
         name = hash(node.key)
+        if _chunk_of(node) is not None:  # it goes where its chunk went, whose kind is that of what follows the chunk
+            return Refusal.FIRST_TOUCH
         kind = self._heads.pop(name, None)
         if kind is None and node.parent is not None:
             kind = self._parts.pop(hash(node.parent.key), None)
         _remember(self._parts, name, kind)
-        self._spaces.came(node.namespace)
+        if node.kind is Kind.KV:  # of what is beside chains no lookup says that it came again
+            self._spaces.came(node.namespace)
         if self._spaces.share(node.namespace) < SHARES[0]:
             return Refusal.FIRST_TOUCH
         return Refusal.NONE if self._kinds.share(kind) >= self._shadows.share else Refusal.FIRST_TOUCH
@@ -150,3 +154,15 @@ def _remember(kinds: OrderedDict[int, Hashable], name: int, kind: Hashable) -> N
     kinds[name] = kind
     if len(kinds) > _HEADS:
         kinds.popitem(last=False)
+
+
+def _chunk_of(node: Node) -> Node | None:
+    """The chunk that an object stands beside; None for all others, and where no layer has full attention."""
+    above = node.parent
+    return above if node.kind is Kind.BESIDE and above is not None and above.kind is not Kind.LORA else None
+
+
+def _goes_with_its_chunk(node: Node) -> bool:
+    """Whether it stands beside a chunk that a lower tier has, or waits for: that may be of no use there without it."""
+    chunk = _chunk_of(node)
+    return chunk is not None and (chunk.sent or bool(chunk.dirty) or chunk.held_in(Tier.DISK))

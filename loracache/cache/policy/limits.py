@@ -105,7 +105,7 @@ class Quotas:
 
     def tenant_of(self, node: Node) -> str:
         """The digest of its tenant's salt, "" where there is none."""
-        found = self.names(node.namespace) if node.kind is Kind.KV else None
+        found = self.names(node.namespace) if node.kind is not Kind.LORA else None
         return "".join(found["tenant"]) if found is not None else ""
 
     def learned(self, namespace: bytes) -> None:

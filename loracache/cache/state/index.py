@@ -64,6 +64,7 @@ class Index:
         self.on_count: Callable[[Node, Tier, int], None] | None = None
         self.objects = [0, 0, 0, 0]
         self.bytes = [0, 0, 0, 0]
+        self.beside = [0, 0, 0, 0]  # of the objects, those beside chains
         self._uncovered: list[tuple[Node, Tier]] | None = None  # parents without children, while many leave
         self._most = 0
 
@@ -206,6 +207,8 @@ class Index:
     def _count(self, node: Node, tier: Tier, sign: int) -> None:
         nbytes = sign * node.size
         self.objects[tier] += sign
+        if node.kind is Kind.BESIDE:
+            self.beside[tier] += sign
         self.bytes[tier] += nbytes
         space = self.spaces[node.namespace]
         space.objects[tier] += sign
@@ -263,6 +266,14 @@ class Index:
             for tier in _OFFERED:
                 if node.offered >> tier & 1:
                     self.on_used(tier, node, before)
+
+    def read_beside(self, node: Node) -> None:
+        """Record that an object is read behind a lookup that has found it beside a chain. Lookups find many of these
+        that nobody needs, so this is what counts: once, however many workers share it and whoever raises it first."""
+        node.asked = False
+        node.hits += 1
+        if node.present:
+            self.spaces[node.namespace].hits += 1
 
     def hold(self, node: Node) -> None:
         """Keep the node's extents where they are until `unhold`."""

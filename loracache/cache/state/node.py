@@ -69,9 +69,10 @@ class Node:
 
     `children[tier]` counts children present in that tier; all children hang in a linked list from `first_child`.
     `leases` counts holds on the extents by clients and by transfers; `pins` and `offered` (to a policy) are bit masks
-    of tiers; `tick` is its last use by the index's clock; `hits` counts lookups that found it; `stored` is what it
-    takes on disk, 0 where that is its size; `written` is the interval between two flushes in which it got there,
-    0 where it was found; `sent` is whether Redis got it, as far as is known, for it evicts on its own.
+    of tiers; `tick` is its last use by the index's clock; `hits` counts lookups that found it, and of what is beside a
+    chain those behind which it was read; `asked`: one has found it there since; `stored` is what it takes on disk, 0
+    where that is its size; `written` is the interval between two flushes in which it got there, 0 where it was found;
+    `sent` is whether Redis got it, as far as is known, for it evicts on its own.
 
     `state` is made of four: `present` and `dirty` are bit masks of the tiers that hold it and of those that it is being
     written to; `extents` are its pages, from the beginning of a load on; `condemned` are pages that it had in the
@@ -79,9 +80,9 @@ class Node:
     """
 
     __slots__ = (
-        "checksum", "children", "condemned", "dirty", "extents", "first_child", "hits", "key", "kind", "leases",
-        "namespace", "next_sibling", "offered", "parent", "pins", "present", "previous_sibling", "sent", "size",
-        "stored", "tick", "written",
+        "asked", "checksum", "children", "condemned", "dirty", "extents", "first_child", "hits", "key", "kind",
+        "leases", "namespace", "next_sibling", "offered", "parent", "pins", "present", "previous_sibling", "sent",
+        "size", "stored", "tick", "written",
     )  # fmt: skip
 
     def __init__(self, key: bytes, kind: Kind, parent: Node | None) -> None:
@@ -107,6 +108,7 @@ class Node:
         self.dirty = 0
         self.tick = 0
         self.hits = 0
+        self.asked = False
 
     @property
     def is_root(self) -> bool:

@@ -3,7 +3,8 @@
 
 A root is an object of the disk that the arena lacks, and whose parent the arena has, or that has none. What has become
 one is noted when it does: as it leaves the arena, as the disk is found to hold it, as its parent arrives. What is none
-any more is noticed when it is looked at. So nothing looks at all nodes, ever.
+any more is noticed when it is looked at. So nothing looks at all nodes, ever. What stands beside a chain and was not
+read yet is none: of all that, a prefix needs what is near its end.
 
 Adapters stand first; the rest in the order of FASTLIBRA's Retain_Eval in the form of policy/cost.py, whose order time
 does not change: S = t_last + tau * ln(seconds to load / bytes * visits). Threading: the cache's thread.
@@ -73,7 +74,7 @@ class Candidates:
             del self._order[rank]
 
     def _offer(self, node: Node) -> None:
-        if not is_root(node):
+        if not is_root(node) or (node.kind is Kind.BESIDE and not node.hits):
             return
         self.discard(node)
         worth = self._speeds.by_size(node, Tier.CPU) * self._speeds.prefill

@@ -84,7 +84,7 @@ async function find(text) {
 /** An object, and behind it the namespace it stands in; or an adapter. */
 async function byKey(key) {
   const { objects: [found] } = await get(`v1/objects?${new URLSearchParams({ key })}`);
-  if (found?.kind === "kv") {
+  if (found && found.kind !== "lora") {
     const space = { id: `space:${found.namespace}`, kind: "space", model: "", names: [], children: 1 };
     return [{ ...found, id: key, kind: "chunk" }, space];
   }

@@ -55,7 +55,9 @@ class ScriptedLink:
     def answering(self) -> bool:
         return self.connected
 
-    def ask_lookup(self, lease: bytes, keys: list[bytes], shards: int, ttl: float) -> int:
+    def ask_lookup(
+        self, lease: bytes, keys: list[bytes], shards: int, ttl: float, beside: Sequence[bytes] = (), width: int = 0
+    ) -> int:
         if not self.connected:
             return 0
         self.lookups.append(list(keys))
@@ -65,12 +67,13 @@ class ScriptedLink:
             if key not in self.tiers:
                 break
             held.append(self.tiers[key])
-        return self._ask(tuple(held[: len(held) // shards * shards]))
+        leading = tuple(held[: len(held) // shards * shards]) if shards else ()
+        return self._ask((leading, tuple(self.tiers.get(key, "") for key in beside)))
 
-    def answer_lookup(self, number: int) -> tuple[str, ...] | None:
+    def answer_lookup(self, number: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
         return self._asked.pop(number) if self.answers else None
 
-    def wait_lookup(self, number: int, seconds: float) -> tuple[str, ...] | None:
+    def wait_lookup(self, number: int, seconds: float) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
         self.waits.append(seconds)
         self.on_wait(seconds)
         return self.answer_lookup(number)
@@ -160,17 +163,55 @@ def engine_config(**changes: Any) -> SimpleNamespace:
     return config
 
 
+def full_attention() -> Any:
+    """The group of a model whose layers need all of a prefix."""
+    from loracache.connectors.vllm.common.groups import KVGroup, Member
+    from loracache.groups import Need
+
+    return KVGroup(Need.ALL, 0, (Member(0, BLOCK, ("layer",)),))
+
+
+def tables_of(*blocks: Sequence[int]) -> Any:
+    """KVCacheBlocks with these blocks, one table for each of vLLM's groups; -1: one of its prefix cache, 0: none."""
+    block = {
+        each: SimpleNamespace(block_id=each, is_null=not each, block_hash=b"" if each < 0 else None)
+        for t in blocks
+        for each in t
+    }
+    tables = tuple([block[each] for each in table] for table in blocks)
+    return SimpleNamespace(blocks=tables, get_block_ids=lambda: tuple(list(table) for table in blocks))
+
+
+def _tables(blocks: Sequence[Any]) -> tuple[list[int], ...]:
+    return tuple(map(list, blocks)) if blocks and not isinstance(blocks[0], int) else (list(blocks),)
+
+
 class Driver:
     """A SchedulerSide, driven the way vLLM's scheduler drives it."""
 
-    def __init__(self, link: Any, config: Any, shards: Sequence[str], **options: Any) -> None:
-        from loracache.connectors.vllm.common.messages import Facts
+    def __init__(
+        self, link: Any, config: Any, shards: Sequence[str], groups: Sequence[Any] = (), **options: Any
+    ) -> None:
+        from loracache.connectors.vllm.common.messages import Facts, GroupFacts
         from loracache.connectors.vllm.common.options import Options
         from loracache.connectors.vllm.scheduler.side import SchedulerSide
 
         self.link = link
-        self.side = SchedulerSide(config, Options(chunk_tokens=CHUNK, **options), lambda: "m" * 64, link)
-        self.side.set_facts([Facts(shard, "cpu/H.N.C", 4096) for shard in shards], BLOCK)
+        chosen = Options(chunk_tokens=CHUNK, **options)
+        self.side = SchedulerSide(config, chosen, lambda: "m" * 64, link, groups or [full_attention()])
+        self.side.set_facts(
+            [
+                Facts(
+                    tuple(
+                        GroupFacts(
+                            f"{shard}/{group.name}" if group.name else shard, "cpu/H.N.C", (4096,) * len(group.members)
+                        )
+                        for group in groups or [full_attention()]
+                    )
+                )
+                for shard in shards
+            ]
+        )
         self._shards = shards
 
     def hold(self, request: Any, tiers: Iterable[str], *, shards: Iterable[str] = ()) -> None:
@@ -195,6 +236,12 @@ class Driver:
         self.link.lookups, self.link.leases, self.link.connected = lookups, leases, connected
         return found
 
+    tables_of = staticmethod(tables_of)
+
+    def load(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
+        """vLLM has made room in these blocks of its first group."""
+        self.side.planned_load(request, tables_of(blocks), tokens)
+
     def arrive(self, request: Any, local: int = 0) -> tuple[int | None, bool]:
         self.side.on_new_request(request)
         return self.side.matched_tokens(request, local)
@@ -206,17 +253,28 @@ class Driver:
         *,
         resumed: Iterable[Any] = (),
         preempted: Iterable[Any] = (),
+        scheduled: int = 1,
+        states: Iterable[tuple[int, int, int]] = (),
     ) -> Any:
-        """One step: `new` requests with all their blocks, running ones with `more` blocks, `resumed` among them."""
+        """One step: `new` requests with all their blocks (a list for each of vLLM's groups where it has several),
+        running ones with `more` blocks, `resumed` among them; each computes `scheduled` tokens. states: those of the
+        one request that vLLM hands over.
+        """
         new, more = new or {}, more or {}
         output = SimpleNamespace(
-            scheduled_new_reqs=[SimpleNamespace(req_id=each.request_id, block_ids=(b,)) for each, b in new.items()],
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=each.request_id, block_ids=_tables(b)) for each, b in new.items()
+            ],
             scheduled_cached_reqs=SimpleNamespace(
                 req_ids=[each.request_id for each in more],
-                new_block_ids=[(blocks,) if blocks else None for blocks in more.values()],
+                new_block_ids=[_tables(blocks) if blocks else None for blocks in more.values()],
                 resumed_req_ids={each.request_id for each in resumed},
             ),
-            num_scheduled_tokens={each.request_id: 1 for each in [*new, *more]},
+            num_scheduled_tokens={each.request_id: scheduled for each in [*new, *more]},
+            kv_connector_block_state=SimpleNamespace(
+                resolve_block_ids=lambda name: self.side._requests[name].blocks,
+                boundary_state_offloads={each.request_id: list(states) for each in [*new, *more]},
+            ),
             preempted_req_ids={each.request_id for each in preempted},
         )
         return self.side.build_plan(output)
@@ -244,8 +302,15 @@ def make_config() -> Callable[..., SimpleNamespace]:
 
 @pytest.fixture
 def make_driver(link: ScriptedLink) -> Callable[..., Driver]:
-    def make(config: Any = None, *, shards: Sequence[str] = ("all",), link: Any = link, **options: Any) -> Driver:
-        return Driver(link, config or engine_config(), shards, **options)
+    def make(
+        config: Any = None,
+        *,
+        shards: Sequence[str] = ("all",),
+        link: Any = link,
+        groups: Sequence[Any] = (),
+        **options: Any,
+    ) -> Driver:
+        return Driver(link, config or engine_config(), shards, groups, **options)
 
     return make
 
@@ -278,15 +343,16 @@ def make_side(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Iterator[Cal
     import torch
 
     from loracache.connectors.vllm.common.options import Options
-    from loracache.connectors.vllm.worker import side as worker_module
+    from loracache.connectors.vllm.worker import objects as objects_module
     from loracache.connectors.vllm.worker.side import WorkerSide
 
-    monkeypatch.setattr(worker_module, "shard_name", lambda config, layers: "all")
-    monkeypatch.setattr(worker_module, "platform_name", lambda config, spec: "cpu-test")
+    monkeypatch.setattr(objects_module, "shard_name", lambda config, layers, group, replicated: "all")
+    monkeypatch.setattr(objects_module, "platform_name", lambda config, spec: "cpu-test")
     made: list[Any] = []
 
     def make(url: str, *, problem: str = "", tensors: dict[str, Any] | None = None, **options: Any) -> Any:
-        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, head_size=8))
+        spec = SimpleNamespace(block_size=16, head_size=8)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         kv_cache = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
         side = WorkerSide(make_config(), kv_cache, Options(server=url, chunk_tokens=16, **options), problem)
         made.append(side)

@@ -152,13 +152,14 @@ def test_sleep_reaches_the_worker() -> None:
 
 def test_resets_and_waiting_blocks_reach_the_scheduler() -> None:
     seen: list[Any] = []
-    held = SimpleNamespace(pending=True, free=seen.append, stored=lambda ids: seen.append(sorted(ids)))
     scheduler = SimpleNamespace(
-        held=held,
+        storing=SimpleNamespace(
+            held=SimpleNamespace(pending=True), done=lambda request_ids: seen.append(sorted(request_ids))
+        ),
+        free_blocks=seen.append,
         check_weights=lambda: seen.append("check"),
         prefix_cache_reset=lambda: seen.append("reset"),
         step_done=lambda: None,
-        stores_done=held.stored,
     )
     connector = bare_connector(scheduler=scheduler)
     assert connector.has_pending_block_frees()

@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 
 from loracache import CacheClient
+from loracache.connectors.vllm.common.groups import KVGroup, Member
 from loracache.connectors.vllm.common.messages import Load
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
+from loracache.groups import Need
 from loracache.keys import object_key
 from loracache.results import Cause
 
 PROXY = Path(__file__).parents[3] / "benchmarks" / "far_redis.py"
 CHUNK, CHUNKS = 16, 8
+GROUPS = (KVGroup(Need.ALL, 0, (Member(0, CHUNK, ("layer",)),)),)
 DELAY_MS, MB_A_SECOND = 2, 0.05  # a chunk of 4 KiB takes 80 ms
 TOKEN_S = 0.001  # and 16 ms to compute
 
@@ -65,8 +68,8 @@ class Engine:
         self.worker = worker
         self.link = SchedulerLink(url)
         options = {"chunk_tokens": CHUNK, "lookup_wait": 10.0} | options
-        self.side = SchedulerSide(config, Options(**options), lambda: "m" * 64, self.link)
-        self.side.set_facts([worker.facts], CHUNK)
+        self.side = SchedulerSide(config, Options(**options), lambda: "m" * 64, self.link, GROUPS)
+        self.side.set_facts([worker.facts])
         self.side._patience.steps.planned(0.0, 1000)
         self.side._patience.steps.done(1000 * TOKEN_S)
 
@@ -78,7 +81,7 @@ class Engine:
             time.sleep(0.001)
         tokens = answer[0]
         assert tokens is not None
-        self.side.planned_load(request, list(range(CHUNKS)), tokens)
+        self.side.planned_load(request, SimpleNamespace(get_block_ids=lambda: (list(range(CHUNKS)),)), tokens)
         nothing = SimpleNamespace(req_ids=[], new_block_ids=[], resumed_req_ids=set())
         output = SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=nothing, num_scheduled_tokens={})
         plan = self.side.build_plan(output)
@@ -93,7 +96,7 @@ class Engine:
         if news is not None:
             self.side.take_news(news)
         self.side.finished_loading(loaded, set())
-        self.side.finished(request, [])
+        self.side.finished(request, [[]])
         return int(tokens) // CHUNK
 
 
@@ -110,9 +113,9 @@ def fill(client: CacheClient, engine: Engine, asked: list[Any]) -> None:
         root = client.register(state.namespace)
         keys = [object_key(key, "all") for key in state.chunk_keys]
         assert len(keys) == CHUNKS
-        with client.reserve(root, keys, [engine.worker.facts.block_bytes] * CHUNKS) as reservation:
+        with client.reserve(root, keys, [engine.worker.facts.groups[0].block_bytes[0]] * CHUNKS) as reservation:
             for position in range(CHUNKS):
-                reservation.write(position, os.urandom(engine.worker.facts.block_bytes))
+                reservation.write(position, os.urandom(engine.worker.facts.groups[0].block_bytes[0]))
     client.flush()
 
 

@@ -53,7 +53,7 @@ class Probed:
         index.enter(index.get(bytes.fromhex(ADAPTER)), Tier.DISK)  # type: ignore[arg-type]
         self.keys = [number.to_bytes(32, "big") for number in range(COUNT)]
         for number, key in enumerate(self.keys):
-            fields = (
+            fields: dict[str, Any] = (
                 {"salt": f"{number:064x}"},
                 {"adapter": ADAPTER, "salt": f"{number:064x}"},
                 {"salt": TENANT, "adapter": f"{number // 4 % OTHERS:064x}" if number // 4 % 4 else ""},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from loracache.namespaces import Namespaces
 IDENTITY = "0123456789abcdef" * 4
 
 
-def space(model: str = IDENTITY, **fields: str) -> Namespace:
+def space(model: str = IDENTITY, **fields: Any) -> Namespace:
     return Namespace(model, "float32", "layout", 16, **fields)
 
 

@@ -29,6 +29,7 @@ selectors = st.fixed_dictionaries({}, optional={
 })  # fmt: skip
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "adapters": keys,
+    "beside": keys,
     "after": st.text(max_size=100),
     "by": st.text(max_size=100),
     "checksums": st.lists(st.integers(0, 2**64 - 1), max_size=5),
@@ -70,9 +71,11 @@ EXAMPLES: dict[str, Any] = {
     "kind": "tenant", "priority": "high", "soft": 1, "hard": -1,
     "selector": {"keys": bytes(32)}, "since": 0, "source": "cpu", "wait": 1.5,
     "adapters": bytes(32), "delay": 1.5, "running": 1, "prefill": 1, "waiting": 1, "wanted": bytes(32),
+    "beside": bytes(64),
 }  # fmt: skip
 NONSENSE: dict[str, list[Any]] = {
     "adapters": [None, "x" * 32, bytes(31), [bytes(32)]],
+    "beside": [None, "x" * 32, bytes(31), [bytes(32)]],
     "delay": [None, -1, 3601, float("nan"), float("inf"), True, "1"],
     "prefill": [None, -1, 2**63, 1.0, True, "1"],
     "running": [None, -2, 2**31, 1.0, True, "1"],
@@ -197,13 +200,15 @@ def test_a_missing_or_extra_field_is_told_with_the_fields_there_are(operation: s
 def test_a_field_that_came_later_may_be_missing_and_is_not_sent_where_it_says_nothing() -> None:
     """Older clients do not know it, and neither do older daemons."""
     reserve: Any = protocol.Reserve
-    values = [EXAMPLES[field.name] for field in fields(reserve)][:-1]
+    values = [EXAMPLES[field.name] for field in fields(reserve) if field.default is MISSING]
     number, request = decode_request([1, "reserve", *values])
     assert (number, request) == (1, reserve(*values, 0.0))
     (sent,) = Frames().feed(request.encode(1))
     assert sent == [1, "reserve", *values]
     (sent,) = Frames().feed(reserve(*values, 2.0).encode(1))
     assert sent == [1, "reserve", *values, 2.0]
+    (sent,) = Frames().feed(reserve(*values, 0.0, bytes(32)).encode(1))
+    assert sent == [1, "reserve", *values, 0.0, bytes(32)]
 
 
 @pytest.mark.parametrize("operation", ["", "shutdown", "__class__", "encode", None, 7, [], b"status"])

@@ -15,13 +15,18 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1 import kv_cache_interface as specs
 
 from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout, uncacheable
-from loracache.connectors.vllm.common.messages import Facts
+from loracache.connectors.vllm.common.groups import KVGroup, Member, groups_of
+from loracache.connectors.vllm.common.messages import Facts, GroupFacts
 from loracache.connectors.vllm.scheduler.chunks import Chunks
 from loracache.errors import ConfigError
+from loracache.groups import Need
 
 MIB = 1 << 20
 ATTENTION: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
 FULL = specs.FullAttentionSpec(**ATTENTION)
+WINDOW = specs.SlidingWindowSpec(**ATTENTION, sliding_window=128)
+STATES = specs.MambaSpec(block_size=32, shapes=((2, 2),), dtypes=(torch.float32,), mamba_cache_mode="align")
+GROUPS = (KVGroup(Need.ALL, 0, (Member(0, 16, ("layer",)),)),)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +68,6 @@ def test_full_attention_is_cached(make_config: Any, spec: Any) -> None:
 
 
 REFUSED = [
-    specs.SlidingWindowSpec(**ATTENTION, sliding_window=128),
-    specs.ChunkedLocalAttentionSpec(**ATTENTION, attention_chunk_size=64),
-    specs.MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,)),
     specs.RSWASpec(**ATTENTION, rswa_window=64),
     specs.SinkFullAttentionSpec(**ATTENTION, sink_len=4),
     specs.HiddenStateCacheSpec(**ATTENTION),
@@ -80,9 +82,60 @@ def test_other_state_is_refused_by_its_name(make_config: Any, spec: Any) -> None
     assert type(spec).__name__ in reason(make_config, mixed)
 
 
-def test_several_groups_are_refused(make_config: Any) -> None:
-    assert "2 KV cache groups (FullAttentionSpec, SlidingWindowSpec)" in reason(make_config, FULL, REFUSED[0])
-    assert "0 KV cache groups (none)" in reason(make_config)
+def test_layers_that_need_less_than_all_of_a_prefix_are_cached(make_config: Any) -> None:
+    local = specs.ChunkedLocalAttentionSpec(**ATTENTION, attention_chunk_size=64)
+    for groups in ([WINDOW], [FULL, WINDOW], [FULL, WINDOW, WINDOW], [local, FULL], [FULL, STATES], [STATES]):
+        assert reason(make_config, *groups) == ""
+    assert "no KV cache" in reason(make_config)
+
+
+def test_they_are_refused_where_they_could_not_be_exact(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = specs.MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))
+    assert "prefix caching is off" in reason(make_config, FULL, none)
+    drafted = SimpleNamespace(use_eagle=lambda: False)
+    assert "speculative decoding" in reason(make_config, FULL, WINDOW, speculative_config=drafted)
+    assert reason(make_config, FULL, speculative_config=drafted) == ""
+    replayed = specs.SlidingWindowMLASpec(**ATTENTION, sliding_window=128, bounded_replay=True)
+    assert "recomputes the last window" in reason(make_config, FULL, replayed)
+    both = specs.UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": WINDOW})
+    assert "different parts of a prefix" in reason(make_config, both)
+    monkeypatch.setattr("loracache.connectors.vllm.common.geometry.has_block_references", lambda: False)
+    assert "from vLLM 0.32 on" in reason(make_config, FULL, WINDOW)
+    assert reason(make_config, FULL) == ""
+
+
+def test_groups_of_one_kind_are_kept_together_full_attention_first() -> None:
+    def config(*found: Any) -> Any:
+        groups = [specs.KVCacheGroupSpec([f"layer{at}"], spec) for at, spec in enumerate(found)]
+        return specs.KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=groups)
+
+    wider = specs.SlidingWindowSpec(**ATTENTION, sliding_window=256)
+    groups = groups_of(config(WINDOW, FULL, STATES, WINDOW, wider, FULL))
+    assert [(group.need, group.tokens, [each.index for each in group.members]) for group in groups] == [
+        (Need.ALL, 0, [1, 5]),
+        (Need.WINDOW, 127, [0, 3]),
+        (Need.WINDOW, 255, [4]),
+        (Need.STATE, 0, [2]),
+    ]
+    assert len({group.name for group in groups}) == 4
+    assert groups[0].name != groups_of(config(FULL, FULL, WINDOW))[0].name  # other layers
+    assert groups_of(config(FULL))[0].name == ""
+    assert groups_of(config(WINDOW))[0].name.startswith("window127-")
+
+
+@pytest.mark.parametrize(
+    ("need", "tokens", "chunk", "tail"),
+    [
+        (Need.ALL, 0, 64, 64),
+        (Need.WINDOW, 127, 64, 64),
+        (Need.WINDOW, 127, 512, 128),  # of a larger chunk, what is before its last window nobody needs
+        (Need.WINDOW, 7, 64, 16),
+        (Need.SPAN, 64, 256, 256),
+        (Need.STATE, 0, 64, 16),
+    ],
+)
+def test_an_object_holds_what_some_prefix_needs(need: Need, tokens: int, chunk: int, tail: int) -> None:
+    assert KVGroup(need, tokens, (Member(0, 16, ("a",)), Member(1, 16, ("b",)))).tail(chunk) == tail
 
 
 def test_so_are_context_parallel_models(make_config: Any) -> None:
@@ -180,13 +233,18 @@ def test_a_payload_of_one_block_is_the_same_whether_layers_lie_side_by_side_or_n
 
 def test_what_a_chunk_really_has_decides_and_stages_of_one_layer_agree_with_the_others() -> None:
     """A stage whose blocks are large would have chunks of one block alone; beside a small one it has several."""
-    facts = [Facts("stage0", "cuda/A@blocks", 2 * MIB), Facts("stage1", "cuda/A@blocks", MIB // 2)]
-    several = Chunks.of(facts, 16, 0, drops_last_block=False)
-    alone = Chunks.of(facts[:1], 16, 0, drops_last_block=False)
+    facts = [
+        Facts((GroupFacts("stage0", "cuda/A@blocks", (2 * MIB,)),)),
+        Facts((GroupFacts("stage1", "cuda/A@blocks", (MIB // 2,)),)),
+    ]
+    several = Chunks.of(facts, GROUPS, 0, drops_last_block=False)
+    alone = Chunks.of(facts[:1], GROUPS, 0, drops_last_block=False)
     assert several is not None
     assert alone is not None
-    assert (several.per_chunk, several.layout) == (2, "cuda/A@blocks#stage0|stage1")
-    assert (alone.per_chunk, alone.layout) == (1, "cuda/A#stage0")
-    single = Chunks.of([facts[0], Facts("stage1", "cuda/A", MIB // 2)], 16, 0, drops_last_block=False)
+    assert (several.tokens, several.layout) == (32, "cuda/A@blocks#stage0|stage1")
+    assert (alone.tokens, alone.layout) == (16, "cuda/A#stage0")
+    single = Chunks.of(
+        [facts[0], Facts((GroupFacts("stage1", "cuda/A", (MIB // 2,)),))], GROUPS, 0, drops_last_block=False
+    )
     assert single is not None
     assert single.layout == "cuda/A@blocks#stage0|cuda/A#stage1"

@@ -63,7 +63,7 @@ def test_the_scheduler_hears_what_a_step_with_a_failed_worker_left_behind_once()
     connector: Any = object.__new__(LoRACacheConnector)
     heard: list[WorkerNews] = []
     connector._inbox = ReportInbox()
-    done = {"step_done": lambda: None, "stores_done": HeldBlocks().stored}
+    done = {"step_done": lambda: None, "storing": SimpleNamespace(done=HeldBlocks().stored)}
     connector._scheduler = SimpleNamespace(take_news=heard.append, **done)
     workers = [ReportOutbox(), ReportOutbox()]
     aggregator = KVOutputAggregator(expected_finished_count=2)

@@ -105,7 +105,7 @@ def test_a_worker_counts_bytes_seconds_and_failures(daemon: Any, make_side: Any,
         eventually(lambda: side.take_finished()[0], "it is stored")
     counts = side.tally.take().data
     assert counts == {"store_bytes": 2048, "store_failures.no_parent": 1}
-    loads = [Load("c", (ChunkBlocks(here, (2,)), ChunkBlocks(gone, (3,))), None, 1)]
+    loads = [Load("c", (ChunkBlocks(here, (2,)), ChunkBlocks(gone, (3,))), None, 16)]
     side.start_loads(StepPlan(step=3, loads=loads))
     eventually(lambda: side.take_finished()[1], "it is loaded")
     counts = side.tally.take().data
@@ -122,7 +122,7 @@ def test_the_scheduler_counts_lookups_loads_and_waits(driver: Any, make_request:
     driver.arrive(request)
     driver.link.answers = True
     assert driver.side.matched_tokens(request, 0) == (64, True)
-    driver.side.planned_load(request, list(range(8)), 64)
+    driver.load(request, list(range(8)), 64)
     late = make_request("b", 4 * 32, seed=2)
     driver.link.connected = False
     driver.arrive(late)

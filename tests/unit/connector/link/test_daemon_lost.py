@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from loracache.connectors.vllm.common.groups import KVGroup, Member
 from loracache.connectors.vllm.link import pinned, worker
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.connectors.vllm.worker.loader import Loader
+from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.connectors.vllm.worker.storer import Storer
+from loracache.groups import Need
 from loracache.kernels.page_copy import PageCopier
 
 
@@ -39,8 +42,9 @@ def test_idle_threads_and_a_scheduler_let_go_of_a_killed_daemons_arena_within_a_
     layout = read_layout({"layer": torch.zeros(4, 2, 16, 32)}, 4)
     copier = PageCopier(layout.rows)
     scheduler = SchedulerLink(serving.url)
-    loader = Loader(serving.url, lambda: None, copier, "s", layout.block_bytes, 5.0, lambda _: True, lambda *_: None)
-    storer = Storer(serving.url, lambda: None, copier, "s", layout.block_bytes, lambda _: True, lambda *_: None)
+    objects = (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 16, ()),)), "s", (layout.block_bytes,)),)
+    loader = Loader(serving.url, lambda: None, copier, objects, 5.0, lambda _: True, lambda *_: None)
+    storer = Storer(serving.url, lambda: None, copier, objects, lambda _: True, lambda *_: None)
     adapters = WorkerLink(serving.url, "vllm-adapters", lambda: None, "cpu")
     eventually(lambda: scheduler.begin() and adapters.ready(), "all are connected")
     assert mapped(inode)

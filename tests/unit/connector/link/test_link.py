@@ -18,6 +18,7 @@ from loracache.client.connection import Reply
 from loracache.connectors.vllm.link import scheduler as link_module
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
+MISS = ((), ())
 KEYS = [bytes([number]) * 32 for number in range(4)]
 LEASE = bytes(16)
 NAMESPACE = Namespace("m" * 64, "float32", "layout", 16)
@@ -53,7 +54,7 @@ def test_an_answer_nobody_looks_for_is_a_sign_of_life(
     time.sleep(0.2)
     assert link.answering()
     assert link.ask_lookup(LEASE, KEYS, 1, 5.0)
-    assert link.answer_lookup(number) == ()  # and is there when it is asked for after all
+    assert link.answer_lookup(number) == MISS  # and is there when it is asked for after all
     link.close()
 
 
@@ -85,16 +86,16 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(
 def test_an_answer_may_be_waited_for(daemon: Any, link_of: Any, fast_silence: None, eventually: Any) -> None:
     running = daemon()
     link = link_of(running.url)
-    assert link.wait_lookup(link.ask_lookup(LEASE, KEYS, 1, 5.0), 30.0) == ()  # and no longer than it takes
+    assert link.wait_lookup(link.ask_lookup(LEASE, KEYS, 1, 5.0), 30.0) == MISS  # and no longer than it takes
     running.send(signal.SIGSTOP)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     assert link.wait_lookup(number, 0.002) is None
     running.send(signal.SIGCONT)
-    assert link.wait_lookup(number, 30.0) == ()
+    assert link.wait_lookup(number, 30.0) == MISS
     running.send(signal.SIGSTOP)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     running.stop(signal.SIGKILL)
-    assert link.wait_lookup(number, 30.0) in ((), None)  # gone: a miss, at once
+    assert link.wait_lookup(number, 30.0) in (MISS, None)  # gone: a miss, at once
     link.close()
 
 
@@ -106,13 +107,13 @@ def test_a_daemon_that_died_is_a_miss_and_its_successor_is_found(
     running.send(signal.SIGSTOP)
     number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     running.stop(signal.SIGKILL)
-    eventually(lambda: link.answer_lookup(number) == (), "the question ends as a miss")
+    eventually(lambda: link.answer_lookup(number) == MISS, "the question ends as a miss")
     link.release(LEASE)
     link.prefetch(LEASE, KEYS, 5.0)
     assert link.ask_lookup(LEASE, KEYS, 1, 5.0) == 0
     daemon(socket=running.socket)
     number = eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the new daemon is asked")
-    eventually(lambda: link.answer_lookup(number) == ())
+    eventually(lambda: link.answer_lookup(number) == MISS)
     link.close()
 
 
@@ -157,14 +158,37 @@ def test_a_long_lookup_is_asked_in_parts_as_far_as_hits_go(
 
     def answer(wanted: list[bytes], shards: int = 1) -> Any:
         number = eventually(lambda: link.ask_lookup(LEASE, wanted, shards, 5.0), "it is asked")
-        return eventually(lambda: [tiers] if (tiers := link.answer_lookup(number)) is not None else None)
+        return eventually(lambda: [found] if (found := link.answer_lookup(number)) is not None else None)[0].tiers
 
-    assert answer(keys) == [("cpu",) * 5]
-    assert answer(keys[:4]) == [("cpu",) * 4]
-    assert answer(keys[:3], shards=3) == [("cpu",) * 3]
-    assert answer(keys[5:]) == [()]
+    assert answer(keys) == ("cpu",) * 5
+    assert answer(keys[:4]) == ("cpu",) * 4
+    assert answer(keys[:3], shards=3) == ("cpu",) * 3
+    assert answer(keys[5:]) == ()
     assert running.status()["counters"]["lookup"] == 3 + 2 + 1 + 1
     assert running.status()["leases"] == 1
+    link.close()
+
+
+def test_keys_beside_a_chain_are_each_looked_for_in_the_same_parts(
+    daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks of a chain are held of three; of the two objects beside each, some."""
+    monkeypatch.setattr(link_module, "_PART_KEYS", 3)
+    running = daemon()
+    client = running.client()
+    chain, beside = ([bytes([first + number]) * 32 for number in range(count)] for first, count in ((1, 3), (11, 6)))
+    held = [*chain[:2], beside[0], beside[3]]
+    with client.reserve(client.register(NAMESPACE), held, [100] * 4, parents=[b"", chain[0], b"", b""]) as reservation:
+        for position in range(4):
+            reservation.write(position, bytes(100))
+    link = SchedulerLink(running.url)
+
+    def answer(keys: list[bytes], shards: int) -> Any:
+        number = eventually(lambda: link.ask_lookup(LEASE, keys, shards, 5.0, beside, 2), "it is asked")
+        return eventually(lambda: link.answer_lookup(number), "it is answered")
+
+    assert answer(chain, 1) == (("cpu", "cpu"), ("cpu", "", "", "cpu", "", ""))
+    assert answer([], 0) == ((), ("cpu", "", "", "cpu", "", ""))  # no chain: all of them are asked for
     link.close()
 
 
@@ -177,7 +201,7 @@ def test_a_lookup_of_more_keys_than_a_message_holds_is_answered(
         reservation.write(0, bytes(100))
     link = SchedulerLink(running.url)
     number = eventually(lambda: link.ask_lookup(LEASE, [KEYS[1]] * 300_000, 1, 5.0), "it is asked")
-    assert eventually(lambda: link.answer_lookup(number)) == ("cpu",) * 300_000
+    assert eventually(lambda: link.answer_lookup(number)) == (("cpu",) * 300_000, ())
     assert not caplog.messages  # nothing was wrong with the daemon
     link.close()
 
@@ -190,7 +214,7 @@ def test_what_is_no_answer_is_a_miss_and_no_error_of_the_engines_loop(
     link = SchedulerLink(daemon().url)
     number = eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "it is asked")
     monkeypatch.setattr(link.connection, "take", lambda number: Reply(payload, True))
-    assert link.answer_lookup(number) == ()
+    assert link.answer_lookup(number) == MISS
     assert not link.connection.connected
     eventually(link.begin, "it is connected again")
     assert link.take_events() in (None, (True, []))
@@ -210,11 +234,14 @@ def test_a_long_lookup_that_is_forgotten_or_lost_between_parts_is_over(
     link = SchedulerLink(running.url)
     number = eventually(lambda: link.ask_lookup(LEASE, KEYS[1:], 1, 5.0), "it is asked")
     link.forget(number)
-    assert link.answer_lookup(number) == ()
+    assert link.answer_lookup(number) == MISS
     lost = link.ask_lookup(LEASE, KEYS[1:], 1, 5.0)
     running.stop(signal.SIGKILL)
     # What was answered by then is what it knows.
-    assert eventually(lambda: [tiers] if (tiers := link.answer_lookup(lost)) is not None else None)[0] in ((), ("cpu",))
+    assert eventually(lambda: [tiers] if (tiers := link.answer_lookup(lost)) is not None else None)[0] in (
+        MISS,
+        (("cpu",), ()),
+    )
     link.close()
 
 

@@ -42,7 +42,7 @@ def loading(driver: Any, make_request: Any, name: str = "a") -> Any:
     request = make_request(name, 2 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
     assert driver.arrive(request) == (2 * CHUNK, True)
-    driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
+    driver.load(request, [0, 1, 2, 3], 2 * CHUNK)
     assert len(driver.step().loads) == 1
     return request
 
@@ -93,7 +93,7 @@ def test_a_request_that_ends_does_not_wait_to_be_offered_again(
 ) -> None:
     request = running(driver, make_request)
     driver.side.take_news(WorkerNews(unstored={"a"}))
-    assert driver.side.finished(request, [0, 1, 2, 3]) is True
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is True
     plan = driver.step()
     assert stored(plan) == [(0, 1), (2, 3)]
     assert plan.await_stores == {"a"}
@@ -124,7 +124,7 @@ def test_a_load_that_was_planned_and_not_sent_is_void_after_a_change(driver: Any
     request = make_request("a", 2 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
     driver.arrive(request)
-    driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
+    driver.load(request, [0, 1, 2, 3], 2 * CHUNK)
     driver.side.take_news(CHANGED)
     plan = driver.step()
     assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
@@ -137,7 +137,7 @@ def test_a_load_that_vllm_put_off_across_a_reset_is_void(driver: Any, make_reque
     assert driver.arrive(request) == (64, True)
     driver.side.take_news(CHANGED)
     driver.step()
-    driver.side.planned_load(request, [1, 2, 3, 4], 64)
+    driver.load(request, [1, 2, 3, 4], 64)
     plan = driver.step()
     assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
 
@@ -155,7 +155,7 @@ def test_what_has_run_or_never_loaded_is_not_void_after_a_change(driver: Any, ma
     assert driver.step({ran: [0, 1, 2, 3]}).first_runs == {"a"}
     running(driver, make_request, "b", chunks=1)
     ended = loading(driver, make_request, "c")
-    driver.side.finished(ended, [0, 1, 2, 3])
+    driver.side.finished(ended, [[0, 1, 2, 3]])
     driver.side.take_news(CHANGED)
     assert driver.step().void == set()
 
@@ -163,7 +163,7 @@ def test_what_has_run_or_never_loaded_is_not_void_after_a_change(driver: Any, ma
 def test_a_request_that_comes_after_a_change_loads_and_stores_as_ever(driver: Any, make_request: Any) -> None:
     old = loading(driver, make_request)
     driver.side.take_news(CHANGED)
-    driver.side.finished(old, [0, 1, 2, 3])
+    driver.side.finished(old, [[0, 1, 2, 3]])
     assert driver.step().void == {"a"}
     loading(driver, make_request)  # under the same id, with keys of its own
     driver.side.finished_loading({"a"}, set())

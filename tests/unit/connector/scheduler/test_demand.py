@@ -96,7 +96,7 @@ def test_with_the_last_request_the_counts_are_told_for_no_step_may_follow(driver
     one, two = make_request("a", 64), make_request("b", 64, seed=3)
     driver.arrive(one)
     driver.arrive(two)
-    driver.side.finished(one, [])
+    driver.side.finished(one, [[]])
     assert driver.link.flushed == 0
-    driver.side.finished(two, [])
+    driver.side.finished(two, [[]])
     assert driver.link.flushed == 1

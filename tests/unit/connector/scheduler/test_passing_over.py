@@ -23,7 +23,7 @@ def load(driver: Any, request: Any, blocks: list[int], seconds: float) -> int:
     """The request arrives, and loads what it is worth in so many seconds; the tokens."""
     tokens, _ = driver.arrive(request)
     if tokens:
-        driver.side.planned_load(request, blocks, tokens)
+        driver.load(request, blocks, tokens)
         driver.step()
         driver.side.take_news(WorkerNews(loaded={request.request_id: seconds}))
         driver.side.finished_loading({request.request_id}, set())
@@ -38,7 +38,7 @@ def slow(make_driver: Any, make_request: Any, tier: str = "redis", **options: An
         request = make_request(f"seen-{seed}", chunks * CHUNK + 1, seed=seed)
         driver.hold(request, [tier] * chunks)
         assert load(driver, request, list(range(2 * chunks + 1)), 1.0 * chunks) == chunks * CHUNK
-        driver.side.finished(request, [])
+        driver.side.finished(request, [[]])
     driver.link.prefetched.clear()
     driver.side.tally.take()
     return driver
@@ -66,7 +66,7 @@ def test_a_load_is_cut_where_a_slow_tier_begins(make_driver: Any, make_request: 
     assert len(driver.link.leases) == 1
     held = [object_key(key, "all") for key in driver.keys(request)[:3]]
     assert driver.link.prefetched == held  # the lease begins anew: the last chunk is let go of
-    driver.side.planned_load(request, list(range(18)), 3 * CHUNK)
+    driver.load(request, list(range(18)), 3 * CHUNK)
     plan = driver.step()
     assert [len(each.chunks) for each in plan.loads] == [3]
     assert driver.link.prefetched == held
@@ -134,10 +134,10 @@ def test_an_aborted_load_leaves_the_link_to_others(make_driver: Any, make_reques
     driver = slow(make_driver, make_request, "disk")
     request = make_request("a", 3 * CHUNK)
     driver.hold(request, ["cpu"] * 2)
-    driver.side.planned_load(request, list(range(6)), driver.arrive(request)[0])
+    driver.load(request, list(range(6)), driver.arrive(request)[0])
     driver.step()
     assert driver.side._choice.loads._loads
-    driver.side.finished(request, [])
+    driver.side.finished(request, [[]])
     driver.side.finished_loading({"a"}, set())
     assert not driver.side._choice.loads._loads
 

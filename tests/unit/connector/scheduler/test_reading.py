@@ -12,13 +12,16 @@ import torch
 from vllm import PoolingParams, SamplingParams
 from vllm.platforms import current_platform
 
-from loracache.connectors.vllm.common.messages import Facts, WorkerNews
+from loracache.connectors.vllm.common.groups import KVGroup, Member
+from loracache.connectors.vllm.common.messages import Facts, GroupFacts, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler import lookups
 from loracache.connectors.vllm.scheduler import side as scheduler
+from loracache.groups import Need
 
 BLOCK, CHUNK = 16, 32
+GROUPS = (KVGroup(Need.ALL, 0, (Member(0, BLOCK, ("layer",)),)),)
 OFF = (0, False)
 
 
@@ -46,7 +49,7 @@ def test_asking_again_and_again_asks_the_daemon_once(driver: Any, make_request: 
     driver.arrive(request)
     assert {driver.side.matched_tokens(request, 0) for _ in range(50)} == {(CHUNK, True)}
     assert len(driver.link.lookups) == len(driver.link.leases) == 1
-    driver.side.finished(request, [])
+    driver.side.finished(request, [[]])
     assert not driver.link.leases
 
 
@@ -61,7 +64,7 @@ def test_a_request_never_allocated_leaves_no_lease(make_driver: Any, make_reques
         assert time.monotonic() < deadline
     for _ in range(20):
         assert driver.side.matched_tokens(request, 0) == OFF
-    assert driver.side.finished(request, []) is False
+    assert driver.side.finished(request, [[]]) is False
     assert running.status()["leases"] == 0
     driver.side.close()
 
@@ -114,12 +117,12 @@ def test_a_load_names_every_chunk_and_its_blocks(driver: Any, make_request: Any)
     request = make_request("a", 3 * CHUNK + 1)
     driver.hold(request, ["cpu", "disk", "redis"])
     tokens, _ = driver.arrive(request)
-    driver.side.planned_load(request, [10, 11, 12, 13, 14, 15, 16], tokens)
+    driver.load(request, [10, 11, 12, 13, 14, 15, 16], tokens)
     (load,) = driver.step().loads
     assert [(chunk.key, chunk.blocks, chunk.first) for chunk in load.chunks] == [
         (key, blocks, 0) for key, blocks in zip(driver.keys(request), [(10, 11), (12, 13), (14, 15)], strict=True)
     ]
-    assert load.chunk_blocks == 2
+    assert load.chunk_tokens == CHUNK
     assert len(driver.link.prefetched) == 2  # disk and redis
     assert driver.side.load_tiers("a") == ("cpu", "disk", "redis")
     assert not driver.step().loads
@@ -133,7 +136,7 @@ def test_little_is_raised_ahead_where_the_memory_is_small(driver: Any, make_requ
         driver.link.arena_bytes = arena
         driver.link.prefetched.clear()
         tokens, _ = driver.arrive(request)
-        driver.side.planned_load(request, list(range(12)), tokens)
+        driver.load(request, list(range(12)), tokens)
         assert driver.link.prefetched == driver.side._chunks.object_keys(driver.keys(request)[:raised])
 
 
@@ -141,9 +144,9 @@ def test_a_local_prefix_may_end_inside_a_chunk(driver: Any, make_request: Any) -
     request = make_request("a", 3 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
     assert driver.arrive(request, local=BLOCK) == (2 * CHUNK - BLOCK, True)
-    driver.side.planned_load(request, [7, 8, 9, 10, 11, 12], 2 * CHUNK - BLOCK)
+    driver.load(request, [7, 8, 9, 10, 11, 12], 2 * CHUNK - BLOCK)
     (load,) = driver.step().loads
-    assert [(chunk.blocks, chunk.first) for chunk in load.chunks] == [((8,), 1), ((9, 10), 0)]
+    assert [(chunk.blocks, chunk.first) for chunk in load.chunks] == [((8,), BLOCK), ((9, 10), 0)]
 
 
 def test_drafts_that_lag_behind_cost_the_last_block(make_driver: Any, make_config: Any, make_request: Any) -> None:
@@ -151,7 +154,7 @@ def test_drafts_that_lag_behind_cost_the_last_block(make_driver: Any, make_confi
     request = make_request("a", 3 * CHUNK, computed=2 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
     assert driver.arrive(request) == (2 * CHUNK - BLOCK, True)
-    driver.side.planned_load(request, list(range(6)), 2 * CHUNK - BLOCK)
+    driver.load(request, list(range(6)), 2 * CHUNK - BLOCK)
     (load,) = driver.step().loads
     assert [(chunk.blocks, chunk.first) for chunk in load.chunks] == [((0, 1), 0), ((2,), 0)]
 
@@ -163,7 +166,7 @@ def test_a_hit_needs_every_shard_and_is_as_slow_as_the_slowest(make_driver: Any,
     driver.hold(request, ["cpu", "disk"], shards=["rank1"])
     tokens, _ = driver.arrive(request)
     assert tokens == 2 * CHUNK
-    driver.side.planned_load(request, list(range(6)), tokens)
+    driver.load(request, list(range(6)), tokens)
     assert driver.side.load_tiers("a") == ("cpu", "disk")
     assert len(driver.link.prefetched) == 2  # both shards of the second chunk
 
@@ -183,22 +186,24 @@ def test_what_is_no_function_of_its_tokens_stays_out(driver: Any, make_request: 
     assert not driver.link.lookups
     driver.step({request: [0, 1, 2, 3]})
     assert not driver.step(more={request: []}).stores
-    assert driver.side.finished(request, [0, 1, 2, 3]) is False
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is False
 
 
 def test_shards_of_different_sizes_cut_the_same_chunks(make_config: Any, make_request: Any, link: Any) -> None:
     """Pipeline stages with 17 and 16 layers: the smallest decides, and the plan tells the workers."""
-    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
-    side.set_facts([Facts("stage0", "x", 600 << 10), Facts("stage1", "x", 300 << 10)], BLOCK)
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link, GROUPS)
+    side.set_facts(
+        [Facts((GroupFacts("stage0", "x", (600 << 10,)),)), Facts((GroupFacts("stage1", "x", (300 << 10,)),))]
+    )
     request = make_request("a", 4 * BLOCK)
     side.on_new_request(request)
     link.tiers = dict.fromkeys(link.lookups[0], "cpu")
-    side.finished(request, [])
+    side.finished(request, [[]])
     side.on_new_request(request)
     assert side.matched_tokens(request, 0) == (4 * BLOCK, True)
-    side.planned_load(request, [0, 1, 2, 3], 4 * BLOCK)
+    side.planned_load(request, SimpleNamespace(get_block_ids=lambda: ([0, 1, 2, 3],)), 4 * BLOCK)
     (load,) = side._plan.loads
-    assert load.chunk_blocks == len(load.chunks[0].blocks) == 4
+    assert load.chunk_tokens == len(load.chunks[0].blocks) * BLOCK == 4 * BLOCK
 
 
 def test_a_request_that_must_not_read_takes_no_lease_but_is_stored(driver: Any, make_request: Any) -> None:
@@ -223,8 +228,8 @@ def test_tenants_and_models_do_not_meet(driver: Any, make_request: Any) -> None:
 
 def test_engines_that_lay_kv_out_differently_do_not_meet(make_config: Any, make_request: Any, link: Any) -> None:
     for layout in ("cpu/H.N16.C64:bfloat16", "cpu/N16.H.C64:bfloat16"):
-        side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
-        side.set_facts([Facts("all", layout, 1 << 20)], BLOCK)
+        side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link, GROUPS)
+        side.set_facts([Facts((GroupFacts("all", layout, (1 << 20,)),))])
         side.on_new_request(make_request("a", 4 * BLOCK))
     one, other = link.lookups
     assert one
@@ -266,7 +271,7 @@ def test_without_a_daemon_the_engine_goes_on(driver: Any, make_request: Any) -> 
     driver.step({request: [0, 1, 2, 3]})
     request.num_computed_tokens = 64
     driver.step(more={request: []})
-    assert driver.side.finished(request, [0, 1, 2, 3]) is True
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is True
 
 
 def test_a_daemon_that_never_was_costs_no_exception(make_driver: Any, make_request: Any, tmp_path: Any) -> None:
@@ -275,19 +280,19 @@ def test_a_daemon_that_never_was_costs_no_exception(make_driver: Any, make_reque
         request = make_request(f"r{number}", 64)
         assert driver.arrive(request) == OFF
         driver.step({request: [0, 1, 2, 3]})
-        driver.side.finished(request, [0, 1, 2, 3])
+        driver.side.finished(request, [[0, 1, 2, 3]])
     driver.side.close()
 
 
 def test_off_until_the_workers_have_spoken(make_driver: Any, make_request: Any, link: Any, make_config: Any) -> None:
-    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link, GROUPS)
     request = make_request("a", 64)
     side.on_new_request(request)
     assert side.matched_tokens(request, 0) == OFF
-    side.set_facts([Facts("a", "x", 4096), Facts("b", "y", 4096)], BLOCK)
+    side.set_facts([Facts((GroupFacts("a", "x", (4096,)),)), Facts((GroupFacts("b", "y", (4096,)),))])
     assert not side.on  # workers that lay out KV differently
-    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link)
-    side.set_facts([Facts("", "", 0, "no reason")], BLOCK)
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: "m" * 64, link, GROUPS)
+    side.set_facts([Facts((), "no reason")])
     assert not side.on
 
 
@@ -296,8 +301,8 @@ def test_requests_are_computed_while_the_models_identity_is_not_known(
 ) -> None:
     """Nobody waits for it; what such a request computed is stored once it is known."""
     known: list[str] = []
-    side = scheduler.SchedulerSide(make_config(), Options(), lambda: known[0] if known else None, link)
-    side.set_facts([Facts("a", "x", 1 << 20)], BLOCK)
+    side = scheduler.SchedulerSide(make_config(), Options(), lambda: known[0] if known else None, link, GROUPS)
+    side.set_facts([Facts((GroupFacts("a", "x", (1 << 20,)),))])
     request = make_request("a", 64)
     side.on_new_request(request)
     assert side.matched_tokens(request, 0) == OFF

@@ -89,7 +89,7 @@ def test_a_preempted_request_forgets_its_blocks_and_asks_anew(driver: Any, make_
     request.num_computed_tokens = 0
     driver.hold(request, ["cpu"])
     assert driver.side.matched_tokens(request, 0) == (CHUNK, True)
-    driver.side.planned_load(request, [6, 7, 8, 9], CHUNK)
+    driver.load(request, [6, 7, 8, 9], CHUNK)
     driver.step()
     driver.side.finished_loading({"a"}, set())
     request.num_computed_tokens = CHUNK
@@ -122,7 +122,7 @@ def test_preempted_and_loading_again_in_one_step_keeps_its_load(driver: Any, mak
     driver.hold(request, ["cpu"])
     driver.side._requests["a"].answered_at = None
     assert driver.side.matched_tokens(request, 0) == (CHUNK, True)
-    driver.side.planned_load(request, [6, 7, 8, 9], CHUNK)
+    driver.load(request, [6, 7, 8, 9], CHUNK)
     plan = driver.step(preempted=[request])
     assert len(plan.loads) == 1
     assert driver.link.leases
@@ -142,10 +142,10 @@ def test_preempted_and_ended_while_it_loads_again_is_freed_with_its_load(driver:
     driver.hold(request, ["cpu"])
     driver.side._requests["a"].answered_at = None
     assert driver.side.matched_tokens(request, 0) == (CHUNK, True)
-    driver.side.planned_load(request, [6, 7, 8, 9], CHUNK)
+    driver.load(request, [6, 7, 8, 9], CHUNK)
     driver.step(preempted=[request])
-    assert driver.side.finished(request, [6, 7, 8, 9]) is False
-    assert not driver.side.held.pending
+    assert driver.side.finished(request, [[6, 7, 8, 9]]) is False
+    assert not driver.side.storing.held.pending
     assert not driver.step().await_stores
 
 
@@ -153,25 +153,25 @@ def test_a_request_keeps_its_blocks_only_where_stores_were_planned(driver: Any, 
     short = make_request("short", CHUNK - 1)
     driver.arrive(short)
     compute(driver, short, [0, 1])
-    assert driver.side.finished(short, [0, 1]) is False
+    assert driver.side.finished(short, [[0, 1]]) is False
     long = make_request("long", CHUNK)
     driver.arrive(long)
     compute(driver, long, [2, 3])
-    assert driver.side.finished(long, [2, 3]) is True
+    assert driver.side.finished(long, [[2, 3]]) is True
     plan = driver.step()
     assert stored(plan) == [(2, 3)]
     assert plan.await_stores == {"long"}
     assert driver.step().await_stores == set()
-    assert driver.side.finished(long, [2, 3]) is False  # known no more
+    assert driver.side.finished(long, [[2, 3]]) is False  # known no more
 
 
 def test_a_request_that_ends_while_it_loads_stores_nothing(driver: Any, make_request: Any) -> None:
     request = make_request("a", 2 * CHUNK)
     driver.hold(request, ["cpu"])
     driver.arrive(request)
-    driver.side.planned_load(request, [0, 1, 2, 3], CHUNK)
+    driver.load(request, [0, 1, 2, 3], CHUNK)
     driver.step()
-    assert driver.side.finished(request, [0, 1, 2, 3]) is False
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is False
     assert not driver.link.leases
     driver.side.finished_loading({"a"}, {0})  # reported later all the same
     plan = driver.step()
@@ -186,7 +186,7 @@ def test_stores_under_way_hold_the_blocks_whatever_is_learnt_meanwhile(driver: A
     assert stored(driver.step(more={request: []})) == [(0, 1)]
     driver.side.take_news(WorkerNews(weights={0: (2, 1)}))
     request.num_computed_tokens = 2 * CHUNK
-    assert driver.side.finished(request, [0, 1, 2, 3]) is True
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is True
     plan = driver.step()
     assert not plan.stores
     assert plan.await_stores == {"a"}
@@ -196,7 +196,7 @@ def test_what_failed_to_load_is_offered_again(driver: Any, make_request: Any) ->
     request = make_request("a", 3 * CHUNK)
     driver.hold(request, ["cpu", "cpu", "cpu"])
     driver.arrive(request)
-    driver.side.planned_load(request, [0, 1, 2, 3, 4, 5], 3 * CHUNK)
+    driver.load(request, [0, 1, 2, 3, 4, 5], 3 * CHUNK)
     driver.step()
     driver.side.finished_loading({"a"}, {2, 3})
     request.num_computed_tokens = CHUNK
@@ -207,12 +207,12 @@ def test_what_failed_to_load_is_offered_again(driver: Any, make_request: Any) ->
 
 def test_requests_it_never_saw_are_ignored(driver: Any, make_request: Any) -> None:
     stranger = make_request("stranger", CHUNK)
-    driver.side.planned_load(stranger, [0, 1], CHUNK)
+    driver.load(stranger, [0, 1], CHUNK)
     driver.side.finished_loading({"stranger"}, {0, 1})
     plan = driver.step({stranger: [0, 1]}, preempted=[make_request("other", CHUNK)])
     assert not plan.loads
     assert not plan.stores
-    assert driver.side.finished(stranger, [0, 1]) is False
+    assert driver.side.finished(stranger, [[0, 1]]) is False
     assert driver.side.load_tiers("stranger") == ()
 
 
@@ -242,7 +242,7 @@ def test_where_the_worker_loaded_other_content_nothing_more_is_stored(
     assert driver.link.counts["load.deadline"] == 2
     request.num_computed_tokens = 2 * CHUNK
     assert not driver.step(more={request: []}).stores
-    assert driver.side.finished(request, [0, 1, 2, 3]) is True  # for the first store
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is True  # for the first store
 
 
 def test_another_id_of_a_replaced_folder_is_stored_under_what_the_worker_loaded(
@@ -253,7 +253,7 @@ def test_another_id_of_a_replaced_folder_is_stored_under_what_the_worker_loaded(
     old = make_request("old", CHUNK, lora_request=lora(tmp_path))
     driver.arrive(old)
     compute(driver, old, [0, 1])
-    driver.side.finished(old, [0, 1])
+    driver.side.finished(old, [[0, 1]])
     driver.link.answers = False  # the new content takes long to hash
     new = make_request("new", 2 * CHUNK, lora_request=lora(tmp_path, 2))
     driver.arrive(new, local=CHUNK)

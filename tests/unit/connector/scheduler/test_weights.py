@@ -45,7 +45,7 @@ def test_a_reset_of_caches_keeps_the_cache_and_lets_the_workers_look(
     request = make_request("a", 2 * CHUNK)
     driver.hold(request, ["cpu", "cpu"])
     driver.arrive(request)
-    driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
+    driver.load(request, [0, 1, 2, 3], 2 * CHUNK)
     getattr(driver.side, reset)()
     plan = driver.step()
     assert (plan.check_weights, plan.void, len(plan.loads)) == (True, set(), 1)
@@ -80,7 +80,7 @@ def test_a_load_promised_before_and_begun_after_a_change_is_void(driver: Any, ma
     driver.hold(request, ["cpu", "cpu"])
     assert driver.arrive(request) == (2 * CHUNK, True)
     change(driver)
-    driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
+    driver.load(request, [0, 1, 2, 3], 2 * CHUNK)
     plan = driver.step()
     assert ([load.request_id for load in plan.loads], plan.void) == (["a"], {"a"})
 
@@ -91,7 +91,7 @@ def test_a_load_promised_before_and_begun_after_a_reset_is_as_good_as_ever(drive
     assert driver.arrive(request) == (2 * CHUNK, True)
     driver.side.prefix_cache_reset()
     driver.side.check_weights()
-    driver.side.planned_load(request, [0, 1, 2, 3], 2 * CHUNK)
+    driver.load(request, [0, 1, 2, 3], 2 * CHUNK)
     plan = driver.step()
     assert ([load.request_id for load in plan.loads], plan.void) == (["a"], set())
 
@@ -160,7 +160,7 @@ def finished(driver: Any, make_request: Any) -> Any:
     driver.arrive(request)
     driver.step({request: [0, 1, 2, 3]})
     request.num_computed_tokens = 2 * CHUNK
-    assert driver.side.finished(request, [0, 1, 2, 3]) is True
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is True
     return request
 
 
@@ -175,32 +175,32 @@ def reset(connector: Any, manager: Any) -> bool:
 
 
 def test_blocks_come_free_with_their_stores(driver: Any, finished: Any) -> None:
-    assert driver.side.held.pending
+    assert driver.side.storing.held.pending
     assert driver.step().freed == set()
-    driver.side.held.stored({"a", "unknown"})
-    assert not driver.side.held.pending
+    driver.side.storing.held.stored({"a", "unknown"})
+    assert not driver.side.storing.held.pending
 
 
 def test_a_reset_frees_blocks_that_wait_for_stores(driver: Any, finished: Any) -> None:
-    manager, connector = Manager(), Connector(driver.side.held)
+    manager, connector = Manager(), Connector(driver.side.storing.held)
     manager.used.add("a")
     assert reset(connector, manager) is True
     assert connector.resets == 1
-    assert not driver.side.held.pending
+    assert not driver.side.storing.held.pending
     plan = driver.step()
     assert (plan.freed, plan.await_stores, len(plan.stores)) == ({"a"}, {"a"}, 1)
     assert driver.step().freed == set()
 
 
 def test_a_reset_that_fails_is_none(driver: Any, finished: Any) -> None:
-    manager, connector = Manager(), Connector(driver.side.held)
+    manager, connector = Manager(), Connector(driver.side.storing.held)
     manager.used |= {"a", "running"}
     assert reset(connector, manager) is False
     assert connector.resets == 0
 
 
 def test_beside_another_connector_blocks_stay_but_resets_are_heard(driver: Any, finished: Any) -> None:
-    manager, connector = Manager(), Connector(driver.side.held)
+    manager, connector = Manager(), Connector(driver.side.storing.held)
     manager.used.add("a")
     multi = SimpleNamespace(_connectors=[SimpleNamespace(), connector])
     assert reset(multi, manager) is False

@@ -148,7 +148,7 @@ def run(driver: Any, request: Any, chunks: int) -> Any:
 def test_a_request_that_is_not_to_be_stored_is_not(driver: Any, wishing: Any) -> None:
     request = wishing("a", 2 * CHUNK, {"store": False})
     assert not run(driver, request, 2).stores
-    assert driver.side.finished(request, [0, 1, 2, 3]) is False
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is False
     assert not driver.step().stores
 
 
@@ -173,12 +173,12 @@ def test_what_is_to_be_kept_is_pinned_when_it_is_stored(driver: Any, wishing: An
     request = wishing("a", 2 * CHUNK, {"pin": 60})
     run(driver, request, 2)
     keys = driver.side._chunks.object_keys(driver.side._requests["a"].chunk_keys)
-    assert driver.side.finished(request, [0, 1, 2, 3]) is True
+    assert driver.side.finished(request, [[0, 1, 2, 3]]) is True
     driver.step()
     assert not driver.link.pins
-    driver.side.stores_done({"a"})
+    driver.side.storing.done({"a"})
     assert driver.link.pins == [(keys, 60)]
-    driver.side.stores_done({"a"})
+    driver.side.storing.done({"a"})
     assert len(driver.link.pins) == 1
 
 
@@ -194,10 +194,10 @@ def test_the_daemon_is_told_what_to_keep_when_it_is_stored(driver: Any, wishing:
     request = wishing("a", 2 * CHUNK, wish)
     run(driver, request, 2)
     keys = driver.side._chunks.object_keys(driver.side._requests["a"].chunk_keys)
-    driver.side.finished(request, [0, 1, 2, 3])
+    driver.side.finished(request, [[0, 1, 2, 3]])
     driver.step()
     assert not driver.link.keeps
-    driver.side.stores_done({"a"})
+    driver.side.storing.done({"a"})
     assert driver.link.keeps == [(keys, *told)]
     assert not driver.link.pins
 
@@ -206,7 +206,7 @@ def test_what_needed_no_store_is_pinned_at_the_end(driver: Any, wishing: Any) ->
     request = wishing("a", CHUNK, {"pin": 60})
     driver.hold(request, ["cpu"])
     driver.arrive(request)
-    driver.side.finished(request, [0, 1])
+    driver.side.finished(request, [[0, 1]])
     [(keys, _)] = driver.link.pins
     assert len(keys) == 1
 
@@ -222,7 +222,7 @@ def test_requests_pin_a_quarter_of_the_memory_together(
     def pin(name: str, chunks: int) -> int:
         request = wishing(name, chunks * CHUNK, {"pin": 60}, seed=ord(name))
         driver.arrive(request)
-        driver.side.finished(request, [])
+        driver.side.finished(request, [[]])
         return len(driver.link.pins)
 
     assert [pin("a", 2), pin("b", 2), pin("c", 1)] == [1, 1, 2]
@@ -238,9 +238,9 @@ def test_requests_pin_a_quarter_of_the_memory_together(
 def test_what_is_to_be_demoted_moves_down_when_it_is_stored(driver: Any, wishing: Any) -> None:
     request = wishing("a", 2 * CHUNK, None, hint("demote"))
     run(driver, request, 2)
-    driver.side.finished(request, [0, 1, 2, 3])
+    driver.side.finished(request, [[0, 1, 2, 3]])
     assert not driver.link.demoted
-    driver.side.stores_done({"a"})
+    driver.side.storing.done({"a"})
     [(keys, tier)] = driver.link.demoted
     assert (len(keys), tier) == (2, "disk")
 
@@ -249,9 +249,9 @@ def test_what_returns_is_announced_when_it_is_stored_beside_its_other_wishes(dri
     request = wishing("a", 2 * CHUNK, {"returns_in": 30}, hint("demote"))
     run(driver, request, 2)
     keys = driver.side._chunks.object_keys(driver.side._requests["a"].chunk_keys)
-    driver.side.finished(request, [0, 1, 2, 3])
+    driver.side.finished(request, [[0, 1, 2, 3]])
     assert not driver.link.announced
-    driver.side.stores_done({"a"})
+    driver.side.storing.done({"a"})
     assert driver.link.announced == [(keys, 30, afterwards._RETURN_HOLD_S)]
     assert driver.link.demoted == [(keys, "disk")]
 

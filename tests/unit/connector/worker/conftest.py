@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,15 @@ def late_copier() -> type[LateCopier]:
     return LateCopier
 
 
+def _plain(size: int) -> tuple[Any, ...]:
+    """Objects of one group of layers that need all of a prefix: blocks of one token and of `size` bytes."""
+    from loracache.connectors.vllm.common.groups import KVGroup, Member
+    from loracache.connectors.vllm.worker.objects import GroupObjects  # which imports vLLM
+    from loracache.groups import Need
+
+    return (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 1, ()),)), "s", (size,)),)
+
+
 class RowsWorker:
     """Blocks of `size` bytes, one for each of `chunks` (keys), and their loader."""
 
@@ -100,7 +110,7 @@ class RowsWorker:
         self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.copier = copier((self.rows,))
         finished = lambda *what: self.done.put(what)  # noqa: E731
-        self.loader = Loader(url, lambda: None, self.copier, "s", size, timeout, lambda load: True, finished)
+        self.loader = Loader(url, lambda: None, self.copier, _plain(size), timeout, lambda load: True, finished)
 
     def load(self, positions: Sequence[int] | None = None, name: str = "r") -> None:
         """Each chunk into the block of its number; all of them unless told which."""
@@ -144,8 +154,8 @@ class RowsEngine:
         self.may = True
         put = lambda *what: self.done.put(what)  # noqa: E731
         ensure = lambda: None  # noqa: E731
-        self.loader = Loader(url, ensure, self.into, "s", SIZE, timeout, lambda load: self.may, put)
-        self.storer = Storer(url, ensure, self.out, "s", SIZE, lambda store: True, put)
+        self.loader = Loader(url, ensure, self.into, _plain(SIZE), timeout, lambda load: self.may, put)
+        self.storer = Storer(url, ensure, self.out, _plain(SIZE), lambda store: True, put)
         self.storer._flight_bytes = SIZE  # as if the chunks were large
 
     def fill(self) -> None:
@@ -193,3 +203,65 @@ def make_engine() -> Iterator[Callable[..., RowsEngine]]:
     yield make
     for engine in made:
         engine.close()
+
+
+MIXED_BLOCKS, MIXED_CHUNK = 12, 32  # blocks of an engine's pool, and tokens of a chunk
+
+
+class Mixed:
+    """The memory of an engine whose layers differ in what they need of a prefix, as vLLM's own code lays it out: two of
+    full attention, and four more in two groups: "window" (of 17 tokens; blocks of 16), or "state" (blocks of 32).
+    """
+
+    def __init__(self, kind: str, config: Any, layout: str = "LBNHC", seed: int = 1, **changes: Any) -> None:
+        from vllm.v1 import kv_cache_interface as specs
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+        from vllm.v1.worker.utils import allocate_kv_cache
+
+        order = KVCacheLayout[layout]
+        shape = {"block_size": 16 if kind == "window" else 32, "num_kv_heads": 2, "head_size": 32}
+        full = specs.FullAttentionSpec(**shape, dtype=torch.bfloat16)
+        other: Any = specs.SlidingWindowSpec(**shape, dtype=torch.bfloat16, sliding_window=17)
+        if kind == "state":
+            state = {"shapes": ((3, 48), (5, 5)), "dtypes": (torch.float32, torch.bfloat16)} | changes
+            padded = full.page_size_bytes
+            other = specs.MambaSpec(block_size=32, page_size_padded=padded, mamba_cache_mode="align", **state)
+        names = [["full.0", "full.1"], [f"{kind}.0", f"{kind}.1"], [f"{kind}.2", f"{kind}.3"]]
+        groups = [specs.KVCacheGroupSpec(each, spec) for each, spec in zip(names, (full, other, other), strict=True)]
+        cache = SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: order,
+            num_gpu_blocks_override=MIXED_BLOCKS,
+            prefix_cache_retention_interval=None,
+        )
+        engine: Any = SimpleNamespace(cache_config=cache, attention_config=SimpleNamespace(hisparse_config=None))
+        self.config = config
+        self.kv_cache_config: Any = get_kv_cache_config_from_groups(engine, groups, 1 << 30)
+        self.caches: dict[str, Any] = dict(allocate_kv_cache(self.kv_cache_config, torch.device("cpu"), order))
+        self.memory = torch.empty(0, dtype=torch.uint8).set_(self.caches["full.0"].untyped_storage())
+        self.memory.copy_(torch.randint(0, 255, self.memory.shape, generator=torch.Generator().manual_seed(seed)))
+        self.names = names
+
+    def read(self) -> Any:
+        from loracache.connectors.vllm.worker.objects import read_groups
+
+        return read_groups(self.config, self.kv_cache_config, self.caches)
+
+    def content(self, member: int, block: int) -> list[bytes]:
+        """What a member's layers have in a block."""
+        pages = (self.caches[name][block].contiguous() for name in self.names[member])
+        return [page.view(-1).view(torch.uint8).numpy().tobytes() for page in pages]
+
+
+@pytest.fixture
+def make_mixed(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mixed]:
+    """make_mixed("window" or "state", ...) is a Mixed; rank: of tensor parallelism, of ranks."""
+    from vllm.distributed import parallel_state
+
+    def make(kind: str, *, rank: int = 0, ranks: int = 1, **options: Any) -> Mixed:
+        monkeypatch.setattr(parallel_state, "get_tp_group", lambda: SimpleNamespace(rank_in_group=rank))
+        monkeypatch.setattr(parallel_state, "get_pp_group", lambda: SimpleNamespace(rank_in_group=0))
+        config = make_config(parallel_config__tensor_parallel_size=ranks)
+        return Mixed(kind, config, **options)
+
+    return make

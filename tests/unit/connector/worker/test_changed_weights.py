@@ -23,7 +23,7 @@ def store(name: str, key: bytes, block: int) -> Store:
 
 
 def load(name: str, key: bytes, block: int) -> Load:
-    return Load(name, (ChunkBlocks(key, (block,)),), None, 1)
+    return Load(name, (ChunkBlocks(key, (block,)),), None, 16)
 
 
 def step(side: WorkerSide, number: int, **plan: Any) -> None:

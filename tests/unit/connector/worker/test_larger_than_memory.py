@@ -14,15 +14,19 @@ from typing import Any
 import pytest
 import torch
 
+from loracache.connectors.vllm.common.groups import KVGroup, Member
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Store
 from loracache.connectors.vllm.worker import loader as loader_module
 from loracache.connectors.vllm.worker import storer as storer_module
+from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.connectors.vllm.worker.storer import StoreJob, Storer
+from loracache.groups import Need
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace, chunk_keys, object_key
 
 SIZE = 64 << 10
 SPACE = Namespace("m" * 64, "float32", "rows", 1)
+OBJECTS = (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 1, ()),)), "s", (SIZE,)),)
 COUNT = 96  # of SIZE: six times the smallest arena there is
 CHUNKS = chunk_keys(SPACE.digest(), range(COUNT), 1)
 Make = Callable[..., Any]
@@ -47,8 +51,7 @@ def stocked(daemon: Any, tmp_path: Any, content: torch.Tensor) -> Any:
         running.url,
         lambda: None,
         PageCopier((content,)),
-        "s",
-        SIZE,
+        OBJECTS,
         lambda store: True,
         lambda job, causes: done.put(causes),
     )
@@ -81,7 +84,7 @@ def test_a_store_that_gets_no_room_ends_and_the_next_does_not_wait(
     monkeypatch.setattr(storer_module, "time", clock)
     done: queue.Queue[dict[str, int]] = queue.Queue()
     finished = lambda job, causes: done.put(causes)  # noqa: E731
-    storer = Storer(stocked.url, lambda: None, PageCopier((content,)), "s", SIZE, lambda store: True, finished)
+    storer = Storer(stocked.url, lambda: None, PageCopier((content,)), OBJECTS, lambda store: True, finished)
     other = chunk_keys(SPACE.digest(), range(500, 504), 1)
     with stocked.client().acquire([object_key(chunk, "s") for chunk in CHUNKS[:16]]):
         for waits in (True, False):
@@ -110,7 +113,7 @@ def test_of_a_store_whose_daemon_dies_between_parts_what_was_not_stored_has_fail
 
     monkeypatch.setattr(copier, "gather", watched)
     finished = lambda job, causes: done.put((job.nbytes, causes))  # noqa: E731
-    storer = Storer(running.url, lambda: None, copier, "s", SIZE, lambda store: True, finished)
+    storer = Storer(running.url, lambda: None, copier, OBJECTS, lambda store: True, finished)
     chunks = tuple(ChunkBlocks(each, (at,)) for at, each in enumerate(CHUNKS[:20]))
     storer.submit(StoreJob(Store("r", SPACE, b"", chunks, None, 1)))
     assert done.get(timeout=60) == (7 * SIZE, {"unavailable": 13})

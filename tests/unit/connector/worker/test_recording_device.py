@@ -211,7 +211,7 @@ def test_the_engines_thread_waits_for_no_copy(
     chunks = (ChunkBlocks(key, (0,)),)
     step(stores=[Store("s", space, b"", chunks, None, 1)])
     eventually(lambda: not side._storing, "it is stored")
-    step(loads=[Load("l", (ChunkBlocks(key, (5,)),), None, 1)])
+    step(loads=[Load("l", (ChunkBlocks(key, (5,)),), None, 16)])
     eventually(lambda: "l" in step()[1], "it is loaded")
     assert torch.equal(side._copiers[0]._layers[0][0], side._copiers[0]._layers[0][5])
     assert recorded == [1, 2]

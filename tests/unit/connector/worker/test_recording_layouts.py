@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from loracache.connectors.vllm.common.groups import KVGroup, Member
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Load, Store
 from loracache.connectors.vllm.link import pinned
 from loracache.connectors.vllm.link import worker as link
 from loracache.connectors.vllm.worker.loader import Loader
+from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.connectors.vllm.worker.storer import StoreJob, Storer
+from loracache.groups import Need
 from loracache.kernels.page_copy import PageCopier, lane
 from loracache.kernels.page_copy.device import Direction, SourceOrder
 from loracache.kernels.page_copy.recording import RecordingDevice
@@ -26,6 +29,7 @@ LAYERS, BLOCKS, WORDS = 3, 48, 64
 CHUNKS = BLOCKS // 2
 SIZE = LAYERS * WORDS * 8
 SPACE = Namespace("m" * 64, "float32", "rows", 1)
+OBJECTS = (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 1, ()),)), "s", (SIZE,)),)
 
 
 class Host:
@@ -74,8 +78,8 @@ def test_what_was_computed_late_is_stored_and_what_is_reported_has_arrived(
     copiers = [PageCopier(layers, pieces=pinned.pieces, device=device, bounce_below=bounce_below) for _ in range(2)]
     done: queue.Queue[tuple[Any, ...]] = queue.Queue()
     put = lambda *what: done.put(what)  # noqa: E731
-    storer = Storer(url, lambda: None, copiers[0], "s", SIZE, lambda store: True, put)
-    loader = Loader(url, lambda: None, copiers[1], "s", SIZE, 20.0, lambda load: True, put)
+    storer = Storer(url, lambda: None, copiers[0], OBJECTS, lambda store: True, put)
+    loader = Loader(url, lambda: None, copiers[1], OBJECTS, 20.0, lambda load: True, put)
     try:
         if not error:
             eventually(lambda: int(pinned.pieces.steps()[1].sum()) >= (1 << 20) // (5 << 12), "the arena is pinned")

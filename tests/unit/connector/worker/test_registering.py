@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Load, StepPlan, Store
+from loracache.connectors.vllm.worker import objects as objects_module
 from loracache.connectors.vllm.worker import side as side_module
 from loracache.kernels.page_copy import CopyError
 from loracache.keys import Namespace
@@ -29,11 +30,12 @@ def test_a_device_that_cannot_be_copied_from_turns_the_cache_off(
 def test_a_layer_that_shares_anothers_kv_is_no_layer_of_the_shard(
     daemon: Any, make_side: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_module, "shard_name", lambda config, layers: "+".join(layers))
+    monkeypatch.setattr(objects_module, "shard_name", lambda config, layers, group, replicated: "+".join(layers))
     own = torch.zeros(BLOCKS, 2, 16, 16)
     side = make_side(daemon().url, tensors={"first": own, "second": torch.zeros_like(own), "shares": own[:]})
-    assert side.facts.shard == "first+second"
-    assert side.facts.block_bytes == 2 * own[0].numel() * 4
+    (facts,) = side.facts.groups
+    assert facts.shard == "first+second"
+    assert facts.block_bytes == (2 * own[0].numel() * 4,)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_kv_that_cannot_be_moved_turns_the_cache_off(make_side: Any, tensors: An
     side = make_side("unix:///nowhere.sock", tensors=tensors)
     assert side.facts.problem
     stored = Store("a", Namespace("m" * 64, "float32", "cpu/H.N.C", 16), b"", (ChunkBlocks(bytes(32), (0,)),), None, 1)
-    loaded = Load("b", (ChunkBlocks(bytes(32), (1,)),), None, 1)
+    loaded = Load("b", (ChunkBlocks(bytes(32), (1,)),), None, 16)
     plan = StepPlan(step=1, stores=[stored], loads=[loaded], await_stores={"a"})
     side.handle_preemptions(plan)
     side.start_loads(plan)

@@ -19,6 +19,7 @@ from loracache.connectors.vllm.common.messages import (
     AdapterBinding,
     ChunkBlocks,
     Facts,
+    GroupFacts,
     Load,
     StepPlan,
     Store,
@@ -63,7 +64,7 @@ def store(name: str, key: bytes, *blocks: int, adapter: AdapterBinding | None = 
 
 
 def load(name: str, key: bytes, *blocks: int, adapter: AdapterBinding | None = None) -> Load:
-    return Load(name, (chunk(key, *blocks),), adapter, 1)
+    return Load(name, (chunk(key, *blocks),), adapter, 16)
 
 
 def step(side: WorkerSide, number: int, **plan: Any) -> None:
@@ -127,18 +128,18 @@ def test_loads_are_reported_once_with_the_blocks_that_failed(daemon: Any, make_s
 def test_facts_and_failures_are_news_once(daemon: Any, make_side: Any) -> None:
     side = make_side(daemon().url)
     news = side.take_news()
-    assert news.facts == [side.facts] == [Facts("all", "cpu-test/H.N16.C16:float32", 2 * 16 * 16 * 4)]
+    assert news.facts == [side.facts] == [Facts((GroupFacts("all", "cpu-test/H.N16.C16:float32", (2 * 16 * 16 * 4,)),))]
     assert side.take_news() is None
 
 
 def test_what_several_workers_say_is_added_up_and_contradictions_believe_nobody() -> None:
-    one = WorkerNews({1: OLD, 2: OLD}, {"x": 1}, {"p"}, [Facts("a", "l", 1)])
-    other = WorkerNews({1: NEW, 3: NEW}, {"x": 2, "y": 1}, {"q"}, [Facts("b", "l", 1)])
+    one = WorkerNews({1: OLD, 2: OLD}, {"x": 1}, {"p"}, [Facts((GroupFacts("a", "l", (1,)),))])
+    other = WorkerNews({1: NEW, 3: NEW}, {"x": 2, "y": 1}, {"q"}, [Facts((GroupFacts("b", "l", (1,)),))])
     both = one.aggregate(other)
     assert both.adapters == {1: "", 2: OLD, 3: NEW}
     assert both.failures == {"x": 3, "y": 1}
     assert both.unstored == {"p", "q"}
-    assert [fact.shard for fact in both.facts] == ["a", "b"]
+    assert [fact.groups[0].shard for fact in both.facts] == ["a", "b"]
 
 
 def test_a_preempted_requests_blocks_are_read_no_more(
@@ -333,7 +334,7 @@ def test_a_void_load_under_way_fails_whole_with_its_end(daemon: Any, make_side: 
     step(side, 1, stores=[store("s", keys[0], 0), store("s", keys[1], 1)])
     idle(side, eventually)
     running.send(signal.SIGSTOP)
-    step(side, 2, loads=[Load("a", (chunk(keys[0], 5), chunk(keys[1], 6)), None, 1), load("b", keys[0], 7)])
+    step(side, 2, loads=[Load("a", (chunk(keys[0], 5), chunk(keys[1], 6)), None, 16), load("b", keys[0], 7)])
     step(side, 3, void={"a"})
     assert side.take_finished() == (set(), set())
     assert side.take_load_errors() == set()

@@ -17,11 +17,14 @@ import pytest
 import torch
 
 from loracache.client import link as client_link
+from loracache.connectors.vllm.common.groups import KVGroup, Member
 from loracache.connectors.vllm.common.messages import AdapterBinding, ChunkBlocks, Load, Store
 from loracache.connectors.vllm.worker import loader as loader_module
 from loracache.connectors.vllm.worker.layout import read_layout
 from loracache.connectors.vllm.worker.loader import Loader
+from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.connectors.vllm.worker.storer import StoreJob, Storer
+from loracache.groups import Need
 from loracache.kernels.page_copy import PageCopier
 from loracache.keys import Namespace, object_key
 
@@ -38,12 +41,12 @@ class Worker:
         self.layout = read_layout(self.caches, BLOCKS)
         self.done: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.may = True
+        self.objects = (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 1, ()),)), SHARD, (self.layout.block_bytes,)),)
         self.loader = Loader(
             url,
             lambda: None,
             PageCopier(self.layout.rows),
-            SHARD,
-            self.layout.block_bytes,
+            self.objects,
             timeout,
             lambda load: self.may,
             lambda *what: self.done.put(what),
@@ -52,8 +55,7 @@ class Worker:
             url,
             lambda: None,
             PageCopier(self.layout.rows),
-            SHARD,
-            self.layout.block_bytes,
+            self.objects,
             lambda store: self.may,
             lambda *what: self.done.put(what),
         )
