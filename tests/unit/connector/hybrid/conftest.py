@@ -8,10 +8,10 @@ of layer reads: a step fails where one byte of that is not what was computed for
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 from loracache.keys import object_key
 
 BLOCK = 16
-LAYER, HEAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+LAYER, HEAD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 
 
 def kinds() -> dict[str, dict[str, Any]]:
@@ -113,7 +113,7 @@ class ExactModel:
         self._groups = config.kv_cache_groups
         self._tensors = tensors
         self._pages = {name: self._bytes(tensor) for name, tensor in tensors.items()}
-        self._number = {name: np.uint64(number) for number, name in enumerate(tensors)}
+        self._marks = {name: np.uint64(number * LAYER % 2**64) for number, name in enumerate(tensors)}
         self._hashes = Hashes()
         self.tables: dict[str, list[list[int]]] = {}
 
@@ -144,7 +144,7 @@ class ExactModel:
         for group, table in zip(self._groups, self.tables[request.request_id], strict=True):
             for name in group.layer_names:
                 spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
-                values = expected ^ (self._number[name] * LAYER)
+                values = expected ^ self._marks[name]
                 where = f"{request.request_id}, tokens {start} to {end}, {name} ({type(spec).__name__})"
                 if hasattr(spec, "shapes"):
                     self._state(self._pages[name], spec, table, values, start, where)
@@ -157,7 +157,7 @@ class ExactModel:
         blocks = np.array(table)
         at = np.arange(first, len(values))
         places = blocks[at // spec.block_size], slice(None), at % spec.block_size
-        heads = np.arange(pages.shape[1], dtype=np.uint64)[None, :, None] * HEAD
+        heads = np.array([head * HEAD % 2**64 for head in range(pages.shape[1])], dtype=np.uint64)[None, :, None]
         wanted = np.broadcast_to(values[first:, None, None] ^ heads, pages[places[0], :, places[2]].shape)
         assert all(places[0]), f"{where}: reads or writes a null block, table {table}"
         held = pages[places[0], :, places[2]][: start - first]
@@ -185,6 +185,7 @@ class FakeEngine:
     """One engine, step by step. Its blocks are few, so that requests preempt each other."""
 
     def __init__(self, vllm_config: Any, specs: dict[str, Any], patched: pytest.MonkeyPatch) -> None:
+        import torch
         from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
         from vllm.v1.core import kv_cache_utils as utils
         from vllm.v1.core.sched.scheduler import Scheduler
@@ -206,8 +207,11 @@ class FakeEngine:
         hash_function = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
         utils.init_none_hash(hash_function)
         self._hasher = utils.get_request_block_hasher(unit, hash_function)
-        self.scheduler = Scheduler(vllm_config, scheduling, SimpleNamespace(), block, unit)
+        grammars: Any = SimpleNamespace(accept_tokens=lambda request, tokens: True)
+        self.scheduler = Scheduler(vllm_config, scheduling, grammars, block, unit)
         self.worker = LoRACacheConnector(vllm_config, KVConnectorRole.WORKER, config)
+        stands_in = SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.Linear(2, 2)))
+        self.worker._worker.weights.bind(stands_in)  # else every reset is taken for new weights
         patched.setattr(runner, "get_kv_transfer_group", lambda: self.worker)
         tensors = allocate_kv_cache(config, "cpu", cache.get_resolved_kv_cache_layout())  # type: ignore[arg-type]
         self._runner = runner.ActiveKVConnector(vllm_config, tensors)
@@ -319,8 +323,11 @@ def kind_names() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that vLLM takes for a model's; nothing of it is computed with."""
+def plain_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """vLLM's configuration of an engine; nothing of its model is computed with."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
     folder = tmp_path_factory.mktemp("plain")
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 32,
@@ -328,14 +335,27 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_position_embeddings": 4096,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=4,
+        disable_hybrid_kv_cache_manager=False,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="LoRACacheConnector",
+            kv_connector_module_path="loracache.connectors.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        ),
+    ).create_engine_config()
 
 
 @pytest.fixture
-def make_engine(plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeEngine]]:
-    """make_engine("full, window", url, blocks=400, step_tokens=64, chunk_tokens=32) starts one that is ready."""
+def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeEngine]]:
+    """make_engine("full, window", url, blocks=400, step_tokens=64) starts one that is ready. More arguments are options
+    of the connector."""
     from vllm.distributed import parallel_state
-    from vllm.engine.arg_utils import EngineArgs
 
     alone = SimpleNamespace(rank_in_group=0, world_size=1)
     for name in ("get_tp_group", "get_pp_group"):
@@ -346,28 +366,16 @@ def make_engine(plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         kind: str, url: str, *, blocks: int = 400, step_tokens: int = 64, caching: bool = True, **extra: Any
     ) -> FakeEngine:
         specs = kinds()[kind]
-        extra = {"server": url, "model_id": kind, "chunk_tokens": 2 * BLOCK, "lookup_wait": 1.0} | extra
-        config = EngineArgs(
-            model=str(plain_model),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_model_len=1024,
-            max_num_seqs=4,
-            block_size=max(spec.block_size for spec in specs.values()),
-            max_num_batched_tokens=step_tokens,
-            num_gpu_blocks_override=blocks,
-            enable_prefix_caching=caching,
-            disable_hybrid_kv_cache_manager=False,
-            kv_transfer_config={
-                "kv_connector": "LoRACacheConnector",
-                "kv_connector_module_path": "loracache.connectors.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"recompute_if_faster": 0} | extra,
-            },
-        ).create_engine_config()
-        config.cache_config.kv_cache_layout = "LBHNC"
-        config.cache_config.mamba_cache_mode = "align"
+        config = copy.deepcopy(plain_config)
+        own = {"server": url, "model_id": kind, "chunk_tokens": 2 * BLOCK, "lookup_wait": 1.0, "recompute_if_faster": 0}
+        config.kv_transfer_config.kv_connector_extra_config = own | extra
+        config.scheduler_config.max_num_batched_tokens = step_tokens
+        cache = config.cache_config
+        cache.block_size = max(spec.block_size for spec in specs.values())
+        cache.num_gpu_blocks_override = blocks
+        cache.enable_prefix_caching = caching
+        cache.kv_cache_layout = "LBHNC"
+        cache.mamba_cache_mode = "align"
         made.append(FakeEngine(config, specs, monkeypatch))
         return made[-1].ready()
 
