@@ -46,6 +46,7 @@ NAMES = (
     "scale",
     "stalls",
     "ttft",
+    "hybrid",
     "recompute",
     "overhead",
     "lora",
