@@ -68,9 +68,7 @@ def kinds() -> dict[str, dict[str, Any]]:
         "full, span": _named(span(64), span(64), full()),
         "spans across chunks": _named(span(48), span(48), full()),
         "full, state": _named(state(page), state(page), state(page), full(**double)),
-        "mla, state": _named(
-            state(mla(**double).page_size_bytes), state(mla(**double).page_size_bytes), mla(**double)
-        ),
+        "mla, state": _named(state(mla(**double).page_size_bytes), state(mla(**double).page_size_bytes), mla(**double)),
         "full, window, state": _named(state(page), window(40, **double), full(**double)),
         "blocks of two sizes": _named(window(40), window(40), full(head_size=16)),
         "layers of two dtypes": _named(full(), full(dtype=torch.bfloat16)),

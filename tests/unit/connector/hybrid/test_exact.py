@@ -170,8 +170,15 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(actions=ACTIONS, step_tokens=st.sampled_from((33, 64, 131)), blocks=st.sampled_from((44, 300)), caching=st.booleans())
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    actions=ACTIONS,
+    step_tokens=st.sampled_from((33, 64, 131)),
+    blocks=st.sampled_from((44, 300)),
+    caching=st.booleans(),
+)
 def test_whatever_happens_nothing_wrong_is_computed_upon(
     kind: str, make_engine: Any, serving: Any, actions: list[Any], step_tokens: int, blocks: int, caching: bool
 ) -> None:
