@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,6 @@ from loracache.cli.app import app
 from tests.unit.batch.openai_fake import BLOCK, KV_BLOCKS, Fake, said_to
 
 KILLS = 4  # a number that takes seconds
-
-
-@pytest.fixture
-def servers() -> Iterator[Callable[..., Fake]]:
-    running: list[Fake] = []
-
-    def start(port: int = 0) -> Fake:
-        running.append(Fake(port))
-        return running[-1]
-
-    yield start
-    for each in running:
-        each.close()
-
-
-@pytest.fixture
-def server(servers: Callable[..., Fake]) -> Fake:
-    return servers()
 
 
 @pytest.fixture(autouse=True)
