@@ -53,6 +53,7 @@ NAMES = (
     "serving",
     "policy_serving",
     "batch_plan",
+    "batch_run",
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 

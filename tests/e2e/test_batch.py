@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -70,6 +71,8 @@ def bodies() -> list[dict[str, Any]]:
                 body |= {"logprobs": 2}
             if member == 3:
                 body |= {"n": 2, "temperature": 0.7, "seed": 7}
+            if member == 4:
+                body |= {"structured_outputs": {"choice": ["yes", "no"]}, "ignore_eos": False}
             found.append(body)
     chance.shuffle(found)
     return found
@@ -144,7 +147,9 @@ def test_what_the_engine_cannot_do_is_that_lines_error(server: Any, tmp_path: Pa
     assert [each["error"] is None for each in found] == [False, False, False, True]
 
 
-def test_a_batch_starts_an_engine_of_its_own_pins_what_its_groups_share_and_ends_it(tiny: Path, tmp_path: Path) -> None:
+def test_a_batch_starts_an_engine_of_its_own_pins_what_its_groups_share_and_ends_it(
+    tiny: Path, tmp_path: Path, short_tmp: Path
+) -> None:
     source, output, report = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "report.json"
     asked = [body | {"model": "base"} for body in bodies()]
     asked.append({"model": "base", "prompt": [301] * 40, "max_tokens": 4})
@@ -156,7 +161,8 @@ def test_a_batch_starts_an_engine_of_its_own_pins_what_its_groups_share_and_ends
         "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager",
         "--block-size", str(BLOCK), "--num-gpu-blocks-override", str(BLOCKS),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    mine = os.environ | {"TMPDIR": str(short_tmp)}  # where its sockets are, by whose path its processes are known
+    done = subprocess.run(command, env=mine, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [each["custom_id"] for each in found] == [str(number) for number in range(len(asked))]
@@ -165,5 +171,5 @@ def test_a_batch_starts_an_engine_of_its_own_pins_what_its_groups_share_and_ends
     assert told["plan"]["planned"] == told["plan"]["bound"]
     assert told["prompt_tokens"] - told["cached_tokens"] <= 1.02 * told["plan"]["bound"]
     assert told["pin_failures"] == 0
-    left = subprocess.run(["pgrep", "-f", str(tiny / "model")], capture_output=True, text=True, check=False).stdout
+    left = subprocess.run(["pgrep", "-f", str(short_tmp)], capture_output=True, text=True, check=False).stdout
     assert not left
