@@ -62,7 +62,7 @@ class House:
     def __init__(self, rig: Any) -> None:
         self.rig = rig
         nothing: Any = SimpleNamespace(engines=Counter(), demand=Demand(time.monotonic))
-        finder: Any = SimpleNamespace(judge=lambda tiers, asked: SimpleNamespace(tiers=tiers, cause="absent"))
+        finder: Any = SimpleNamespace(judge=lambda tiers, *asked: SimpleNamespace(tiers=tiers, cause="absent"))
         self.finder = finder
         self.served = Served(
             rig.cache, nothing, nothing, finder, nothing, dict, lambda session: None, lambda: None, nothing, nothing

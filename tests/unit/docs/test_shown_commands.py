@@ -104,7 +104,7 @@ def test_the_example_of_a_client_runs_on_a_daemon_and_alone(served: Any) -> None
         done = subprocess.run(
             [sys.executable, EXAMPLE, *arguments], capture_output=True, text=True, timeout=30, check=False
         )
-        assert done.stdout == "Lookup(tiers=('cpu', 'cpu'))\n[b'aaaaa', b'bbbbb']\n", done.stderr
+        assert done.stdout == "Lookup(tiers=('cpu', 'cpu'), beside=())\n[b'aaaaa', b'bbbbb']\n", done.stderr
 
 
 def test_rest_is_called_as_shown(documented: Any, served: Any) -> None:
