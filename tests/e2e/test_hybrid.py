@@ -21,8 +21,17 @@ from loracache.keys import Namespace, chunk_keys, object_key
 NAMES = (
     "gemma3", "gpt_oss", "mistral", "llama4", "qwen3_next", "granite_hybrid", "lfm2", "gemma3n", "gemma4", "llava",
 )  # fmt: skip
-STEP_TOKENS = 163
 IMAGE_AT = 40
+ENGINE = {
+    "enable_lora": False,
+    "enable_prefix_caching": True,
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 163,
+    "disable_hybrid_kv_cache_manager": False,
+}
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -43,20 +52,8 @@ def serving(
     redis = module_redis()
     options = {"memory": "128MiB", "disk_path": folder / "disk", "disk": "1GiB", "redis": redis.url, "config": patient}
     daemon = module_daemon(**options)
-    engine = engine_factory(
-        {"server": daemon.url, "chunk_tokens": model.block},
-        model=str(folder / "model"),
-        enable_lora=False,
-        enable_prefix_caching=True,
-        enforce_eager=True,
-        block_size=32,
-        max_model_len=1024,
-        max_num_seqs=16,
-        max_num_batched_tokens=STEP_TOKENS,
-        num_gpu_blocks_override=model.blocks,
-        disable_hybrid_kv_cache_manager=False,
-        **model.engine,
-    )
+    arguments = ENGINE | {"model": str(folder / "model"), "num_gpu_blocks_override": model.blocks} | model.engine
+    engine = engine_factory({"server": daemon.url, "chunk_tokens": model.block}, **arguments)
     yield SimpleNamespace(
         engine=engine, model=model, daemon=daemon, redis=redis, disk=folder / "disk", options=options, chunk=model.block
     )
