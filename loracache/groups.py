@@ -48,8 +48,8 @@ class Group:
         least, most = {Need.WINDOW: (0, inf), Need.SPAN: (1, inf)}.get(self.need, (0, 0))
         if type(self.tokens) is not int or not least <= self.tokens <= most:
             raise UsageError(f"a group that needs {self.need} cannot have {self.tokens!r} tokens")
-        named = type(self.shards) is tuple and all(isinstance(name, str) and name for name in self.shards)
-        if not self.shards or not named:
+        named = type(self.shards) is tuple and all(isinstance(name, str) for name in self.shards)
+        if not named or not self.shards or not all(self.shards):
             raise UsageError(f"a group has a tuple of shards with names, not {self.shards!r}")
 
     def first(self, chunks: int, chunk_tokens: int) -> int:

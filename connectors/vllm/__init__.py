@@ -5,7 +5,8 @@ vLLM loads connector.py, which hands every call to one of the two sides, and plu
 a process: scheduler/ (EngineCore), worker/, frontend/ (the API server); each with its part of paged LoRA.
 
 May import: connectors.vllm.common, connectors.vllm.frontend, connectors.vllm.identity, connectors.vllm.link,
-    connectors.vllm.lora, connectors.vllm.scheduler, connectors.vllm.worker, connectors.vllm.worker.lora, errors
+    connectors.vllm.lora, connectors.vllm.scheduler, connectors.vllm.worker, connectors.vllm.worker.lora, errors,
+    groups
 Threads: vLLM's own; each room says which it adds.
 """
 

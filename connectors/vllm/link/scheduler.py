@@ -13,45 +13,21 @@ import os
 import select
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from loracache.client import requests
 from loracache.client.link import Link
+from loracache.connectors.vllm.link.parted_lookup import Found, PartedLookup
 from loracache.errors import LoRACacheError, ProtocolError, Rejected
-from loracache.tiers import Tier, labels
+from loracache.tiers import Tier
 
-__all__ = ["Found", "SchedulerLink"]
+__all__ = ["SchedulerLink"]
 
 _log = logging.getLogger(__name__)
 _REPORT_S = 1.0
 _SILENT_AFTER_S = 0.5
 _EVENTS_PAGE, _EVENTS_WAIT_S = 500, 30.0
-_WHERE = {int(tier): tier.label for tier in Tier} | {requests.NOWHERE: ""}
-_PART_KEYS = 8192  # of a lookup with keys beside its chain
-
-
-class Found(NamedTuple):
-    """The tiers of the leading keys of a chain, and of each key beside it, "" where it is nowhere."""
-
-    tiers: tuple[str, ...]
-    beside: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Lookup:
-    """A question in parts. number: of the part that was asked last, of so many keys and so many beside them; parts:
-    what is left; found: of those before it."""
-
-    lease: bytes
-    shards: int
-    ttl: float
-    parts: Iterator[tuple[Sequence[bytes], Sequence[bytes]]]
-    number: int = 0
-    keys: int = 0
-    beside: int = 0
-    found: Found = field(default_factory=lambda: Found((), ()))
 
 
 class SchedulerLink(Link):
@@ -61,7 +37,7 @@ class SchedulerLink(Link):
         super().__init__(server, name="vllm-scheduler", log=_log)
         self._counts: Counter[str] = Counter()
         self._next_report = self._next_counts = 0.0
-        self._lookups: dict[int, _Lookup] = {}  # by the number of the first part
+        self._lookups: dict[int, PartedLookup] = {}  # by the number of the first part
         self._asked: dict[int, float] = {}  # lookups without an answer, oldest first
         self._events_asked = self._events_last = 0  # the question that waits, and the last event that was told
         self._events_gone = False
@@ -98,13 +74,14 @@ class SchedulerLink(Link):
         """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held. shards: keys
         of one chunk. beside: keys of the same chunks, `width` each, of which each is looked for and none held; all of
         them where there are no `keys`."""
-        lookup = _Lookup(lease, shards, ttl, _parts(keys, shards, beside, width))
+        lookup = PartedLookup(lease, keys, shards, ttl, beside, width)
         if self._ask_part(lookup):
             self._lookups[lookup.number] = lookup
         return lookup.number
 
     def answer_lookup(self, number: int) -> Found | None:
-        """What was found, or None while there is no answer. A question that failed is a miss."""
+        """What was found, or None while there is no answer. A question that failed is a miss, and so is what is no
+        answer: vLLM's loop would end with an error."""
         lookup = self._lookups.get(number)
         if lookup is None:  # of a connection that ended
             return Found((), ())
@@ -112,9 +89,11 @@ class SchedulerLink(Link):
             done, payload = self._answer(lookup.number)
             if not done:
                 return None
-            tiers, beside = self._found(lookup, payload) if payload else ((), ())
-            lookup.found = Found(lookup.found.tiers + tiers, lookup.found.beside + beside)
-            if not payload or len(tiers) < lookup.keys or not self._ask_part(lookup):
+            try:
+                lookup.take(payload)
+            except (LookupError, TypeError, ValueError):
+                self._malformed()
+            if not self._ask_part(lookup):
                 self._lookups.pop(number, None)
                 return lookup.found
 
@@ -126,29 +105,13 @@ class SchedulerLink(Link):
                 return None
         return found
 
-    def _found(self, lookup: _Lookup, payload: list[Any]) -> Found:
-        """What an answer says of the part asked last. What is no answer is a miss: vLLM's loop would end with an
-        error."""
-        with contextlib.suppress(LookupError, TypeError):
-            tiers = labels(payload[0])
-            where = payload[1] if lookup.beside else b""
-            beside = tuple([_WHERE[tier] for tier in where])
-            if len(tiers) <= lookup.keys and len(beside) == lookup.beside:
-                return Found(tiers, beside)
-        self._malformed()
-        return Found((), ())
-
     def _malformed(self) -> None:
         self.connection.close()
         self.outage.goes_on(ProtocolError("the daemon's answer is malformed"))
 
-    def _ask_part(self, lookup: _Lookup) -> bool:
-        keys, beside = next(lookup.parts, (None, ()))
-        if keys is None:
-            return False
-        lookup.keys, lookup.beside = len(keys), len(beside)
-        joined = requests.join_keys(keys), max(1, lookup.shards), lookup.ttl, requests.join_keys(beside)
-        lookup.number = self._ask(requests.Lookup(lookup.lease, *joined))
+    def _ask_part(self, lookup: PartedLookup) -> bool:
+        request = lookup.next()
+        lookup.number = self._ask(request) if request is not None else 0
         return bool(lookup.number)
 
     def ask_adapter(self, path: str) -> int | None:
@@ -390,15 +353,3 @@ class SchedulerLink(Link):
             else:
                 self._early[number] = payload
         return False
-
-
-def _parts(
-    keys: Sequence[bytes], shards: int, beside: Sequence[bytes], width: int
-) -> Iterator[tuple[Sequence[bytes], Sequence[bytes]]]:
-    """Whole chunks that are asked for one after the other: their keys, and those beside them."""
-    if not beside:
-        yield from ((part, ()) for part in requests.lookup_parts(keys, shards))
-        return
-    chunks = max(1, _PART_KEYS // (shards + width))
-    for at in range(0, len(beside) // width, chunks):
-        yield keys[at * shards : (at + chunks) * shards], beside[at * width : (at + chunks) * width]

@@ -154,6 +154,7 @@ class Chunks:
             leading = tuple(_slowest(tiers[row : row + count]) for row in range(0, len(tiers), count))
         state.beside = tuple(columns)
         state.answer(leading)
+        state.chain = len(leading) if self.chain is not None else 0
         state.hits = leading[: self.resumable(state, len(leading))]
 
     def was_found(self, state: RequestState, place: int, number: int) -> bool:
@@ -169,6 +170,13 @@ class Chunks:
         most = min(most, (int(state.request.num_tokens) - 1) // self.tokens)
         held = [(part.as_group(), [bool(tier) for tier in column]) for part, column in self._columns(state)]
         return furthest(held, self.tokens, most)
+
+    def junction(self, state: RequestState) -> int:
+        """The token behind which a request's prompt leaves what is held of the chain, where states lack for a hit so
+        far: others with the same beginning would go on from there. 0: nowhere."""
+        chunks = min(state.chain, (int(state.request.num_prompt_tokens) - 1) // self.tokens)
+        lacking = chunks > len(state.hits) and any(part.group.need is Need.STATE for part in self.beside)
+        return chunks * self.tokens if lacking else 0
 
     def loadable(self, state: RequestState, num_computed: int) -> int:
         """How many tokens beyond `num_computed` the hits of a request are good for; may be below 1."""

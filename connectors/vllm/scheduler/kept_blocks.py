@@ -67,6 +67,11 @@ class KeptBlocks:
                 if wanted and place not in state.kept.get(number, {}) and all(each.index in found for each in members):
                     self._take(state, number, place, [found[each.index] for each in members])
 
+    @property
+    def pending(self) -> bool:
+        """Whether blocks wait for stores that are under way."""
+        return bool(self._stores)
+
     def block_ids(self, state: RequestState) -> Mapping[int, Mapping[int, tuple[int, ...]]]:
         """The numbers of a request's kept blocks, by chunk and group."""
         return {

@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 from loracache.connectors.vllm.common.stats import Tally
-from loracache.connectors.vllm.link.scheduler import Found, SchedulerLink
+from loracache.connectors.vllm.link.parted_lookup import Found
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.patience import Patience
 
 if TYPE_CHECKING:
@@ -124,6 +125,14 @@ class Lookups:
             if held:
                 self._link.prefetch(state.lease, held, LEASE_TTL_S)
                 state.leased = True
+
+    def mark_junction(self, state: RequestState) -> None:
+        """Have vLLM end a step where a request's prompt leaves what others have in common with it, so that its state
+        there can be stored. vLLM forgets it whenever it looks into its own prefix cache, before it asks us."""
+        assert self.chunks is not None
+        junction, request = self.chunks.junction(state), state.request
+        if junction > getattr(request, "shared_prefix_boundary", junction):
+            request.shared_prefix_boundary = junction
 
     def drop_lease(self, state: RequestState) -> None:
         """End the hold on what was found."""

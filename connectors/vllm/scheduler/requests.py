@@ -40,21 +40,22 @@ class RequestState:
 
     cacheable: its KV may be stored and loaded. reads: and is wanted to be loaded. chunk_keys: keys of its whole chunks,
     grown as tokens are confirmed. asked_at: when its question left (monotonic seconds). hits: tiers of its leading
-    chunks, as last answered: a hit that the engine can go on behind. beside: for each group beside the chain, each
-    chunk's tier, "" where it is nowhere. blocks: the engine's blocks, in order, for each of its groups. kept: by chunk
-    and group, blocks that are kept for the store of what is beside the chain. stored: chunks offered to the store so
-    far; the next are offered after store_after (monotonic seconds). local_tokens: what the engine's own prefix cache
-    held. content: which of its adapter's contents that is of (blocks.py). media: what its images and the like are
-    (media.py). stage: how far it has come. wishes: what it asks for itself. told: leading chunks that the engine's KV
-    events know of. weighed: it is settled how many of its hits are loaded. passed_over: chunks that were found and are
-    computed, not counted yet. late: it was counted that no answer came in time.
+    chunks, as last answered: a hit that the engine can go on behind. chain: how many the chain alone is held. beside:
+    for each group beside the chain, each chunk's tier, "" where it is nowhere. blocks: the engine's blocks, in order,
+    for each of its groups. kept: by chunk and group, blocks that are kept for the store of what is beside the chain.
+    stored: chunks offered to the store so far; the next are offered after store_after (monotonic seconds).
+    local_tokens: what the engine's own prefix cache held. content: which of its adapter's contents that is of
+    (blocks.py). media: what its images and the like are (media.py). stage: how far it has come. wishes: what it asks
+    for itself. told: leading chunks that the engine's KV events know of. weighed: it is settled how many of its hits
+    are loaded. passed_over: chunks that were found and are computed, not counted yet. late: it was counted that no
+    answer came in time.
     """
 
     __slots__ = (
-        "adapter", "answered_at", "asked_at", "beside", "blocks", "cacheable", "chunk_keys", "content", "first_step",
-        "has_stored", "hits", "kept", "late", "lease", "leased", "load_tiers", "local_tokens", "media", "namespace",
-        "parked_since", "passed_over", "question", "reads", "request", "stage", "store_after", "stored", "told",
-        "weighed", "wishes",
+        "adapter", "answered_at", "asked_at", "beside", "blocks", "cacheable", "chain", "chunk_keys", "content",
+        "first_step", "has_stored", "hits", "kept", "late", "lease", "leased", "load_tiers", "local_tokens",
+        "media", "namespace", "parked_since", "passed_over", "question", "reads", "request", "stage", "store_after",
+        "stored", "told", "weighed", "wishes",
     )  # fmt: skip
 
     def __init__(self, request: Request, *, cacheable: bool, reads: bool, wishes: Wishes) -> None:
@@ -74,6 +75,7 @@ class RequestState:
         self.parked_since: float | None = None
         self.late = False
         self.hits: tuple[str, ...] = ()
+        self.chain = 0
         self.beside: tuple[tuple[str, ...], ...] = ()
         self.blocks: list[list[int]] = []
         self.kept: dict[int, dict[int, tuple[Any, ...]]] = {}

@@ -216,6 +216,7 @@ class SchedulerSide:
         if not self._lookups.advance(state) and not self._lookups.comes(state):
             return (None if self._lookups.parked(state) else 0), False
         self._lookups.weigh(state)
+        self._lookups.mark_junction(state)
         tokens = self._chunks.loadable(state, num_computed)
         if tokens <= 0:
             self._lookups.drop_lease(state)

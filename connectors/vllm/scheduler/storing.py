@@ -48,6 +48,11 @@ class Storing:
         self.held = HeldBlocks()
         self.kept = KeptBlocks()
 
+    @property
+    def frees_soon(self) -> bool:
+        """Whether blocks that no request needs wait for stores."""
+        return self.held.pending or self.kept.pending
+
     def plan(self, state: RequestState, computed_tokens: int) -> Store | None:
         """The store of what is computed and confirmed: whole chunks beyond those that are held or planned already."""
         if self.chunks is None or not self._enabled or not state.wishes.store or not self._namespace.settle(state):

@@ -231,6 +231,7 @@ class Storer:
             requests.join_keys([item.parent for item in items]),
             [item.nbytes for item in items],
             _WRITE_LEASE_S,
+            beside=requests.join_keys([item.key for item in items if item.objects.group.need is not Need.ALL]),
         )
         try:
             granted, left = self._sorted(items, connection.call(reserve, _CALL_TIMEOUT_S).payload, causes)

@@ -15,8 +15,11 @@ import httpx
 import pytest
 
 from loracache import CacheClient, Group, Namespace, Need, Selection
-from loracache.errors import ProtocolError, Unavailable
+from loracache.errors import ProtocolError, Unavailable, UsageError
 from loracache.keys import salt_digest
+from loracache.simulator.replay import replay
+from loracache.simulator.store import Sizes, Way
+from loracache.simulator.trace import read_trace
 from loracache.wire import protocol
 from loracache.wire.protocol import NOWHERE, join_keys
 
@@ -46,7 +49,7 @@ def running(module_daemon: Any, redis: Any, eventually: Any, tmp_path_factory: p
         except httpx.TransportError:
             return False
 
-    eventually(up, "REST answers")
+    eventually(up, "REST answers", 60)
     return made
 
 
@@ -155,8 +158,10 @@ def test_what_is_found_beside_a_chain_is_neither_held_nor_counted_as_hit_or_miss
     grown = {name: count - before.get(name, 0) for name, count in status["counters"].items()}
     grown = {name: count for name, count in grown.items() if name.partition(".")[0] in ("hit", "miss", "beside")}
     assert {name: count for name, count in grown.items() if count} == {
-        "hit.cpu": 10, "beside.cpu": 15, "beside.absent": 2
-    }  # fmt: skip
+        "hit.cpu": 10,
+        "beside.cpu": 15,
+        "beside.absent": 2,
+    }
     hits = {item["key"]: item["hits"] for item in client.objects(prompt.selection)}
     assert {hits[key.hex()] for key in prompt.beside} == {0}
     assert {hits[key.hex()] for key in prompt.chain} == {1}
@@ -211,15 +216,17 @@ def test_a_client_asks_for_long_chains_in_parts(client: CacheClient, monkeypatch
     sent: list[Any] = []
     call = client._call
     monkeypatch.setattr(client, "_call", lambda request, *more: sent.append(request) or call(request, *more))
-    monkeypatch.setattr("loracache.client.requests._PART_KEYS", 4)
+    monkeypatch.setattr("loracache.client.requests._PART_KEYS", 6)
     whole = client.lookup(prompt.chain, group=2, beside=prompt.beside)
     assert (whole.tiers, whole.beside) == (("cpu",) * 10, ("cpu",) * 15)
-    assert [len(each.keys) // 32 for each in sent] == [4, 4, 2, 0]
-    assert [len(each.beside) // 32 for each in sent] == [4, 4, 4, 3]
+    assert [(len(each.keys) // 32, len(each.beside) // 32) for each in sent] == [(4, 6), (4, 6), (2, 3)]
     sent.clear()
     cut = client.lookup([*prompt.chain[:3], os.urandom(32), *prompt.chain[4:]], group=2, beside=prompt.beside)
-    assert (cut.tiers, cut.beside) == (("cpu",) * 2, ("cpu",) * 15)
-    assert [len(each.keys) // 32 for each in sent] == [4, 0, 0, 0]
+    assert (cut.tiers, cut.beside) == (("cpu",) * 2, ("cpu",) * 6 + ("",) * 9)
+    assert len(sent) == 1
+    assert client.lookup([], beside=prompt.beside).beside == ("cpu",) * 15
+    with pytest.raises(UsageError, match="14 keys beside 10, 2 a chunk"):
+        client.lookup(prompt.chain, group=2, beside=prompt.beside[1:])
     assert client.lookup([]).hits == client.lookup([], beside=[bytes(32)]).hits == 0
     assert client.lookup([], beside=[bytes(32)]).beside == ("",)
 
@@ -325,3 +332,20 @@ def test_the_dashboards_page_of_an_object_beside_a_chain_is_served(client: Cache
     prompt = Prompt(client, HYBRID)
     (item,) = rest.get("/v1/objects", params={"key": prompt.of("w", 2).hex()}).json()["objects"]
     assert (item["kind"], item["parent"]) == ("beside", prompt.of("a0", 2).hex())
+
+
+def test_a_recorded_trace_is_of_chains_and_replays_as_it_was_found(daemon: Any, tmp_path: Path) -> None:
+    running = daemon(memory="4MiB", page_size="4KiB", record=tmp_path / "trace")
+    with CacheClient(running.url) as client:
+        prompt = Prompt(client, HYBRID)
+        for _ in range(3):
+            request = protocol.Lookup(
+                os.urandom(16), join_keys(prompt.chain), HYBRID.lead, 30.0, join_keys(prompt.beside)
+            )
+            client.connection.call(request, 10)
+    assert running.stop() == 0
+    requests = read_trace(tmp_path / "trace")
+    assert [(len(each.blocks), each.held) for each in requests] == [(10, 10)] * 3
+    assert sum(len(kept.blocks) for kept in requests[0].kept) == OBJECTS  # what it stored takes room, all of it
+    run = replay(requests, Sizes(4 << 20, 0, 1), Way.parse("lru"))
+    assert (run.hit_rate, run.bytes_stored) == (1.0, OBJECTS * 4096)

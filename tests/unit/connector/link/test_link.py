@@ -15,6 +15,7 @@ from loracache import Namespace
 from loracache.client import link as client_link
 from loracache.client import requests
 from loracache.client.connection import Reply
+from loracache.connectors.vllm.link import parted_lookup
 from loracache.connectors.vllm.link import scheduler as link_module
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 
@@ -173,7 +174,7 @@ def test_keys_beside_a_chain_are_each_looked_for_in_the_same_parts(
     daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two chunks of a chain are held of three; of the two objects beside each, some."""
-    monkeypatch.setattr(link_module, "_PART_KEYS", 3)
+    monkeypatch.setattr(parted_lookup, "_PART_KEYS", 3)
     running = daemon()
     client = running.client()
     chain, beside = ([bytes([first + number]) * 32 for number in range(count)] for first, count in ((1, 3), (11, 6)))

@@ -198,8 +198,10 @@ def test_a_store_is_over_when_all_workers_say_so(make_driver: Any, make_request:
     (store,) = prefill(driver, request, TABLES, tokens=5).stores
     news(driver, {store.number: 1})
     assert pool.held == {11, 12, 21, 22}
+    assert driver.side.storing.frees_soon
     news(driver, {store.number: 1})
     assert not pool.held
+    assert not driver.side.storing.frees_soon
 
 
 def test_a_request_that_ends_or_is_preempted_keeps_nothing(windows: Any, make_request: Any) -> None:
@@ -268,6 +270,23 @@ def test_a_hit_ends_behind_a_state(states: Any, make_request: Any) -> None:
     (load,) = states.step().loads
     assert [(chunk.blocks, chunk.group) for chunk in load.chunks][-1] == ((44,), 1)
     assert [chunk.group for chunk in load.chunks] == [0, 0, 0, 0, 1]
+
+
+def test_vllm_ends_a_step_where_a_prompt_leaves_what_others_have_in_common(states: Any, make_request: Any) -> None:
+    """The chain is held to there, and no state: the next that begins so shall find one."""
+    request = make_request("a", 6 * CHUNK)
+    hold(states, request, 4, {1: "cpu"}, "state")
+    assert states.arrive(request) == (2 * CHUNK, True)
+    assert request.shared_prefix_boundary == 4 * CHUNK
+    whole = make_request("b", 3 * CHUNK, seed=1)
+    hold(states, whole, 3, {}, "state")
+    assert states.arrive(whole) == (0, False)
+    assert whole.shared_prefix_boundary == 2 * CHUNK  # the last token is computed in any case
+    known = make_request("c", 6 * CHUNK, seed=2)
+    hold(states, known, 4, {3: "cpu"}, "state")
+    known.shared_prefix_boundary = 16
+    states.arrive(known)
+    assert known.shared_prefix_boundary == 16  # vLLM's own, which stays
 
 
 def test_of_a_prompt_whose_windows_are_too_much_those_at_its_end_are_stored(windows: Any, make_request: Any) -> None:
