@@ -132,7 +132,9 @@ def _granite_hybrid() -> Any:
 def _lfm2() -> Any:
     heads = HEADS | {"num_attention_heads": 2}
     sizes = {"conv_dim": 64, "block_dim": 64, "block_ff_dim": 128}  # as vLLM reads them
-    return transformers.Lfm2Config(**SIZES, **heads, **_layers("conv", "conv", FULL), block_auto_adjust_ff_dim=False, **sizes)
+    return transformers.Lfm2Config(
+        **SIZES, **heads, **_layers("conv", "conv", FULL), block_auto_adjust_ff_dim=False, **sizes
+    )
 
 
 def _deepseek() -> Any:

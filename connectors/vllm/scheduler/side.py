@@ -381,6 +381,7 @@ class SchedulerSide:
         few = slow[: max(1, most) * self._chunks.width]
         if few:
             self._link.prefetch(state.lease, few, LEASE_TTL_S)
+            state.leased = True
 
     def _wishes(self, request: Request) -> Wishes:
         wishes, problems = wishes_of(request)

@@ -70,9 +70,7 @@ def kinds() -> dict[str, dict[str, Any]]:
         "full, states within a step": _named(
             *[state(page, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)] * 2, full(**double)
         ),
-        "mla, state": _named(
-            state(mla(**double).page_size_bytes), state(mla(**double).page_size_bytes), mla(**double)
-        ),
+        "mla, state": _named(state(mla(**double).page_size_bytes), state(mla(**double).page_size_bytes), mla(**double)),
         "full, window, state": _named(state(page), window(40, **double), full(**double)),
         "blocks of two sizes": _named(window(40), window(40), full(head_size=16)),
         "layers of two dtypes": _named(full(), full(dtype=torch.bfloat16)),
