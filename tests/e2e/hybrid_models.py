@@ -38,9 +38,9 @@ FORGETS = (0.002, 0.2)  # of a state per token and unit of time step, first head
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """An architecture. config: makes its configuration. kinds: of its groups (loracache.groups.Need), in the connector's
-    order. block: tokens of the largest block of a group. blocks: of an engine in which ten requests of 300 tokens have no
-    room. engine: more of vLLM's arguments. image: whether it sees.
+    """An architecture. config: makes its configuration. kinds: of its groups (loracache.groups.Need), in the
+    connector's order. block: tokens of the largest block of a group. blocks: of an engine in which ten requests of 300
+    tokens have no room. engine: more of vLLM's arguments. image: whether it sees.
     """
 
     name: str

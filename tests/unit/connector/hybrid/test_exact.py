@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 
 CHUNK = 32
 KINDS = (
-    "full", "mla", "window", "full, window", "full, two windows", "window of one token", "full, span", "spans across chunks",
-    "full, state", "full, states within a step", "mla, state", "full, window, state", "blocks of two sizes", "layers of two dtypes", "heads of two numbers",
+    "full", "mla", "window", "full, window", "full, two windows", "window of one token", "full, span",
+    "spans across chunks", "full, state", "full, states within a step", "mla, state", "full, window, state",
+    "blocks of two sizes", "layers of two dtypes", "heads of two numbers",
 )  # fmt: skip
-REACHING = [kind for kind in KINDS if kind != "spans across chunks"]  # there some is gone before a chunk is whole
+# Where spans end within chunks, some of a chunk is gone before it is whole.
+REACHING = [kind for kind in KINDS if kind != "spans across chunks"]
 BESIDE = [kind for kind in KINDS if ", " in kind or kind == "blocks of two sizes"]
 _numbers = itertools.count()
 
