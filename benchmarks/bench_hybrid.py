@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models whose layers do not all read all of a prompt, 4,000 tokens, bfloat16: cold, hit in L1, hit in vLLM's own cache.
+"""Models whose layers do not all read all of a prompt, 4,000 tokens: cold, hit in L1, hit in vLLM's own cache.
 
-Two shapes with random weights: windows (Gemma 3: five layers of 512 tokens to one of full attention) and states (Granite
-4 hybrid: Mamba 2, one layer of attention in ten). One engine each; rounds as in bench_ttft.py. Beside the times, what a
-token of a prompt takes in the cache, and what it would take if all layers of attention were full.
+Two shapes with random weights in bfloat16: windows (Gemma 3: five layers of 512 tokens to one of full attention) and
+states (Granite 4 hybrid: Mamba 2, one layer of attention in ten). One engine each; rounds as in bench_ttft.py. Beside
+the times, what a token of a prompt takes in the cache, and what of it is of the layers of full attention.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ CONNECTOR = [
     ),
     Mutation(
         "what the engine has of a window is not written over",
-        "connectors/vllm/scheduler/side.py",
+        "connectors/vllm/scheduler/chunks.py",
         "block.is_null or block.block_hash is not None",
         "block.is_null",
         _GROUPS,

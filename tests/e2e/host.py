@@ -67,6 +67,14 @@ async def generate(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def preemptions() -> int:
+    """So far, as vLLM counts them."""
+    from prometheus_client import REGISTRY
+
+    found = (each for metric in REGISTRY.collect() for each in metric.samples)
+    return int(sum(each.value for each in found if each.name == "vllm:num_preemptions_total"))
+
+
 async def serve(arguments: dict[str, Any], answers: TextIO) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -95,11 +103,7 @@ async def serve(arguments: dict[str, Any], answers: TextIO) -> None:
                     await engine.sleep(command["level"])
                     await engine.wake_up()
                 case "preemptions":
-                    from prometheus_client import REGISTRY
-
-                    found = [each for metric in REGISTRY.collect() for each in metric.samples]
-                    counts = [each.value for each in found if each.name == "vllm:num_preemptions_total"]
-                    answer["done"] = int(sum(counts))
+                    answer["done"] = preemptions()
                 case "pause":
                     await engine.pause_generation(mode=command["mode"], clear_cache=command["clear"])
                     await engine.resume_generation()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout
 from loracache.connectors.vllm.common.groups import KVGroup, block_unit
@@ -17,7 +18,7 @@ from loracache.connectors.vllm.scheduler.requests import RequestState
 from loracache.groups import Group, Need, furthest
 from loracache.keys import object_key
 
-__all__ = ["NOT_LOADED", "Chunks", "Part"]
+__all__ = ["NOT_LOADED", "Chunks", "Part", "loaded_into"]
 
 NOT_LOADED = -1
 """In a table of blocks: the engine has this one, or needs none there."""
@@ -249,6 +250,14 @@ class Chunks:
 
     def _columns(self, state: RequestState) -> list[tuple[Part, tuple[str, ...]]]:
         return list(zip(self.beside, state.beside, strict=False))
+
+
+def loaded_into(blocks: Any) -> list[list[int]]:
+    """Tables of the blocks that a load writes to: those that are neither vLLM's "no block" nor of its prefix cache."""
+    return [
+        [NOT_LOADED if block.is_null or block.block_hash is not None else block.block_id for block in table]
+        for table in blocks.blocks
+    ]
 
 
 def _blocks(

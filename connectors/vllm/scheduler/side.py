@@ -21,7 +21,7 @@ from loracache.connectors.vllm.common.wishes import Wishes, wishes_of
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
-from loracache.connectors.vllm.scheduler.chunks import NOT_LOADED, Chunks
+from loracache.connectors.vllm.scheduler.chunks import Chunks, loaded_into
 from loracache.connectors.vllm.scheduler.demand import Demand
 from loracache.connectors.vllm.scheduler.load_or_compute import LoadChoice
 from loracache.connectors.vllm.scheduler.lookups import LEASE_TTL_S, Lookups
@@ -230,7 +230,7 @@ class SchedulerSide:
         if self._chunks is None or state is None or not tokens or not state.hits:
             return
         state.blocks = [list(table) for table in blocks.get_block_ids()]
-        tables = _loaded_into(blocks) if self._chunks.beside else state.blocks
+        tables = loaded_into(blocks) if self._chunks.beside else state.blocks
         load, state.load_tiers = self._chunks.load(state, tables, tokens)
         state.stage = Stage.LOADING
         if not (state.cacheable and load.chunks):  # the weights have changed since it was promised, or the blocks
@@ -381,6 +381,7 @@ class SchedulerSide:
         few = slow[: max(1, most) * self._chunks.width]
         if few:
             self._link.prefetch(state.lease, few, LEASE_TTL_S)
+            state.leased = True
 
     def _wishes(self, request: Request) -> Wishes:
         wishes, problems = wishes_of(request)
@@ -390,11 +391,3 @@ class SchedulerSide:
                 self._said.add(problem)
                 _log.warning("request %s: %s; it is served without that", request.request_id, problem)
         return wishes
-
-
-def _loaded_into(blocks: Any) -> list[list[int]]:
-    """Tables of the blocks that a load writes to: those that are neither vLLM's "no block" nor of its prefix cache."""
-    return [
-        [NOT_LOADED if block.is_null or block.block_hash is not None else block.block_id for block in table]
-        for table in blocks.blocks
-    ]

@@ -151,7 +151,7 @@ def test_what_was_sent_before_the_end_is_served_before_it(house: House) -> None:
 def test_a_turn_that_raises_does_not_end_those_of_others(house: House, caplog: pytest.LogCaptureFixture) -> None:
     session, transport = house.session(1)
     transport.abort = transport.close  # type: ignore[attr-defined]
-    house.finder.judge = lambda tiers, asked: 1 / 0
+    house.finder.judge = lambda tiers, *asked: 1 / 0
     house.send(session, lookup(1, 1))
     other, answered = house.session(2)
     house.send(other, protocol.Renew(bytes(16), 1.0).encode(1))

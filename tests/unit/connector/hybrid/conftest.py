@@ -50,11 +50,10 @@ def kinds() -> dict[str, dict[str, Any]]:
         latent = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 24, "dtype": torch.float32}
         return MLAAttentionSpec(**(latent | more))
 
-    def state(page: int, block: int = 2 * BLOCK, heads: int = 4) -> Any:
-        shapes, dtypes = ((3, 20), (heads, 8, 8)), (torch.float32, torch.float32)
-        return MambaSpec(
-            block_size=block, shapes=shapes, dtypes=dtypes, page_size_padded=page, mamba_cache_mode="align"
-        )
+    def state(page: int, **more: Any) -> Any:
+        shapes, dtypes = ((3, 20), (4, 8, 8)), (torch.float32, torch.float32)
+        own = {"block_size": 2 * BLOCK, "page_size_padded": page, "mamba_cache_mode": "align"}
+        return MambaSpec(shapes=shapes, dtypes=dtypes, **(own | more))
 
     double = {"block_size": 2 * BLOCK}
     page = full(**double).page_size_bytes
@@ -68,6 +67,9 @@ def kinds() -> dict[str, dict[str, Any]]:
         "full, span": _named(span(64), span(64), full()),
         "spans across chunks": _named(span(48), span(48), full()),
         "full, state": _named(state(page), state(page), state(page), full(**double)),
+        "full, states within a step": _named(
+            *[state(page, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)] * 2, full(**double)
+        ),
         "mla, state": _named(state(mla(**double).page_size_bytes), state(mla(**double).page_size_bytes), mla(**double)),
         "full, window, state": _named(state(page), window(40, **double), full(**double)),
         "blocks of two sizes": _named(window(40), window(40), full(head_size=16)),
@@ -83,7 +85,7 @@ def _named(*specs: Any) -> dict[str, Any]:
 def _reads(spec: Any, start: int) -> int:
     """The first token that a layer reads to compute the one at `start`, by vLLM's description of it."""
     if hasattr(spec, "sliding_window") and spec.sliding_window:
-        return max(0, start - spec.sliding_window + 1)
+        return int(max(0, start - spec.sliding_window + 1))
     if getattr(spec, "attention_chunk_size", None):
         return int(start // spec.attention_chunk_size * spec.attention_chunk_size)
     return 0
@@ -109,6 +111,7 @@ class ExactModel:
 
     def __init__(self, config: Any, tensors: dict[str, Any]) -> None:
         self._groups = config.kv_cache_groups
+        self._units = config.hash_block_size, config.cache_hit_alignment_tokens
         self._tensors = tensors
         self._pages = {name: self._bytes(tensor) for name, tensor in tensors.items()}
         self._marks = {name: np.uint64(number * LAYER % 2**64) for number, name in enumerate(tensors)}
@@ -170,7 +173,26 @@ class ExactModel:
             source = table[(start - 1) // spec.block_size]
             wrong = np.flatnonzero(pages[source].ravel() != values[start - 1])
             assert not len(wrong), f"{where}: wrong state of {start} tokens in block {source}, table {table}"
+        if spec.num_prefill_checkpoint_blocks:
+            self._state_within(pages, spec, table, values, start)
         pages[target] = values[-1]
+
+    def _state_within(self, pages: Any, spec: Any, table: list[int], values: Any, start: int) -> None:
+        """Take the state out of the middle of a step where vLLM does."""
+        from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
+
+        unit, alignment = self._units
+        (offset,), (column,) = compute_mamba_prefill_checkpoints(
+            [len(values)],
+            [len(values) - start],
+            hash_block_size=unit,
+            mamba_block_size=spec.block_size,
+            checkpoint_alignment=spec.prefill_checkpoint_alignment,
+            drop_eagle_block=False,
+            cache_hit_alignment_tokens=alignment,
+        )
+        if offset and table[column]:
+            pages[table[column]] = values[start + offset - 1]
 
     @staticmethod
     def _bytes(tensor: Any) -> Any:
@@ -198,6 +220,7 @@ class FakeEngine:
         cache.num_gpu_blocks = config.num_blocks
         block, unit = utils.resolve_kv_cache_block_sizes(config, vllm_config)
         config.hash_block_size = unit
+        config.cache_hit_alignment_tokens = utils.resolve_cache_hit_alignment_tokens(config, vllm_config, block, unit)
         scheduling = utils.generate_scheduler_kv_cache_config([config])
         scheduling.hash_block_size = unit
         from vllm.utils.hashing import get_hash_fn_by_name
@@ -209,14 +232,16 @@ class FakeEngine:
         self.scheduler = Scheduler(vllm_config, scheduling, grammars, block, unit)
         self.worker = LoRACacheConnector(vllm_config, KVConnectorRole.WORKER, config)
         stands_in = SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.Linear(2, 2)))
-        self.worker._worker.weights.bind(stands_in)  # else every reset is taken for new weights
+        side: Any = self.worker._worker
+        side.weights.bind(stands_in)  # else every reset is taken for new weights
         patched.setattr(runner, "get_kv_transfer_group", lambda: self.worker)
-        tensors = allocate_kv_cache(config, "cpu", cache.get_resolved_kv_cache_layout())  # type: ignore[arg-type]
+        tensors = allocate_kv_cache(config, "cpu", cache.get_resolved_kv_cache_layout())
         self._runner = runner.ActiveKVConnector(vllm_config, tensors)
         self.model = ExactModel(config, tensors)
         self.groups = config.kv_cache_groups
         self.external: dict[str, int] = {}
-        self.shards = [group.shard for group in self.worker.get_handshake_metadata().groups]
+        facts: Any = side.facts
+        self.shards = [group.shard for group in facts.groups]
         self._states: dict[tuple[int, ...], Any] = {}
         self._names = 0
         self._identity = self.scheduler.connector._identity
