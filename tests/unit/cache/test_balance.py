@@ -11,7 +11,7 @@ import pytest
 from loracache.cache.policy.balance import Balance
 from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.node import Node
-from loracache.simulator.clock import Rates
+from loracache.simulator.clock import Hardware
 from loracache.simulator.replay import Replay
 from loracache.simulator.store import Sizes, Way
 from loracache.simulator.trace import BLOCK_TOKENS, Request
@@ -99,9 +99,9 @@ def mixed(adapters: int, seed: int = 0) -> list[Request]:
 
 def work(requests: Sequence[Request], policy: str, origin: float) -> float:
     """Seconds of the engines. origin: bytes a second of adapters' files; a byte is a token's KV."""
-    rates = Rates(cpu=1e9, below=Speeds(prefill=8000, disk=1e9, origin=origin, origin_latency=0))
+    hardware = Hardware(cpu=1e9, below=Speeds(prefill=8000, disk=1e9, origin=origin, origin_latency=0))
     sizes = Sizes(150 * BLOCK_TOKENS, 0, 1, [2 * BLOCK_TOKENS] * 50)
-    return sum(Replay(requests, sizes, Way.parse(policy), rates).seconds)
+    return sum(Replay(requests, sizes, Way.parse(policy), hardware).seconds)
 
 
 @pytest.mark.parametrize("origin", [1_000, 8_000, 100_000])

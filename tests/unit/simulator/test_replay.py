@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loracache.cache.policy import ADMISSIONS, POLICIES
 from loracache.simulator.belady import belady_hit_rate
-from loracache.simulator.clock import Engines, Rates
+from loracache.simulator.clock import Engines, Hardware
 from loracache.simulator.replay import Replay, replay
 from loracache.simulator.store import Sizes, Store, Way
 from loracache.simulator.trace import BLOCK_TOKENS, Request, with_adapters
@@ -159,7 +159,7 @@ def test_time_to_first_token_is_waiting_and_work() -> None:
 
 def test_the_same_replay_at_every_load() -> None:
     requests = [request(number, time=2.0 * number) for number in range(101)]  # 0.512 s each, at 1,000 tokens a second
-    done = Replay(requests, Sizes(10 * BLOCK, 0, 1), LRU, Rates(prefill=1000))
+    done = Replay(requests, Sizes(10 * BLOCK, 0, 1), LRU, Hardware(prefill=1000))
     assert done.run().ttft_mean == pytest.approx(0.512)
     assert done.queue(engines=1, load=0.99).mean < 0.512 * 1.2
     assert done.queue(engines=1, load=2.0).mean > 10  # half of the work waits in the end
