@@ -186,3 +186,14 @@ def test_the_tree_alone_keeps_kv_from_being_without_its_adapter(policy: str, dis
     assert without.policy == f"{policy}-tree"
     if policy == "lru":  # those that weigh cost may keep adapters as long as their KV
         assert without.invalid_kv_cpu > 0
+
+
+def test_of_what_leaves_together_nobody_becomes_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a daemon: a parent that goes right behind its last child is put into no line and taken out again."""
+    offer, offered = POLICIES["lru"].offer, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(POLICIES["lru"], "offer", lambda policy, node: (offered.append(node), offer(policy, node)))
+    store = Store(Sizes(20 * BLOCK, 0, 1), LRU)
+    for number in range(50):
+        store.serve(request(*range(10 * number, 10 * number + 10)))
+    assert store.counts["evicted"] == 480
+    assert len(offered) == 500
