@@ -34,7 +34,7 @@ from loracache.cache.policy import POLICIES
 from loracache.cache.policy.cost import Cost
 from loracache.cache.policy.worth import Speeds
 from loracache.cache.state.index import Node
-from loracache.simulator.clock import Rates
+from loracache.simulator.clock import Hardware
 from loracache.simulator.replay import Replay
 from loracache.simulator.store import Sizes, Way
 from loracache.simulator.trace import Request, read_trace, with_adapters
@@ -43,7 +43,7 @@ TOKEN, RANK_BYTES = 128 << 10, 5 << 20
 SPLITS = [f"static:{percent}" for percent in range(10, 100, 10)]
 SHARES = (0.5, 0.8, 0.95, 1.0)
 BOUND, CHATS_BOUND = 5.0, 0.5
-CHATS_RATES = Rates(cpu=1e15, below=Speeds(disk=20e9, disk_latency=0.0001))
+CHATS_HARDWARE = Hardware(cpu=1e15, below=Speeds(disk=20e9, disk_latency=0.0001))
 TURNS, PROMPT, ANSWER, BURST = 2.0, 70, 215, 6  # means: turns of a session, tokens of each, sessions of a burst
 
 
@@ -106,9 +106,11 @@ def peak(replay: Replay, bound: float) -> float:
     return low
 
 
-def compare(requests: list[Request], sizes: Sizes, policies: list[str], rates: Rates, bound: float, title: str) -> None:
+def compare(
+    requests: list[Request], sizes: Sizes, policies: list[str], hardware: Hardware, bound: float, title: str
+) -> None:
     """One table: each policy at shares of the peak of the best of the splits among them."""
-    replays = {name: Replay(requests, sizes, Way.parse(name), rates) for name in policies}
+    replays = {name: Replay(requests, sizes, Way.parse(name), hardware) for name in policies}
     peaks = {name: peak(each, bound) for name, each in replays.items()}
     best = max((name for name in policies if name in SPLITS), key=peaks.__getitem__)
     table = Table(
@@ -148,7 +150,7 @@ def main() -> None:
     given = parser.parse_args()
     made_up = given.trace == "chats"
     ranks = [int(rank) for rank in (given.ranks or ("32,64" if made_up else "8,16,32,64")).split(",")]
-    rates = CHATS_RATES if made_up else Rates()
+    hardware = CHATS_HARDWARE if made_up else Hardware()
     gc.disable()  # millions of nodes, no circles among them
     POLICIES.update(printed_count=PrintedCount, printed_cost=PrintedCost)
     for adapters in map(int, given.adapters.split(",")):
@@ -162,7 +164,7 @@ def main() -> None:
         }
         asked = {request.adapter for request in requests}
         working = TOKEN * sum(kv.values()) + sum(each[adapter] for adapter in asked)
-        mean = sum(request.tokens for request in requests) / len(requests) / rates.prefill
+        mean = sum(request.tokens for request in requests) / len(requests) / hardware.prefill
         for percent in map(float, given.percent.split(",")):
             memory = int(working * percent / 100)
             title = f"{adapters} adapters of {sum(each) >> 30} GiB, memory {percent:g} % of {working >> 30} GiB"
@@ -171,7 +173,7 @@ def main() -> None:
                 requests,
                 sizes,
                 [*SPLITS, *given.policy.split(",")],
-                rates,
+                hardware,
                 CHATS_BOUND if made_up else BOUND * mean,
                 title,
             )

@@ -5,6 +5,9 @@ S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 20
 waits in a small queue, a tenth of all; what is used there moves to the main queue, and the rest leaves again. So a scan
 of things that are wanted once passes through the small queue and throws nobody else out, as it would where the least
 recently used leaves first. What left a short while ago and comes again goes to the main queue at once.
+
+This one is for dozens of things that hang from nothing, an engine's adapters: a choice looks at all of them. A tier of
+the daemon holds a million objects in a tree, so that it has one of its own: cache/policy/s3_fifo.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from loracache.simulator.clock import Rates
+from loracache.simulator.clock import Hardware
 from loracache.simulator.replay import replay
 from loracache.simulator.request import Request
 from loracache.simulator.sampling import Sample, sampled, working_set
@@ -112,17 +112,17 @@ def _points(
     prices: Prices,
 ) -> Iterator[Point]:
     smaller = [int(nbytes * sample.share) for nbytes in adapters]
-    rates = Rates()
-    alone = sum(_alone(request, adapters, rates) for request in sample.requests) / len(sample.requests)
+    hardware = Hardware()
+    alone = sum(_alone(request, adapters, hardware) for request in sample.requests) / len(sample.requests)
     for way in ways:
         for memory, disk in sizes:
             scaled = Sizes(sample.scaled(memory), sample.scaled(disk), token_bytes, smaller)
-            run = replay(sample.requests, scaled, way, rates=rates)
+            run = replay(sample.requests, scaled, way, hardware=hardware)
             saved = 1 - run.busy_mean / alone
             yield Point(memory, disk, way.label, run.hit_rate, saved, run.ttft_mean, prices.of(memory, disk))
 
 
-def _alone(request: Request, adapters: Sequence[int], rates: Rates) -> float:
+def _alone(request: Request, adapters: Sequence[int], hardware: Hardware) -> float:
     """What a request keeps an engine busy for that holds nothing."""
-    loaded = rates.below.from_origin(adapters[request.adapter]) if request.adapter >= 0 else 0.0
-    return request.tokens / rates.prefill + loaded
+    loaded = hardware.below.from_origin(adapters[request.adapter]) if request.adapter >= 0 else 0.0
+    return request.tokens / hardware.prefill + loaded

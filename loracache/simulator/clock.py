@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from loracache.cache.policy.worth import Speeds
 
-__all__ = ["Engines", "Rates"]
+__all__ = ["Engines", "Hardware"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class Hardware:
     """prefill in tokens a second of one engine; cpu in bytes a second; below: what is slower, as the policies that
     weigh costs suppose it. The defaults are a model of 8B parameters on one GPU, and PCIe."""
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from loracache.simulator.clock import Engines, Rates
+from loracache.simulator.clock import Engines, Hardware
 from loracache.simulator.request import Request
 from loracache.simulator.store import Found, Sizes, Store, Way
 from loracache.simulator.swapping import Prefetch, parse_prefetch
@@ -57,9 +57,9 @@ class Run:
         return asdict(self)
 
 
-def engines_for(requests: Sequence[Request], rates: Rates, load: float = LOAD) -> int:
+def engines_for(requests: Sequence[Request], hardware: Hardware, load: float = LOAD) -> int:
     """As many as serve the trace at about that load where nothing is found."""
-    return max(1, round(_busy(requests, rates) / load / max(requests[-1].time, 1.0)))
+    return max(1, round(_busy(requests, hardware) / load / max(requests[-1].time, 1.0)))
 
 
 class Replay:
@@ -72,7 +72,7 @@ class Replay:
         requests: Sequence[Request],
         sizes: Sizes,
         way: Way,
-        rates: Rates | None = None,
+        hardware: Hardware | None = None,
         *,
         prefetch: str = "none",
         restart: float = 0.0,
@@ -80,8 +80,8 @@ class Replay:
         began = time.process_time()
         self._requests = requests
         self._way = way
-        self._rates = rates or Rates()
-        self._store = store = Store(sizes, way, self._rates.below)
+        self._hardware = hardware or Hardware()
+        self._store = store = Store(sizes, way, self._hardware.below)
         self.seconds: list[float] = []
         self._cpu = self._disk = self._read = 0
         self._invalid: list[tuple[float, float]] = []
@@ -98,7 +98,7 @@ class Replay:
             self._cpu += found.cpu
             self._disk += found.disk
             self._read += found.disk_bytes
-            self.seconds.append(_seconds(request, found, self._rates))
+            self.seconds.append(_seconds(request, found, self._hardware))
             if not number % every:
                 self._invalid.append((store.invalid_share(), store.invalid_share(Tier.CPU)))
         self._took = time.process_time() - began
@@ -107,10 +107,10 @@ class Replay:
         """The engines after all requests. engines: 0 for `engines_for`. load: arrivals come that much closer together,
         or further apart, that the work would keep so much of the engines busy if nothing was found; None: as they
         are in the trace."""
-        count = engines or engines_for(self._requests, self._rates, load or LOAD)
+        count = engines or engines_for(self._requests, self._hardware, load or LOAD)
         pace = 1.0
         if load is not None:
-            pace = _busy(self._requests, self._rates) / (count * load * max(self._requests[-1].time, 1.0))
+            pace = _busy(self._requests, self._hardware) / (count * load * max(self._requests[-1].time, 1.0))
         return Engines(count).serve_all((request.time * pace for request in self._requests), self.seconds)
 
     def run(self, engines: int = 0, load: float | None = None) -> Run:
@@ -148,27 +148,27 @@ def replay(
     sizes: Sizes,
     way: Way,
     *,
-    rates: Rates | None = None,
+    hardware: Hardware | None = None,
     engines: int = 0,
     prefetch: str = "none",
     restart: float = 0.0,
 ) -> Run:
     """Serve all `requests` as they come in the trace; engines: 0 for `engines_for`."""
-    return Replay(requests, sizes, way, rates, prefetch=prefetch, restart=restart).run(engines)
+    return Replay(requests, sizes, way, hardware, prefetch=prefetch, restart=restart).run(engines)
 
 
-def _busy(requests: Sequence[Request], rates: Rates) -> float:
-    return sum(request.tokens for request in requests) / rates.prefill
+def _busy(requests: Sequence[Request], hardware: Hardware) -> float:
+    return sum(request.tokens for request in requests) / hardware.prefill
 
 
-def _seconds(request: Request, found: Found, rates: Rates) -> float:
+def _seconds(request: Request, found: Found, hardware: Hardware) -> float:
     """What a request keeps an engine busy for."""
-    computed = max(0, request.tokens - found.cpu - found.disk) / rates.prefill
-    loaded = found.cpu_bytes / rates.cpu
+    computed = max(0, request.tokens - found.cpu - found.disk) / hardware.prefill
+    loaded = found.cpu_bytes / hardware.cpu
     if found.disk_bytes:
-        loaded += rates.below.from_disk(found.disk_bytes)
+        loaded += hardware.below.from_disk(found.disk_bytes)
     if found.adapter is Tier.DISK:
-        loaded += rates.below.from_disk(found.adapter_bytes)
+        loaded += hardware.below.from_disk(found.adapter_bytes)
     elif found.adapter is None:
-        loaded += rates.below.from_origin(found.adapter_bytes)
+        loaded += hardware.below.from_origin(found.adapter_bytes)
     return computed + loaded

@@ -51,3 +51,9 @@ class Request:
     def bytes_of(self, position: int, token_bytes: int) -> int:
         """Bytes of one block, where a token of a trace that does not say so has `token_bytes`."""
         return self.block_bytes or self.tokens_of(position) * token_bytes
+
+    def sizes(self, begin: int, end: int, token_bytes: int) -> list[int]:
+        """Bytes of each of the blocks from `begin` on, up to `end`."""
+        full = max(begin, min(end, self.tokens // self.block_tokens))  # as far as the prompt fills them
+        sizes = [self.block_bytes or self.block_tokens * token_bytes] * (full - begin)
+        return sizes + [self.bytes_of(position, token_bytes) for position in range(full, end)]

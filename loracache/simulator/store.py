@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from loracache.cache.policy import ADMISSIONS, POLICIES, Policy
@@ -29,6 +29,7 @@ _TREE = "tree"
 _HELD = 0.9  # of memory, at most, for sessions that said that they come back
 _HELD_S = 900.0  # at most
 _BOTH = 1 << Tier.CPU | 1 << Tier.DISK
+_ALL_BITS = (1 << 256) - 1
 _SPREAD = 0x9E3779B97F4A7C15F39CC0605CEDC8341082276BF3A27251F86C6A11D0C18E95  # odd: no two numbers become one
 
 
@@ -125,7 +126,7 @@ class Store:
         self._used: dict[Tier | None, int] = dict.fromkeys(self._limits, 0)
         self._held = Held(index, int(_HELD * kv), _HELD_S)
         self._namespaces = {number: _namespace(number) for number in range(-1, len(sizes.adapters))}
-        self._kv_of: dict[Tier, Counter[int]] = {tier: Counter() for tier in (Tier.CPU, Tier.DISK)}  # adapter -> bytes
+        self._kv_of: dict[Tier, Counter[bytes]] = {tier: Counter() for tier in (Tier.CPU, Tier.DISK)}  # by namespace
 
     def serve(self, request: Request) -> Found:
         """Look up, load, compute and store one prompt, after what was stored before it."""
@@ -167,7 +168,7 @@ class Store:
                 found.cpu_bytes += node.size
                 if self.sizes.disk and not node.held_in(Tier.DISK) and self._admission.again(node):
                     again = node
-            elif self._enter(node, Tier.CPU, _those(last, adapter)):
+            elif self._enter(node, Tier.CPU, (last, adapter)):
                 found.disk += tokens
                 found.disk_bytes += node.size
             else:
@@ -183,23 +184,11 @@ class Store:
     ) -> tuple[Node | None, Node | None]:
         """Store the chunks that follow; answers the last in memory, and the last of them that is to be written to
         disk."""
-        admitted: Node | None = None
-        if last is None and self._tree:
-            last = adapter
         end = len(keys) if request.held is None else min(request.held, len(keys))
-        sizes = [request.bytes_of(position, self.sizes.token) for position in range(found.blocks, end)]
-        self._free(Tier.CPU, Tier.CPU, sum(sizes), _those(last, adapter))  # for all at once, where that is to be had
-        for key, size in zip(keys[found.blocks : end], sizes, strict=True):
-            above = last.key if last is not None else b""
-            node = self._insert(key, above, Kind.KV, request.adapter, size)
-            if not node.held_in(Tier.CPU) and not self._enter(node, Tier.CPU, _those(last, adapter)):
-                self.index.prune(node)
-                break
-            self.counts["stored"] += node.size
-            last = node
-            if self.sizes.disk and not self._admission.came(node):
-                admitted = node
-        return last, admitted
+        last = adapter if last is None and self._tree else last
+        sizes = request.sizes(found.blocks, end, self.sizes.token)
+        self._free(Tier.CPU, Tier.CPU, sum(sizes), (last, adapter))  # for all at once, where that is to be had
+        return self._store(keys[found.blocks : end], sizes, request.adapter, adapter, last)
 
     def _keep(self, kept: Kept) -> None:
         """Store what an engine stored in a recorded trace, as far as what it is behind is there."""
@@ -209,23 +198,31 @@ class Store:
             last = self.index.get(_key(kept.adapter, kept.below))
             if last is None or not last.present:
                 return
+        keys = [_key(kept.adapter, block) for block in kept.blocks]
+        _, admitted = self._store(keys, [kept.nbytes] * len(keys), kept.adapter, adapter, last)
+        if admitted is not None:
+            self._write(admitted)
+        self.index.prune(adapter)
+
+    def _store(
+        self, keys: Sequence[bytes], sizes: Sequence[int], number: int, adapter: Node | None, last: Node | None
+    ) -> tuple[Node | None, Node | None]:
+        """Store chunks of an adapter's, each behind the one before and the first behind `last`. Answers the last that
+        is there, and the last of the new ones that is to be written to disk."""
         admitted: Node | None = None
-        for block in kept.blocks:
-            above = last.key if last is not None else b""
-            node = self._insert(_key(kept.adapter, block), above, Kind.KV, kept.adapter, kept.nbytes)
+        for key, size in zip(keys, sizes, strict=True):
+            node = self._insert(key, last.key if last is not None else b"", Kind.KV, number, size)
             if node.present:
                 self.index.touch(node)
-            elif self._enter(node, Tier.CPU, _those(last, adapter)):
-                self.counts["stored"] += node.size
+            elif self._enter(node, Tier.CPU, (last, adapter)):
+                self.counts["stored"] += size
                 if self.sizes.disk and not self._admission.came(node):
                     admitted = node
             else:
                 self.index.prune(node)
                 break
             last = node
-        if admitted is not None:
-            self._write(admitted)
-        self.index.prune(adapter)
+        return last, admitted
 
     def _adapter(self, number: int) -> Node | None:
         """Its node, in no tier perhaps; None for no adapter."""
@@ -253,7 +250,7 @@ class Store:
 
     def raise_(self, node: Node, *, evict: bool) -> bool:
         """Take an object of the disk into memory; whether there was room. evict: others may go for it."""
-        return (evict or node.size <= self.free_bytes) and self._enter(node, Tier.CPU, _those(node.parent))
+        return (evict or node.size <= self.free_bytes) and self._enter(node, Tier.CPU, (node.parent,))
 
     def free_ahead(self, nbytes: int) -> None:
         """Have victims leave memory until so many bytes are free."""
@@ -271,7 +268,8 @@ class Store:
     def invalid_share(self, tier: Tier | None = None) -> float:
         """Bytes of KV in `tier` whose adapter is not there, by bytes of KV there; None: in all tiers, in none."""
         kv = self._kv_of[Tier.CPU] + self._kv_of[Tier.DISK] if tier is None else self._kv_of[tier]
-        gone = (nbytes for number, nbytes in kv.items() if number >= 0 and not self._has_adapter(number, tier))
+        named = ((_adapter_of(namespace), nbytes) for namespace, nbytes in kv.items())
+        gone = (nbytes for number, nbytes in named if number >= 0 and not self._has_adapter(number, tier))
         return sum(gone) / total if (total := sum(kv.values())) else 0.0
 
     def _has_adapter(self, number: int, tier: Tier | None) -> bool:
@@ -299,9 +297,9 @@ class Store:
         while above is not None and above.held_in(Tier.CPU) and not above.held_in(Tier.DISK):
             missing.append(above)
             above = above.parent
-        self._free(Tier.DISK, Tier.DISK, sum(each.size for each in missing), _those(above))
+        self._free(Tier.DISK, Tier.DISK, sum(each.size for each in missing), (above,))
         for each in reversed(missing):
-            if not self._enter(each, Tier.DISK, _those(each.parent)):
+            if not self._enter(each, Tier.DISK, (each.parent,)):
                 return
             self.counts["disk_written"] += each.size
 
@@ -310,17 +308,17 @@ class Store:
         assert node is not None, "a parent was evicted under its child"
         return node
 
-    def _enter(self, node: Node, tier: Tier, protected: Container[Node]) -> bool:
-        pool = self._pool(tier, node)
-        if not self._free(tier, pool, node.size, protected):
+    def _enter(self, node: Node, tier: Tier, protected: Iterable[Node | None]) -> bool:
+        pool, size = self._pool(tier, node), node.size
+        if not self._free(tier, pool, size, protected):
             return False
         self.index.enter(node, tier)
-        self._used[pool] += node.size
+        self._used[pool] += size
         if node.kind is Kind.KV:
-            self._kv_of[tier][_adapter_of(node)] += node.size
+            self._kv_of[tier][node.namespace] += size
         return True
 
-    def _free(self, tier: Tier, pool: Tier | None, nbytes: int, protected: Container[Node]) -> bool:
+    def _free(self, tier: Tier, pool: Tier | None, nbytes: int, protected: Iterable[Node | None]) -> bool:
         """Evict until so many bytes fit; False, and nothing evicted, where they cannot."""
         excess = self._used[pool] + nbytes - self._limits[pool]
         if excess <= 0:
@@ -329,12 +327,13 @@ class Store:
             return False
         policy = self._own_pool if pool is None else self._policies[tier]
         began = time.process_time()
-        victims, freed = whole(policy.victims(excess, protected))
+        victims, freed = whole(policy.victims(excess, {node for node in protected if node is not None}))
         self.choosing += time.process_time() - began
         if freed < excess:
             return False
-        for victim in victims:
-            self._leave(victim, tier)
+        with self.index.together():
+            for victim in victims:
+                self._leave(victim, tier)
         self.counts["evicted"] += len(victims)
         return True
 
@@ -342,7 +341,7 @@ class Store:
         self.index.leave(node, tier)
         self._used[self._pool(tier, node)] -= node.size
         if node.kind is Kind.KV:
-            self._kv_of[tier][_adapter_of(node)] -= node.size
+            self._kv_of[tier][node.namespace] -= node.size
 
     def _room(self, nbytes: int) -> Callable[[], int]:
         """For how many objects there is room in so many bytes."""
@@ -353,11 +352,7 @@ class Store:
         return None if self._split and tier is Tier.CPU and node.kind is Kind.LORA else tier
 
     def _policy(self, tier: Tier, node: Node) -> Policy:
-        return self._own_pool if self._pool(tier, node) is None else self._policies[tier]
-
-
-def _those(*nodes: Node | None) -> set[Node]:
-    return {node for node in nodes if node is not None}
+        return self._own_pool if self._split and self._pool(tier, node) is None else self._policies[tier]
 
 
 def _size(node: Node) -> int:
@@ -367,12 +362,12 @@ def _size(node: Node) -> int:
 def _key(adapter: int, block: int | None = None) -> bytes:
     """Of a block of an adapter's KV, or of the adapter: spread as the daemon's keys are, which are hashes."""
     number = adapter + 1 if block is None else (block + 1 << 32) + adapter + 1
-    return (number * _SPREAD % (1 << 256)).to_bytes(32, "big")
+    return (number * _SPREAD & _ALL_BITS).to_bytes(32, "big")
 
 
 def _namespace(adapter: int) -> bytes:
     return (adapter + 1).to_bytes(32, "big")
 
 
-def _adapter_of(node: Node) -> int:
-    return int.from_bytes(node.namespace, "big") - 1
+def _adapter_of(namespace: bytes) -> int:
+    return int.from_bytes(namespace, "big") - 1

@@ -73,11 +73,13 @@ class Adaptive(LeafFirst[int]):
     def offer(self, node: Node) -> None:
         """Make `node` a candidate."""
         node.offered |= 1 << self._tier
-        self._now = max(self._now, node.tick)
+        tick = node.tick
+        if tick > self._now:
+            self._now = tick
         line = self._standing[node] = self.line_of(node)
-        self._lines[line].put(node.tick, node)
-        if line == _LORA and "count" not in self.without:
-            self._balance.used(node, self._index.objects[self._tier])
+        self._lines[line].put(tick, node)
+        if line == _LORA:
+            self._count(node)
 
     def used(self, node: Node, before: int) -> None:
         """A candidate was used: its tick was `before`."""
@@ -91,11 +93,11 @@ class Adaptive(LeafFirst[int]):
 
     def pick(self, fronts: Sequence[Front[int]], going: Sequence[int]) -> Front[int] | None:
         """Adapters, where they take more than their part; else KV, by the way that is in force."""
-        lora = fronts[_LORA] if fronts[_LORA].first() is not None else None
         stays = self._shadows.best if "shadows" not in self.without else WAYS[0]
         if "balance" in self.without:
             return self._least(fronts, (*stays, stays[-1]))
-        kv = self._least(fronts[:LINES], stays)
+        kv = self._least(fronts, stays)
+        lora = fronts[_LORA] if self._loras and fronts[_LORA].first() is not None else None
         if kv is None or lora is None:
             return kv or lora
         objects, nbytes = self._index.objects[self._tier], self._index.bytes[self._tier]
@@ -103,12 +105,13 @@ class Adaptive(LeafFirst[int]):
         return lora if self._balance.over(taken, len(self._loras), self._now, objects, nbytes) else kv
 
     def _least(self, fronts: Sequence[Front[int]], stays: Sequence[float]) -> Front[int] | None:
+        """Of as many fronts as there are stays, that with the lowest first."""
         objects = self._index.objects[self._tier]
         least, chosen = inf, None
-        for front, stay in zip(fronts, stays, strict=True):
+        for stay, front in zip(stays, fronts, strict=False):
             tick = front.first()
-            if tick is not None and tick + stay * objects < least:
-                least, chosen = tick + stay * objects, front
+            if tick is not None and (score := tick + stay * objects) < least:
+                least, chosen = score, front
         return chosen
 
     def shrink(self) -> None:
@@ -123,19 +126,28 @@ class Adaptive(LeafFirst[int]):
     def gone(self, node: Node) -> None:
         """It has left the tier; its name is remembered."""
         before = self._before.pop(node, None)
-        if before is not None:
-            lora = node.kind is Kind.LORA
-            nbytes = self._loras.pop(node) if lora else self._cost(node)
-            if lora:
-                self._taken[Kind.LORA] -= nbytes
-            place = self._balance.left(lora, nbytes, self._index.bytes[self._tier])
-            times = min(before + node.hits, LINES - 1)
-            self._names.add(hash(node.key), len(self._before), LINES * place + times)
-            self._shadows.left(node)
+        if before is None:
+            return
+        lora = node.kind is Kind.LORA
+        if lora:
+            self._count(node)  # one that had chunks below it was no candidate when it was used last
+            nbytes = self._loras.pop(node)
+            self._taken[Kind.LORA] -= nbytes
+        else:
+            nbytes = self._cost(node)
+        place = self._balance.left(lora, nbytes, self._index.bytes[self._tier])
+        times = min(before + node.hits, LINES - 1)
+        self._names.add(hash(node.key), len(self._before), LINES * place + times)
+        self._shadows.left(node)
 
     def prepare(self) -> Iterator[None]:
         """What was asked since the last choice is looked at."""
         return self._shadows.work(self.line_of, self._index.objects[self._tier])
+
+    def _count(self, adapter: Node) -> None:
+        """Its uses since it was looked at last count for how many adapters a batch needs."""
+        if "count" not in self.without:
+            self._balance.used(adapter, self._index.objects[self._tier])
 
     def _meet(self, node: Node) -> int:
         lora, nbytes, before = node.kind is Kind.LORA, self._cost(node), 0

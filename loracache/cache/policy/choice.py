@@ -108,9 +108,11 @@ class Choice:
                 self._uncover(node.parent, policy)
 
     def _may_go(self, node: Node, policy: Lines, offered: int) -> bool:
+        """Whether it goes; of one that is not offered `take` has seen that it is evictable."""
         if node in self.chosen:
             return False
-        if self._left.get(node, node.children[self._tier]) or not self._index.evictable(node, self._tier):
+        tier = self._tier
+        if self._left.get(node, node.children[tier]) or (offered and not self._index.evictable(node, tier)):
             if offered:
                 policy.withdraw(node)  # offered again when its last child, lease, pin or write is gone
             return False

@@ -91,6 +91,8 @@ class Cost(Ranked):
 
     def gone(self, node: Node) -> None:
         """It has left the tier: how old do they get?"""
+        if node.kind is Kind.LORA and "visits" not in self.without:
+            self._visits_of(node, _LORA)  # one that had chunks below it was no candidate when it was used last
         self._age += _WEIGHT * (self._now - node.tick - self._age)
         if node.kind is Kind.LORA:
             self._loras.discard(node)

@@ -79,6 +79,8 @@ class Line(Generic[R]):
 
     def after(self, last: R | None) -> tuple[R, Node] | None:
         """The next behind a rank, or the first."""
+        if not self._line and not self._recent:
+            return None
         upcoming = next(self._line.irange(last, inclusive=(False, True)), None)
         if self._recent and (upcoming is None or upcoming > next(iter(self._recent[0]))):
             upcoming, node = self._recent[0].popitem(last=False)
@@ -108,11 +110,12 @@ class Front(Generic[R]):
 
     def first(self) -> R | None:
         """The rank of the next."""
-        if self._upcoming is None:
-            self._upcoming = self._line.after(self._last)
-        if self._uncovered and (self._upcoming is None or self._uncovered[0][0] < self._upcoming[0]):
-            return self._uncovered[0][0]
-        return self._upcoming[0] if self._upcoming is not None else None
+        upcoming, uncovered = self._upcoming, self._uncovered
+        if upcoming is None:
+            upcoming = self._upcoming = self._line.after(self._last)
+        if uncovered and (upcoming is None or uncovered[0][0] < upcoming[0]):
+            return uncovered[0][0]
+        return upcoming[0] if upcoming is not None else None
 
     def pop(self) -> tuple[R, Node]:
         """The next, by rank; `first` has said that there is one."""

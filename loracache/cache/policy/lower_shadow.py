@@ -105,7 +105,7 @@ class LowerShadows:
             keys, (known, kind) = self._asked.take()
             self._fit()
             for at in reversed(range(len(keys))):
-                if keys[at][:2] < self._limit:
+                if keys[at] < self._limit:
                     self._use(hash(keys[at]), kind if at >= known else None)
             self._shrink()
             yield

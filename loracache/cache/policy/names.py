@@ -33,8 +33,9 @@ class Names:
     def __init__(self, least: int = _LEAST, by_object: int = _BY_OBJECT, *, wide: bool = False) -> None:
         self._least = least
         self._by_object = by_object
-        self._number = Struct("<I" if wide else "<B")  # 1 more than the number; 0: here is no name
-        self._slot = _MARK + self._number.size
+        number = Struct("<I" if wide else "<B")  # 1 more than the number; 0: here is no name
+        self._read, self._pack = number.unpack_from, number.pack
+        self._slot = _MARK + number.size
         self._width = _BUCKET * self._slot
         self._table = bytearray(self._width)
         self._mask = 0  # buckets when it began to double, less 1
@@ -51,44 +52,55 @@ class Names:
 
     def get(self, name: int) -> int:
         """The number of a name, -1 where it is not remembered."""
-        at = self._table.find((name & _MARKS).to_bytes(_MARK, "little"), *self._bucket(name))
-        return self._number.unpack_from(self._table, at + _MARK)[0] - 1 if at >= 0 else -1
+        _, at, _ = self._find(name)
+        return self._read(self._table, at + _MARK)[0] - 1 if at >= 0 else -1
 
     def add(self, name: int, objects: int, number: int = 0) -> None:
         """Remember a name, as the newest. objects: how many of them there are in the tier. number: 0 or more."""
-        table, slot = self._table, self._slot
-        mark = (name & _MARKS).to_bytes(_MARK, "little")
-        start, end = self._bucket(name)
-        at = table.find(mark, start, end)
-        if at < 0 or (at - start) % slot:
-            at = start  # the oldest goes
-            self._count += not self._number.unpack_from(table, at + _MARK)[0]
-        table[at:end] = table[at + slot : end] + mark + self._number.pack(number + 1)
-        if self._doubling:
-            self._split_next()
-        elif self._count > self._crowded and 2 * len(table) <= slot * max(self._least, self._by_object * objects):
-            self._doubling = True
+        mark, at, start = self._find(name)
+        self._put(mark, at, start, objects, number)
+
+    def again(self, name: int, most: int) -> int:
+        """Remember a name once more, as the newest: its number is 1 more than it was, `most` at most, 0 at first. The
+        number."""
+        mark, at, start = self._find(name)
+        number = min(self._read(self._table, at + _MARK)[0], most) if at >= 0 else 0
+        self._put(mark, at, start, 0, number)
+        return number
 
     def take(self, name: int) -> int:
         """The number of a name that is forgotten now, -1 where it was not remembered."""
         table, slot = self._table, self._slot
-        start, end = self._bucket(name)
-        at = table.find((name & _MARKS).to_bytes(_MARK, "little"), start, end)
+        _, at, start = self._find(name)
         if at < 0:
             return -1
-        number: int = self._number.unpack_from(table, at + _MARK)[0] - 1
+        number: int = self._read(table, at + _MARK)[0] - 1
         if number >= 0 and (at - start) % slot == 0:
             table[start : at + slot] = bytes(slot) + table[start:at]
             self._count -= 1
         return number
 
-    def _bucket(self, name: int) -> tuple[int, int]:
-        """Where its bucket begins and ends."""
+    def _find(self, name: int) -> tuple[bytes, int, int]:
+        """What is kept of it, where that is in the table (below 0: nowhere), and where its bucket begins."""
         bucket = name & self._mask
         if bucket < self._split:
             bucket = name & (2 * self._mask + 1)
         start = bucket * self._width
-        return start, start + self._width
+        mark = (name & _MARKS).to_bytes(_MARK, "little")
+        return mark, self._table.find(mark, start, start + self._width), start
+
+    def _put(self, mark: bytes, at: int, start: int, objects: int, number: int) -> None:
+        """What `_find` said of a name: it is the newest of its bucket from now on."""
+        table, slot, end = self._table, self._slot, start + self._width
+        if at < 0 or (at - start) % slot:
+            at = start  # the oldest goes
+            self._count += not self._read(table, at + _MARK)[0]
+        table[at : end - slot] = table[at + slot : end]
+        table[end - slot : end] = mark + self._pack(number + 1)
+        if self._doubling:
+            self._split_next()
+        elif self._count > self._crowded and 2 * len(table) <= slot * max(self._least, self._by_object * objects):
+            self._doubling = True
 
     def _split_next(self) -> None:
         table, slot = self._table, self._slot

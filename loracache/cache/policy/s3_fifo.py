@@ -4,6 +4,9 @@
 What comes in for the first time waits in a small queue, a tenth of all bytes. What was used there, when its turn to go
 comes, moves to the main queue; the rest leaves, and its name is remembered for a while: if it comes again, it goes to
 the main queue at once. In the main queue each use since then buys one more turn.
+
+loracache/s3_fifo.py is the same for a few things that hang from nothing, and takes the time to look at all of them;
+here only leaves may go, and a choice looks at no more than it takes.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ end goes first as in the tree.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import inf, sqrt
 
 from loracache.cache.policy.names import Names
 from loracache.cache.policy.waiting import Waiting
 from loracache.cache.state.index import Node
-from loracache.storage_backends.base import Kind
+from loracache.storage_backends.base import KEY_BYTES, Kind
 
 __all__ = ["ALL", "LINES", "WAYS", "Shadow", "Shadows", "Way", "limit_of"]
 
@@ -52,29 +52,33 @@ class Shadow:
     def __len__(self) -> int:
         return len(self._line_of)
 
-    def ask(self, names: Iterable[tuple[bytes, int]], now: int, room: int, stay: float) -> int:
+    def ask(self, names: Collection[tuple[bytes, int]], now: int, room: int, stay: float) -> int:
         """A chain is asked for, its end first, each name with the line that it belongs to from now on. room: for so
         many names. stay: uses that a 1 of the way stands for. Answers how many were found; the others come in, as far
         as there is room for them."""
         lines, line_of = self._lines, self._line_of
         absent = []
-        found = 0
-        for name, line in names:
+        for each in names:
+            name, line = each
             before = line_of.get(name)
             if before is None:
-                absent.append((name, line))
+                absent.append(each)
                 continue
-            found += 1
-            if before == line:
-                lines[line].move_to_end(name)
-                lines[line][name] = now
-            else:
+            own = lines[line]
+            if before != line:
                 del lines[before][name]
-                self.put(name, line, now)
+                line_of[name] = line
+                own[name] = now
+            else:
+                own[name] = now
+                own.move_to_end(name)
+        found = len(names) - len(absent)
         if len(line_of) + len(absent) > room:
             self._shrink(max(0, room - len(absent)), stay)
-        for name, line in absent[max(0, len(absent) + len(self) - room) :]:
-            self.put(name, line, now)
+            absent = absent[max(0, len(absent) + len(line_of) - room) :]
+        for name, line in absent:
+            lines[line][name] = now
+            line_of[name] = line
         return found
 
     def put(self, name: bytes, line: int, now: int) -> None:
@@ -84,17 +88,21 @@ class Shadow:
 
     def _shrink(self, room: int, stay: float) -> None:
         """Drop what there is no room for."""
-        excess = len(self) - room
-        fronts = [
-            (next(iter(line.values())) + longer * stay if line else inf)
-            for line, longer in zip(self._lines, self._way, strict=True)
-        ]
-        for _ in range(min(excess, len(self))):
+        lines, line_of = self._lines, self._line_of
+        longer = [each * stay for each in self._way]
+        fronts = [next(iter(line.values())) + more if line else inf for line, more in zip(lines, longer, strict=True)]
+        while (excess := len(line_of) - room) > 0:
             first = fronts.index(min(fronts))
-            line = self._lines[first]
-            name, _ = line.popitem(last=False)
-            del self._line_of[name]
-            fronts[first] = next(iter(line.values())) + self._way[first] * stay if line else inf
+            before, behind = min(fronts[:first], default=inf), min(fronts[first + 1 :], default=inf)
+            line, more = lines[first], longer[first]
+            for _ in range(min(excess, len(line))):  # as long as no other line's first is lower
+                name, used = line.popitem(last=False)
+                if not (used + more < before and used + more <= behind):
+                    line[name] = used
+                    line.move_to_end(name, last=False)
+                    break
+                del line_of[name]
+            fronts[first] = next(iter(line.values())) + more if line else inf
 
 
 class Shadows:
@@ -122,13 +130,13 @@ class Shadows:
 
     def entered(self, node: Node) -> None:
         """The tier has an object more."""
-        if node.kind is not Kind.KV or node.key[:2] >= self._limit:
+        if node.kind is not Kind.KV or node.key >= self._limit:
             return
         self._sample[node.key] = node
         if len(self._sample) > _SAMPLE and self._rate > 1:
             self._rate //= 2
             self._limit = limit_of(self._rate)
-            self._sample = {key: node for key, node in self._sample.items() if key[:2] < self._limit}
+            self._sample = {key: node for key, node in self._sample.items() if key < self._limit}
             self._shadows = []
 
     def left(self, node: Node) -> None:
@@ -178,9 +186,10 @@ class Shadows:
             self._shadows = shadows
 
     def _use(self, keys: Sequence[bytes], now: int, objects: int) -> None:
-        room = len(self._sample)
-        sampled = reversed(keys) if self._rate == ALL else [key for key in reversed(keys) if key[:2] < self._limit]
-        names = [(key, self._line_of(key)) for key in sampled]
+        room, limit = len(self._sample), self._limit
+        again, most = self._times.again, LINES - 1
+        sampled = dict.fromkeys(key for key in reversed(keys) if key < limit)  # one that is named twice is asked once
+        names = [(key, again(hash(key), most)) for key in sampled]
         if not room or not names:
             return
         found = [shadow.ask(names, now, room, objects) for shadow in self._shadows]
@@ -189,19 +198,11 @@ class Shadows:
             for other, its in enumerate(found):
                 more[other] = kept * more[other] + own - its
                 squares[other] = kept * squares[other] + (own - its) ** 2
-        most = max(range(len(found)), key=lambda way: self._more[way][self._best])
-        if self._more[most][self._best] > _SURE * sqrt(self._squares[most][self._best]):
-            self._best = most
-
-    def _line_of(self, key: bytes) -> int:
-        name = hash(key)
-        line = self._times.get(name) + 1
-        if line == LINES:
-            line -= 1
-        self._times.add(name, 0, line)
-        return line
+        most_found = max(range(len(found)), key=lambda way: self._more[way][self._best])
+        if self._more[most_found][self._best] > _SURE * sqrt(self._squares[most_found][self._best]):
+            self._best = most_found
 
 
 def limit_of(rate: int) -> bytes:
     """The key below which those of a sample are, that has so many of ALL objects."""
-    return rate.to_bytes(2, "big") if rate < ALL else b"\xff\xff\xff"
+    return rate.to_bytes(2, "big") if rate < ALL else b"\xff" * (KEY_BYTES + 1)

@@ -175,3 +175,14 @@ def test_a_shadow_holds_no_more_than_it_may_and_a_name_once() -> None:
             shadow.ask(names.items(), now, 10, 10)
             held = [name for line in shadow._lines for name in line]
             assert len(held) == len(set(held)) == len(shadow) <= 10
+
+
+def test_a_chunk_that_a_lookup_names_twice_is_asked_for_once() -> None:
+    """Else it would stand in two lines, and leave twice."""
+    shadows = shadows_of(10)
+    list(shadows.work(lambda node: 0, 10))
+    shadows.ask([b"twice".ljust(32)] * 2, 1)
+    for number in range(100):
+        shadows.ask([(1 << 40 | number).to_bytes(32, "little")], number)
+    list(shadows.work(lambda node: 0, 10))
+    assert [sum(map(len, shadow._lines)) for shadow in shadows._shadows] == [10] * len(WAYS)

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 import pytest
 
+from loracache.cache.policy.adaptive import Adaptive
 from loracache.cache.policy.balance import Balance
 from loracache.cache.policy.worth import Speeds
-from loracache.cache.state.node import Node
-from loracache.simulator.clock import Rates
+from loracache.cache.state.index import Index, Node
+from loracache.simulator.clock import Hardware
 from loracache.simulator.replay import Replay
 from loracache.simulator.store import Sizes, Way
 from loracache.simulator.trace import BLOCK_TOKENS, Request
-from loracache.storage_backends.base import Kind
+from loracache.storage_backends.base import Kind, ObjectInfo
+from loracache.tiers import Tier
 
 TIER, EACH = 1000, 10
 KV, LORA = False, True
@@ -84,6 +86,27 @@ def test_adapters_never_have_less_than_a_batch_needs() -> None:
     assert balance.over(600, 5, 10_000, 10_000, TIER)  # but no more than half of the tier
 
 
+def test_an_adapter_that_leaves_with_its_chunks_was_used_all_the_same() -> None:
+    """It is no candidate while it has chunks, nor when all of them leave together."""
+    index = Index(lambda tier, node: policy.offer(node), lambda extents: None)
+    policy = Adaptive(index, Tier.CPU, lambda node: node.size)
+    index.on_left = lambda tier, node: policy.withdraw(node)
+    index.on_gone = lambda tier, node: policy.gone(node)
+    chain = [
+        index.insert(ObjectInfo(key, parent, kind, bytes(32), 1, 0))
+        for key, parent, kind in ((b"a" * 32, b"", Kind.LORA), (b"c" * 32, b"a" * 32, Kind.KV))
+    ]
+    for node in filter(None, chain):
+        index.enter(node, Tier.CPU)
+    assert chain[0] is not None
+    chain[0].hits += 5
+    index.touch(chain[0])
+    with index.together():
+        for node in filter(None, reversed(chain)):
+            index.leave(node, Tier.CPU)
+    assert policy._balance._visits.all(0, 0) == [pytest.approx(6, abs=1)]
+
+
 def mixed(adapters: int, seed: int = 0) -> list[Request]:
     """Sessions of one to four turns, each with an adapter of its own; the n-th adapter as often as 1 / n."""
     chance = random.Random(seed)
@@ -99,9 +122,9 @@ def mixed(adapters: int, seed: int = 0) -> list[Request]:
 
 def work(requests: Sequence[Request], policy: str, origin: float) -> float:
     """Seconds of the engines. origin: bytes a second of adapters' files; a byte is a token's KV."""
-    rates = Rates(cpu=1e9, below=Speeds(prefill=8000, disk=1e9, origin=origin, origin_latency=0))
+    hardware = Hardware(cpu=1e9, below=Speeds(prefill=8000, disk=1e9, origin=origin, origin_latency=0))
     sizes = Sizes(150 * BLOCK_TOKENS, 0, 1, [2 * BLOCK_TOKENS] * 50)
-    return sum(Replay(requests, sizes, Way.parse(policy), rates).seconds)
+    return sum(Replay(requests, sizes, Way.parse(policy), hardware).seconds)
 
 
 @pytest.mark.parametrize("origin", [1_000, 8_000, 100_000])

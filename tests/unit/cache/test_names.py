@@ -44,6 +44,18 @@ def test_a_name_that_is_taken_is_forgotten_and_no_other() -> None:
     assert len(names) == 2_500
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_name_that_comes_again_has_one_more_each_time_up_to_the_most(wide: bool) -> None:
+    names, model = Names(least=1 << 13, wide=wide), Names(least=1 << 13, wide=wide)
+    chance, many = random.Random(0), names_of(6_000)
+    for _ in range(40_000):
+        each = chance.choice(many)
+        number = min(model.get(each) + 1, 3)
+        model.add(each, 0, number)
+        assert names.again(each, 3) == number
+    assert (names._table, len(names)) == (model._table, len(model))
+
+
 @pytest.mark.parametrize(("objects", "most"), [(0, 1 << 13), (2_500, 20_000)])
 def test_the_oldest_are_forgotten_when_there_are_too_many(objects: int, most: int) -> None:
     names, many = Names(least=1 << 13), names_of(3 * most)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loracache.cache.policy import ADMISSIONS, POLICIES
 from loracache.simulator.belady import belady_hit_rate
-from loracache.simulator.clock import Engines, Rates
+from loracache.simulator.clock import Engines, Hardware
 from loracache.simulator.replay import Replay, replay
 from loracache.simulator.store import Sizes, Store, Way
 from loracache.simulator.trace import BLOCK_TOKENS, Request, with_adapters
@@ -159,7 +159,7 @@ def test_time_to_first_token_is_waiting_and_work() -> None:
 
 def test_the_same_replay_at_every_load() -> None:
     requests = [request(number, time=2.0 * number) for number in range(101)]  # 0.512 s each, at 1,000 tokens a second
-    done = Replay(requests, Sizes(10 * BLOCK, 0, 1), LRU, Rates(prefill=1000))
+    done = Replay(requests, Sizes(10 * BLOCK, 0, 1), LRU, Hardware(prefill=1000))
     assert done.run().ttft_mean == pytest.approx(0.512)
     assert done.queue(engines=1, load=0.99).mean < 0.512 * 1.2
     assert done.queue(engines=1, load=2.0).mean > 10  # half of the work waits in the end
@@ -186,3 +186,14 @@ def test_the_tree_alone_keeps_kv_from_being_without_its_adapter(policy: str, dis
     assert without.policy == f"{policy}-tree"
     if policy == "lru":  # those that weigh cost may keep adapters as long as their KV
         assert without.invalid_kv_cpu > 0
+
+
+def test_of_what_leaves_together_nobody_becomes_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a daemon: a parent that goes right behind its last child is put into no line and taken out again."""
+    offer, offered = POLICIES["lru"].offer, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(POLICIES["lru"], "offer", lambda policy, node: (offered.append(node), offer(policy, node)))
+    store = Store(Sizes(20 * BLOCK, 0, 1), LRU)
+    for number in range(50):
+        store.serve(request(*range(10 * number, 10 * number + 10)))
+    assert store.counts["evicted"] == 480
+    assert len(offered) == 500

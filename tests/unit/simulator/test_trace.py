@@ -40,6 +40,14 @@ def test_mooncakes_format(tmp_path: Path) -> None:
     assert [found[1].tokens_of(position) for position in (0, 1)] == [512, 188]
 
 
+@pytest.mark.parametrize(("tokens", "block_bytes"), [(1600, 0), (1536, 0), (1, 0), (1600, 700)])
+def test_sizes_of_blocks_are_those_of_each(tokens: int, block_bytes: int) -> None:
+    request = Request(0.0, tokens, (1, 2, 3, 4, 5), block_bytes=block_bytes)
+    for begin in range(6):
+        for end in range(6):
+            assert request.sizes(begin, end, 2) == [request.bytes_of(at, 2) for at in range(begin, end)]
+
+
 def test_azures_format_shares_nothing(tmp_path: Path) -> None:
     first, second = read_trace(written(tmp_path, AZURE))
     assert (first.tokens, len(first.blocks), second.tokens, len(second.blocks)) == (1374, 3, 396, 1)
