@@ -51,6 +51,7 @@ NAMES = (
     "lora",
     "serving",
     "policy_serving",
+    "batch_plan",
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 

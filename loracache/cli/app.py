@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from loracache import __version__
-from loracache.cli import adapters, check, jobs, objects, quota, simulate, tokens, top
+from loracache.cli import adapters, batch, check, jobs, objects, quota, simulate, tokens, top
 from loracache.cli.common import (
     EXIT_CODES,
     PARTLY,
@@ -62,6 +62,7 @@ VERBS = (
 )
 
 app.add_typer(adapters.app, name="adapters", rich_help_panel=_MANAGE)
+app.add_typer(batch.app, name="batch", rich_help_panel=_MANAGE)
 app.add_typer(jobs.app, name="operations", rich_help_panel=_MANAGE)
 app.add_typer(quota.app, name="quota", rich_help_panel=_MANAGE)
 app.add_typer(tokens.app, name="tokens", rich_help_panel=_MANAGE)

@@ -28,6 +28,7 @@ REACHES = {
         "storage_backends.disk storage_backends.redis tiers wire"
     ),
     "backoff": "",
+    "batch": "backoff client errors keys mapping results tiers wire",
     "cache": (
         "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing transfer_times"
@@ -42,10 +43,9 @@ REACHES = {
         "tracing transfer_times"
     ),
     "cli": (
-        "accepting adapters audit backoff cache cache.policy cache.state cache.swap cache.tier client config control "
-        "daemon errors folder free_pages keys logs loracache mapping memory_limit namespaces rest results simulator "
-        "storage_backends "
-        "storage_backends.disk storage_backends.redis tiers tracing transfer_times wire"
+        "accepting adapters audit backoff batch cache cache.policy cache.state cache.swap cache.tier client config "
+        "control daemon errors folder free_pages keys logs loracache mapping memory_limit namespaces rest results "
+        "simulator storage_backends storage_backends.disk storage_backends.redis tiers tracing transfer_times wire"
     ),
     "client": "backoff errors keys mapping results tiers wire",
     "config": "errors keys logs",

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from loracache import CacheClient, Namespace
 from loracache.storage_backends.base import Standing
 from loracache.storage_backends.redis.backend import RedisBackend
+from tests.unit.batch.openai_fake import Fake
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "client_ten_lines.py"
 
@@ -127,3 +128,19 @@ def test_the_simulator_answers_as_shown(documented: Any, module_shell: Callable[
     (shell.folder / "TRACE").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     told = json.loads(shell.run(documented.shown("policy.md", "loracache simulate")))
     assert [run["policy"] for run in told["runs"]] == ["lru", "adaptive", "static:20"]
+
+
+def test_a_batch_is_planned_and_answered_as_shown(documented: Any, module_shell: Callable[..., Any]) -> None:
+    shell = module_shell()
+    line = json.loads(documented.shown("batch.md", '{"custom_id"'))
+    lines = [line | {"custom_id": f"q{number}"} for number in range(3)]
+    (shell.folder / "requests.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    server = Fake(shell.engine)
+    try:
+        said = shell.run(documented.shown("batch.md", "loracache batch plan"))
+    finally:
+        server.close()
+    assert "3 requests" in said
+    answers = [json.loads(each) for each in (shell.folder / "answers.jsonl").read_text().splitlines()]
+    assert [(each["custom_id"], each["error"]) for each in answers] == [(f"q{number}", None) for number in range(3)]
+    assert len(server.asked) == 3

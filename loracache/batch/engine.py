@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan asks a running engine: how much KV it has, and a prompt's token ids."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from loracache.batch.bodies import given_tokens, question, text_tokens
+from loracache.batch.http import Server
+from loracache.batch.lines import Line
+from loracache.errors import ProtocolError, Rejected
+from loracache.keys import TokenArray, token_array
+
+__all__ = ["Engine", "Facts", "By"]
+
+_ASK_S = 60.0
+_INFO = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_NO_SUCH_PATH = (404, 405, 501)
+
+
+class By(Enum):
+    """What a plan goes by: tokens of the engine's own tokenizer, or four bytes of text for each."""
+
+    TOKENS = "tokens"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """kv_tokens: room for KV, in tokens; block_tokens: of a block of it. None where the engine does not say."""
+
+    kv_tokens: int | None
+    block_tokens: int | None
+
+
+class Engine:
+    """An OpenAI server that may be vLLM's. Raises Unavailable where it does not answer, Rejected where it refuses."""
+
+    def __init__(self, server: Server, by: By = By.TOKENS) -> None:
+        self.server = server
+        self.by = by
+        """TEXT from the first time on that the server turns out to tokenize nothing."""
+
+    async def facts(self) -> Facts:
+        """Of vLLM's metrics; of any other server nothing."""
+        models = await self.server.get("/v1/models", _ASK_S)
+        if models.status in (401, 403):
+            raise Rejected(f"{self.server.url} refuses the API key ({models.status}); set VLLM_API_KEY")
+        if models.status != 200:
+            raise Rejected(f"{self.server.url}/v1/models answered {models.status}; is it an OpenAI server?")
+        metrics = await self.server.get("/metrics", _ASK_S)
+        found = [dict(_LABEL.findall(labels)) for labels in _INFO.findall(str(metrics.body))]
+        try:
+            sizes = [(int(each["num_gpu_blocks"]), int(each["block_size"])) for each in found]
+        except (KeyError, ValueError):
+            sizes = []
+        if not sizes or not all(count > 0 and size > 0 for count, size in sizes):
+            return Facts(None, None)
+        return Facts(sum(count * size for count, size in sizes), sizes[0][1])
+
+    async def base_model(self) -> str:
+        """What the base model is served as. Raises ProtocolError where the engine lists none."""
+        answer = await self.server.get("/v1/models", _ASK_S)
+        cards = answer.body.get("data") if isinstance(answer.body, dict) else None
+        names = [card.get("id") for card in cards or () if isinstance(card, dict) and not card.get("parent")]
+        if not names or not isinstance(names[0], str):
+            raise ProtocolError(f"{self.server.url}/v1/models lists no base model")
+        return names[0]
+
+    async def tokens(self, line: Line) -> TokenArray:
+        """The prompt's token ids; of one that cannot be had as tokens, four bytes of text for each."""
+        given = given_tokens(line)
+        if given is not None:
+            return token_array(given)
+        asked = question(line) if self.by is By.TOKENS else None
+        if asked is None:
+            return text_tokens(line)
+        answer = await self.server.post("/tokenize", asked, _ASK_S)
+        if answer.status in _NO_SUCH_PATH and not isinstance(_told(answer.body), str):
+            self.by = By.TEXT
+        if answer.status != 200:
+            return text_tokens(line)  # the engine will say what is wrong with it when it is sent
+        tokens = answer.body.get("tokens") if isinstance(answer.body, dict) else None
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise ProtocolError(f"{self.server.url}/tokenize answered no list of token ids")
+        return np.asarray(tokens, np.int32)
+
+
+def _told(body: object) -> object:
+    """The message of an error in OpenAI's form: a server that has the path and not the model sends one."""
+    error = body.get("error") if isinstance(body, dict) else None
+    return error.get("message") if isinstance(error, dict) else None

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a batch has answered so far, on disk as it comes, so that a run that is killed goes on where it was.
+
+`OUT.partial` is the journal: its first line says of which input, then one line an answer, in the order they came. A
+line counts once its newline is there. At the end the output is written from it and renamed into place; then it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from loracache.errors import ConfigError
+
+__all__ = ["Journal", "Order", "Recorded"]
+
+_VERSION = 1
+
+
+class Order:
+    """How the output's lines stand."""
+
+    INPUT, DONE = "input", "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the journal says of a line. failed: it is an error. passing: one that another try may mend. decode: tokens
+    of the answer."""
+
+    number: int
+    failed: bool
+    passing: bool
+    decode: int
+
+
+class Journal:
+    """The journal of `output` for the input of that digest. Raises ConfigError where it is another input's, another run
+    holds it, or the output is there already."""
+
+    def __init__(self, output: Path, digest: str) -> None:
+        self._output = output
+        self._path = output.with_name(output.name + ".partial")
+        if output.exists() and not self._path.exists():
+            raise ConfigError(f"{output} is there already, and no run of it is unfinished; remove it or name another")
+        try:
+            self._file: IO[bytes] = self._path.open("a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(f"{self._path} is another run's that is under way; wait for it, or end it") from None
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be written: {error.strerror}") from None
+        self._places: dict[int, int] = {}  # line number -> where its last record begins
+        try:
+            self._begin(digest)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _begin(self, digest: str) -> None:
+        """Read what is there, and cut off a record that a kill left unfinished."""
+        self._file.seek(0)
+        head = self._file.readline()
+        if not head.endswith(b"\n"):
+            self._file.truncate(0)
+            self._write({"batch": _VERSION, "input": digest})
+            return
+        try:
+            said = json.loads(head)
+            same = said["batch"] == _VERSION and said["input"] == digest
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise ConfigError(f"{self._path} is of another input; remove it, or give the input that it is of")
+        while True:
+            at = self._file.tell()
+            record = self._file.readline()
+            if not record.endswith(b"\n"):
+                self._file.truncate(at)
+                return
+            found = json.loads(record)
+            if found["passing"]:
+                self._places.pop(found["line"], None)
+            else:
+                self._places[found["line"]] = at
+
+    def add(
+        self, number: int, output: dict[str, Any], *, failed: bool = False, passing: bool = False, decode: int = 0
+    ) -> None:
+        """The line of the output that a line of the input gets; see Recorded. The next run tries what passes again."""
+        record = {"line": number, "failed": failed, "passing": passing, "decode": decode, "output": output}
+        self._places[number] = self._write(record)
+
+    def recorded(self) -> Iterator[Recorded]:
+        """What earlier runs have answered, and this one."""
+        for found in self._records(sorted(self._places.values())):
+            yield Recorded(found["line"], found["failed"], found["passing"], found["decode"])
+
+    def finish(self, order: str) -> None:
+        """Write the output from the journal, and take the journal away."""
+        by_line = [self._places[number] for number in sorted(self._places)]
+        ready = self._output.with_name(self._output.name + ".tmp")
+        with ready.open("wb") as file:
+            for found in self._records(by_line if order == Order.INPUT else sorted(by_line)):
+                file.write(_json(found["output"]))
+            file.flush()
+            os.fsync(file.fileno())
+        ready.replace(self._output)
+        self._path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the journal as it is, for the next run."""
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+            self._file.close()
+
+    def _records(self, places: list[int]) -> Iterator[dict[str, Any]]:
+        for place in places:
+            self._file.seek(place)
+            found = json.loads(self._file.readline())
+            assert isinstance(found, dict)
+            yield found
+
+    def _write(self, record: dict[str, Any]) -> int:
+        """Append it; where it begins. Flushed to the system: it outlives a kill of this process."""
+        self._file.seek(0, os.SEEK_END)
+        at = self._file.tell()
+        self._file.write(_json(record))
+        self._file.flush()
+        return at
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass") + b"\n"

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came of a batch: counts and tokens, as they are while it runs and at its end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Report"]
+
+
+@dataclass(slots=True)
+class Report:
+    """Lines and tokens of one run. Tokens are those that the engines say, of this run alone."""
+
+    requests: int = 0
+    """Lines that are not blank."""
+    resumed: int = 0
+    """Of those, answered by earlier runs."""
+    answered: int = 0
+    errors: int = 0
+    """Requests that were refused or given up, and lines that are no request; of earlier runs, too."""
+    retries: int = 0
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them, not computed, as far as the engines say (vLLM: --enable-prompt-tokens-details)."""
+    completion_tokens: int = 0
+    pinned: int = 0
+    """Objects that were kept in the cache while their groups ran."""
+    pin_failures: int = 0
+    planned_seconds: float = 0.0
+    """Of those, until the plan stood."""
+    plan: dict[str, int] = field(default_factory=dict)
+    """Of the requests that were left to answer: see Figures."""
+
+    @property
+    def done(self) -> int:
+        """Lines that have their line in the output."""
+        return self.resumed + self.answered + self.errors
+
+    def count(self, body: Any) -> int:
+        """Take in an answer's usage; tokens that it has."""
+        usage = body.get("usage") if isinstance(body, dict) else None
+        if not isinstance(usage, dict):
+            return 0
+        details = usage.get("prompt_tokens_details")
+        self.prompt_tokens += _whole(usage.get("prompt_tokens"))
+        self.cached_tokens += _whole(details.get("cached_tokens") if isinstance(details, dict) else 0)
+        completion = _whole(usage.get("completion_tokens"))
+        self.completion_tokens += completion
+        return completion
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _whole(value: object) -> int:
+    return value if type(value) is int else 0

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`loracache batch plan | run`: an offline batch in the order in which what its requests share is computed once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loracache.cli.common import PARTLY, JsonOption, SocketOption, expanded, integer, number, print_json
+from loracache.errors import ConfigError, Unavailable
+
+if TYPE_CHECKING:
+    from loracache.batch.engine import Engine
+    from loracache.batch.job import Job
+    from loracache.batch.journal import Journal
+    from loracache.batch.lines import BatchFile
+    from loracache.batch.pins import Pins
+    from loracache.batch.plan import Figures
+    from loracache.batch.report import Report
+    from loracache.batch.runner import Limits
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Offline batches in OpenAI's format.", no_args_is_help=True)
+
+_MOST_TOKENS = 1 << 40
+_InputArgument = Annotated[str, typer.Argument(metavar="IN", help="Requests, .jsonl, gzipped or not; -: from stdin.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """Options that say which engines, and what they have room for."""
+
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="An OpenAI server, http://HOST:PORT/v1; again for more.", show_default=False),
+    ] = None
+    by: Annotated[str, typer.Option(help="tokens: of the server's tokenizer; text: faster, four bytes for each.")] = (
+        "tokens"
+    )
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=integer(1, _MOST_TOKENS), help="KV that requests may hold.", show_default="the engine's"
+        ),
+    ] = None
+    block_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", parser=integer(1, 4096), help="Of a block of KV.", show_default="the engine's"),
+    ] = None
+    running: Annotated[
+        int,
+        typer.Option(metavar="N", parser=integer(1, 65536), help="Requests at once on an engine.", show_default="256"),
+    ] = 256
+    engine_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The servers' API key [VLLM_API_KEY].", show_default=False)
+    ] = None
+    engine_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", parser=number, help="For one answer.", show_default="3600")
+    ] = 3600.0
+
+    def engines(self) -> list[Engine]:
+        """Raises ConfigError."""
+        from loracache.batch.engine import By, Engine
+        from loracache.batch.http import Server
+
+        if self.by not in [each.value for each in By]:
+            raise ConfigError(f"--by {self.by!r} must be tokens or text")
+        if not 0 < self.engine_timeout <= 7 * 86_400:
+            raise ConfigError(f"--engine-timeout {self.engine_timeout} must be seconds, more than 0 and at most a week")
+        key = _key(self.engine_key_file)
+        return [Engine(Server(url, key, self.engine_timeout), By(self.by)) for url in self.url or ()]
+
+
+@app.command("plan")
+@expanded
+def plan(batch: _InputArgument, engines: Engines, as_json: JsonOption = False) -> None:
+    """Show what a batch shares, and the prompt tokens that are computed in the file's order, in the plan's, and at
+    least. Without --url it goes by text, and --kv-tokens says how much KV there is."""
+    _show_plan(batch, engines, as_json)
+
+
+@app.command("run")
+@expanded
+def run(
+    batch: _InputArgument,
+    engines: Engines,
+    vllm: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Of vLLM, for --model.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Start a vLLM that serves it, and end it after.", show_default=False)
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Of the daemon behind --model.")] = "4GiB",
+    socket: SocketOption = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="OUT", help="Answers; -: to stdout.", show_default=False)
+    ] = None,
+    order: Annotated[str, typer.Option(help="Of the output's lines: input, or done: as they were answered.")] = "input",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and send nothing.")] = False,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", parser=number, help="To wait for a server that is gone.")
+    ] = 300.0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what came of it, as JSON.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a batch to running OpenAI servers, or to a vLLM of its own. Killed, the same command goes on where it was. 4
+    where a request failed."""
+    if dry_run:
+        _show_plan(batch, engines, as_json)
+        return
+    from loracache.batch.journal import Order
+
+    if output is None:
+        raise ConfigError("no output is named; give -o OUT.jsonl, or -o - for standard output")
+    if order not in (Order.INPUT, Order.DONE):
+        raise ConfigError(f"--order {order!r} must be input or done")
+    if not 0 <= patience <= 7 * 86_400:
+        raise ConfigError(f"--patience {patience} must be seconds, 0 or more and at most a week")
+    if bool(engines.url) == bool(model):
+        raise ConfigError("give either --url http://HOST:PORT/v1 of a running server, or --model of one to start")
+    if vllm and not model:
+        raise ConfigError(f"{vllm[0]!r}: options of vLLM go with --model")
+    own = None if model is None else _Own(model, tuple(vllm or ()), memory, socket)
+    done = _run(batch, engines, own, output, order, patience)
+    told = done.as_dict()
+    if report is not None:
+        _write_json(report, told)
+    if as_json and output != "-":
+        print_json(told)
+    else:
+        _print_report(done)
+    if done.errors:
+        raise typer.Exit(PARTLY)
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """The engine that a batch starts; see ChildEngine."""
+
+    model: str
+    options: tuple[str, ...]
+    memory: str
+    socket: Path | None
+
+
+def _run(batch: str, engines: Engines, own: _Own | None, output: str, order: str, patience: float) -> Report:
+    import asyncio
+    import shutil
+    import tempfile
+
+    from loracache.batch.journal import Journal
+    from loracache.batch.lines import BatchFile
+    from loracache.batch.runner import Limits
+
+    servers = engines.engines()
+    with (
+        contextlib.closing(BatchFile(batch)) as file,
+        tempfile.TemporaryDirectory(prefix="loracache-batch-") as folder,
+    ):
+        target = Path(folder, "answers.jsonl") if output == "-" else Path(output)
+        with contextlib.closing(Journal(target, file.digest)) as journal:
+            limits = Limits(engines.running, patience)
+            if own is None:
+                done = asyncio.run(_send(file, journal, servers, engines, limits))
+            else:
+                done = asyncio.run(_send_to_own(file, journal, own, engines, limits, Path(folder)))
+            journal.finish(order)
+        if output == "-":
+            with target.open("rb") as answers:
+                shutil.copyfileobj(answers, sys.stdout.buffer)
+    return done
+
+
+async def _send(
+    file: BatchFile,
+    journal: Journal,
+    servers: list[Engine],
+    engines: Engines,
+    limits: Limits,
+    pins_of: Callable[[Job], Pins] | None = None,
+) -> Report:
+    from loracache.batch.runner import Runner, room_of
+
+    try:
+        room = await room_of(servers, engines.kv_tokens, engines.block_tokens)
+        with _progress() as on_change:
+            return await Runner(file, journal, servers, room, limits, on_change, pins_of).run()
+    finally:
+        for each in servers:
+            await each.server.close()
+
+
+async def _send_to_own(
+    file: BatchFile, journal: Journal, own: _Own, engines: Engines, limits: Limits, folder: Path
+) -> Report:
+    """To an engine that is started for it, and ends with it."""
+    from loracache.batch.child import ChildEngine
+    from loracache.batch.pins import Pins
+
+    socket = None if own.socket is None else own.socket.absolute()
+    async with ChildEngine(own.model, own.options, folder, own.memory, socket) as child:
+        (engine,) = replace(engines, url=[child.url]).engines()
+        base = await engine.base_model()
+
+        def pins_of(job: Job) -> Pins:
+            return Pins(f"unix://{child.socket}", engine, base, job)
+
+        return await _send(file, journal, [engine], engines, limits, pins_of)
+
+
+def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:
+    import asyncio
+
+    from loracache.batch.lines import BatchFile
+
+    with contextlib.closing(BatchFile(batch)) as file:
+        figures, faults = asyncio.run(_figures(file, engines))
+    if as_json:
+        print_json(figures.as_dict() | {"faults": faults})
+        return
+    _print_figures(figures)
+    for told in faults:
+        typer.echo(told, err=True)
+
+
+async def _figures(file: BatchFile, options: Engines) -> tuple[Figures, list[str]]:
+    from loracache.batch.job import Lengths, by_text, make_job
+    from loracache.batch.runner import room_of
+
+    engines = options.engines()
+    if not engines and options.kv_tokens is None:
+        raise ConfigError("no KV cache is known; give --kv-tokens N, or --url of an engine that says it")
+    faults: list[str] = []
+    try:
+        room = await room_of(engines, options.kv_tokens, options.block_tokens)
+        tokens_of = engines[0].tokens if engines else by_text
+        job = await make_job(
+            file, tokens_of, room.block_tokens, Lengths(), lambda line: True, lambda fault: faults.append(fault.message)
+        )
+    finally:
+        for engine in engines:
+            await engine.server.close()
+    return job.plan.figures(room.kv_tokens, options.running), faults
+
+
+def _key(path: Path | None) -> str:
+    if path is None:
+        return os.environ.get("VLLM_API_KEY", "")
+    try:
+        key = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--engine-key-file {path} cannot be read: {error}") from None
+    if not key:
+        raise ConfigError(f"--engine-key-file {path} is empty; put the engine's API key in it")
+    return key
+
+
+def _write_json(path: Path, value: Any) -> None:
+    import json
+
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise Unavailable(f"--report {path} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Report], None]]:
+    """A bar on a terminal's standard error; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda report: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("requests, {task.fields[cached]:,} tokens from the cache,"),
+        TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, cached=0)
+        yield lambda report: bar.update(
+            task, total=report.requests or None, completed=report.done, cached=report.cached_tokens
+        )
+
+
+def _print_figures(figures: Figures) -> None:
+    from loracache.cli.tables import print_table
+
+    typer.echo(
+        f"{figures.requests:,} requests, {figures.tokens:,} prompt tokens, of which {figures.shared:,} are shared; "
+        f"{figures.groups:,} groups; KV cache of {figures.kv_tokens:,} tokens"
+    )
+    ways = (
+        ("in the file's order", figures.first_come),
+        ("in a plain walk down the tree", figures.depth_first),
+        ("in the plan's order", figures.planned),
+        ("at least", figures.bound),
+    )
+    rows = [(name, f"{count:,}", f"{count / max(figures.bound, 1):.3f}") for name, count in ways]
+    print_table(["prompt tokens computed", ">tokens", ">of the least"], rows)
+
+
+def _print_report(report: Report) -> None:
+    cached = f", {report.cached_tokens:,} of them from the cache" if report.cached_tokens else ""
+    resumed = f", {report.resumed:,} of earlier runs" if report.resumed else ""
+    typer.echo(
+        f"{report.answered:,} answered, {report.errors:,} errors, {report.retries:,} retries{resumed}; "
+        f"{report.prompt_tokens:,} prompt tokens{cached}; {report.completion_tokens:,} tokens of answers; "
+        f"{report.seconds:.1f} s",
+        err=True,
+    )
