@@ -8,6 +8,7 @@ lie side by side. What the driver itself takes for each fragment comes on top, a
 
 from __future__ import annotations
 
+import gc
 import mmap
 import time
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class _AllPinned:
 def run(quick: bool) -> list[Row]:
     """See the module's docstring."""
     found = []
+    gc.collect()
+    gc.freeze()  # as vLLM's workers do when they have started
     for shape in SHAPES:
         for together in ("layer", "block"):
             for way, (spent, fragments) in _measure(shape, together, 5 if quick else 30).items():

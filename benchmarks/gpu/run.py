@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU path on a GPU: whether copies are right there, and how fast. Needs torch and cuda-bindings, no vLLM.
 
-    python benchmarks/gpu/run.py --out FOLDER       everything (some minutes, 2 GB of pinned and of GPU memory)
+    python benchmarks/gpu/run.py --out FOLDER       everything (some minutes, 20 GB of pinned and of GPU memory)
     python benchmarks/gpu/run.py --out FOLDER --dry on a recording device in host memory, to see that it runs
+    python benchmarks/gpu/run.py --out FOLDER --only transfers
 
 Writes FOLDER/page_copy.json and FOLDER/page_copy.png, where matplotlib is, and prints a table. Every figure stands
 beside its floor: one large copy of as many bytes between pinned memory and the device, measured in the same run. `busy`
-is how much longer a product of two 8192 x 8192 matrices of bfloat16 takes while copies run. The LoRA kernels have a
-benchmark of their own, bench_sgmv_gpu.py, which this runs last (`--quick`) into FOLDER/sgmv.json.
+is how much longer a product of two 8192 x 8192 matrices of bfloat16 takes while copies run. FOLDER/transfers.json has
+the worker's Loader and Storer with a real daemon (transfers.py). The LoRA kernels have a benchmark of their own,
+bench_sgmv_gpu.py, which this runs last (`--quick`) into FOLDER/sgmv.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,33 +26,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from loracache.kernels.page_copy import Move, PageCopier
-from loracache.kernels.page_copy.device import Device, Direction, SourceOrder
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
+from gpu import transfers
+from gpu.rig import ROUNDS, SHAPES, Compute, Rig, median
+
+from loracache.kernels.page_copy import PageCopier
+from loracache.kernels.page_copy.device import Device, Direction
 from loracache.kernels.page_copy.fragments import fragments_of, rows_of, split_by_pinned
 from loracache.kernels.page_copy.recording import RecordingDevice
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A KV cache: bytes of a layer's row of a block; `of` blocks make a chunk of at least 1 MiB."""
-
-    name: str
-    layers: int
-    row: int
-    of: int
-
-
-SHAPES = (
-    Shape("Llama 8B", 32, 64 << 10, 1),
-    Shape("Llama 70B, TP 8", 80, 8 << 10, 2),
-    Shape("MLA", 61, 18 << 10, 1),
-)
+BENCHMARKS = Path(__file__).resolve().parents[1]
 WAYS = {"straight": 0, "through slots": 1 << 40}
-BYTES, ROUNDS = 1 << 30, 7
+BYTES = 1 << 30
+PARTS = ("page_copy", "transfers", "sgmv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,78 +62,6 @@ class Figure:
     def share(self) -> float:
         """Of the floor's speed."""
         return self.gb_s / self.floor_gb_s
-
-
-class Rig:
-    """Blocks on a device, and pinned memory for as many bytes."""
-
-    def __init__(self, device: Device, where: str, shape: Shape, outermost: str, nbytes: int) -> None:
-        self.device = device
-        blocks = max(2 * shape.of, nbytes // (shape.layers * shape.row) // shape.of * shape.of)
-        self.nbytes = blocks * shape.layers * shape.row
-        size = (shape.layers, blocks, shape.row // 8)
-        if outermost == "block":
-            size = (blocks, shape.layers, shape.row // 8)
-        self.whole = torch.randint(-(1 << 62), 1 << 62, size, device=where)
-        self.layers = self.whole.unbind(0 if outermost == "layer" else 1)
-        self.host = device.allocate_host(self.nbytes)
-        self.bytes = np.frombuffer(memoryview((ctypes.c_uint8 * self.nbytes).from_address(self.host.address)), np.uint8)
-        order = np.random.default_rng(1).permutation(blocks).tolist()  # blocks of an engine lie anywhere
-        chunk = self.nbytes // blocks * shape.of
-        self.moves = [
-            Move(order[at : at + shape.of], [self.bytes.data[at // shape.of * chunk :][:chunk]], 0, shape.of)
-            for at in range(0, blocks, shape.of)
-        ]
-
-    def steps(self) -> tuple[Any, Any]:
-        """All of it is pinned, in one piece."""
-        return np.array([self.host.address, self.host.address + self.nbytes]), np.array([True, False])
-
-    def settle(self) -> None:
-        """Wait for what torch computes: copies have streams of their own."""
-        if self.whole.is_cuda:
-            torch.cuda.synchronize()
-
-    def check(self, copier: PageCopier) -> None:
-        """Raises RuntimeError where what comes back is not what went."""
-        before = self.whole.clone()
-        self.settle()
-        copier.gather(self.moves).wait()
-        expected = b"".join(
-            layer[block].cpu().numpy().tobytes()
-            for move in self.moves[:2]
-            for layer in self.layers
-            for block in move.blocks
-        )
-        self.whole.zero_()
-        self.settle()
-        copier.scatter(self.moves).wait()
-        if not torch.equal(self.whole, before) or self.bytes[: len(expected)].tobytes() != expected:
-            raise RuntimeError("copies are not right")
-
-    def floor(self, direction: Direction) -> float:
-        """Seconds of one copy of all bytes."""
-        stream = self.device.stream(direction)
-        ends = [np.array([each]) for each in (self.whole.data_ptr(), self.host.address)]
-        target, source = ends if direction is Direction.LOAD else reversed(ends)
-
-        def copy() -> None:
-            event = self.device.event()
-            self.device.copy(target, source, np.array([self.nbytes]), stream, SourceOrder.STREAM)
-            self.device.record(event, stream)
-            self.device.synchronize(event)
-
-        return median(copy)
-
-
-def median(call: Callable[[], None]) -> float:
-    """Seconds, of a few rounds after one."""
-    times = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
 
 
 def measure(device: Device, where: str, nbytes: int) -> list[Figure]:
@@ -189,24 +108,13 @@ def _figure(
 
 
 def _busy(submit: Callable[[], Any]) -> float:
-    """How many times longer a product takes beside copies."""
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-
-    def product() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(4):
-            torch.mm(left, right)
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-    product()
+    """How many times longer products take beside copies."""
+    compute = Compute("cuda")
     alone, beside = [], []
     for _ in range(ROUNDS):
-        alone.append(product())
+        alone.append(compute.products())
         copies = [submit() for _ in range(2)]
-        beside.append(product())
+        beside.append(compute.products())
         for copy in copies:
             copy.wait()
     return statistics.median(beside) / statistics.median(alone)
@@ -240,28 +148,46 @@ def plot(figures: list[Figure], title: str, path: Path) -> None:
     canvas.savefig(path, dpi=120)
 
 
+def _device(dry: bool) -> Device:
+    if dry:
+        return RecordingDevice()
+    from loracache.kernels.page_copy.cuda import cuda_device
+
+    return cuda_device(0)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description="Checks and measures the GPU path on a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--dry", action="store_true", help="without a GPU, on a recording device")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    paths = [os.environ.get("PYTHONPATH"), str(BENCHMARKS.parent)]  # for the daemon, too
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if arguments.dry:
-        device: Device = RecordingDevice()
         name, where, nbytes = "dry run, no GPU: these figures mean nothing", "cpu", 4 << 20
     else:
-        from loracache.kernels.page_copy.cuda import cuda_device
-
-        device, name, where, nbytes = cuda_device(0), torch.cuda.get_device_name(0), "cuda:0", BYTES
-    figures = measure(device, where, nbytes)
-    content = {"device": name, "identity": device.identity, "figures": [asdict(each) for each in figures]}
-    (arguments.out / "page_copy.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(figures, name, arguments.out / "page_copy.png")
-    print(name, *map(line, figures), sep="\n")
-    if not arguments.dry:
+        name, where, nbytes = torch.cuda.get_device_name(0), "cuda:0", BYTES
+    parts = [arguments.only] if arguments.only else PARTS
+    print(name, flush=True)
+    if "page_copy" in parts:
+        device = _device(arguments.dry)
+        figures = measure(device, where, nbytes)
+        content = {"device": name, "identity": device.identity, "figures": [asdict(each) for each in figures]}
+        (arguments.out / "page_copy.json").write_text(json.dumps(content, indent=1) + "\n")
+        plot(figures, name, arguments.out / "page_copy.png")
+        print(*map(line, figures), sep="\n", flush=True)
+    if "transfers" in parts:
+        device = _device(arguments.dry)
+        found = transfers.measure(device, where, nbytes)
+        content = {"device": name, "identity": device.identity, **found.as_json()}
+        (arguments.out / "transfers.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(*found.lines(), sep="\n", flush=True)
+    if "sgmv" in parts and not arguments.dry:
         with (arguments.out / "sgmv.json").open("w") as file:
-            script = Path(__file__).resolve().parents[1] / "bench_sgmv_gpu.py"
+            script = BENCHMARKS / "bench_sgmv_gpu.py"
             subprocess.run([sys.executable, str(script), "--quick"], stdout=file, check=True)
 
 

@@ -8,6 +8,7 @@ layers are 655,360 fragments, and a loop over them would take longer than the co
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,17 @@ import torch
 
 from loracache.kernels.page_copy.moves import Move, bounds
 
-__all__ = ["Extents", "Fragments", "Integers", "Rows", "fragments_of", "host_runs", "rows_of", "split_by_pinned"]
+__all__ = [
+    "Extents",
+    "Fragments",
+    "Integers",
+    "Rows",
+    "fragments_of",
+    "host_runs",
+    "parts_of",
+    "rows_of",
+    "split_by_pinned",
+]
 
 Integers = npt.NDArray[np.int64]
 _addressof, _in_place = ctypes.addressof, ctypes.c_char.from_buffer
@@ -100,13 +111,19 @@ class Fragments:
 
     def parts(self, nbytes: int, most: int | None = None) -> Iterator[slice]:
         """Runs of fragments of together at most `nbytes`, and at most `most` of them; a larger one goes alone."""
-        ends, start = np.cumsum(self.nbytes), 0
-        while start < len(self):
-            taken = int(ends[start - 1]) if start else 0
-            end = max(start + 1, int(np.searchsorted(ends, taken + nbytes, side="right")))
-            end = min(end, start + most) if most else end
-            yield slice(start, end)
-            start = end
+        return parts_of(np.cumsum(self.nbytes), nbytes, most)
+
+
+def parts_of(ends: Integers, nbytes: int, most: int | None = None) -> Iterator[slice]:
+    """Runs of items, whose sizes add up to `ends`, of together at most `nbytes`, and at most `most` of them; a larger
+    one goes alone."""
+    start = 0
+    while start < len(ends):
+        taken = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, taken + nbytes, side="right")))
+        end = min(end, start + most) if most else end
+        yield slice(start, end)
+        start = end
 
 
 def rows_of(layers: Sequence[torch.Tensor]) -> Rows:
@@ -119,19 +136,29 @@ def rows_of(layers: Sequence[torch.Tensor]) -> Rows:
     )
 
 
-def host_runs(host: Integers, nbytes: Integers, edges: Integers | None = None) -> tuple[Integers, Integers]:
+def host_runs(
+    host: Integers, nbytes: Integers, edges: Integers | None = None, begins: Sequence[int] = ()
+) -> tuple[Integers, Integers]:
     """(first addresses, lengths) of the runs that fragments make in the host's memory, in the order they stand in; none
-    reaches across one of `edges`."""
-    starts = np.concatenate(([0], np.flatnonzero(host[1:] != host[:-1] + nbytes[:-1]) + 1))
+    reaches across one of `edges`, and one begins with each fragment whose number is among `begins`."""
+    ends = host + nbytes
+    breaks = host[1:] != ends[:-1]
+    breaks[[number - 1 for number in begins if number]] = True
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
     first, length = host[starts], np.add.reduceat(nbytes, starts)
     if edges is None or not len(edges):
         return first, length
-    inside = np.searchsorted(edges, first + length, side="left") > np.searchsorted(edges, first, side="right")
+    low = np.searchsorted(edges, first, side="right")
+    inside = np.searchsorted(edges, first + length, side="left") - low
     if not inside.any():
         return first, length
-    cut = [piece for run in zip(first.tolist(), length.tolist(), strict=True) for piece in _cut_at(run, edges)]
-    pieces = np.array(cut, np.int64)
-    return np.ascontiguousarray(pieces[:, 0]), np.ascontiguousarray(pieces[:, 1])
+    last = np.cumsum(inside + 1) - 1  # of each run's pieces
+    owner = np.repeat(np.arange(len(first)), inside + 1)
+    piece = np.arange(len(owner)) - (last - inside)[owner]
+    begin = np.where(piece, edges[low[owner] + piece - 1], first[owner])
+    end = (first + length)[owner]
+    end[:-1] = np.where(owner[1:] == owner[:-1], begin[1:], end[:-1])
+    return begin, end - begin
 
 
 def split_by_pinned(
@@ -140,28 +167,24 @@ def split_by_pinned(
     """(moves whose payload is pinned, the others), with their extents cut where a copy may not reach across: bytes from
     edges[i] up to edges[i + 1] are pinned together where pinned[i].
     """
-    extents = [[(_address(part), part.nbytes) for part in move.payload if part.nbytes] for move in moves]
-    located = list(zip(moves, extents, strict=True))
+    located, flat = _located(moves)
     if not len(edges):
         return [], located
-    flat = np.fromiter(chain.from_iterable(chain.from_iterable(extents)), np.int64).reshape(-1, 2)
     place = np.searchsorted(edges, flat[:, 0], side="right") - 1
     fine = (place >= 0) & pinned[place] & (flat.sum(axis=1) <= edges[np.minimum(place + 1, len(edges) - 1)])
     if fine.all():
         return located, []
-    good: list[tuple[Move, Extents]] = []
-    others: list[tuple[Move, Extents]] = []
-    at, all_fine = 0, fine.tolist()
-    for move, parts in located:
-        start, at = at, at + len(parts)
-        if not all(all_fine[start:at]):
-            parts = [piece for part in parts for piece in _cut_at(part, edges)]
-            places = np.searchsorted(edges, [address for address, _ in parts], side="right") - 1
-            if not ((places >= 0) & pinned[places]).all():
-                others.append((move, parts))
-                continue
-        good.append((move, parts))
-    return good, others
+    unpinned = set()
+    owner = np.repeat(np.arange(len(located)), [len(parts) for _, parts in located])
+    for number in np.unique(owner[~fine]).tolist():
+        move, parts = located[number]
+        parts = [piece for part in parts for piece in _cut_at(part, edges)]
+        located[number] = move, parts
+        places = np.searchsorted(edges, [address for address, _ in parts], side="right") - 1
+        if not ((places >= 0) & pinned[places]).all():
+            unpinned.add(number)
+    good = [item for number, item in enumerate(located) if number not in unpinned]
+    return good, [located[number] for number in sorted(unpinned)]
 
 
 def fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]]) -> list[Fragments]:
@@ -183,43 +206,48 @@ def fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]])
 
 def _fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]]) -> list[Fragments]:
     """Of moves about all of these rows."""
-    groups: dict[tuple[int, bool, bool], list[tuple[Move, Extents]]] = defaultdict(list)
+    groups: dict[tuple[int, int, int, bool], list[tuple[Move, Extents]]] = defaultdict(list)
     for item in moves:
         move, extents = item
-        groups[len(move.blocks), move.of == 1, len(extents) == 1].append(item)
+        groups[len(move.blocks), move.first, move.of, len(extents) == 1].append(item)
     return [
-        _group(bands if single else rows, rows.block_bytes, count, together, group)
-        for (count, single, together), group in groups.items()
+        _group(bands if of == 1 else rows, rows.block_bytes, (count, first, of), together, group)
+        for (count, first, of, together), group in groups.items()
         if count
     ]
 
 
 def _group(
-    rows: Rows, block_bytes: int, count: int, together: bool, moves: Sequence[tuple[Move, Extents]]
+    rows: Rows, block_bytes: int, form: tuple[int, int, int], together: bool, moves: Sequence[tuple[Move, Extents]]
 ) -> Fragments:
-    """Of moves of `count` blocks each; together: each payload is one extent."""
+    """Of moves of one form (blocks, `first`, `of`). together: each payload is one extent. The arrays are megabytes, so
+    there are few passes over them, each along rows and blocks at once: numpy is slow along an axis of one or two."""
+    count, first, of = form
     blocks = np.fromiter(chain.from_iterable(move.blocks for move, _ in moves), np.int64).reshape(-1, count)
-    first = np.fromiter((move.first for move, _ in moves), np.int64, len(moves))
-    of = np.fromiter((move.of for move, _ in moves), np.int64, len(moves))
     if together:
         start, sizes = np.fromiter(chain.from_iterable(extents[0] for _, extents in moves), np.int64).reshape(-1, 2).T
     else:
         sizes = np.array([sum(nbytes for _, nbytes in extents) for _, extents in moves], np.int64)
     if blocks.min() < 0 or blocks.max() >= rows.blocks:
         raise ValueError(f"blocks {blocks.min()} to {blocks.max()} of {rows.blocks}")
-    if first.min() < 0 or (first + count > of).any() or (sizes < of * block_bytes).any():
+    if first < 0 or first + count > of or sizes.min() < of * block_bytes:
         raise ValueError(f"a move of {count} blocks reaches outside its payload")
-    device: Integers = blocks[:, None, :] * rows.step[:, None]
-    device += rows.base[:, None]  # in place, here and below: these arrays are megabytes
-    offset: Integers = (first[:, None] + np.arange(count))[:, None, :] * rows.nbytes[:, None]
-    offset += of[:, None, None] * rows.before[:, None]
-    nbytes = np.broadcast_to(rows.nbytes[:, None], device.shape).flatten()
+    device: Integers = np.repeat(blocks, len(rows.base), axis=0).reshape(len(moves), -1)
+    device *= np.repeat(rows.step, count)
+    device += np.repeat(rows.base, count)
+    nbytes = np.repeat(rows.nbytes, count)
+    within = (
+        np.repeat(of * rows.before, count)
+        + np.tile(np.arange(first, first + count, dtype=np.int64), len(rows.base)) * nbytes
+    )
+    nbytes = np.tile(nbytes, len(moves))
     if not together:
-        return _over_extents(device, offset, nbytes, [extents for _, extents in moves], sizes)
-    offset += start[:, None, None]
-    found = Fragments(device.reshape(-1), offset.reshape(-1), nbytes)
-    neighbours = (np.diff(blocks) == 1)[:, None, :] & (rows.step == rows.nbytes)[:, None]
-    return _merged(found, neighbours) if neighbours.sum() * _WORTH > len(found) else found
+        return _over_extents(device.reshape(-1), within, nbytes, [extents for _, extents in moves], sizes)
+    found = Fragments(device.reshape(-1), (start[:, None] + within).reshape(-1), nbytes)
+    follows, dense = np.diff(blocks) == 1, rows.step == rows.nbytes
+    if np.count_nonzero(follows) * np.count_nonzero(dense) * _WORTH <= len(found):
+        return found
+    return _merged(found, follows[:, None, :] & dense[:, None])
 
 
 def _merged(fragments: Fragments, neighbours: npt.NDArray[np.bool_]) -> Fragments:
@@ -233,26 +261,40 @@ def _merged(fragments: Fragments, neighbours: npt.NDArray[np.bool_]) -> Fragment
 
 
 def _over_extents(
-    device: Integers, offset: Integers, nbytes: Integers, extents: Sequence[Extents], sizes: Integers
+    device: Integers, within: Integers, nbytes: Integers, extents: Sequence[Extents], sizes: Integers
 ) -> Fragments:
-    """Fragments cut where payloads are: `offset` counts from each payload's begin, `extents` are its parts."""
+    """Fragments cut where payloads are, whose parts are `extents`. within: where each begins in its payload."""
     flat = np.array([each for parts in extents for each in parts], np.int64).reshape(-1, 2)
     ends = np.cumsum(flat[:, 1])  # in all payloads, one behind another
     starts = ends - flat[:, 1]
-    begin = (offset + (np.cumsum(sizes) - sizes)[:, None, None]).reshape(-1)
+    begin = ((np.cumsum(sizes) - sizes)[:, None] + within).reshape(-1)
     first = np.searchsorted(starts, begin, side="right") - 1
     count = np.searchsorted(starts, begin + nbytes, side="left") - first  # extents that each lies in
     owner = np.repeat(np.arange(len(begin)), count)
     part = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + first[owner]
     low = np.maximum(begin[owner], starts[part])
     high = np.minimum((begin + nbytes)[owner], ends[part])
-    return Fragments(device.reshape(-1)[owner] + low - begin[owner], flat[part, 0] + low - starts[part], high - low)
+    return Fragments(device[owner] + low - begin[owner], flat[part, 0] + low - starts[part], high - low)
 
 
 def _cut_at(extent: tuple[int, int], edges: Integers) -> Extents:
     start, nbytes = extent
     inner = edges[np.searchsorted(edges, start, side="right") : np.searchsorted(edges, start + nbytes)].tolist()
     return [(low, high - low) for low, high in pairwise([start, *inner, start + nbytes])]
+
+
+def _located(moves: Sequence[Move]) -> tuple[list[tuple[Move, Extents]], Integers]:
+    """(moves with the extents of their payloads, all extents). Most have one, and there are thousands of them."""
+    payloads = [move.payload for move in moves]
+    parts = list(chain.from_iterable(payloads))
+    if len(parts) == len(moves) and max(map(len, payloads), default=0) == 1:
+        with contextlib.suppress(TypeError, ValueError):  # of memory that may only be read, or none
+            addresses, sizes = list(map(_addressof, map(_in_place, parts))), [part.nbytes for part in parts]
+            located = [(move, [extent]) for move, extent in zip(moves, zip(addresses, sizes, strict=True), strict=True)]
+            return located, np.array([addresses, sizes], np.int64).T
+    extents = [[(_address(part), part.nbytes) for part in payload if part.nbytes] for payload in payloads]
+    flat = np.fromiter(chain.from_iterable(chain.from_iterable(extents)), np.int64).reshape(-1, 2)
+    return list(zip(moves, extents, strict=True)), flat
 
 
 def _address(part: memoryview) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from loracache.kernels.page_copy.choice import Choice
 from loracache.kernels.page_copy.device import FRAGMENT, Device, Direction, Memory, SourceOrder
-from loracache.kernels.page_copy.fragments import Fragments, Integers, host_runs
+from loracache.kernels.page_copy.fragments import Fragments, Integers, host_runs, parts_of
 
 __all__ = ["SLOTS", "SLOT_BYTES", "Lane"]
 
@@ -131,36 +131,43 @@ class Lane:
         if after is not None:
             self._device.wait(self._kernels, after)
         fragments = fragments.at_most(SLOT_BYTES)
-        for part in fragments.parts(int(fragments.nbytes.sum()), _TABLE_FRAGMENTS):
-            self._through_slots(fragments[part], edges)
+        for start in range(0, len(fragments), _TABLE_FRAGMENTS):
+            self._through_slots(fragments[start : start + _TABLE_FRAGMENTS], edges)
 
     def _through_slots(self, fragments: Fragments, edges: Integers) -> None:
-        """Fragments of one table."""
+        """Fragments of one table. What can be is done for all slots at once: a call of numpy's takes longer than its
+        work for one."""
         tables = self._tables = self._tables or cycle([self._new_table() for _ in range(_TABLES)])
         table, count = next(tables), len(fragments)
         self._device.synchronize(table.free)  # what reads it was submitted eight tables ago
-        parts = list(fragments.parts(SLOT_BYTES))
-        offset = np.cumsum(fragments.nbytes) - fragments.nbytes
-        for part in parts:
-            offset[part] -= offset[part.start]
+        ends = np.cumsum(fragments.nbytes)
+        parts = list(parts_of(ends, SLOT_BYTES))
+        starts = [part.start for part in parts]
+        host, nbytes = host_runs(fragments.host, fragments.nbytes, edges, starts)
+        ends -= fragments.nbytes
+        begins, before = ends[starts], np.cumsum(nbytes) - nbytes  # bytes before each slot, and before each run
+        runs = [*np.searchsorted(before, begins).tolist(), len(before)]
+        before -= np.repeat(begins, np.diff(runs))
+        ends -= np.repeat(begins, np.diff([*starts, count]))
         table.fragments["device"][:count] = fragments.device
-        table.fragments["offset"][:count] = offset >> 4
+        table.fragments["offset"][:count] = ends >> 4
         table.fragments["length"][:count] = fragments.nbytes >> 4
         try:
             one = np.array([[table.read.address], [table.written.address], [count * FRAGMENT.itemsize]], np.int64)
             self._device.copy(one[0], one[1], one[2], self._kernels, SourceOrder.STREAM)
-            for part in parts:
-                start = table.read.address + part.start * FRAGMENT.itemsize
-                self._through_slot(fragments[part], edges, start)
+            for part, (low, high) in zip(parts, pairwise(runs), strict=True):
+                own = slice(low, high)
+                place = table.read.address + part.start * FRAGMENT.itemsize
+                self._through_slot(host[own], before[own], nbytes[own], place, part.stop - part.start)
         finally:  # else the next to use it would write over what a launch of before still has to read
             self._device.record(table.free, self._kernels)
 
-    def _through_slot(self, fragments: Fragments, edges: Integers, table: int) -> None:
+    def _through_slot(self, host: Integers, offset: Integers, nbytes: Integers, table: int, count: int) -> None:
+        """`count` fragments of a table: runs in host memory, and where they lie in the slot."""
         device, copies, kernels = self._device, self._copies, self._kernels
         slots = self._slots = self._slots or cycle([self._new_slot() for _ in range(SLOTS)])
-        slot, count = next(slots), len(fragments)
-        host, nbytes = host_runs(fragments.host, fragments.nbytes, edges)
-        staged = slot.memory.address + np.cumsum(nbytes) - nbytes
+        slot = next(slots)
+        staged = offset + slot.memory.address
         if self._direction is Direction.LOAD:
             device.wait(copies, slot.free)
             device.copy(staged, host, nbytes, copies, SourceOrder.ANY)

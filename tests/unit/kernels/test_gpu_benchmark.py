@@ -29,3 +29,8 @@ def test_a_dry_run_checks_every_shape_both_ways_and_writes_what_it_found(tmp_pat
     assert fragments["Llama 8B", "layer"] == 64 << 10
     assert fragments["Llama 8B", "block"] == 2 << 20
     assert (tmp_path / "page_copy.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / "transfers.json").read_text())
+    kinds = {tuple(each[name] for name in ("shape", "outermost", "direction")) for each in content["figures"]}
+    assert len(kinds) == len(content["figures"]) == 3 * 2 * 2
+    assert all(each["tokens"] == 64 and each["gb_s"] > 0 and each["floor_gb_s"] > 0 for each in content["figures"])
+    assert "Llama 8B         layer  loads        64 tokens      8 MiB" in done.stdout

@@ -162,6 +162,15 @@ def test_runs_of_the_host_end_at_edges() -> None:
     host, nbytes = np.array([0, 10, 20, 50]), np.array([10, 10, 10, 5])
     assert [each.tolist() for each in host_runs(host, nbytes)] == [[0, 50], [30, 5]]
     assert [each.tolist() for each in host_runs(host, nbytes, np.array([0, 15, 50, 55]))] == [[0, 15, 50], [15, 15, 5]]
+    assert [each.tolist() for each in host_runs(host, nbytes, np.array([3, 7, 25, 52]))] == [
+        [0, 3, 7, 25, 50, 52],
+        [3, 4, 18, 5, 2, 3],
+    ]
+
+
+def test_runs_of_the_host_begin_where_they_are_told_to() -> None:
+    host, nbytes = np.array([0, 10, 20, 50]), np.array([10, 10, 10, 5])
+    assert [each.tolist() for each in host_runs(host, nbytes, None, [0, 2, 3])] == [[0, 20, 50], [20, 10, 5]]
 
 
 @pytest.mark.parametrize(
