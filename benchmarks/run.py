@@ -46,12 +46,14 @@ NAMES = (
     "scale",
     "stalls",
     "ttft",
+    "hybrid",
     "recompute",
     "overhead",
     "lora",
     "serving",
     "policy_serving",
     "batch_plan",
+    "batch_run",
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 

@@ -17,7 +17,7 @@ def _worker(promise: str) -> str:
     return f"tests/unit/connector/worker/test_{file}.py{test and f'::{test}'}"
 
 
-_AGAIN, _READING, _STORING, _WEIGHTS = map(_scheduler, ("again", "reading", "storing", "weights"))
+_AGAIN, _GROUPS, _READING, _STORING, _WEIGHTS = map(_scheduler, ("again", "groups", "reading", "storing", "weights"))
 _LAYOUT = _worker("layout")
 CONNECTOR = [
     # -- the scheduler's resets and preemption ----------
@@ -59,7 +59,7 @@ CONNECTOR = [
     Mutation(
         "stores of freed blocks are over before anything is computed",
         "connectors/vllm/scheduler/resets.py",
-        "            self._freed.add(request_id)\n",
+        "            self.freed.add(request_id)\n",
         "",
         _WEIGHTS,
     ),
@@ -79,8 +79,8 @@ CONNECTOR = [
     ),
     Mutation(
         "stores planned before a change of weights are dropped",
-        "connectors/vllm/scheduler/side.py",
-        "        self._plan.stores.clear()\n",
+        "connectors/vllm/scheduler/storing.py",
+        "        plan.stores.clear()\n",
         "",
         _WEIGHTS,
     ),
@@ -94,8 +94,8 @@ CONNECTOR = [
     Mutation(
         "a load promised before a change of weights is void",
         "connectors/vllm/scheduler/side.py",
-        "if not state.cacheable:  # since",
-        "if False:  # since",
+        "if not (state.cacheable and load.chunks):  # the",
+        "if not load.chunks:  # the",
         _WEIGHTS,
     ),
     Mutation(
@@ -107,7 +107,7 @@ CONNECTOR = [
     ),
     Mutation(
         "blocks stay until their stores are over",
-        "connectors/vllm/scheduler/side.py",
+        "connectors/vllm/scheduler/storing.py",
         "if not state.has_stored:  # else",
         "if not state.cacheable:  # else",
         _STORING,
@@ -236,16 +236,52 @@ CONNECTOR = [
     Mutation(
         "a hit is as slow as its slowest shard",
         "connectors/vllm/scheduler/chunks.py",
-        "max(tiers[at : at + count]",
-        "min(tiers[at : at + count]",
+        "return max(tiers, key",
+        "return min(tiers, key",
         _READING,
     ),
     Mutation(
         "blocks that drafts still write to are not stored",
         "connectors/vllm/scheduler/chunks.py",
-        "            confirmed -= self.block_size",
+        "            confirmed -= self.block_tokens",
         "            confirmed -= 0",
         _STORING,
+    ),
+    # -- models whose layers differ ----------
+    Mutation(
+        "the last token of a prompt is computed where states cannot be rewound",
+        "connectors/vllm/scheduler/chunks.py",
+        "(int(state.request.num_tokens) - 1) // self.tokens)",
+        "int(state.request.num_tokens) // self.tokens)",
+        _GROUPS,
+    ),
+    Mutation(
+        "what the engine has of a window is not written over",
+        "connectors/vllm/scheduler/side.py",
+        "block.is_null or block.block_hash is not None",
+        "block.is_null",
+        _GROUPS,
+    ),
+    Mutation(
+        "a state is stored where a step ends behind its chunk alone",
+        "connectors/vllm/scheduler/kept_blocks.py",
+        "    if part.group.need is Need.STATE and stop != end:\n        return []",
+        "    if False:\n        return []",
+        _GROUPS,
+    ),
+    Mutation(
+        "blocks are kept until all workers have stored them",
+        "connectors/vllm/scheduler/kept_blocks.py",
+        "if left > workers:",
+        "if False:",
+        _GROUPS,
+    ),
+    Mutation(
+        "a hit needs all of a window",
+        "loracache/groups.py",
+        "return max(0, end - self.tokens) // chunk_tokens",
+        "return -(-max(0, end - self.tokens) // chunk_tokens)",
+        "tests/unit/test_groups.py",
     ),
     # -- layout ----------
     Mutation(
@@ -301,8 +337,8 @@ CONNECTOR = [
     Mutation(
         "what is passed over is not held",
         "connectors/vllm/scheduler/lookups.py",
-        'if "cpu" in others:',
-        "if False:",
+        'if chunks.beside or "cpu" in found[len(state.hits) :]:',
+        "if chunks.beside:",
         _scheduler("passing_over"),
     ),
     Mutation(

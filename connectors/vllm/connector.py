@@ -321,9 +321,9 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler.finished(request, block_ids), None
 
     def has_pending_block_frees(self) -> bool:
-        """Whether finished requests' blocks will be free soon: vLLM then waits and preempts nobody."""
+        """Whether blocks will be free soon without that: vLLM then waits and preempts nobody."""
         assert self._scheduler is not None
-        return self._scheduler.storing.held.pending
+        return self._scheduler.storing.frees_soon
 
     def reset_cache(self) -> bool | None:
         """Part of a reset, a pause or a sleep, none of which makes KV of these weights wrong: it stays."""

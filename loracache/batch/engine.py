@@ -63,6 +63,15 @@ class Engine:
             return Facts(None, None)
         return Facts(sum(count * size for count, size in sizes), sizes[0][1])
 
+    async def base_model(self) -> str:
+        """What the base model is served as. Raises ProtocolError where the engine lists none."""
+        answer = await self.server.get("/v1/models", _ASK_S)
+        cards = answer.body.get("data") if isinstance(answer.body, dict) else None
+        names = [card.get("id") for card in cards or () if isinstance(card, dict) and not card.get("parent")]
+        if not names or not isinstance(names[0], str):
+            raise ProtocolError(f"{self.server.url}/v1/models lists no base model")
+        return names[0]
+
     async def tokens(self, line: Line) -> TokenArray:
         """The prompt's token ids; of one that cannot be had as tokens, four bytes of text for each."""
         given = given_tokens(line)

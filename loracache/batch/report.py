@@ -26,6 +26,9 @@ class Report:
     cached_tokens: int = 0
     """Of them, not computed, as far as the engines say (vLLM: --enable-prompt-tokens-details)."""
     completion_tokens: int = 0
+    pinned: int = 0
+    """Objects that were kept in the cache while their groups ran."""
+    pin_failures: int = 0
     planned_seconds: float = 0.0
     """Of those, until the plan stood."""
     plan: dict[str, int] = field(default_factory=dict)

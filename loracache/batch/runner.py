@@ -23,6 +23,7 @@ from loracache.batch.http import Answer, Server
 from loracache.batch.job import Job, Lengths, make_job
 from loracache.batch.journal import Journal
 from loracache.batch.lines import BatchFile, Line, LineFault
+from loracache.batch.pins import Pins
 from loracache.batch.report import Report
 from loracache.errors import ProtocolError, Unavailable, UsageError
 
@@ -64,7 +65,8 @@ async def room_of(engines: Sequence[Engine], kv_tokens: int | None, block_tokens
 
 @dataclass(slots=True)
 class Runner:
-    """One run of a batch. on_change: called after each change of the report."""
+    """One run of a batch. on_change: called after each change of the report. pins_of: what keeps a plan's prefixes in a
+    cache while they are wanted."""
 
     file: BatchFile
     journal: Journal
@@ -72,6 +74,7 @@ class Runner:
     room: Room
     limits: Limits
     on_change: Callable[[Report], None] = lambda report: None
+    pins_of: Callable[[Job], Pins] | None = None
     report: Report = field(default_factory=Report)
 
     async def run(self) -> Report:
@@ -80,11 +83,12 @@ class Runner:
         began = time.monotonic()
         try:
             job = await self._planned()
+            pins = self.pins_of(job) if self.pins_of is not None else None
             self.report.planned_seconds = time.monotonic() - began
             parts = job.plan.parts(len(self.engines))
             async with asyncio.TaskGroup() as group:
                 for engine, part in zip(self.engines, parts, strict=True):
-                    group.create_task(self._drive(engine.server, job, part.tolist()))
+                    group.create_task(self._drive(engine.server, job, pins, part.tolist()))
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         finally:
@@ -119,7 +123,7 @@ class Runner:
         error = {"code": "invalid_line", "message": fault.message, "param": fault.field or None, "line": fault.number}
         self._record(fault.number, _output(fault.custom_id, None, error), failed=True)
 
-    async def _drive(self, server: Server, job: Job, order: list[int]) -> None:
+    async def _drive(self, server: Server, job: Job, pins: Pins | None, order: list[int]) -> None:
         """Send requests to one engine: each as soon as there is room for its prompt and answer behind those ahead."""
         holding = Holding(job.blocks.size, self.room.kv_tokens // self.room.block_tokens)
         tasks: dict[asyncio.Task[None], list[int]] = {}
@@ -129,7 +133,7 @@ class Runner:
                 while tasks and (len(tasks) >= self.limits.running or not holding.fits(path)):
                     await _some_end(tasks, holding)
                 holding.take(path)
-                tasks[asyncio.create_task(self._answer(server, job.lines[request]))] = path
+                tasks[asyncio.create_task(self._send(server, job, pins, request))] = path
             while tasks:
                 await _some_end(tasks, holding)
         finally:
@@ -137,14 +141,21 @@ class Runner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, server: Server, number: int) -> None:
-        """Send one line until it is answered, refused, or has been tried often enough."""
-        line = self.file.line(number)
+    async def _send(self, server: Server, job: Job, pins: Pins | None, request: int) -> None:
+        """Send one request, and tell the cache of it."""
+        line = self.file.line(job.lines[request])
         assert isinstance(line, Line)
+        await self._answer(server, line, line.body if pins is None else pins.body(request, line))
+        if pins is not None:
+            await pins.answered(request, line)
+            self.report.pinned, self.report.pin_failures = pins.objects, pins.failures
+
+    async def _answer(self, server: Server, line: Line, body: dict[str, Any]) -> None:
+        """Send one line until it is answered, refused, or has been tried often enough."""
         pauses = Backoff(*_PAUSES_S)
         for tried in range(1, _TRIES + 1):
             try:
-                answer = await server.post(line.path, line.body)
+                answer = await server.post(line.path, body)
             except (Unavailable, ProtocolError) as error:
                 answer = Answer(0, str(error))
                 await self._wait_for(server)

@@ -7,20 +7,24 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracache.cli.common import PARTLY, JsonOption, expanded, integer, number, print_json
+from loracache.cli.common import PARTLY, JsonOption, SocketOption, expanded, integer, number, print_json
 from loracache.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
     from loracache.batch.engine import Engine
+    from loracache.batch.job import Job
+    from loracache.batch.journal import Journal
     from loracache.batch.lines import BatchFile
+    from loracache.batch.pins import Pins
     from loracache.batch.plan import Figures
     from loracache.batch.report import Report
+    from loracache.batch.runner import Limits
 
 __all__ = ["app"]
 
@@ -88,6 +92,14 @@ def plan(batch: _InputArgument, engines: Engines, as_json: JsonOption = False) -
 def run(
     batch: _InputArgument,
     engines: Engines,
+    vllm: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Of vLLM, for --model.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Start a vLLM that serves it, and end it after.", show_default=False)
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Of the daemon behind --model.")] = "4GiB",
+    socket: SocketOption = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="OUT", help="Answers; -: to stdout.", show_default=False)
     ] = None,
@@ -101,7 +113,8 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send a batch to running OpenAI servers. Killed, the same command goes on where it was. 4: a request failed."""
+    """Send a batch to running OpenAI servers, or to a vLLM of its own. Killed, the same command goes on where it was. 4
+    where a request failed."""
     if dry_run:
         _show_plan(batch, engines, as_json)
         return
@@ -113,9 +126,12 @@ def run(
         raise ConfigError(f"--order {order!r} must be input or done")
     if not 0 <= patience <= 7 * 86_400:
         raise ConfigError(f"--patience {patience} must be seconds, 0 or more and at most a week")
-    if not engines.url:
-        raise ConfigError("no server is named; give --url http://HOST:PORT/v1")
-    done = _run(batch, engines, output, order, patience)
+    if bool(engines.url) == bool(model):
+        raise ConfigError("give either --url http://HOST:PORT/v1 of a running server, or --model of one to start")
+    if vllm and not model:
+        raise ConfigError(f"{vllm[0]!r}: options of vLLM go with --model")
+    own = None if model is None else _Own(model, tuple(vllm or ()), memory, socket)
+    done = _run(batch, engines, own, output, order, patience)
     told = done.as_dict()
     if report is not None:
         _write_json(report, told)
@@ -127,14 +143,24 @@ def run(
         raise typer.Exit(PARTLY)
 
 
-def _run(batch: str, engines: Engines, output: str, order: str, patience: float) -> Report:
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """The engine that a batch starts; see ChildEngine."""
+
+    model: str
+    options: tuple[str, ...]
+    memory: str
+    socket: Path | None
+
+
+def _run(batch: str, engines: Engines, own: _Own | None, output: str, order: str, patience: float) -> Report:
     import asyncio
     import shutil
     import tempfile
 
     from loracache.batch.journal import Journal
     from loracache.batch.lines import BatchFile
-    from loracache.batch.runner import Limits, Runner, room_of
+    from loracache.batch.runner import Limits
 
     servers = engines.engines()
     with (
@@ -143,23 +169,53 @@ def _run(batch: str, engines: Engines, output: str, order: str, patience: float)
     ):
         target = Path(folder, "answers.jsonl") if output == "-" else Path(output)
         with contextlib.closing(Journal(target, file.digest)) as journal:
-
-            async def main_task() -> Report:
-                try:
-                    room = await room_of(servers, engines.kv_tokens, engines.block_tokens)
-                    limits = Limits(engines.running, patience)
-                    with _progress() as on_change:
-                        return await Runner(file, journal, servers, room, limits, on_change).run()
-                finally:
-                    for each in servers:
-                        await each.server.close()
-
-            done = asyncio.run(main_task())
+            limits = Limits(engines.running, patience)
+            if own is None:
+                done = asyncio.run(_send(file, journal, servers, engines, limits))
+            else:
+                done = asyncio.run(_send_to_own(file, journal, own, engines, limits, Path(folder)))
             journal.finish(order)
         if output == "-":
             with target.open("rb") as answers:
                 shutil.copyfileobj(answers, sys.stdout.buffer)
     return done
+
+
+async def _send(
+    file: BatchFile,
+    journal: Journal,
+    servers: list[Engine],
+    engines: Engines,
+    limits: Limits,
+    pins_of: Callable[[Job], Pins] | None = None,
+) -> Report:
+    from loracache.batch.runner import Runner, room_of
+
+    try:
+        room = await room_of(servers, engines.kv_tokens, engines.block_tokens)
+        with _progress() as on_change:
+            return await Runner(file, journal, servers, room, limits, on_change, pins_of).run()
+    finally:
+        for each in servers:
+            await each.server.close()
+
+
+async def _send_to_own(
+    file: BatchFile, journal: Journal, own: _Own, engines: Engines, limits: Limits, folder: Path
+) -> Report:
+    """To an engine that is started for it, and ends with it."""
+    from loracache.batch.child import ChildEngine
+    from loracache.batch.pins import Pins
+
+    socket = None if own.socket is None else own.socket.absolute()
+    async with ChildEngine(own.model, own.options, folder, own.memory, socket) as child:
+        (engine,) = replace(engines, url=[child.url]).engines()
+        base = await engine.base_model()
+
+        def pins_of(job: Job) -> Pins:
+            return Pins(f"unix://{child.socket}", engine, base, job)
+
+        return await _send(file, journal, [engine], engines, limits, pins_of)
 
 
 def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:

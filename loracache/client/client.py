@@ -11,7 +11,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +18,7 @@ from loracache.backoff import Backoff
 from loracache.client.answers import Adapter, Flushed, Lookup, Reading, Reservation, Slot
 from loracache.client.connection import Connection, Reply
 from loracache.client.control import ControlCalls, Selection
-from loracache.client.requests import lookup_parts
+from loracache.client.requests import lookup_parts_beside
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.results import Cause
@@ -78,23 +77,20 @@ class CacheClient(ControlCalls):
         """The longest leading run of `keys` that any tier holds. `group` keys make one chunk and count together. Many
         keys are asked for in parts, as far as they are held.
 
-        beside: objects of the model's other groups (`Namespace.parts`); of each is answered where it is, and how far
-        the chain can be continued then says `Lookup.chunks`. They count as used when they are acquired.
+        beside: objects of the model's other groups (`Namespace.parts`), chunk by chunk, as many for each. Of each is
+        answered where it is, as far as the run goes, and how far the chain can be continued then says `Lookup.chunks`.
+        They count as used when they are acquired.
         """
         held: tuple[str, ...] = ()
         where: list[str] = []
-        led = bool(keys) or not beside
-        parts = zip_longest(lookup_parts(keys, group), lookup_parts(beside, 1), fillvalue=())
-        for part, others in parts:
-            if not led and not others:
-                break
-            asked = part if led else ()
-            request = protocol.Lookup(b"", protocol.join_keys(asked), group, 0.0, protocol.join_keys(others))
+        for part, others in lookup_parts_beside(keys, group, beside):
+            request = protocol.Lookup(b"", protocol.join_keys(part), group, 0.0, protocol.join_keys(others))
             tiers, *told = self._call(request)
             held += labels(tiers)
-            led = led and len(tiers) == len(asked)
             where += _places(told, len(others))
-        return Lookup(held, tuple(where))
+            if len(tiers) < len(part):
+                break
+        return Lookup(held, (*where, *[""] * (len(beside) - len(where))))
 
     @contextlib.contextmanager
     def reserve(

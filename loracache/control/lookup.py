@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 from loracache.control.steps import answer, done
@@ -62,13 +65,16 @@ class Finder:
         return Hits(tiers, Cause.REDIS_SLOW if redis.io.asked_too_long(self._redis_s) else Cause.NONE, beside)
 
     async def ask_redis(self, keys: Sequence[bytes], hits: Hits, beside: Sequence[bytes] = ()) -> Hits:
-        """`hits`, and what Redis has behind them and beside them, both asked for at the same time."""
+        """`hits`, and what Redis has behind them and beside them, both asked for at the same time; beside what is known
+        not to be held, no more is asked for."""
         redis = self._cache.redis
         assert redis is not None
         unknown = keys[len(hits.tiers) :]
         places, lacking = await done(_lacking(beside, hits.beside))
         led = _ask(redis.io, unknown, leading=True) if unknown else None
         others = _ask(redis.io, lacking, leading=False) if lacking else None
+        if led is not None and others is not None:
+            led[1].add_done_callback(partial(_cut, others[0], places, len(beside) / len(keys), len(hits.tiers), led[0]))
         await asyncio.wait({each[1] for each in (led, others) if each is not None}, timeout=self._redis_s)
         tiers, where, cause = hits.tiers, hits.beside, Cause.ABSENT
         if others is not None:
@@ -93,6 +99,11 @@ def _ask(io: TierIO, keys: Sequence[bytes], *, leading: bool) -> Asked:
 
     over: asyncio.Future[list[Result]] = answer(ask)
     return question, over
+
+
+def _cut(others: Question, places: list[int], width: float, held: int, led: Question, _: object) -> None:
+    """Have no more asked for than stands beside a chain's leading run. width: of them by key of the chain."""
+    others.cut(bisect_left(places, ceil((held + led.held) * width)))
 
 
 def _end(asked: Asked) -> tuple[list[Result], Cause]:

@@ -202,8 +202,9 @@ class Lookup(Request):
     """So many keys make one chunk (its shards): the run ends with a whole chunk."""
     ttl: float
     beside: bytes = b""
-    """Objects of the model's other groups (groups.py), in any order. What is found of them is neither held nor counted
-    as used: who asks decides which of them it needs, and says so by acquiring them."""
+    """Objects of the model's other groups (groups.py), chunk by chunk as `keys`, as many for each, or without keys.
+    Behind the run nothing may be said of them. What is found is neither held nor counted as used: who asks decides
+    which of them it needs, and says so by acquiring them."""
 
 
 @dataclass(frozen=True, slots=True)

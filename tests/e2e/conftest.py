@@ -70,6 +70,12 @@ def audio_model() -> Any:
 
 
 @pytest.fixture(scope="session")
+def hybrid_models() -> Any:
+    """The module hybrid_models.py."""
+    return _load(HERE / "hybrid_models.py")
+
+
+@pytest.fixture(scope="session")
 def openai_server() -> Any:
     """The class Server of openai_server.py."""
     return _load(HERE / "openai_server.py").Server

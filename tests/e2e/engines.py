@@ -92,10 +92,12 @@ class Engine:
         prompt_logprobs: int | None = None,
         audio: int | None = None,
         uuid: str = "",
+        image: int | None = None,
         hints: Sequence[tuple[str, dict[str, Any]]] = (),
         wishes: dict[str, Any] | None = None,
     ) -> int:
-        """Send a request; `result` waits for its answer. audio: which tune its audio is, uuid: what it is called.
+        """Send a request; `result` waits for its answer. audio: which tune its audio is, uuid: what it is called,
+        image: which picture its image is.
         hints: types and payloads of its kv_hints (vLLM 0.32 on). wishes: its kv_transfer_params."""
         call = next(self._calls)
         self._send(
@@ -103,6 +105,7 @@ class Engine:
                 "op": "generate", "call": call, "id": f"r{call}", "tokens": tokens, "salt": salt,
                 "max_tokens": max_tokens,
                 "lora": vars(lora) if lora else None, "prompt_logprobs": prompt_logprobs, "audio": audio, "uuid": uuid,
+                "image": image,
                 "hints": hints, "wishes": wishes,
             }
         )  # fmt: skip
@@ -178,6 +181,12 @@ class Engine:
         answer = self._wait(call, 60)
         assert "error" not in answer, answer["error"]
         return answer["done"][0]
+
+    def preemptions(self) -> int:
+        """How many requests lost their blocks to others so far."""
+        call = next(self._calls)
+        self._send({"op": "preemptions", "call": call})
+        return int(self._wait(call, 60)["done"])
 
     def signal_all(self, number: int) -> None:
         """Signal every process of the engine."""

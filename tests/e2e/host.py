@@ -27,6 +27,12 @@ async def generate(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
         prompt["multi_modal_data"] = {"audio": [(tune, 16000)]}
         if command.get("uuid"):
             prompt["multi_modal_uuids"] = {"audio": [command["uuid"]]}
+    if command.get("image") is not None:
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.random.RandomState(command["image"]).randint(0, 256, (56, 56, 3), dtype="uint8")
+        prompt["multi_modal_data"] = {"image": [Image.fromarray(pixels)]}
     params = SamplingParams(temperature=0, max_tokens=command.get("max_tokens", 8), ignore_eos=True)
     # Set afterwards, it escapes the rule of SamplingParams that such a request reads no cache: the connector must see.
     params.prompt_logprobs = command.get("prompt_logprobs")
@@ -88,6 +94,12 @@ async def serve(arguments: dict[str, Any], answers: TextIO) -> None:
                 case "sleep":
                     await engine.sleep(command["level"])
                     await engine.wake_up()
+                case "preemptions":
+                    from prometheus_client import REGISTRY
+
+                    found = [each for metric in REGISTRY.collect() for each in metric.samples]
+                    counts = [each.value for each in found if each.name == "vllm:num_preemptions_total"]
+                    answer["done"] = int(sum(counts))
                 case "pause":
                     await engine.pause_generation(mode=command["mode"], clear_cache=command["clear"])
                     await engine.resume_generation()

@@ -28,7 +28,7 @@ REACHES = {
         "storage_backends.disk storage_backends.redis tiers wire"
     ),
     "backoff": "",
-    "batch": "backoff errors groups keys",
+    "batch": "backoff client errors groups keys mapping results tiers wire",
     "cache": (
         "backoff cache.policy cache.state cache.tier errors free_pages mapping memory_limit results storage_backends "
         "tiers tracing transfer_times"

@@ -146,8 +146,13 @@ def test_a_model_without_full_attention_reaches_as_far_as_its_groups_do() -> Non
 def test_a_chain_is_continued_behind_the_furthest(some: list[Group], width: int, data: st.DataObject) -> None:
     some = [Group(group.need, group.tokens, (f"{at}",)) for at, group in enumerate(some)]
     most = data.draw(st.integers(0, 8))
-    rows = data.draw(st.lists(st.lists(st.sampled_from([None, 1, 2, 3]), min_size=len(some), max_size=len(some)),
-                              min_size=most, max_size=most))  # fmt: skip
+    rows = data.draw(
+        st.lists(
+            st.lists(st.sampled_from([None, 1, 2, 3]), min_size=len(some), max_size=len(some)),
+            min_size=most,
+            max_size=most,
+        )
+    )
     chain = data.draw(st.lists(st.integers(1, 3), min_size=most, max_size=most))
     count, tiers = continued(some, width, 1, chain, [tier for row in rows for tier in row])
     held = [(group, [row[at] is not None for row in rows]) for at, group in enumerate(some)]

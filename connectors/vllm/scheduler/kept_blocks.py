@@ -4,8 +4,9 @@ replaces.
 
 In the step that completes a chunk its blocks beside the chain are all there; a step later some may be another
 request's. So a reference is taken on them in that step, as vLLM's own prefix cache takes them, and given back when
-their store is over on all workers. Of the engine's blocks at most a share is kept at a time; what is beyond is not
-stored, and a later request computes it. Threading: the scheduler's loop.
+their store is over on all workers. vLLM knows that they are free soon, and waits for them before it preempts. Of the
+engine's blocks at most a share is kept at a time; what is beyond is not stored, and a later request computes it.
+Threading: the scheduler's loop.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class KeptBlocks:
     def __init__(self) -> None:
         self.pool: Any = None
         self.workers = 1
+        self.holders: dict[str, RequestState] = {}  # requests of which something is kept that is in no store
         self._refused = 0
         self._stores: dict[int, tuple[str, list[Any], int]] = {}  # number -> (request, blocks, workers to come)
         self._count = 0
@@ -67,6 +69,11 @@ class KeptBlocks:
                 if wanted and place not in state.kept.get(number, {}) and all(each.index in found for each in members):
                     self._take(state, number, place, [found[each.index] for each in members])
 
+    @property
+    def pending(self) -> bool:
+        """Whether blocks are kept."""
+        return self._count > 0
+
     def block_ids(self, state: RequestState) -> Mapping[int, Mapping[int, tuple[int, ...]]]:
         """The numbers of a request's kept blocks, by chunk and group."""
         return {
@@ -83,6 +90,8 @@ class KeptBlocks:
         """These chunks have been offered, in store `next_store` where one is `planned`: their blocks are kept until it
         is over."""
         blocks = [block for number in chunks for kept in state.kept.pop(number, {}).values() for block in kept]
+        if not state.kept:
+            self.holders.pop(state.request.request_id, None)
         if planned:
             self._stores[self._next] = (state.request.request_id, blocks, self.workers)
             self._next += 1
@@ -104,6 +113,7 @@ class KeptBlocks:
             for blocks in kept.values():
                 self._release(blocks)
         state.kept.clear()
+        self.holders.pop(state.request.request_id, None)
 
     def release_all(self, states: Iterable[RequestState]) -> set[str]:
         """Give back every block; answers the requests whose stores must be over before one is written."""
@@ -129,6 +139,7 @@ class KeptBlocks:
             self.pool.touch(taken)
             self._count += len(taken)
             state.kept.setdefault(number, {})[place] = tuple(taken)
+            self.holders[state.request.request_id] = state
 
     def _release(self, blocks: Sequence[Any]) -> None:
         if blocks:

@@ -145,6 +145,7 @@ class SchedulerSide:
         for request_id, seconds in news.loaded.items():
             self._choice.loads.took(request_id, seconds)
         for request_id in news.unstored & self._requests.keys():
+            self.storing.kept.release(self._requests[request_id])
             self._requests[request_id].offer_again(time.monotonic() + _STORE_AGAIN_S)
 
     def finished_loading(self, request_ids: set[str], invalid_blocks: set[int], failed: Iterable[str] = ()) -> None:
@@ -288,10 +289,9 @@ class SchedulerSide:
             state = self._requests.get(request_id)
             if state is not None and state.cacheable and time.monotonic() >= state.store_after:
                 # What earlier steps computed; this step's own tokens are stored by the next.
-                store = self.storing.plan(state, state.request.num_computed_tokens)
-                if store is not None:
-                    plan.stores.append(store)
+                self.storing.plan(state, state.request.num_computed_tokens, plan)
                 self.storing.keep(state, scheduled, output)
+        self.storing.plan_kept(plan, output.num_scheduled_tokens)
         self._plan = StepPlan(step=0)
         prefill = self._patience.steps.rate(self._chunks.nbytes / self._chunks.tokens) if self._chunks else 0
         waiting = (state for state in self._requests.values() if state.stage is Stage.WAITING)

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loracache.connectors.vllm.common.messages import StepPlan, Store
+from loracache.connectors.vllm.common.messages import StepPlan
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.afterwards import Afterwards
@@ -48,21 +48,27 @@ class Storing:
         self.held = HeldBlocks()
         self.kept = KeptBlocks()
 
-    def plan(self, state: RequestState, computed_tokens: int) -> Store | None:
-        """The store of what is computed and confirmed: whole chunks beyond those that are held or planned already."""
+    @property
+    def frees_soon(self) -> bool:
+        """Whether blocks that no request needs wait for stores."""
+        return self.held.pending or self.kept.pending
+
+    def plan(self, state: RequestState, computed_tokens: int, plan: StepPlan) -> None:
+        """Plan to store what is computed and confirmed: whole chunks beyond those that are held or planned already."""
         if self.chunks is None or not self._enabled or not state.wishes.store or not self._namespace.settle(state):
-            return None
+            return
         if state.adapter is not None and not self._adapters.serves(state.adapter.lora_int_id, state.adapter.digest):
             state.cacheable = False
-            return None
+            self.kept.release(state)
+            return
         state.extend_keys(self.chunks.tokens)
         self._events.learn(state, self.chunks)
-        if not state.kept:
-            return self.chunks.store(state, computed_tokens, {})
-        first = max(state.stored, len(state.hits))
-        store = self.chunks.store(state, computed_tokens, self.kept.block_ids(state), self.kept.next_store)
-        self.kept.storing(state, range(first, state.stored), planned=store is not None)
-        return store
+        first, kept = max(state.stored, len(state.hits)), self.kept.block_ids(state)
+        store = self.chunks.store(state, computed_tokens, kept, self.kept.next_store if kept else 0)
+        if kept:
+            self.kept.storing(state, range(first, state.stored), planned=store is not None)
+        if store is not None:
+            plan.stores.append(store)
 
     def keep(self, state: RequestState, scheduled: int, output: SchedulerOutput) -> None:
         """Keep what this step computes, of `scheduled` tokens, and vLLM may have freed by the next, when it is
@@ -70,19 +76,25 @@ class Storing:
         chunks, blocks = self.chunks, getattr(output, "kv_connector_block_state", None)
         if chunks is None or not chunks.beside or not self._enabled or not state.wishes.store or blocks is None:
             return
+        if state.namespace is None:  # nobody knows when it will be
+            return
         request_id = state.request.request_id
         end = int(state.request.num_computed_tokens) + scheduled
         self.kept.keep(state, chunks, end, partial(blocks.resolve_block_ids, request_id), self._link.arena_bytes)
         self.kept.keep_states(state, chunks, blocks.boundary_state_offloads.get(request_id, ()))
         self._link.count("store.engine_full", self.kept.take_refused())
 
+    def plan_kept(self, plan: StepPlan, scheduled: Container[str]) -> None:
+        """Plan the stores of requests that do not run in a step, as they may wait for the very blocks that are kept."""
+        for request_id, state in list(self.kept.holders.items()):
+            if request_id not in scheduled:
+                self.plan(state, state.request.num_computed_tokens, plan)
+
     def finish(self, state: RequestState, request: Request, tables: Sequence[Sequence[int]], plan: StepPlan) -> bool:
         """A request is over: plan its last store. True where its blocks must stay until all are done."""
         if state.cacheable:
             state.blocks = [list(table) for table in tables]
-            store = self.plan(state, request.num_computed_tokens)
-            if store is not None:
-                plan.stores.append(store)
+            self.plan(state, request.num_computed_tokens, plan)
         self.kept.release(state)
         if self.chunks is not None and state.cacheable and state.wishes.afterwards:
             keys, nbytes = self.chunks.object_keys(state.chunk_keys), len(state.chunk_keys) * self.chunks.nbytes

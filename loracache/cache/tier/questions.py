@@ -53,6 +53,13 @@ class Question:
         self._done(self.results)
         return False
 
+    def cut(self, count: int) -> None:
+        """Nobody wants to know of more than the first `count` keys."""
+        asked, self._keys = len(self._keys), self._keys[:count]
+        if count <= len(self.results) < asked and not self.cancelled:
+            self.cancel()
+            self._done(self.results)
+
     def cancel(self) -> None:
         """Nobody waits for the rest."""
         self.cancelled = True

@@ -112,8 +112,8 @@ def block_by_block(batch: Sequence[Asked], order: Sequence[int], block: int, roo
     return computed
 
 
-@few
-@given(batches(), blocks, st.integers(0, 8), st.integers(1, 4), st.randoms(use_true_random=False))
+@settings(max_examples=120, deadline=None)
+@given(batches(8, 24), st.integers(1, 2), st.integers(0, 12), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_the_replay_computes_what_a_cache_of_single_blocks_does(
     batch: list[Asked], block: int, more: int, running: int, chance: random.Random
 ) -> None:

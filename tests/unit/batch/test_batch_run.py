@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,6 @@ from loracache.cli.app import app
 from tests.unit.batch.openai_fake import BLOCK, KV_BLOCKS, Fake, said_to
 
 KILLS = 4  # a number that takes seconds
-
-
-@pytest.fixture
-def servers() -> Iterator[Callable[..., Fake]]:
-    running: list[Fake] = []
-
-    def start(port: int = 0) -> Fake:
-        running.append(Fake(port))
-        return running[-1]
-
-    yield start
-    for each in running:
-        each.close()
-
-
-@pytest.fixture
-def server(servers: Callable[..., Fake]) -> Fake:
-    return servers()
 
 
 @pytest.fixture(autouse=True)
@@ -315,9 +297,15 @@ def test_a_record_that_a_kill_cut_short_is_answered_again(server: Fake, tmp_path
     journal.close()
     partial = output.with_name("out.jsonl.partial")
     partial.write_bytes(partial.read_bytes()[:-20])
+    for number in (4, 5):  # two more runs, each killed behind an answer of its own
+        with contextlib.closing(BatchFile(str(source))) as file:
+            journal = Journal(output, file.digest)
+        assert sorted(each.number for each in journal.recorded()) == [1, 2, *range(4, number)]
+        journal.add(number, json.loads(whole.splitlines()[number - 1]))
+        journal.close()
     server.asked.clear()
     assert run(source, "-o", output, "--url", server.url).exit_code == 0
-    assert len(server.asked) == 4
+    assert len(server.asked) == 2
     assert [each["custom_id"] for each in answers(output)] == [f"id-{number}" for number in range(6)]
 
 
@@ -375,7 +363,9 @@ def test_a_plan_needs_no_server(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["--url", "http://h:1"], "no output is named"),
-        (["-o", "x"], "no server is named"),
+        (["-o", "x"], "give either --url"),
+        (["-o", "x", "--url", "http://h:1", "--model", "m"], "give either --url"),
+        (["-o", "x", "--url", "http://h:1", "--", "--dtype"], "options of vLLM go with --model"),
         (["-o", "x", "--url", "ftp://h"], "is no server's address"),
         (["-o", "x", "--url", "http://h:1", "--order", "any"], "--order 'any'"),
         (["-o", "x", "--url", "http://h:1", "--by", "words"], "--by 'words'"),

@@ -90,16 +90,14 @@ def test_the_fold_saves_what_the_best_of_all_groupings_saves(batch: list[Asked])
             assert all(shared(batch[number], each, 1) >= plan.prefix(group) for each in members)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-@given(batches(14, 16))
-def test_the_fold_saves_what_the_best_choice_of_shared_prefixes_saves(batch: list[Asked]) -> None:
-    """Larger batches: all sets of prefixes that two requests share, each request with the longest one of its own."""
+def best_of_all_prefixes(batch: list[Asked]) -> int:
+    """Tokens saved by the best set of prefixes that two requests share, each request with the longest of its own."""
     prefixes = {
         (one.adapter, one.salt, *one.tokens[:length])
         for one, other in itertools.combinations(batch, 2)
         if (length := shared(one, other, 1))
     }
-    assume(len(prefixes) <= 9)
+    assume(len(prefixes) <= 8)
     whole = [(each.adapter, each.salt, *each.tokens) for each in batch]
     best = 0
     for count in range(len(prefixes) + 1):
@@ -109,7 +107,21 @@ def test_the_fold_saves_what_the_best_choice_of_shared_prefixes_saves(batch: lis
                 max((len(each) - 2 for each in chosen if own[: len(each)] == each), default=0) for own in whole
             )
             best = max(best, saved)
-    assert make_plan(prompts_of(batch, 1)).saved == best
+    return best
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(batches(14, 16))
+def test_the_fold_saves_what_the_best_choice_of_shared_prefixes_saves(batch: list[Asked]) -> None:
+    assert make_plan(prompts_of(batch, 1)).saved == best_of_all_prefixes(batch)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=9))
+def test_the_fold_is_exact_where_prefixes_lie_within_each_other(lengths: list[int]) -> None:
+    """Prompts that leave one long prefix at different places: a chain of nodes, each with rivals above it."""
+    batch = [Asked([0] * length + [1 + number]) for number, length in enumerate(lengths)]
+    assert make_plan(prompts_of(batch, 1)).saved == best_of_all_prefixes(batch)
 
 
 def test_a_prefix_far_down_is_forked_though_its_parent_is_not() -> None:

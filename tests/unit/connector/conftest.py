@@ -174,7 +174,7 @@ def full_attention() -> Any:
 def tables_of(*blocks: Sequence[int]) -> Any:
     """KVCacheBlocks with these blocks, one table for each of vLLM's groups; -1: one of its prefix cache, 0: none."""
     block = {
-        each: SimpleNamespace(block_id=each, is_null=not each, block_hash=b"" if each < 0 else None)
+        each: SimpleNamespace(block_id=abs(each), is_null=not each, block_hash=b"" if each < 0 else None)
         for t in blocks
         for each in t
     }

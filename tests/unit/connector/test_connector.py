@@ -153,9 +153,7 @@ def test_sleep_reaches_the_worker() -> None:
 def test_resets_and_waiting_blocks_reach_the_scheduler() -> None:
     seen: list[Any] = []
     scheduler = SimpleNamespace(
-        storing=SimpleNamespace(
-            held=SimpleNamespace(pending=True), done=lambda request_ids: seen.append(sorted(request_ids))
-        ),
+        storing=SimpleNamespace(frees_soon=True, done=lambda request_ids: seen.append(sorted(request_ids))),
         free_blocks=seen.append,
         check_weights=lambda: seen.append("check"),
         prefix_cache_reset=lambda: seen.append("reset"),

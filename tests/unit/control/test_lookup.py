@@ -200,3 +200,23 @@ def test_thousands_beside_a_chain_are_looked_at_in_slices(make_rig: Make, monkey
     assert found == [Hits([], Cause.ABSENT, bytes([NOWHERE]) * 5000)]
     assert turns > 8  # five slices before Redis is asked, five behind it
     rig.settle()
+
+
+def test_beside_what_a_chain_lacks_redis_is_asked_no_more(make_rig: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long prompt that nobody had before it would be asked for thousands that are of no use."""
+    monkeypatch.setattr(questions, "MOST_KEYS", 4)
+    rig = make_rig(pages=64, redis=True)
+    rig.chain("a0", "a1")
+    rig.settle()
+    rig.evict("a0")
+    chain = [rig.info(f"a{at}").key for at in range(20)]
+    beside = [rig.info(f"{kind}{at}").key for at in range(20) for kind in "ws"]
+    asked: list[bytes] = []
+    contains = rig.redis.contains
+    monkeypatch.setattr(rig.redis, "contains", lambda keys: asked.extend(keys) or contains(keys))
+    found = rig.start(Finder(rig.cache, 1.0).find(chain, beside))
+    rig.settle()
+    assert found == [Hits([REDIS] * 2, Cause.ABSENT, told(*[None] * 40))]
+    assert set(asked[:8]) == {*chain[:4], *beside[:4]}
+    assert len(asked) <= 12  # what was under way when the chain's end was known, and no more
+    assert rig.loop.errors == []

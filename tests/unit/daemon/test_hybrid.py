@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from loracache import CacheClient, Group, Namespace, Need, Selection
-from loracache.errors import ProtocolError, Unavailable
+from loracache.errors import ProtocolError, Unavailable, UsageError
 from loracache.keys import salt_digest
 from loracache.simulator.replay import replay
 from loracache.simulator.store import Sizes, Way
@@ -49,7 +49,7 @@ def running(module_daemon: Any, redis: Any, eventually: Any, tmp_path_factory: p
         except httpx.TransportError:
             return False
 
-    eventually(up, "REST answers")
+    eventually(up, "REST answers", 60)
     return made
 
 
@@ -158,8 +158,10 @@ def test_what_is_found_beside_a_chain_is_neither_held_nor_counted_as_hit_or_miss
     grown = {name: count - before.get(name, 0) for name, count in status["counters"].items()}
     grown = {name: count for name, count in grown.items() if name.partition(".")[0] in ("hit", "miss", "beside")}
     assert {name: count for name, count in grown.items() if count} == {
-        "hit.cpu": 10, "beside.cpu": 15, "beside.absent": 2
-    }  # fmt: skip
+        "hit.cpu": 10,
+        "beside.cpu": 15,
+        "beside.absent": 2,
+    }
     hits = {item["key"]: item["hits"] for item in client.objects(prompt.selection)}
     assert {hits[key.hex()] for key in prompt.beside} == {0}
     assert {hits[key.hex()] for key in prompt.chain} == {1}
@@ -214,15 +216,17 @@ def test_a_client_asks_for_long_chains_in_parts(client: CacheClient, monkeypatch
     sent: list[Any] = []
     call = client._call
     monkeypatch.setattr(client, "_call", lambda request, *more: sent.append(request) or call(request, *more))
-    monkeypatch.setattr("loracache.client.requests._PART_KEYS", 4)
+    monkeypatch.setattr("loracache.client.requests._PART_KEYS", 6)
     whole = client.lookup(prompt.chain, group=2, beside=prompt.beside)
     assert (whole.tiers, whole.beside) == (("cpu",) * 10, ("cpu",) * 15)
-    assert [len(each.keys) // 32 for each in sent] == [4, 4, 2, 0]
-    assert [len(each.beside) // 32 for each in sent] == [4, 4, 4, 3]
+    assert [(len(each.keys) // 32, len(each.beside) // 32) for each in sent] == [(4, 6), (4, 6), (2, 3)]
     sent.clear()
     cut = client.lookup([*prompt.chain[:3], os.urandom(32), *prompt.chain[4:]], group=2, beside=prompt.beside)
-    assert (cut.tiers, cut.beside) == (("cpu",) * 2, ("cpu",) * 15)
-    assert [len(each.keys) // 32 for each in sent] == [4, 0, 0, 0]
+    assert (cut.tiers, cut.beside) == (("cpu",) * 2, ("cpu",) * 6 + ("",) * 9)
+    assert len(sent) == 1
+    assert client.lookup([], beside=prompt.beside).beside == ("cpu",) * 15
+    with pytest.raises(UsageError, match="14 keys beside 10, 2 a chunk"):
+        client.lookup(prompt.chain, group=2, beside=prompt.beside[1:])
     assert client.lookup([]).hits == client.lookup([], beside=[bytes(32)]).hits == 0
     assert client.lookup([], beside=[bytes(32)]).beside == ("",)
 

@@ -198,8 +198,10 @@ def test_a_store_is_over_when_all_workers_say_so(make_driver: Any, make_request:
     (store,) = prefill(driver, request, TABLES, tokens=5).stores
     news(driver, {store.number: 1})
     assert pool.held == {11, 12, 21, 22}
+    assert driver.side.storing.frees_soon
     news(driver, {store.number: 1})
     assert not pool.held
+    assert not driver.side.storing.frees_soon
 
 
 def test_a_request_that_ends_or_is_preempted_keeps_nothing(windows: Any, make_request: Any) -> None:
@@ -226,6 +228,28 @@ def test_a_reset_gives_every_block_back_and_ends_the_stores_first(windows: Any, 
     assert not pool.held
     assert windows.step().freed == {"a"}
     news(windows, {store.number: 1})  # and nothing is given back twice
+
+
+def test_what_is_kept_is_stored_though_its_request_cannot_run(windows: Any, make_request: Any) -> None:
+    """vLLM waits for blocks that are free soon, and those are what it lacks: it schedules nothing meanwhile."""
+    pool, request = windows.side.storing.kept.pool, make_request("a", 3 * CHUNK)
+    windows.arrive(request)
+    prefill(windows, request, TABLES, tokens=CHUNK)
+    assert windows.side.storing.frees_soon
+    (store,) = windows.step().stores
+    news(windows, {store.number: 1})
+    assert not windows.side.storing.frees_soon
+    assert not pool.held
+
+
+def test_what_could_not_be_stored_is_not_kept_for_another_try(windows: Any, make_request: Any) -> None:
+    from loracache.connectors.vllm.common.messages import WorkerNews
+
+    pool, request = windows.side.storing.kept.pool, make_request("a", 3 * CHUNK)
+    windows.arrive(request)
+    prefill(windows, request, TABLES, tokens=CHUNK)
+    windows.side.take_news(WorkerNews(unstored={"a"}))
+    assert not pool.held
 
 
 def test_what_is_kept_is_bounded_and_the_last_goes_before_the_first(windows: Any, make_request: Any) -> None:

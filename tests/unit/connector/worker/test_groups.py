@@ -368,9 +368,10 @@ def test_a_device_moves_every_groups_rows(
             super().__init__(rows, pieces=pieces, device=RecordingDevice(4), bounce_below=bounce_below)
 
     monkeypatch.setattr(side_module, "GatedCopier", OnDevice)
-    monkeypatch.setattr("loracache.connectors.vllm.link.worker.CudaHost", lambda: SimpleNamespace(
-        register=lambda start, nbytes: 0, unregister=lambda start: 0
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        "loracache.connectors.vllm.link.worker.CudaHost",
+        lambda: SimpleNamespace(register=lambda start, nbytes: 0, unregister=lambda start: 0),
+    )
     here, there = make_engine(running.url, kind, layout="BLHNC"), make_engine(running.url, kind, layout="BLHNC", seed=2)
     keys = [os.urandom(32) for _ in range(2)]
     out, into = everything(kind, keys, (3, 9, 1, 11, 0, 7, 5, 6)), everything(kind, keys, (11, 2, 4, 8, 10, 1, 0, 3))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine and a daemon of a batch's own: vLLM's OpenAI server on a unix socket, with our connector, ended with it.
+
+Run as a module it becomes the program it is given, and ends with whoever started it: an engine must not outlive a run
+that was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from loracache.batch.http import Server
+from loracache.errors import ConfigError, ProtocolError, Unavailable
+
+__all__ = ["ChildEngine"]
+
+_PR_SET_PDEATHSIG = 1
+_START_S, _END_S, _LOOK_S = 900.0, 60.0, 0.5
+_LAST_LINES = 3000  # characters of a log that a message shows
+
+
+class ChildEngine:
+    """vLLM serving `model` with more of its `options`, and a daemon of `memory` behind it, or the one at `socket`.
+
+    folder: of sockets and logs, a short path. Entered, it answers. Raises ConfigError where the engine ends instead.
+    """
+
+    def __init__(self, model: str, options: Sequence[str], folder: Path, memory: str, socket: Path | None) -> None:
+        self.url = f"unix://{folder / 'engine.sock'}"
+        self.socket = socket or folder / "cache.sock"
+        """The daemon's."""
+        self._folder = folder
+        self._command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+            "--uds", str(folder / "engine.sock"), "--enable-prompt-tokens-details", *options,
+        ]  # fmt: skip
+        if not any(each.split("=")[0] == "--kv-transfer-config" for each in options):
+            transfer = {
+                "kv_connector": "LoRACacheConnector",
+                "kv_connector_module_path": "loracache.connectors.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"server": f"unix://{self.socket}"},
+            }
+            self._command += ["--kv-transfer-config", json.dumps(transfer)]
+        self._daemon: list[str] = []
+        if socket is None:
+            serve = ["serve", "--private", "--socket", str(self.socket), "--memory", memory, "--log-level", "warning"]
+            self._daemon = [sys.executable, "-m", "loracache", *serve]
+        self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    async def __aenter__(self) -> ChildEngine:
+        try:
+            if self._daemon:
+                self._start(self._daemon, "cache")
+                await self._wait(self.socket.exists)
+            self._start(self._command, "engine")
+            server = Server(self.url)
+            try:
+                await self._wait_healthy(server)
+            finally:
+                await server.close()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _start(self, command: list[str], name: str) -> None:
+        log = self._folder / f"{name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # an interrupt is ours to pass on, in order
+            )
+        self._running.append((process, log))
+
+    async def _wait_healthy(self, server: Server) -> None:
+        async def healthy() -> bool:
+            with contextlib.suppress(Unavailable, ProtocolError):
+                return (await server.get("/health", 10.0)).status == 200
+            return False
+
+        deadline = time.monotonic() + _START_S
+        while not await healthy():
+            self._check(deadline)
+            await asyncio.sleep(_LOOK_S)
+
+    async def _wait(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_S
+        while not ready():
+            self._check(deadline)
+            await asyncio.sleep(0.02)
+
+    def _check(self, deadline: float) -> None:
+        for process, log in self._running:
+            if process.poll() is not None:
+                said = log.read_text(errors="replace")[-_LAST_LINES:]
+                raise ConfigError(f"the {log.stem} ended with {process.returncode}: {said}")
+        if time.monotonic() > deadline:
+            raise Unavailable(f"the engine did not start within {_START_S:g} s")
+
+    def _end(self) -> None:
+        """The engine first, then the daemon that it stores to."""
+        for process, _ in reversed(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self._running.clear()
+
+
+def _main() -> None:
+    """PARENT COMMAND...: become the command, and get SIGINT when the parent ends."""
+    parent, *command = sys.argv[1:]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+    if os.getppid() != int(parent):
+        return
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose layers do not all read all of a prompt, on a real vLLM: windows, chunks, states, shared KV, images.
+
+One engine a model; a daemon with a disk and a Redis is restarted below it. Those that vLLM cannot run on a CPU, or runs
+there without prefix caching, are computed upon by tests/unit/connector/hybrid alone.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loracache.groups import Need
+from loracache.keys import Namespace, chunk_keys, object_key
+
+NAMES = (
+    "gemma3", "gpt_oss", "mistral", "llama4", "qwen3_next", "granite_hybrid", "lfm2", "gemma3n", "gemma4", "llava",
+)  # fmt: skip
+STEP_TOKENS = 163
+IMAGE_AT = 40
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def serving(
+    request: pytest.FixtureRequest,
+    hybrid_models: Any,
+    model_maker: Any,
+    module_daemon: Any,
+    module_redis: Any,
+    engine_factory: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[SimpleNamespace]:
+    """One model's engine on one daemon."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = hybrid_models.make_hybrid_model(folder / "model", request.param, model_maker)
+    patient = folder / "loracache.yaml"
+    patient.write_text("redis_lookup_ms: 1000\n")  # a loaded machine answers late, and the tests want the hit
+    redis = module_redis()
+    options = {"memory": "128MiB", "disk_path": folder / "disk", "disk": "1GiB", "redis": redis.url, "config": patient}
+    daemon = module_daemon(**options)
+    engine = engine_factory(
+        {"server": daemon.url, "chunk_tokens": model.block},
+        model=str(folder / "model"),
+        enable_lora=False,
+        enable_prefix_caching=True,
+        enforce_eager=True,
+        block_size=32,
+        max_model_len=1024,
+        max_num_seqs=16,
+        max_num_batched_tokens=STEP_TOKENS,
+        num_gpu_blocks_override=model.blocks,
+        disable_hybrid_kv_cache_manager=False,
+        **model.engine,
+    )
+    yield SimpleNamespace(
+        engine=engine, model=model, daemon=daemon, redis=redis, disk=folder / "disk", options=options, chunk=model.block
+    )
+    engine.close()
+
+
+def ask(serving: Any, tokens: list[int], *, image: int = 1, **options: Any) -> Any:
+    """A prompt of so many tokens; where the model sees, some of them are an image's."""
+    if not serving.model.image:
+        return serving.engine.ask(tokens, **options)
+    return serving.engine.ask(_with_image(serving, tokens), image=image, **options)
+
+
+def _with_image(serving: Any, tokens: list[int], at: int = IMAGE_AT) -> list[int]:
+    return [*tokens[:at], serving.model.image_token, *tokens[at + serving.model.image_tokens :]]
+
+
+def reach(serving: Any, length: int) -> int:
+    """How far a hit of a prompt that was computed reaches: the last boundary before its last token."""
+    return int((length - 1) // serving.chunk * serving.chunk)
+
+
+def clear(serving: Any, *tiers: str) -> None:
+    serving.engine.settle(serving.daemon)
+    if tiers:
+        with serving.daemon.client() as client:
+            client.clear(tiers=tiers)
+
+
+def restart_daemon(serving: Any, module_daemon: Any) -> None:
+    serving.engine.settle(serving.daemon)
+    assert serving.daemon.stop() == 0
+    serving.daemon = module_daemon(socket=serving.daemon.socket, **serving.options)
+
+
+def namespace_of(serving: Any) -> Namespace:
+    (found,) = (serving.disk / "namespaces").glob("*.json")
+    return Namespace.parse(found.read_text().splitlines()[0])
+
+
+def objects_of(serving: Any, tokens: list[int]) -> dict[Need, list[list[bytes]]]:
+    """Of every group, for every chunk of a prompt, the keys of its objects."""
+    namespace = namespace_of(serving)
+    groups = {group.need: group.shards for group in namespace.groups}
+    if namespace.shards:
+        groups[Need.ALL] = namespace.shards
+    keys = chunk_keys(namespace.digest(), tokens, namespace.chunk_tokens)
+    return {need: [[object_key(key, shard) for shard in shards] for key in keys] for need, shards in groups.items()}
+
+
+def test_its_groups_are_those_that_were_expected(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    """The models here really are of the kinds that they stand for."""
+    ask(serving, prompts(200))
+    serving.engine.settle(serving.daemon)
+    assert "LoRACache is off" not in serving.engine.log()
+    namespace = namespace_of(serving)
+    found = tuple(str(group.need) for group in namespace.groups)
+    assert found == tuple(kind for kind in serving.model.kinds if kind != "all" and len(serving.model.kinds) > 1)
+
+
+def test_the_same_tokens_come_from_every_tier(
+    serving: Any, prompts: Callable[[int], list[int]], module_daemon: Any, eventually: Any
+) -> None:
+    """Of prompts that end before, on and after boundaries, from memory, from the disk of a daemon that was restarted,
+    and from Redis. All are computed in pieces of an odd size."""
+    chunk, engine = serving.chunk, serving.engine
+    lengths = [2 * chunk - 1, 2 * chunk, 2 * chunk + 1, 6 * chunk - 1, 6 * chunk, 6 * chunk + 1, 300, 500]
+    asked = [prompts(length) for length in lengths]
+    cold = [ask(serving, tokens) for tokens in asked]
+    assert all(answer.cached == 0 for answer in cold)
+    assert len({tuple(answer.tokens) for answer in cold}) == len(cold)
+
+    def compare(tier: str) -> None:
+        for tokens, before in zip(asked, cold, strict=True):
+            warm = ask(serving, tokens)
+            assert warm.tokens == before.tokens, (tier, len(tokens), warm.cached)
+            assert warm.cached == reach(serving, len(tokens)), (tier, len(tokens))
+
+    clear(serving)
+    compare("cpu")
+    restart_daemon(serving, module_daemon)
+    first = prompts(2 * chunk)
+    ask(serving, first)
+
+    def again() -> bool:
+        assert engine.reset()
+        return bool(ask(serving, first).cached)
+
+    eventually(again, "the engine has found the next daemon", 30)
+    assert serving.daemon.status()["tiers"]["cpu"]["objects"] < 20
+    compare("disk")
+    clear(serving, "cpu", "disk")
+    compare("redis")
+    assert serving.daemon.status()["hits"]["redis"] > 0
+
+
+def test_what_was_decoded_is_hit_by_the_next_turn(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    if serving.model.image:
+        pytest.skip("tokens of an image stand where the history has one")
+    chunk = serving.chunk
+    tokens = prompts(3 * chunk - 10)
+    first = ask(serving, tokens, max_tokens=2 * chunk)
+    serving.engine.settle(serving.daemon)
+    history = tokens + first.tokens + prompts(17)
+    second = ask(serving, history)
+    assert second.cached == reach(serving, len(tokens + first.tokens))
+    clear(serving, "cpu", "disk", "redis")
+    assert ask(serving, history).tokens == second.tokens
+
+
+def test_requests_side_by_side_preempt_each_other_and_answer_the_same(
+    serving: Any, prompts: Callable[[int], list[int]]
+) -> None:
+    many = [prompts(260 + 9 * number) for number in range(10)]
+    if serving.model.image:
+        many = [_with_image(serving, tokens) for tokens in many]
+    picture = {"image": 1} if serving.model.image else {}
+    alone = [serving.engine.ask(tokens, max_tokens=60, **picture).tokens for tokens in many]
+    serving.engine.settle(serving.daemon)
+    before = serving.engine.preemptions()
+    for emptied in ((), ("cpu", "disk", "redis")):
+        clear(serving, *emptied)
+        calls = [serving.engine.start(tokens, max_tokens=60, **picture) for tokens in many]
+        answers = [serving.engine.result(call) for call in calls]
+        assert [answer.tokens for answer in answers] == alone
+        assert all(answer.cached for answer in answers) is (not emptied)
+    if "all" in serving.model.kinds:  # windows alone never need more blocks than at first
+        assert serving.engine.preemptions() > before
+    serving.engine.settle(serving.daemon)
+    assert serving.daemon.status()["leases"] == 0
+
+
+def test_a_group_whose_object_is_gone_shortens_the_hit(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    if serving.model.image:
+        pytest.skip("the tokens of an image are in its keys")
+    tokens = prompts(6 * serving.chunk + 20)
+    cold = ask(serving, tokens)
+    for need, chunks in objects_of(serving, tokens).items():
+        clear(serving)
+        with serving.daemon.client() as client:
+            assert client.evict(chunks[5]).counts[0] >= 1, need
+        shorter = ask(serving, tokens)
+        whole = need is Need.SPAN and 6 * serving.chunk % 64 == 0  # such a boundary needs nothing of it
+        assert (shorter.cached < 6 * serving.chunk) is not whole
+        assert shorter.tokens == cold.tokens
+        clear(serving)
+        assert ask(serving, tokens).cached == 6 * serving.chunk  # stored anew
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_broken_object_of_any_group_is_a_counted_miss(
+    serving: Any, prompts: Callable[[int], list[int]], place: str
+) -> None:
+    if serving.model.image:
+        pytest.skip("the tokens of an image are in its keys")
+    tokens = prompts(6 * serving.chunk + 20)
+    cold = ask(serving, tokens)
+    for need, chunks in objects_of(serving, tokens).items():
+        clear(serving, *(() if place == "memory" else ("cpu", "redis")))
+        (key,) = chunks[5]
+        if place == "memory":
+            with serving.daemon.client() as client, client.acquire([key]) as reading:
+                assert reading.slots[0] is not None, need
+                reading.slots[0].buffers[0][100] ^= 1
+        else:
+            _flip(serving.disk / "objects" / key.hex()[:2] / key.hex())
+        before = sum(serving.daemon.status()["failures"].values())
+        again = ask(serving, tokens)
+        assert again.tokens == cold.tokens
+        if not (need is Need.SPAN and 6 * serving.chunk % 64 == 0):
+            assert sum(serving.daemon.status()["failures"].values()) > before, need
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+def test_objects_of_another_prompt_change_the_tokens(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    """The control of all others: what is loaded of every group really is what the model computes with."""
+    if serving.model.image:
+        pytest.skip("the tokens of an image are in its keys")
+    tokens, others = prompts(6 * serving.chunk + 3), prompts(6 * serving.chunk + 3)
+    cold = ask(serving, tokens, max_tokens=24)
+    ask(serving, others)
+    namespace = namespace_of(serving)
+    theirs = objects_of(serving, others)
+    for need, chunks in objects_of(serving, tokens).items():
+        if need is Need.SPAN and 6 * serving.chunk % 64 == 0:
+            continue
+        clear(serving, "disk", "redis")
+        with serving.daemon.client() as client:
+            (key,), (other,) = chunks[5], theirs[need][5]
+            payload = client.get(other)
+            assert payload is not None
+            client.evict([key])
+            client.register(namespace)
+            parents = [chunks[4][0]] if need is Need.ALL else None
+            with client.reserve(namespace.digest(), [key], [len(payload)], parents=parents) as reservation:
+                assert reservation.slots[0] is not None
+                reservation.write(0, payload)
+        wrong = ask(serving, tokens, max_tokens=24)
+        assert wrong.cached == 6 * serving.chunk, need
+        assert wrong.tokens != cold.tokens, need
+        clear(serving, "cpu", "disk", "redis")
+        assert ask(serving, tokens, max_tokens=24).tokens == cold.tokens
+
+
+def test_an_image_is_hit_by_itself_where_it_was(serving: Any, prompts: Callable[[int], list[int]]) -> None:
+    if not serving.model.image:
+        pytest.skip("it sees no images")
+    text = prompts(300)
+    cold = {image: ask(serving, text, image=image).tokens for image in (1, 2)}
+    assert cold[1] != cold[2]
+    moved = _with_image(serving, text, IMAGE_AT + 1)
+    elsewhere = serving.engine.ask(moved, image=1)
+    clear(serving)
+    for image in (1, 2):
+        again = ask(serving, text, image=image)
+        assert (again.cached, again.tokens) == (reach(serving, 300), cold[image])
+    assert ask(serving, text, image=3).cached <= IMAGE_AT
+    again = serving.engine.ask(moved, image=1)
+    assert (again.cached, again.tokens) == (reach(serving, 300), elsewhere.tokens)
+
+
+def test_an_engine_outlives_its_daemon(
+    serving: Any, prompts: Callable[[int], list[int]], module_daemon: Any, eventually: Any
+) -> None:
+    tokens = prompts(400)
+    cold = ask(serving, tokens)
+    serving.engine.settle(serving.daemon)
+    serving.daemon.stop(signal.SIGKILL)
+    assert ask(serving, tokens).tokens == cold.tokens
+    assert serving.engine.reset()
+    assert ask(serving, tokens).tokens == cold.tokens
+    serving.daemon = module_daemon(socket=serving.daemon.socket, **serving.options)
+
+    def again() -> Any:
+        assert serving.engine.reset()
+        found = ask(serving, tokens)
+        assert found.tokens == cold.tokens
+        return found.cached
+
+    eventually(again, "the engine hits the next daemon's disk", 30)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A group's prefix is pinned in a real daemon from its first answer to its last; what a batch started ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loracache import CacheClient, Namespace, chunk_keys
+from loracache.batch.child import ChildEngine
+from loracache.batch.engine import Engine
+from loracache.batch.holding import Blocks
+from loracache.batch.http import Server
+from loracache.batch.job import Job
+from loracache.batch.lines import Line
+from loracache.batch.pins import Pins
+from loracache.batch.plan import make_plan
+from loracache.errors import ConfigError
+from tests.unit.batch.conftest import Asked, prompts_of
+
+CHUNK = 4
+
+
+@pytest.fixture
+def server(daemon: Any) -> str:
+    return str(daemon(memory="1MiB", page_size="4KiB").url)
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[CacheClient]:
+    with CacheClient(server) as made:
+        yield made
+
+
+def line(tokens: list[int], **body: Any) -> Line:
+    return Line(1, "id", "/v1/completions", {"model": "base", "prompt": tokens} | body)
+
+
+def test_a_prefix_is_pinned_from_the_first_answer_of_its_group_to_the_last(client: CacheClient, server: str) -> None:
+    shared = [7] * 8
+    batch = [Asked([*shared, number, 9, 9, 9]) for number in range(3)] + [Asked([1, 2, 3, 4, 5])]
+    plan = make_plan(prompts_of(batch, CHUNK))
+    root = client.register(Namespace("ab" * 32, "float32", "layout", CHUNK), ["base"])
+    keys = chunk_keys(root, batch[0].tokens, CHUNK)
+    with client.reserve(root, keys, [4096] * 3) as reservation:
+        for position in range(3):
+            reservation.write(position, bytes(4096))
+    job = Job(plan, [1, 2, 3, 4], Blocks(plan.prompts, plan.tree))
+    pins = Pins(server, Engine(Server("http://localhost")), "base", job)
+
+    def answered(number: int) -> None:
+        asyncio.run(pins.answered(number, line(batch[number].tokens)))
+
+    answered(3)
+    assert pins.objects == 0
+    answered(0)
+    assert (pins.objects, pins.failures) == (2, 0)
+    answered(1)
+    assert client.evict(keys).objects == 1  # what only the first request has
+    assert client.lookup(keys).hits == 2
+    answered(2)
+    assert client.evict(keys[:2]).objects == 2
+    alone, together = line([1]), line([2])
+    assert pins.body(3, alone) == alone.body | {"kv_transfer_params": {"store": False}}
+    assert pins.body(0, together) == together.body
+    own = line([1], kv_transfer_params={"pin": 5.0})
+    assert pins.body(3, own) == own.body
+
+
+def test_what_cannot_be_pinned_is_counted_and_no_more(tmp_path: Path) -> None:
+    plan = make_plan(prompts_of([Asked([7] * 8), Asked([7] * 8)], CHUNK))
+    job = Job(plan, [1, 2], Blocks(plan.prompts, plan.tree))
+    pins = Pins(f"unix://{tmp_path}/none", Engine(Server("http://localhost")), "base", job)
+    asyncio.run(pins.answered(0, line([7] * 8)))
+    asyncio.run(pins.answered(1, line([7] * 8)))
+    assert (pins.objects, pins.failures) == (0, 1)
+
+
+def test_an_engine_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    child = ChildEngine("none", [], tmp_path, "1MiB", tmp_path / "cache.sock")
+    child._command = [sys.executable, "-c", "import sys; sys.exit('no such option')"]
+
+    async def enter() -> None:
+        async with child:
+            pass
+
+    with pytest.raises(ConfigError, match="the engine ended with 1: no such option"):
+        asyncio.run(enter())
+
+
+def test_what_a_batch_started_ends_when_the_batch_is_killed(eventually: Any) -> None:
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleeper = [sys.executable, "-m", "loracache.batch.child", "PARENT", *sleeps]
+    starter = (
+        "import os, subprocess, sys, time\n"
+        f"command = [str(os.getpid()) if each == 'PARENT' else each for each in {sleeper!r}]\n"
+        "print(subprocess.Popen(command).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            child = int(parent.stdout.readline())
+            command = Path(f"/proc/{child}/cmdline")
+            became = "\0".join([*sleeps, ""]).encode()
+            eventually(lambda: command.read_bytes() == became, "it became the program")
+        finally:
+            parent.kill()
+    eventually(lambda: not os.path.exists(f"/proc/{child}/stat") or _ended(child), "it has ended")
+
+
+def _ended(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

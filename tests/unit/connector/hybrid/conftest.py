@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines without a model, for models that no CPU runs: `make_engine(kind, url)`.
+
+vLLM's own KV cache groups, allocation, managers and scheduler, both sides of the connector, and a real daemon. In the
+model's place stands one that writes, as the KV of a token, a hash of all tokens before it, and that reads what its kind
+of layer reads: a step fails where one byte of that is not what was computed for exactly these tokens (ExactModel).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loracache.keys import object_key
+
+BLOCK = 16
+LAYER, HEAD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+
+
+def kinds() -> dict[str, dict[str, Any]]:
+    """For each kind of model the KV cache specs of its layers, as they describe themselves to vLLM."""
+    import torch
+    from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
+        FullAttentionSpec,
+        MambaSpec,
+        MLAAttentionSpec,
+        SlidingWindowSpec,
+    )
+
+    shape: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+
+    def full(**more: Any) -> Any:
+        return FullAttentionSpec(**(shape | more))
+
+    def window(tokens: int, **more: Any) -> Any:
+        return SlidingWindowSpec(**(shape | more), sliding_window=tokens, dcp_sharded=False)
+
+    def span(tokens: int) -> Any:
+        return ChunkedLocalAttentionSpec(**shape, attention_chunk_size=tokens)
+
+    def mla(**more: Any) -> Any:
+        latent = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 24, "dtype": torch.float32}
+        return MLAAttentionSpec(**(latent | more))
+
+    def state(page: int, block: int = 2 * BLOCK, heads: int = 4) -> Any:
+        shapes, dtypes = ((3, 20), (heads, 8, 8)), (torch.float32, torch.float32)
+        return MambaSpec(
+            block_size=block, shapes=shapes, dtypes=dtypes, page_size_padded=page, mamba_cache_mode="align"
+        )
+
+    double = {"block_size": 2 * BLOCK}
+    page = full(**double).page_size_bytes
+    return {
+        "full": _named(full(), full()),
+        "mla": _named(mla(), mla()),
+        "window": _named(window(33), window(33)),
+        "full, window": _named(window(40), window(40), window(40), full()),
+        "full, two windows": _named(full(), window(24), window(72)),
+        "window of one token": _named(full(), window(1)),
+        "full, span": _named(span(64), span(64), full()),
+        "spans across chunks": _named(span(48), span(48), full()),
+        "full, state": _named(state(page), state(page), state(page), full(**double)),
+        "mla, state": _named(state(mla(**double).page_size_bytes), state(mla(**double).page_size_bytes), mla(**double)),
+        "full, window, state": _named(state(page), window(40, **double), full(**double)),
+        "blocks of two sizes": _named(window(40), window(40), full(head_size=16)),
+        "layers of two dtypes": _named(full(), full(dtype=torch.bfloat16)),
+        "heads of two numbers": _named(full(), full(num_kv_heads=1)),
+    }
+
+
+def _named(*specs: Any) -> dict[str, Any]:
+    return {f"model.layers.{number}.attn": spec for number, spec in enumerate(specs)}
+
+
+def _reads(spec: Any, start: int) -> int:
+    """The first token that a layer reads to compute the one at `start`, by vLLM's description of it."""
+    if hasattr(spec, "sliding_window") and spec.sliding_window:
+        return max(0, start - spec.sliding_window + 1)
+    if getattr(spec, "attention_chunk_size", None):
+        return int(start // spec.attention_chunk_size * spec.attention_chunk_size)
+    return 0
+
+
+class Hashes:
+    """For every token of a request a hash of it and all before it."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[int]] = {}
+
+    def upto(self, request_id: str, tokens: Sequence[int], end: int) -> np.ndarray[Any, Any]:
+        found = self._of.setdefault(request_id, [])
+        while len(found) < end:
+            before = found[-1] if found else 1
+            found.append((before * 6364136223846793005 + tokens[len(found)] * 1442695040888963407 + 7) % 2**64)
+        return np.array(found[:end], dtype=np.uint64)
+
+
+class ExactModel:
+    """What a worker computes with: block tables as workers keep them (they are told of new blocks, never of those that
+    the scheduler took away), and the engine's memory."""
+
+    def __init__(self, config: Any, tensors: dict[str, Any]) -> None:
+        self._groups = config.kv_cache_groups
+        self._tensors = tensors
+        self._pages = {name: self._bytes(tensor) for name, tensor in tensors.items()}
+        self._marks = {name: np.uint64(number * LAYER % 2**64) for number, name in enumerate(tensors)}
+        self._hashes = Hashes()
+        self.tables: dict[str, list[list[int]]] = {}
+
+    def take(self, output: Any) -> None:
+        """What a worker does with a step's plan before it computes."""
+        from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+        for new in output.scheduled_new_reqs:
+            self.tables[new.req_id] = [list(blocks) for blocks in new.block_ids]
+        cached = output.scheduled_cached_reqs
+        for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self.tables[request_id] = [[] for _ in self._groups]
+            for table, blocks in zip(self.tables[request_id], new_blocks or (), strict=False):
+                table += blocks
+        for block in output.new_block_ids_to_zero or ():
+            for group in self._groups:
+                if not hasattr(group.kv_cache_spec, "shapes"):
+                    for name in group.layer_names:
+                        self._pages[name][block] = 0
+        if output.kv_cache_block_copies:
+            blocks = self._pages[next(iter(self._pages))].shape[0]
+            copy_kv_cache_blocks_inplace(list(self._tensors.values()), blocks, output.kv_cache_block_copies)
+
+    def compute(self, request: Any, start: int, end: int) -> int:
+        """Compute tokens [start, end); answers what comes next."""
+        expected = self._hashes.upto(request.request_id, request.all_token_ids, end)
+        for group, table in zip(self._groups, self.tables[request.request_id], strict=True):
+            for name in group.layer_names:
+                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
+                values = expected ^ self._marks[name]
+                where = f"{request.request_id}, tokens {start} to {end}, {name} ({type(spec).__name__})"
+                if hasattr(spec, "shapes"):
+                    self._state(self._pages[name], spec, table, values, start, where)
+                else:
+                    self._attend(self._pages[name], spec, table, values, start, where)
+        return int(expected[end - 1] % np.uint64(30000))
+
+    def _attend(self, pages: Any, spec: Any, table: list[int], values: Any, start: int, where: str) -> None:
+        first = _reads(spec, start)
+        blocks = np.array(table)
+        at = np.arange(first, len(values))
+        places = blocks[at // spec.block_size], slice(None), at % spec.block_size
+        heads = np.array([head * HEAD % 2**64 for head in range(pages.shape[1])], dtype=np.uint64)[None, :, None]
+        wanted = np.broadcast_to(values[first:, None, None] ^ heads, pages[places[0], :, places[2]].shape)
+        assert all(places[0]), f"{where}: reads or writes a null block, table {table}"
+        held = pages[places[0], :, places[2]][: start - first]
+        wrong = np.flatnonzero((held != wanted[: start - first]).any(axis=(1, 2)))
+        assert not len(wrong), f"{where}: wrong KV of tokens {first + wrong[0]} to {first + wrong[-1]}, table {table}"
+        pages[places[0], :, places[2]] = wanted
+
+    def _state(self, pages: Any, spec: Any, table: list[int], values: Any, start: int, where: str) -> None:
+        target = table[(len(values) - 1) // spec.block_size]
+        assert target, f"{where}: writes its state to the null block, table {table}"
+        if start:
+            source = table[(start - 1) // spec.block_size]
+            wrong = np.flatnonzero(pages[source].ravel() != values[start - 1])
+            assert not len(wrong), f"{where}: wrong state of {start} tokens in block {source}, table {table}"
+        pages[target] = values[-1]
+
+    @staticmethod
+    def _bytes(tensor: Any) -> Any:
+        import torch
+
+        return tensor.view(torch.uint8).numpy().view(np.uint64)
+
+
+class FakeEngine:
+    """One engine, step by step. Its blocks are few, so that requests preempt each other."""
+
+    def __init__(self, vllm_config: Any, specs: dict[str, Any], patched: pytest.MonkeyPatch) -> None:
+        import torch
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+        from vllm.v1.core import kv_cache_utils as utils
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.worker.gpu import kv_connector as runner
+        from vllm.v1.worker.utils import allocate_kv_cache
+
+        from loracache.connectors.vllm import LoRACacheConnector
+
+        cache = vllm_config.cache_config
+        groups = utils.get_kv_cache_groups(vllm_config, dict(specs))
+        config = utils.get_kv_cache_config_from_groups(vllm_config, groups, 1 << 40)
+        cache.num_gpu_blocks = config.num_blocks
+        block, unit = utils.resolve_kv_cache_block_sizes(config, vllm_config)
+        config.hash_block_size = unit
+        scheduling = utils.generate_scheduler_kv_cache_config([config])
+        scheduling.hash_block_size = unit
+        from vllm.utils.hashing import get_hash_fn_by_name
+
+        hash_function = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
+        utils.init_none_hash(hash_function)
+        self._hasher = utils.get_request_block_hasher(unit, hash_function)
+        grammars: Any = SimpleNamespace(accept_tokens=lambda request, tokens: True)
+        self.scheduler = Scheduler(vllm_config, scheduling, grammars, block, unit)
+        self.worker = LoRACacheConnector(vllm_config, KVConnectorRole.WORKER, config)
+        stands_in = SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.Linear(2, 2)))
+        self.worker._worker.weights.bind(stands_in)  # else every reset is taken for new weights
+        patched.setattr(runner, "get_kv_transfer_group", lambda: self.worker)
+        tensors = allocate_kv_cache(config, "cpu", cache.get_resolved_kv_cache_layout())  # type: ignore[arg-type]
+        self._runner = runner.ActiveKVConnector(vllm_config, tensors)
+        self.model = ExactModel(config, tensors)
+        self.groups = config.kv_cache_groups
+        self.external: dict[str, int] = {}
+        self.shards = [group.shard for group in self.worker.get_handshake_metadata().groups]
+        self._states: dict[tuple[int, ...], Any] = {}
+        self._names = 0
+        self._identity = self.scheduler.connector._identity
+
+    # -- requests ----------
+
+    def ask(self, tokens: Sequence[int], answer: int = 1) -> Any:
+        """A request, not computed yet."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        self._names += 1
+        params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        params.update_from_generation_config({}, None)
+        request = Request(f"r{self._names}", list(tokens), params, None, block_hasher=self._hasher)
+        self.scheduler.add_request(request)
+        return request
+
+    def object_keys(self, tokens: Sequence[int], group: int) -> list[bytes]:
+        """Of one of the connector's groups, of the chunks of a prompt that was asked."""
+        return [object_key(key, self.shards[group]) for key in self._states[tuple(tokens)].chunk_keys]
+
+    def abort(self, request: Any) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> None:
+        """One of the engine's steps."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        output = self.scheduler.schedule()
+        for state in self.connector._requests.values():
+            self._states[tuple(state.request.prompt_token_ids)] = state
+        self.model.take(output)
+        scheduled = output.num_scheduled_tokens
+        if not scheduled:
+            result = self._runner.no_forward(output)
+            self.scheduler.update_from_output(output, result)
+            time.sleep(0.001)
+            return
+        starts = {
+            request_id: self.scheduler.requests[request_id].num_computed_tokens - count
+            for request_id, count in scheduled.items()
+        }
+        self._runner.pre_forward(output)
+        sampled: list[list[int]] = []
+        for request_id, count in scheduled.items():
+            request = self.scheduler.requests[request_id]
+            self.external.setdefault(request_id, starts[request_id])
+            end = starts[request_id] + count
+            following = self.model.compute(request, starts[request_id], end)
+            sampled.append([following] if end == request.num_tokens else [])
+        self._runner.finish_forward()
+        result = ModelRunnerOutput(
+            req_ids=list(scheduled),
+            req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
+            sampled_token_ids=sampled,
+            kv_connector_output=self._runner.post_forward(output.finished_req_ids),
+        )
+        self.scheduler.update_from_output(output, result)
+
+    def run(self, seconds: float = 20) -> None:
+        """Steps until all requests are over, and their stores."""
+        deadline = time.monotonic() + seconds
+        while self.scheduler.has_requests():
+            assert time.monotonic() < deadline, f"still there: {self.scheduler.requests}"
+            self.step()
+
+    def answer(self, tokens: Sequence[int], answer: int = 1) -> int:
+        """Run one request; answers how many tokens it had when it began to compute."""
+        request = self.ask(tokens, answer)
+        self.run()
+        assert request.num_output_tokens == answer
+        return self.external[request.request_id]
+
+    def ready(self) -> FakeEngine:
+        """Once the scheduler's side knows its model and its workers."""
+        deadline = time.monotonic() + 10
+        while not (self._identity is None or self._identity.value()) or not self.connector.on:
+            assert time.monotonic() < deadline, "the connector is off"
+            self.step()
+        return self
+
+    @property
+    def connector(self) -> Any:
+        """The scheduler's side of the connector."""
+        return self.scheduler.connector._scheduler
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache."""
+        assert self.scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        self.scheduler.connector.shutdown()
+        self.worker.shutdown()
+
+
+@pytest.fixture(scope="session")
+def kind_names() -> list[str]:
+    return list(kinds())
+
+
+@pytest.fixture(scope="session")
+def plain_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """vLLM's configuration of an engine; nothing of its model is computed with."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = tmp_path_factory.mktemp("plain")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=4,
+        disable_hybrid_kv_cache_manager=False,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="LoRACacheConnector",
+            kv_connector_module_path="loracache.connectors.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        ),
+    ).create_engine_config()
+
+
+@pytest.fixture
+def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeEngine]]:
+    """make_engine("full, window", url, blocks=400, step_tokens=64) starts one that is ready. More arguments are options
+    of the connector."""
+    from vllm.distributed import parallel_state
+
+    alone = SimpleNamespace(rank_in_group=0, world_size=1)
+    for name in ("get_tp_group", "get_pp_group"):
+        monkeypatch.setattr(parallel_state, name, lambda: alone)
+    made: list[FakeEngine] = []
+
+    def make(
+        kind: str, url: str, *, blocks: int = 400, step_tokens: int = 64, caching: bool = True, **extra: Any
+    ) -> FakeEngine:
+        specs = kinds()[kind]
+        config = copy.deepcopy(plain_config)
+        own = {"server": url, "model_id": kind, "chunk_tokens": 2 * BLOCK, "lookup_wait": 1.0, "recompute_if_faster": 0}
+        config.kv_transfer_config.kv_connector_extra_config = own | extra
+        config.scheduler_config.max_num_batched_tokens = step_tokens
+        cache = config.cache_config
+        cache.block_size = max(spec.block_size for spec in specs.values())
+        cache.num_gpu_blocks_override = blocks
+        cache.enable_prefix_caching = caching
+        cache.kv_cache_layout = "LBHNC"
+        cache.mamba_cache_mode = "align"
+        made.append(FakeEngine(config, specs, monkeypatch))
+        return made[-1].ready()
+
+    yield make
+    for engine in made:
+        engine.close()
