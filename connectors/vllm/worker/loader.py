@@ -167,7 +167,8 @@ class Loader:
     def _begin(self, load: Load, after: Any) -> None:
         sizes = [objects.chunk_bytes(load.chunk_tokens) for objects in self._objects]
         before = list(accumulate((sizes[chunk.group] for chunk in load.chunks), initial=0))
-        todo = [at for at, chunk in enumerate(load.chunks) if any(self._objects[chunk.group].block_bytes)]
+        has = [any(objects.block_bytes) for objects in self._objects]
+        todo = [at for at, chunk in enumerate(load.chunks) if has[chunk.group]]
         job = Loading(load, after, time.monotonic() + self._timeout, before, todo, set(todo), _PART_CHUNKS)
         self._active.append(job)
         if not self._may_load(load):

@@ -47,6 +47,7 @@ class GroupObjects:
         self._counts = group.counts(self._run)
         self._blocks = sum(self._counts)
         self._bytes = sum(count * size for count, size in zip(self._counts, self.block_bytes, strict=True))
+        self._tokens = self._begin = self._of = 0  # of a chunk, where the object begins in it, and runs that it is
 
     def key(self, chunk_key: bytes) -> bytes:
         """Of the object of a chunk."""
@@ -66,12 +67,14 @@ class GroupObjects:
         return self._moves(chunk, payload, 0, len(chunk.blocks) // self._blocks)
 
     def part(self, chunk: ChunkBlocks, payload: Sequence[memoryview], chunk_tokens: int) -> list[Move]:
-        """The same with those blocks of it that `chunk` names, in a chunk of so many tokens."""
-        tail = self.group.tail(chunk_tokens)
-        first, rest = divmod(chunk.first - (chunk_tokens - tail), self._run)
+        """The same with those blocks of it that `chunk` names, in a chunk of so many tokens. Called by one thread."""
+        if chunk_tokens != self._tokens:
+            tail = self.group.tail(chunk_tokens)
+            self._tokens, self._begin, self._of = chunk_tokens, chunk_tokens - tail, tail // self._run
+        first, rest = divmod(chunk.first - self._begin, self._run)
         if rest:
             raise ValueError(f"token {chunk.first} of a chunk of {chunk_tokens} begins no block")
-        return self._moves(chunk, payload, first, tail // self._run)
+        return self._moves(chunk, payload, first, self._of)
 
     def _moves(self, chunk: ChunkBlocks, payload: Sequence[memoryview], first: int, of: int) -> list[Move]:
         """first, of: in runs."""
@@ -79,8 +82,7 @@ class GroupObjects:
         if rest or not 0 <= first <= first + runs <= of:
             raise ValueError(f"{len(chunk.blocks)} blocks from token {chunk.first} on are no part of an object")
         if len(self._counts) == 1:
-            (each,), (rows,) = self._counts, self._rows
-            return [Move(chunk.blocks, payload, first * each, of * each, rows)]
+            return [Move(chunk.blocks, payload, first, of, self._rows[0])]  # a run is a block
         moves, begin, offset = [], 0, 0
         for count, size, rows in zip(self._counts, self.block_bytes, self._rows, strict=True):
             nbytes = of * count * size
