@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load or compute: time to the first token of prompts that a Redis behind a slow link has, 190 M model, bfloat16.
 
-1,030 tokens are 8 chunks, 32 MB of KV, which this engine computes at some 17 MB/s. Each engine has a daemon of its own,
-and one Redis a millisecond away behind a link of 8 MB/s (computing is faster) or 200 MB/s (loading is). It computes
-eight prompts; then its own cache and the daemon's memory are emptied, and it is asked for each again, once. The first
-three tell it what loading takes; the others count.
+1,030 tokens are 8 chunks, 32 MB of KV, which this engine computes at 20 to 30 MB/s. Each engine has a daemon of its
+own, and one Redis a millisecond away behind a link of 16 MB/s (computing is faster) or 200 MB/s (loading is). It
+computes eight prompts, all of which are written to Redis; then its own cache and the daemon's memory are emptied, and
+it is asked for each again, once. The first three tell it what loading takes; the others count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engines import fresh_prompt, settle, start_engine
 TOKENS, CACHED = 1030, 1024
 LEARNT = 3
 DELAY_MS = 1.0
-SLOW, FAST = 8.0, 200.0  # MB/s
+SLOW, FAST = 16.0, 200.0  # MB/s
 
 
 def run(quick: bool) -> list[Row]:
@@ -32,12 +32,12 @@ def run(quick: bool) -> list[Row]:
     cold_too, chosen = _asked(SLOW, prompts)
     cold_fast, near = _asked(FAST, prompts)
     return [
-        ratio_row("a link of 8 MB/s: TTFT, load or compute / cold", chosen, cold_too[LEARNT:], at_most=1.15),
+        ratio_row("a link of 16 MB/s: TTFT, load or compute / cold", chosen, cold_too[LEARNT:], at_most=1.15),
         ratio_row("the same, all that is found is loaded / cold", always, cold[LEARNT:]),
         ratio_row("a link of 200 MB/s: TTFT, load or compute / cold", near, cold_fast[LEARNT:], at_most=0.5),
-        row("  8 MB/s: cold", "s", cold + cold_too),
-        row("  8 MB/s: all loaded", "s", always),
-        row("  8 MB/s: load or compute", "s", chosen),
+        row("  16 MB/s: cold", "s", cold + cold_too),
+        row("  16 MB/s: all loaded", "s", always),
+        row("  16 MB/s: load or compute", "s", chosen),
         row("  200 MB/s: load or compute", "s", near),
     ]
 
@@ -52,7 +52,7 @@ def _asked(rate: float, prompts: int, **options: Any) -> tuple[list[float], list
             while not here.exists() and proxy.poll() is None:
                 time.sleep(0.01)
             with (
-                daemon(folder, memory="1GiB", redis=f"unix://{here}") as running,
+                daemon(folder, memory="1GiB", redis=f"unix://{here}", admission="all") as running,
                 running.client() as client,
                 start_engine(folder, "engine", running.url, **options) as engine,
             ):

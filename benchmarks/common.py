@@ -162,9 +162,8 @@ class Daemon:
         self.url = f"unix://{self.socket}"
         self._log = folder / f"{name}.log"
         arguments = ["serve", "--socket", str(self.socket), "--log-level", "warning"]
-        for key, value in settings.items():
-            arguments += [f"--{key.replace('_', '-')}", str(value)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LORACACHE_")}
+        environment |= {f"LORACACHE_{key.upper()}": str(value) for key, value in settings.items()}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "loracache", *arguments], cwd=folder, env=environment, stdout=log, stderr=log

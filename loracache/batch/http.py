@@ -1,27 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP/1.1 to one OpenAI server, over TCP, TLS or a unix socket: connections that are kept, one request on each.
-
-Runs on the caller's event loop. The standard library alone: what a batch needs is a POST and its whole answer.
-"""
+"""JSON over HTTP to one OpenAI server, by TCP, TLS or a unix socket. Runs on the caller's event loop."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import ssl
 import urllib.parse
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
+
+import httpx
 
 from loracache.errors import ConfigError, ProtocolError, Unavailable
 
 __all__ = ["Answer", "Server"]
 
-_MOST_HEAD, _MOST_BODY = 64 << 10, 1 << 30  # bytes
 _CONNECT_S = 10.0
-_Wire = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+_HUNG_UP = "server disconnected", "peer closed"  # how the client's library begins to say so
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,130 +35,50 @@ class Server:
         self._timeout = timeout
         try:
             parts = urllib.parse.urlsplit(self.url)
-            port = parts.port
+            known = parts.port is not None or bool(parts.hostname)
         except ValueError:
-            parts, port = urllib.parse.SplitResult("", "", "", "", ""), None
-        self._path = parts.path if parts.scheme == "unix" else ""
-        self._host = parts.hostname or ""
-        right = bool(self._path) if parts.scheme == "unix" else parts.scheme in ("http", "https") and bool(self._host)
+            parts, known = urllib.parse.SplitResult("", "", "", "", ""), False
+        right = bool(parts.path) if parts.scheme == "unix" else parts.scheme in ("http", "https") and known
         if not right or "@" in url or not url.isascii() or not url.isprintable() or set(url) & set(" ?#"):
             raise ConfigError(f"--url {url[:200]!r} is no server's address; write it like http://127.0.0.1:8000/v1")
         if not key.isascii() or not key.isprintable():
             raise ConfigError("the server's API key is not one line of ASCII; see VLLM_API_KEY")
-        self._prefix = "" if parts.scheme == "unix" else parts.path
-        self._port = port or (443 if parts.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        name = "localhost" if self._path else parts.netloc
-        self._head = f"Host: {name}\r\nAccept: application/json\r\n" + (
-            f"Authorization: Bearer {key}\r\n" if key else ""
+        local = parts.scheme == "unix"
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # the caller bounds its requests
+        self._client = httpx.AsyncClient(
+            base_url="http://localhost" if local else self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=limits,
+            transport=httpx.AsyncHTTPTransport(uds=parts.path, limits=limits) if local else None,
         )
-        self._idle: list[_Wire] = []
 
     async def close(self) -> None:
         """End all connections."""
-        while self._idle:
-            _, writer = self._idle.pop()
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-        await asyncio.sleep(0)  # in which the loop closes the sockets of those that broke
+        await self._client.aclose()
 
     async def get(self, path: str, timeout: float | None = None) -> Answer:
         """GET it. Raises as `post`."""
-        return await self._ask(f"GET {self._prefix}{path} HTTP/1.1\r\n{self._head}\r\n".encode(), timeout)
+        return await self._ask("GET", path, None, timeout)
 
     async def post(self, path: str, body: Any, timeout: float | None = None) -> Answer:
         """POST a JSON body. Raises Unavailable where no answer comes, ProtocolError where it is not HTTP."""
-        data = json.dumps(body, separators=(",", ":")).encode()
-        about = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._head}{about}".encode()
-        return await self._ask(head + data, timeout)
+        return await self._ask("POST", path, json.dumps(body, separators=(",", ":")).encode(), timeout)
 
-    async def _ask(self, request: bytes, timeout: float | None) -> Answer:
+    async def _ask(self, method: str, path: str, content: bytes | None, timeout: float | None) -> Answer:
         seconds = self._timeout if timeout is None else timeout
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        limit = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_S), pool=None)
         try:
-            async with asyncio.timeout(seconds):
-                while self._idle:
-                    with contextlib.suppress(_Stale):
-                        return await self._exchange(self._idle.pop(), request, kept=True)
-                return await self._exchange(await self._connected(), request, kept=False)
-        except TimeoutError:
+            answer = await self._client.request(method, path, content=content, headers=headers, timeout=limit)
+        except httpx.TimeoutException:
             raise Unavailable(f"{self.url} did not answer within {seconds:g} s") from None
-        except asyncio.IncompleteReadError:
-            raise Unavailable(f"{self.url} closed the connection before its answer ended") from None
-        except OSError as error:
-            raise Unavailable(f"no server answers at {self.url} ({error.strerror or error})") from None
-        except (ValueError, asyncio.LimitOverrunError) as error:
+        except httpx.RemoteProtocolError as error:
+            if str(error).lower().startswith(_HUNG_UP):
+                raise Unavailable(f"{self.url} closed the connection before its answer ended") from None
             raise ProtocolError(f"{self.url} did not answer in HTTP: {error}") from None
-
-    async def _connected(self) -> _Wire:
-        async with asyncio.timeout(_CONNECT_S):
-            if self._path:
-                return await asyncio.open_unix_connection(self._path, limit=_MOST_HEAD)
-            return await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=_MOST_HEAD)
-
-    async def _exchange(self, wire: _Wire, request: bytes, *, kept: bool) -> Answer:
-        """Raises _Stale where a kept connection turns out to be closed before anything came."""
-        reader, writer = wire
-        done = False
+        except httpx.HTTPError as error:
+            raise Unavailable(f"no server answers at {self.url} ({error})") from None
         try:
-            try:
-                writer.write(request)
-                await writer.drain()
-                first = await reader.readexactly(1)
-            except (asyncio.IncompleteReadError, OSError):
-                if kept:
-                    raise _Stale from None
-                raise
-            status, headers = _parsed(first + await reader.readuntil(b"\r\n\r\n"))
-            body = b"".join([part async for part in _body(reader, headers)])
-            done = headers.get("connection", "").lower() != "close" and _ends_itself(headers)
-        finally:
-            if done:
-                self._idle.append(wire)
-            else:
-                writer.close()
-        try:
-            return Answer(status, json.loads(body))
+            return Answer(answer.status_code, answer.json())
         except (ValueError, RecursionError):
-            return Answer(status, body.decode(errors="replace"))
-
-
-class _Stale(Exception):
-    """The server closed a connection that was kept: another one is taken."""
-
-
-def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
-    """(status, headers). Raises ValueError."""
-    first, *lines = head.decode("latin-1").split("\r\n")
-    version, status, *_ = first.split(" ")
-    if not version.startswith("HTTP/1."):
-        raise ValueError(f"it began with {first[:40]!r}")
-    pairs = (line.split(":", 1) for line in lines if line)
-    return int(status), {name.strip().lower(): value.strip() for name, value in pairs}
-
-
-def _ends_itself(headers: dict[str, str]) -> bool:
-    return "content-length" in headers or headers.get("transfer-encoding", "").lower() == "chunked"
-
-
-async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
-    """Parts of an answer's body. Raises ValueError where it is malformed or too large."""
-    if headers.get("transfer-encoding", "").lower() == "chunked":
-        total = 0
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            total += size
-            if not 0 < total <= _MOST_BODY:
-                raise ValueError(f"an answer of more than {_MOST_BODY >> 20} MiB")
-            yield await reader.readexactly(size)
-            await reader.readexactly(2)
-        while await reader.readuntil(b"\r\n") != b"\r\n":
-            pass
-        return
-    if "content-length" not in headers:
-        yield await reader.read(_MOST_BODY)
-        return
-    length = int(headers["content-length"])
-    if not 0 <= length <= _MOST_BODY:
-        raise ValueError(f"an answer of {length} bytes")
-    yield await reader.readexactly(length)
+            return Answer(answer.status_code, answer.text)

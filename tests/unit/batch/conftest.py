@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from loracache.batch.prompts import PromptHasher, Prompts
+from tests.unit.batch.openai_fake import Fake
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -69,3 +70,26 @@ def sets() -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def servers() -> Iterator[Callable[..., Fake]]:
+    running: list[Fake] = []
+
+    def start(port: int = 0) -> Fake:
+        running.append(Fake(port))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()
+
+
+@pytest.fixture
+def server(servers: Callable[..., Fake]) -> Fake:
+    return servers()
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)

@@ -24,7 +24,7 @@ from loracache.errors import UsageError
 from tests.unit.batch.conftest import Asked, batches, prompts_of
 
 blocks = st.integers(1, 3)
-few = settings(max_examples=50)
+few = settings(max_examples=50, deadline=None)
 
 
 # -- the order ----------
@@ -112,7 +112,7 @@ def block_by_block(batch: Sequence[Asked], order: Sequence[int], block: int, roo
     return computed
 
 
-@settings(max_examples=120)
+@settings(max_examples=120, deadline=None)
 @given(batches(8, 24), st.integers(1, 2), st.integers(0, 12), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_the_replay_computes_what_a_cache_of_single_blocks_does(
     batch: list[Asked], block: int, more: int, running: int, chance: random.Random

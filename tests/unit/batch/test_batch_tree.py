@@ -21,7 +21,7 @@ from tests.unit.batch.conftest import Asked, batches, prompts_of, shared
 blocks = st.integers(1, 3)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(batches(), blocks)
 def test_neighbours_share_what_their_tokens_say(batch: list[Asked], block: int) -> None:
     tree = build_tree(prompts_of(batch, block))
@@ -30,7 +30,7 @@ def test_neighbours_share_what_their_tokens_say(batch: list[Asked], block: int) 
     assert tree.shared.tolist()[1:] == [shared(*pair, block) for pair in itertools.pairwise(order)]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(batches(), blocks)
 def test_no_earlier_request_shares_more_than_the_neighbour_does(batch: list[Asked], block: int) -> None:
     tree = build_tree(prompts_of(batch, block))
@@ -39,7 +39,7 @@ def test_no_earlier_request_shares_more_than_the_neighbour_does(batch: list[Aske
         assert int(tree.shared[at]) == max((shared(each, before, block) for before in order[:at]), default=0)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(batches(), blocks)
 def test_nodes_are_the_prefixes_that_two_requests_share_and_no_others(batch: list[Asked], block: int) -> None:
     tree = build_tree(prompts_of(batch, block))
@@ -70,7 +70,7 @@ def test_nodes_are_the_prefixes_that_two_requests_share_and_no_others(batch: lis
     assert len(seen) == len(tree.depth)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(batches(5, 4))
 def test_the_fold_saves_what_the_best_of_all_groupings_saves(batch: list[Asked]) -> None:
     best = 0
@@ -110,13 +110,13 @@ def best_of_all_prefixes(batch: list[Asked]) -> int:
     return best
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(batches(14, 16))
 def test_the_fold_saves_what_the_best_choice_of_shared_prefixes_saves(batch: list[Asked]) -> None:
     assert make_plan(prompts_of(batch, 1)).saved == best_of_all_prefixes(batch)
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=9))
 def test_the_fold_is_exact_where_prefixes_lie_within_each_other(lengths: list[int]) -> None:
     """Prompts that leave one long prefix at different places: a chain of nodes, each with rivals above it."""
@@ -135,7 +135,7 @@ def test_a_prefix_far_down_is_forked_though_its_parent_is_not() -> None:
     assert plan.saved == 4 * 10 + 30
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(batches(), blocks, st.integers(1, 40))
 def test_hashes_do_not_depend_on_how_many_prompts_are_hashed_at_once(
     batch: list[Asked], block: int, at_once: int
