@@ -86,9 +86,11 @@ class ChildEngine:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,  # an interrupt is ours to pass on, in order
-            )  # fmt: skip
+            )
         self._running.append((process, log))
 
     async def _wait_healthy(self, server: Server) -> None:

@@ -34,9 +34,17 @@ def server(openai_server: Any, tiny: Path, tmp_path_factory: pytest.TempPathFact
     }
     adapter = f"adapter={tiny / 'adapters' / 'adapter-0'}"
     running = openai_server(
-        folder / "server.log", tiny / "model", transfer, "--lora-modules", adapter, "--block-size", str(BLOCK),
-        "--num-gpu-blocks-override", str(BLOCKS), "--enable-prompt-tokens-details",
-    )  # fmt: skip
+        folder / "server.log",
+        tiny / "model",
+        transfer,
+        "--lora-modules",
+        adapter,
+        "--block-size",
+        str(BLOCK),
+        "--num-gpu-blocks-override",
+        str(BLOCKS),
+        "--enable-prompt-tokens-details",
+    )
     while not running.ready():
         time.sleep(0.5)
     yield running

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small batches, as hypothesis makes them up, and the benchmark's sets."""
+"""Small batches, as hypothesis makes them up, the benchmark's sets, and servers of OpenAI's API."""
 
 from __future__ import annotations
 
