@@ -88,3 +88,8 @@ def servers() -> Iterator[Callable[..., Fake]]:
 @pytest.fixture
 def server(servers: Callable[..., Fake]) -> Fake:
     return servers()
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)

@@ -12,7 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from typer.testing import CliRunner
+
+from loracache.cli.app import app
 
 KV_BLOCKS, BLOCK = 64, 16
 
@@ -134,3 +139,27 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
     return Handler
+
+
+def request(number: int, **body: Any) -> dict[str, Any]:
+    """Of ten groups that share their beginning."""
+    prompt = f"{number % 10}" * 100 + f" question {number}"
+    return {
+        "custom_id": f"id-{number}",
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"model": "base", "prompt": prompt, "max_tokens": 8} | body,
+    }
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def run(*words: object, verb: str = "run", stdin: bytes | None = None) -> Any:
+    return CliRunner().invoke(app, ["batch", verb, *map(str, words)], input=stdin)
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -18,49 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from loracache.batch import runner
 from loracache.batch.journal import Journal
 from loracache.batch.lines import BatchFile
-from loracache.cli.app import app
-from tests.unit.batch.openai_fake import BLOCK, KV_BLOCKS, Fake, said_to
+from tests.unit.batch.openai_fake import BLOCK, KV_BLOCKS, Fake, answers, request, run, said_to, write
 
-KILLS = 4  # a number that takes seconds
-
-
-@pytest.fixture(autouse=True)
-def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+KILLS = 3  # each takes a second or more
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_PAUSES_S", (0.01, 0.05))
-
-
-def request(number: int, **body: Any) -> dict[str, Any]:
-    """Of ten groups that share their beginning."""
-    prompt = f"{number % 10}" * 100 + f" question {number}"
-    return {
-        "custom_id": f"id-{number}",
-        "method": "POST",
-        "url": "/v1/completions",
-        "body": {"model": "base", "prompt": prompt, "max_tokens": 8} | body,
-    }
-
-
-def write(path: Path, lines: list[Any]) -> Path:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-    return path
-
-
-def run(*words: object, verb: str = "run", stdin: bytes | None = None) -> Any:
-    return CliRunner().invoke(app, ["batch", verb, *map(str, words)], input=stdin)
-
-
-def answers(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # -- what is answered ----------
@@ -112,7 +81,7 @@ def test_no_more_is_sent_than_the_engines_kv_has_room_for(server: Fake, tmp_path
     source = write(tmp_path / "in.jsonl", lines)
     assert run(source, "-o", tmp_path / "out.jsonl", "--url", server.url).exit_code == 0
     each = -(-(len(json.dumps("000 " + "x" * 120)) + 16) // BLOCK)
-    assert server.most_at_once == KV_BLOCKS // each
+    assert 1 < server.most_at_once <= KV_BLOCKS // each < 30
 
 
 def test_gzip_standard_input_and_standard_output(server: Fake, tmp_path: Path) -> None:
@@ -257,7 +226,7 @@ def test_a_run_that_is_killed_again_and_again_loses_no_line_and_answers_none_twi
     server: Fake, tmp_path: Path
 ) -> None:
     server.seconds = 0.002
-    source = write(tmp_path / "in.jsonl", [*(request(number) for number in range(400)), "broken"])
+    source = write(tmp_path / "in.jsonl", [*(request(number) for number in range(150)), "broken"])
     output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     command = [sys.executable, "-m", "loracache", "batch", "run", source, "-o", output, "--url", server.url]
     chance = random.Random(0)
@@ -265,7 +234,7 @@ def test_a_run_that_is_killed_again_and_again_loses_no_line_and_answers_none_twi
     while kills < KILLS:
         process = subprocess.Popen([*map(str, command), "--running", "4"], stderr=subprocess.DEVNULL)
         size = partial.stat().st_size if partial.exists() else 0
-        grown = chance.randrange(200, 6000)
+        grown = chance.randrange(200, 4000)
         while process.poll() is None and (not partial.exists() or partial.stat().st_size < size + grown):
             time.sleep(0.002)
         if process.poll() is not None:
@@ -278,11 +247,11 @@ def test_a_run_that_is_killed_again_and_again_loses_no_line_and_answers_none_twi
     assert kills == KILLS
     done = run(source, "-o", output, "--url", server.url)
     assert done.exit_code == 4, done.output
-    assert len(server.asked) - before == len({*range(1, 401)} - recorded)
+    assert len(server.asked) - before == len({*range(1, 151)} - recorded)
     found = answers(output)
-    assert [each["custom_id"] for each in found] == [*(f"id-{number}" for number in range(400)), None]
+    assert [each["custom_id"] for each in found] == [*(f"id-{number}" for number in range(150)), None]
     assert max(server.answered.values()) <= 1 + kills
-    assert sum(server.answered.values()) <= 400 + 4 * kills
+    assert sum(server.answered.values()) <= 150 + 4 * kills
 
 
 def test_a_record_that_a_kill_cut_short_is_answered_again(server: Fake, tmp_path: Path) -> None:
@@ -320,62 +289,6 @@ def test_a_journal_of_another_input_and_an_output_that_is_there_are_refused(serv
     told = run(source, "-o", output, "--url", server.url)
     assert (told.exit_code, "is there already" in told.stderr) == (2, True)
     assert not server.asked
-
-
-# -- the plan ----------
-
-
-def test_a_dry_run_shows_what_the_plan_saves_and_sends_nothing(server: Fake, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [request(number) for number in range(400)])
-    shown = run(source, "--dry-run", "--url", server.url, "--json", "--running", 4)
-    assert shown.exit_code == 0, shown.output
-    figures = json.loads(shown.stdout)
-    assert figures["requests"] == 400
-    assert figures["kv_tokens"] == KV_BLOCKS * BLOCK
-    assert figures["groups"] >= 10
-    assert figures["bound"] == figures["planned"] == figures["tokens"] - figures["shared"]
-    assert figures["first_come"] > 1.2 * figures["bound"]
-    assert not server.asked
-    table = run(source, "--url", server.url, verb="plan")
-    assert "in the plan's order" in table.stdout
-
-
-@pytest.mark.parametrize("how", ["by text", "no tokenizer"])
-def test_text_stands_for_tokens_where_nobody_tokenizes(server: Fake, tmp_path: Path, how: str) -> None:
-    source = write(tmp_path / "in.jsonl", [request(number) for number in range(100)])
-    server.tokenizes = how == "by text"
-    more = ["--by", "text"] if how == "by text" else []
-    figures = json.loads(run(source, "--url", server.url, "--json", *more, verb="plan").stdout)
-    assert figures["groups"] == 10
-    assert figures["shared"] > figures["tokens"] / 3
-
-
-def test_a_plan_needs_no_server(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [*(request(number) for number in range(20)), "x"])
-    shown = run(source, "--kv-tokens", 4096, "--json", verb="plan")
-    assert json.loads(shown.stdout)["groups"] == 10
-    assert json.loads(shown.stdout)["faults"][0].startswith("line 21: it is no JSON")
-    wrong = run(source, verb="plan")
-    assert (wrong.exit_code, "give --kv-tokens" in wrong.stderr) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--url", "http://h:1"], "no output is named"),
-        (["-o", "x"], "give either --url"),
-        (["-o", "x", "--url", "http://h:1", "--model", "m"], "give either --url"),
-        (["-o", "x", "--url", "http://h:1", "--", "--dtype"], "options of vLLM go with --model"),
-        (["-o", "x", "--url", "ftp://h"], "is no server's address"),
-        (["-o", "x", "--url", "http://h:1", "--order", "any"], "--order 'any'"),
-        (["-o", "x", "--url", "http://h:1", "--by", "words"], "--by 'words'"),
-        (["-o", "x", "--url", "http://h:1", "--patience", "-1"], "--patience"),
-        (["-o", "x", "--url", "http://h:1", "--running", "0"], "whole number from 1"),
-    ],
-)
-def test_wrong_usage_is_refused(tmp_path: Path, words: list[str], told: str) -> None:
-    done = run(write(tmp_path / "in.jsonl", [request(0)]), *words)
-    assert (done.exit_code, told in " ".join(done.output.replace("│", " ").split())) == (2, True), done.output
 
 
 def test_a_key_is_sent_and_a_wrong_one_said(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
