@@ -3,8 +3,8 @@
 
 1,030 tokens are 8 chunks, 32 MB of KV, which this engine computes at 20 to 30 MB/s. Each engine has a daemon of its
 own, and one Redis a millisecond away behind a link of 16 MB/s (computing is faster) or 200 MB/s (loading is). It
-computes eight prompts, all of which are written to Redis; then its own cache and the daemon's memory are emptied, and
-it is asked for each again, once. The first three tell it what loading takes; the others count.
+computes eight prompts; then its own cache and the daemon's memory are emptied, and it is asked for each again, once.
+The first three tell it what loading takes; the others count. Slower links are none for Redis (docs/operations.md).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _asked(rate: float, prompts: int, **options: Any) -> tuple[list[float], list
             while not here.exists() and proxy.poll() is None:
                 time.sleep(0.01)
             with (
-                daemon(folder, memory="1GiB", redis=f"unix://{here}", admission="all") as running,
+                daemon(folder, memory="1GiB", redis=f"unix://{here}") as running,
                 running.client() as client,
                 start_engine(folder, "engine", running.url, **options) as engine,
             ):
