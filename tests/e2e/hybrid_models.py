@@ -201,12 +201,12 @@ MODELS = {
     model.name: model
     for model in (
         Model("gemma3", _gemma3, ("all", "window"), 32, 160),
-        Model("gpt_oss", _gpt_oss, ("all", "window"), 32, 160),
+        Model("gpt_oss", _gpt_oss, ("all", "window"), 32, 110),
         Model("mistral", _mistral, ("window",), 32, 160),
         Model("llama4", _llama4, ("all", "span"), 32, 160),
         Model("qwen3_next", _qwen3_next, ("all", "state"), 64, 100, {"dtype": "bfloat16"}),
         # In longer steps vLLM 0.32 takes states out of their middle, and on a CPU ends with an IndexError there.
-        Model("granite_hybrid", _granite_hybrid, ("all", "state"), 32, 160, {"max_num_batched_tokens": 32}),
+        Model("granite_hybrid", _granite_hybrid, ("all", "state"), 32, 110, {"max_num_batched_tokens": 32}),
         Model("lfm2", _lfm2, ("all", "state"), 32, 160),
         Model("gemma3n", _gemma3n, ("all", "window"), 32, 160),
         Model("gemma4", _gemma4, ("all", "window"), 64, 160),
