@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in a model's place: as the KV of a token it writes a hash of all tokens before it, and reads what its kind
-of layer reads. A step fails where one byte of that is not what was computed for exactly these tokens.
+"""What stands in a model's place: as the KV of a token it writes a hash of all tokens before it, and reads what its
+kind of layer reads. A step fails where one byte of that is not what was computed for exactly these tokens.
 """
 
 from __future__ import annotations
