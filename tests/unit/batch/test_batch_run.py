@@ -196,6 +196,7 @@ def test_an_engine_that_stays_away_ends_the_run_and_what_is_answered_stays(
     servers: Callable[..., Fake], tmp_path: Path
 ) -> None:
     first = servers()
+    first.seconds = 0.05
     source, output = write(tmp_path / "in.jsonl", [request(number) for number in range(20)]), tmp_path / "out.jsonl"
     half = threading_stop(first, 10)
     done = run(source, "-o", output, "--url", first.url, "--running", 1, "--patience", 0.2)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,10 +169,8 @@ def kind_names() -> list[str]:
 
 @pytest.fixture(scope="session")
 def plain_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """vLLM's configuration of an engine; nothing of its model is computed with."""
-    from vllm.config import KVTransferConfig
-    from vllm.engine.arg_utils import EngineArgs
-
+    """vLLM's configuration of an engine; nothing of its model is computed with. The environment is afterwards
+    as it was: vLLM sets variables that a daemon of a later test would inherit."""
     folder = tmp_path_factory.mktemp("plain")
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 32,
@@ -178,6 +178,18 @@ def plain_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "max_position_embeddings": 4096,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    before = dict(os.environ)
+    try:
+        return _engine_config(folder)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _engine_config(folder: Path) -> Any:
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
     return EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
