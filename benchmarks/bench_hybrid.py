@@ -58,6 +58,9 @@ def _states() -> Any:
 
 
 SHAPES: dict[str, Callable[[], Any]] = {"windows": _windows, "states": _states}
+BLOCK = 288  # tokens whose KV in the one layer of attention is as large as a state
+# vLLM 0.32 for CPU ends where a step takes a state out of its middle, so that no step is longer than a block.
+MORE = {"windows": {}, "states": {"block_size": BLOCK, "max_num_batched_tokens": BLOCK}}
 
 
 def run(quick: bool) -> list[Row]:
@@ -138,6 +141,7 @@ def _engine(folder: Path, name: str, server: str) -> EngineProcess:
         "enable_prefix_caching": True,
         "disable_hybrid_kv_cache_manager": False,
         "gpu_memory_utilization": 0.3,
+        **MORE[name],
         "kv_transfer_config": {
             "kv_connector": "LoRACacheConnector",
             "kv_connector_module_path": "loracache.connectors.vllm",

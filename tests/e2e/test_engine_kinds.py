@@ -81,6 +81,10 @@ def test_inside_multiconnector_it_works_as_alone(
     VLLM.startswith(("0.26.", "0.27.", "0.28.")),
     reason="this vLLM's CPU attention refuses the blocks of a sliding-window model, with or without a cache",
 )
+@pytest.mark.skipif(
+    not VLLM.startswith(("0.26.", "0.27.", "0.28.", "0.29.", "0.30.", "0.31.")),
+    reason="from vLLM 0.32 on such a model is cached (test_hybrid.py)",
+)
 def test_a_sliding_window_model_is_served_with_the_cache_off(
     daemon: Any, engine_factory: Any, model_maker: Any, prompts: Callable[[int], list[int]], tmp_path: Path
 ) -> None:

@@ -62,8 +62,11 @@ class Chunks:
         if any(group.need is Need.STATE for group in groups) and not chunk_tokens:
             tokens = unit  # a state stands at the end of its block; a larger chunk would leave some out
         else:
-            counts = groups[0].counts(groups[0].tail(unit))
-            smallest = min(_nbytes(fact.block_bytes, counts) for fact in shards[0].values())
+            counts = [group.counts(group.tail(unit)) for group in groups]
+            smallest = min(
+                sum(_nbytes(each.block_bytes, count) for each, count in zip(fact.groups, counts, strict=True))
+                for fact in facts
+            )
             tokens = unit * chunk_blocks(smallest, unit, chunk_tokens)
         parts, layouts = [], []
         for group, by_shard in zip(groups, shards, strict=True):

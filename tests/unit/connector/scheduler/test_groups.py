@@ -321,6 +321,18 @@ def test_of_a_prompt_whose_windows_are_too_much_those_at_its_end_are_stored(wind
     assert sorted(windows.side._requests["a"].kept) == [4, 9, 14, 19]
 
 
+@pytest.mark.parametrize(("groups", "tokens"), [([FULL], 64), ([FULL, WINDOW], 32), ([FULL, STATE], 32), ([STATE], 32)])
+def test_a_chunk_is_large_enough_with_all_its_objects_and_no_larger(groups: list[Any], tokens: int) -> None:
+    """A worker has 16 KiB a token of each of vLLM's groups; a state stands at the end of a block."""
+    from loracache.connectors.vllm.common.messages import Facts, GroupFacts
+    from loracache.connectors.vllm.scheduler.chunks import Chunks
+
+    facts = [GroupFacts(group.name, "x", tuple(each.block_tokens << 14 for each in group.members)) for group in groups]
+    chunks = Chunks.of([Facts(tuple(facts))], groups, 0, drops_last_block=False)
+    assert chunks is not None
+    assert chunks.tokens == tokens
+
+
 def test_without_full_attention_the_windows_alone_decide(make_driver: Any, make_request: Any) -> None:
     driver = make_driver(groups=[KVGroup(Need.WINDOW, 40, (Member(0, BLOCK, ("a",)),), "window")])
     request = make_request("a", 5 * CHUNK + 3)
