@@ -121,14 +121,6 @@ class Chunks:
         """Of all objects of these chunks, parents first."""
         return _keys(chunk_keys, [shard for part in self.parts for shard in part.shards])
 
-    def needed_keys(self, chunk_keys: Sequence[bytes], first: int = 0) -> list[bytes]:
-        """Of the objects that a hit of all these chunks needs, where the engine has those before chunk `first`."""
-        keys = self.chain_keys(chunk_keys[first:])
-        for part in self.beside:
-            needed = part.as_group().first(len(chunk_keys), self.tokens)
-            keys += _keys(chunk_keys[max(first, needed) :], part.shards)
-        return keys
-
     def hit_keys(self, state: RequestState, *tiers: str) -> list[bytes]:
         """Of the objects that a request's hit needs and that are in one of `tiers`."""
         keys: list[bytes] = []
@@ -190,9 +182,10 @@ class Chunks:
         return min(tokens, int(state.request.num_tokens)) - num_computed
 
     def load(self, state: RequestState, tables: Sequence[Sequence[int]], tokens: int) -> tuple[Load, tuple[str, ...]]:
-        """The load of `tokens` tokens behind the request's local ones into its blocks, and the tier of each object.
-        tables: blocks of each of vLLM's groups, NOT_LOADED where none is loaded into. A load of nothing where there are
-        not the blocks that it needs: it cannot come.
+        """The load of `tokens` tokens behind the request's local ones into its blocks, and the tier of each object. What
+        is local is so for every group: vLLM's own hits end where all of them have one. tables: blocks of each of vLLM's
+        groups, NOT_LOADED where none is loaded into. A load of nothing where there are not the blocks that it needs: it
+        cannot come.
         """
         first, end = state.local_tokens, state.local_tokens + tokens
         last = -(-end // self.tokens)
