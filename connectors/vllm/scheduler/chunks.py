@@ -182,10 +182,10 @@ class Chunks:
         return min(tokens, int(state.request.num_tokens)) - num_computed
 
     def load(self, state: RequestState, tables: Sequence[Sequence[int]], tokens: int) -> tuple[Load, tuple[str, ...]]:
-        """The load of `tokens` tokens behind the request's local ones into its blocks, and the tier of each object. What
-        is local is so for every group: vLLM's own hits end where all of them have one. tables: blocks of each of vLLM's
-        groups, NOT_LOADED where none is loaded into. A load of nothing where there are not the blocks that it needs: it
-        cannot come.
+        """The load of `tokens` tokens behind the request's local ones into its blocks, and the tier of each object.
+        What is local is so for every group: vLLM's own hits end where all of them have one. tables: blocks of each of
+        vLLM's groups, NOT_LOADED where none is loaded into. A load of nothing where there are not the blocks that it
+        needs: it cannot come.
         """
         first, end = state.local_tokens, state.local_tokens + tokens
         last = -(-end // self.tokens)
