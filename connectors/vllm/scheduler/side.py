@@ -250,6 +250,7 @@ class SchedulerSide:
         self.admission.end(request.request_id)
         state = self._requests.pop(request.request_id, None)
         if not self._requests:
+            self.admission.tell_resident()
             self._link.flush(now=True)
         if state is None:
             return False

@@ -230,12 +230,16 @@ class AdapterAdmission:
         self._forget_unused()
         orders, self._orders = self._orders, AdapterOrders()
         self._told.update(orders.bind)
-        now = time.monotonic()
-        if self._pools and now >= self._next_resident and self._link.answering():
-            self._next_resident = now + _RESIDENT_S
+        if time.monotonic() >= self._next_resident:
+            self.tell_resident()
+        return orders
+
+    def tell_resident(self) -> None:
+        """Tell the daemon which adapters are on pages of all workers: now and then, and before no step may follow."""
+        if self._pools and self._link.answering():
+            self._next_resident = time.monotonic() + _RESIDENT_S
             ready = [each for each in self._ledger.adapters() if self._adapters[each].ready >= len(self._pools)]
             self._link.resident({bytes.fromhex(digest) for digest in ready})
-        return orders
 
     def _forget_unused(self) -> None:
         """Of ids and contents that no request has, those are remembered that were used last."""

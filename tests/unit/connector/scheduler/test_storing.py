@@ -279,3 +279,18 @@ def test_an_adapter_loaded_in_place_is_asked_about_anew(driver: Any, make_reques
     driver.link.digests[str(tmp_path)] = "b" * 64
     assert driver.keys(make_request("r", CHUNK, lora_request=lora(tmp_path))) == first
     assert driver.keys(make_request("r", CHUNK, lora_request=lora(tmp_path, load_inplace=True))) != first
+
+
+def test_what_is_resident_is_told_when_the_last_request_is_over(
+    driver: Any, make_request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step may follow in which it could be."""
+    told: list[bool] = []
+    monkeypatch.setattr(driver.side.admission, "tell_resident", lambda: told.append(True))
+    one, other = make_request("a", 64), make_request("b", 64, seed=1)
+    driver.arrive(one)
+    driver.arrive(other)
+    driver.side.finished(one, [[]])
+    assert not told
+    driver.side.finished(other, [[]])
+    assert told
