@@ -62,9 +62,9 @@ class Chunks:
         if any(group.need is Need.STATE for group in groups) and not chunk_tokens:
             tokens = unit  # a state stands at the end of its block; a larger chunk would leave some out
         else:
-            counts = [group.counts(group.tail(unit)) for group in groups]
+            blocks = [group.counts(group.tail(unit)) for group in groups]
             smallest = min(
-                sum(_nbytes(each.block_bytes, count) for each, count in zip(fact.groups, counts, strict=True))
+                sum(_nbytes(each.block_bytes, count) for each, count in zip(fact.groups, blocks, strict=True))
                 for fact in facts
             )
             tokens = unit * chunk_blocks(smallest, unit, chunk_tokens)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from vllm.lora.request import LoRARequest
 
 from loracache.connectors.vllm.common.messages import WorkerNews
