@@ -178,7 +178,9 @@ def test_requests_side_by_side_preempt_each_other_and_answer_the_same(
         answers = [serving.engine.result(call) for call in calls]
         assert [answer.tokens for answer in answers] == alone
         assert all(answer.cached for answer in answers) is (not emptied)
-    if "all" in serving.model.kinds:  # windows alone never need more blocks than at first
+    # Windows alone never need more blocks than at first, and in steps of one block prompts come in one by one: there
+    # the exact engine of tests/unit/connector/hybrid is preempted.
+    if serving.model.kinds == ("all", "window"):
         assert serving.engine.preemptions() > before
     serving.engine.settle(serving.daemon)
     assert serving.daemon.status()["leases"] == 0
