@@ -73,7 +73,7 @@ def aligned(make: Callable[[], Map]) -> Map:
     """
     mapped, others = make(), []
     size, libc = len(mapped), _libc()
-    for _ in range(4):
+    for _ in range(16):  # a process that has run for long has many gaps
         if size < HUGE_PAGE or address(mapped) % HUGE_PAGE == 0:
             break
         low = libc.mmap(None, size + HUGE_PAGE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
