@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
+from typing import TypeVar
 
 from loracache.errors import UsageError
 
-__all__ = ["Group", "Need", "continued", "furthest"]
+__all__ = ["Group", "Need", "columns", "continued", "furthest"]
+
+T = TypeVar("T")
 
 
 class Need(StrEnum):
@@ -87,6 +90,19 @@ def furthest(held: Sequence[tuple[Group, Sequence[bool]]], chunk_tokens: int, mo
     return 0
 
 
+def columns(groups: Sequence[Group], beside: Sequence[T], most: int | None = None) -> list[list[Sequence[T]]]:
+    """What stands beside a chain, by group and then by chunk (the first `most` of them), from what is told chunk by
+    chunk, and within one in the order of the groups and their shards."""
+    width, found, begin = sum(len(group.shards) for group in groups), [], 0
+    rows = len(beside) // width if width else 0
+    for group in groups:
+        end = begin + len(group.shards)
+        starts = range(0, (rows if most is None else min(most, rows)) * width, width)
+        found.append([beside[at + begin : at + end] for at in starts])
+        begin = end
+    return found
+
+
 def continued(
     groups: Sequence[Group], chunk_tokens: int, lead: int, chain: Sequence[int], beside: Sequence[int | None]
 ) -> tuple[int, list[int]]:
@@ -95,8 +111,7 @@ def continued(
 
     groups: those beside full attention. lead: objects of a chunk that the chain itself is made of; 0 where no layer of
     the model reads all of a prefix. chain: the tiers of its leading ones that are held, the faster the smaller. beside:
-    the tiers of those of `groups`, or None, chunk by chunk, and within one in the order of the groups and their shards;
-    what is told of no longer is not held.
+    the tiers of those of `groups`, or None, as `columns` has them; what is told of no longer is not held.
     """
     if not groups and lead == 1:
         return len(chain), list(chain)
@@ -104,13 +119,10 @@ def continued(
     rows = len(beside) // width if width else 0
     most = len(chain) // lead if lead else rows
     needed = [list(chain[at * lead : (at + 1) * lead]) for at in range(most)]
-    columns, begin = [], 0
-    for group in groups:
-        end = begin + len(group.shards)
-        columns.append((group, [beside[at + begin : at + end] for at in range(0, min(most, rows) * width, width)]))
-        begin = end
-    count = furthest([(group, [None not in part for part in parts]) for group, parts in columns], chunk_tokens, most)
-    for group, parts in columns:
+    parts_of = list(zip(groups, columns(groups, beside, most), strict=True))
+    held = [(group, [None not in part for part in parts]) for group, parts in parts_of]
+    count = furthest(held, chunk_tokens, most)
+    for group, parts in parts_of:
         for at in range(group.first(count, chunk_tokens), count):
             needed[at] += [tier for tier in parts[at] if tier is not None]
     return count, [max(tiers) for tiers in needed[:count] if tiers]

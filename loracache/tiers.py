@@ -8,7 +8,7 @@ from typing import Any
 
 from loracache.errors import UsageError
 
-__all__ = ["Tier", "labels", "tier_state"]
+__all__ = ["Tier", "labels", "places", "tier_state"]
 
 
 class Tier(enum.IntEnum):
@@ -37,6 +37,12 @@ _LABELS = tuple(tier.label for tier in Tier)
 def labels(tiers: bytes) -> tuple[str, ...]:
     """The names of tiers, one byte each. Raises IndexError where one is none."""
     return tuple([_LABELS[tier] for tier in tiers])  # a list first: half the time of a generator
+
+
+def places(where: bytes, nowhere: int) -> tuple[str, ...]:
+    """The names of the tiers that have objects, one byte each, "" for the byte `nowhere`. Raises IndexError where one
+    is neither."""
+    return tuple(["" if tier == nowhere else _LABELS[tier] for tier in where])
 
 
 def tier_state(tier: dict[str, Any]) -> str:

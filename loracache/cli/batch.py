@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracache.cli.common import PARTLY, JsonOption, SocketOption, expanded, integer, number, print_json
+from loracache.cli.common import PARTLY, JsonOption, SocketOption, engine_key, expanded, integer, number, print_json
 from loracache.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Engines:
             raise ConfigError(f"--by {self.by!r} must be tokens or text")
         if not 0 < self.engine_timeout <= 7 * 86_400:
             raise ConfigError(f"--engine-timeout {self.engine_timeout} must be seconds, more than 0 and at most a week")
-        key = _key(self.engine_key_file)
+        key = engine_key(self.engine_key_file)
         return [Engine(Server(url, key, self.engine_timeout), By(self.by)) for url in self.url or ()]
 
 
@@ -251,18 +250,6 @@ async def _figures(file: BatchFile, options: Engines) -> tuple[Figures, list[str
         for engine in engines:
             await engine.server.close()
     return job.plan.figures(room.kv_tokens, options.running), faults
-
-
-def _key(path: Path | None) -> str:
-    if path is None:
-        return os.environ.get("VLLM_API_KEY", "")
-    try:
-        key = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--engine-key-file {path} cannot be read: {error}") from None
-    if not key:
-        raise ConfigError(f"--engine-key-file {path} is empty; put the engine's API key in it")
-    return key
 
 
 def _write_json(path: Path, value: Any) -> None:

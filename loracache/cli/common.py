@@ -24,7 +24,7 @@ from loracache.wire.protocol import Request
 
 __all__ = [
     "EXIT_CODES", "FAULTS", "INTERRUPTED", "NOTHING", "PARTLY", "REFUSED", "Commands", "JsonOption", "SocketOption",
-    "SteeringClient", "client_of", "expanded", "integer", "number", "print_json",
+    "SteeringClient", "client_of", "engine_key", "expanded", "file_text", "integer", "number", "print_json",
     "socket_of",
 ]  # fmt: skip
 
@@ -155,3 +155,24 @@ def print_json(value: Any) -> None:
         typer.echo(f"{before}\n  {json.dumps(item)}", nl=False)
         before = ","
     typer.echo("[]" if before == "[" else "\n]")
+
+
+def file_text(path: Path | None, name: str) -> str:
+    """What is in the file that option `name` gives. Raises ConfigError."""
+    assert path is not None
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name} {path} is not UTF-8; give a text file") from None
+
+
+def engine_key(path: Path | None) -> str:
+    """An engine's API key: of --engine-key-file, or of the environment. Raises ConfigError."""
+    if path is None:
+        return os.environ.get("VLLM_API_KEY", "")
+    key = file_text(path, "--engine-key-file").strip()
+    if not key:
+        raise ConfigError(f"--engine-key-file {path} is empty; put the engine's API key in it")
+    return key

@@ -5,7 +5,6 @@ tokenizes. What contradicts itself is refused here, with the option and the fix.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loracache.cli.common import number
+from loracache.cli.common import engine_key, file_text, number
 from loracache.cli.completion import complete_adapter, complete_model
 from loracache.client.control import Selection
 from loracache.errors import ConfigError
@@ -164,18 +163,13 @@ class SelectionOptions:
         if self.tokens is not None:
             text = _stdin(name) if self.tokens == "-" else self.tokens
         else:
-            text = _stdin(name) if str(self.tokens_file) == "-" else _file(self.tokens_file, "--tokens-file")
+            text = _stdin(name) if str(self.tokens_file) == "-" else file_text(self.tokens_file, "--tokens-file")
         return _checked(name, _token_ids(name, text))
 
     def _of_engine(self, salt: str | None) -> Selection:
         from loracache.cli.engine_tokens import Engine
 
-        key = os.environ.get("VLLM_API_KEY", "")
-        if self.engine_key_file is not None:
-            key = _file(self.engine_key_file, "--engine-key-file").strip()
-            if not key:
-                raise ConfigError(f"--engine-key-file {self.engine_key_file} is empty; put the engine's API key in it")
-        engine = Engine(self.engine or "", key, self.engine_timeout)
+        engine = Engine(self.engine or "", engine_key(self.engine_key_file), self.engine_timeout)
         if self.messages is not None:
             request = _chat(self.messages)
         else:
@@ -235,7 +229,7 @@ def _checked(name: str, ids: list[Any]) -> list[int]:
 
 def _chat(path: Path) -> dict[str, Any]:
     """What /tokenize takes: of a list of messages, or of a request's body."""
-    text = _stdin("--messages") if str(path) == "-" else _file(path, "--messages")
+    text = _stdin("--messages") if str(path) == "-" else file_text(path, "--messages")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -251,13 +245,3 @@ def _stdin(name: str) -> str:
         return sys.stdin.read()
     except UnicodeDecodeError:
         raise ConfigError(f"{name} - read something from stdin that is not UTF-8; give text") from None
-
-
-def _file(path: Path | None, name: str) -> str:
-    assert path is not None
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{name} {path} is not UTF-8; give a text file") from None

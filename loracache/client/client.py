@@ -22,7 +22,7 @@ from loracache.client.requests import lookup_parts_beside
 from loracache.errors import LeaseLost, ProtocolError, Unavailable, UsageError
 from loracache.keys import KEY_BYTES, Namespace, checksum
 from loracache.results import Cause
-from loracache.tiers import Tier, labels
+from loracache.tiers import labels, places
 from loracache.wire import protocol
 from loracache.wire.fields import MAX_WAIT_S
 
@@ -300,12 +300,12 @@ class CacheClient(ControlCalls):
 def _places(told: list[Any], asked: int) -> list[str]:
     """Where each of so many objects is, "" for nowhere, from what is told of those beside a chain."""
     try:
-        places = ["" if tier == protocol.NOWHERE else Tier(tier).label for each in told for tier in each]
-    except (TypeError, ValueError) as error:
-        raise ProtocolError(f"the daemon's answer is malformed: {error}") from None
-    if len(places) != asked:
-        raise ProtocolError(f"the daemon's answer is malformed: it tells of {len(places)} objects, not of {asked}")
-    return places
+        found = [place for each in told for place in places(each, protocol.NOWHERE)]
+    except (TypeError, IndexError) as error:
+        raise ProtocolError(f"the daemon's answer is malformed: {error!r}") from None
+    if len(found) != asked:
+        raise ProtocolError(f"the daemon's answer is malformed: it tells of {len(found)} objects, not of {asked}")
+    return found
 
 
 def _cause(value: Any) -> Cause:

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loracache.client import requests
-from loracache.tiers import Tier, labels
+from loracache.tiers import labels, places
 
 __all__ = ["Found", "PartedLookup"]
-
-_PART_KEYS = 8192  # of a part with keys beside a chain
-_WHERE = {int(tier): tier.label for tier in Tier} | {requests.NOWHERE: ""}
 
 
 class Found(NamedTuple):
@@ -23,16 +20,14 @@ class Found(NamedTuple):
 
 
 class PartedLookup:
-    """Of `keys`, `shards` to a chunk, and of those beside them, `width` to a chunk. number: of the request that was
-    sent last."""
+    """Of `keys`, `group` to a chunk, and of those beside them, as many for each. number: of the request that was sent
+    last."""
 
-    def __init__(
-        self, lease: bytes, keys: Sequence[bytes], shards: int, ttl: float, beside: Sequence[bytes], width: int
-    ) -> None:
+    def __init__(self, lease: bytes, keys: Sequence[bytes], group: int, ttl: float, beside: Sequence[bytes]) -> None:
         self._lease = lease
-        self._shards = shards
+        self._group = group
         self._ttl = ttl
-        self._parts = _parts(keys, shards, beside, width)
+        self._parts = requests.lookup_parts_beside(keys, group, beside)
         self._asked = self._beside = 0  # keys of the part that was asked last
         self._over = False
         self.found = Found((), ())
@@ -45,7 +40,7 @@ class PartedLookup:
             return None
         keys, beside = part
         self._asked, self._beside = len(keys), len(beside)
-        joined = requests.join_keys(keys), max(1, self._shards), self._ttl, requests.join_keys(beside)
+        joined = requests.join_keys(keys), self._group, self._ttl, requests.join_keys(beside)
         return requests.Lookup(self._lease, *joined)
 
     def take(self, payload: list[Any] | None) -> None:
@@ -55,20 +50,8 @@ class PartedLookup:
         if payload is None:
             return
         tiers = labels(payload[0])
-        beside = tuple([_WHERE[tier] for tier in (payload[1] if self._beside else b"")])
+        beside = places(payload[1] if self._beside else b"", requests.NOWHERE)
         if len(tiers) > self._asked or len(beside) != self._beside:
             raise ValueError(f"{len(tiers)} and {len(beside)} answers to {self._asked} and {self._beside} keys")
         self.found = Found(self.found.tiers + tiers, self.found.beside + beside)
         self._over = len(tiers) < self._asked
-
-
-def _parts(
-    keys: Sequence[bytes], shards: int, beside: Sequence[bytes], width: int
-) -> Iterator[tuple[Sequence[bytes], Sequence[bytes]]]:
-    """Whole chunks: their keys, and those beside them."""
-    if not beside:
-        yield from ((part, ()) for part in requests.lookup_parts(keys, shards))
-        return
-    chunks = max(1, _PART_KEYS // (shards + width))
-    for at in range(0, len(beside) // width, chunks):
-        yield keys[at * shards : (at + chunks) * shards], beside[at * width : (at + chunks) * width]

@@ -69,12 +69,12 @@ class SchedulerLink(Link):
         return self.connection.instance
 
     def ask_lookup(
-        self, lease: bytes, keys: Sequence[bytes], shards: int, ttl: float, beside: Sequence[bytes] = (), width: int = 0
+        self, lease: bytes, keys: Sequence[bytes], group: int, ttl: float, beside: Sequence[bytes] = ()
     ) -> int:
-        """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held. shards: keys
-        of one chunk. beside: keys of the same chunks, `width` each, of which each is looked for and none held; all of
-        them where there are no `keys`."""
-        lookup = PartedLookup(lease, keys, shards, ttl, beside, width)
+        """Ask for the leading run of `keys`, holding it under `lease`; in parts, as far as they are held. group: keys
+        of one chunk. beside: keys of the same chunks, as many for each, of which each is looked for and none held; all
+        of them where there are no `keys`."""
+        lookup = PartedLookup(lease, keys, group, ttl, beside)
         if self._ask_part(lookup):
             self._lookups[lookup.number] = lookup
         return lookup.number

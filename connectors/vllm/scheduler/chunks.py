@@ -15,7 +15,7 @@ from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout
 from loracache.connectors.vllm.common.groups import KVGroup, block_unit
 from loracache.connectors.vllm.common.messages import ChunkBlocks, Facts, Load, Store
 from loracache.connectors.vllm.scheduler.requests import RequestState
-from loracache.groups import Group, Need, furthest
+from loracache.groups import Group, Need, columns, furthest
 from loracache.keys import object_key
 
 __all__ = ["NOT_LOADED", "Chunks", "Part", "loaded_into"]
@@ -138,17 +138,13 @@ class Chunks:
         where it is nowhere."""
         width = sum(len(part.shards) for part in self.beside)
         chunks = len(beside) // width if width else 0
-        columns, at = [], 0
-        for part in self.beside:
-            rows = (beside[row * width + at : row * width + at + len(part.shards)] for row in range(chunks))
-            columns.append(tuple("" if "" in row else _slowest(row) for row in rows))
-            at += len(part.shards)
+        parts_of = columns([part.as_group() for part in self.beside], beside)
         if self.chain is None:
             leading: tuple[str, ...] = ("cpu",) * chunks
         else:
             count = len(self.chain.shards)
             leading = tuple(_slowest(tiers[row : row + count]) for row in range(0, len(tiers), count))
-        state.beside = tuple(columns)
+        state.beside = tuple(tuple("" if "" in row else _slowest(row) for row in parts) for parts in parts_of)
         state.answer(leading)
         state.chain = len(leading) if self.chain is not None else 0
         state.hits = leading[: self.resumable(state, len(leading))]

@@ -146,13 +146,9 @@ class Lookups:
         self._link.forget(state.question)
 
     def _ask(self, state: RequestState, chunks: Chunks) -> int:
-        keys, width = chunks.chain_keys(state.chunk_keys), len(chunks.chain.shards) if chunks.chain is not None else 0
-        if not chunks.beside:
-            return self._link.ask_lookup(state.lease, keys, width, LEASE_TTL_S)
-        beside = chunks.beside_keys(state.chunk_keys)
-        return self._link.ask_lookup(
-            state.lease, keys, width, LEASE_TTL_S, beside, len(beside) // len(state.chunk_keys)
-        )
+        keys, beside = chunks.chain_keys(state.chunk_keys), chunks.beside_keys(state.chunk_keys)
+        group = len(chunks.chain.shards) if chunks.chain is not None else 1
+        return self._link.ask_lookup(state.lease, keys, group, LEASE_TTL_S, beside)
 
     def _take(self, state: RequestState, found: Found) -> None:
         assert self.chunks is not None

@@ -55,9 +55,7 @@ class ScriptedLink:
     def answering(self) -> bool:
         return self.connected
 
-    def ask_lookup(
-        self, lease: bytes, keys: list[bytes], shards: int, ttl: float, beside: Sequence[bytes] = (), width: int = 0
-    ) -> int:
+    def ask_lookup(self, lease: bytes, keys: list[bytes], group: int, ttl: float, beside: Sequence[bytes] = ()) -> int:
         if not self.connected:
             return 0
         self.lookups.append(list(keys))
@@ -67,7 +65,7 @@ class ScriptedLink:
             if key not in self.tiers:
                 break
             held.append(self.tiers[key])
-        leading = tuple(held[: len(held) // shards * shards]) if shards else ()
+        leading = tuple(held[: len(held) // group * group])
         return self._ask((leading, tuple(self.tiers.get(key, "") for key in beside)))
 
     def answer_lookup(self, number: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
