@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loracache.batch.http import Server
+from loracache.client.connection import Connection
 from loracache.errors import ConfigError, ProtocolError, Unavailable
 
 __all__ = ["ChildEngine"]
@@ -54,6 +55,7 @@ class ChildEngine:
                 "kv_connector_extra_config": {"server": f"unix://{self.socket}"},
             }
             self._command += ["--kv-transfer-config", json.dumps(transfer)]
+        self._presence = Connection(f"unix://{self.socket}", name="batch")
         self._daemon: list[str] = []
         if socket is None:
             serve = ["serve", "--private", "--socket", str(self.socket), "--memory", memory, "--log-level", "warning"]
@@ -64,7 +66,7 @@ class ChildEngine:
         try:
             if self._daemon:
                 self._start(self._daemon, "cache")
-                await self._wait(self.socket.exists)
+                await self._wait(self._joined)
             self._start(self._command, "engine")
             server = Server(self.url)
             try:
@@ -93,6 +95,13 @@ class ChildEngine:
             )
         self._running.append((process, log))
 
+    def _joined(self) -> bool:
+        """Whether we are among the daemon's clients: alone it would end, and an engine may take many minutes until it
+        connects."""
+        with contextlib.suppress(Unavailable):
+            self._presence.connect()
+        return self._presence.connected
+
     async def _wait_healthy(self, server: Server) -> None:
         async def healthy() -> bool:
             with contextlib.suppress(Unavailable, ProtocolError):
@@ -120,6 +129,7 @@ class ChildEngine:
 
     def _end(self) -> None:
         """The engine first, then the daemon that it stores to."""
+        self._presence.close()
         for process, _ in reversed(self._running):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)

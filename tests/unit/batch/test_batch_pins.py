@@ -95,6 +95,23 @@ def test_an_engine_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path:
         asyncio.run(enter())
 
 
+def test_the_daemon_of_a_batch_is_not_alone_while_the_engine_starts(tmp_path: Path) -> None:
+    """A private daemon that nobody talks to ends after two minutes; large models take longer to load."""
+    child = ChildEngine("none", [], tmp_path, "16MiB", None)
+    look = (
+        "import os, socket, sys; from loracache.client.client import CacheClient\n"
+        f"client = CacheClient('unix://{tmp_path}/cache.sock'); print(client.status()['connections']); sys.exit(1)"
+    )
+    child._command = [sys.executable, "-c", look]
+
+    async def enter() -> None:
+        async with child:
+            pass
+
+    with pytest.raises(ConfigError, match=r"the engine ended with 1: 2$"):
+        asyncio.run(enter())
+
+
 def test_what_a_batch_started_ends_when_the_batch_is_killed(eventually: Any) -> None:
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
     sleeper = [sys.executable, "-m", "loracache.batch.child", "PARENT", *sleeps]
