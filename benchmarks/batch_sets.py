@@ -21,6 +21,7 @@ __all__ = [
     "from_trace",
     "hash_ids_of",
     "large",
+    "strangers",
     "tokens_of",
 ]
 
@@ -30,17 +31,26 @@ BLOCK = 512  # tokens of one hash id of Mooncake's traces
 _VOCABULARY = 128_000
 
 
-def documents(count: int = 100, questions: int = 20, tokens: int = 4000, seed: int = 0) -> list[Item]:
+def documents(
+    count: int = 100, questions: int = 20, tokens: int = 4000, seed: int = 0, *, question: int = 50
+) -> list[Item]:
     """Long documents with many questions each, in the order somebody thought of them."""
     random = np.random.default_rng(seed)
     found: list[Item] = []
     for _ in range(count):
         document = _text(random, tokens)
-        found += [(np.concatenate([document, _text(random, 50)]), 100) for _ in range(questions)]
+        found += [(np.concatenate([document, _text(random, question)]), 100) for _ in range(questions)]
     return _shuffled(found, random)
 
 
-def few_shot(tasks: int = 60, questions: int = 50, tokens: int = 1500, seed: int = 0) -> list[Item]:
+def few_shot(
+    tasks: int = 60,
+    questions: int = 50,
+    tokens: int = 1500,
+    seed: int = 0,
+    *,
+    question: tuple[int, int] = (30, 130),
+) -> list[Item]:
     """An evaluation: tasks with examples in front of each question, shuffled."""
     random = np.random.default_rng(seed)
     instruction = _text(random, 100)
@@ -48,49 +58,70 @@ def few_shot(tasks: int = 60, questions: int = 50, tokens: int = 1500, seed: int
     for _ in range(tasks):
         shots = np.concatenate([instruction, _text(random, tokens)])
         found += [
-            (np.concatenate([shots, _text(random, int(random.integers(30, 130)))]), int(random.integers(1, 20)))
+            (np.concatenate([shots, _text(random, int(random.integers(*question)))]), int(random.integers(1, 20)))
             for _ in range(questions)
         ]
     return _shuffled(found, random)
 
 
-def agents(tasks: int = 40, branches: int = 3, turns: int = 4, seed: int = 0) -> list[Item]:
+def agents(
+    tasks: int = 40,
+    branches: int = 3,
+    turns: int = 4,
+    seed: int = 0,
+    *,
+    tools: int = 1200,
+    task: int = 600,
+    turn: int = 250,
+) -> list[Item]:
     """Agents that share their tools' descriptions and try several ways on from each turn: every turn is a request, and
     the file has them as they came, all agents side by side."""
     random = np.random.default_rng(seed)
-    tools = _text(random, 1200)
-    level = [np.concatenate([tools, _text(random, 600)]) for _ in range(tasks)]
+    described = _text(random, tools)
+    level = [np.concatenate([described, _text(random, task)]) for _ in range(tasks)]
     found: list[Item] = []
-    for turn in range(turns):
+    for number in range(turns):
         came = [(each, 150) for each in level]
         found += _shuffled(came, random)
-        wide = branches if turn + 1 < turns else 0
-        level = [np.concatenate([each, _text(random, 250)]) for each in level for _ in range(wide)]
+        wide = branches if number + 1 < turns else 0
+        level = [np.concatenate([each, _text(random, turn)]) for each in level for _ in range(wide)]
     return found
 
 
-def conversations(sessions: int = 400, turns: int = 6, seed: int = 0) -> list[Item]:
+def conversations(
+    sessions: int = 400, turns: int = 6, seed: int = 0, *, prompt: int = 700, turn: tuple[int, int] = (50, 600)
+) -> list[Item]:
     """Chats whose turns come one after another while others go on, a few of them below one system prompt."""
     random = np.random.default_rng(seed)
-    prompts = [_text(random, 700) for _ in range(8)]
+    prompts = [_text(random, prompt) for _ in range(8)]
     opened = [prompts[int(random.integers(8))] for _ in range(sessions)]
     found: list[Item] = []
     for _ in range(turns):
-        opened = [np.concatenate([each, _text(random, int(random.integers(50, 600)))]) for each in opened]
+        opened = [np.concatenate([each, _text(random, int(random.integers(*turn)))]) for each in opened]
         found += _shuffled([(each, int(random.integers(20, 300))) for each in opened], random)
     return found
 
 
-def from_trace(trace: Path, limit: int | None = None) -> list[Item]:
-    """A trace of Mooncake's format: each of its hash ids made into 512 tokens, and cut to its input_length."""
+def strangers(count: int = 2000, tokens: int = 400, seed: int = 0) -> list[Item]:
+    """Prompts that share nothing."""
+    random = np.random.default_rng(seed)
+    return [(_text(random, tokens), 100) for _ in range(count)]
+
+
+def from_trace(trace: Path, limit: int | None = None, tokens: int = BLOCK) -> list[Item]:
+    """A trace of Mooncake's format: each of its hash ids made into so many tokens, and cut to its input_length, of
+    which 512 are one of them."""
     with trace.open() as file:
         lines = [json.loads(line) for line in file][:limit]
-    return [(tokens_of(line["hash_ids"], line["input_length"]), int(line.get("output_length", 0))) for line in lines]
+    return [
+        (tokens_of(line["hash_ids"], -(-line["input_length"] * tokens // BLOCK), tokens), line.get("output_length", 0))
+        for line in lines
+    ]
 
 
-def tokens_of(hash_ids: Sequence[int], length: int) -> npt.NDArray[np.int32]:
-    """Token ids of a prompt: equal ids, equal tokens."""
-    base = np.asarray(hash_ids, np.uint64)[:, None] * np.uint64(BLOCK) + np.arange(BLOCK, dtype=np.uint64)
+def tokens_of(hash_ids: Sequence[int], length: int, tokens: int = BLOCK) -> npt.NDArray[np.int32]:
+    """Token ids of a prompt, `tokens` for each id: equal ids, equal tokens."""
+    base = np.asarray(hash_ids, np.uint64)[:, None] * np.uint64(tokens) + np.arange(tokens, dtype=np.uint64)
     mixed = (base * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
     return (mixed % np.uint64(_VOCABULARY)).astype(np.int32).reshape(-1)[:length]
 

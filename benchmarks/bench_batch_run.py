@@ -1,176 +1,240 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An offline batch on a stock vLLM with its prefix cache (190 M model): what `loracache batch run` does beside all
-requests sent at once in the file's order, as `vllm run-batch` does. Two batches: 24 groups of 8 whose prefixes are four
-times the KV cache, shuffled; and prompts that share nothing. Both ways take turns on one server, whose prefix cache is
-emptied before each. Computed tokens are vLLM's own count.
+"""Offline batches on a real vLLM: the whole command `loracache batch run --model` beside the whole command
+`vllm run-batch`, with the same model, KV cache and options, in turns.
+
+Four batches of 2,000 requests whose prompts share beginnings, and one whose prompts share nothing: 190 M model,
+bfloat16, a KV cache of about 5 % of the distinct tokens. MOONCAKE_TRACE names a trace of that format, whose hash ids
+are 16 tokens each here; without it made-up conversations stand for it. And one of 10,000 on a tiny model, for what its
+engine's KV cache holds at most. What an engine computes, and what runs together in a step, is what vLLM logs of each
+of its steps. BENCH_BATCHES names those that are wanted, with commas.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import random
+import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from socket import create_server
-from typing import Any
 
+import numpy as np
+from batch_sets import Item, agents, conversations, documents, few_shot, from_trace, strangers
 from common import Row, model_folder, ratio_row, row, work_folder
 from engine_process import environment
+from make_model import PRESETS, make_model
 
-from loracache.batch.engine import Engine
-from loracache.batch.http import Server
-from loracache.batch.journal import Journal
-from loracache.batch.lines import BatchFile
 from loracache.batch.plan import make_plan
 from loracache.batch.prompts import PromptHasher
 from loracache.batch.replay import computed_at_least
-from loracache.batch.runner import Limits, Runner, room_of
-from loracache.errors import Unavailable
 
-GROUPS, MEMBERS, PREFIX, TAIL, ANSWER = 24, 8, 768, 32, 8
-ALONE, ALONE_TOKENS = 64, 400
-BLOCK, BLOCKS, SEQUENCES = 32, 128, 16
-START_S = 600.0
+REQUESTS, ANSWER, BLOCK, SEQUENCES = 2000, 4, 16, 16
+LOWEST, TOKENS = 300, 700  # token ids of the demo's model that are words
+KV_SHARE = 0.05
+PAIRS = 3
+MANY = 10_000
+
+
+def _talks(seed: int) -> list[Item]:
+    trace = os.environ.get("MOONCAKE_TRACE")
+    if trace:
+        return from_trace(Path(trace), REQUESTS, BLOCK)  # the same each time
+    return conversations(REQUESTS // 5, 5, seed, prompt=96, turn=(16, 96))
+
+
+SETS = {
+    "documents with questions": lambda seed: documents(REQUESTS // 20, 20, 256, seed, question=24),
+    "few-shot evaluation": lambda seed: few_shot(REQUESTS // 50, 50, 192, seed, question=(16, 48)),
+    "agents' turns": lambda seed: agents(REQUESTS // 40, 3, 4, seed, tools=96, task=64, turn=48),
+    "conversations": _talks,
+    "nothing shared": lambda seed: strangers(REQUESTS, 96, seed),
+}
+_STEP = re.compile(
+    r"Iteration\(\d+\): (\d+) context requests, (\d+) context tokens, (\d+) generation requests, "
+    r"(\d+) generation tokens, iteration elapsed time: ([\d.]+) ms.* KV cache usage: ([\d.]+)%"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What an engine logged of its steps. float64 (steps, 6): requests and tokens of prompts, requests and tokens of
+    answers, milliseconds, percent of the KV cache in use."""
+
+    table: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
+    @classmethod
+    def of(cls, log: Path) -> Steps:
+        """Raises ValueError where nothing is logged."""
+        found = [list(map(float, each)) for each in _STEP.findall(log.read_text(errors="replace"))]
+        if not found:
+            raise ValueError(f"{log} has no steps: {log.read_text(errors='replace')[-3000:]}")
+        return cls(np.array(found))
+
+    @property
+    def computed(self) -> float:
+        """Prompt tokens."""
+        return float(self.table[:, 1].sum())
+
+    @property
+    def mixed(self) -> float:
+        """Of the steps that decode, the share that computes prompts, too."""
+        decode = self.table[:, 2] > 0
+        return float((decode & (self.table[:, 0] > 0)).sum() / decode.sum())
+
+    @property
+    def busy(self) -> float:
+        """Seconds in steps."""
+        return float(self.table[:, 4].sum() / 1e3)
+
+    @property
+    def taken_up_again(self) -> float:
+        """Tokens beyond one a request that answers: what a preempted request has to compute anew. Its prompt shows in
+        `computed`."""
+        return float((self.table[:, 3] - self.table[:, 2]).sum())
+
+    @property
+    def peak(self) -> float:
+        """The most of the KV cache that was in use, 1: all."""
+        return float(self.table[:, 5].max() / 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A command's seconds, and its engine's steps."""
+
+    seconds: float
+    steps: Steps
 
 
 def run(quick: bool) -> list[Row]:
     """See the module's docstring."""
-    rounds = 1 if quick else 3
-    with work_folder() as folder, _engine(folder) as url:
-        rows = []
-        for name, bodies, least in (("prefixes", _shared, 1.3), ("nothing shared", _alone, 0.99)):
-            times: dict[str, list[float]] = {"file": [], "planned": []}
-            computed: dict[str, list[float]] = {"file": [], "planned": []}
-            for number in range(rounds):
-                batch = bodies(number)
-                for way in ("file", "planned") if number % 2 else ("planned", "file"):
-                    spent, tokens = asyncio.run(_measured(url, way, batch, folder / f"{name}-{number}"))
-                    times[way].append(spent)
-                    computed[way].append(tokens / _bound(batch))
-            what = f"{name}: throughput, planned / file's order"
-            rows.append(ratio_row(what, times["file"], times["planned"], at_least=least))
-            rows.append(row("  planned: the whole batch", "s", times["planned"]))
-            rows.append(row("  in the file's order", "s", times["file"]))
-            rows.append(row("  planned: prompt tokens computed / bound", "x", computed["planned"], at_most=1.02))
-            rows.append(row("  in the file's order", "x", computed["file"]))
-        return rows
+    wanted = os.environ.get("BENCH_BATCHES", ",".join([*SETS, "many"])).split(",")
+    rows: list[Row] = []
+    with work_folder() as folder:
+        for name in wanted:
+            if name == "many":
+                rows += _many(folder, 1000 if quick else MANY)
+            else:
+                rows += _pairs(folder, name, 1 if quick else PAIRS)
+    return rows
 
 
-def _bound(batch: list[dict[str, Any]]) -> int:
-    """Prompt tokens that a cache without end leaves to compute."""
-    hasher = PromptHasher(BLOCK)
-    for body in batch:
-        hasher.add(body["prompt"])
-    plan = make_plan(hasher.prompts())
-    return computed_at_least(plan.prompts, plan.tree)
-
-
-def _shared(seed: int) -> list[dict[str, Any]]:
-    chance = random.Random(f"shared {seed}")
-    batch = []
-    for _ in range(GROUPS):
-        prefix = _text(chance, PREFIX)
-        batch += [_body(prefix + _text(chance, TAIL)) for _ in range(MEMBERS)]
-    chance.shuffle(batch)
-    return batch
-
-
-def _alone(seed: int) -> list[dict[str, Any]]:
-    chance = random.Random(f"alone {seed}")
-    return [_body(_text(chance, ALONE_TOKENS)) for _ in range(ALONE)]
-
-
-def _text(chance: random.Random, tokens: int) -> list[int]:
-    return [chance.randrange(300, 1000) for _ in range(tokens)]
-
-
-def _body(prompt: list[int]) -> dict[str, Any]:
-    return {"model": "base", "prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
-
-
-async def _measured(url: str, way: str, batch: list[dict[str, Any]], path: Path) -> tuple[float, float]:
-    """(seconds, prompt tokens computed) of a batch sent one way."""
-    server = Server(url)
-    await server.post("/reset_prefix_cache", {})
-    before = await _computed(server)
-    source, output = path.with_suffix(".jsonl"), path.with_suffix(".out")
-    lines = [{"custom_id": str(n), "url": "/v1/completions", "body": body} for n, body in enumerate(batch)]
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with contextlib.closing(BatchFile(str(source))) as file:
-        journal = Journal(output, file.digest)
-        engine = Engine(server)
-        runner = Runner(file, journal, [engine], await room_of([engine], None, None), Limits(SEQUENCES))
-        began = time.perf_counter()
-        if way == "planned":
-            report = await runner.run()
-            assert not report.errors
-        else:
-            answers = await asyncio.gather(*(server.post("/v1/completions", body) for body in batch))
-            assert all(answer.status == 200 for answer in answers)
-        spent = time.perf_counter() - began
-        journal.finish("input")
-        output.unlink()
-    computed = await _computed(server) - before
-    await server.close()
-    return spent, computed
-
-
-async def _computed(server: Server) -> float:
-    """Prompt tokens that vLLM has computed since it began."""
-    text = str((await server.get("/metrics")).body)
-
-    def counted(name: str) -> float:
-        return sum(
-            float(each) for each in re.findall(rf"^vllm:{name}_total\{{[^}}]*\}} ([\d.e+]+)$", text, re.MULTILINE)
-        )
-
-    return counted("prompt_tokens") - counted("prefix_cache_hits")
-
-
-@contextlib.contextmanager
-def _engine(folder: Path) -> Iterator[str]:
-    with create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder() / "model"),
-        "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
-        "--max-model-len", "2048", "--max-num-seqs", str(SEQUENCES), "--block-size", str(BLOCK),
-        "--num-gpu-blocks-override", str(BLOCKS),
+def _pairs(folder: Path, name: str, pairs: int) -> list[Row]:
+    found: dict[str, list[Done]] = {"ours": [], "vllm": []}
+    bounds, kv = [], 0
+    for number in range(pairs):
+        items = [(LOWEST + tokens % TOKENS, ANSWER) for tokens, _ in SETS[name](number)]
+        source = folder / f"{number}.jsonl"
+        _write(source, items)
+        bound, kv = _bound(items)
+        bounds.append(bound)
+        for way in ("ours", "vllm") if number % 2 else ("vllm", "ours"):
+            found[way].append(_command(way, source, folder, model_folder() / "model", kv))
+    ours, theirs = found["ours"], found["vllm"]
+    seconds = {way: [each.seconds for each in done] for way, done in found.items()}
+    least = 0.99 if name == "nothing shared" else 1.3
+    shares = ("in a batch of", REQUESTS, "and a KV cache of", kv, "blocks")
+    rows = [
+        ratio_row(f"{name}: throughput / vllm run-batch's", seconds["vllm"], seconds["ours"], at_least=least,
+                  note=" ".join(map(str, shares))),
+        row("  the whole command", "s", seconds["ours"]),
+        row("  vllm run-batch, the whole command", "s", seconds["vllm"]),
     ]  # fmt: skip
-    log = folder / "engine.log"
-    with log.open("wb") as output:
+    for done, told in ((ours, "  "), (theirs, "  vllm run-batch: ")):
+        rate = [each.steps.computed / each.steps.busy for each in done]
+        rows += [
+            row(f"{told}prompt tokens computed / bound", "x",
+                [each.steps.computed / bound for each, bound in zip(done, bounds, strict=True)],
+                at_most=1.02 if done is ours else None),
+            row(f"{told}bound / tokens a second of its steps / time in steps", "x",
+                [bound / speed / each.steps.busy for each, bound, speed in zip(done, bounds, rate, strict=True)]),
+            row(f"{told}of the steps that decode, also compute prompts", "x", [each.steps.mixed for each in done]),
+            row(f"{told}time in steps", "s", [each.steps.busy for each in done]),
+        ]  # fmt: skip
+    return rows
+
+
+def _many(folder: Path, count: int) -> list[Row]:
+    """Many short requests with answers of many lengths, through a KV cache that holds few of them."""
+    chance = np.random.default_rng(7)
+    items = agents(count // 40, 3, 4, 7, tools=96, task=64, turn=48)[:count]
+    items = [(LOWEST + tokens % 200, int(chance.integers(1, 32))) for tokens, _ in items]
+    source, model = folder / "many.jsonl", folder / "tiny"
+    make_model(model, PRESETS["tiny"])
+    _write(source, items)
+    bound, kv = _bound(items)
+    done = _command("ours", source, folder, model, kv)
+    what = f"{len(items):,} requests with answers of 1 to 31 tokens, {kv} blocks"
+    return [
+        row(f"{what}: tokens computed twice after a preemption", "", [done.steps.taken_up_again], at_most=0),
+        row("  prompt tokens computed / bound", "x", [done.steps.computed / bound], at_most=1.02),
+        row("  of the KV cache in use at most", "x", [done.steps.peak], at_most=1.0),
+        row("  of the steps that decode, also compute prompts", "x", [done.steps.mixed]),
+        row("  the whole command", "s", [done.seconds]),
+    ]
+
+
+def _write(path: Path, items: Sequence[Item]) -> None:
+    with path.open("w") as file:
+        for number, (tokens, answer) in enumerate(items):
+            body = {"model": "base", "prompt": tokens.tolist(), "max_tokens": answer, "temperature": 0}
+            body["ignore_eos"] = True
+            line = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+
+
+def _bound(items: Sequence[Item]) -> tuple[int, int]:
+    """(prompt tokens that a cache without end leaves to compute, blocks that are 5 % of them and have room for all
+    sequences)."""
+    hasher = PromptHasher(BLOCK)
+    for tokens, _ in items:
+        hasher.add(tokens)
+    plan = make_plan(hasher.prompts())
+    bound = computed_at_least(plan.prompts, plan.tree)
+    longest = max(len(tokens) + answer for tokens, answer in items)
+    return bound, max(int(bound * KV_SHARE) // BLOCK, SEQUENCES // 2 * -(-longest // BLOCK)) + 1
+
+
+def _command(way: str, source: Path, folder: Path, model: Path, blocks: int) -> Done:
+    """Run one of the two commands over a batch."""
+    output, log = folder / "answers.jsonl", folder / "engine.log"
+    output.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    options = [
+        "--served-model-name", "base", "--max-model-len", "4608", "--max-num-seqs", str(SEQUENCES),
+        "--block-size", str(BLOCK), "--num-gpu-blocks-override", str(blocks), "--enable-logging-iteration-details",
+    ]  # fmt: skip
+    scripts = Path(sys.executable).parent
+    if way == "ours":
+        command = [scripts / "loracache", "batch", "run", source, "-o", output, "--model", model, "--memory", "1GiB"]
+        command += ["--", *options]
+    else:
+        command = [scripts / "vllm", "run-batch", "-i", source, "-o", output, "--model", model, *options]
+    began = time.perf_counter()
+    said = folder / "command.log"
+    with said.open("wb") as told:
         process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            env=environment({"VLLM_SERVER_DEV_MODE": "1"}),
-            start_new_session=True,
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            stderr=told,
+            env=environment({"TMPDIR": str(folder)}),
         )
-    try:
-        asyncio.run(_healthy(f"http://127.0.0.1:{port}", process, log))
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
-async def _healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        server = Server(url)
-        try:
-            if (await server.get("/health", 5.0)).status == 200:
-                return
-        except Unavailable:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the engine does not answer: {log.read_text()[-3000:]}") from None
-        finally:
-            await server.close()
-        await asyncio.sleep(0.5)
+        while way == "ours" and process.poll() is None and not log.exists():
+            for own in folder.glob("loracache-batch-*/engine.log"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.link(own, log)  # it goes with the command's folder
+            time.sleep(0.1)
+        status = process.wait()
+    spent = time.perf_counter() - began
+    if status:
+        raise RuntimeError(f"{command[0]} ended with {status}: {said.read_text(errors='replace')[-3000:]}")
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    wrong = [line for line in lines if line["error"] or line["response"]["status_code"] != 200]
+    if wrong or len(lines) != sum(1 for _ in source.open()):
+        raise RuntimeError(f"{len(lines)} answers, {len(wrong)} of them errors: {wrong[:1]}")
+    return Done(spent, Steps.of(log if way == "ours" else said))
