@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def _talks(seed: int) -> list[Item]:
     return conversations(REQUESTS // 5, 5, seed, prompt=96, turn=(16, 96))
 
 
-SETS = {
+SETS: dict[str, Callable[[int], list[Item]]] = {
     "documents with questions": lambda seed: documents(REQUESTS // 20, 20, 256, seed, question=24),
     "few-shot evaluation": lambda seed: few_shot(REQUESTS // 50, 50, 192, seed, question=(16, 48)),
     "agents' turns": lambda seed: agents(REQUESTS // 40, 3, 4, seed, tools=96, task=64, turn=48),
