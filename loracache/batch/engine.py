@@ -15,6 +15,7 @@ import numpy as np
 from loracache.batch.bodies import given_tokens, question, text_tokens
 from loracache.batch.http import Server
 from loracache.batch.lines import Line
+from loracache.batch.servers import token_ids
 from loracache.errors import ProtocolError, Rejected, Unavailable
 from loracache.keys import TokenArray, token_array
 
@@ -92,10 +93,7 @@ class Engine:
             self.by = By.TEXT
         if answer.status != 200:
             return text_tokens(line)  # the engine will say what is wrong with it when it is sent
-        tokens = answer.body.get("tokens") if isinstance(answer.body, dict) else None
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise ProtocolError(f"{self.server.url}/tokenize answered no list of token ids")
-        return np.asarray(tokens, np.int32)
+        return np.asarray(token_ids(answer.body, self.server.url), np.int32)
 
 
 async def ask_all(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_Said]]) -> list[_Said]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from loracache.batch.samples import Samples
+
 __all__ = ["EngineReport", "Report"]
 
 
@@ -40,12 +42,15 @@ class Report:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Of them, not computed, as far as the engines say (vLLM: --enable-prompt-tokens-details)."""
+    says_cached: bool = False
+    """Whether an engine has said so of any answer."""
     completion_tokens: int = 0
     pinned: int = 0
     """Objects that were kept in the cache while their groups ran."""
     pin_failures: int = 0
     planned_seconds: float = 0.0
     """Of those, until the plan stood."""
+    samples: Samples = field(default_factory=Samples)
     engines: list[EngineReport] = field(default_factory=list)
     plan: dict[str, int] = field(default_factory=dict)
     """Of the requests that were left to answer: see Figures."""
@@ -61,6 +66,7 @@ class Report:
         usage = usage if isinstance(usage, dict) else {}
         details = usage.get("prompt_tokens_details")
         cached = _whole(details.get("cached_tokens") if isinstance(details, dict) else 0)
+        self.says_cached |= isinstance(details, dict)
         completion = _whole(usage.get("completion_tokens"))
         engine.answered += 1
         for each in (self, engine):

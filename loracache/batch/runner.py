@@ -87,13 +87,28 @@ class Runner:
                 self.report.pinned, self.report.pin_failures = pins.objects, pins.failures
 
         self.report.engines = [EngineReport(engine.server.url) for engine in self.engines]
+        sampled = asyncio.create_task(self._sample(crew))
         try:
             async with asyncio.TaskGroup() as group:
                 for number, (engine, told) in enumerate(zip(self.engines, self.report.engines, strict=True)):
                     group.create_task(Driver(number, engine.server, crew, send, told).run())
         finally:
+            sampled.cancel()
+            await asyncio.wait([sampled])
             for told, taken in zip(self.report.engines, shares.taken, strict=True):
                 told.taken_over = taken
+
+    async def _sample(self, crew: Crew) -> None:
+        """Until it is cancelled, at the end of the run, of which it takes the last sample."""
+        began, report, going = time.monotonic(), self.report, True
+        while going:
+            try:
+                await asyncio.sleep(report.samples.interval if report.samples.seconds else 0)
+            except asyncio.CancelledError:
+                going = False
+            report.samples.add(
+                time.monotonic() - began, report.answered, report.prompt_tokens, report.cached_tokens, crew.running
+            )
 
     async def _planned(self) -> Job:
         lengths = Lengths()
