@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the cache is told while a batch runs: a group's prefix is pinned from its first answer to its last, and what no
-other request wants is not stored.
+other request of the batch wants is not stored.
 
 What cannot be pinned (an adapter that the daemon does not know by that name, KV that was not stored) is counted, and
 runs as it would without.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loracache.batch.bodies import adapter_of, salt_of
-from loracache.batch.engine import Engine
+from loracache.batch.engine import By, Engine
 from loracache.batch.job import Job
 from loracache.batch.lines import Line
 from loracache.batch.tree import NOTHING
@@ -33,6 +33,7 @@ class Pins:
     def __init__(self, server: str, engine: Engine, base: str, job: Job) -> None:
         self._server, self._engine, self._base, self._job = server, engine, base, job
         self._left = Counter(group for group in job.plan.group.tolist() if group != NOTHING)
+        self._shared = job.plan.shared
         self._held: dict[int, Selection] = {}
         self._tried: set[int] = set()
         self.objects = 0
@@ -40,11 +41,13 @@ class Pins:
         self.failures = 0
 
     def body(self, request: int, line: Line) -> dict[str, Any]:
-        """What is sent: of a request that shares nothing nothing is stored, unless it says itself what is to be."""
-        alone = self._job.plan.group[request] == NOTHING and line.path != "/v1/embeddings"
-        if not alone or "kv_transfer_params" in line.body:
+        """What is sent: of each request only that is stored which others share, unless it says itself what is to be."""
+        if "kv_transfer_params" in line.body or line.path == "/v1/embeddings":
             return line.body
-        return line.body | {"kv_transfer_params": {"store": False}}
+        shared = int(self._shared[request])
+        if shared and self._engine.by is By.TEXT:  # whose tokens are not the engine's
+            return line.body
+        return line.body | {"kv_transfer_params": {"store": shared or False}}
 
     async def answered(self, request: int, line: Line) -> None:
         """A request is done, and its group's prefix computed."""

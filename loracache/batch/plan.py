@@ -34,6 +34,15 @@ class Plan:
     saved: int
     """Prompt tokens that are not computed if each group shares its one prefix, and nothing else is shared."""
 
+    @property
+    def shared(self) -> Ints:
+        """Leading tokens of each request that another has, too, in whole blocks."""
+        found = np.zeros(len(self.prompts), np.int64)
+        if len(self.tree.depth):
+            depth = np.where(self.tree.leaf == NOTHING, 0, np.maximum(self.tree.depth, 0)[self.tree.leaf])
+            found[self.tree.order] = depth * self.prompts.block_tokens
+        return found
+
     def prefix(self, group: int) -> int:
         """Tokens of a group's prefix."""
         return int(self.tree.depth[group]) * self.prompts.block_tokens

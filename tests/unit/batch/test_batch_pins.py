@@ -15,7 +15,7 @@ import pytest
 
 from loracache import CacheClient, Namespace, chunk_keys
 from loracache.batch.child import ChildEngine
-from loracache.batch.engine import Engine
+from loracache.batch.engine import By, Engine
 from loracache.batch.holding import Blocks
 from loracache.batch.http import Server
 from loracache.batch.job import Job
@@ -67,11 +67,24 @@ def test_a_prefix_is_pinned_from_the_first_answer_of_its_group_to_the_last(clien
     assert client.lookup(keys).hits == 2
     answered(2)
     assert client.evict(keys[:2]).objects == 2
-    alone, together = line([1]), line([2])
-    assert pins.body(3, alone) == alone.body | {"kv_transfer_params": {"store": False}}
-    assert pins.body(0, together) == together.body
+
+
+def test_of_each_request_only_that_is_stored_which_others_share(server: str) -> None:
+    batch = [Asked([7] * 8 + [1] * 8 + [number]) for number in range(2)] + [Asked([7] * 12), Asked([1, 2, 3, 4, 5])]
+    plan = make_plan(prompts_of(batch, CHUNK))
+    job = Job(plan, [1, 2, 3, 4], Blocks(plan.prompts, plan.tree))
+    engine = Engine(Server("http://localhost"))
+    pins = Pins(server, engine, "base", job)
+    bodies = [pins.body(number, line(each.tokens)) for number, each in enumerate(batch)]
+    assert [body["kv_transfer_params"] for body in bodies] == [{"store": each} for each in (16, 16, 8, False)]
+    assert all(body["prompt"] == each.tokens for body, each in zip(bodies, batch, strict=True))
     own = line([1], kv_transfer_params={"pin": 5.0})
     assert pins.body(3, own) == own.body
+    vector = Line(1, "id", "/v1/embeddings", {"input": "text"})
+    assert pins.body(3, vector) == vector.body
+    engine.by = By.TEXT  # whose lengths say nothing of tokens
+    assert "kv_transfer_params" not in pins.body(0, line(batch[0].tokens))
+    assert pins.body(3, line([1]))["kv_transfer_params"] == {"store": False}
 
 
 def test_what_cannot_be_pinned_is_counted_and_no_more(tmp_path: Path) -> None:
