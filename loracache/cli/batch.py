@@ -178,7 +178,7 @@ def run(
         raise ConfigError(f"{vllm[0]!r}: options of vLLM go with --model")
     own = None if model is None else _Own(model, tuple(vllm or ()), memory, socket)
     done = _run(batch, engines, own, output, result.order, patience)
-    result.tell(done, f"{batch} -> {output}")
+    result.tell(done, f"{Path(batch).name}, {done.answered:,} of {done.requests:,} requests in {done.seconds:.0f} s")
     if done.errors:
         raise typer.Exit(PARTLY)
 

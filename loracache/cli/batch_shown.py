@@ -31,8 +31,11 @@ def print_figures(figures: Figures) -> None:
         ("in the plan's order", figures.planned),
         ("at least", figures.bound),
     )
-    rows = [(name, f"{count:,}", f"{count / max(figures.bound, 1):.3f}") for name, count in ways]
-    print_table(["prompt tokens computed", ">tokens", ">of the least"], rows)
+    rows = [
+        (name, f"{count:,}", f"{count - figures.bound:,}", f"{count / max(figures.bound, 1):.3f}")
+        for name, count in ways
+    ]
+    print_table(["prompt tokens computed", ">tokens", ">again", ">of the least"], rows)
 
 
 @contextlib.contextmanager
@@ -85,12 +88,10 @@ def print_report(report: Report) -> None:
     texts = [(name, f"{count:,}") for name, count in rows]
     print_table(["batch", ">"], [*texts, ("seconds", f"{report.seconds:.1f}")])
     if len(report.engines) > 1:
+        names = ("answered", "prompt_tokens", "cached_tokens", "taken_over", "lost")
         print_table(
             ["engine", ">answered", ">prompt tokens", ">from the cache", ">taken over", ">times lost"],
-            [
-                (each.url, each.answered, each.prompt_tokens, each.cached_tokens, each.taken_over, each.lost)
-                for each in report.engines
-            ],
+            [(each.url, *(f"{getattr(each, name):,}" for name in names)) for each in report.engines],
         )
 
 

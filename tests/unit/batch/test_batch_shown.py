@@ -35,8 +35,11 @@ def test_a_dry_run_shows_what_the_plan_saves_and_sends_nothing(server: Fake, tmp
     assert figures["bound"] == figures["planned"] == figures["tokens"] - figures["shared"]
     assert figures["first_come"] > 1.2 * figures["bound"]
     assert not server.asked
-    table = run(source, "--url", server.url, verb="plan")
-    assert "in the plan's order" in table.stdout
+    table = run(source, "--url", server.url, "--running", 4, verb="plan").stdout
+    assert f"200 requests, {figures['tokens']:,} prompt tokens, of which {figures['shared']:,} are shared" in table
+    rows = dict(re.findall(r"^(\S.*?) {2,}([\d,]+ +[\d,]+) +[\d.]+$", table, re.MULTILINE))
+    for name, key in (("in the file's order", "first_come"), ("in the plan's order", "planned"), ("at least", "bound")):
+        assert rows[name].split() == [f"{figures[key]:,}", f"{figures[key] - figures['bound']:,}"]
 
 
 @pytest.mark.parametrize("how", ["by text", "no tokenizer"])
