@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loracache.batch.bodies import adapter_of, salt_of
-from loracache.batch.engine import By, Engine
+from loracache.batch.engine import By, Engine, ask_one
 from loracache.batch.job import Job
 from loracache.batch.lines import Line
 from loracache.batch.tree import NOTHING
@@ -28,10 +28,11 @@ _TTL_S = 3600.0  # if the run is killed meanwhile
 
 
 class Pins:
-    """Of the groups of `job`, in the daemon at `server` ("unix://..."). base: the base model's served name."""
+    """Of the groups of `job`, in the daemon at `server` ("unix://...") that its engines share. base: the base model's
+    served name."""
 
-    def __init__(self, server: str, engine: Engine, base: str, job: Job) -> None:
-        self._server, self._engine, self._base, self._job = server, engine, base, job
+    def __init__(self, server: str, engines: Sequence[Engine], base: str, job: Job) -> None:
+        self._server, self._engines, self._base, self._job = server, engines, base, job
         self._left = Counter(group for group in job.plan.group.tolist() if group != NOTHING)
         self._shared = job.plan.shared
         self._held: dict[int, Selection] = {}
@@ -45,7 +46,7 @@ class Pins:
         if "kv_transfer_params" in line.body or line.path == "/v1/embeddings":
             return line.body
         shared = int(self._shared[request])
-        if shared and self._engine.by is By.TEXT:  # whose tokens are not the engine's
+        if shared and any(each.by is By.TEXT for each in self._engines):  # whose tokens are not the engine's
             return line.body
         return line.body | {"kv_transfer_params": {"store": shared or False}}
 
@@ -64,7 +65,8 @@ class Pins:
     async def _pin(self, group: int, line: Line) -> None:
         adapter = adapter_of(line)
         try:
-            tokens = (await self._engine.tokens(line))[: self._job.plan.prefix(group)]
+            found = await ask_one(self._engines, lambda engine: engine.tokens(line))
+            tokens = found[: self._job.plan.prefix(group)]
         except LoRACacheError:
             self.failures += 1
             return

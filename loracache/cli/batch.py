@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,6 @@ from loracache.cli.batch_shown import print_figures, print_report, progress, rep
 from loracache.cli.common import (
     PARTLY,
     JsonOption,
-    SocketOption,
     check_plot,
     engine_key,
     expanded,
@@ -158,7 +156,9 @@ def run(
         str | None, typer.Option(help="Start a vLLM that serves it, and end it after.", show_default=False)
     ] = None,
     memory: Annotated[str, typer.Option(help="Of the daemon behind --model.")] = "4GiB",
-    socket: SocketOption = None,
+    socket: Annotated[
+        Path | None, typer.Option(help="Unix socket of the daemon that the engines share.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and send nothing.")] = False,
     patience: Annotated[
         float, typer.Option(metavar="SECONDS", parser=number, help="To wait for a server that is gone.")
@@ -176,8 +176,9 @@ def run(
         raise ConfigError("give either --url http://HOST:PORT/v1 of a running server, or --model of one to start")
     if vllm and not model:
         raise ConfigError(f"{vllm[0]!r}: options of vLLM go with --model")
-    own = None if model is None else _Own(model, tuple(vllm or ()), memory, socket)
-    done = _run(batch, engines, own, output, result.order, patience)
+    socket = None if socket is None else socket.absolute()
+    own = None if model is None else _Own(model, tuple(vllm or ()), memory)
+    done = _run(batch, engines, own, socket, output, result.order, patience)
     result.tell(done, f"{Path(batch).name}, {done.answered:,} of {done.requests:,} requests in {done.seconds:.0f} s")
     if done.errors:
         raise typer.Exit(PARTLY)
@@ -190,10 +191,11 @@ class _Own:
     model: str
     options: tuple[str, ...]
     memory: str
-    socket: Path | None
 
 
-def _run(batch: str, engines: Engines, own: _Own | None, output: str, order: str, patience: float) -> Report:
+def _run(
+    batch: str, engines: Engines, own: _Own | None, socket: Path | None, output: str, order: str, patience: float
+) -> Report:
     import asyncio
     import shutil
     import tempfile
@@ -211,9 +213,9 @@ def _run(batch: str, engines: Engines, own: _Own | None, output: str, order: str
         with contextlib.closing(Journal(target, file.digest)) as journal:
             limits = Limits(engines.running, patience)
             if own is None:
-                done = asyncio.run(_send(file, journal, servers, engines, limits))
+                done = asyncio.run(_send(file, journal, servers, engines, limits, socket))
             else:
-                done = asyncio.run(_send_to_own(file, journal, own, engines, limits, Path(folder)))
+                done = asyncio.run(_send_to_own(file, journal, own, engines, limits, Path(folder), socket))
             journal.finish(order)
         if output == "-":
             with target.open("rb") as answers:
@@ -227,35 +229,37 @@ async def _send(
     servers: list[Engine],
     engines: Engines,
     limits: Limits,
-    pins_of: Callable[[Job], Pins] | None = None,
+    socket: Path | None,
 ) -> Report:
+    """socket: of the daemon that the engines share, where prefixes are pinned; None for none."""
+    from loracache.batch.engine import Engine, ask_one
+    from loracache.batch.pins import Pins
     from loracache.batch.runner import Runner, room_of
 
     try:
         room = await room_of(servers, engines.kv_tokens, engines.block_tokens)
+        base = "" if socket is None else await ask_one(servers, Engine.base_model)
+
+        def pins_of(job: Job) -> Pins:
+            return Pins(f"unix://{socket}", servers, base, job)
+
         with progress() as on_change:
-            return await Runner(file, journal, servers, room, limits, on_change, pins_of).run()
+            pinning = None if socket is None else pins_of
+            return await Runner(file, journal, servers, room, limits, on_change, pinning).run()
     finally:
         for each in servers:
             await each.server.close()
 
 
 async def _send_to_own(
-    file: BatchFile, journal: Journal, own: _Own, engines: Engines, limits: Limits, folder: Path
+    file: BatchFile, journal: Journal, own: _Own, engines: Engines, limits: Limits, folder: Path, socket: Path | None
 ) -> Report:
     """To an engine that is started for it, and ends with it."""
     from loracache.batch.child import ChildEngine
-    from loracache.batch.pins import Pins
 
-    socket = None if own.socket is None else own.socket.absolute()
     async with ChildEngine(own.model, own.options, folder, own.memory, socket) as child:
-        (engine,) = replace(engines, url=[child.url]).engines()
-        base = await engine.base_model()
-
-        def pins_of(job: Job) -> Pins:
-            return Pins(f"unix://{child.socket}", engine, base, job)
-
-        return await _send(file, journal, [engine], engines, limits, pins_of)
+        servers = replace(engines, url=[child.url]).engines()
+        return await _send(file, journal, servers, engines, limits, child.socket)
 
 
 def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:
