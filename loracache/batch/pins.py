@@ -34,7 +34,7 @@ class Pins:
     def __init__(self, server: str, engines: Sequence[Engine], base: str, job: Job) -> None:
         self._server, self._engines, self._base, self._job = server, engines, base, job
         self._left = Counter(group for group in job.plan.group.tolist() if group != NOTHING)
-        self._shared = job.plan.shared
+        self._shared = job.plan.shared()
         self._held: dict[int, Selection] = {}
         self._tried: set[int] = set()
         self.objects = 0

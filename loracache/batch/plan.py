@@ -34,7 +34,6 @@ class Plan:
     saved: int
     """Prompt tokens that are not computed if each group shares its one prefix, and nothing else is shared."""
 
-    @property
     def shared(self) -> Ints:
         """Leading tokens of each request that another has, too, in whole blocks."""
         found = np.zeros(len(self.prompts), np.int64)
