@@ -2,5 +2,6 @@
 """Offline batches: a plan in which what requests share is computed once, and what sends them so to engines.
 
 May import: backoff, client, errors, keys
-Threads: the caller's. The plan (prompts, tree, fold, holding, replay, plan) is pure: numpy, no daemon and no engine.
+Threads: the caller's. The plan (prompts, tree, fold, holding, replay, plan) and its shares are pure: numpy, no daemon
+and no engine.
 """

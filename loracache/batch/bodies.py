@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 
 from loracache.batch.lines import Line
+from loracache.batch.servers import chat_question
 from loracache.keys import TokenArray
 
 __all__ = ["adapter_of", "answer_limit", "answers", "given_tokens", "question", "salt_of", "text_tokens"]
 
 _TEXT_BYTES = 4  # of text that stand for a token where nobody tokenizes
-_CHAT = (
-    "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
-    "mm_processor_kwargs",
-)  # fmt: skip
 
 
 def adapter_of(line: Line) -> str:
@@ -63,7 +60,7 @@ def question(line: Line) -> dict[str, Any] | None:
     body = line.body
     model = {"model": body["model"]} if body.get("model") else {}
     if line.path == "/v1/chat/completions":
-        return model | {name: body[name] for name in _CHAT if name in body} if body.get("messages") else None
+        return model | chat_question(body) if body.get("messages") else None
     prompt = body.get("prompt" if line.path == "/v1/completions" else "input")
     if isinstance(prompt, list) and len(prompt) == 1:
         (prompt,) = prompt

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import numpy as np
 
 from loracache.batch.bodies import given_tokens, question, text_tokens
 from loracache.batch.http import Server
 from loracache.batch.lines import Line
-from loracache.errors import ProtocolError, Rejected
+from loracache.batch.servers import token_ids
+from loracache.errors import ProtocolError, Rejected, Unavailable
 from loracache.keys import TokenArray, token_array
 
-__all__ = ["Engine", "Facts", "By"]
+__all__ = ["By", "Engine", "Facts", "ask_all", "ask_one"]
+
+_Said = TypeVar("_Said")
 
 _ASK_S = 60.0
 _INFO = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
@@ -45,6 +51,8 @@ class Engine:
         self.server = server
         self.by = by
         """TEXT from the first time on that the server turns out to tokenize nothing."""
+        self.there = True
+        """Whether it answered when it was asked last; kept by those who ask."""
 
     async def facts(self) -> Facts:
         """Of vLLM's metrics; of any other server nothing."""
@@ -85,10 +93,30 @@ class Engine:
             self.by = By.TEXT
         if answer.status != 200:
             return text_tokens(line)  # the engine will say what is wrong with it when it is sent
-        tokens = answer.body.get("tokens") if isinstance(answer.body, dict) else None
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise ProtocolError(f"{self.server.url}/tokenize answered no list of token ids")
-        return np.asarray(tokens, np.int32)
+        return np.asarray(token_ids(answer.body, self.server.url), np.int32)
+
+
+async def ask_all(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_Said]]) -> list[_Said]:
+    """What those say that are there. Raises Unavailable where none is, and what else `ask` raises."""
+    said, told = [], None
+    for engine in engines:
+        try:
+            said.append(await ask(engine))
+        except Unavailable as error:
+            engine.there, told = False, error
+    if told is not None and not said:
+        raise told
+    return said
+
+
+async def ask_one(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_Said]]) -> _Said:
+    """What the first says that is there. Raises as `ask_all`."""
+    for engine in engines:
+        if engine.there:
+            with contextlib.suppress(Unavailable):
+                return await ask(engine)
+            engine.there = False
+    return (await ask_all(engines, ask))[0]
 
 
 def _told(body: object) -> object:

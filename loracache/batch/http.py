@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from loracache.errors import ConfigError, ProtocolError, Unavailable
+from loracache.batch.servers import base_url, checked_key
+from loracache.errors import ProtocolError, Unavailable
 
 __all__ = ["Answer", "Server"]
 
@@ -31,18 +32,10 @@ class Server:
     ConfigError for another. key: sent as a bearer token. timeout: seconds for an answer."""
 
     def __init__(self, url: str, key: str = "", timeout: float = 3600.0) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = base_url(url, "--url", sockets=True)
         self._timeout = timeout
-        try:
-            parts = urllib.parse.urlsplit(self.url)
-            known = parts.port is not None or bool(parts.hostname)
-        except ValueError:
-            parts, known = urllib.parse.SplitResult("", "", "", "", ""), False
-        right = bool(parts.path) if parts.scheme == "unix" else parts.scheme in ("http", "https") and known
-        if not right or "@" in url or not url.isascii() or not url.isprintable() or set(url) & set(" ?#"):
-            raise ConfigError(f"--url {url[:200]!r} is no server's address; write it like http://127.0.0.1:8000/v1")
-        if not key.isascii() or not key.isprintable():
-            raise ConfigError("the server's API key is not one line of ASCII; see VLLM_API_KEY")
+        key = checked_key(key)
+        parts = urllib.parse.urlsplit(self.url)
         local = parts.scheme == "unix"
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # the caller bounds its requests
         self._client = httpx.AsyncClient(

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,10 +24,11 @@ __all__ = ["Journal", "Order", "Recorded"]
 _VERSION = 1
 
 
-class Order:
-    """How the output's lines stand."""
+class Order(StrEnum):
+    """How the output's lines stand: as the input's, or as they were answered."""
 
-    INPUT, DONE = "input", "done"
+    INPUT = "input"
+    DONE = "done"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the cache is told while a batch runs: a group's prefix is pinned from its first answer to its last, and what no
-other request wants is not stored.
+other request of the batch wants is not stored.
 
 What cannot be pinned (an adapter that the daemon does not know by that name, KV that was not stored) is counted, and
 runs as it would without.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loracache.batch.bodies import adapter_of, salt_of
-from loracache.batch.engine import Engine
+from loracache.batch.engine import By, Engine, ask_one
 from loracache.batch.job import Job
 from loracache.batch.lines import Line
 from loracache.batch.tree import NOTHING
@@ -28,11 +28,13 @@ _TTL_S = 3600.0  # if the run is killed meanwhile
 
 
 class Pins:
-    """Of the groups of `job`, in the daemon at `server` ("unix://..."). base: the base model's served name."""
+    """Of the groups of `job`, in the daemon at `server` ("unix://...") that its engines share. base: the base model's
+    served name."""
 
-    def __init__(self, server: str, engine: Engine, base: str, job: Job) -> None:
-        self._server, self._engine, self._base, self._job = server, engine, base, job
+    def __init__(self, server: str, engines: Sequence[Engine], base: str, job: Job) -> None:
+        self._server, self._engines, self._base, self._job = server, engines, base, job
         self._left = Counter(group for group in job.plan.group.tolist() if group != NOTHING)
+        self._shared = job.plan.shared()
         self._held: dict[int, Selection] = {}
         self._tried: set[int] = set()
         self.objects = 0
@@ -40,11 +42,13 @@ class Pins:
         self.failures = 0
 
     def body(self, request: int, line: Line) -> dict[str, Any]:
-        """What is sent: of a request that shares nothing nothing is stored, unless it says itself what is to be."""
-        alone = self._job.plan.group[request] == NOTHING and line.path != "/v1/embeddings"
-        if not alone or "kv_transfer_params" in line.body:
+        """What is sent: of each request only that is stored which others share, unless it says itself what is to be."""
+        if "kv_transfer_params" in line.body or line.path == "/v1/embeddings":
             return line.body
-        return line.body | {"kv_transfer_params": {"store": False}}
+        shared = int(self._shared[request])
+        if shared and any(each.by is By.TEXT for each in self._engines):  # whose tokens are not the engine's
+            return line.body
+        return line.body | {"kv_transfer_params": {"store": shared or False}}
 
     async def answered(self, request: int, line: Line) -> None:
         """A request is done, and its group's prefix computed."""
@@ -61,7 +65,8 @@ class Pins:
     async def _pin(self, group: int, line: Line) -> None:
         adapter = adapter_of(line)
         try:
-            tokens = (await self._engine.tokens(line))[: self._job.plan.prefix(group)]
+            found = await ask_one(self._engines, lambda engine: engine.tokens(line))
+            tokens = found[: self._job.plan.prefix(group)]
         except LoRACacheError:
             self.failures += 1
             return

@@ -21,8 +21,6 @@ from loracache.batch.tree import NOTHING, Tree, build_tree
 
 __all__ = ["Figures", "Plan", "make_plan"]
 
-_NEAR = 0.1  # of an engine's share: so far from the even place a batch may be cut where less is shared
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -36,29 +34,17 @@ class Plan:
     saved: int
     """Prompt tokens that are not computed if each group shares its one prefix, and nothing else is shared."""
 
+    def shared(self) -> Ints:
+        """Leading tokens of each request that another has, too, in whole blocks."""
+        found = np.zeros(len(self.prompts), np.int64)
+        if len(self.tree.depth):
+            depth = np.where(self.tree.leaf == NOTHING, 0, np.maximum(self.tree.depth, 0)[self.tree.leaf])
+            found[self.tree.order] = depth * self.prompts.block_tokens
+        return found
+
     def prefix(self, group: int) -> int:
         """Tokens of a group's prefix."""
         return int(self.tree.depth[group]) * self.prompts.block_tokens
-
-    def parts(self, engines: int) -> list[Ints]:
-        """The order cut into as many runs of about the same work, each for an engine of its own. Where several places
-        are near enough to even, it is cut where least is shared: at best between subtrees, and no prefix is computed
-        twice."""
-        if engines == 1:
-            return [self.order]
-        place = np.empty(len(self.order), np.int64)
-        place[self.tree.order] = np.arange(len(self.order))
-        shared = _shared_along(self.tree, place[self.order])
-        work = np.cumsum(
-            self.prompts.tokens[self.order] - shared * self.prompts.block_tokens + self.prompts.decode[self.order]
-        )
-        total, cuts = int(work[-1]) if len(work) else 0, [0]
-        for number in range(1, engines):
-            even, near = total * number / engines, _NEAR * total / engines
-            first, last = np.searchsorted(work, [even - near, even + near]).tolist()
-            first = max(first + 1, cuts[-1])
-            cuts.append(first + int(np.argmin(shared[first : last + 1])) if first <= last < len(shared) else first)
-        return [self.order[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(self.order)], strict=True)]
 
     def figures(self, kv_tokens: int, running: int) -> Figures:
         """What the plan saves on an engine with so much KV that runs so many requests at once. Raises UsageError where
@@ -155,15 +141,3 @@ def _by_ratio(prompts: Prompts, tree: Tree) -> Ints:
     order = np.empty(count, np.int64)
     order[places] = tree.order
     return order
-
-
-def _shared_along(tree: Tree, places: Ints) -> Ints:
-    """Blocks that each prompt shares with the one before it. places: in `tree.order`, of prompts in another walk."""
-    shared = np.zeros(len(places), np.int64)
-    nodes, depth, parent = tree.leaf[places].tolist(), np.maximum(tree.depth, 0).tolist(), tree.parent.tolist()
-    first, last = tree.first.tolist(), tree.last.tolist()
-    for number, (place, node) in enumerate(zip(places[1:].tolist(), nodes[:-1], strict=True), 1):
-        while node != NOTHING and not first[node] <= place < last[node]:
-            node = parent[node]
-        shared[number] = depth[node] if node != NOTHING else 0
-    return shared

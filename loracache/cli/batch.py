@@ -5,14 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracache.cli.common import PARTLY, JsonOption, SocketOption, engine_key, expanded, integer, number, print_json
+from loracache.cli.batch_shown import print_figures, print_report, progress, report_line
+from loracache.cli.common import (
+    PARTLY,
+    JsonOption,
+    check_plot,
+    engine_key,
+    expanded,
+    integer,
+    number,
+    print_json,
+)
 from loracache.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -75,7 +84,55 @@ class Engines:
         if not 0 < self.engine_timeout <= 7 * 86_400:
             raise ConfigError(f"--engine-timeout {self.engine_timeout} must be seconds, more than 0 and at most a week")
         key = engine_key(self.engine_key_file)
-        return [Engine(Server(url, key, self.engine_timeout), By(self.by)) for url in self.url or ()]
+        servers = [Server(url, key, self.engine_timeout) for url in self.url or ()]
+        for place, server in enumerate(servers):
+            if server.url in [each.url for each in servers[:place]]:
+                raise ConfigError(f"--url {server.url} is given twice; give each server once")
+        return [Engine(server, By(self.by)) for server in servers]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Options that say what becomes of answers."""
+
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="OUT", help="Answers; -: to stdout.", show_default=False)
+    ] = None
+    order: Annotated[str, typer.Option(help="Of the output's lines: input, or done: as they were answered.")] = "input"
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what came of it, as JSON.", show_default=False)
+    ] = None
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw how it went, .png or .svg.", show_default=False)
+    ] = None
+    as_json: JsonOption = False
+
+    def checked(self) -> str:
+        """The output. Raises ConfigError, before anything is sent."""
+        from loracache.batch.journal import Order
+
+        if self.output is None:
+            raise ConfigError("no output is named; give -o OUT.jsonl, or -o - for standard output")
+        if self.order not in tuple(Order):
+            raise ConfigError(f"--order {self.order!r} must be input or done")
+        if self.plot is not None:
+            check_plot(self.plot)
+        return self.output
+
+    def tell(self, done: Report, title: str) -> None:
+        """What came of it."""
+        if self.report is not None:
+            _write_json(self.report, done.as_dict())
+        if self.plot is not None:
+            from loracache.batch.plot import plot
+
+            plot(self.plot, done, title)
+        if self.output == "-":
+            typer.echo(report_line(done), err=True)
+        elif self.as_json:
+            print_json(done.as_dict())
+        else:
+            print_report(done)
 
 
 @app.command("plan")
@@ -91,6 +148,7 @@ def plan(batch: _InputArgument, engines: Engines, as_json: JsonOption = False) -
 def run(
     batch: _InputArgument,
     engines: Engines,
+    result: Result,
     vllm: Annotated[
         list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Of vLLM, for --model.", show_default=False)
     ] = None,
@@ -98,46 +156,30 @@ def run(
         str | None, typer.Option(help="Start a vLLM that serves it, and end it after.", show_default=False)
     ] = None,
     memory: Annotated[str, typer.Option(help="Of the daemon behind --model.")] = "4GiB",
-    socket: SocketOption = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="OUT", help="Answers; -: to stdout.", show_default=False)
+    socket: Annotated[
+        Path | None, typer.Option(help="Unix socket of the daemon that the engines share.", show_default=False)
     ] = None,
-    order: Annotated[str, typer.Option(help="Of the output's lines: input, or done: as they were answered.")] = "input",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and send nothing.")] = False,
     patience: Annotated[
         float, typer.Option(metavar="SECONDS", parser=number, help="To wait for a server that is gone.")
     ] = 300.0,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what came of it, as JSON.", show_default=False)
-    ] = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Send a batch to running OpenAI servers, or to a vLLM of its own. Killed, the same command goes on where it was. 4
     where a request failed."""
     if dry_run:
-        _show_plan(batch, engines, as_json)
+        _show_plan(batch, engines, result.as_json)
         return
-    from loracache.batch.journal import Order
-
-    if output is None:
-        raise ConfigError("no output is named; give -o OUT.jsonl, or -o - for standard output")
-    if order not in (Order.INPUT, Order.DONE):
-        raise ConfigError(f"--order {order!r} must be input or done")
+    output = result.checked()
     if not 0 <= patience <= 7 * 86_400:
         raise ConfigError(f"--patience {patience} must be seconds, 0 or more and at most a week")
     if bool(engines.url) == bool(model):
         raise ConfigError("give either --url http://HOST:PORT/v1 of a running server, or --model of one to start")
     if vllm and not model:
         raise ConfigError(f"{vllm[0]!r}: options of vLLM go with --model")
-    own = None if model is None else _Own(model, tuple(vllm or ()), memory, socket)
-    done = _run(batch, engines, own, output, order, patience)
-    told = done.as_dict()
-    if report is not None:
-        _write_json(report, told)
-    if as_json and output != "-":
-        print_json(told)
-    else:
-        _print_report(done)
+    socket = None if socket is None else socket.absolute()
+    own = None if model is None else _Own(model, tuple(vllm or ()), memory)
+    done = _run(batch, engines, own, socket, output, result.order, patience)
+    result.tell(done, f"{Path(batch).name}, {done.answered:,} of {done.requests:,} requests in {done.seconds:.0f} s")
     if done.errors:
         raise typer.Exit(PARTLY)
 
@@ -149,10 +191,11 @@ class _Own:
     model: str
     options: tuple[str, ...]
     memory: str
-    socket: Path | None
 
 
-def _run(batch: str, engines: Engines, own: _Own | None, output: str, order: str, patience: float) -> Report:
+def _run(
+    batch: str, engines: Engines, own: _Own | None, socket: Path | None, output: str, order: str, patience: float
+) -> Report:
     import asyncio
     import shutil
     import tempfile
@@ -170,9 +213,9 @@ def _run(batch: str, engines: Engines, own: _Own | None, output: str, order: str
         with contextlib.closing(Journal(target, file.digest)) as journal:
             limits = Limits(engines.running, patience)
             if own is None:
-                done = asyncio.run(_send(file, journal, servers, engines, limits))
+                done = asyncio.run(_send(file, journal, servers, engines, limits, socket))
             else:
-                done = asyncio.run(_send_to_own(file, journal, own, engines, limits, Path(folder)))
+                done = asyncio.run(_send_to_own(file, journal, own, engines, limits, Path(folder), socket))
             journal.finish(order)
         if output == "-":
             with target.open("rb") as answers:
@@ -186,35 +229,37 @@ async def _send(
     servers: list[Engine],
     engines: Engines,
     limits: Limits,
-    pins_of: Callable[[Job], Pins] | None = None,
+    socket: Path | None,
 ) -> Report:
+    """socket: of the daemon that the engines share, where prefixes are pinned; None for none."""
+    from loracache.batch.engine import Engine, ask_one
+    from loracache.batch.pins import Pins
     from loracache.batch.runner import Runner, room_of
 
     try:
         room = await room_of(servers, engines.kv_tokens, engines.block_tokens)
-        with _progress() as on_change:
-            return await Runner(file, journal, servers, room, limits, on_change, pins_of).run()
+        base = "" if socket is None else await ask_one(servers, Engine.base_model)
+
+        def pins_of(job: Job) -> Pins:
+            return Pins(f"unix://{socket}", servers, base, job)
+
+        with progress() as on_change:
+            pinning = None if socket is None else pins_of
+            return await Runner(file, journal, servers, room, limits, on_change, pinning).run()
     finally:
         for each in servers:
             await each.server.close()
 
 
 async def _send_to_own(
-    file: BatchFile, journal: Journal, own: _Own, engines: Engines, limits: Limits, folder: Path
+    file: BatchFile, journal: Journal, own: _Own, engines: Engines, limits: Limits, folder: Path, socket: Path | None
 ) -> Report:
     """To an engine that is started for it, and ends with it."""
     from loracache.batch.child import ChildEngine
-    from loracache.batch.pins import Pins
 
-    socket = None if own.socket is None else own.socket.absolute()
     async with ChildEngine(own.model, own.options, folder, own.memory, socket) as child:
-        (engine,) = replace(engines, url=[child.url]).engines()
-        base = await engine.base_model()
-
-        def pins_of(job: Job) -> Pins:
-            return Pins(f"unix://{child.socket}", engine, base, job)
-
-        return await _send(file, journal, [engine], engines, limits, pins_of)
+        servers = replace(engines, url=[child.url]).engines()
+        return await _send(file, journal, servers, engines, limits, child.socket)
 
 
 def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:
@@ -227,7 +272,7 @@ def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:
     if as_json:
         print_json(figures.as_dict() | {"faults": faults})
         return
-    _print_figures(figures)
+    print_figures(figures)
     for told in faults:
         typer.echo(told, err=True)
 
@@ -259,51 +304,3 @@ def _write_json(path: Path, value: Any) -> None:
         path.write_text(json.dumps(value, indent=2) + "\n")
     except OSError as error:
         raise Unavailable(f"--report {path} cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Report], None]]:
-    """A bar on a terminal's standard error; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda report: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("requests, {task.fields[cached]:,} tokens from the cache,"),
-        TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, cached=0)
-        yield lambda report: bar.update(
-            task, total=report.requests or None, completed=report.done, cached=report.cached_tokens
-        )
-
-
-def _print_figures(figures: Figures) -> None:
-    from loracache.cli.tables import print_table
-
-    typer.echo(
-        f"{figures.requests:,} requests, {figures.tokens:,} prompt tokens, of which {figures.shared:,} are shared; "
-        f"{figures.groups:,} groups; KV cache of {figures.kv_tokens:,} tokens"
-    )
-    ways = (
-        ("in the file's order", figures.first_come),
-        ("in a plain walk down the tree", figures.depth_first),
-        ("in the plan's order", figures.planned),
-        ("at least", figures.bound),
-    )
-    rows = [(name, f"{count:,}", f"{count / max(figures.bound, 1):.3f}") for name, count in ways]
-    print_table(["prompt tokens computed", ">tokens", ">of the least"], rows)
-
-
-def _print_report(report: Report) -> None:
-    cached = f", {report.cached_tokens:,} of them from the cache" if report.cached_tokens else ""
-    resumed = f", {report.resumed:,} of earlier runs" if report.resumed else ""
-    typer.echo(
-        f"{report.answered:,} answered, {report.errors:,} errors, {report.retries:,} retries{resumed}; "
-        f"{report.prompt_tokens:,} prompt tokens{cached}; {report.completion_tokens:,} tokens of answers; "
-        f"{report.seconds:.1f} s",
-        err=True,
-    )

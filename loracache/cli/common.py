@@ -24,8 +24,8 @@ from loracache.wire.protocol import Request
 
 __all__ = [
     "EXIT_CODES", "FAULTS", "INTERRUPTED", "NOTHING", "PARTLY", "REFUSED", "Commands", "JsonOption", "SocketOption",
-    "SteeringClient", "client_of", "engine_key", "expanded", "file_text", "integer", "number", "print_json",
-    "socket_of",
+    "SteeringClient", "check_plot", "client_of", "engine_key", "expanded", "file_text", "integer", "number",
+    "print_json", "socket_of",
 ]  # fmt: skip
 
 REFUSED, USAGE, NOTHING, PARTLY, INTERRUPTED, NO_READER = 1, 2, 3, 4, 130, 141
@@ -166,6 +166,18 @@ def file_text(path: Path | None, name: str) -> str:
         raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{name} {path} is not UTF-8; give a text file") from None
+
+
+def check_plot(path: Path) -> None:
+    """Raises ConfigError where nothing can be drawn into that file, before all is computed for it."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"--plot {path}: it can be .png or .svg")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib, which is not installed: pip install 'loracache[plot]'") from None
 
 
 def engine_key(path: Path | None) -> str:

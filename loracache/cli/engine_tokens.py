@@ -9,20 +9,19 @@ from __future__ import annotations
 import json
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException
 from typing import IO, Any
 
-from loracache.errors import ConfigError, ProtocolError, Rejected, Unavailable, Unknown
+from loracache.batch.servers import base_url, chat_question, checked_key, token_ids
+from loracache.errors import ProtocolError, Rejected, Unavailable, Unknown
 
 __all__ = ["Engine", "Prompt"]
 
 _MOST_BYTES = 64 << 20
 _PART = 64 << 10
-_CHAT = ("messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,8 @@ class Engine:
     """
 
     def __init__(self, url: str, key: str = "", timeout: float = 30.0) -> None:
-        self._url = _base(url)
-        if not key.isascii() or not key.isprintable():
-            raise ConfigError("the engine's API key is not one line of ASCII; see VLLM_API_KEY and --engine-key-file")
-        self._key = key
+        self._url = base_url(url, "--engine")
+        self._key = checked_key(key)
         self._timeout = timeout
         self._opener = urllib.request.build_opener(_NoRedirects)
 
@@ -59,13 +56,12 @@ class Engine:
         """The token ids of {"prompt": text} or {"messages": [...]}. model: a served name of a model or an adapter, ""
         for the first model. Raises Unknown where the engine does not serve it."""
         base, adapter = self._served(model)
-        asked = {key: value for key, value in request.items() if key in _CHAT or key == "prompt"}
-        special = {"add_special_tokens": True} if "prompt" in request else {}
-        answer = self._ask("/tokenize", {"model": adapter or base} | asked | special)
-        tokens = answer.get("tokens")
-        if not isinstance(tokens, list) or not all(type(item) is int for item in tokens):
-            raise ProtocolError(f"{self._url}/tokenize answered no list of token ids; is it a vLLM server?")
-        return Prompt(base, adapter, tokens)
+        if "prompt" in request:
+            asked = {"prompt": request["prompt"], "add_special_tokens": True}
+        else:
+            asked = chat_question(request)
+        answer = self._ask("/tokenize", {"model": adapter or base} | asked)
+        return Prompt(base, adapter, token_ids(answer, self._url))
 
     def _served(self, model: str) -> tuple[str, str | None]:
         """(the base model's served name, the adapter's or None)."""
@@ -147,19 +143,6 @@ class Engine:
                 f"{self._url}{path} is not there (404: {_reason(error)}); give --engine the address of a vLLM server"
             )
         return Rejected(f"{self._url}{path} refused with {error.code}: {_reason(error)}")
-
-
-def _base(url: str) -> str:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        right = False
-    if "@" in url:
-        raise ConfigError("--engine has a user or a password in it; set VLLM_API_KEY or give --engine-key-file")
-    if not right or not url.isascii() or not url.isprintable() or set(url) & set(" ?#"):
-        raise ConfigError(f"--engine {url[:200]!r} is not an address of a server; write it like http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def _is_card(value: object) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracache.cli.common import JsonOption, integer, print_json
+from loracache.cli.common import JsonOption, check_plot, integer, print_json
 from loracache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def simulate(
     """Replay a trace against the cache's own index and policies on a clock of its own, beside Belady's bound."""
     import gc
 
-    from loracache.simulator.plot import check_plot
     from loracache.simulator.store import Way
     from loracache.simulator.swapping import checked
 

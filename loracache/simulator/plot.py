@@ -13,9 +13,8 @@ from typing import Any
 
 from loracache.errors import ConfigError
 
-__all__ = ["Drawn", "check_plot", "plot"]
+__all__ = ["Drawn", "plot"]
 
-_SUFFIXES = (".png", ".svg")
 _GIB = 1 << 30
 
 
@@ -27,18 +26,6 @@ class Drawn:
     memory: int
     hit_rate: float
     ttft_mean: float
-
-
-def check_plot(path: Path) -> None:
-    """Raises ConfigError where nothing can be drawn into that file, before all is computed for it."""
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"--plot {path}: it can be .png or .svg")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install 'loracache[plot]'") from None
 
 
 def plot(path: Path, runs: Sequence[Drawn], belady: Mapping[int, float], title: str) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +25,8 @@ BLOCK, BLOCKS = 32, 80  # room for five prefixes or so
 
 
 @pytest.fixture(scope="module")
-def server(openai_server: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def servers(openai_server: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """Two, started together. The last test ends the second."""
     folder = tmp_path_factory.mktemp("batch")
     transfer = {
         "kv_connector": "LoRACacheConnector",
@@ -32,27 +35,30 @@ def server(openai_server: Any, tiny: Path, tmp_path_factory: pytest.TempPathFact
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"memory": "64MiB"},
     }
-    adapter = f"adapter={tiny / 'adapters' / 'adapter-0'}"
-    running = openai_server(
-        folder / "server.log",
-        tiny / "model",
-        transfer,
-        "--lora-modules",
-        adapter,
-        "--block-size",
-        str(BLOCK),
-        "--num-gpu-blocks-override",
-        str(BLOCKS),
-        "--enable-prompt-tokens-details",
-    )
-    while not running.ready():
-        time.sleep(0.5)
-    yield running
-    running.close()
+    more = (
+        "--lora-modules", f"adapter={tiny / 'adapters' / 'adapter-0'}", "--block-size", str(BLOCK),
+        "--num-gpu-blocks-override", str(BLOCKS), "--enable-prompt-tokens-details",
+    )  # fmt: skip
+    running = []
+    try:
+        for name in ("first", "second"):
+            running.append(openai_server(folder / f"{name}.log", tiny / "model", transfer, *more))
+        for each in running:
+            while not each.ready():
+                time.sleep(0.5)
+        yield running[0], running[1]
+    finally:
+        for each in running:
+            each.close()
 
 
-def bodies() -> list[dict[str, Any]]:
-    chance = random.Random("batch")
+@pytest.fixture(scope="module")
+def server(servers: tuple[Any, Any]) -> Any:
+    return servers[0]
+
+
+def bodies(seed: str = "batch") -> list[dict[str, Any]]:
+    chance = random.Random(seed)
     found = []
     for group in range(GROUPS):
         prefix = [chance.randrange(300, 500) for _ in range(PREFIX)]
@@ -79,53 +85,56 @@ def bodies() -> list[dict[str, Any]]:
 
 
 def counters(server: Any) -> dict[str, float]:
-    """vLLM's own, summed over their labels."""
+    """vLLM's own, summed over their labels; "computed": prompt tokens that it did not have."""
     _, text = server.call("/metrics", None)
     found: dict[str, float] = {}
-    for name, value in re.findall(r"^vllm:(\w+)(?:\{[^}]*\})? ([\d.e+]+)$", text, re.MULTILINE):
+    for name, labels, value in re.findall(r"^vllm:(\w+)(?:\{([^}]*)\})? ([\d.e+]+)$", text, re.MULTILINE):
         found[name] = found.get(name, 0.0) + float(value)
+        if name == "prompt_tokens_by_source_total" and 'source="local_compute"' in labels:
+            found["computed"] = found.get("computed", 0.0) + float(value)
     return found
+
+
+def check_alone(server: Any, asked: list[dict[str, Any]], output: Path, step: int = 1) -> None:
+    """Each answer, in the input's order, is what the request alone gets; of every `step`th."""
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [str(number) for number in range(len(asked))]
+    for body, answer in list(zip(asked, answers, strict=True))[::step]:
+        status, alone = server.call("/v1/completions", body)
+        assert status == 200
+        for mine, other in zip(answer["response"]["body"]["choices"], alone["choices"], strict=True):
+            assert mine["token_ids"] == other["token_ids"]
+            assert mine["finish_reason"] == other["finish_reason"]
+
+
+def command_of(asked: list[dict[str, Any]], folder: Path, *servers: Any) -> list[str]:
+    """Of a run into out.jsonl and report.json."""
+    source, output, report = (str(folder / name) for name in ("in.jsonl", "out.jsonl", "report.json"))
+    lines = [{"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": b} for n, b in enumerate(asked)]
+    Path(source).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    urls = [word for each in servers for word in ("--url", f"http://127.0.0.1:{each.port}/v1")]
+    run = [sys.executable, "-m", "loracache", "batch", "run", source, "-o", output, "--report", report]
+    return [*run, "--running", "8", *urls]
 
 
 def test_answers_are_those_of_each_request_alone_and_nothing_shared_is_computed_twice(
     server: Any, tmp_path: Path
 ) -> None:
     asked = bodies()
-    source, output, report = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "report.json"
-    source.write_text(
-        "".join(
-            json.dumps({"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": body}) + "\n"
-            for n, body in enumerate(asked)
-        )
-    )
     before = counters(server)
-    url = f"http://127.0.0.1:{server.port}/v1"
-    command = [sys.executable, "-m", "loracache", "batch", "run", source, "-o", output, "--url", url]
-    done = subprocess.run(
-        [*map(str, command), "--report", str(report), "--running", "8"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = subprocess.run(command_of(asked, tmp_path, server), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     after = counters(server)
     spent = {name: value - before.get(name, 0.0) for name, value in after.items()}
-    plan = json.loads(report.read_text())["plan"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    plan = report["plan"]
     assert (plan["requests"], plan["kv_tokens"]) == (GROUPS * MEMBERS, BLOCK * BLOCKS)
     assert plan["planned"] == plan["bound"]
     assert plan["first_come"] > 1.5 * plan["bound"]
     assert spent["num_preemptions_total"] == 0
-    computed = json.loads(report.read_text())["prompt_tokens"] - json.loads(report.read_text())["cached_tokens"]
+    computed = report["prompt_tokens"] - report["cached_tokens"]
     assert computed <= 1.02 * plan["bound"], (computed, plan, spent)
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    for number, answer in enumerate(answers):
-        assert answer["custom_id"] == str(number)
-        status, alone = server.call("/v1/completions", asked[number])
-        assert status == 200
-        for mine, other in zip(answer["response"]["body"]["choices"], alone["choices"], strict=True):
-            assert mine["token_ids"] == other["token_ids"]
-            assert mine["finish_reason"] == other["finish_reason"]
+    check_alone(server, asked, tmp_path / "out.jsonl")
 
 
 def test_what_the_engine_cannot_do_is_that_lines_error(server: Any, tmp_path: Path) -> None:
@@ -173,3 +182,51 @@ def test_a_batch_starts_an_engine_of_its_own_pins_what_its_groups_share_and_ends
     assert told["pin_failures"] == 0
     left = subprocess.run(["pgrep", "-f", str(short_tmp)], capture_output=True, text=True, check=False).stdout
     assert not left
+
+
+def test_two_engines_share_a_batch_and_neither_computes_what_the_other_does(
+    servers: tuple[Any, Any], tmp_path: Path
+) -> None:
+    asked = [body for body in bodies("pair") if "n" not in body]
+    before = [counters(each) for each in servers]
+    done = subprocess.run(
+        command_of(asked, tmp_path, *servers), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert min(each["answered"] for each in report["engines"]) >= len(asked) // 4
+    spent = [counters(each)["computed"] - then["computed"] for each, then in zip(servers, before, strict=True)]
+    assert sum(spent) <= 1.02 * report["plan"]["bound"], (spent, report)
+    check_alone(servers[0], asked, tmp_path / "out.jsonl", step=3)
+
+
+def test_an_engine_that_is_killed_in_the_middle_leaves_its_share_to_the_other(
+    servers: tuple[Any, Any], tmp_path: Path
+) -> None:
+    asked = bodies("killed")
+    partial = tmp_path / "out.jsonl.partial"
+    command = [*command_of(asked, tmp_path, *servers), "--patience", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 12):
+            time.sleep(0.01)
+        assert process.poll() is None
+        end(servers[1].process)
+        _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    report = json.loads((tmp_path / "report.json").read_text())
+    kept, lost = report["engines"]
+    assert (kept["lost"], lost["lost"], report["errors"]) == (0, 1, 0)
+    assert kept["answered"] + lost["answered"] == len(asked)
+    assert kept["taken_over"] > 0
+    check_alone(servers[0], asked, tmp_path / "out.jsonl", step=3)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill an engine with all its processes, and wait until none is left."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(600):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        raise AssertionError("processes of a killed engine are left")

@@ -11,6 +11,7 @@ that came past the front end, is said in the log and left undone. Pure functions
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,14 +26,14 @@ _DEMOTE_TO = ("disk", "redis")
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """store, load: whether its KV may be. pin: seconds for which it stays in memory after the request, 0: as any
-    other. keep: the same, but that it goes where nothing else may, and that its time begins anew with each use.
-    priority: low, normal or high, "" as any other. prefetch: raise what slow tiers have of it as soon as it arrives.
-    demote: the tier that its KV goes to after the request, or "". returns_in: seconds after its end in which its KV
-    will be asked for again, 0: nobody knows.
+    """store: whether its KV may be, or that of how many leading tokens. load: whether its KV may be. pin: seconds for
+    which it stays in memory after the request, 0: as any other. keep: the same, but that it goes where nothing else
+    may, and that its time begins anew with each use. priority: low, normal or high, "" as any other. prefetch: raise
+    what slow tiers have of it as soon as it arrives. demote: the tier that its KV goes to after the request, or "".
+    returns_in: seconds after its end in which its KV will be asked for again, 0: nobody knows.
     """
 
-    store: bool = True
+    store: bool | int = True
     load: bool = True
     pin: float = 0.0
     keep: float = 0.0
@@ -40,6 +41,13 @@ class Wishes:
     prefetch: bool = False
     demote: str = ""
     returns_in: float = 0.0
+
+    @property
+    def stored_tokens(self) -> int:
+        """Leading tokens that may be stored."""
+        if isinstance(self.store, bool):
+            return sys.maxsize if self.store else 0
+        return self.store
 
     @property
     def afterwards(self) -> bool:
@@ -96,6 +104,11 @@ def _flag(value: object) -> str:
     return "" if isinstance(value, bool) else "must be true or false"
 
 
+def _flag_or_tokens(value: object) -> str:
+    fits = isinstance(value, int) and value >= 0  # a bool, too
+    return "" if fits else "must be true or false, or how many of its tokens, 0 or more"
+
+
 def _seconds(value: object) -> str:
     fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TTL_S
     return "" if fits else f"must be seconds, more than 0 and at most {MAX_TTL_S:.0f}"
@@ -127,7 +140,7 @@ def _priority(value: object) -> str:
 
 
 _PARAMS: dict[str, Callable[[object], str]] = {
-    "store": _flag,
+    "store": _flag_or_tokens,
     "load": _flag,
     "pin": _seconds,
     "keep": _seconds,

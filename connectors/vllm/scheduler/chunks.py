@@ -220,7 +220,7 @@ class Chunks:
         if self.drops_last_block:
             confirmed -= self.block_tokens
         first = max(state.stored, len(state.hits))
-        end = min(confirmed // self.tokens, len(state.chunk_keys))
+        end = min(min(confirmed, state.wishes.stored_tokens) // self.tokens, len(state.chunk_keys))
         if end <= first or state.namespace is None or state.first_step is None:
             return None
         chunks = []

@@ -60,6 +60,8 @@ class KeptBlocks:
         middle of a step are in no table of blocks."""
         by_boundary: dict[int, dict[int, int]] = {}
         for index, block, boundary in handed if self.pool is not None else ():
+            if boundary > state.wishes.stored_tokens:
+                continue
             by_boundary.setdefault(boundary, {})[index] = block
         for boundary, found in by_boundary.items():
             number, rest = boundary // chunks.tokens - 1, boundary % chunks.tokens

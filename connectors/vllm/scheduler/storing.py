@@ -79,7 +79,7 @@ class Storing:
         if state.namespace is None:  # nobody knows when it will be
             return
         request_id = state.request.request_id
-        end = int(state.request.num_computed_tokens) + scheduled
+        end = min(int(state.request.num_computed_tokens) + scheduled, state.wishes.stored_tokens)
         self.kept.keep(state, chunks, end, partial(blocks.resolve_block_ids, request_id), self._link.arena_bytes)
         self.kept.keep_states(state, chunks, blocks.boundary_state_offloads.get(request_id, ()))
         self._link.count("store.engine_full", self.kept.take_refused())

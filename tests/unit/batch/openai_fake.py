@@ -30,11 +30,12 @@ class Fake:
         self.asked: list[dict[str, Any]] = []
         self.answered: Counter[str] = Counter()
         self.refuse: Callable[[dict[str, Any]], tuple[int, Any] | None] = lambda body: None
-        self.tokenizes = True
+        self.tokenizes = self.healthy = True
         self.key = ""
         self.seconds = 0.0
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
+        self._closed = False
         self._server = _Server(("127.0.0.1", port), _handler(self))
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -42,6 +43,9 @@ class Fake:
         self._thread.start()
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self._server.shutdown()
         self._thread.join()
         self._server.cut()
@@ -116,6 +120,8 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             elif self.path == "/metrics":
                 labels = f'block_size="{BLOCK}",engine="0",num_gpu_blocks="{KV_BLOCKS}"'
                 self._send(200, f"# HELP\nvllm:cache_config_info{{{labels}}} 1.0\n")
+            elif self.path == "/health" and not fake.healthy:
+                self._send(503, "")
             elif self.path in ("/v1/models", "/health"):
                 self._send(200, {"data": [{"id": "base"}]})
             else:

@@ -107,9 +107,13 @@ def test_nobody_there_and_no_answer_in_time(tmp_path: Path) -> None:
         talk(tmp_path, [whole()], late)
 
 
-@pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "http://", "unix://", "http://u:p@h", "http://h:x", "http://h/ v"]
-)
+@pytest.mark.parametrize("url", ["", "localhost:8000", "http://", "unix://", "http://h:0", "http://h:x", "http://h/ v"])
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="write it like http"):
         Server(url)
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match="set VLLM_API_KEY") as told:
+        Server("http://user:secret@host")
+    assert "secret" not in str(told.value)

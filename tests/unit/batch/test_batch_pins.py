@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from loracache import CacheClient, Namespace, chunk_keys
 from loracache.batch.child import ChildEngine
-from loracache.batch.engine import Engine
+from loracache.batch.engine import By, Engine
 from loracache.batch.holding import Blocks
 from loracache.batch.http import Server
 from loracache.batch.job import Job
@@ -24,6 +25,7 @@ from loracache.batch.pins import Pins
 from loracache.batch.plan import make_plan
 from loracache.errors import ConfigError
 from tests.unit.batch.conftest import Asked, prompts_of
+from tests.unit.batch.openai_fake import request, run, write
 
 CHUNK = 4
 
@@ -53,7 +55,7 @@ def test_a_prefix_is_pinned_from_the_first_answer_of_its_group_to_the_last(clien
         for position in range(3):
             reservation.write(position, bytes(4096))
     job = Job(plan, [1, 2, 3, 4], Blocks(plan.prompts, plan.tree))
-    pins = Pins(server, Engine(Server("http://localhost")), "base", job)
+    pins = Pins(server, [Engine(Server("http://localhost"))], "base", job)
 
     def answered(number: int) -> None:
         asyncio.run(pins.answered(number, line(batch[number].tokens)))
@@ -67,17 +69,30 @@ def test_a_prefix_is_pinned_from_the_first_answer_of_its_group_to_the_last(clien
     assert client.lookup(keys).hits == 2
     answered(2)
     assert client.evict(keys[:2]).objects == 2
-    alone, together = line([1]), line([2])
-    assert pins.body(3, alone) == alone.body | {"kv_transfer_params": {"store": False}}
-    assert pins.body(0, together) == together.body
+
+
+def test_of_each_request_only_that_is_stored_which_others_share(server: str) -> None:
+    batch = [Asked([7] * 8 + [1] * 8 + [number]) for number in range(2)] + [Asked([7] * 12), Asked([1, 2, 3, 4, 5])]
+    plan = make_plan(prompts_of(batch, CHUNK))
+    job = Job(plan, [1, 2, 3, 4], Blocks(plan.prompts, plan.tree))
+    engine = Engine(Server("http://localhost"))
+    pins = Pins(server, [engine], "base", job)
+    bodies = [pins.body(number, line(each.tokens)) for number, each in enumerate(batch)]
+    assert [body["kv_transfer_params"] for body in bodies] == [{"store": each} for each in (16, 16, 8, False)]
+    assert all(body["prompt"] == each.tokens for body, each in zip(bodies, batch, strict=True))
     own = line([1], kv_transfer_params={"pin": 5.0})
     assert pins.body(3, own) == own.body
+    vector = Line(1, "id", "/v1/embeddings", {"input": "text"})
+    assert pins.body(3, vector) == vector.body
+    engine.by = By.TEXT  # whose lengths say nothing of tokens
+    assert "kv_transfer_params" not in pins.body(0, line(batch[0].tokens))
+    assert pins.body(3, line([1]))["kv_transfer_params"] == {"store": False}
 
 
 def test_what_cannot_be_pinned_is_counted_and_no_more(tmp_path: Path) -> None:
     plan = make_plan(prompts_of([Asked([7] * 8), Asked([7] * 8)], CHUNK))
     job = Job(plan, [1, 2], Blocks(plan.prompts, plan.tree))
-    pins = Pins(f"unix://{tmp_path}/none", Engine(Server("http://localhost")), "base", job)
+    pins = Pins(f"unix://{tmp_path}/none", [Engine(Server("http://localhost"))], "base", job)
     asyncio.run(pins.answered(0, line([7] * 8)))
     asyncio.run(pins.answered(1, line([7] * 8)))
     assert (pins.objects, pins.failures) == (0, 1)
@@ -135,3 +150,21 @@ def test_what_a_batch_started_ends_when_the_batch_is_killed(eventually: Any) -> 
 
 def _ended(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_engines_that_share_a_daemon_are_told_what_to_store_and_it_what_to_pin(
+    servers: Any, daemon: Any, tmp_path: Path
+) -> None:
+    both, socket = (servers(), servers()), daemon(memory="1MiB", page_size="4KiB").url.removeprefix("unix://")
+    alone = request(40, prompt="nothing like the others")
+    source = write(tmp_path / "in.jsonl", [*(request(number) for number in range(40)), alone])
+    report = tmp_path / "report.json"
+    urls = [word for each in both for word in ("--url", each.url)]
+    done = run(source, "-o", tmp_path / "out.jsonl", *urls, "--socket", socket, "--report", report)
+    assert done.exit_code == 0, done.output
+    stored = [body["kv_transfer_params"]["store"] for each in both for body in each.asked]
+    assert len(stored) == 41
+    assert stored.count(False) == 1
+    assert all(store >= 96 for store in stored if store is not False)
+    told = json.loads(report.read_text())
+    assert (told["pinned"], told["pin_failures"]) == (0, 0)  # of what these engines have not stored

@@ -197,27 +197,6 @@ def test_a_request_larger_than_all_the_room_runs_alone() -> None:
     assert not holding.fits(held.path(1))
 
 
-# -- several engines ----------
-
-
-@few
-@given(batches(), blocks, st.integers(1, 4))
-def test_parts_for_engines_are_the_order_cut(batch: list[Asked], block: int, engines: int) -> None:
-    plan = make_plan(prompts_of(batch, block))
-    parts = plan.parts(engines)
-    assert len(parts) == engines
-    assert [number for part in parts for number in part.tolist()] == plan.order.tolist()
-
-
-def test_engines_get_whole_subtrees_of_about_the_same_work() -> None:
-    batch = [Asked([group] * 64 + [number], decode=1) for number in range(20) for group in range(12)]
-    plan = make_plan(prompts_of(batch, 4))
-    parts = plan.parts(3)
-    groups = [{batch[number].tokens[0] for number in part.tolist()} for part in parts]
-    assert sum(map(len, groups)) == 12
-    assert [len(part) for part in parts] == [80, 80, 80]
-
-
 # -- the sets of the benchmark ----------
 
 

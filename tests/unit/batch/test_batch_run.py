@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from loracache.batch import runner
+from loracache.batch import driver
 from loracache.batch.journal import Journal
 from loracache.batch.lines import BatchFile
 from tests.unit.batch.openai_fake import BLOCK, KV_BLOCKS, Fake, answers, request, run, said_to, write
@@ -29,7 +29,7 @@ KILLS = 3  # each takes a second or more
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_PAUSES_S", (0.01, 0.05))
+    monkeypatch.setattr(driver, "_PAUSES_S", (0.01, 0.05))
 
 
 # -- what is answered ----------
@@ -100,18 +100,6 @@ def test_output_in_the_order_of_answers(server: Fake, tmp_path: Path) -> None:
     ids = [each["custom_id"] for each in answers(output)]
     prompts = {line["body"]["prompt"]: line["custom_id"] for line in (request(number) for number in range(30))}
     assert ids == [prompts[body["prompt"]] for body in server.asked]
-
-
-def test_several_engines_share_the_batch_by_subtrees(servers: Callable[..., Fake], tmp_path: Path) -> None:
-    both = servers(), servers()
-    source = write(tmp_path / "in.jsonl", [request(number) for number in range(100)])
-    output = tmp_path / "out.jsonl"
-    done = run(source, "-o", output, "--url", both[0].url, "--url", both[1].url)
-    assert done.exit_code == 0, done.output
-    groups = [{body["prompt"][0] for body in each.asked} for each in both]
-    assert len(groups[0]) == len(groups[1]) == 5
-    assert not groups[0] & groups[1]
-    assert len(answers(output)) == 100
 
 
 # -- what goes wrong ----------

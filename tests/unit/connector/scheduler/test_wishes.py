@@ -36,6 +36,7 @@ def brings(params: Any = None, *hints: Any) -> tuple[Wishes, list[str]]:
         ({}, Wishes()),
         ({"do_remote_decode": True, "remote_engine_id": "x"}, Wishes()),  # another connector's
         ({"store": False}, Wishes(store=False)),
+        ({"store": 384}, Wishes(store=384)),
         ({"load": False, "store": True}, Wishes(load=False)),
         ({"pin": 600}, Wishes(pin=600)),
         ({"keep": 300, "priority": "high"}, Wishes(keep=300, priority="high")),
@@ -52,6 +53,8 @@ def test_wishes_stand_in_kv_transfer_params(params: Any, wishes: Wishes) -> None
     ("params", "words"),
     [
         ({"store": "no"}, ["store='no'", "must be true or false"]),
+        ({"store": -1}, ["store=-1", "or how many of its tokens, 0 or more"]),
+        ({"store": 3.5}, ["store=3.5", "or how many of its tokens"]),
         ({"load": 0}, ["load=0", "must be true or false"]),
         ({"pin": True}, ["pin=True", "must be seconds, more than 0 and at most 3600"]),
         ({"pin": -1}, ["pin=-1", "more than 0"]),
@@ -149,6 +152,15 @@ def test_a_request_that_is_not_to_be_stored_is_not(driver: Any, wishing: Any) ->
     request = wishing("a", 2 * CHUNK, {"store": False})
     assert not run(driver, request, 2).stores
     assert driver.side.finished(request, [[0, 1, 2, 3]]) is False
+    assert not driver.step().stores
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(0, 0), (CHUNK - 1, 0), (CHUNK, 1), (2 * CHUNK + 5, 2), (1000, 3)])
+def test_of_a_request_no_more_is_stored_than_it_says(driver: Any, wishing: Any, tokens: int, chunks: int) -> None:
+    request = wishing("a", 3 * CHUNK, {"store": tokens})
+    stores = run(driver, request, 3).stores
+    assert [len(store.chunks) for store in stores] == ([chunks] if chunks else [])
+    assert driver.side.finished(request, [[0, 1, 2, 3, 4, 5]]) is bool(chunks)
     assert not driver.step().stores
 
 
