@@ -67,9 +67,9 @@ class Engine:
             sizes = [(int(each["num_gpu_blocks"]), int(each["block_size"])) for each in found]
         except (KeyError, ValueError):
             sizes = []
-        if not sizes or not all(count > 0 and size > 0 for count, size in sizes):
+        if not sizes or not all(count > 1 and size > 0 for count, size in sizes):
             return Facts(None, None)
-        return Facts(sum(count * size for count, size in sizes), sizes[0][1])
+        return Facts(sum((count - 1) * size for count, size in sizes), sizes[0][1])  # block 0 never holds KV
 
     async def base_model(self) -> str:
         """What the base model is served as. Raises ProtocolError where the engine lists none."""

@@ -118,7 +118,7 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             if fake.key and self.headers["Authorization"] != f"Bearer {fake.key}":
                 self._send(401, {"error": "Unauthorized"})
             elif self.path == "/metrics":
-                labels = f'block_size="{BLOCK}",engine="0",num_gpu_blocks="{KV_BLOCKS}"'
+                labels = f'block_size="{BLOCK}",engine="0",num_gpu_blocks="{KV_BLOCKS + 1}"'
                 self._send(200, f"# HELP\nvllm:cache_config_info{{{labels}}} 1.0\n")
             elif self.path == "/health" and not fake.healthy:
                 self._send(503, "")
