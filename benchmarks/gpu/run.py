@@ -185,10 +185,12 @@ def main() -> None:
         content = {"device": name, "identity": device.identity, **found.as_json()}
         (arguments.out / "transfers.json").write_text(json.dumps(content, indent=1) + "\n")
         print(*found.lines(), sep="\n", flush=True)
-    if "sgmv" in parts and not arguments.dry:
+    if "sgmv" in parts:
         with (arguments.out / "sgmv.json").open("w") as file:
             script = BENCHMARKS / "bench_sgmv_gpu.py"
-            subprocess.run([sys.executable, str(script), "--quick"], stdout=file, check=True)
+            subprocess.run(
+                [sys.executable, str(script), "--dry" if arguments.dry else "--quick"], stdout=file, check=True
+            )
 
 
 if __name__ == "__main__":

@@ -33,4 +33,5 @@ def test_a_dry_run_checks_every_shape_both_ways_and_writes_what_it_found(tmp_pat
     kinds = {tuple(each[name] for name in ("shape", "outermost", "direction")) for each in content["figures"]}
     assert len(kinds) == len(content["figures"]) == 3 * 2 * 2
     assert all(each["tokens"] == 64 and each["gb_s"] > 0 and each["floor_gb_s"] > 0 for each in content["figures"])
+    assert json.loads((tmp_path / "sgmv.json").read_text())["rows"]
     assert "Llama 8B         layer  loads        64 tokens      8 MiB" in done.stdout
