@@ -150,6 +150,27 @@ def one(cache: Cache, *moves: Move) -> Fragments:
     return joined(cache, located(list(moves)))
 
 
+@pytest.mark.parametrize("together", [1, 20, 1 << 14])
+@pytest.mark.parametrize("cut", [False, True])
+def test_of_many_moves_of_one_form_all_are_made_however_few_at_a_time(
+    cut: bool, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Payloads may be longer than what is in them, and each have another length."""
+    monkeypatch.setattr(kernels, "_TOGETHER", together)
+    found, expected = (Cache(16, [16, 8, 24], "layer") for _ in range(2))
+    arena = np.random.default_rng(2).integers(0, 255, 8192, np.uint8)
+    moves, at = [], 0
+    for number in range(7):
+        nbytes = 4 * 48 + 16 * number
+        parts = payload_of(arena, at, nbytes, [64 + 8 * number] if cut else [])
+        moves.append(Move([2 * number + 1, 2 * number], parts, 1, 4))
+        at += nbytes
+    scatter(one(found, *moves))
+    for move in moves:
+        naive(expected, move)
+    assert (found.bytes == expected.bytes).all()
+
+
 def test_a_block_of_a_block_outermost_cache_is_one_fragment() -> None:
     cache = Cache(8, [64] * 32, "block")
     found = one(cache, *(Move([block], [memoryview(bytearray(64 * 32))], 0, 1) for block in (5, 2, 7)))
