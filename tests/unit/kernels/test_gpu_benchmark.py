@@ -38,7 +38,7 @@ def test_a_dry_run_checks_every_shape_both_ways_and_writes_what_it_found(tmp_pat
 
 
 def test_checks_alone_copy_everything_so_many_times_and_time_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--dry", "--out", tmp_path, "--checks", "2"]
+    command: list[str | Path] = [sys.executable, SCRIPT, "--dry", "--out", tmp_path, "--checks", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert not done.returncode, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "48 copies are right"  # three shapes, two layouts, two ways, both directions
