@@ -4,6 +4,8 @@
     python benchmarks/gpu/run.py --out FOLDER       everything (some minutes, 20 GB of pinned and of GPU memory)
     python benchmarks/gpu/run.py --out FOLDER --dry on a recording device in host memory, to see that it runs
     python benchmarks/gpu/run.py --out FOLDER --only transfers
+    python benchmarks/gpu/run.py --out FOLDER --checks 100    no timing: are all copies right, each time?
+    compute-sanitizer python benchmarks/gpu/run.py --out FOLDER --checks 1
 
 Writes FOLDER/page_copy.json and FOLDER/page_copy.png, where matplotlib is, and prints a table. Every figure stands
 beside its floor: one large copy of as many bytes between pinned memory and the device, measured in the same run. `busy`
@@ -40,7 +42,7 @@ from loracache.kernels.page_copy.recording import RecordingDevice
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 WAYS = {"straight": 0, "through slots": 1 << 40}
-BYTES = 1 << 30
+BYTES, CHECKED_BYTES = 1 << 30, 64 << 20
 PARTS = ("page_copy", "transfers", "sgmv")
 
 
@@ -78,6 +80,22 @@ def measure(device: Device, where: str, nbytes: int) -> list[Figure]:
                     found.append(_figure(rig, copier, (shape.name, outermost), direction, way, floors[direction]))
                     print(line(found[-1]), file=sys.stderr, flush=True)
     return found
+
+
+def check(device: Device, where: str, nbytes: int, times: int) -> int:
+    """Check every shape, layout and way so many times, with new content each time; answers how many copies there were.
+    Raises RuntimeError where one is wrong."""
+    copies = 0
+    for shape in SHAPES:
+        for outermost in ("layer", "block"):
+            rig = Rig(device, where, shape, outermost, nbytes)
+            for below in WAYS.values():
+                copier = PageCopier(rig.layers, pieces=rig, device=device, bounce_below=below)
+                for _ in range(times):
+                    rig.whole.random_(-(1 << 62), 1 << 62)
+                    rig.check(copier)
+                    copies += len(Direction)
+    return copies
 
 
 def _figure(
@@ -162,6 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--dry", action="store_true", help="without a GPU, on a recording device")
     parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--checks", type=int, metavar="N", help="no timing: copy everything N times and compare")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     paths = [os.environ.get("PYTHONPATH"), str(BENCHMARKS.parent)]  # for the daemon, too
@@ -172,6 +191,10 @@ def main() -> None:
         name, where, nbytes = torch.cuda.get_device_name(0), "cuda:0", BYTES
     parts = [arguments.only] if arguments.only else PARTS
     print(name, flush=True)
+    if arguments.checks:
+        copies = check(_device(arguments.dry), where, min(nbytes, CHECKED_BYTES), arguments.checks)
+        print(f"{copies} copies are right", flush=True)
+        return
     if "page_copy" in parts:
         device = _device(arguments.dry)
         figures = measure(device, where, nbytes)
@@ -185,10 +208,12 @@ def main() -> None:
         content = {"device": name, "identity": device.identity, **found.as_json()}
         (arguments.out / "transfers.json").write_text(json.dumps(content, indent=1) + "\n")
         print(*found.lines(), sep="\n", flush=True)
-    if "sgmv" in parts and not arguments.dry:
+    if "sgmv" in parts:
         with (arguments.out / "sgmv.json").open("w") as file:
             script = BENCHMARKS / "bench_sgmv_gpu.py"
-            subprocess.run([sys.executable, str(script), "--quick"], stdout=file, check=True)
+            subprocess.run(
+                [sys.executable, str(script), "--dry" if arguments.dry else "--quick"], stdout=file, check=True
+            )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ layers are 655,360 fragments, and a loop over them would take longer than the co
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, compress
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ import torch
 from loracache.kernels.page_copy.moves import Move, bounds
 
 __all__ = [
-    "Extents",
     "Fragments",
     "Integers",
+    "Located",
     "Rows",
     "fragments_of",
     "host_runs",
@@ -35,8 +35,8 @@ __all__ = [
 
 Integers = npt.NDArray[np.int64]
 _addressof, _in_place = ctypes.addressof, ctypes.c_char.from_buffer
+_TOGETHER = 1 << 14  # fragments: their arrays stay in a core's cache, and need no new memory for the next ones
 _WORTH = 16  # merging costs more than it saves where fewer than one in so many goes
-Extents = list[tuple[int, int]]  # (address, bytes) of a payload's parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,33 @@ class Rows:
         starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
         nbytes = np.add.reduceat(self.nbytes, starts)
         return Rows(self.base[starts], self.step[starts], nbytes, self.before[starts], self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Moves and where their payloads lie in host memory. counts: parts of each payload. start, nbytes: addresses and
+    lengths of all parts, one payload's behind another's. Arrays, for a list of tuples would cost more than the rest.
+    """
+
+    moves: Sequence[Move]
+    counts: Integers
+    start: Integers
+    nbytes: Integers
+
+    def __len__(self) -> int:
+        return len(self.moves)
+
+    def of(self, chosen: npt.NDArray[np.bool_]) -> Located:
+        """Those moves alone. chosen: (moves,)."""
+        if chosen.all():
+            return self
+        parts = np.repeat(chosen, self.counts)
+        return Located([*compress(self.moves, chosen)], self.counts[chosen], self.start[parts], self.nbytes[parts])
+
+    def part(self, begin: int, end: int) -> Located:
+        """The moves from one on, and before another."""
+        low, high = int(self.counts[:begin].sum()), int(self.counts[:end].sum())
+        return Located(self.moves[begin:end], self.counts[begin:end], self.start[low:high], self.nbytes[low:high])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +147,7 @@ def parts_of(ends: Integers, nbytes: int, most: int | None = None) -> Iterator[s
     start = 0
     while start < len(ends):
         taken = int(ends[start - 1]) if start else 0
-        end = max(start + 1, int(np.searchsorted(ends, taken + nbytes, side="right")))
+        end = max(start + 1, int(ends.searchsorted(taken + nbytes, "right")))
         end = min(end, start + most) if most else end
         yield slice(start, end)
         start = end
@@ -146,127 +173,126 @@ def host_runs(
     breaks[[number - 1 for number in begins if number]] = True
     starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
     first, length = host[starts], np.add.reduceat(nbytes, starts)
-    if edges is None or not len(edges):
-        return first, length
+    return (first, length) if edges is None else _cut_at(first, length, edges)[:2]
+
+
+def _cut_at(first: Integers, length: Integers, edges: Integers) -> tuple[Integers, Integers, Integers]:
+    """(first addresses, lengths) of runs of bytes cut at `edges`, and the number of the run that each is of."""
     low = np.searchsorted(edges, first, side="right")
     inside = np.searchsorted(edges, first + length, side="left") - low
-    if not inside.any():
-        return first, length
-    last = np.cumsum(inside + 1) - 1  # of each run's pieces
     owner = np.repeat(np.arange(len(first)), inside + 1)
+    if len(owner) == len(first):
+        return first, length, owner
+    last = np.cumsum(inside + 1) - 1  # of each run's pieces
     piece = np.arange(len(owner)) - (last - inside)[owner]
     begin = np.where(piece, edges[low[owner] + piece - 1], first[owner])
     end = (first + length)[owner]
     end[:-1] = np.where(owner[1:] == owner[:-1], begin[1:], end[:-1])
-    return begin, end - begin
+    return begin, end - begin, owner
 
 
-def split_by_pinned(
-    moves: Sequence[Move], edges: Integers, pinned: npt.NDArray[np.bool_]
-) -> tuple[list[tuple[Move, Extents]], list[tuple[Move, Extents]]]:
-    """(moves whose payload is pinned, the others), with their extents cut where a copy may not reach across: bytes from
+def split_by_pinned(moves: Sequence[Move], edges: Integers, pinned: npt.NDArray[np.bool_]) -> tuple[Located, Located]:
+    """(moves whose payload is pinned, the others), their payloads cut where a copy may not reach across: bytes from
     edges[i] up to edges[i + 1] are pinned together where pinned[i].
     """
-    located, flat = _located(moves)
+    whole, unpinned = _located(moves), np.ones(len(moves), np.bool_)
     if not len(edges):
-        return [], located
-    place = np.searchsorted(edges, flat[:, 0], side="right") - 1
-    fine = (place >= 0) & pinned[place] & (flat.sum(axis=1) <= edges[np.minimum(place + 1, len(edges) - 1)])
-    if fine.all():
-        return located, []
-    unpinned = set()
-    owner = np.repeat(np.arange(len(located)), [len(parts) for _, parts in located])
-    for number in np.unique(owner[~fine]).tolist():
-        move, parts = located[number]
-        parts = [piece for part in parts for piece in _cut_at(part, edges)]
-        located[number] = move, parts
-        places = np.searchsorted(edges, [address for address, _ in parts], side="right") - 1
-        if not ((places >= 0) & pinned[places]).all():
-            unpinned.add(number)
-    good = [item for number, item in enumerate(located) if number not in unpinned]
-    return good, [located[number] for number in sorted(unpinned)]
+        return whole.of(~unpinned), whole
+    start, nbytes, part = _cut_at(whole.start, whole.nbytes, edges)
+    place = np.searchsorted(edges, start, side="right") - 1
+    owner = np.repeat(np.arange(len(moves)), whole.counts)[part]
+    unpinned[:] = False
+    unpinned[owner[(place < 0) | ~pinned[place]]] = True
+    cut = Located(moves, np.bincount(owner, minlength=len(moves)), start, nbytes)
+    return cut.of(~unpinned), cut.of(unpinned)
 
 
-def fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]]) -> list[Fragments]:
-    """The fragments of moves with their extents, those of moves of one form together. bands: those of `rows`. Raises
-    ValueError where a move reaches outside its payload or the KV cache: what is copied by address has no other guard.
+def fragments_of(rows: Rows, bands: Rows, located: Located) -> Iterator[Fragments]:
+    """The fragments of moves, those of moves of one form together, and about `_TOGETHER` at a time: the first are on
+    their way while the others are made. bands: those of `rows`. Raises ValueError, before it answers any, where a move
+    reaches outside its payload or the KV cache: what is copied by address has no other guard.
     """
-    if all(move.rows is None for move, _ in moves):
-        return _fragments_of(rows, bands, moves)
-    about: dict[tuple[int, int], list[tuple[Move, Extents]]] = defaultdict(list)
-    for item in moves:
-        about[bounds(item[0].rows, len(rows.base))].append(item)
+    if all(move.rows is None for move in located.moves):
+        return chain.from_iterable(_fragments_of(rows, bands, located))
     found = []
-    for (start, end), own in about.items():
+    for (start, end), own in _alike(located, [bounds(move.rows, len(rows.base)) for move in located.moves]):
         if start < end:
             part = rows.part(start, end)
             found += _fragments_of(part, part.bands(), own)
-    return found
+    return chain.from_iterable(found)
 
 
-def _fragments_of(rows: Rows, bands: Rows, moves: Sequence[tuple[Move, Extents]]) -> list[Fragments]:
+def _fragments_of(rows: Rows, bands: Rows, located: Located) -> list[Iterator[Fragments]]:
     """Of moves about all of these rows."""
-    groups: dict[tuple[int, int, int, bool], list[tuple[Move, Extents]]] = defaultdict(list)
-    for item in moves:
-        move, extents = item
-        groups[len(move.blocks), move.first, move.of, len(extents) == 1].append(item)
+    together = (located.counts == 1).tolist()
+    forms = [(len(move.blocks), move.first, move.of, one) for move, one in zip(located.moves, together, strict=True)]
     return [
-        _group(bands if of == 1 else rows, rows.block_bytes, (count, first, of), together, group)
-        for (count, first, of, together), group in groups.items()
-        if count
+        _group(bands if form[2] == 1 else rows, rows.block_bytes, form, own)
+        for form, own in _alike(located, forms)
+        if form[0]
     ]
 
 
-def _group(
-    rows: Rows, block_bytes: int, form: tuple[int, int, int], together: bool, moves: Sequence[tuple[Move, Extents]]
-) -> Fragments:
-    """Of moves of one form (blocks, `first`, `of`). together: each payload is one extent. The arrays are megabytes, so
-    there are few passes over them, each along rows and blocks at once: numpy is slow along an axis of one or two."""
-    count, first, of = form
-    blocks = np.fromiter(chain.from_iterable(move.blocks for move, _ in moves), np.int64).reshape(-1, count)
-    if together:
-        start, sizes = np.fromiter(chain.from_iterable(extents[0] for _, extents in moves), np.int64).reshape(-1, 2).T
-    else:
-        sizes = np.array([sum(nbytes for _, nbytes in extents) for _, extents in moves], np.int64)
+_Form = TypeVar("_Form", bound=tuple[int, ...])
+
+
+def _alike(located: Located, forms: Sequence[_Form]) -> Iterable[tuple[_Form, Located]]:
+    """The moves of each form. forms: one a move."""
+    if len(set(forms)) == 1:  # most often
+        return [(forms[0], located)]
+    numbers: dict[_Form, list[int]] = defaultdict(list)
+    for number, form in enumerate(forms):
+        numbers[form].append(number)
+    return [(form, located.of(np.isin(np.arange(len(forms)), own))) for form, own in numbers.items()]
+
+
+def _group(rows: Rows, block_bytes: int, form: tuple[int, int, int, bool], located: Located) -> Iterator[Fragments]:
+    """Of moves of one form (blocks, `first`, `of`, whether each payload lies together). There are few passes over the
+    arrays, each along rows and blocks at once: numpy is slow along an axis of one or two."""
+    count, first, of, together = form
+    moves = len(located)
+    blocks = np.fromiter(chain.from_iterable([move.blocks for move in located.moves]), np.int64).reshape(moves, count)
+    sizes = located.nbytes if together else _sums(located.nbytes, located.counts)
     if blocks.min() < 0 or blocks.max() >= rows.blocks:
         raise ValueError(f"blocks {blocks.min()} to {blocks.max()} of {rows.blocks}")
     if first < 0 or first + count > of or sizes.min() < of * block_bytes:
         raise ValueError(f"a move of {count} blocks reaches outside its payload")
-    device: Integers = np.repeat(blocks, len(rows.base), axis=0).reshape(len(moves), -1)
-    device *= np.repeat(rows.step, count)
-    device += np.repeat(rows.base, count)
-    nbytes = np.repeat(rows.nbytes, count)
-    within = (
-        np.repeat(of * rows.before, count)
-        + np.tile(np.arange(first, first + count, dtype=np.int64), len(rows.base)) * nbytes
-    )
-    nbytes = np.tile(nbytes, len(moves))
-    if not together:
-        return _over_extents(device.reshape(-1), within, nbytes, [extents for _, extents in moves], sizes)
-    found = Fragments(device.reshape(-1), (start[:, None] + within).reshape(-1), nbytes)
-    follows, dense = np.diff(blocks) == 1, rows.step == rows.nbytes
-    if np.count_nonzero(follows) * np.count_nonzero(dense) * _WORTH <= len(found):
-        return found
-    return _merged(found, follows[:, None, :] & dense[:, None])
+    base, step, nbytes = (np.repeat(each, count) for each in (rows.base, rows.step, rows.nbytes))
+    places = np.tile(np.arange(first, first + count, dtype=np.int64), len(rows.base))
+    within = np.repeat(of * rows.before, count) + places * nbytes
+    most = min(moves, max(1, _TOGETHER // len(within)))  # moves at a time
+    nbytes, dense = np.tile(nbytes, most), rows.step == rows.nbytes
+
+    def some(begin: int, end: int) -> Fragments:
+        device: Integers = np.repeat(blocks[begin:end], len(rows.base), axis=0).reshape(end - begin, -1)
+        device *= step
+        device += base
+        own = nbytes[: device.size]
+        if not together:
+            return _over_extents(device.reshape(-1), within, own, located.part(begin, end), sizes[begin:end])
+        found = Fragments(device.reshape(-1), (located.start[begin:end, None] + within).reshape(-1), own)
+        return _merged(found, np.diff(blocks[begin:end]) == 1, dense)
+
+    return (some(begin, min(begin + most, moves)) for begin in range(0, moves, most))
 
 
-def _merged(fragments: Fragments, neighbours: npt.NDArray[np.bool_]) -> Fragments:
-    """Neighbours on both sides as one; never across moves, whose extents may lie in different registrations.
-    neighbours: (moves, rows, blocks less one), which of a row's blocks follow each other.
+def _merged(fragments: Fragments, follows: npt.NDArray[np.bool_], dense: npt.NDArray[np.bool_]) -> Fragments:
+    """Neighbours on both sides as one; never across moves, whose extents may lie in different registrations. follows:
+    (moves, blocks less one), which of a move's blocks lie behind the one before. dense: (rows,), where blocks that
+    follow each other lie side by side.
     """
-    begins = np.ones((*neighbours.shape[:2], neighbours.shape[2] + 1), np.bool_)
-    np.logical_not(neighbours, out=begins[:, :, 1:])
+    if np.count_nonzero(follows) * np.count_nonzero(dense) * _WORTH <= len(fragments):
+        return fragments
+    begins = np.ones((len(follows), len(dense), follows.shape[1] + 1), np.bool_)
+    np.logical_not(follows[:, None, :] & dense[:, None], out=begins[:, :, 1:])
     starts = np.flatnonzero(begins.reshape(-1))
     return Fragments(fragments.device[starts], fragments.host[starts], np.add.reduceat(fragments.nbytes, starts))
 
 
-def _over_extents(
-    device: Integers, within: Integers, nbytes: Integers, extents: Sequence[Extents], sizes: Integers
-) -> Fragments:
-    """Fragments cut where payloads are, whose parts are `extents`. within: where each begins in its payload."""
-    flat = np.array([each for parts in extents for each in parts], np.int64).reshape(-1, 2)
-    ends = np.cumsum(flat[:, 1])  # in all payloads, one behind another
-    starts = ends - flat[:, 1]
+def _over_extents(device: Integers, within: Integers, nbytes: Integers, located: Located, sizes: Integers) -> Fragments:
+    """Fragments cut where payloads are. within: where each begins in its payload. sizes: of the payloads."""
+    ends = np.cumsum(located.nbytes)  # in all payloads, one behind another
+    starts = ends - located.nbytes
     begin = ((np.cumsum(sizes) - sizes)[:, None] + within).reshape(-1)
     first = np.searchsorted(starts, begin, side="right") - 1
     count = np.searchsorted(starts, begin + nbytes, side="left") - first  # extents that each lies in
@@ -274,27 +300,26 @@ def _over_extents(
     part = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + first[owner]
     low = np.maximum(begin[owner], starts[part])
     high = np.minimum((begin + nbytes)[owner], ends[part])
-    return Fragments(device[owner] + low - begin[owner], flat[part, 0] + low - starts[part], high - low)
+    return Fragments(device[owner] + low - begin[owner], located.start[part] + low - starts[part], high - low)
 
 
-def _cut_at(extent: tuple[int, int], edges: Integers) -> Extents:
-    start, nbytes = extent
-    inner = edges[np.searchsorted(edges, start, side="right") : np.searchsorted(edges, start + nbytes)].tolist()
-    return [(low, high - low) for low, high in pairwise([start, *inner, start + nbytes])]
+def _sums(values: Integers, counts: Integers) -> Integers:
+    """Of runs of so many values each."""
+    ends, last = np.concatenate(([0], np.cumsum(values))), np.cumsum(counts)
+    found: Integers = ends[last] - ends[last - counts]
+    return found
 
 
-def _located(moves: Sequence[Move]) -> tuple[list[tuple[Move, Extents]], Integers]:
-    """(moves with the extents of their payloads, all extents). Most have one, and there are thousands of them."""
-    payloads = [move.payload for move in moves]
-    parts = list(chain.from_iterable(payloads))
-    if len(parts) == len(moves) and max(map(len, payloads), default=0) == 1:
-        with contextlib.suppress(TypeError, ValueError):  # of memory that may only be read, or none
-            addresses, sizes = list(map(_addressof, map(_in_place, parts))), [part.nbytes for part in parts]
-            located = [(move, [extent]) for move, extent in zip(moves, zip(addresses, sizes, strict=True), strict=True)]
-            return located, np.array([addresses, sizes], np.int64).T
-    extents = [[(_address(part), part.nbytes) for part in payload if part.nbytes] for payload in payloads]
-    flat = np.fromiter(chain.from_iterable(chain.from_iterable(extents)), np.int64).reshape(-1, 2)
-    return list(zip(moves, extents, strict=True)), flat
+def _located(moves: Sequence[Move]) -> Located:
+    payloads: list[Sequence[memoryview]] = [move.payload for move in moves]
+    try:
+        start = list(map(_addressof, map(_in_place, chain.from_iterable(payloads))))
+    except (TypeError, ValueError):  # of memory that may only be read, or none
+        payloads = [[part for part in payload if part.nbytes] for payload in payloads]
+        start = [_address(part) for part in chain.from_iterable(payloads)]
+    nbytes = [part.nbytes for part in chain.from_iterable(payloads)]
+    counts = list(map(len, payloads))
+    return Located(moves, np.array(counts, np.int64), np.array(start, np.int64), np.array(nbytes, np.int64))
 
 
 def _address(part: memoryview) -> int:

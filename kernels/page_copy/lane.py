@@ -25,7 +25,7 @@ from loracache.kernels.page_copy.fragments import Fragments, Integers, host_runs
 __all__ = ["SLOTS", "SLOT_BYTES", "Lane"]
 
 SLOTS, SLOT_BYTES = 3, 32 << 20  # in device memory, of each direction that needs them
-_TABLES, _TABLE_FRAGMENTS = 8, 1 << 17  # 2 MiB each, in pinned and in device memory
+_TABLES, _TABLE_FRAGMENTS = 64, 1 << 14  # 256 KiB each, in pinned and in device memory
 _STAGES, _STAGE_BYTES = 2, 8 << 20  # in pinned memory
 _STORE_BYTES = 32 << 20  # of a submission of stores: what a load may have to wait for
 
@@ -49,10 +49,13 @@ class _Stage:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Fragments for the kernels, where they are written and where they are read. free: no launch reads them."""
+    """Fragments for the kernels. written, read: where they are put and where launches read them, and addresses there.
+    free: no launch reads them.
+    """
 
-    written: Memory
-    read: Memory
+    memory: tuple[Memory, Memory]
+    written: int
+    read: int
     fragments: npt.NDArray[np.void]
     free: Any
 
@@ -137,37 +140,37 @@ class Lane:
     def _through_slots(self, fragments: Fragments, edges: Integers) -> None:
         """Fragments of one table. What can be is done for all slots at once: a call of numpy's takes longer than its
         work for one."""
-        tables = self._tables = self._tables or cycle([self._new_table() for _ in range(_TABLES)])
+        tables = self._tables = self._tables or cycle(self._new_tables())
+        ring = self._slots = self._slots or cycle([self._new_slot() for _ in range(SLOTS)])
         table, count = next(tables), len(fragments)
-        self._device.synchronize(table.free)  # what reads it was submitted eight tables ago
+        self._device.synchronize(table.free)  # what reads it was submitted so many tables ago
         ends = np.cumsum(fragments.nbytes)
         parts = list(parts_of(ends, SLOT_BYTES))
+        slots = [next(ring) for _ in parts]
         starts = [part.start for part in parts]
         host, nbytes = host_runs(fragments.host, fragments.nbytes, edges, starts)
         ends -= fragments.nbytes
         begins, before = ends[starts], np.cumsum(nbytes) - nbytes  # bytes before each slot, and before each run
         runs = [*np.searchsorted(before, begins).tolist(), len(before)]
-        before -= np.repeat(begins, np.diff(runs))
+        staged = before + np.repeat([slot.memory.address for slot in slots] - begins, np.diff(runs))
         ends -= np.repeat(begins, np.diff([*starts, count]))
         table.fragments["device"][:count] = fragments.device
         table.fragments["offset"][:count] = ends >> 4
         table.fragments["length"][:count] = fragments.nbytes >> 4
         try:
-            one = np.array([[table.read.address], [table.written.address], [count * FRAGMENT.itemsize]], np.int64)
+            one = np.array([[table.read], [table.written], [count * FRAGMENT.itemsize]], np.int64)
             self._device.copy(one[0], one[1], one[2], self._kernels, SourceOrder.STREAM)
-            for part, (low, high) in zip(parts, pairwise(runs), strict=True):
-                own = slice(low, high)
-                place = table.read.address + part.start * FRAGMENT.itemsize
-                self._through_slot(host[own], before[own], nbytes[own], place, part.stop - part.start)
+            for part, slot, (low, high) in zip(parts, slots, pairwise(runs), strict=True):
+                place, fragments_of_slot = table.read + part.start * FRAGMENT.itemsize, part.stop - part.start
+                self._through_slot(slot, host[low:high], staged[low:high], nbytes[low:high], place, fragments_of_slot)
         finally:  # else the next to use it would write over what a launch of before still has to read
             self._device.record(table.free, self._kernels)
 
-    def _through_slot(self, host: Integers, offset: Integers, nbytes: Integers, table: int, count: int) -> None:
+    def _through_slot(
+        self, slot: _Slot, host: Integers, staged: Integers, nbytes: Integers, table: int, count: int
+    ) -> None:
         """`count` fragments of a table: runs in host memory, and where they lie in the slot."""
         device, copies, kernels = self._device, self._copies, self._kernels
-        slots = self._slots = self._slots or cycle([self._new_slot() for _ in range(SLOTS)])
-        slot = next(slots)
-        staged = offset + slot.memory.address
         if self._direction is Direction.LOAD:
             device.wait(copies, slot.free)
             device.copy(staged, host, nbytes, copies, SourceOrder.ANY)
@@ -196,11 +199,15 @@ class Lane:
     def _new_stage(self) -> _Stage:
         return _Stage(self._device.allocate_host(_STAGE_BYTES), self._device.event())
 
-    def _new_table(self) -> _Table:
-        nbytes = _TABLE_FRAGMENTS * FRAGMENT.itemsize
-        written = self._device.allocate_host(nbytes)
-        fragments = np.frombuffer(memoryview((ctypes.c_char * nbytes).from_address(written.address)), FRAGMENT)
-        return _Table(written, self._device.allocate(nbytes), fragments, self._device.event())
+    def _new_tables(self) -> list[_Table]:
+        size = _TABLE_FRAGMENTS * FRAGMENT.itemsize
+        memory = self._device.allocate_host(_TABLES * size), self._device.allocate(_TABLES * size)
+        tables = []
+        for at in range(0, _TABLES * size, size):
+            written, read = (each.address + at for each in memory)
+            fragments = np.frombuffer(memoryview((ctypes.c_char * size).from_address(written)), FRAGMENT)
+            tables.append(_Table(memory, written, read, fragments, self._device.event()))
+        return tables
 
 
 def _move(stage: int, fragments: Fragments, *, into_host: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import loracache.kernels.page_copy.cuda as cuda
 from loracache.kernels.page_copy import CopyError, Move, PageCopier
+from loracache.kernels.page_copy.device import Direction
 
 LAYERS, BLOCKS, WORDS = 4, 64, 32
 
@@ -60,6 +61,8 @@ def main() -> None:
         device = cuda.CudaDevice(0)
         assert device.has_kernels
         assert device.identity == "gpu-00010203-0405-0607-0809-0a0b0c0d0e0f"
+        loads, stores = (int(device.stream(direction)) for direction in (Direction.LOAD, Direction.STORE))
+        assert loads - stores == 5  # the fake driver's streams are their priorities, from 0 up to 5 for the first to go
         errors: list[BaseException] = []
 
         def on_a_fresh_thread(device: cuda.CudaDevice = device, errors: list[BaseException] = errors) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier, lane
+from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier, fragments, lane
 from loracache.kernels.page_copy.choice import Choice
 from loracache.kernels.page_copy.device import Direction, SourceOrder
 from loracache.kernels.page_copy.fragments import Fragments
@@ -84,6 +84,7 @@ def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane, "_STORE_BYTES", 8 * ROW)
     monkeypatch.setattr(lane, "_TABLES", 2)
     monkeypatch.setattr(lane, "_TABLE_FRAGMENTS", 20)
+    monkeypatch.setattr(fragments, "_TOGETHER", 40)
 
 
 CHUNKS = [[5, 9, 10, 11], [20, 21, 22, 23], [40, 30, 33, 34], [50, 52, 51, 3], [60, 1], [0, 2, 63]]
@@ -232,7 +233,10 @@ def test_a_failed_copy_has_ended_when_what_went_before_has() -> None:
     assert (rig.arena == arrived).all()
 
 
-def test_stores_are_submitted_in_small_parts_and_small_rows_bounce_in_large_ones() -> None:
+def test_stores_are_submitted_in_small_parts_and_small_rows_bounce_in_large_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fragments, "_TOGETHER", 1 << 14)
     rig = Rig("straight")
     rig.copier.gather(rig.moves(*CHUNKS)).wait()
     assert max(nbytes for *_, nbytes in rig.device.submitted) <= 8 * ROW

@@ -6,13 +6,15 @@ from __future__ import annotations
 import ctypes
 import itertools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracache.kernels.page_copy.fragments import Extents, Fragments, Rows, fragments_of, host_runs, split_by_pinned
+from loracache.kernels.page_copy import fragments as kernels
+from loracache.kernels.page_copy.fragments import Fragments, Located, Rows, fragments_of, host_runs, split_by_pinned
 from loracache.kernels.page_copy.moves import Move
 
 NONE = np.zeros(0, np.int64)
@@ -51,8 +53,8 @@ def naive(cache: Cache, move: Move) -> None:
         base += move.of * size
 
 
-def joined(cache: Cache, moves: list[tuple[Move, Extents]]) -> Fragments:
-    found = fragments_of(cache.rows, cache.rows.bands(), moves)
+def joined(cache: Cache, moves: Located) -> Fragments:
+    found = list(fragments_of(cache.rows, cache.rows.bands(), moves))
     return Fragments(*(np.concatenate([NONE, *(getattr(each, name) for each in found)]) for name in FIELDS))
 
 
@@ -88,8 +90,13 @@ def payload_of(arena: np.ndarray[Any, Any], start: int, nbytes: int, cuts: list[
     return parts
 
 
-@given(shapes(), st.lists(st.integers(0, 300), max_size=6))
-def test_fragments_move_what_a_loop_over_rows_moves(shape: Any, cut_at: list[int]) -> None:
+@given(shapes(), st.lists(st.integers(0, 300), max_size=6), st.sampled_from([1, 6, 1 << 14]))
+def test_fragments_move_what_a_loop_over_rows_moves(shape: Any, cut_at: list[int], together: int) -> None:
+    with mock.patch.object(kernels, "_TOGETHER", together):
+        moves_what_a_loop_moves(shape, cut_at)
+
+
+def moves_what_a_loop_moves(shape: Any, cut_at: list[int]) -> None:
     blocks, sizes, outermost, described = shape
     found, expected = Cache(blocks, sizes, outermost), Cache(blocks, sizes, outermost)
     arena = np.random.default_rng(1).integers(0, 255, 4096, np.uint8)
@@ -135,8 +142,33 @@ def test_parts_and_smaller_fragments_are_the_same_bytes(shape: Any, words: int, 
     assert (found.bytes == expected.bytes).all()
 
 
+def located(moves: list[Move]) -> Located:
+    return split_by_pinned(moves, *NOT_PINNED)[1]
+
+
 def one(cache: Cache, *moves: Move) -> Fragments:
-    return joined(cache, split_by_pinned(moves, *NOT_PINNED)[1])
+    return joined(cache, located(list(moves)))
+
+
+@pytest.mark.parametrize("together", [1, 20, 1 << 14])
+@pytest.mark.parametrize("cut", [False, True])
+def test_of_many_moves_of_one_form_all_are_made_however_few_at_a_time(
+    cut: bool, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Payloads may be longer than what is in them, and each have another length."""
+    monkeypatch.setattr(kernels, "_TOGETHER", together)
+    found, expected = (Cache(16, [16, 8, 24], "layer") for _ in range(2))
+    arena = np.random.default_rng(2).integers(0, 255, 8192, np.uint8)
+    moves, at = [], 0
+    for number in range(7):
+        nbytes = 4 * 48 + 16 * number
+        parts = payload_of(arena, at, nbytes, [64 + 8 * number] if cut else [])
+        moves.append(Move([2 * number + 1, 2 * number], parts, 1, 4))
+        at += nbytes
+    scatter(one(found, *moves))
+    for move in moves:
+        naive(expected, move)
+    assert (found.bytes == expected.bytes).all()
 
 
 def test_a_block_of_a_block_outermost_cache_is_one_fragment() -> None:
@@ -186,6 +218,18 @@ def test_runs_of_the_host_begin_where_they_are_told_to() -> None:
 def test_what_reaches_outside_is_refused(move: Move, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         one(Cache(8, [64] * 3, "layer"), move)
+
+
+def test_nothing_is_answered_where_one_of_many_moves_reaches_outside() -> None:
+    """They are made a few at a time, and the first are submitted before the last are made."""
+    cache, payload = Cache(8, [64], "layer"), memoryview(bytearray(64))
+    moves = [Move([0], [payload], 0, 1) for _ in range(40_000)]
+    assert [len(each) for each in fragments_of(cache.rows, cache.rows.bands(), located(moves))] == [16384, 16384, 7232]
+    with pytest.raises(ValueError, match="blocks 0 to 8 of 8"):
+        fragments_of(cache.rows, cache.rows.bands(), located([*moves, Move([8], [payload], 0, 1)]))
+    wider = [Move([0, 1], [memoryview(bytearray(127))], 0, 2)]
+    with pytest.raises(ValueError, match="a move of 2 blocks reaches outside its payload"):
+        fragments_of(cache.rows, cache.rows.bands(), located(moves + wider))
 
 
 def test_memory_that_may_only_be_read_has_an_address_too() -> None:

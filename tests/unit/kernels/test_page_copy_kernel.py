@@ -132,7 +132,9 @@ def test_nvcc_spills_nothing_and_accesses_16_bytes_at_a_time(arch: int, tmp_path
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_nvrtc_compiles_it_and_its_code_is_kept(arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvrtc_compiles_it_to_accesses_of_16_bytes_and_its_code_is_kept(
+    arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no cuda-bindings here")
     try:
@@ -145,6 +147,10 @@ def test_nvrtc_compiles_it_and_its_code_is_kept(arch: int, tmp_path: Path, monke
     assert b"page_gather" in code
     monkeypatch.setattr(cubins, "_compile", lambda *_: pytest.fail("compiled twice"))
     assert cubins.cubin(f"sm_{arch}") == code
+    (tmp_path / "page_copy.cubin").write_bytes(code)
+    accesses = memory_accesses(tmp_path / "page_copy.cubin")  # what is spilled would be among them: LDL, STL
+    assert accesses
+    assert all(each.endswith(".128") for each in accesses), accesses
 
 
 @pytest.fixture
