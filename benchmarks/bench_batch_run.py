@@ -134,28 +134,31 @@ def _pairs(folder: Path, name: str, pairs: int) -> list[Row]:
         bounds.append(bound)
         for way in ("ours", "vllm") if number % 2 else ("vllm", "ours"):
             found[way].append(_command(way, source, folder, model_folder() / "model", kv))
-    ours, theirs = found["ours"], found["vllm"]
     seconds = {way: [each.seconds for each in done] for way, done in found.items()}
-    least = 0.99 if name == "nothing shared" else 1.3
-    shares = ("in a batch of", REQUESTS, "and a KV cache of", kv, "blocks")
-    rows = [
-        ratio_row(f"{name}: throughput / vllm run-batch's", seconds["vllm"], seconds["ours"], at_least=least,
-                  note=" ".join(map(str, shares))),
-        row("  the whole command", "s", seconds["ours"]),
-        row("  vllm run-batch, the whole command", "s", seconds["vllm"]),
-    ]  # fmt: skip
-    for done, told in ((ours, "  "), (theirs, "  vllm run-batch: ")):
-        rate = [each.steps.computed / each.steps.busy for each in done]
-        rows += [
-            row(f"{told}prompt tokens computed / bound", "x",
-                [each.steps.computed / bound for each, bound in zip(done, bounds, strict=True)],
-                at_most=1.02 if done is ours else None),
-            row(f"{told}bound / tokens a second of its steps / time in steps", "x",
-                [bound / speed / each.steps.busy for each, bound, speed in zip(done, bounds, rate, strict=True)]),
-            row(f"{told}of the steps that decode, also compute prompts", "x", [each.steps.mixed for each in done]),
-            row(f"{told}time in steps", "s", [each.steps.busy for each in done]),
-        ]  # fmt: skip
-    return rows
+    what, least = f"{name}: throughput / vllm run-batch's", 0.99 if name == "nothing shared" else 1.3
+    note = f"{REQUESTS:,} requests, KV cache of {kv:,} blocks of {BLOCK} tokens"
+    return [
+        ratio_row(what, seconds["vllm"], seconds["ours"], at_least=least, note=note),
+        *_told("  ", found["ours"], bounds, at_most=1.02),
+        *_told("  vllm run-batch: ", found["vllm"], bounds, at_most=None),
+    ]
+
+
+def _told(head: str, done: Sequence[Done], bounds: Sequence[int], at_most: float | None) -> list[Row]:
+    """Of one way's rounds. What is left of the time at best: only the bound, at the speed its own steps had."""
+    computed = [each.steps.computed / bound for each, bound in zip(done, bounds, strict=True)]
+    seconds = [each.seconds for each in done]
+    return [
+        row(f"{head}the whole command", "s", seconds),
+        row(f"{head}of that, in the engine's steps", "s", [each.steps.busy for each in done]),
+        row(f"{head}prompt tokens computed / bound", "x", computed, at_most=at_most),
+        row(
+            f"{head}bound / tokens a second of the steps",
+            "s",
+            [each.steps.busy / b for each, b in zip(done, computed, strict=True)],
+        ),
+        row(f"{head}of the steps that decode, also compute prompts", "x", [each.steps.mixed for each in done]),
+    ]
 
 
 def _many(folder: Path, count: int) -> list[Row]:
