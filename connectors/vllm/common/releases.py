@@ -40,6 +40,13 @@ def has_block_references() -> bool:
     return all(hasattr(KVConnectorBase_V1, name) for name in hooks) and hasattr(output, "KVConnectorBlockState")
 
 
+def binds_kv_cache_manager() -> bool:
+    """Whether a connector is given vLLM's KVCacheManager (0.32 on)."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    return hasattr(KVConnectorBase_V1, "bind_kv_cache_manager")
+
+
 def unknown_release() -> str:
     """Why this vLLM is none that we know, or ""."""
     version = vllm_version()

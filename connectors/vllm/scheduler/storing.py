@@ -64,6 +64,7 @@ class Storing:
         state.extend_keys(self.chunks.tokens)
         self._events.learn(state, self.chunks)
         first, kept = max(state.stored, len(state.hits)), self.kept.block_ids(state)
+        computed_tokens = min(computed_tokens, state.sound_tokens)
         store = self.chunks.store(state, computed_tokens, kept, self.kept.next_store if kept else 0)
         if kept:
             self.kept.storing(state, range(first, state.stored), planned=store is not None)
@@ -110,10 +111,11 @@ class Storing:
         self.held.stored(request_ids)
         self._afterwards.stored(request_ids)
 
-    def drop(self, plan: StepPlan) -> None:
-        """What is planned in a step will not be stored."""
-        self.kept.over({store.number: self.kept.workers for store in plan.stores})
-        plan.stores.clear()
+    def drop(self, plan: StepPlan, request_ids: Container[str] | None = None) -> None:
+        """What is planned in a step, of these requests or of all, will not be stored."""
+        dropped = [store for store in plan.stores if request_ids is None or store.request_id in request_ids]
+        self.kept.over({store.number: self.kept.workers for store in dropped})
+        plan.stores = [store for store in plan.stores if store not in dropped]
 
     def free_blocks(self, manager: Any, states: Iterable[RequestState]) -> None:
         """vLLM needs all blocks free. The workers end what reads them before one is written."""

@@ -46,6 +46,9 @@ class LateCopy:
         if self.error:
             raise CopyError(self.error)
 
+    def hold(self, stream: Any) -> None:
+        """A device without streams."""
+
 
 class LateCopier(PageCopier):
     """A device whose copies end as late as they may: when they are waited for, and while `may` is set. `gathers` and
