@@ -34,7 +34,7 @@ from loracache.connectors.vllm.common.messages import Load
 from loracache.connectors.vllm.link.worker import WorkerLink
 from loracache.connectors.vllm.worker.by_layer import LayerCopies
 from loracache.connectors.vllm.worker.landing import Landing
-from loracache.connectors.vllm.worker.loading import CONFIRM_S, LONGEST_PAUSE_S, Chunk, Loading, Part
+from loracache.connectors.vllm.worker.loading import LONGEST_PAUSE_S, Chunk, Loading, Part
 from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.errors import LoRACacheError, Rejected, Unavailable
 from loracache.kernels.page_copy import PageCopier
@@ -289,7 +289,7 @@ class Loader:
         daemon may say still."""
         late, job.cause = bool(job.cause), Cause.DEADLINE
         job.todo.clear()
-        job.deadline = time.monotonic() + CONFIRM_S
+        job.renew()
         for part in list(job.parts):
             if late or not (part.copied or part.flights):
                 self._drop(job, part)

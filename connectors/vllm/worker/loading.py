@@ -13,9 +13,9 @@ from loracache.backoff import Backoff
 from loracache.connectors.vllm.common.messages import Load
 from loracache.connectors.vllm.worker.by_layer import LayerCopies
 
-__all__ = ["CONFIRM_S", "LONGEST_PAUSE_S", "Chunk", "Flight", "Loading", "Part"]
+__all__ = ["LONGEST_PAUSE_S", "Chunk", "Flight", "Loading", "Part"]
 
-CONFIRM_S = 1.0  # for the daemon's word that a lease held until now
+_CONFIRM_S = 1.0  # for the daemon's word that a lease held until now
 
 _FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.05
 
@@ -107,7 +107,7 @@ class Loading:
 
     def renew(self) -> None:
         """Bytes come: the next may take as long again, or, where it ends early, what is left of it."""
-        self.deadline = time.monotonic() + (CONFIRM_S if self.cause else self.timeout)
+        self.deadline = time.monotonic() + (_CONFIRM_S if self.cause else self.timeout)
 
     def came(self, part: Part, chunk: Chunk) -> None:
         """A chunk is in its blocks."""

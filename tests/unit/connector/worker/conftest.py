@@ -95,6 +95,12 @@ def _plain(size: int) -> tuple[Any, ...]:
     return (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 1, ()),)), "s", (size,)),)
 
 
+@pytest.fixture
+def plain_objects() -> Callable[[int], tuple[Any, ...]]:
+    """plain_objects(size): one group's, of blocks of one token and of `size` bytes; their shard is "s"."""
+    return _plain
+
+
 class RowsWorker:
     """Blocks of `size` bytes, one for each of `chunks` (keys), and their loader."""
 

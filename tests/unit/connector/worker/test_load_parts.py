@@ -17,6 +17,7 @@ import pytest
 
 from loracache.client.connection import Reply
 from loracache.connectors.vllm.worker import loader as loader_module
+from loracache.connectors.vllm.worker import loading as loading_module
 from loracache.errors import Unavailable
 from loracache.keys import Namespace, checksum, chunk_keys
 from loracache.wire import protocol
@@ -117,7 +118,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ScriptedConnection:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the loader sees runs `clock[0]` seconds ahead."""
     ahead = [0.0]
-    monkeypatch.setattr(loader_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
+    for module in (loader_module, loading_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
     return ahead
 
 
@@ -194,7 +196,7 @@ def test_what_arrived_before_the_deadline_counts_where_its_lease_held(
 def test_of_a_daemon_that_does_not_confirm_only_what_was_let_go_before_counts(
     script: ScriptedConnection, make_worker: Make, eventually: Any, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "_CONFIRM_S", 0.01)
+    monkeypatch.setattr(loading_module, "_CONFIRM_S", 0.01)
     worker = make_worker("unix:///none", timeout=100.0)
     worker.load(range(8))
     eventually(lambda: len(script.parts) == 2)
