@@ -165,7 +165,7 @@ CONNECTOR = [
     # -- checksums, namespaces and adapters ----------
     Mutation(
         "bytes that do not match their checksum reach no block",
-        "connectors/vllm/worker/loader.py",
+        "connectors/vllm/worker/landing.py",
         "right = found == chunk.expected",
         "right = True",
         _worker("transfer::test_bytes_that_do_not_match_are_never_scattered_nor_served_again"),

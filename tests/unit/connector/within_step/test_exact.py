@@ -135,6 +135,7 @@ def test_nobody_finds_what_a_request_leaves_that_ends_in_the_step_that_failed(
     stored(engine, serving, prompt(200))
     broken(serving, keys_of(engine, serving, prompt(200))[2])
     request = engine.ask(prompt(330))
+    engine.await_lookups()
     if how == "abort":
         engine.during = lambda answers: engine.abort(request)
         engine.step()
@@ -181,6 +182,7 @@ def test_a_step_whose_result_does_not_come_has_failed(make_engine: Any, serving:
         answers[1].kv_connector_output.kv_connector_worker_meta = None
 
     request = engine.ask(prompt(290), 40)
+    engine.await_lookups()
     engine.during = lose
     engine.step()
     engine.during = lambda answers: None
@@ -196,7 +198,9 @@ def test_a_preempted_request_is_computed_anew_and_then_stored(make_engine: Any, 
     broken(serving, keys_of(engine, serving, prompt(200))[2])
     other = engine.ask([9, *prompt(70)], 50)
     engine.ask(prompt(200), 50)
+    engine.await_lookups()
     engine.step()
+    assert engine.model.wrong == 1
     new = engine.keys(other)
     assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     settle(engine, serving)
