@@ -31,8 +31,8 @@ CONNECTOR = [
     Mutation(
         "a preempted request is told anew which blocks it began upon",
         "connectors/vllm/scheduler/requests.py",
-        "        self.stored = 0\n        self.first_step = None\n        if",
-        "        self.stored = 0\n        if",
+        "        self.first_step = None\n        if self.stage",
+        "        if self.stage",
         _scheduler("blocks"),
     ),
     Mutation(
@@ -80,8 +80,8 @@ CONNECTOR = [
     Mutation(
         "stores planned before a change of weights are dropped",
         "connectors/vllm/scheduler/storing.py",
-        "        plan.stores.clear()\n",
-        "",
+        "plan.stores = left",
+        "pass",
         _WEIGHTS,
     ),
     Mutation(

@@ -15,6 +15,10 @@ def _exact(name: str) -> str:
     return f"tests/unit/connector/within_step/test_exact.py::test_{name}"
 
 
+def _fault(name: str) -> str:
+    return f"tests/unit/connector/within_step/test_faults.py::test_{name}"
+
+
 def _by_layer(name: str) -> str:
     return f"tests/unit/connector/worker/test_by_layer.py::test_{name}"
 
@@ -63,7 +67,7 @@ WITHIN_STEP = [
         _SCHEDULER,
         "self._not_before = time.monotonic() + self._pauses.next()",
         "pass",
-        _exact("after_a_load_that_failed_loads_go_ahead_of_the_step_for_a_while"),
+        _fault("after_a_load_that_failed_loads_go_ahead_of_the_step_for_a_while"),
     ),
     Mutation(
         "what a failed step computed of a request that ended in it is not stored",
@@ -105,7 +109,7 @@ WITHIN_STEP = [
         _WORKER,
         "over and all_waited and load",
         "over and load",
-        _exact("a_layer_that_does_not_wait_fails_the_load"),
+        _fault("a_layer_that_does_not_wait_fails_the_load"),
     ),
     Mutation(
         "a step waits for a silent daemon for a short time only",

@@ -31,7 +31,7 @@ from loracache.connectors.vllm.common.private import private_server
 from loracache.connectors.vllm.common.releases import has_kv_layouts, unknown_release
 from loracache.connectors.vllm.common.reports import ReportInbox, ReportOutbox
 from loracache.connectors.vllm.common.stats import ConnectorStats, PromMetrics
-from loracache.connectors.vllm.common.synchronous import check_synchronous
+from loracache.connectors.vllm.common.synchronous import check_synchronous, unknown_prefix_cache
 from loracache.connectors.vllm.identity.model import ModelIdentity
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.hit_sources import hits_by_source
@@ -278,7 +278,10 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """vLLM's prefix cache."""
         if self._scheduler is not None and self.layer_by_layer:
-            self._scheduler.within_step.prefix_cache = PrefixCache(kv_cache_manager)
+            try:
+                self._scheduler.within_step.prefix_cache = PrefixCache(kv_cache_manager)
+            except AttributeError as error:
+                raise unknown_prefix_cache(error) from error
 
     def on_new_request(self, request: Request) -> None:
         """Send the lookup."""

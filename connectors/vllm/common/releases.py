@@ -10,7 +10,15 @@ from __future__ import annotations
 import importlib.util
 import re
 
-__all__ = ["NEWEST", "OLDEST", "has_block_references", "has_kv_layouts", "unknown_release", "vllm_version"]
+__all__ = [
+    "NEWEST",
+    "OLDEST",
+    "binds_kv_cache_manager",
+    "has_block_references",
+    "has_kv_layouts",
+    "unknown_release",
+    "vllm_version",
+]
 
 OLDEST = (0, 26)
 NEWEST = (0, 33)

@@ -12,7 +12,7 @@ from loracache.connectors.vllm.common.patches import problem
 from loracache.connectors.vllm.common.releases import binds_kv_cache_manager, vllm_version
 from loracache.errors import ConfigError
 
-__all__ = ["check_alone", "check_synchronous"]
+__all__ = ["check_alone", "check_synchronous", "unknown_prefix_cache"]
 
 _SET = "kv_connector_extra_config: layer_by_layer is set, but"
 
@@ -42,6 +42,11 @@ def check_synchronous(vllm_config: Any, options: Options) -> None:
     else:
         return
     raise ConfigError(f"{_SET} {why}, or leave layer_by_layer out")
+
+
+def unknown_prefix_cache(error: Exception) -> ConfigError:
+    """For an engine whose prefix cache is not as we know it."""
+    return ConfigError(f"{_SET} vLLM's prefix cache is not as we know it ({error}); leave layer_by_layer out")
 
 
 def check_alone(connector: Any, ours: Any) -> None:

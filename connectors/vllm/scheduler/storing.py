@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loracache.connectors.vllm.common.messages import StepPlan
+from loracache.connectors.vllm.common.messages import StepPlan, Store
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.afterwards import Afterwards
@@ -113,9 +113,12 @@ class Storing:
 
     def drop(self, plan: StepPlan, request_ids: Container[str] | None = None) -> None:
         """What is planned in a step, of these requests or of all, will not be stored."""
-        dropped = [store for store in plan.stores if request_ids is None or store.request_id in request_ids]
+        dropped: list[Store] = []
+        left: list[Store] = []
+        for store in plan.stores:
+            (dropped if request_ids is None or store.request_id in request_ids else left).append(store)
         self.kept.over({store.number: self.kept.workers for store in dropped})
-        plan.stores = [store for store in plan.stores if store not in dropped]
+        plan.stores = left
 
     def free_blocks(self, manager: Any, states: Iterable[RequestState]) -> None:
         """vLLM needs all blocks free. The workers end what reads them before one is written."""

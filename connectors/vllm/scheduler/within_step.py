@@ -23,7 +23,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from loracache.backoff import Backoff
-from loracache.errors import ConfigError
 
 if TYPE_CHECKING:
     from loracache.connectors.vllm.common.messages import Load, StepPlan
@@ -44,19 +43,13 @@ _NEVER = 1 << 40  # blocks that vLLM believes to have in its prefix cache alread
 
 
 class PrefixCache:
-    """vLLM's, of an engine with one KV cache group. manager: its KVCacheManager. Raises ConfigError where that is not
-    as we know it."""
+    """vLLM's, of an engine with one KV cache group. manager: its KVCacheManager. Raises AttributeError where that is
+    not as we know it."""
 
     def __init__(self, manager: Any) -> None:
-        try:
-            self._on = bool(manager.enable_caching)
-            self._evict = manager.evict_blocks
-            self._counts: dict[str, int] = manager.coordinator.single_type_managers[0].num_cached_block
-        except (AttributeError, IndexError) as error:
-            raise ConfigError(
-                f"kv_connector_extra_config: layer_by_layer is set, but vLLM's prefix cache is not as we know it "
-                f"({error}); leave layer_by_layer out"
-            ) from None
+        self._on = bool(manager.enable_caching)
+        self._evict = manager.evict_blocks
+        self._counts: dict[str, int] = manager.coordinator.single_type_managers[0].num_cached_block
 
     def take_out(self, blocks: Sequence[int]) -> None:
         """Nobody finds these blocks any more."""

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,20 @@ from tests.unit.connector.hybrid.exact_model import BLOCK, kinds
 from tests.unit.connector.within_step.step_engine import StepEngine
 
 CHUNK = 2 * BLOCK
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def serving(module_daemon: Any) -> Any:
+    return module_daemon(memory="64MiB")
+
+
+@pytest.fixture
+def prompt() -> Callable[..., list[int]]:
+    """prompt(length): the beginning of a text that no other test has."""
+    source = random.Random(f"within a step {next(_numbers)}")
+    text = [source.randrange(32000) for _ in range(1000)]
+    return lambda length: text[:length]
 
 
 @pytest.fixture(scope="session")

@@ -261,3 +261,40 @@ class StepEngine:
         self.scheduler.connector.shutdown()
         for rank in self.ranks:
             rank.connector.shutdown()
+
+
+def settle(engine: Any, serving: Any) -> None:
+    engine.run()
+    engine.forget()
+    with serving.client() as client:
+        client.flush()
+
+
+def stored(engine: Any, serving: Any, tokens: list[int]) -> None:
+    """Have a prompt's chunks in the daemon's memory, and nowhere else."""
+    engine.answer(tokens)
+    settle(engine, serving)
+
+
+def keys_of(engine: Any, serving: Any, tokens: list[int], rank: int = 0) -> list[bytes]:
+    """The objects of a prompt's chunks."""
+    request = engine.ask(tokens)
+    found: list[bytes] = engine.keys(request, rank)
+    engine.abort(request)
+    return found
+
+
+def counted(serving: Any, cause: str) -> int:
+    return int(serving.status()["counters"].get(f"client.load.{cause}", 0))
+
+
+def broken(serving: Any, key: bytes) -> None:
+    with serving.client() as client, client.acquire([key]) as reading:
+        assert reading.slots[0] is not None
+        reading.slots[0].buffers[0][9] ^= 1
+
+
+def held(serving: Any, keys: list[bytes]) -> list[bool]:
+    with serving.client() as client:
+        there = {bytes.fromhex(each["key"]) for each in client.objects(tier="cpu")}
+    return [key in there for key in keys]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loracache.connectors.vllm import LoRACacheConnector
 from loracache.connectors.vllm.common import synchronous
 from loracache.connectors.vllm.common.groups import KVGroup, Member
 from loracache.connectors.vllm.common.options import Options
@@ -16,7 +17,7 @@ from loracache.connectors.vllm.common.synchronous import check_alone, check_sync
 from loracache.connectors.vllm.plugin import _patch_scheduler
 from loracache.connectors.vllm.scheduler.chunks import Chunks, Part
 from loracache.connectors.vllm.scheduler.load_or_compute import LoadTimes
-from loracache.connectors.vllm.scheduler.within_step import PrefixCache, WithinStep
+from loracache.connectors.vllm.scheduler.within_step import WithinStep
 from loracache.errors import ConfigError
 from loracache.groups import Need
 
@@ -86,8 +87,10 @@ def test_the_option_is_true_or_false(value: Any) -> None:
 
 
 def test_a_manager_that_is_not_as_we_know_it_is_refused() -> None:
+    scheduler = SimpleNamespace(within_step=WithinStep(LoadTimes(), Tally()))
+    connector = SimpleNamespace(layer_by_layer=True, _scheduler=scheduler)
     with pytest.raises(ConfigError, match=r"prefix cache is not as we know it.*leave layer_by_layer out"):
-        PrefixCache(SimpleNamespace(enable_caching=True))
+        LoRACacheConnector.bind_kv_cache_manager(connector, SimpleNamespace(enable_caching=True))  # type: ignore[arg-type]
 
 
 def chunks_of(*groups: KVGroup, drafts: bool = False) -> Chunks:
