@@ -78,10 +78,17 @@ WITHIN_STEP = [
     ),
     Mutation(
         "what a failed step computed of a request that goes on is not stored",
-        "connectors/vllm/scheduler/requests.py",
-        "self.sound_tokens = min(self.sound_tokens, start)",
+        _SCHEDULER,
+        "state.sound_tokens = min(state.sound_tokens, sound * block_tokens)",
         "pass",
         _OTHERS,
+    ),
+    Mutation(
+        "what a failed step computed is not stored by whom vLLM gave it in that step either",
+        _SCHEDULER,
+        "next((at for at, block in enumerate(table) if block in computed), 0)",
+        "start // block_tokens",
+        "tests/unit/connector/within_step/test_rules.py",
     ),
     Mutation(
         "a request that is preempted is computed anew, and stored",

@@ -155,14 +155,6 @@ class RequestState:
         self.hits = ()
         self.beside = ()
 
-    def spoil(self, start: int) -> bool:
-        """What a step computed of it, from token `start` on, was computed beside or upon what turned out to be wrong.
-        False where vLLM has taken it back to before that, and it is computed anew."""
-        stays = int(self.request.num_computed_tokens) > start
-        if stays:
-            self.sound_tokens = min(self.sound_tokens, start)
-        return stays
-
     def preempted(self) -> None:
         """Its blocks are gone; it will be asked about, loaded (where that is not planned already) and computed anew."""
         self.stored = 0

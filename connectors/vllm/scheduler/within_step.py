@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class PrefixCache:
         self._evict = manager.evict_blocks
         self._counts: dict[str, int] = manager.coordinator.single_type_managers[0].num_cached_block
 
-    def take_out(self, blocks: Sequence[int]) -> None:
+    def take_out(self, blocks: Collection[int]) -> None:
         """Nobody finds these blocks any more."""
         if self._on:
             self._evict(set(blocks))
@@ -131,9 +131,10 @@ class WithinStep:
         self.prefix_cache.put_back_from(state.request.request_id, local)
         return replace(load, within_step=True)
 
-    def begin_step(self, plan: StepPlan, scheduled: Iterable[str], states: Mapping[str, RequestState]) -> None:
+    def begin_step(self, plan: StepPlan, scheduled: Collection[str], states: Mapping[str, RequestState]) -> None:
         """A step is planned, of these requests."""
-        self._began, self._planned = time.monotonic(), 0
+        self._began = time.monotonic() if scheduled else 0.0
+        self._planned = 0
         within = [load.request_id for load in plan.loads if load.within_step]
         if not within:
             return
@@ -164,18 +165,25 @@ class WithinStep:
             self._pauses.reset()
             return StepResult(step.loads)
         self._not_before = time.monotonic() + self._pauses.next()
-        for request_id, start in step.starts.items():
-            self._take_out(request_id, step.tables.get(request_id, ())[start // chunks.block_tokens :], states, start)
+        self._spoil(step, states, chunks.block_tokens)
         return StepResult(step.loads, frozenset(step.starts))
 
-    def _take_out(self, request_id: str, blocks: Sequence[int], states: Mapping[str, RequestState], start: int) -> None:
-        """Of a request whose step has failed what that computed leaves the prefix cache, and is not stored; where vLLM
-        has not taken the request back, no more of it enters."""
+    def _spoil(self, step: _Step, states: Mapping[str, RequestState], block_tokens: int) -> None:
+        """What a failed step computed leaves the prefix cache and is not stored, nor by others that found it there when
+        the step was planned. Of a request that vLLM has not taken back no more enters that cache."""
         assert self.prefix_cache is not None
-        self.prefix_cache.take_out(blocks)
-        state = states.get(request_id)
-        if state is not None and state.spoil(start):
-            self.prefix_cache.put_in_no_more(request_id)
+        computed = {
+            block
+            for request_id, start in step.starts.items()
+            for block in step.tables.get(request_id, ())[start // block_tokens :]
+        }
+        self.prefix_cache.take_out(computed)
+        for request_id, start in step.starts.items():
+            state, table = states.get(request_id), step.tables.get(request_id, ())
+            if state is not None and int(state.request.num_computed_tokens) > start:
+                sound = next((at for at, block in enumerate(table) if block in computed), 0)
+                state.sound_tokens = min(state.sound_tokens, sound * block_tokens)
+                self.prefix_cache.put_in_no_more(request_id)
 
     def _pays(self, nbytes: int) -> bool:
         """A load shorter than a step is hidden behind one of others, and holds up nobody."""

@@ -25,10 +25,12 @@ def test_a_hit_is_loaded_within_the_step_up_to_the_last_block_before_the_last_to
 ) -> None:
     engine = make_engine(serving.url, ranks=ranks)
     stored(engine, serving, prompt(length))
-    before = engine.steps
-    assert engine.answer(prompt(length), answer=3) == reach
+    request = engine.ask(prompt(length), 3)
+    engine.await_lookups()
+    engine.step()
+    assert engine.external[request.request_id] == reach, "it computes in the very step"
+    engine.run()
     assert engine.stats["loads_by_layer"] == engine.stats["loads"] == 1
-    assert engine.steps - before <= 5, "it computes in the step after it was asked"
     assert engine.model.wrong == 0
     assert serving.status()["leases"] == 0
 
@@ -175,7 +177,7 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.parametrize("kind", ["full", "mla"])
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     actions=ACTIONS,
     ranks=st.sampled_from((1, 2)),

@@ -137,12 +137,38 @@ def test_which_loads_may_be_within_a_step(
     assert not state.within_step
 
 
+def test_whoever_found_what_a_failed_step_computed_when_it_was_planned_does_not_store_it() -> None:
+    """vLLM hands on what a step computes to requests of the same step."""
+
+    def state(start: int, blocks: list[int]) -> Any:
+        request = SimpleNamespace(num_computed_tokens=start)
+        return SimpleNamespace(request=request, blocks=[blocks], sound_tokens=1000)
+
+    states = {"loads": state(32, [1, 2, 3]), "computes": state(16, [4, 5, 6, 7]), "found": state(48, [4, 5, 6, 8])}
+    out: set[int] = set()
+    no_more: list[str] = []
+    within = WithinStep(LoadTimes(), Tally())
+    within.prefix_cache = SimpleNamespace(take_out=out.update, put_in_no_more=no_more.append)  # type: ignore[assignment]
+    plan: Any = SimpleNamespace(step=5, loads=[SimpleNamespace(request_id="loads", within_step=True)])
+    within.begin_step(plan, list(states), states)
+    for each in states.values():
+        each.request.num_computed_tokens += 16
+    states["loads"].request.num_computed_tokens = 16  # vLLM has taken it back
+    chunks = chunks_of(KVGroup(Need.ALL, 0, (Member(0, 16, ("a",)),)))
+    result = within.end_step(states, chunks, 1)
+    assert result is not None
+    assert result.spoilt == states.keys()
+    assert out == {3, 5, 6, 7, 8}
+    assert {name: each.sound_tokens for name, each in states.items()} == {"loads": 1000, "computes": 16, "found": 16}
+    assert no_more == ["computes", "found"]
+
+
 def step_of(within: WithinStep, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from loracache.connectors.vllm.scheduler import within_step
 
     clock = [1.0]
     monkeypatch.setattr(within_step, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    within.begin_step(SimpleNamespace(loads=[], step=1), {}, {})  # type: ignore[arg-type]
+    within.begin_step(SimpleNamespace(loads=[], step=1), ["r"], {})  # type: ignore[arg-type]
     clock[0] += seconds
     within.end_step({}, None, 1)
 
