@@ -31,8 +31,8 @@ CONNECTOR = [
     Mutation(
         "a preempted request is told anew which blocks it began upon",
         "connectors/vllm/scheduler/requests.py",
-        "        self.stored = 0\n        self.first_step = None\n        if",
-        "        self.stored = 0\n        if",
+        "        self.first_step = None\n        if self.stage",
+        "        if self.stage",
         _scheduler("blocks"),
     ),
     Mutation(
@@ -80,8 +80,8 @@ CONNECTOR = [
     Mutation(
         "stores planned before a change of weights are dropped",
         "connectors/vllm/scheduler/storing.py",
-        "        plan.stores.clear()\n",
-        "",
+        "plan.stores = left",
+        "pass",
         _WEIGHTS,
     ),
     Mutation(
@@ -165,7 +165,7 @@ CONNECTOR = [
     # -- checksums, namespaces and adapters ----------
     Mutation(
         "bytes that do not match their checksum reach no block",
-        "connectors/vllm/worker/loader.py",
+        "connectors/vllm/worker/landing.py",
         "right = found == chunk.expected",
         "right = True",
         _worker("transfer::test_bytes_that_do_not_match_are_never_scattered_nor_served_again"),

@@ -27,9 +27,10 @@ import pytest
 from mutation_table import CACHE, Mutation
 from mutation_table_connector import CONNECTOR
 from mutation_table_control import CONTROL
+from mutation_table_within_step import WITHIN_STEP
 
 ROOT = Path(__file__).resolve().parents[1]
-MUTATIONS = [*CACHE, *CONTROL, *CONNECTOR]
+MUTATIONS = [*CACHE, *CONTROL, *CONNECTOR, *WITHIN_STEP]
 _TIMEOUT_S = 600
 _ALREADY = "pytest.PytestAssertRewriteWarning"  # of plugins that vLLM imports
 _OPTIONS = [

@@ -31,11 +31,13 @@ from loracache.connectors.vllm.common.private import private_server
 from loracache.connectors.vllm.common.releases import has_kv_layouts, unknown_release
 from loracache.connectors.vllm.common.reports import ReportInbox, ReportOutbox
 from loracache.connectors.vllm.common.stats import ConnectorStats, PromMetrics
+from loracache.connectors.vllm.common.synchronous import check_synchronous, unknown_prefix_cache
 from loracache.connectors.vllm.identity.model import ModelIdentity
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.hit_sources import hits_by_source
 from loracache.connectors.vllm.scheduler.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler.side import SchedulerSide
+from loracache.connectors.vllm.scheduler.within_step import PrefixCache
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import ConfigError
 from loracache.groups import Need
@@ -76,6 +78,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"each node and give its socket as server"
             )
         _check_release(options, role)
+        check_synchronous(vllm_config, options)
+        self.layer_by_layer = options.layer_by_layer
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._outbox, self._inbox = ReportOutbox(), ReportInbox()
@@ -110,6 +114,11 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if layout and not has_kv_layouts():
             raise ConfigError(f"kv_connector_extra_config: kv_layout={layout!r} needs vLLM 0.29 or later; leave it out")
         return layout or None
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Where layers wait for their bytes, no graph may hold several."""
+        return extra_config.get("layer_by_layer") is True
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -158,14 +167,18 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.handle_preemptions(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Start this step's loads. All loads are asynchronous: none is waited for in a step."""
+        """Start this step's loads. Few are waited for in the step itself, by its layers (`layer_by_layer`)."""
         assert self._worker is not None
         plan = self._connector_metadata
         if isinstance(plan, StepPlan):
             self._worker.start_loads(plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request computes only after its load."""
+        """Wait for the layer's bytes, where this step loads what it computes upon."""
+        if self.layer_by_layer:
+            assert self._worker is not None
+            if self._worker.step_loads is not None:
+                self._worker.step_loads.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing to do: whole chunks are stored after the step that completed them."""
@@ -262,6 +275,14 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._scheduler.storing.kept.pool = gpu_block_pool
 
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """vLLM's prefix cache."""
+        if self._scheduler is not None and self.layer_by_layer:
+            try:
+                self._scheduler.within_step.prefix_cache = PrefixCache(kv_cache_manager)
+            except AttributeError as error:
+                raise unknown_prefix_cache(error) from error
+
     def on_new_request(self, request: Request) -> None:
         """Send the lookup."""
         assert self._scheduler is not None
@@ -300,8 +321,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.take_news(news)
         loaded, invalid = connector_output.finished_recving or set(), connector_output.invalid_block_ids or set()
         failed = getattr(connector_output, "failed_recving", None) or set()
-        if loaded or invalid:
-            self._scheduler.finished_loading(loaded, invalid, failed)
+        self._scheduler.finished_loading(loaded, invalid, failed)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """What has entered and left our tiers, for vLLM's KV events."""

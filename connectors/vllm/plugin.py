@@ -103,6 +103,11 @@ def _patch_scheduler(module: Any) -> None:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
+        connector = getattr(self, "connector", None)
+        for ours in (each for each in connectors_of(self) if getattr(each, "layer_by_layer", False)):
+            from loracache.connectors.vllm.common.synchronous import check_alone
+
+            check_alone(connector, ours)
         takers = [each for each in connectors_of(self) if hasattr(each, "fail_requests_through")]
         if takers and isinstance(getattr(self, "grammar_compile_error_reqs", None), set | dict):
             for taker in takers:

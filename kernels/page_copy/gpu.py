@@ -53,6 +53,10 @@ class _Submitted:
         if self.error is not None:
             raise CopyError(str(self.error)) from self.error
 
+    def hold(self, stream: Any) -> None:
+        if self.end is not None:
+            self._device.wait(stream, self.end)
+
 
 class GpuCopier:
     """Copies between the rows of layers and host buffers. pieces: what of those is pinned; None: nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["ARRIVED", "Copy", "CopyError", "Move", "bounds"]
 
@@ -48,12 +48,19 @@ class Copy(Protocol):
     def wait(self) -> None:
         """Return once all bytes have arrived. Raises CopyError where they have not and never will."""
 
+    def hold(self, stream: Any) -> None:
+        """What is submitted to `stream`, one of the device's, from now on begins once the copy has ended, well or not.
+        Never waits itself. Raises CopyError where the device refuses that."""
+
 
 class _Arrived:
     def done(self) -> bool:
         return True
 
     def wait(self) -> None:
+        pass
+
+    def hold(self, stream: Any) -> None:
         pass
 
 

@@ -184,8 +184,12 @@ class Engine:
 
     def preemptions(self) -> int:
         """How many requests lost their blocks to others so far."""
+        return self.counter("num_preemptions")
+
+    def counter(self, name: str) -> int:
+        """One of vLLM's counters, or of ours beside them, over all labels."""
         call = next(self._calls)
-        self._send({"op": "preemptions", "call": call})
+        self._send({"op": "counter", "call": call, "name": name})
         return int(self._wait(call, 60)["done"])
 
     def signal_all(self, number: int) -> None:

@@ -67,12 +67,12 @@ async def generate(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def preemptions() -> int:
-    """So far, as vLLM counts them."""
+def counter(name: str) -> float:
+    """One of vLLM's, or of ours beside them, so far."""
     from prometheus_client import REGISTRY
 
     found = (each for metric in REGISTRY.collect() for each in metric.samples)
-    return int(sum(each.value for each in found if each.name == "vllm:num_preemptions_total"))
+    return float(sum(each.value for each in found if each.name == f"vllm:{name}_total"))
 
 
 async def serve(arguments: dict[str, Any], answers: TextIO) -> None:
@@ -102,8 +102,8 @@ async def serve(arguments: dict[str, Any], answers: TextIO) -> None:
                 case "sleep":
                     await engine.sleep(command["level"])
                     await engine.wake_up()
-                case "preemptions":
-                    answer["done"] = preemptions()
+                case "counter":
+                    answer["done"] = counter(command["name"])
                 case "pause":
                     await engine.pause_generation(mode=command["mode"], clear_cache=command["clear"])
                     await engine.resume_generation()

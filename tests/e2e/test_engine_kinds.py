@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,60 @@ def test_a_sliding_window_model_is_served_with_the_cache_off(
     engine.close()
 
 
+def test_layers_that_wait_for_their_own_bytes_answer_the_same(
+    daemon: Any,
+    engine_factory: Any,
+    model_maker: Any,
+    prompts: Callable[[int], list[int]],
+    tmp_path: Path,
+    eventually: Any,
+) -> None:
+    """256 KiB of KV a token: a load that takes longer than a step. With bytes that are wrong, too."""
+    spec = replace(model_maker.PRESETS["tiny"], heads=64, kv_heads=64, head_dim=256)
+    model_maker.make_model(tmp_path / "model", spec)
+    serving = daemon(memory="1GiB")
+    engine = engine_factory(
+        {"server": serving.url, "layer_by_layer": True},
+        model=str(tmp_path / "model"),
+        enable_lora=False,
+        enable_prefix_caching=True,
+        async_scheduling=False,
+    )
+    tokens = prompts(700)
+    cold = engine.ask(tokens)
+
+    def by_layer(*, wrong: bool = False) -> bool:
+        """Whether a hit was loaded so; on a busy machine a step may seem to take longer."""
+        engine.settle(serving)
+        if wrong:
+            with serving.client() as client:
+                parents = {each["key"]: each["parent"] for each in client.objects(tier="cpu")}
+                third = next(key for key, parent in parents.items() if parents.get(parents.get(parent, "")) == "")
+                with client.acquire([bytes.fromhex(third)]) as reading:
+                    reading.slots[0].buffers[0][999] ^= 1
+        engine.ask(prompts(5), max_tokens=16)  # short steps
+        before = engine.counter("loracache_loads_by_layer")
+        warm = engine.ask(tokens)
+        assert warm.tokens == cold.tokens
+        assert warm.cached == 640
+        return bool(engine.counter("loracache_loads_by_layer") > before)
+
+    eventually(by_layer, "it is loaded layer by layer", 30)
+    eventually(lambda: by_layer(wrong=True), "it is loaded layer by layer though it is wrong", 30)
+    assert engine.counter("loracache_load_failures") >= 1
+    assert engine.ask(tokens).tokens == cold.tokens  # from vLLM's own prefix cache
+    engine.settle(serving)
+    assert engine.ask(tokens).tokens == cold.tokens  # from what was stored since
+    engine.close()
+    assert serving.status()["leases"] == 0
+
+
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
         ({"servr": "unix:///tmp/x.sock"}, "unknown key 'servr'; did you mean 'server'?"),
         ({"server": "unix:///nowhere/loracache.sock"}, "start one with: loracache serve --socket"),
+        ({"layer_by_layer": True}, "start it with --no-async-scheduling"),
     ],
 )
 def test_a_wrong_configuration_stops_the_engine_with_the_fix(engine_factory: Any, extra: Any, said: str) -> None:

@@ -52,12 +52,14 @@ class ChunkBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Chunks to copy into a request's blocks, first to last. chunk_tokens: tokens of a whole chunk."""
+    """Chunks to copy into a request's blocks, first to last. chunk_tokens: tokens of a whole chunk. within_step: the
+    request is computed in this very step; each layer waits for its own bytes."""
 
     request_id: str
     chunks: tuple[ChunkBlocks, ...]
     adapter: AdapterBinding | None
     chunk_tokens: int
+    within_step: bool = False
 
     @property
     def blocks(self) -> list[int]:
@@ -168,7 +170,8 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     nothing will help); pools_lost: nothing is on any page any more; pinned: adapter ids that may not be evicted, or may
     again; weights: rank -> (version, the last step computed with those before), where they changed; contents: how many
     contents an adapter id has served; loaded: seconds that loads took which came, by request; stored: numbers of stores
-    that are over -> for how many workers."""
+    that are over -> for how many workers; came: steps of which all loads within them came whole -> on how many workers.
+    """
 
     adapters: dict[int, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
@@ -182,6 +185,7 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
     contents: dict[int, int] = field(default_factory=dict)
     loaded: dict[str, float] = field(default_factory=dict)
     stored: dict[int, int] = field(default_factory=dict)
+    came: dict[int, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerNews:
         """Workers of one engine read the same adapter files; where they saw different content, nobody is believed."""
@@ -201,6 +205,9 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
         stored = dict(self.stored)
         for store, count in other.stored.items():
             stored[store] = stored.get(store, 0) + count
+        came = dict(self.came)
+        for step, count in other.came.items():
+            came[step] = came.get(step, 0) + count
         loaded = dict(self.loaded)
         for request_id, seconds in other.loaded.items():
             loaded[request_id] = max(seconds, loaded.get(request_id, 0.0))
@@ -217,4 +224,5 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
             contents,
             loaded,
             stored,
+            came,
         )

@@ -35,9 +35,10 @@ class Options:
     found is computed where that is predicted to be so many times faster than loading it; 0: never. lookup_wait: seconds
     for which any request may be parked for the answer to its lookup, lookup_wait_most: for which one may be that has
     much to gain. kv_layout: how KV should lie in the engine's memory, one of KV_LAYOUTS; without it vLLM chooses.
-    lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter. lora_prefetch:
-    how many of those that all engines' requests ask for most are brought onto free pages of it ahead of a request; 0:
-    none.
+    layer_by_layer: KV that is in memory and long in coming is loaded within the step that computes upon it, layer by
+    layer. lora_pool: engine memory for LoRA adapters as pages, a size; without it they are vLLM's own matter.
+    lora_prefetch: how many of those that all engines' requests ask for most are brought onto free pages of it ahead of
+    a request; 0: none.
     """
 
     server: str = ""
@@ -55,6 +56,7 @@ class Options:
     lookup_wait: float = 0.02
     lookup_wait_most: float = 1.0
     kv_layout: str = ""
+    layer_by_layer: bool = False
     lora_pool: str = ""
     lora_prefetch: int = 0
 
@@ -80,7 +82,7 @@ class Options:
                 )
             default = known[key].default
             kinds = (int, float) if isinstance(default, float) else (type(default),)
-            if isinstance(value, bool) or not isinstance(value, kinds):
+            if isinstance(value, bool) is not isinstance(default, bool) or not isinstance(value, kinds):
                 shown = "(secret)" if key == "redis" else repr(value)
                 raise ConfigError(f"kv_connector_extra_config: {key}={shown} must be a {type(default).__name__}")
         options = cls(**extra)

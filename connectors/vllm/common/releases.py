@@ -10,7 +10,15 @@ from __future__ import annotations
 import importlib.util
 import re
 
-__all__ = ["NEWEST", "OLDEST", "has_block_references", "has_kv_layouts", "unknown_release", "vllm_version"]
+__all__ = [
+    "NEWEST",
+    "OLDEST",
+    "binds_kv_cache_manager",
+    "has_block_references",
+    "has_kv_layouts",
+    "unknown_release",
+    "vllm_version",
+]
 
 OLDEST = (0, 26)
 NEWEST = (0, 33)
@@ -38,6 +46,13 @@ def has_block_references() -> bool:
 
     hooks = "bind_gpu_block_pool", "get_transfer_results"
     return all(hasattr(KVConnectorBase_V1, name) for name in hooks) and hasattr(output, "KVConnectorBlockState")
+
+
+def binds_kv_cache_manager() -> bool:
+    """Whether a connector is given vLLM's KVCacheManager (0.32 on)."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    return hasattr(KVConnectorBase_V1, "bind_kv_cache_manager")
 
 
 def unknown_release() -> str:

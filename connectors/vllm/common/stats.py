@@ -28,6 +28,7 @@ _COUNTERS = {
     "loop_wait_seconds": "Seconds for which the engine's loop waited for answers.",
     "parked_seconds": "Seconds for which requests were parked for answers that came.",
     "loads": "Loads that were begun.",
+    "loads_by_layer": "Those of them within the step that computes upon them, layer by layer.",
     "load_bytes": "Bytes of KV copied into the engine's blocks.",
     "load_seconds": "Seconds that loads took, of each worker.",
     "chunks_not_loaded": "Chunks that were found and computed all the same, because that is faster than loading them.",

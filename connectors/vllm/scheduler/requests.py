@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from concurrent.futures import Future
 from enum import Enum, auto
@@ -48,14 +49,15 @@ class RequestState:
     (blocks.py). media: what its images and the like are (media.py). stage: how far it has come. wishes: what it asks
     for itself. told: leading chunks that the engine's KV events know of. weighed: it is settled how many of its hits
     are loaded. passed_over: chunks that were found and are computed, not counted yet. late: it was counted that no
-    answer came in time.
+    answer came in time. within_step: it is loaded within the step that computes it. sound_tokens: tokens whose KV was
+    computed beside or upon nothing wrong; no more is stored.
     """
 
     __slots__ = (
         "adapter", "answered_at", "asked_at", "beside", "blocks", "cacheable", "chain", "chunk_keys", "content",
         "first_step", "has_stored", "hits", "kept", "late", "lease", "leased", "load_tiers", "local_tokens",
-        "media", "namespace", "parked_since", "passed_over", "question", "reads", "request", "stage", "store_after",
-        "stored", "told", "weighed", "wishes",
+        "media", "namespace", "parked_since", "passed_over", "question", "reads", "request", "sound_tokens", "stage",
+        "store_after", "stored", "told", "weighed", "wishes", "within_step",
     )  # fmt: skip
 
     def __init__(self, request: Request, *, cacheable: bool, reads: bool, wishes: Wishes) -> None:
@@ -89,6 +91,8 @@ class RequestState:
         self.load_tiers: tuple[str, ...] = ()
         self.weighed = False
         self.passed_over = 0
+        self.within_step = False
+        self.sound_tokens = sys.maxsize
         self.stage = Stage.WAITING
 
     def extend_keys(self, chunk_tokens: int) -> None:
@@ -122,6 +126,11 @@ class RequestState:
         self.hits = self.hits[:hits]
 
     @property
+    def lost_blocks(self) -> bool:
+        """vLLM has taken its blocks, and nobody has said so."""
+        return bool(self.blocks) and self.stage is not Stage.LOADING and self.request.status.name == "PREEMPTED"
+
+    @property
     def is_fresh(self) -> bool:
         """Nothing of it was computed, loaded or promised to be."""
         return self.stage is Stage.WAITING and not (self.hits or self.stored)
@@ -149,6 +158,7 @@ class RequestState:
     def preempted(self) -> None:
         """Its blocks are gone; it will be asked about, loaded (where that is not planned already) and computed anew."""
         self.stored = 0
+        self.sound_tokens = sys.maxsize
         self.first_step = None
         if self.stage is Stage.LOADING:
             return

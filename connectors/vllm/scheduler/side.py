@@ -17,7 +17,6 @@ from loracache.connectors.vllm.common.groups import KVGroup
 from loracache.connectors.vllm.common.messages import Facts, Prefix, StepPlan, WorkerNews
 from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.stats import Tally
-from loracache.connectors.vllm.common.wishes import Wishes, wishes_of
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.blocks import BlockKeys
@@ -32,6 +31,8 @@ from loracache.connectors.vllm.scheduler.requests import RequestState, Stage, is
 from loracache.connectors.vllm.scheduler.resets import KnownWeights
 from loracache.connectors.vllm.scheduler.storing import Storing
 from loracache.connectors.vllm.scheduler.tier_events import TierEvents
+from loracache.connectors.vllm.scheduler.wish_reader import WishReader
+from loracache.connectors.vllm.scheduler.within_step import WithinStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,7 +44,6 @@ __all__ = ["SchedulerSide"]
 
 _log = logging.getLogger(__name__)
 _STORE_AGAIN_S = 1.0
-_SAID = 100  # different complaints about requests that the log gets
 _PREFETCH_CHUNKS = 4096
 _PREFETCH_SHARE = 4  # of the arena is raised at most before the workers ask for it: they need room for the rest
 
@@ -85,7 +85,8 @@ class SchedulerSide:
         stores = bool(vllm_config.kv_transfer_config.is_kv_producer)
         self.storing = Storing(link, self._namespace, self._adapters, self.events, enabled=stores)
         self._demand = Demand(link)
-        self._said: set[str] = set()
+        self._wishes = WishReader(link)
+        self.within_step = WithinStep(self._choice.loads, self.tally)
         self._ahead: list[RequestState] = []  # asks for its chunks to be raised before its turn comes
         self._plan = StepPlan(step=0)
         self._step = 0
@@ -142,6 +143,7 @@ class SchedulerSide:
         for cause, count in news.failures.items():
             self._link.count(cause, count)
         self.storing.kept.over(news.stored)
+        self.within_step.take_news(news.came)
         for request_id, seconds in news.loaded.items():
             self._choice.loads.took(request_id, seconds)
         for request_id in news.unstored & self._requests.keys():
@@ -149,7 +151,8 @@ class SchedulerSide:
             self._requests[request_id].offer_again(time.monotonic() + _STORE_AGAIN_S)
 
     def finished_loading(self, request_ids: set[str], invalid_blocks: set[int], failed: Iterable[str] = ()) -> None:
-        """Loads are done, some of their blocks perhaps not, or nothing of those that `failed`."""
+        """A step is over. Loads are done, some of their blocks perhaps not, or nothing of those that `failed`."""
+        self._end_step()
         for request_id in request_ids:
             self._choice.loads.over(request_id)
             state = self._requests.get(request_id)
@@ -164,6 +167,17 @@ class SchedulerSide:
                 if not all(map(invalid_blocks.isdisjoint, state.blocks)):
                     state.offer_again(0.0)
 
+    def _end_step(self) -> None:
+        """Of a step that loaded, the result is there: nothing that it computed is kept where it is not right."""
+        result = self.within_step.end_step(self._requests, self._chunks, len(self._facts))
+        if result is None:
+            return
+        for request_id in result.loads:
+            self._choice.loads.over(request_id)
+        for state in [self._requests[request_id] for request_id in result.loads if request_id in self._requests]:
+            self._lookups.drop_lease(state)
+        self.storing.drop(self._plan, result.spoilt)  # of those that it ended, or that were aborted meanwhile
+
     # -- requests ----------
 
     def on_new_request(self, request: Request) -> None:
@@ -176,7 +190,7 @@ class SchedulerSide:
             request,
             cacheable=is_cacheable(request),
             reads=self._may_load and wants_reading(request),
-            wishes=self._wishes(request),
+            wishes=self._wishes.read(request),
         )
         state.content = content
         if not state.cacheable:
@@ -222,7 +236,8 @@ class SchedulerSide:
         if tokens <= 0:
             self._lookups.drop_lease(state)
             return 0, False
-        return tokens, True
+        within = self.within_step.tokens(state, self._chunks, tokens, self._link.arena_bytes)
+        return (within, False) if within else (tokens, True)
 
     def planned_load(self, request: Request, blocks: Any, tokens: int) -> None:
         """vLLM has made room for `tokens` loaded tokens in `blocks` (its KVCacheBlocks): plan their load."""
@@ -232,7 +247,10 @@ class SchedulerSide:
         state.blocks = [list(table) for table in blocks.get_block_ids()]
         tables = loaded_into(blocks) if self._chunks.beside else state.blocks
         load, state.load_tiers = self._chunks.load(state, tables, tokens)
-        state.stage = Stage.LOADING
+        if state.within_step:
+            load = self.within_step.planned(state, self._chunks, load)
+        else:
+            state.stage = Stage.LOADING
         if not (state.cacheable and load.chunks):  # the weights have changed since it was promised, or the blocks
             self._plan.void.add(request.request_id)
         self._plan.loads.append(load)
@@ -263,6 +281,7 @@ class SchedulerSide:
         """This step's plan for the workers."""
         self._step += 1
         self._patience.step_planned(time.monotonic(), output.num_scheduled_tokens, self._requests)
+        self._end_step()  # it has ended long ago, but where the workers said nothing
         plan = self._plan
         plan.step = self._step
         self.admission.prefetch(self._link.hot_adapters()[: self._options.lora_prefetch])
@@ -270,7 +289,9 @@ class SchedulerSide:
         plan.weights = dict(self._weights.versions)
         plan.freed = self.storing.held.take_freed()
         preempted = getattr(output, "preempted_req_ids", None)
-        plan.preempted = set(preempted) if preempted is not None else self._preempted()
+        if preempted is None:  # releases that do not list them: whoever is marked so and has blocks by our books
+            preempted = [request_id for request_id, state in self._requests.items() if state.lost_blocks]
+        plan.preempted = set(preempted)
         for request_id in plan.preempted:  # first: a reset preempts and schedules again in one step
             state = self._requests.get(request_id)
             if state is not None:
@@ -293,6 +314,7 @@ class SchedulerSide:
                 self.storing.plan(state, state.request.num_computed_tokens, plan)
                 self.storing.keep(state, scheduled, output)
         self.storing.plan_kept(plan, output.num_scheduled_tokens)
+        self.within_step.begin_step(plan, output.num_scheduled_tokens, self._requests)
         self._plan = StepPlan(step=0)
         prefill = self._patience.steps.rate(self._chunks.nbytes / self._chunks.tokens) if self._chunks else 0
         waiting = (state for state in self._requests.values() if state.stage is Stage.WAITING)
@@ -356,14 +378,6 @@ class SchedulerSide:
         if state.stage is not Stage.LOADING:
             state.stage = Stage.RUNNING
 
-    def _preempted(self) -> set[str]:
-        """Releases that do not list them: whoever is marked so and still has blocks by our books."""
-        return {
-            request_id
-            for request_id, state in self._requests.items()
-            if state.blocks and state.stage is not Stage.LOADING and state.request.status.name == "PREEMPTED"
-        }
-
     def _raised(self, state: RequestState) -> bool:
         """Whether nothing more is to be done to raise a waiting request's chunks ahead of its turn."""
         if self._requests.get(state.request.request_id) is not state or state.stage is not Stage.WAITING:
@@ -383,12 +397,3 @@ class SchedulerSide:
         if few:
             self._link.prefetch(state.lease, few, LEASE_TTL_S)
             state.leased = True
-
-    def _wishes(self, request: Request) -> Wishes:
-        wishes, problems = wishes_of(request)
-        for problem in problems:
-            self._link.count("wish.refused", 1)
-            if problem not in self._said and len(self._said) < _SAID:
-                self._said.add(problem)
-                _log.warning("request %s: %s; it is served without that", request.request_id, problem)
-        return wishes

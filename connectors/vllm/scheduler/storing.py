@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loracache.connectors.vllm.common.messages import StepPlan
+from loracache.connectors.vllm.common.messages import StepPlan, Store
 from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.adapters import ServedAdapters
 from loracache.connectors.vllm.scheduler.afterwards import Afterwards
@@ -64,6 +64,7 @@ class Storing:
         state.extend_keys(self.chunks.tokens)
         self._events.learn(state, self.chunks)
         first, kept = max(state.stored, len(state.hits)), self.kept.block_ids(state)
+        computed_tokens = min(computed_tokens, state.sound_tokens)
         store = self.chunks.store(state, computed_tokens, kept, self.kept.next_store if kept else 0)
         if kept:
             self.kept.storing(state, range(first, state.stored), planned=store is not None)
@@ -110,10 +111,14 @@ class Storing:
         self.held.stored(request_ids)
         self._afterwards.stored(request_ids)
 
-    def drop(self, plan: StepPlan) -> None:
-        """What is planned in a step will not be stored."""
-        self.kept.over({store.number: self.kept.workers for store in plan.stores})
-        plan.stores.clear()
+    def drop(self, plan: StepPlan, request_ids: Container[str] | None = None) -> None:
+        """What is planned in a step, of these requests or of all, will not be stored."""
+        dropped: list[Store] = []
+        left: list[Store] = []
+        for store in plan.stores:
+            (dropped if request_ids is None or store.request_id in request_ids else left).append(store)
+        self.kept.over({store.number: self.kept.workers for store in dropped})
+        plan.stores = left
 
     def free_blocks(self, manager: Any, states: Iterable[RequestState]) -> None:
         """vLLM needs all blocks free. The workers end what reads them before one is written."""

@@ -78,6 +78,9 @@ class _Passed:
             if gate is not None:
                 gate._leave()
 
+    def hold(self, stream: Any) -> None:
+        self._copy.hold(stream)
+
 
 class GatedCopier(PageCopier):
     """A PageCopier behind a gate, for payloads in arenas. Copies raise Unavailable where it is shut."""

@@ -24,7 +24,7 @@ from loracache.errors import UsageError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["KVLayout", "joint_order", "lies_at", "platform_name", "read_layout"]
+__all__ = ["KVLayout", "joint_order", "last_rows", "lies_at", "platform_name", "read_layout"]
 
 _WORD = 8
 _DEVICES = ("cpu", "cuda")
@@ -88,6 +88,19 @@ def lies_at(registered: Any) -> tuple[Any, ...]:
     """Where the first tensor that is registered for a layer lies: the same for layers that share their KV."""
     tensor = registered[0] if isinstance(registered, list | tuple) else registered
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def last_rows(kv_caches: Mapping[str, Any], rows: Sequence[torch.Tensor]) -> dict[str, int]:
+    """For each registered layer the last of its rows: all of its KV is there once that is."""
+    starts = [row.data_ptr() for row in rows]
+    ends = [row.data_ptr() + row.shape[1] * _WORD for row in rows]
+    found = {}
+    for name, registered in kv_caches.items():
+        tensors = registered if isinstance(registered, list | tuple) else [registered]
+        begins = [part.data_ptr() for tensor in tensors for part in _parts(tensor)]
+        holds = [row for row in range(len(rows)) if any(starts[row] <= begin < ends[row] for begin in begins)]
+        found[name] = max(holds, default=len(rows) - 1)
+    return found
 
 
 def _check(name: str, tensor: Any, num_blocks: int) -> None:

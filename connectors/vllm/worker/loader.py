@@ -24,7 +24,6 @@ import threading
 import time
 from bisect import insort
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import accumulate
 from typing import Any
 
@@ -33,19 +32,19 @@ from loracache.client.connection import Reply
 from loracache.connectors.vllm.common.cores import leave_pinned_core
 from loracache.connectors.vllm.common.messages import Load
 from loracache.connectors.vllm.link.worker import WorkerLink
-from loracache.connectors.vllm.worker.hashers import Hashers, cores_for_hashing
-from loracache.connectors.vllm.worker.loading import LONGEST_PAUSE_S, Chunk, Flight, Loading, Part, landed
+from loracache.connectors.vllm.worker.by_layer import LayerCopies
+from loracache.connectors.vllm.worker.landing import Landing
+from loracache.connectors.vllm.worker.loading import LONGEST_PAUSE_S, Chunk, Loading, Part
 from loracache.connectors.vllm.worker.objects import GroupObjects
 from loracache.errors import LoRACacheError, Rejected, Unavailable
-from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier
-from loracache.keys import checksum
+from loracache.kernels.page_copy import PageCopier
 from loracache.results import Cause
 
 __all__ = ["Loader"]
 
 _log = logging.getLogger(__name__)
 _LEASE_MARGIN_S = 5.0
-_CONFIRM_S = 1.0  # for the daemon's word that a lease held until now
+_WITHIN_STEP_S = 0.5  # without a byte, after which a load that holds up a step is given up
 _END_S = 2.0  # vLLM kills an engine that takes more than five seconds to end
 
 _PARTS = 2  # of one load hold pages at a time: one is read while the other is copied
@@ -74,37 +73,40 @@ class Loader:
         finished: Callable[[Load, list[int], dict[str, int]], None],
     ) -> None:
         self._link = WorkerLink(server, "vllm-load", ensure, copier.device_type)
-        self._copier = copier
-        threads = cores_for_hashing(copier.device_type)
-        self._hashers = Hashers(threads)
-        self._landing = ThreadPoolExecutor(1, "loracache-landing", initializer=leave_pinned_core) if threads else None
         self._objects = objects
         self._timeout = timeout
         self._may_load = may_load
         self._finished = finished
-        self._jobs: queue.SimpleQueue[tuple[Load, Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Load, Any, LayerCopies | None] | None] = queue.SimpleQueue()
         self._active: list[Loading] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._landing = Landing(copier, objects, self._look)
         self._open = True
         self._thread = threading.Thread(target=self._run, name="loracache-load", daemon=True)
         self._link.ready()
         self._thread.start()
 
-    def submit(self, load: Load, after: Any = None) -> None:
+    def submit(self, load: Load, after: Any = None, layers: LayerCopies | None = None) -> None:
         """Start a load; returns at once. Its blocks are written once the CUDA event `after` has happened: what their
-        last holder computed may be on its way to them still.
+        last holder computed may be on its way to them still. layers: who waits for it layer by layer.
         """
-        self._jobs.put((load, after))
-        os.eventfd_write(self._wake, 1)
+        self._jobs.put((load, after, layers))
+        self._look()
 
     def close(self) -> None:
         """End the thread; loads under way are given up."""
         self._jobs.put(None)
-        os.eventfd_write(self._wake, 1)
+        self._look()
         self._thread.join(timeout=_END_S)
-        self._hashers.close()
-        if self._landing is not None:
-            self._landing.shutdown(wait=False)
+        self._landing.close()
+
+    def alive(self) -> bool:
+        """Whether loads that were submitted will be reported."""
+        return self._thread.is_alive()
+
+    def _look(self) -> None:
+        """Have the thread look at its loads."""
+        os.eventfd_write(self._wake, 1)
 
     # -- the thread ----------
 
@@ -164,13 +166,16 @@ class Loader:
                     _log.exception("the load of %s failed and is recomputed", job.load.request_id)
                     self._give_up(job, Cause.BUG)
 
-    def _begin(self, load: Load, after: Any) -> None:
+    def _begin(self, load: Load, after: Any, layers: LayerCopies | None) -> None:
+        timeout = min(self._timeout, _WITHIN_STEP_S) if layers is not None else self._timeout
+        job = Loading(load, after, layers, timeout, [0], [], set(), _PART_CHUNKS)
+        self._active.append(job)  # first: whatever goes wrong, it is reported
+        job.renew()
         sizes = [objects.chunk_bytes(load.chunk_tokens) for objects in self._objects]
-        before = list(accumulate((sizes[chunk.group] for chunk in load.chunks), initial=0))
+        job.before = list(accumulate((sizes[chunk.group] for chunk in load.chunks), initial=0))
         has = [any(objects.block_bytes) for objects in self._objects]
-        todo = [at for at, chunk in enumerate(load.chunks) if has[chunk.group]]
-        job = Loading(load, after, time.monotonic() + self._timeout, before, todo, set(todo), _PART_CHUNKS)
-        self._active.append(job)
+        job.todo = [at for at, chunk in enumerate(load.chunks) if has[chunk.group]]
+        job.missing = set(job.todo)
         if not self._may_load(load):
             self._give_up(job, Cause.ADAPTER_CHANGED)
         elif not self._link.ready():
@@ -181,7 +186,7 @@ class Loader:
     def _advance(self, job: Loading) -> None:
         """Take what has arrived; end what is late."""
         for part in list(job.parts):
-            self._land(job, part)
+            self._landing.land(job, part)
             if part.dropped:
                 self._drop(job, part)
             else:
@@ -189,7 +194,7 @@ class Loader:
         now = time.monotonic()
         if job.waits and job.deadline <= now:
             self._let_go(job)
-        elif job.no_room_since is not None and now - job.no_room_since > min(_NO_ROOM_S, self._timeout):
+        elif job.no_room_since is not None and now - job.no_room_since > min(_NO_ROOM_S, job.timeout):
             job.count(Cause.MEMORY_FULL, len(job.todo))
             job.todo.clear()
         if job.gap:
@@ -206,15 +211,15 @@ class Loader:
             positions = job.fitting(len(arena) // _PART_SHARE)
             nbytes = job.before[positions[-1] + 1] - job.before[positions[0]]
             held = sum(part.nbytes for other in self._active for part in other.holding)
-            if held and held + nbytes > len(arena) // _SHARE:
+            if job.layers is None and held and held + nbytes > len(arena) // _SHARE:
                 return
             part = Part(os.urandom(16), nbytes, positions)
             del job.todo[: len(positions)]
-            keys = [self._key(job, position) for position in positions]
+            keys = [self._landing.key(job, position) for position in positions]
             if not job.parts:
-                job.deadline = now + self._timeout
+                job.renew()
             job.parts.append(part)
-            acquire = requests.Acquire(part.lease, requests.join_keys(keys), self._timeout + _LEASE_MARGIN_S)
+            acquire = requests.Acquire(part.lease, requests.join_keys(keys), job.timeout + _LEASE_MARGIN_S)
             part.acquire = self._link.connection.send(acquire)
 
     def _finish(self, job: Loading) -> None:
@@ -222,13 +227,13 @@ class Loader:
             self._end(job)
 
     def _receive(self, job: Loading, part: Part) -> None:
-        chunks: list[Chunk] = []
         while part.acquire and (reply := self._link.connection.take(part.acquire)) is not None:
             if reply.last:
                 part.acquire = 0
-            chunks += self._arrived(job, part, reply)
-        if chunks:
-            self._copy(job, part, chunks)
+            part.arrived += self._arrived(job, part, reply)
+        if part.arrived and not (part.acquire and job.layers is not None):  # a layer is that of all chunks
+            chunks, part.arrived = part.arrived, []
+            self._landing.copy(job, part, chunks)
         if not (part.acquire or part.flights):
             self._confirm(job, part)
 
@@ -255,7 +260,7 @@ class Loader:
         for place, *rest in reply.payload:
             position = part.positions[place]
             if len(rest) == 1:
-                if rest[0] == Cause.MEMORY_FULL:
+                if rest[0] == Cause.MEMORY_FULL and job.layers is None:
                     self._no_room(job, part, position)
                 else:
                     job.lost(rest[0])
@@ -267,67 +272,6 @@ class Loader:
                 job.lost(Cause.SIZE)
         return chunks
 
-    def _copy(self, job: Loading, part: Part, chunks: list[Chunk]) -> None:
-        if self._landing is not None:
-            self._fly(job, part, chunks, self._landing)
-            return
-        for chunk in chunks:
-            if self._checked(job, part, chunk, checksum(chunk.payload)) and self._submit(job, [chunk]):
-                self._came(job, part, chunk)
-
-    def _fly(self, job: Loading, part: Part, chunks: list[Chunk], landing: ThreadPoolExecutor) -> None:
-        copy = self._submit(job, chunks)
-        if copy is not None:
-            job.deadline = time.monotonic() + self._timeout
-            sums = self._hashers.start([chunk.payload for chunk in chunks])
-            part.flights.append(Flight(chunks, landing.submit(landed, copy, sums)))
-            part.flights[-1].landing.add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
-
-    def _submit(self, job: Loading, chunks: list[Chunk]) -> Copy | None:
-        """One submission; None where the device refuses it."""
-        moves: list[Move] = []
-        for chunk in chunks:
-            planned = job.load.chunks[chunk.position]
-            moves += self._objects[planned.group].part(planned, chunk.payload, job.load.chunk_tokens)
-        try:
-            copy = self._copier.scatter(moves, job.after)
-            if self._landing is None:
-                copy.wait()
-            return copy
-        except CopyError as error:
-            self._not_copied(job, chunks, error)
-            return None
-
-    def _land(self, job: Loading, part: Part) -> None:
-        """Take the flights that have ended."""
-        for flight in [flight for flight in part.flights if flight.landing.done()]:
-            part.flights.remove(flight)
-            try:
-                sums = flight.landing.result()
-            except CopyError as error:
-                self._not_copied(job, flight.chunks, error)
-                continue
-            for chunk, found in zip(flight.chunks, sums, strict=True):
-                if self._checked(job, part, chunk, found):
-                    self._came(job, part, chunk)
-
-    def _checked(self, job: Loading, part: Part, chunk: Chunk, found: int) -> bool:
-        right = found == chunk.expected
-        if not right:
-            part.bad.append(self._key(job, chunk.position))
-            job.lost(Cause.CHECKSUM)
-        return right
-
-    def _came(self, job: Loading, part: Part, chunk: Chunk) -> None:
-        part.copied.append(chunk.position)
-        job.deadline = time.monotonic() + (_CONFIRM_S if job.cause else self._timeout)
-        job.pauses.reset()
-        job.no_room_since = None
-
-    def _not_copied(self, job: Loading, chunks: list[Chunk], error: CopyError) -> None:
-        _log.warning("%d chunks for %s were not copied: %s", len(chunks), job.load.request_id, error)
-        job.lost(Cause.COPY_FAILED, len(chunks))
-
     def _no_room(self, job: Loading, part: Part, position: int) -> None:
         """The arena is full of what others hold: ask again, for less at a time."""
         insort(job.todo, position)
@@ -338,10 +282,6 @@ class Loader:
         job.most = max(1, len(part.positions) // 2)
         job.again = now + job.pauses.next()
 
-    def _key(self, job: Loading, position: int) -> bytes:
-        chunk = job.load.chunks[position]
-        return self._objects[chunk.group].key(chunk.key)
-
     # -- the end ----------
 
     def _let_go(self, job: Loading) -> None:
@@ -349,7 +289,7 @@ class Loader:
         daemon may say still."""
         late, job.cause = bool(job.cause), Cause.DEADLINE
         job.todo.clear()
-        job.deadline = time.monotonic() + _CONFIRM_S
+        job.renew()
         for part in list(job.parts):
             if late or not (part.copied or part.flights):
                 self._drop(job, part)
@@ -387,6 +327,8 @@ class Loader:
             job.missing = set(range(len(job.load.chunks)))
         failed = [block for position in sorted(job.missing) for block in job.load.chunks[position].blocks]
         self._finished(job.load, failed, job.causes)
+        if job.layers is not None:
+            job.layers.end()
 
     def _fail_all(self, cause: str) -> None:
         while not self._jobs.empty():
@@ -395,6 +337,5 @@ class Loader:
                 self._active.append(Loading(*submitted, 0.0, [0], [], set(), 1))
         for job in list(self._active):
             for part in job.parts:
-                wait([flight.landing for flight in part.flights])
-                part.flights.clear()
+                self._landing.await_all(part)
             self._give_up(job, cause)

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from loracache.backoff import Backoff
 from loracache.connectors.vllm.common.messages import Load
-from loracache.kernels.page_copy import Copy
+from loracache.connectors.vllm.worker.by_layer import LayerCopies
 
-__all__ = ["LONGEST_PAUSE_S", "Chunk", "Flight", "Loading", "Part", "landed"]
+__all__ = ["LONGEST_PAUSE_S", "Chunk", "Flight", "Loading", "Part"]
+
+_CONFIRM_S = 1.0  # for the daemon's word that a lease held until now
 
 _FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.05
 
@@ -38,8 +40,8 @@ class Flight:
 @dataclass(slots=True)
 class Part:
     """Chunks of a load that are held in the arena together. acquire, release: requests that the daemon has not
-    answered. dropped: it is let go of as soon as its flights have ended. copied: chunks whose bytes are in their
-    blocks. bad: keys of those that are wrong.
+    answered. dropped: it is let go of as soon as its flights have ended. arrived: chunks that are to be
+    copied. copied: those whose bytes are in their blocks. bad: keys of those that are wrong.
     """
 
     lease: bytes
@@ -49,6 +51,7 @@ class Part:
     release: int = 0
     dropped: bool = False
     flights: list[Flight] = field(default_factory=list)
+    arrived: list[Chunk] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)
     bad: list[bytes] = field(default_factory=list)
 
@@ -58,16 +61,19 @@ class Loading:
     """A load under way. before: bytes of the objects before each, and of all. todo: positions of chunks to be asked
     for, in order. missing: those that did not arrive, or whose part is held still. gap: one of them never will, so that
     those behind it are of no use. deadline: for the next byte. most: chunks of a part. again: when to ask for room once
-    more, after the last of `pauses`. cause: why it ends early.
+    more, after the last of `pauses`. cause: why it ends early. timeout: seconds without a byte after which it does.
+    layers: a step waits for it, layer by layer.
     """
 
     load: Load
     after: Any  # a CUDA event: nothing writes to the blocks any more once it has happened
-    deadline: float
+    layers: LayerCopies | None
+    timeout: float
     before: list[int]
     todo: list[int]
     missing: set[int]
     most: int
+    deadline: float = 0.0
     parts: list[Part] = field(default_factory=list)
     causes: dict[str, int] = field(default_factory=dict)
     gap: bool = False
@@ -91,10 +97,24 @@ class Loading:
         return self.before[position + 1] - self.before[position]
 
     def fitting(self, room: int) -> list[int]:
-        """The next chunks to be asked for: one at least, and so many that they take no more than `room` bytes."""
+        """The next chunks to be asked for: one at least, and so many that they take no more than `room` bytes; all of a
+        load whose layers are waited for: they are in memory."""
+        if self.layers is not None:
+            return self.todo[:]
         end = self.before[self.todo[0]] + room
         count = bisect_right(self.todo, end, key=lambda position: self.before[position + 1])
         return self.todo[: min(self.most, max(1, count))]
+
+    def renew(self) -> None:
+        """Bytes come: the next may take as long again, or, where it ends early, what is left of it."""
+        self.deadline = time.monotonic() + (_CONFIRM_S if self.cause else self.timeout)
+
+    def came(self, part: Part, chunk: Chunk) -> None:
+        """A chunk is in its blocks."""
+        part.copied.append(chunk.position)
+        self.renew()
+        self.pauses.reset()
+        self.no_room_since = None
 
     def count(self, cause: str, amount: int = 1) -> None:
         """Count failures."""
@@ -105,12 +125,3 @@ class Loading:
         """So many chunks will never come."""
         self.count(cause, amount)
         self.gap = True
-
-
-def landed(copy: Copy, sums: Callable[[], list[int]]) -> list[int]:
-    """The checksums of what a copy brought, once it has ended. Raises CopyError where it failed."""
-    try:
-        copy.wait()
-    finally:
-        found = sums()
-    return found

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["GroupObjects", "Registered", "bytes_but", "read_groups"]
+__all__ = ["GroupObjects", "Registered", "bytes_but", "cut", "read_groups"]
 
 
 class GroupObjects:
@@ -88,7 +88,7 @@ class GroupObjects:
             nbytes = of * count * size
             if size:
                 blocks = chunk.blocks[begin : begin + runs * count]
-                moves.append(Move(blocks, _cut(payload, offset, nbytes), first * count, of * count, rows))
+                moves.append(Move(blocks, cut(payload, offset, nbytes), first * count, of * count, rows))
             begin += runs * count
             offset += nbytes
         return moves
@@ -101,7 +101,8 @@ def bytes_but(load: Load, failed: Iterable[int], objects: Sequence[GroupObjects]
     return sum(objects[chunk.group].nbytes(len(chunk.blocks)) for chunk in came)
 
 
-def _cut(payload: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:
+def cut(payload: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:
+    """Some bytes of a payload."""
     parts = []
     for buffer in payload:
         part = buffer[offset : offset + nbytes] if offset < len(buffer) else None

@@ -24,11 +24,12 @@ from loracache.connectors.vllm.common.options import Options
 from loracache.connectors.vllm.common.private import ensure_private_daemon, private_server
 from loracache.connectors.vllm.common.stats import Tally
 from loracache.connectors.vllm.worker.adapters import LoadedAdapters
+from loracache.connectors.vllm.worker.by_layer import StepLoads
 from loracache.connectors.vllm.worker.gate import GatedCopier
 from loracache.connectors.vllm.worker.loader import Loader
 from loracache.connectors.vllm.worker.lora.orders import PoolNews, PoolWorker, paged_worker
 from loracache.connectors.vllm.worker.objects import GroupObjects, bytes_but, read_groups
-from loracache.connectors.vllm.worker.storer import StoreJob, Storer
+from loracache.connectors.vllm.worker.storer import StoreJob, Storer, served_names
 from loracache.connectors.vllm.worker.weights import WeightsWatch
 from loracache.errors import UsageError
 from loracache.kernels.page_copy import CopyError
@@ -58,6 +59,7 @@ class WorkerSide:
         self._objects: Sequence[GroupObjects] = ()
         self._is_mixed = False  # its layers differ in what they need of a prefix
         self._loader: Loader | None = None
+        self.step_loads: StepLoads | None = None  # where there may be any
         self._storer: Storer | None = None
         self._cuda = False
         self._adapters = LoadedAdapters(self._adapter_changed)
@@ -119,6 +121,8 @@ class WorkerSide:
         if problem:
             self._facts = Facts((), problem, pool)
             return
+        if self._options.layer_by_layer:
+            self.step_loads = StepLoads(registered.rows, kv_caches)
         self._facts = Facts(registered.facts, pool=pool)
         self._objects = registered.objects
         self._is_mixed = any(each.group.name for each in registered.objects)
@@ -130,7 +134,7 @@ class WorkerSide:
             with CacheClient(server, name="vllm-start"):
                 pass  # an engine whose configuration names no living daemon should not start
         self._storer = Storer(
-            server, ensure, self._copiers[0], self._objects, self._may_store, self._stored, _served_names(self._config)
+            server, ensure, self._copiers[0], self._objects, self._may_store, self._stored, served_names(self._config)
         )
         self._loader = Loader(
             server, ensure, self._copiers[1], self._objects, self._options.load_timeout, self._may_load, self._loaded
@@ -167,7 +171,10 @@ class WorkerSide:
         self._fail_loads(void, "weights_changed")
         after = torch.cuda.current_stream().record_event() if self._cuda and plan.loads else None
         for load in plan.loads:
-            self._loader.submit(load, after)
+            layers = (
+                self.step_loads.begin(load, plan.step) if load.within_step and self.step_loads is not None else None
+            )
+            self._loader.submit(load, after, layers)
 
     def take_stores(self, plan: StepPlan) -> None:
         """Take this step's stores on: from now on their requests have stores under way."""
@@ -186,6 +193,7 @@ class WorkerSide:
         """(requests whose stores are done and were awaited, requests whose load is done), each once. ended: requests
         that are over since the last call; one that ended before it ran has nothing left to be warned about.
         """
+        self._end_step_loads()
         with self._lock:
             stored = {request_id for request_id in self._awaited if request_id not in self._storing}
             self._awaited -= stored
@@ -201,6 +209,21 @@ class WorkerSide:
             self._ended.discard(request_id)
             self._forget_load(request_id)
         return stored, set(loads)
+
+    def _end_step_loads(self) -> None:
+        """Those within the step that ends are over when it does. vLLM is told of blocks alone."""
+        if self._loader is None or self.step_loads is None:
+            return
+        for load, waited in self.step_loads.end(self._loader.alive):
+            with self._lock:
+                failed = self._done_loads.pop(load.request_id, load.blocks)
+                self._lost.discard(load.request_id)
+                if not (waited or failed):
+                    failed = load.blocks
+                    self._failures[f"load.{Cause.DEADLINE}"] += 1
+            self.step_loads.ended(whole=not failed)
+            self._load_errors.update(failed)
+            self._forget_load(load.request_id)
 
     def take_failed_loads(self) -> set[str]:
         """Requests of the loads just reported of which nothing may be used, in a model whose layers differ in what they
@@ -235,25 +258,15 @@ class WorkerSide:
         facts = [self._facts] if self._facts is not None and not self._facts_sent else []
         self._facts_sent = True
         adapters, contents = self._adapters.take_news()
+        came = self.step_loads.take_news() if self.step_loads is not None else {}
         weights = self.weights.take_news()
         pool = self._pool.take_news() if self._pool is not None else None
-        if not (failures or facts or adapters or pool or weights or loaded or stored):
+        if not (failures or facts or adapters or pool or weights or loaded or stored or came):
             return None
         pool = pool or PoolNews()
-        return WorkerNews(
-            adapters,
-            dict(failures),
-            unstored,
-            facts,
-            pool.activated,
-            pool.not_activated,
-            pool.lost,
-            pool.pinned,
-            weights,
-            contents,
-            loaded,
-            stored,
-        )
+        of_pool = pool.activated, pool.not_activated, pool.lost, pool.pinned
+        failed = dict(failures)
+        return WorkerNews(adapters, failed, unstored, facts, *of_pool, weights, contents, loaded, stored, came)
 
     def leave_blocks(self) -> None:
         """The KV cache's memory is about to go: finish stores, fail loads, and touch no block any more."""
@@ -274,12 +287,9 @@ class WorkerSide:
         for job in self._to_start:
             self._stored(job, {Cause.SHUTDOWN: job.left})
         self._to_start = []
-        if self._storer is not None:
-            self._storer.close()
-        if self._loader is not None:
-            self._loader.close()
-        if self._pool is not None:
-            self._pool.close()
+        for each in (self._storer, self._loader, self._pool):
+            if each is not None:
+                each.close()
 
     def _take(self, plan: StepPlan, stores: list[Store]) -> list[StoreJob]:
         """Jobs for these stores; their requests have stores under way from now on."""
@@ -340,8 +350,6 @@ class WorkerSide:
             if request_id in self._collected:
                 self._load_errors.update(blocks)
 
-    # -- adapters ----------
-
     def _adapter_changed(self, adapter: int) -> None:
         """Other content is served under `adapter` from now on: KV that is loaded for the old one is wrong."""
         digest = self._adapters.digest(adapter)
@@ -390,9 +398,3 @@ class WorkerSide:
                 self._over[job.store.number] = 1
             if not _MAY_BE_STORED_LATER.isdisjoint(causes):
                 self._unstored.add(job.store.request_id)
-
-
-def _served_names(config: VllmConfig) -> list[str]:
-    """What users call the model, for operators who name it."""
-    names = getattr(config.model_config, "served_model_name", None) or []
-    return [str(name) for name in ([names] if isinstance(names, str) else names)]

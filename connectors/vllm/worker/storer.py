@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loracache.backoff import Backoff
 from loracache.client import requests
@@ -35,7 +35,10 @@ from loracache.groups import Need
 from loracache.kernels.page_copy import Copy, CopyError, Move, PageCopier
 from loracache.results import Cause
 
-__all__ = ["StoreJob", "Storer"]
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["StoreJob", "Storer", "served_names"]
 
 _log = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 5.0
@@ -324,3 +327,9 @@ def _runs(items: Sequence[_Sized], nbytes: int, most: int) -> Iterator[Sequence[
         total += item.nbytes
     if begin < len(items):
         yield items[begin:]
+
+
+def served_names(config: VllmConfig) -> list[str]:
+    """What users call the model, for operators who name it."""
+    names = getattr(config.model_config, "served_model_name", None) or []
+    return [str(name) for name in ([names] if isinstance(names, str) else names)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why no load of ours is part of a step (docs/vllm.md): what vLLM's scheduler does with one that turns out wrong. Where
-one of these fails, a release has changed that, and layers may be loaded one by one."""
+"""Why loads are part of a step only where vLLM schedules synchronously, and why what they bring is kept out of its
+prefix cache at first (docs/vllm.md): what its scheduler does with one that turns out wrong. Where one of these fails, a
+release has changed that."""
 
 from __future__ import annotations
 
@@ -118,6 +119,8 @@ def test_vllm_serves_what_a_step_loaded_wrong_to_the_next_request(make_scheduler
     assert blocks[1] in new.block_ids[0]
 
 
-def test_graphs_may_hold_whole_steps() -> None:
-    """Nothing of ours runs between layers."""
+def test_graphs_may_hold_whole_steps_unless_layers_wait() -> None:
+    """Else nothing of ours runs between layers."""
     assert LoRACacheConnector.requires_piecewise_for_cudagraph({}) is False
+    assert LoRACacheConnector.requires_piecewise_for_cudagraph({"layer_by_layer": False}) is False
+    assert LoRACacheConnector.requires_piecewise_for_cudagraph({"layer_by_layer": True}) is True

@@ -64,7 +64,8 @@ def test_the_scheduler_hears_what_a_step_with_a_failed_worker_left_behind_once()
     heard: list[WorkerNews] = []
     connector._inbox = ReportInbox()
     done = {"step_done": lambda: None, "storing": SimpleNamespace(done=HeldBlocks().stored)}
-    connector._scheduler = SimpleNamespace(take_news=heard.append, **done)
+    ended: Any = lambda *_: None  # noqa: E731
+    connector._scheduler = SimpleNamespace(take_news=heard.append, finished_loading=ended, **done)
     workers = [ReportOutbox(), ReportOutbox()]
     aggregator = KVOutputAggregator(expected_finished_count=2)
     kept = outputs(workers[0].report(WorkerNews(activated={1: 1}, failures={"load.lost": 2})))

@@ -46,6 +46,9 @@ class LateCopy:
         if self.error:
             raise CopyError(self.error)
 
+    def hold(self, stream: Any) -> None:
+        """A device without streams."""
+
 
 class LateCopier(PageCopier):
     """A device whose copies end as late as they may: when they are waited for, and while `may` is set. `gathers` and
@@ -90,6 +93,12 @@ def _plain(size: int) -> tuple[Any, ...]:
     from loracache.groups import Need
 
     return (GroupObjects(KVGroup(Need.ALL, 0, (Member(0, 1, ()),)), "s", (size,)),)
+
+
+@pytest.fixture
+def plain_objects() -> Callable[[int], tuple[Any, ...]]:
+    """plain_objects(size): one group's, of blocks of one token and of `size` bytes; their shard is "s"."""
+    return _plain
 
 
 class RowsWorker:

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 
 from loracache.client.connection import Reply
+from loracache.connectors.vllm.common.messages import ChunkBlocks, Load
 from loracache.connectors.vllm.worker import loader as loader_module
+from loracache.connectors.vllm.worker import loading as loading_module
+from loracache.connectors.vllm.worker.by_layer import LayerCopies
 from loracache.errors import Unavailable
 from loracache.keys import Namespace, checksum, chunk_keys
 from loracache.wire import protocol
@@ -117,7 +120,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ScriptedConnection:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the loader sees runs `clock[0]` seconds ahead."""
     ahead = [0.0]
-    monkeypatch.setattr(loader_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
+    for module in (loader_module, loading_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
     return ahead
 
 
@@ -194,7 +198,7 @@ def test_what_arrived_before_the_deadline_counts_where_its_lease_held(
 def test_of_a_daemon_that_does_not_confirm_only_what_was_let_go_before_counts(
     script: ScriptedConnection, make_worker: Make, eventually: Any, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "_CONFIRM_S", 0.01)
+    monkeypatch.setattr(loading_module, "_CONFIRM_S", 0.01)
     worker = make_worker("unix:///none", timeout=100.0)
     worker.load(range(8))
     eventually(lambda: len(script.parts) == 2)
@@ -346,3 +350,36 @@ def test_the_deadline_is_not_for_the_device(
         worker.done.get(timeout=0.2)
     worker.copier.may.set()
     assert worker.loaded() == ([], {})
+
+
+def test_layers_are_copied_once_all_chunks_are_there_and_all_are_asked_for_at_a_time(
+    script: ScriptedConnection, make_worker: Make, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_WITHIN_STEP_S", 20.0)
+    worker = make_worker("unix:///none")
+    copies = LayerCopies([slice(0, 1)], [SIZE])
+    plan = tuple(ChunkBlocks(CHUNKS[at], (at,)) for at in range(12))
+    worker.loader.submit(Load("r", plan, None, 1, within_step=True), None, copies)
+    eventually(lambda: script.parts, "it is asked for")
+    assert script.count(0) == 12
+    script.bring(0, 0, 1)
+    assert not copies.until_over(0.1)
+    assert not copies._copies
+    script.bring(0, *range(2, 12), last=True)
+    assert worker.loaded() == ([], {})
+    assert copies.until_over(5)
+    assert len(copies._copies) == len(script.parts) == 1
+
+
+def test_layers_wait_for_no_room(script: ScriptedConnection, make_worker: Make, eventually: Any) -> None:
+    """A load that a step waits for is given up where the memory is full."""
+    worker = make_worker("unix:///none")
+    copies = LayerCopies([slice(0, 1)], [SIZE])
+    plan = tuple(ChunkBlocks(CHUNKS[at], (at,)) for at in range(3))
+    worker.loader.submit(Load("r", plan, None, 1, within_step=True), None, copies)
+    eventually(lambda: script.parts, "it is asked for")
+    script.bring(0, 0)
+    script.bring(0, 1, cause="memory_full")
+    script.bring(0, 2, last=True)
+    assert worker.loaded() == ([1], {"memory_full": 1})
+    assert len(script.parts) == 1

@@ -231,14 +231,14 @@ def test_a_lease_that_ended_meanwhile_fails_the_whole_load(
     worker.fill()
     worker.store((0, (0, 1)))
     monkeypatch.setattr(loader_module, "_LEASE_MARGIN_S", -4.9)  # a lease of 0.1 s
-    scatter = worker.loader._copier.scatter
+    scatter = worker.loader._landing._copier.scatter
 
     def slow(*arguments: Any) -> Any:
         copy = scatter(*arguments)
         time.sleep(0.6)
         return copy
 
-    monkeypatch.setattr(worker.loader._copier, "scatter", slow)
+    monkeypatch.setattr(worker.loader._landing._copier, "scatter", slow)
     worker.load((0, (8, 9)))
     assert worker.loaded() == ([8, 9], {"lease_lost": 1})
 
@@ -289,13 +289,13 @@ def test_an_adapter_that_changes_during_a_load_fails_it(daemon: Any, make_worker
     worker = make_worker(daemon().url)
     worker.fill()
     worker.store((0, (0, 1)))
-    scatter = worker.loader._copier.scatter
+    scatter = worker.loader._landing._copier.scatter
 
     def changes(*arguments: Any) -> Any:
         worker.may = False
         return scatter(*arguments)
 
-    monkeypatch.setattr(worker.loader._copier, "scatter", changes)
+    monkeypatch.setattr(worker.loader._landing._copier, "scatter", changes)
     worker.load((0, (8, 9)), adapter=AdapterBinding(1, "a" * 64))
     assert worker.loaded() == ([8, 9], {"adapter_changed": 1})
 
