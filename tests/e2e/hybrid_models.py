@@ -40,8 +40,7 @@ FORGETS = (0.002, 0.2)  # of a state per token and unit of time step, first head
 class Model:
     """An architecture. config: makes its configuration. kinds: of its groups (loracache.groups.Need), in the
     connector's order. block: tokens of the largest block of a group. blocks: of an engine in which ten requests of 300
-    tokens have no room. engine: more of vLLM's arguments. image: whether it sees. flags: what /proc/cpuinfo has to list.
-    rounds: whether it computes in bfloat16, so that tokens are equal only where steps are: each is one chunk then.
+    tokens have no room. engine: more of vLLM's arguments. image: whether it sees. flags: of CPUs that run it.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Model:
     blocks: int
     engine: dict[str, Any] = field(default_factory=dict)
     image: bool = False
-    rounds: bool = False
     flags: frozenset[str] = frozenset()
     image_token = IMAGE
     image_tokens = IMAGE_TOKENS
@@ -200,11 +198,11 @@ def _windowed_text() -> dict[str, Any]:
     return {"model_type": "mistral", **SIZES, **heads}
 
 
-# What vLLM computes on a CPU in bfloat16 alone: with AMX only, or only there so that a prefix can be continued.
-HALF: dict[str, Any] = {"rounds": True, "flags": frozenset(("amx_bf16", "amx_tile"))}
+AMX = frozenset(("amx_bf16", "amx_tile"))
 
 
 def _half(step: int) -> dict[str, Any]:
+    """For what vLLM computes on CPUs in bfloat16 alone. Steps are alike, cold and warm, where each is a chunk."""
     return {"dtype": "bfloat16", "max_num_batched_tokens": step}
 
 
@@ -215,7 +213,7 @@ MODELS = {
         Model("gpt_oss", _gpt_oss, ("all", "window"), 32, 110),
         Model("mistral", _mistral, ("window",), 32, 160),
         Model("llama4", _llama4, ("all", "span"), 32, 160),
-        Model("qwen3_next", _qwen3_next, ("all", "state"), 64, 100, _half(64), **HALF),
+        Model("qwen3_next", _qwen3_next, ("all", "state"), 64, 100, _half(64), flags=AMX),
         # In longer steps vLLM 0.32 takes states out of their middle, and on a CPU ends with an IndexError there.
         Model("granite_hybrid", _granite_hybrid, ("all", "state"), 32, 110, {"max_num_batched_tokens": 32}),
         Model("lfm2", _lfm2, ("all", "state"), 32, 160),
@@ -223,7 +221,7 @@ MODELS = {
         Model("gemma4", _gemma4, ("all", "window"), 64, 160),
         # vLLM's own class for it imports torchvision, which its CPU build comes without.
         Model("llava", _llava, ("window",), 32, 160, {"model_impl": "transformers"}, image=True),
-        Model("deepseek_v2", _deepseek, ("all",), 32, 100, _half(32), **HALF),
+        Model("deepseek_v2", _deepseek, ("all",), 32, 100, _half(32), flags=AMX),
     )
 }
 
