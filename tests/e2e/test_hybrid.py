@@ -23,7 +23,7 @@ from loracache.keys import Namespace, chunk_keys, object_key
 THOROUGH = ("gemma3", "gpt_oss", "mistral", "granite_hybrid")
 OTHERS = ("llama4", "gemma3n", "gemma4", "qwen3_next", "lfm2", "deepseek_v2", "llava")
 EVERY = (*THOROUGH, *OTHERS)
-STEPWISE = ("qwen3_next", "lfm2", "deepseek_v2")  # equal tokens only from equal steps: alone, and each one chunk
+STEPWISE = ("qwen3_next", "lfm2", "deepseek_v2")  # equal tokens only from equal steps, alone
 IMAGE_AT = 40
 CHUNKS = 7  # of the prompts whose objects are damaged: the last ends within a span, so each group has a part in it
 ENGINE = {
