@@ -97,12 +97,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_maker: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def engine_factory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Starts engines; they end with the tests. `extra` is the connector's configuration, None for a stock engine."""
+    """Starts engines; they end with the tests. `extra` is the connector's configuration, None for a stock engine. One
+    that is not to be `ready` is answered before it has started: `wait_ready` waits."""
     running: list[Any] = []
     folder = tmp_path_factory.mktemp("engines")
     numbers = itertools.count()
 
-    def start(extra: dict[str, Any] | None, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
+    def start(
+        extra: dict[str, Any] | None,
+        environment: dict[str, str] | None = None,
+        *,
+        ready: bool = True,
+        **arguments: Any,
+    ) -> Any:
         settings = ENGINE | {"model": str(tiny / "model")} | arguments
         if extra is not None:
             settings["kv_transfer_config"] = CONNECTOR | {
@@ -112,7 +119,7 @@ def engine_factory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             }
         engine = engines.Engine(folder / f"engine-{next(numbers)}.log", settings, environment)
         running.append(engine)
-        return engine.wait_ready()
+        return engine.wait_ready() if ready else engine
 
     start.last = lambda: running[-1]  # type: ignore[attr-defined]
     yield start

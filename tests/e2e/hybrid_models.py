@@ -40,7 +40,7 @@ FORGETS = (0.002, 0.2)  # of a state per token and unit of time step, first head
 class Model:
     """An architecture. config: makes its configuration. kinds: of its groups (loracache.groups.Need), in the
     connector's order. block: tokens of the largest block of a group. blocks: of an engine in which ten requests of 300
-    tokens have no room. engine: more of vLLM's arguments. image: whether it sees.
+    tokens have no room. engine: more of vLLM's arguments. image: whether it sees. flags: of CPUs that run it.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Model:
     blocks: int
     engine: dict[str, Any] = field(default_factory=dict)
     image: bool = False
+    flags: frozenset[str] = frozenset()
     image_token = IMAGE
     image_tokens = IMAGE_TOKENS
 
@@ -101,11 +102,11 @@ def _qwen3_next() -> Any:
         **SIZES,
         **HEADS,
         **layers,
-        head_dim=32,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
+        head_dim=128,
+        linear_key_head_dim=64,  # vLLM's kernel for CPUs knows 64 and 128
+        linear_value_head_dim=64,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
@@ -197,6 +198,14 @@ def _windowed_text() -> dict[str, Any]:
     return {"model_type": "mistral", **SIZES, **heads}
 
 
+AMX = frozenset(("amx_bf16", "amx_tile"))
+
+
+def _half(step: int) -> dict[str, Any]:
+    """For what vLLM computes on CPUs in bfloat16 alone. Steps are alike, cold and warm, where each is a chunk."""
+    return {"dtype": "bfloat16", "max_num_batched_tokens": step}
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -204,14 +213,16 @@ MODELS = {
         Model("gpt_oss", _gpt_oss, ("all", "window"), 32, 110),
         Model("mistral", _mistral, ("window",), 32, 160),
         Model("llama4", _llama4, ("all", "span"), 32, 160),
-        Model("qwen3_next", _qwen3_next, ("all", "state"), 64, 100, {"dtype": "bfloat16"}),
+        Model("qwen3_next", _qwen3_next, ("all", "state"), 64, 100, _half(64), flags=AMX),
         # In longer steps vLLM 0.32 takes states out of their middle, and on a CPU ends with an IndexError there.
         Model("granite_hybrid", _granite_hybrid, ("all", "state"), 32, 110, {"max_num_batched_tokens": 32}),
+        # Without any cache, too, vLLM 0.32 on a CPU answers otherwise when a prompt is cut otherwise, or has company.
         Model("lfm2", _lfm2, ("all", "state"), 32, 160),
         Model("gemma3n", _gemma3n, ("all", "window"), 32, 160),
         Model("gemma4", _gemma4, ("all", "window"), 64, 160),
-        Model("llava", _llava, ("window",), 32, 160, image=True),
-        Model("deepseek_v2", _deepseek, ("all",), 16, 100),
+        # vLLM's own class for it imports torchvision, which its CPU build comes without.
+        Model("llava", _llava, ("window",), 32, 160, {"model_impl": "transformers"}, image=True),
+        Model("deepseek_v2", _deepseek, ("all",), 32, 100, _half(32), flags=AMX),
     )
 }
 
