@@ -276,7 +276,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.storing.kept.pool = gpu_block_pool
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        """vLLM's prefix cache."""
+        """vLLM's prefix cache, and with it the pool of its blocks."""
+        super().bind_kv_cache_manager(kv_cache_manager)
         if self._scheduler is not None and self.layer_by_layer:
             try:
                 self._scheduler.within_step.prefix_cache = PrefixCache(kv_cache_manager)
