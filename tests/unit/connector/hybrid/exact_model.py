@@ -5,7 +5,7 @@ kind of layer reads. A step fails where one byte of that is not what was compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,30 +81,69 @@ def _reads(spec: Any, start: int) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a step computes of a request: tokens [start, end), the last of them `drafts`. samples: a token follows."""
+
+    request: Any
+    start: int
+    end: int
+    drafts: tuple[int, ...] = ()
+    samples: bool = True
+
+    def tokens(self) -> list[int]:
+        """All up to the end. Where an image is, its content."""
+        found = list(self.request.all_token_ids[: self.end - len(self.drafts)]) + list(self.drafts)
+        for feature in self.request.mm_features or ():
+            content = int(feature.data["pixels"].data.sum())
+            first, length = feature.mm_position.offset, feature.mm_position.length
+            found[first : first + length] = [content + at for at in range(length)][: max(0, len(found) - first)]
+        return found
+
+
+def _follows(value: Any) -> int:
+    return int(value % np.uint64(30000))
+
+
 class Hashes:
     """For every token of a request a hash of it and all before it."""
 
     def __init__(self) -> None:
         self._of: dict[str, list[int]] = {}
+        self._tokens: dict[str, list[int]] = {}
 
-    def upto(self, request_id: str, tokens: Sequence[int], end: int) -> np.ndarray[Any, Any]:
-        found = self._of.setdefault(request_id, [])
-        while len(found) < end:
-            before = found[-1] if found else 1
-            found.append((before * 6364136223846793005 + tokens[len(found)] * 1442695040888963407 + 7) % 2**64)
-        return np.array(found[:end], dtype=np.uint64)
+    def of(self, run: Run) -> np.ndarray[Any, Any]:
+        tokens = run.tokens()
+        name = run.request.request_id
+        found, known = self._of.setdefault(name, []), self._tokens.setdefault(name, [])
+        same = most = min(len(known), len(tokens))
+        while known[:same] != tokens[:same]:  # drafts that were wrong
+            same -= 1
+        if same < most:
+            del found[same:], known[same:]
+        for token in tokens[len(known) :]:
+            found.append(following_hash(found[-1] if found else 1, token))
+            known.append(token)
+        return np.array(found[: len(tokens)], dtype=np.uint64)
+
+
+def following_hash(before: int, token: int) -> int:
+    return (before * 6364136223846793005 + token * 1442695040888963407 + 7) % 2**64
 
 
 class ExactModel:
     """What a worker computes with: block tables as workers keep them (they are told of new blocks, never of those that
-    the scheduler took away), and the engine's memory."""
+    the scheduler took away), and the engine's memory. rank, ranks: of tensor parallelism; the KV heads of a layer are
+    dealt out in their order, and where they are fewer than ranks, several have the same."""
 
-    def __init__(self, config: Any, tensors: dict[str, Any]) -> None:
+    def __init__(self, config: Any, tensors: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
         self._groups = config.kv_cache_groups
         self._units = config.hash_block_size, config.cache_hit_alignment_tokens
-        self._tensors = tensors
+        self._tensors = dict(tensors)
         self._pages = {name: self._bytes(tensor) for name, tensor in tensors.items()}
-        self._marks = {name: np.uint64(number * LAYER % 2**64) for number, name in enumerate(tensors)}
+        numbers = {name: int(name.split(".")[2]) for name in tensors}
+        self._marks = {name: np.uint64(numbers[name] * LAYER % 2**64) for name in tensors}
+        self._rank, self._ranks = rank, ranks
         self._hashes = Hashes()
         self.tables: dict[str, list[list[int]]] = {}
 
@@ -129,26 +168,50 @@ class ExactModel:
             blocks = self._pages[next(iter(self._pages))].shape[0]
             copy_kv_cache_blocks_inplace(list(self._tensors.values()), blocks, output.kv_cache_block_copies)
 
-    def compute(self, request: Any, start: int, end: int) -> int:
-        """Compute tokens [start, end); answers what comes next."""
-        expected = self._hashes.upto(request.request_id, request.all_token_ids, end)
-        for group, table in zip(self._groups, self.tables[request.request_id], strict=True):
-            for name in group.layer_names:
-                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
-                values = expected ^ self._marks[name]
-                where = f"{request.request_id}, tokens {start} to {end}, {name} ({type(spec).__name__})"
+    def compute(self, run: Run) -> list[int]:
+        """Compute a step of a request; answers the tokens that come next: right drafts, and one more."""
+        name, start, end = run.request.request_id, run.start, run.end
+        expected = self._hashes.of(run)
+        for group, table in zip(self._groups, self.tables[name], strict=True):
+            for layer in group.layer_names:
+                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer, group.kv_cache_spec)
+                values = expected ^ self._marks[layer]
+                where = f"{name}, tokens {start} to {end}, {layer} ({type(spec).__name__}), rank {self._rank}"
                 if hasattr(spec, "shapes"):
-                    self._state(self._pages[name], spec, table, values, start, where)
+                    self._state(self._pages[layer], spec, table, values, start, where)
                 else:
-                    self._attend(self._pages[name], spec, table, values, start, where)
-        return int(expected[end - 1] % np.uint64(30000))
+                    self._attend(self._pages[layer], spec, table, values, start, where)
+        if not run.samples:
+            return []
+        found = [_follows(expected[end - len(run.drafts) - 1])]
+        for at, draft in enumerate(run.drafts, end - len(run.drafts)):
+            if draft != found[-1]:
+                break
+            found.append(_follows(expected[at]))
+        return found
+
+    def continued(self, request: Any, count: int) -> list[int]:
+        """The next `count` tokens of a request."""
+        known = self._hashes.of(Run(request, 0, request.num_tokens))
+        found, last = [], int(known[-1])
+        for _ in range(count):
+            found.append(_follows(np.uint64(last)))
+            last = following_hash(last, found[-1])
+        return found
+
+    def _heads(self, spec: Any, count: int) -> list[int]:
+        """Which of the model's a worker has. The number of all is told by the spec's (imagined) number of shards."""
+        shards = spec.max_tp_shards or self._ranks
+        first = self._rank * min(shards, self._ranks) // self._ranks * count
+        return list(range(first, first + count))
 
     def _attend(self, pages: Any, spec: Any, table: list[int], values: Any, start: int, where: str) -> None:
         first = _reads(spec, start)
         blocks = np.array(table)
         at = np.arange(first, len(values))
         places = blocks[at // spec.block_size], slice(None), at % spec.block_size
-        heads = np.array([head * HEAD % 2**64 for head in range(pages.shape[1])], dtype=np.uint64)[None, :, None]
+        marks = [head * HEAD % 2**64 for head in self._heads(spec, pages.shape[1])]
+        heads = np.array(marks, dtype=np.uint64)[None, :, None]
         wanted = np.broadcast_to(values[first:, None, None] ^ heads, pages[places[0], :, places[2]].shape)
         assert all(places[0]), f"{where}: reads or writes a null block, table {table}"
         held = pages[places[0], :, places[2]][: start - first]
