@@ -57,7 +57,10 @@ class Chunks:
     ) -> Chunks | None:
         """From what the workers say; None where they lay KV out differently."""
         facts = list(facts)
-        shards = [{fact.groups[place].shard: fact.groups[place] for fact in facts} for place in range(len(groups))]
+        shards = [  # a stage of a pipeline may have no layer of a group
+            {fact.groups[place].shard: fact.groups[place] for fact in facts if fact.groups[place].shard}
+            for place in range(len(groups))
+        ]
         unit = block_unit(groups)
         if any(group.need is Need.STATE for group in groups) and not chunk_tokens:
             tokens = unit  # a state stands at the end of its block; a larger chunk would leave some out

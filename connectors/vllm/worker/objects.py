@@ -174,8 +174,11 @@ def _check_names(config: VllmConfig, groups: Sequence[KVGroup], kv_caches: Mappi
 
 
 def _replicated(group: KVGroup, specs: Sequence[Any]) -> bool:
-    """Whether all ranks hold the same states."""
-    return all(getattr(each, "tp_replicated", False) for one in group.members for each in each_spec(specs[one.index]))
+    """Whether all ranks hold the same, whatever the number of heads: MLA, and some states."""
+    found = [each for one in group.members for each in each_spec(specs[one.index])]
+    if group.need is Need.STATE:
+        return all(getattr(each, "tp_replicated", False) for each in found)
+    return all("MLA" in type(each).__name__ for each in found)
 
 
 def _order(config: VllmConfig, group: KVGroup, specs: Sequence[Any], layouts: Sequence[KVLayout | None]) -> str:

@@ -9,6 +9,7 @@ of layer reads: a step fails where one byte of that is not what was computed for
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,10 +68,12 @@ def _engine_config(folder: Path) -> Any:
 
 @pytest.fixture
 def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeEngine]]:
-    """make_engine("full, window", url, blocks=400, step_tokens=64) starts one that is ready. ranks: of tensor
-    parallelism. heads: KV heads that the model's configuration names. stages: how many layers each stage of a pipeline has, of those of the kind in
-    `order`. shares: layers that share another's KV. drafts: a method of speculative decoding. More arguments are
-    options of the connector."""
+    """make_engine("full, window", url, blocks=400, step_tokens=64) starts one that is ready.
+
+    ranks: of tensor parallelism. heads: KV heads of all ranks together, of the model and of layers that have another
+    number. stages: the numbers of the layers of each stage of a pipeline. shares: layers that share another's KV.
+    drafts: a method of speculative decoding. More arguments are options of the connector.
+    """
     made: list[FakeEngine] = []
 
     def make(
@@ -81,7 +84,7 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         step_tokens: int = 64,
         caching: bool = True,
         ranks: int = 1,
-        heads: int = 2,
+        heads: tuple[int, Mapping[str, int]] | None = None,
         stages: Sequence[Sequence[int]] = (),
         shares: Mapping[str, str] | None = None,
         drafts: str = "",
@@ -101,11 +104,18 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         parts = [[list(specs)[layer] for layer in stage] for stage in stages] or [list(specs)]
         config.parallel_config.tensor_parallel_size = ranks
         config.parallel_config.pipeline_parallel_size = len(parts)
-        config.model_config.model_arch_config.total_num_kv_heads = heads
+        total, others = heads or (2 * ranks, {})
+        config.model_config.model_arch_config.total_num_kv_heads = total
+        config.model_config.hf_text_config.num_key_value_heads = total
+        config.model_config.hf_text_config.other_key_value_heads = list(others.values())
+        all_heads = {name: others.get(name, total) for name in specs} if heads else {}
+        for name, count in all_heads.items():
+            specs[name] = dataclasses.replace(specs[name], num_kv_heads=max(1, count // ranks))
+        all_heads |= {name: 1 for name, spec in specs.items() if "MLA" in type(spec).__name__}
         if drafts:
             config.speculative_config = _drafts(config, drafts)
         layers = [{name: specs[name] for name in part} for part in parts]
-        made.append(FakeEngine(config, layers, monkeypatch, shares))
+        made.append(FakeEngine(config, layers, monkeypatch, shares, all_heads))
         return made[-1].ready()
 
     yield make

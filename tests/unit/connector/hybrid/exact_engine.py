@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine whose model is ExactModel: vLLM's own KV cache groups, allocation, managers and scheduler, and both sides of
-the connector. Its workers may be ranks of tensor parallelism and stages of a pipeline, with a part of the model each;
-drafts of speculative decoding may come, of which some are right.
+"""An engine whose model is ExactModel: vLLM's own KV cache groups, allocation, managers and scheduler, and both sides
+of the connector. Its workers may be ranks of tensor parallelism and stages of a pipeline, with a part of the model
+each; drafts of speculative decoding may come, of which some are right.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FakeWorker:
         self.side.weights.bind(stands_in)  # else every reset is taken for new weights
         patched.setattr(runner, "get_kv_transfer_group", lambda: self.connector)
         tensors = allocate_kv_cache(config, "cpu", vllm_config.cache_config.get_resolved_kv_cache_layout())
-        self.model = ExactModel(config, tensors, place.rank, place.ranks)
+        self.model = ExactModel(config, tensors, place.rank, place.ranks, place.heads)
         if shares:  # as a model runner does it, on groups of its own, once the connector has seen those without
             add_kv_sharing_layers_to_kv_cache_groups(shares, copy.deepcopy(config).kv_cache_groups)
             tensors |= {name: tensors[owner] for name, owner in shares.items()}
@@ -71,7 +71,7 @@ class FakeWorker:
 
         self.model.take(step.output)
         if not step.runs:
-            return self._runner.no_forward(step.output)
+            return copy.copy(self._runner.no_forward(step.output))  # vLLM's own may be one for all workers
         self._runner.pre_forward(step.output)
         sampled = [self.model.compute(run) for run in step.runs]
         self._runner.finish_forward()
@@ -86,7 +86,7 @@ class FakeWorker:
 
 class FakeEngine:
     """One engine, step by step. Its blocks are few, so that requests preempt each other. stages: the layers of each
-    stage of a pipeline, each of which computes a step when the one before it is at the next."""
+    stage of a pipeline, each of which computes a step when the one before it is at the next. heads: of all ranks."""
 
     def __init__(
         self,
@@ -94,6 +94,7 @@ class FakeEngine:
         stages: Sequence[dict[str, Any]],
         patched: pytest.MonkeyPatch,
         shares: Mapping[str, str] | None = None,
+        heads: Mapping[str, int] | None = None,
     ) -> None:
         from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
         from vllm.utils.hashing import get_hash_fn_by_name
@@ -130,7 +131,9 @@ class FakeEngine:
                 FakeWorker(
                     vllm_config,
                     config,
-                    SimpleNamespace(number=stage * ranks + rank, stage=stage, rank=rank, ranks=ranks),
+                    SimpleNamespace(
+                        number=stage * ranks + rank, stage=stage, rank=rank, ranks=ranks, heads=heads or {}
+                    ),
                     {name: owner for name, owner in (shares or {}).items() if owner in stages[stage]},
                     patched,
                 )

@@ -5,6 +5,7 @@ kind of layer reads. A step fails where one byte of that is not what was compute
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,17 +134,25 @@ def following_hash(before: int, token: int) -> int:
 
 class ExactModel:
     """What a worker computes with: block tables as workers keep them (they are told of new blocks, never of those that
-    the scheduler took away), and the engine's memory. rank, ranks: of tensor parallelism; the KV heads of a layer are
-    dealt out in their order, and where they are fewer than ranks, several have the same."""
+    the scheduler took away), and the engine's memory. rank, ranks: of tensor parallelism; the KV heads of a layer
+    are dealt out in their order, and where they are fewer than ranks, several have the same. heads: of layers that have
+    other than as many as all ranks together hold."""
 
-    def __init__(self, config: Any, tensors: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        config: Any,
+        tensors: dict[str, Any],
+        rank: int = 0,
+        ranks: int = 1,
+        heads: Mapping[str, int] | None = None,
+    ) -> None:
         self._groups = config.kv_cache_groups
         self._units = config.hash_block_size, config.cache_hit_alignment_tokens
         self._tensors = dict(tensors)
         self._pages = {name: self._bytes(tensor) for name, tensor in tensors.items()}
         numbers = {name: int(name.split(".")[2]) for name in tensors}
         self._marks = {name: np.uint64(numbers[name] * LAYER % 2**64) for name in tensors}
-        self._rank, self._ranks = rank, ranks
+        self._rank, self._ranks, self._all_heads = rank, ranks, heads or {}
         self._hashes = Hashes()
         self.tables: dict[str, list[list[int]]] = {}
 
@@ -180,7 +189,7 @@ class ExactModel:
                 if hasattr(spec, "shapes"):
                     self._state(self._pages[layer], spec, table, values, start, where)
                 else:
-                    self._attend(self._pages[layer], spec, table, values, start, where)
+                    self._attend(layer, spec, table, values, start, where)
         if not run.samples:
             return []
         found = [_follows(expected[end - len(run.drafts) - 1])]
@@ -199,18 +208,18 @@ class ExactModel:
             last = following_hash(last, found[-1])
         return found
 
-    def _heads(self, spec: Any, count: int) -> list[int]:
-        """Which of the model's a worker has. The number of all is told by the spec's (imagined) number of shards."""
-        shards = spec.max_tp_shards or self._ranks
-        first = self._rank * min(shards, self._ranks) // self._ranks * count
+    def _heads(self, layer: str, count: int) -> list[int]:
+        """Which of the model's a worker has; all have the one of MLA."""
+        first = self._rank * self._all_heads.get(layer, count * self._ranks) // self._ranks
         return list(range(first, first + count))
 
-    def _attend(self, pages: Any, spec: Any, table: list[int], values: Any, start: int, where: str) -> None:
+    def _attend(self, layer: str, spec: Any, table: list[int], values: Any, start: int, where: str) -> None:
+        pages = self._pages[layer]
         first = _reads(spec, start)
         blocks = np.array(table)
         at = np.arange(first, len(values))
         places = blocks[at // spec.block_size], slice(None), at % spec.block_size
-        marks = [head * HEAD % 2**64 for head in self._heads(spec, pages.shape[1])]
+        marks = [head * HEAD % 2**64 for head in self._heads(layer, pages.shape[1])]
         heads = np.array(marks, dtype=np.uint64)[None, :, None]
         wanted = np.broadcast_to(values[first:, None, None] ^ heads, pages[places[0], :, places[2]].shape)
         assert all(places[0]), f"{where}: reads or writes a null block, table {table}"
