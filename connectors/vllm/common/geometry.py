@@ -115,8 +115,9 @@ def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
             return "layers of one of vLLM's KV cache groups need different parts of a prefix"
         if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
             return f"vLLM moves the KV of {group.layer_names[0]} itself"
-    needs_all = len(groups) == 1 and groups_of(kv_cache_config)[0].need is Need.ALL
-    problem = _cannot_continue(config) or ("" if needs_all else _cannot_mix(config, len(groups)))
+    needs = [group.need for group in groups_of(kv_cache_config)]
+    needs_all = len(groups) == 1 and needs == [Need.ALL]
+    problem = _cannot_continue(config) or ("" if needs_all else _cannot_mix(config, len(groups), needs))
     if problem:
         return problem
     parallel = config.parallel_config
@@ -152,15 +153,15 @@ def _unknown_spec(spec: Any) -> str:
     return ""
 
 
-def _cannot_mix(config: VllmConfig, groups: int) -> str:
+def _cannot_mix(config: VllmConfig, groups: int, needs: Sequence[Need]) -> str:
     """Why a model whose layers do not all need all of a prefix cannot be cached, or ""."""
     if not has_block_references():
         return f"it has {groups} KV cache groups, or windows: from vLLM 0.32 on a connector can keep their blocks"
     for name in ("use_replayssm", "use_kda_recoverssm"):
         if getattr(getattr(config, "cache_config", None), name, False):
             return f"{name} is set: what is kept of a state lags behind the tokens"
-    if getattr(config, "speculative_config", None) is not None:
-        return "speculative decoding with windows or states: the last blocks are not confirmed"
+    if getattr(config, "speculative_config", None) is not None and Need.STATE in needs:
+        return "speculative decoding with states: which of them is behind confirmed tokens alone is not told"
     return ""
 
 

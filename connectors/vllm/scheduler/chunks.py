@@ -13,15 +13,12 @@ from typing import Any
 
 from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout
 from loracache.connectors.vllm.common.groups import KVGroup, block_unit
-from loracache.connectors.vllm.common.messages import ChunkBlocks, Facts, Load, Store
+from loracache.connectors.vllm.common.messages import NOT_LOADED, ChunkBlocks, Facts, Load, Store
 from loracache.connectors.vllm.scheduler.requests import RequestState
 from loracache.groups import Group, Need, columns, furthest
 from loracache.keys import object_key
 
-__all__ = ["NOT_LOADED", "Chunks", "Part", "loaded_into"]
-
-NOT_LOADED = -1
-"""In a table of blocks: the engine has this one, or needs none there."""
+__all__ = ["Chunks", "Part", "loaded_into"]
 
 _SLOWEST_LAST = ("cpu", "disk", "redis")
 
@@ -42,7 +39,8 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """tokens: of a chunk. chain: the part that needs all of a prefix; None where no layer does. beside: the others.
-    layout: all workers' together. drops_last_block: the last computed block is not confirmed (drafts write to it).
+    layout: all workers' together. drops_last_block: the last computed block is not confirmed (drafts write to it); of
+    a hit the last block is left, or where groups differ the last chunk, so that all end at a boundary.
     """
 
     tokens: int
@@ -150,7 +148,10 @@ class Chunks:
         state.beside = tuple(tuple("" if "" in row else _slowest(row) for row in parts) for parts in parts_of)
         state.answer(leading)
         state.chain = len(leading) if self.chain is not None else 0
-        state.hits = leading[: self.resumable(state, len(leading))]
+        reach = self.resumable(state, len(leading))
+        if self.beside and self.drops_last_block and not self._goes_on(state, reach):
+            reach = self.resumable(state, reach - 1)
+        state.hits = leading[:reach]
 
     def was_found(self, state: RequestState, place: int, number: int) -> bool:
         """Whether a lookup found the object of a chunk and of the group at `place`, which is beside the chain."""
@@ -176,7 +177,7 @@ class Chunks:
     def loadable(self, state: RequestState, num_computed: int) -> int:
         """How many tokens beyond `num_computed` the hits of a request are good for; may be below 1."""
         tokens = len(state.hits) * self.tokens
-        if self.drops_last_block:
+        if self.drops_last_block and not self.beside:
             tokens -= self.block_tokens
         return min(tokens, int(state.request.num_tokens)) - num_computed
 
@@ -243,6 +244,13 @@ class Chunks:
             state.request.request_id, state.namespace, parent, tuple(chunks), state.adapter, state.first_step, number
         )
 
+    def _goes_on(self, state: RequestState, chunks: int) -> bool:
+        """Whether what was found goes on behind so many chunks: else the token that follows is not known to be that
+        with which drafts wrote the KV of the last one's end."""
+        if self.chain is not None:
+            return chunks < state.chain
+        return any(chunks < len(column) and column[chunks] for column in state.beside)
+
     def _columns(self, state: RequestState) -> list[tuple[Part, tuple[str, ...]]]:
         return list(zip(self.beside, state.beside, strict=False))
 
@@ -259,23 +267,24 @@ def _blocks(
     group: KVGroup, tables: Sequence[Sequence[int]], begin: int, end: int, *, may_skip: bool = False
 ) -> tuple[int, tuple[int, ...]] | None:
     """(tokens that are left out at the beginning, the blocks of all members) from token `begin` to `end`; None where
-    there is one too few. may_skip: the engine may have the first ones, or need none there."""
+    there is one too few. may_skip: the engine may have the first ones, or need none there. What is left out is whole
+    blocks of each member; what a member with smaller blocks needs none of beyond that is NOT_LOADED."""
     runs = []
     for member in group.members:
         size, table = member.block_tokens, tables[member.index]
         runs.append(list(table[begin // size : -(-end // size)]))
     skipped = 0
     if may_skip:
-        lengths = set()
-        for member, run in zip(group.members, runs, strict=True):
-            left_out = next((at for at, block in enumerate(run) if block != NOT_LOADED), len(run))
-            lengths.add(left_out * member.block_tokens)
-            del run[:left_out]
-        if len(lengths) > 1:
-            return None
-        skipped = lengths.pop()
+        leading = [next((at for at, block in enumerate(run) if block != NOT_LOADED), len(run)) for run in runs]
+        left_out = [count * member.block_tokens for count, member in zip(leading, group.members, strict=True)]
+        unit = block_unit([group])
+        skipped = min(left_out) // unit * unit
+        for member, run, count in zip(group.members, runs, leading, strict=True):
+            if NOT_LOADED in run[count:]:
+                return None
+            del run[: skipped // member.block_tokens]
     flat = tuple(block for run in runs for block in run)
-    return None if NOT_LOADED in flat else (skipped, flat)
+    return None if NOT_LOADED in flat and not may_skip else (skipped, flat)
 
 
 def _keys(chunk_keys: Sequence[bytes], shards: Sequence[str]) -> list[bytes]:

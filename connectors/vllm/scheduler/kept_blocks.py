@@ -52,6 +52,8 @@ class KeptBlocks:
             for place, part in enumerate(chunks.parts):
                 if part is chunks.chain or chunks.was_found(state, place, number):
                     continue
+                if place in state.kept.get(number, {}):  # drafts completed it before, and were wrong
+                    continue
                 if _is_stored(part, number, state, chunks, arena_bytes):
                     self._take(state, number, place, _blocks(part, chunks, found, number, end))
 

@@ -88,6 +88,7 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         stages: Sequence[Sequence[int]] = (),
         shares: Mapping[str, str] | None = None,
         drafts: str = "",
+        kv_dtype: str = "auto",
         **extra: Any,
     ) -> FakeEngine:
         specs = kinds()[kind]
@@ -99,6 +100,7 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         cache.block_size = max(spec.block_size for spec in specs.values())
         cache.num_gpu_blocks_override = blocks
         cache.enable_prefix_caching = caching
+        cache.cache_dtype = kv_dtype
         cache.kv_cache_layout = "LBHNC"
         cache.mamba_cache_mode = "align"
         parts = [[list(specs)[layer] for layer in stage] for stage in stages] or [list(specs)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -54,9 +54,10 @@ class FakeWorker:
         patched.setattr(parallel_state, "get_tp_group", lambda: SimpleNamespace(rank_in_group=place.rank))
         patched.setattr(parallel_state, "get_pp_group", lambda: SimpleNamespace(rank_in_group=place.stage))
         self.connector = LoRACacheConnector(vllm_config, KVConnectorRole.WORKER, config)
-        self.side: Any = self.connector._worker
+        side: Any = self.connector._worker
+        self.side = side
         stands_in = SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.Linear(2, 2)))
-        self.side.weights.bind(stands_in)  # else every reset is taken for new weights
+        side.weights.bind(stands_in)  # else every reset is taken for new weights
         patched.setattr(runner, "get_kv_transfer_group", lambda: self.connector)
         tensors = allocate_kv_cache(config, "cpu", vllm_config.cache_config.get_resolved_kv_cache_layout())
         self.model = ExactModel(config, tensors, place.rank, place.ranks, place.heads)
@@ -147,6 +148,7 @@ class FakeEngine:
         self._drafts = random.Random("drafts") if vllm_config.speculative_config is not None else None
         self._draft_tokens = vllm_config.num_speculative_tokens
         self.accepted = 0
+        self.failures: Counter[str] = Counter()  # as the workers tell them
         self.groups = configs[0].kv_cache_groups
         self.external: dict[str, int] = {}
         self._states: dict[tuple[int, ...], Any] = {}
@@ -174,9 +176,13 @@ class FakeEngine:
         """The shards of each of the connector's groups."""
         return [list(part.shards) for part in self.connector._chunks.parts]
 
-    def object_keys(self, tokens: Sequence[int], group: int, shard: int = 0) -> list[bytes]:
-        """Of one of the connector's groups, of the chunks of a prompt that was asked."""
-        return [object_key(key, self.shards[group][shard]) for key in self._states[tuple(tokens)].chunk_keys]
+    def chunk_keys(self, tokens: Sequence[int]) -> list[bytes]:
+        """Of a prompt that was asked."""
+        return list(self._states[tuple(tokens)].chunk_keys)
+
+    def object_keys(self, tokens: Sequence[int], group: int) -> list[bytes]:
+        """Of its chunks, of the first shard of one of the connector's groups."""
+        return [object_key(key, self.shards[group][0]) for key in self.chunk_keys(tokens)]
 
     def abort(self, request: Any) -> None:
         from vllm.v1.request import RequestStatus
@@ -207,6 +213,9 @@ class FakeEngine:
 
     def _end(self, step: Step) -> None:
         result = self._aggregator.aggregate(step.results, len(step.results) - 1)
+        told = result.kv_connector_output.kv_connector_worker_meta
+        for news in told.news.values() if told is not None else ():
+            self.failures.update(news.failures)
         self.scheduler.update_from_output(step.output, result)
         if self._drafts is not None:
             self._propose(step.runs, result.sampled_token_ids, self._drafts)

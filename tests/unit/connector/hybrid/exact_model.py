@@ -21,6 +21,7 @@ def kinds() -> dict[str, dict[str, Any]]:
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
         FullAttentionSpec,
+        KVQuantMode,
         MambaSpec,
         MLAAttentionSpec,
         SlidingWindowSpec,
@@ -47,6 +48,9 @@ def kinds() -> dict[str, dict[str, Any]]:
         return MambaSpec(shapes=shapes, dtypes=dtypes, **(own | more))
 
     double = {"block_size": 2 * BLOCK}
+    half = {"dtype": torch.bfloat16}
+    fp8: dict[str, Any] = {"dtype": torch.uint8, "kv_quant_mode": KVQuantMode.FP8_PER_TENSOR}
+    scaled: dict[str, Any] = fp8 | {"kv_quant_mode": KVQuantMode.FP8_PER_TOKEN_HEAD, "state_content_bytes": 2 * (8 + 4)}
     page = full(**double).page_size_bytes
     return {
         "full": _named(full(), full()),
@@ -66,6 +70,17 @@ def kinds() -> dict[str, dict[str, Any]]:
         "blocks of two sizes": _named(window(40), window(40), full(head_size=16)),
         "layers of two dtypes": _named(full(), full(dtype=torch.bfloat16)),
         "heads of two numbers": _named(full(), full(num_kv_heads=1)),
+        "fp8: full, window": _named(window(40, **fp8), window(40, **fp8), full(**fp8)),
+        "fp8: mla": _named(mla(**fp8, head_size=656), mla(**fp8, head_size=656)),
+        "scales in the cache: full, window": _named(window(40, **scaled), full(**scaled)),
+        "scales in the cache: full, state": _named(
+            state(full(**double, **scaled).page_size_bytes), full(**double, **scaled)
+        ),
+        "fp8 but for windows": _named(window(40, **half), full(**fp8)),
+        "scales but for windows": _named(window(40, **half), window(72), full(**scaled)),
+        "two dtypes and numbers of heads, windows": _named(
+            window(40), window(40, **half), full(), full(num_kv_heads=1)
+        ),
     }
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.unit.connector.hybrid.test_exact import settle
+from tests.unit.connector.hybrid.test_exact import ACTIONS, act, settle
 
 _numbers = itertools.count()
 STAGES = {
@@ -26,7 +28,7 @@ STAGES = {
     "window": [[0], [1]],
 }
 LAYER = "model.layers.{}.attn"
-RANKS = {
+RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads are dealt out": ("full, window", {"ranks": 2}),
     "latents are the same everywhere": ("mla", {"ranks": 2}),
     "states are dealt out": ("full, state", {"ranks": 2}),
@@ -66,3 +68,32 @@ def test_every_worker_loads_what_its_own_layers_computed(
     # The first engine's steps left no state behind token 160.
     assert reader.answer([*prompt(163), 1, 2, 3]) == (128 if "state" in kind else 160)
     assert serving.status()["leases"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    {"heads are dealt out": 2, "latents are the same everywhere": 1, "fewer heads than ranks": 2}.items(),
+)
+def test_ranks_that_hold_the_same_keep_it_once(name: str, shards: int, make_engine: Any, serving: Any) -> None:
+    kind, workers = RANKS[name]
+    engine = make_engine(kind, serving.url, **workers)
+    assert {len(each) for each in engine.shards} == {shards}
+
+
+@pytest.mark.parametrize(("kind", "workers"), ENGINES)
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(actions=ACTIONS, step_tokens=st.sampled_from((33, 64, 131)), blocks=st.sampled_from((64, 300)))
+def test_whatever_happens_no_worker_computes_upon_anything_wrong(
+    kind: str,
+    workers: dict[str, Any],
+    make_engine: Any,
+    serving: Any,
+    actions: list[Any],
+    step_tokens: int,
+    blocks: int,
+) -> None:
+    engine = make_engine(kind, serving.url, **workers, blocks=blocks, step_tokens=step_tokens)
+    try:
+        act(engine, serving, actions)
+    finally:
+        engine.close()
