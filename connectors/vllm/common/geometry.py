@@ -161,7 +161,7 @@ def _cannot_mix(config: VllmConfig, groups: int, needs: Sequence[Need]) -> str:
         if getattr(getattr(config, "cache_config", None), name, False):
             return f"{name} is set: what is kept of a state lags behind the tokens"
     if getattr(config, "speculative_config", None) is not None and Need.STATE in needs:
-        return "speculative decoding with states: which of them is behind confirmed tokens alone is not told"
+        return "speculative decoding with states: the one in which a step ends may be behind drafts that were wrong"
     return ""
 
 

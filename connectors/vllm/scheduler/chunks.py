@@ -8,7 +8,7 @@ all of it, in the chain, and others beside it. What is planned then lists a chun
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout
@@ -25,15 +25,16 @@ _SLOWEST_LAST = ("cpu", "disk", "redis")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A group's part of every chunk. shards: the workers', sorted. nbytes: of its objects of one chunk."""
+    """A group's part of every chunk. shards: the workers', sorted. nbytes: of its objects of one chunk. as_group: what
+    is known of it outside the engine."""
 
     group: KVGroup
     shards: tuple[str, ...]
     nbytes: int
+    as_group: Group = field(init=False)
 
-    def as_group(self) -> Group:
-        """What is known of it outside the engine."""
-        return Group(self.group.need, self.group.tokens, self.shards)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "as_group", Group(self.group.need, self.group.tokens, self.shards))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Chunks:
     @property
     def groups(self) -> tuple[Group, ...]:
         """Those that do not need all of a prefix."""
-        return tuple(part.as_group() for part in self.beside)
+        return tuple(part.as_group for part in self.beside)
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +117,7 @@ class Chunks:
 
     def beside_keys(self, chunk_keys: Sequence[bytes]) -> list[bytes]:
         """Of those beside it, a chunk's side by side."""
-        return _keys(chunk_keys, [shard for part in self.beside for shard in part.shards])
+        return _keys(chunk_keys, [shard for part in self.beside for shard in part.shards]) if self.beside else []
 
     def object_keys(self, chunk_keys: Sequence[bytes]) -> list[bytes]:
         """Of all objects of these chunks, parents first."""
@@ -130,7 +131,7 @@ class Chunks:
             found = [key for key, tier in zip(state.chunk_keys, state.hits, strict=False) if tier in tiers]
             keys += _keys(found, self.chain.shards)
         for part, column in self._columns(state):
-            needed = range(part.as_group().first(hits, self.tokens), hits)
+            needed = range(part.as_group.first(hits, self.tokens), hits)
             keys += _keys([state.chunk_keys[number] for number in needed if column[number] in tiers], part.shards)
         return keys
 
@@ -139,7 +140,7 @@ class Chunks:
         where it is nowhere."""
         width = sum(len(part.shards) for part in self.beside)
         chunks = len(beside) // width if width else 0
-        parts_of = columns([part.as_group() for part in self.beside], beside)
+        parts_of = columns([part.as_group for part in self.beside], beside)
         if self.chain is None:
             leading: tuple[str, ...] = ("cpu",) * chunks
         else:
@@ -164,7 +165,7 @@ class Chunks:
             return most
         # The last token is computed in any case, and no state, nor what left a window, comes back for it.
         most = min(most, (int(state.request.num_tokens) - 1) // self.tokens)
-        held = [(part.as_group(), [bool(tier) for tier in column]) for part, column in self._columns(state)]
+        held = [(part.as_group, [bool(tier) for tier in column]) for part, column in self._columns(state)]
         return furthest(held, self.tokens, most)
 
     def junction(self, state: RequestState) -> int:
@@ -191,21 +192,24 @@ class Chunks:
         last = -(-end // self.tokens)
         chunks: list[ChunkBlocks] = []
         tiers: list[str] = []
+        parts = list(enumerate(self.parts))
         for number in range(first // self.tokens, last):
             whole = number * self.tokens
-            for place, part in enumerate(self.parts):
+            for place, part in parts:
                 is_chain = part is self.chain
-                if not is_chain and number < part.as_group().first(last, self.tokens):
+                if is_chain:
+                    begin = max(first, whole)
+                elif number < part.as_group.first(last, self.tokens):
                     continue
-                begin = whole + self.tokens - part.group.tail(self.tokens)
-                begin = max(first, begin) if is_chain else begin
+                else:
+                    begin = whole + self.tokens - part.group.tail(self.tokens)
                 blocks = _blocks(part.group, tables, begin, min(end, whole + self.tokens), may_skip=not is_chain)
                 if blocks is None:
                     return Load(state.request.request_id, (), state.adapter, self.tokens), ()
                 offset, ids = blocks
                 if ids:
                     chunks.append(ChunkBlocks(state.chunk_keys[number], ids, begin + offset - whole, place))
-                    tiers.append(state.hits[number] if is_chain else state.beside[place - len(self.parts)][number])
+                    tiers.append(state.hits[number] if is_chain else state.beside[place - len(parts)][number])
         return Load(state.request.request_id, tuple(chunks), state.adapter, self.tokens), tuple(tiers)
 
     def store(
@@ -269,6 +273,10 @@ def _blocks(
     """(tokens that are left out at the beginning, the blocks of all members) from token `begin` to `end`; None where
     there is one too few. may_skip: the engine may have the first ones, or need none there. What is left out is whole
     blocks of each member; what a member with smaller blocks needs none of beyond that is NOT_LOADED."""
+    if len(group.members) == 1 and not may_skip:  # of most models, for each chunk in the engine's loop
+        (member,) = group.members
+        found = tuple(tables[member.index][begin // member.block_tokens : -(-end // member.block_tokens)])
+        return None if NOT_LOADED in found else (0, found)
     runs = []
     for member in group.members:
         size, table = member.block_tokens, tables[member.index]
@@ -279,6 +287,8 @@ def _blocks(
         left_out = [count * member.block_tokens for count, member in zip(leading, group.members, strict=True)]
         unit = block_unit([group])
         skipped = min(left_out) // unit * unit
+        if max(left_out) >= skipped + unit:
+            return None
         for member, run, count in zip(group.members, runs, leading, strict=True):
             if NOT_LOADED in run[count:]:
                 return None

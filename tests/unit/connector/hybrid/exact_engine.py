@@ -184,6 +184,13 @@ class FakeEngine:
         """Of its chunks, of the first shard of one of the connector's groups."""
         return [object_key(key, self.shards[group][0]) for key in self.chunk_keys(tokens)]
 
+    def see(self) -> None:
+        """Have room for what an encoder makes of images, as the engine of a model that sees."""
+        from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+        self.scheduler.max_num_encoder_input_tokens = 1024
+        self.scheduler.encoder_cache_manager = EncoderCacheManager(1024)
+
     def abort(self, request: Any) -> None:
         from vllm.v1.request import RequestStatus
 
