@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.connector.hybrid.test_exact import CHUNK, settle
+from tests.unit.connector.hybrid.test_exact import settle
 
 _numbers = itertools.count()
 KINDS = ["full, window", "window", "full, span", "full, window, state"]
@@ -67,7 +67,9 @@ def test_an_image_is_what_it_shows_and_where_in_every_group(
     engine.forget()
     before = 64  # the image is in the chunk from there
     for others in ([image(2, 70)], [image(1, 69)], [], [image(1, 70), image(2, 100)]):
-        assert engine.answer(tokens, media=others) == (before if len(others) < 2 else 96), others
+        # The first steps left no state behind token 96.
+        reach = 96 if len(others) == 2 and "state" not in kind else before
+        assert engine.answer(tokens, media=others) == reach, others
         settle(engine, serving)
     assert engine.answer(tokens, media=[image(1, 70)]) == 224
 
@@ -93,17 +95,15 @@ def test_layers_that_share_anothers_kv_change_nothing(kind: str, make_engine: An
     plain = make_engine(kind, serving.url)
     sharing = make_engine(kind, serving.url, shares=shares)
     assert sharing.shards == plain.shards
-    before = serving.status()["tiers"]["cpu"]["used_bytes"]
-    assert sharing.answer(prompt(250)) == 0
-    settle(sharing, serving)
-    once = serving.status()["tiers"]["cpu"]["used_bytes"] - before
-    assert once == 250 // CHUNK * _stored_bytes(plain)
+    used = []
+    for engine, tokens in ((plain, prompt(250)[::-1]), (sharing, prompt(250))):
+        before = serving.status()["tiers"]["cpu"]["used_bytes"]
+        assert engine.answer(tokens) == 0
+        settle(engine, serving)
+        used.append(serving.status()["tiers"]["cpu"]["used_bytes"] - before)
+    assert used[0] == used[1]
     assert sharing.answer(prompt(250)) == 224
     assert plain.answer(prompt(250)) == 224
-
-
-def _stored_bytes(engine: Any) -> int:
-    return int(sum(-(-part.nbytes // 4096) * 4096 for part in engine.connector._chunks.parts))
 
 
 def test_kv_of_another_dtype_is_nobody_elses(make_engine: Any, serving: Any, prompt: Any) -> None:

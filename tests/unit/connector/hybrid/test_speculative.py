@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from tests.unit.connector.hybrid.test_exact import ACTIONS, CHUNK, act, settle
 
 _numbers = itertools.count()
-KINDS = ["full", "full, window", "full, two windows", "full, span", "window", "blocks of two sizes"]
-METHODS = ["ngram", "eagle"]
+KINDS = ["full", "full, window", "full, two windows", "window", "blocks of two sizes"]
+CASES = [(kind, method) for kind in KINDS for method in ("ngram", "eagle")] + [
+    ("full, span", "ngram")  # with EAGLE vLLM itself refuses spans
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,7 @@ def expected_hit(kind: str, method: str, chunks: int) -> int:
     return chunks * CHUNK - dropped
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), CASES)
 def test_what_drafts_wrote_is_stored_where_it_was_right(
     kind: str, method: str, make_engine: Any, serving: Any, prompt: Any
 ) -> None:
@@ -54,12 +55,12 @@ def test_what_drafts_wrote_is_stored_where_it_was_right(
     stored = 9 if method == "ngram" else 8  # of 289 that were computed, the last block of which is not trusted
     assert engine.answer([*first.all_token_ids, 1, 2, 3], 20) == expected_hit(kind, method, stored)
     settle(engine, serving)
-    reader = make_engine(kind, serving.url, drafts=method, step_tokens=37)
+    # Nobody knows the weights of a model of drafts that is not there, so engines with one share nothing.
+    reader = make_engine(kind, serving.url, drafts=method, step_tokens=37) if method == "ngram" else engine
     assert reader.answer([*first.all_token_ids[:140], 1, 2, 3], 20) == expected_hit(kind, method, 4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), CASES)
 def test_requests_with_drafts_take_each_others_blocks(
     kind: str, method: str, make_engine: Any, serving: Any, prompt: Any
 ) -> None:
@@ -71,8 +72,7 @@ def test_requests_with_drafts_take_each_others_blocks(
     assert serving.status()["leases"] == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), CASES)
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     actions=ACTIONS,
