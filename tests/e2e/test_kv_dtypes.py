@@ -17,7 +17,7 @@ ENGINE = {
     "block_size": 32,
     "max_model_len": 1024,
     "max_num_batched_tokens": 163,
-    "num_gpu_blocks_override": 200,
+    "num_gpu_blocks_override": 800,  # a quarter may wait for stores, on a busy machine for long
     "disable_hybrid_kv_cache_manager": False,
 }
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
