@@ -85,6 +85,25 @@ class FakeWorker:
         )
 
 
+def _configs(vllm_config: Any, stages: Sequence[dict[str, Any]]) -> tuple[list[Any], int, int]:
+    """The KVCacheConfig of each stage's workers, tokens of a block of the scheduler's and of a hash."""
+    from vllm.v1.core import kv_cache_utils as utils
+
+    groups = utils.get_kv_cache_groups(vllm_config, {name: spec for own in stages for name, spec in own.items()})
+    configs = [
+        utils.get_kv_cache_config_from_groups(
+            vllm_config, utils._project_kv_cache_groups_to_worker(groups, own), 1 << 40
+        )
+        for own in stages
+    ]
+    vllm_config.cache_config.num_gpu_blocks = configs[0].num_blocks
+    block, unit = utils.resolve_kv_cache_block_sizes(configs[0], vllm_config)
+    for config in configs:
+        config.hash_block_size = unit
+        config.cache_hit_alignment_tokens = utils.resolve_cache_hit_alignment_tokens(config, vllm_config, block, unit)
+    return configs, block, unit
+
+
 class FakeEngine:
     """One engine, step by step. Its blocks are few, so that requests preempt each other. stages: the layers of each
     stage of a pipeline, each of which computes a step when the one before it is at the next. heads: of all ranks."""
@@ -102,25 +121,11 @@ class FakeEngine:
         from vllm.v1.core import kv_cache_utils as utils
         from vllm.v1.core.sched.scheduler import Scheduler
 
-        cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-        ranks = parallel.tensor_parallel_size
-        groups = utils.get_kv_cache_groups(vllm_config, {name: spec for own in stages for name, spec in own.items()})
-        configs = [
-            utils.get_kv_cache_config_from_groups(
-                vllm_config, utils._project_kv_cache_groups_to_worker(groups, own), 1 << 40
-            )
-            for own in stages
-        ]
-        cache.num_gpu_blocks = configs[0].num_blocks
-        block, unit = utils.resolve_kv_cache_block_sizes(configs[0], vllm_config)
-        for config in configs:
-            config.hash_block_size = unit
-            config.cache_hit_alignment_tokens = utils.resolve_cache_hit_alignment_tokens(
-                config, vllm_config, block, unit
-            )
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        configs, block, unit = _configs(vllm_config, stages)
         scheduling = utils.generate_scheduler_kv_cache_config(configs)
         scheduling.hash_block_size = unit
-        hash_function = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
+        hash_function = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
         utils.init_none_hash(hash_function)
         self._hasher = utils.get_request_block_hasher(unit, hash_function)
         grammars: Any = SimpleNamespace(

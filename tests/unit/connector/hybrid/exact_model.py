@@ -21,7 +21,6 @@ def kinds() -> dict[str, dict[str, Any]]:
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
         FullAttentionSpec,
-        KVQuantMode,
         MambaSpec,
         MLAAttentionSpec,
         SlidingWindowSpec,
@@ -48,9 +47,6 @@ def kinds() -> dict[str, dict[str, Any]]:
         return MambaSpec(shapes=shapes, dtypes=dtypes, **(own | more))
 
     double = {"block_size": 2 * BLOCK}
-    half = {"dtype": torch.bfloat16}
-    fp8: dict[str, Any] = {"dtype": torch.uint8, "kv_quant_mode": KVQuantMode.FP8_PER_TENSOR}
-    scaled: dict[str, Any] = fp8 | {"kv_quant_mode": KVQuantMode.FP8_PER_TOKEN_HEAD, "state_content_bytes": 2 * (8 + 4)}
     page = full(**double).page_size_bytes
     return {
         "full": _named(full(), full()),
@@ -70,6 +66,20 @@ def kinds() -> dict[str, dict[str, Any]]:
         "blocks of two sizes": _named(window(40), window(40), full(head_size=16)),
         "layers of two dtypes": _named(full(), full(dtype=torch.bfloat16)),
         "heads of two numbers": _named(full(), full(num_kv_heads=1)),
+        **_quantised(full, window, mla, state),
+    }
+
+
+def _quantised(full: Any, window: Any, mla: Any, state: Any) -> dict[str, dict[str, Any]]:
+    """Kinds with fewer bytes a number, in all layers or in some."""
+    import torch
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    double = {"block_size": 2 * BLOCK}
+    half = {"dtype": torch.bfloat16}
+    fp8: dict[str, Any] = {"dtype": torch.uint8, "kv_quant_mode": KVQuantMode.FP8_PER_TENSOR}
+    scaled: dict[str, Any] = fp8 | {"kv_quant_mode": KVQuantMode.FP8_PER_TOKEN_HEAD, "state_content_bytes": 2 * (8 + 4)}
+    return {
         "fp8: full, window": _named(window(40, **fp8), window(40, **fp8), full(**fp8)),
         "fp8: mla": _named(mla(**fp8, head_size=656), mla(**fp8, head_size=656)),
         "scales in the cache: full, window": _named(window(40, **scaled), full(**scaled)),
