@@ -257,6 +257,19 @@ def test_what_is_kept_is_stored_though_its_request_cannot_run(windows: Any, make
     assert not pool.held
 
 
+def test_what_wrong_drafts_completed_is_not_kept_where_nothing_runs(windows: Any, make_request: Any) -> None:
+    """Nothing would confirm it: vLLM waits for these blocks before it computes, and would for ever."""
+    pool, request = windows.side.storing.kept.pool, make_request("a", 3 * CHUNK)
+    windows.arrive(request)
+    prefill(windows, request, TABLES, tokens=CHUNK)
+    request.num_computed_tokens -= 3
+    assert not windows.step().stores
+    assert not pool.held
+    assert not windows.side.storing.frees_soon
+    prefill(windows, request, TABLES, tokens=5)
+    assert pool.held == {11, 12, 21, 22}  # completed anew
+
+
 def test_what_could_not_be_stored_is_not_kept_for_another_try(windows: Any, make_request: Any) -> None:
     pool, request = windows.side.storing.kept.pool, make_request("a", 3 * CHUNK)
     windows.arrive(request)
