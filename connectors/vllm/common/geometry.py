@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,22 +40,48 @@ def chunk_blocks(block_bytes: int, block_size: int, chunk_tokens: int) -> int:
 
 def shard_name(config: VllmConfig, layers: Sequence[str], group: KVGroup, *, replicated: bool = False) -> str:
     """This worker's part of a group: its layers, and its range of KV heads or, of states, its rank. Ranks that hold the
-    same share a name: those with replicated heads, or with states that are `replicated`."""
+    same share a name: those with replicated heads, or where all of the group's layers are `replicated` (MLA, some
+    states)."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     total = config.model_config.get_total_num_kv_heads()
     ranks, rank = config.parallel_config.tensor_parallel_size, get_tp_group().rank_in_group
+    first = rank * total // ranks
     if group.need is Need.STATE:
         part = "all" if replicated else f"tp{rank}of{ranks}"
-    elif getattr(config.model_config, "use_mla", False):
+    elif replicated:
         part = f"headsallof{total}"
     elif total >= ranks:
-        part = f"heads{rank * total // ranks}-{(rank + 1) * total // ranks}of{total}"
-    else:
-        first = rank * total // ranks
+        part = f"heads{first}-{(rank + 1) * total // ranks}of{total}"
+    elif _kv_heads(config) == {total}:
         part = f"heads{first}-{first + 1}of{total}"
+    else:
+        part = f"tp{rank}of{ranks}"  # of a layer with more heads each rank may have its own
     stage = f"pp{get_pp_group().rank_in_group}of{config.parallel_config.pipeline_parallel_size}"
     return f"{stage}/{len(layers)}layers/{part}{group.name and f'/{group.name}'}"
+
+
+_KV_HEADS = re.compile(r"kv_n?_?heads|n_head_kv|key_value_heads|attention_groups|query_group|heads_in_group")
+
+
+def _kv_heads(config: VllmConfig) -> set[int]:
+    """The numbers of KV heads that layers of a model, or of its drafts, may have: whatever its configuration calls
+    them (vLLM knows one number, MiMo V2 and Step 3.5 have two, others a list)."""
+    found = {config.model_config.get_total_num_kv_heads()}
+    drafts = getattr(getattr(config, "speculative_config", None), "draft_model_config", None)
+    if drafts is not None:
+        found.add(drafts.get_total_num_kv_heads())
+    text = getattr(config.model_config, "hf_text_config", None)
+    waiting: list[tuple[str, Any]] = [("", text.to_dict() if text is not None else {})]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += ((name if _KV_HEADS.search(name) else str(key), inner) for key, inner in value.items())
+        elif isinstance(value, list | tuple):
+            waiting += ((name, inner) for inner in value)
+        elif type(value) is int and _KV_HEADS.search(name):
+            found.add(value)
+    return found
 
 
 def joint_layout(layouts: Mapping[str, str]) -> str:
@@ -88,8 +115,9 @@ def uncacheable(config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
             return "layers of one of vLLM's KV cache groups need different parts of a prefix"
         if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
             return f"vLLM moves the KV of {group.layer_names[0]} itself"
-    needs_all = len(groups) == 1 and groups_of(kv_cache_config)[0].need is Need.ALL
-    problem = _cannot_continue(config) or ("" if needs_all else _cannot_mix(config, len(groups)))
+    needs = [group.need for group in groups_of(kv_cache_config)]
+    needs_all = len(groups) == 1 and needs == [Need.ALL]
+    problem = _cannot_continue(config) or ("" if needs_all else _cannot_mix(config, len(groups), needs))
     if problem:
         return problem
     parallel = config.parallel_config
@@ -125,15 +153,15 @@ def _unknown_spec(spec: Any) -> str:
     return ""
 
 
-def _cannot_mix(config: VllmConfig, groups: int) -> str:
+def _cannot_mix(config: VllmConfig, groups: int, needs: Sequence[Need]) -> str:
     """Why a model whose layers do not all need all of a prefix cannot be cached, or ""."""
     if not has_block_references():
         return f"it has {groups} KV cache groups, or windows: from vLLM 0.32 on a connector can keep their blocks"
     for name in ("use_replayssm", "use_kda_recoverssm"):
         if getattr(getattr(config, "cache_config", None), name, False):
             return f"{name} is set: what is kept of a state lags behind the tokens"
-    if getattr(config, "speculative_config", None) is not None:
-        return "speculative decoding with windows or states: the last blocks are not confirmed"
+    if getattr(config, "speculative_config", None) is not None and Need.STATE in needs:
+        return "speculative decoding with states: the one in which a step ends may be behind drafts that were wrong"
     return ""
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from loracache.connectors.vllm.lora.layout import PoolShape
 from loracache.keys import Namespace
 
 __all__ = [
+    "NOT_LOADED",
     "AdapterBinding",
     "AdapterOrders",
     "ChunkBlocks",
@@ -30,6 +32,10 @@ __all__ = [
 ]
 
 
+NOT_LOADED = -1
+"""In a table of blocks: the engine has this one, or needs none there."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterBinding:
     """Which content the scheduler believes an adapter id to stand for. digest: hex."""
@@ -42,7 +48,8 @@ class AdapterBinding:
 class ChunkBlocks:
     """One object of a chunk and the engine's blocks for it. group: which of the model's groups it is of (groups.py).
     blocks: those of the group's first member, then of the next. first: the token of the chunk that they begin with:
-    that of the object, unless the engine holds some before it itself."""
+    that of the object, unless the engine holds some before it itself. Of a member with smaller blocks than another's
+    the first may be NOT_LOADED."""
 
     key: bytes
     blocks: tuple[int, ...]
@@ -64,7 +71,11 @@ class Load:
     @property
     def blocks(self) -> list[int]:
         """All blocks that are loaded into."""
-        return [block for chunk in self.chunks for block in chunk.blocks]
+        return self.blocks_of(range(len(self.chunks)))
+
+    def blocks_of(self, chunks: Iterable[int]) -> list[int]:
+        """Those of the chunks at these places."""
+        return [block for at in chunks for block in self.chunks[at].blocks if block != NOT_LOADED]
 
 
 @dataclass(frozen=True, slots=True)

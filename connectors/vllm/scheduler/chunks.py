@@ -8,41 +8,40 @@ all of it, in the chain, and others beside it. What is planned then lists a chun
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loracache.connectors.vllm.common.geometry import chunk_blocks, joint_layout, payload_layout
 from loracache.connectors.vllm.common.groups import KVGroup, block_unit
-from loracache.connectors.vllm.common.messages import ChunkBlocks, Facts, Load, Store
+from loracache.connectors.vllm.common.messages import NOT_LOADED, ChunkBlocks, Facts, Load, Store
 from loracache.connectors.vllm.scheduler.requests import RequestState
 from loracache.groups import Group, Need, columns, furthest
 from loracache.keys import object_key
 
-__all__ = ["NOT_LOADED", "Chunks", "Part", "loaded_into"]
-
-NOT_LOADED = -1
-"""In a table of blocks: the engine has this one, or needs none there."""
+__all__ = ["Chunks", "Part", "loaded_into"]
 
 _SLOWEST_LAST = ("cpu", "disk", "redis")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A group's part of every chunk. shards: the workers', sorted. nbytes: of its objects of one chunk."""
+    """A group's part of every chunk. shards: the workers', sorted. nbytes: of its objects of one chunk. as_group: what
+    is known of it outside the engine."""
 
     group: KVGroup
     shards: tuple[str, ...]
     nbytes: int
+    as_group: Group = field(init=False)
 
-    def as_group(self) -> Group:
-        """What is known of it outside the engine."""
-        return Group(self.group.need, self.group.tokens, self.shards)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "as_group", Group(self.group.need, self.group.tokens, self.shards))
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """tokens: of a chunk. chain: the part that needs all of a prefix; None where no layer does. beside: the others.
-    layout: all workers' together. drops_last_block: the last computed block is not confirmed (drafts write to it).
+    layout: all workers' together. drops_last_block: the last computed block is not confirmed (drafts write to it); of
+    a hit the last block is left, or where groups differ the last chunk, so that all end at a boundary.
     """
 
     tokens: int
@@ -57,7 +56,10 @@ class Chunks:
     ) -> Chunks | None:
         """From what the workers say; None where they lay KV out differently."""
         facts = list(facts)
-        shards = [{fact.groups[place].shard: fact.groups[place] for fact in facts} for place in range(len(groups))]
+        shards = [  # a stage of a pipeline may have no layer of a group
+            {fact.groups[place].shard: fact.groups[place] for fact in facts if fact.groups[place].shard}
+            for place in range(len(groups))
+        ]
         unit = block_unit(groups)
         if any(group.need is Need.STATE for group in groups) and not chunk_tokens:
             tokens = unit  # a state stands at the end of its block; a larger chunk would leave some out
@@ -87,7 +89,7 @@ class Chunks:
     @property
     def groups(self) -> tuple[Group, ...]:
         """Those that do not need all of a prefix."""
-        return tuple(part.as_group() for part in self.beside)
+        return tuple(part.as_group for part in self.beside)
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +117,7 @@ class Chunks:
 
     def beside_keys(self, chunk_keys: Sequence[bytes]) -> list[bytes]:
         """Of those beside it, a chunk's side by side."""
-        return _keys(chunk_keys, [shard for part in self.beside for shard in part.shards])
+        return _keys(chunk_keys, [shard for part in self.beside for shard in part.shards]) if self.beside else []
 
     def object_keys(self, chunk_keys: Sequence[bytes]) -> list[bytes]:
         """Of all objects of these chunks, parents first."""
@@ -129,7 +131,7 @@ class Chunks:
             found = [key for key, tier in zip(state.chunk_keys, state.hits, strict=False) if tier in tiers]
             keys += _keys(found, self.chain.shards)
         for part, column in self._columns(state):
-            needed = range(part.as_group().first(hits, self.tokens), hits)
+            needed = range(part.as_group.first(hits, self.tokens), hits)
             keys += _keys([state.chunk_keys[number] for number in needed if column[number] in tiers], part.shards)
         return keys
 
@@ -138,7 +140,7 @@ class Chunks:
         where it is nowhere."""
         width = sum(len(part.shards) for part in self.beside)
         chunks = len(beside) // width if width else 0
-        parts_of = columns([part.as_group() for part in self.beside], beside)
+        parts_of = columns([part.as_group for part in self.beside], beside)
         if self.chain is None:
             leading: tuple[str, ...] = ("cpu",) * chunks
         else:
@@ -147,7 +149,10 @@ class Chunks:
         state.beside = tuple(tuple("" if "" in row else _slowest(row) for row in parts) for parts in parts_of)
         state.answer(leading)
         state.chain = len(leading) if self.chain is not None else 0
-        state.hits = leading[: self.resumable(state, len(leading))]
+        reach = self.resumable(state, len(leading))
+        if self.beside and self.drops_last_block and not self._goes_on(state, reach):
+            reach = self.resumable(state, reach - 1)
+        state.hits = leading[:reach]
 
     def was_found(self, state: RequestState, place: int, number: int) -> bool:
         """Whether a lookup found the object of a chunk and of the group at `place`, which is beside the chain."""
@@ -160,7 +165,7 @@ class Chunks:
             return most
         # The last token is computed in any case, and no state, nor what left a window, comes back for it.
         most = min(most, (int(state.request.num_tokens) - 1) // self.tokens)
-        held = [(part.as_group(), [bool(tier) for tier in column]) for part, column in self._columns(state)]
+        held = [(part.as_group, [bool(tier) for tier in column]) for part, column in self._columns(state)]
         return furthest(held, self.tokens, most)
 
     def junction(self, state: RequestState) -> int:
@@ -173,7 +178,7 @@ class Chunks:
     def loadable(self, state: RequestState, num_computed: int) -> int:
         """How many tokens beyond `num_computed` the hits of a request are good for; may be below 1."""
         tokens = len(state.hits) * self.tokens
-        if self.drops_last_block:
+        if self.drops_last_block and not self.beside:
             tokens -= self.block_tokens
         return min(tokens, int(state.request.num_tokens)) - num_computed
 
@@ -187,21 +192,24 @@ class Chunks:
         last = -(-end // self.tokens)
         chunks: list[ChunkBlocks] = []
         tiers: list[str] = []
+        parts = list(enumerate(self.parts))
         for number in range(first // self.tokens, last):
             whole = number * self.tokens
-            for place, part in enumerate(self.parts):
+            for place, part in parts:
                 is_chain = part is self.chain
-                if not is_chain and number < part.as_group().first(last, self.tokens):
+                if is_chain:
+                    begin = max(first, whole)
+                elif number < part.as_group.first(last, self.tokens):
                     continue
-                begin = whole + self.tokens - part.group.tail(self.tokens)
-                begin = max(first, begin) if is_chain else begin
+                else:
+                    begin = whole + self.tokens - part.group.tail(self.tokens)
                 blocks = _blocks(part.group, tables, begin, min(end, whole + self.tokens), may_skip=not is_chain)
                 if blocks is None:
                     return Load(state.request.request_id, (), state.adapter, self.tokens), ()
                 offset, ids = blocks
                 if ids:
                     chunks.append(ChunkBlocks(state.chunk_keys[number], ids, begin + offset - whole, place))
-                    tiers.append(state.hits[number] if is_chain else state.beside[place - len(self.parts)][number])
+                    tiers.append(state.hits[number] if is_chain else state.beside[place - len(parts)][number])
         return Load(state.request.request_id, tuple(chunks), state.adapter, self.tokens), tuple(tiers)
 
     def store(
@@ -240,6 +248,13 @@ class Chunks:
             state.request.request_id, state.namespace, parent, tuple(chunks), state.adapter, state.first_step, number
         )
 
+    def _goes_on(self, state: RequestState, chunks: int) -> bool:
+        """Whether what was found goes on behind so many chunks: else the token that follows is not known to be that
+        with which drafts wrote the KV of the last one's end."""
+        if self.chain is not None:
+            return chunks < state.chain
+        return any(chunks < len(column) and column[chunks] for column in state.beside)
+
     def _columns(self, state: RequestState) -> list[tuple[Part, tuple[str, ...]]]:
         return list(zip(self.beside, state.beside, strict=False))
 
@@ -256,23 +271,30 @@ def _blocks(
     group: KVGroup, tables: Sequence[Sequence[int]], begin: int, end: int, *, may_skip: bool = False
 ) -> tuple[int, tuple[int, ...]] | None:
     """(tokens that are left out at the beginning, the blocks of all members) from token `begin` to `end`; None where
-    there is one too few. may_skip: the engine may have the first ones, or need none there."""
+    there is one too few. may_skip: the engine may have the first ones, or need none there. What is left out is whole
+    blocks of each member; what a member with smaller blocks needs none of beyond that is NOT_LOADED."""
+    if len(group.members) == 1 and not may_skip:  # of most models, for each chunk in the engine's loop
+        (member,) = group.members
+        found = tuple(tables[member.index][begin // member.block_tokens : -(-end // member.block_tokens)])
+        return None if NOT_LOADED in found else (0, found)
     runs = []
     for member in group.members:
         size, table = member.block_tokens, tables[member.index]
         runs.append(list(table[begin // size : -(-end // size)]))
     skipped = 0
     if may_skip:
-        lengths = set()
-        for member, run in zip(group.members, runs, strict=True):
-            left_out = next((at for at, block in enumerate(run) if block != NOT_LOADED), len(run))
-            lengths.add(left_out * member.block_tokens)
-            del run[:left_out]
-        if len(lengths) > 1:
+        leading = [next((at for at, block in enumerate(run) if block != NOT_LOADED), len(run)) for run in runs]
+        left_out = [count * member.block_tokens for count, member in zip(leading, group.members, strict=True)]
+        unit = block_unit([group])
+        skipped = min(left_out) // unit * unit
+        if max(left_out) >= skipped + unit:
             return None
-        skipped = lengths.pop()
+        for member, run, count in zip(group.members, runs, leading, strict=True):
+            if NOT_LOADED in run[count:]:
+                return None
+            del run[: skipped // member.block_tokens]
     flat = tuple(block for run in runs for block in run)
-    return None if NOT_LOADED in flat else (skipped, flat)
+    return None if NOT_LOADED in flat and not may_skip else (skipped, flat)
 
 
 def _keys(chunk_keys: Sequence[bytes], shards: Sequence[str]) -> list[bytes]:

@@ -52,6 +52,8 @@ class KeptBlocks:
             for place, part in enumerate(chunks.parts):
                 if part is chunks.chain or chunks.was_found(state, place, number):
                     continue
+                if place in state.kept.get(number, {}):  # drafts completed it before, and were wrong
+                    continue
                 if _is_stored(part, number, state, chunks, arena_bytes):
                     self._take(state, number, place, _blocks(part, chunks, found, number, end))
 
@@ -165,7 +167,7 @@ def _blocks(part: Part, chunks: Chunks, tables: Sequence[Sequence[int]], number:
 def _is_stored(part: Part, number: int, state: RequestState, chunks: Chunks, arena_bytes: int) -> bool:
     """Whether a chunk's window is stored: all of them while they take little of the daemon's memory; else those behind
     which one goes on, every so many chunks and at the end of the prompt."""
-    group = part.as_group()
+    group = part.as_group
     prompt = int(state.request.num_prompt_tokens)
     count, budget = max(1, prompt // chunks.tokens), arena_bytes // _WINDOWS_SHARE
     if group.need is Need.STATE or count * part.nbytes <= budget:

@@ -74,8 +74,10 @@ class LoadTimes:
         return sum(self.tiers[name].seconds(nbytes) for name, nbytes in parts.items())
 
     def began(self, request_id: str, tiers: Sequence[str], chunk_bytes: int) -> None:
-        """A request's load has begun, of chunks in these tiers."""
+        """A request's load has begun, of chunks in these tiers; of none where it cannot come."""
         self.over(request_id)
+        if not tiers:
+            return
         load = _Load({name: count * chunk_bytes for name, count in Counter(tiers).items()}, {})
         for name, nbytes in load.parts.items():
             tier = self.tiers[name]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +85,14 @@ class Storing:
         self.kept.keep_states(state, chunks, blocks.boundary_state_offloads.get(request_id, ()))
         self._link.count("store.engine_full", self.kept.take_refused())
 
-    def plan_kept(self, plan: StepPlan, scheduled: Container[str]) -> None:
-        """Plan the stores of requests that do not run in a step, as they may wait for the very blocks that are kept."""
+    def plan_kept(self, plan: StepPlan, scheduled: Collection[str]) -> None:
+        """Plan the stores of requests that do not run in a step, as they may wait for the very blocks that are kept.
+        Where nothing runs, a chunk that drafts completed will not be confirmed before there are blocks: let it go."""
         for request_id, state in list(self.kept.holders.items()):
             if request_id not in scheduled:
                 self.plan(state, state.request.num_computed_tokens, plan)
+                if not scheduled:
+                    self.kept.release(state)
 
     def finish(self, state: RequestState, request: Request, tables: Sequence[Sequence[int]], plan: StepPlan) -> bool:
         """A request is over: plan its last store. True where its blocks must stay until all are done."""

@@ -325,8 +325,7 @@ class Loader:
             job.count(cause)
         if cause in (Cause.ADAPTER_CHANGED, Cause.BUG, Cause.SHUTDOWN):
             job.missing = set(range(len(job.load.chunks)))
-        failed = [block for position in sorted(job.missing) for block in job.load.chunks[position].blocks]
-        self._finished(job.load, failed, job.causes)
+        self._finished(job.load, job.load.blocks_of(sorted(job.missing)), job.causes)
         if job.layers is not None:
             job.layers.end()
 

@@ -16,7 +16,7 @@ import torch
 
 from loracache.connectors.vllm.common.geometry import shard_name
 from loracache.connectors.vllm.common.groups import KVGroup, Member, each_spec, groups_of
-from loracache.connectors.vllm.common.messages import ChunkBlocks, GroupFacts, Load
+from loracache.connectors.vllm.common.messages import NOT_LOADED, ChunkBlocks, GroupFacts, Load
 from loracache.connectors.vllm.worker.layout import KVLayout, joint_order, lies_at, platform_name, read_layout
 from loracache.errors import UsageError
 from loracache.groups import Need
@@ -86,9 +86,11 @@ class GroupObjects:
         moves, begin, offset = [], 0, 0
         for count, size, rows in zip(self._counts, self.block_bytes, self._rows, strict=True):
             nbytes = of * count * size
-            if size:
-                blocks = chunk.blocks[begin : begin + runs * count]
-                moves.append(Move(blocks, cut(payload, offset, nbytes), first * count, of * count, rows))
+            blocks = chunk.blocks[begin : begin + runs * count]
+            left_out = sum(block == NOT_LOADED for block in blocks)  # the first ones
+            if size and left_out < len(blocks):
+                part = cut(payload, offset, nbytes)
+                moves.append(Move(blocks[left_out:], part, first * count + left_out, of * count, rows))
             begin += runs * count
             offset += nbytes
         return moves
@@ -175,8 +177,11 @@ def _check_names(config: VllmConfig, groups: Sequence[KVGroup], kv_caches: Mappi
 
 
 def _replicated(group: KVGroup, specs: Sequence[Any]) -> bool:
-    """Whether all ranks hold the same states."""
-    return all(getattr(each, "tp_replicated", False) for one in group.members for each in each_spec(specs[one.index]))
+    """Whether all ranks hold the same, whatever the number of heads: MLA, and some states."""
+    found = [each for one in group.members for each in each_spec(specs[one.index])]
+    if group.need is Need.STATE:
+        return all(getattr(each, "tp_replicated", False) for each in found)
+    return all("MLA" in type(each).__name__ for each in found)
 
 
 def _order(config: VllmConfig, group: KVGroup, specs: Sequence[Any], layouts: Sequence[KVLayout | None]) -> str:

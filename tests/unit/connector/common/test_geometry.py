@@ -93,7 +93,8 @@ def test_they_are_refused_where_they_could_not_be_exact(make_config: Any, monkey
     none = specs.MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))
     assert "prefix caching is off" in reason(make_config, FULL, none)
     drafted = SimpleNamespace(use_eagle=lambda: False)
-    assert "speculative decoding" in reason(make_config, FULL, WINDOW, speculative_config=drafted)
+    assert "speculative decoding with states" in reason(make_config, FULL, STATES, speculative_config=drafted)
+    assert reason(make_config, FULL, WINDOW, speculative_config=drafted) == ""
     assert reason(make_config, FULL, speculative_config=drafted) == ""
     replayed = specs.SlidingWindowMLASpec(**ATTENTION, sliding_window=128, bounded_replay=True)
     assert "recomputes the last window" in reason(make_config, FULL, replayed)

@@ -5,7 +5,8 @@ kind of layer reads. A step fails where one byte of that is not what was compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,31 @@ def kinds() -> dict[str, dict[str, Any]]:
         "blocks of two sizes": _named(window(40), window(40), full(head_size=16)),
         "layers of two dtypes": _named(full(), full(dtype=torch.bfloat16)),
         "heads of two numbers": _named(full(), full(num_kv_heads=1)),
+        **_quantised(full, window, mla, state),
+    }
+
+
+def _quantised(full: Any, window: Any, mla: Any, state: Any) -> dict[str, dict[str, Any]]:
+    """Kinds with fewer bytes a number, in all layers or in some."""
+    import torch
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    double = {"block_size": 2 * BLOCK}
+    half = {"dtype": torch.bfloat16}
+    fp8: dict[str, Any] = {"dtype": torch.uint8, "kv_quant_mode": KVQuantMode.FP8_PER_TENSOR}
+    scaled: dict[str, Any] = fp8 | {"kv_quant_mode": KVQuantMode.FP8_PER_TOKEN_HEAD, "state_content_bytes": 2 * (8 + 4)}
+    return {
+        "fp8: full, window": _named(window(40, **fp8), window(40, **fp8), full(**fp8)),
+        "fp8: mla": _named(mla(**fp8, head_size=656), mla(**fp8, head_size=656)),
+        "scales in the cache: full, window": _named(window(40, **scaled), full(**scaled)),
+        "scales in the cache: full, state": _named(
+            state(full(**double, **scaled).page_size_bytes), full(**double, **scaled)
+        ),
+        "fp8 but for windows": _named(window(40, **half), full(**fp8)),
+        "scales but for windows": _named(window(40, **half), window(72), full(**scaled)),
+        "two dtypes and numbers of heads, windows": _named(
+            window(40), window(40, **half), full(), full(num_kv_heads=1)
+        ),
     }
 
 
@@ -81,30 +107,77 @@ def _reads(spec: Any, start: int) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a step computes of a request: tokens [start, end), the last of them `drafts`. samples: a token follows."""
+
+    request: Any
+    start: int
+    end: int
+    drafts: tuple[int, ...] = ()
+    samples: bool = True
+
+    def tokens(self) -> list[int]:
+        """All up to the end. Where an image is, its content."""
+        found = list(self.request.all_token_ids[: self.end - len(self.drafts)]) + list(self.drafts)
+        for feature in self.request.mm_features or ():
+            content = int(feature.data["pixels"].data.sum())
+            first, length = feature.mm_position.offset, feature.mm_position.length
+            found[first : first + length] = [content + at for at in range(length)][: max(0, len(found) - first)]
+        return found
+
+
+def _follows(value: Any) -> int:
+    return int(value % np.uint64(30000))
+
+
 class Hashes:
     """For every token of a request a hash of it and all before it."""
 
     def __init__(self) -> None:
         self._of: dict[str, list[int]] = {}
+        self._tokens: dict[str, list[int]] = {}
 
-    def upto(self, request_id: str, tokens: Sequence[int], end: int) -> np.ndarray[Any, Any]:
-        found = self._of.setdefault(request_id, [])
-        while len(found) < end:
-            before = found[-1] if found else 1
-            found.append((before * 6364136223846793005 + tokens[len(found)] * 1442695040888963407 + 7) % 2**64)
-        return np.array(found[:end], dtype=np.uint64)
+    def of(self, run: Run) -> np.ndarray[Any, Any]:
+        tokens = run.tokens()
+        name = run.request.request_id
+        found, known = self._of.setdefault(name, []), self._tokens.setdefault(name, [])
+        same = most = min(len(known), len(tokens))
+        while known[:same] != tokens[:same]:  # drafts that were wrong
+            same -= 1
+        if same < most:
+            del found[same:], known[same:]
+        for token in tokens[len(known) :]:
+            found.append(following_hash(found[-1] if found else 1, token))
+            known.append(token)
+        return np.array(found[: len(tokens)], dtype=np.uint64)
+
+
+def following_hash(before: int, token: int) -> int:
+    return (before * 6364136223846793005 + token * 1442695040888963407 + 7) % 2**64
 
 
 class ExactModel:
     """What a worker computes with: block tables as workers keep them (they are told of new blocks, never of those that
-    the scheduler took away), and the engine's memory."""
+    the scheduler took away), and the engine's memory. rank, ranks: of tensor parallelism; the KV heads of a layer
+    are dealt out in their order, and where they are fewer than ranks, several have the same. heads: of layers that have
+    other than as many as all ranks together hold."""
 
-    def __init__(self, config: Any, tensors: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        tensors: dict[str, Any],
+        rank: int = 0,
+        ranks: int = 1,
+        heads: Mapping[str, int] | None = None,
+    ) -> None:
         self._groups = config.kv_cache_groups
         self._units = config.hash_block_size, config.cache_hit_alignment_tokens
-        self._tensors = tensors
+        self._tensors = dict(tensors)
         self._pages = {name: self._bytes(tensor) for name, tensor in tensors.items()}
-        self._marks = {name: np.uint64(number * LAYER % 2**64) for number, name in enumerate(tensors)}
+        numbers = {name: int(name.split(".")[2]) for name in tensors}
+        self._marks = {name: np.uint64(numbers[name] * LAYER % 2**64) for name in tensors}
+        self._rank, self._ranks, self._all_heads = rank, ranks, heads or {}
         self._hashes = Hashes()
         self.tables: dict[str, list[list[int]]] = {}
 
@@ -129,26 +202,50 @@ class ExactModel:
             blocks = self._pages[next(iter(self._pages))].shape[0]
             copy_kv_cache_blocks_inplace(list(self._tensors.values()), blocks, output.kv_cache_block_copies)
 
-    def compute(self, request: Any, start: int, end: int) -> int:
-        """Compute tokens [start, end); answers what comes next."""
-        expected = self._hashes.upto(request.request_id, request.all_token_ids, end)
-        for group, table in zip(self._groups, self.tables[request.request_id], strict=True):
-            for name in group.layer_names:
-                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
-                values = expected ^ self._marks[name]
-                where = f"{request.request_id}, tokens {start} to {end}, {name} ({type(spec).__name__})"
+    def compute(self, run: Run) -> list[int]:
+        """Compute a step of a request; answers the tokens that come next: right drafts, and one more."""
+        name, start, end = run.request.request_id, run.start, run.end
+        expected = self._hashes.of(run)
+        for group, table in zip(self._groups, self.tables[name], strict=True):
+            for layer in group.layer_names:
+                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer, group.kv_cache_spec)
+                values = expected ^ self._marks[layer]
+                where = f"{name}, tokens {start} to {end}, {layer} ({type(spec).__name__}), rank {self._rank}"
                 if hasattr(spec, "shapes"):
-                    self._state(self._pages[name], spec, table, values, start, where)
+                    self._state(self._pages[layer], spec, table, values, start, where)
                 else:
-                    self._attend(self._pages[name], spec, table, values, start, where)
-        return int(expected[end - 1] % np.uint64(30000))
+                    self._attend(layer, spec, table, values, start, where)
+        if not run.samples:
+            return []
+        found = [_follows(expected[end - len(run.drafts) - 1])]
+        for at, draft in enumerate(run.drafts, end - len(run.drafts)):
+            if draft != found[-1]:
+                break
+            found.append(_follows(expected[at]))
+        return found
 
-    def _attend(self, pages: Any, spec: Any, table: list[int], values: Any, start: int, where: str) -> None:
+    def continued(self, request: Any, count: int) -> list[int]:
+        """The next `count` tokens of a request."""
+        known = self._hashes.of(Run(request, 0, request.num_tokens))
+        found, last = [], int(known[-1])
+        for _ in range(count):
+            found.append(_follows(np.uint64(last)))
+            last = following_hash(last, found[-1])
+        return found
+
+    def _heads(self, layer: str, count: int) -> list[int]:
+        """Which of the model's a worker has; all have the one of MLA."""
+        first = self._rank * self._all_heads.get(layer, count * self._ranks) // self._ranks
+        return list(range(first, first + count))
+
+    def _attend(self, layer: str, spec: Any, table: list[int], values: Any, start: int, where: str) -> None:
+        pages = self._pages[layer]
         first = _reads(spec, start)
         blocks = np.array(table)
         at = np.arange(first, len(values))
         places = blocks[at // spec.block_size], slice(None), at % spec.block_size
-        heads = np.array([head * HEAD % 2**64 for head in range(pages.shape[1])], dtype=np.uint64)[None, :, None]
+        marks = [head * HEAD % 2**64 for head in self._heads(layer, pages.shape[1])]
+        heads = np.array(marks, dtype=np.uint64)[None, :, None]
         wanted = np.broadcast_to(values[first:, None, None] ^ heads, pages[places[0], :, places[2]].shape)
         assert all(places[0]), f"{where}: reads or writes a null block, table {table}"
         held = pages[places[0], :, places[2]][: start - first]

@@ -22,11 +22,13 @@ CHUNK = 32
 KINDS = (
     "full", "mla", "window", "full, window", "full, two windows", "window of one token", "full, span",
     "spans across chunks", "full, state", "full, states within a step", "mla, state", "full, window, state",
-    "blocks of two sizes", "layers of two dtypes", "heads of two numbers",
+    "blocks of two sizes", "layers of two dtypes", "heads of two numbers", "fp8: full, window", "fp8: mla",
+    "scales in the cache: full, window", "scales in the cache: full, state", "fp8 but for windows",
+    "scales but for windows", "two dtypes and numbers of heads, windows",
 )  # fmt: skip
 # Where spans end within chunks, some of a chunk is gone before it is whole.
 REACHING = [kind for kind in KINDS if kind != "spans across chunks"]
-BESIDE = [kind for kind in KINDS if ", " in kind or kind == "blocks of two sizes"]
+BESIDE = [kind for kind in KINDS if ", " in kind or kind in ("blocks of two sizes", "fp8 but for windows")]
 _numbers = itertools.count()
 
 
@@ -46,7 +48,7 @@ def prompt() -> Callable[..., list[int]]:
 def expected_hit(kind: str, length: int) -> int:
     """The last whole chunk; of one group of full attention the last token of a whole hit is computed again, others go
     back one chunk."""
-    if kind in ("full", "mla", "layers of two dtypes", "heads of two numbers"):
+    if kind in ("full", "mla", "fp8: mla", "layers of two dtypes", "heads of two numbers"):
         return min(length - 1, length // CHUNK * CHUNK)
     return (length - 1) // CHUNK * CHUNK
 
@@ -186,12 +188,12 @@ def test_whatever_happens_nothing_wrong_is_computed_upon(
     caching = caching or "state" in kind  # without, vLLM keeps states elsewhere: such a model is not cached
     engine = make_engine(kind, serving.url, blocks=blocks, step_tokens=step_tokens, caching=caching)
     try:
-        _act(engine, serving, actions)
+        act(engine, serving, actions)
     finally:
         engine.close()
 
 
-def _act(engine: Any, serving: Any, actions: list[Any]) -> None:
+def act(engine: Any, serving: Any, actions: list[Any]) -> None:
     source = random.Random(f"actions {next(_numbers)}")
     texts = [[source.randrange(32000) for _ in range(260)] for _ in range(3)]
     texts[2][:80] = texts[0][:80]

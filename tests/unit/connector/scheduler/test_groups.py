@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from loracache.connectors.vllm.common.groups import KVGroup, Member
+from loracache.connectors.vllm.common.messages import NOT_LOADED, ChunkBlocks, WorkerNews
 from loracache.groups import Need
 from loracache.keys import object_key
 
@@ -132,16 +133,32 @@ def test_what_the_engine_has_of_a_window_is_not_loaded(windows: Any, make_reques
     ]
 
 
-def test_a_load_that_lacks_blocks_cannot_come(windows: Any, make_request: Any) -> None:
+@pytest.mark.parametrize("window", [[-1, 15], [15, -1]])
+def test_a_load_that_lacks_blocks_cannot_come(window: list[int], windows: Any, make_request: Any) -> None:
     """Better computed again than written where others read."""
     request = make_request("a", 3 * CHUNK + 3)
     hold(windows, request, 3, {2: "cpu"})
     windows.arrive(request)
-    tables = [1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, -1, 15, 16], [0, 0, 0, 0, 24, 25, 26]
+    tables = [1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, *window, 16], [0, 0, 0, 0, 24, 25, 26]
     windows.side.planned_load(request, windows.tables_of(*tables), 3 * CHUNK)
     plan = windows.step()
     assert [load.chunks for load in plan.loads] == [()]
     assert plan.void == {"a"}
+    windows.side.take_news(WorkerNews(loaded={"a": 0.1}))
+    windows.side.finished_loading({"a"}, set(), {"a"})  # and nothing is learnt from it
+
+
+def test_of_smaller_blocks_those_are_loaded_that_are_needed(make_driver: Any, make_request: Any) -> None:
+    """vLLM keeps none of the first one where another member's block begins in it that is kept."""
+    wide = Member(1, CHUNK, ("wide",))
+    driver = make_driver(groups=[FULL, KVGroup(Need.WINDOW, 20, (wide, Member(2, BLOCK, ("narrow",))), "window")])
+    request = make_request("a", 2 * CHUNK + 3)
+    keys = hold(driver, request, 2, {1: "cpu"})
+    driver.arrive(request)
+    driver.side.planned_load(request, driver.tables_of([1, 2, 3, 4, 5], [0, 12, 13], [0, 0, 0, 24, 25]), 2 * CHUNK)
+    (load,) = driver.step().loads
+    assert load.chunks[-1] == ChunkBlocks(keys[1], (12, NOT_LOADED, 24), 0, 1)
+    assert load.blocks == [1, 2, 3, 4, 12, 24]
 
 
 def prefill(driver: Any, request: Any, tables: Any, *, tokens: int, states: Any = ()) -> Any:
@@ -184,8 +201,6 @@ def test_blocks_are_kept_from_the_step_that_completes_them_until_they_are_stored
 
 
 def news(driver: Any, stored: dict[int, int]) -> None:
-    from loracache.connectors.vllm.common.messages import WorkerNews
-
     driver.side.take_news(WorkerNews(stored=stored))
 
 
@@ -242,9 +257,20 @@ def test_what_is_kept_is_stored_though_its_request_cannot_run(windows: Any, make
     assert not pool.held
 
 
-def test_what_could_not_be_stored_is_not_kept_for_another_try(windows: Any, make_request: Any) -> None:
-    from loracache.connectors.vllm.common.messages import WorkerNews
+def test_what_wrong_drafts_completed_is_not_kept_where_nothing_runs(windows: Any, make_request: Any) -> None:
+    """Nothing would confirm it: vLLM waits for these blocks before it computes, and would for ever."""
+    pool, request = windows.side.storing.kept.pool, make_request("a", 3 * CHUNK)
+    windows.arrive(request)
+    prefill(windows, request, TABLES, tokens=CHUNK)
+    request.num_computed_tokens -= 3
+    assert not windows.step().stores
+    assert not pool.held
+    assert not windows.side.storing.frees_soon
+    prefill(windows, request, TABLES, tokens=5)
+    assert pool.held == {11, 12, 21, 22}  # completed anew
 
+
+def test_what_could_not_be_stored_is_not_kept_for_another_try(windows: Any, make_request: Any) -> None:
     pool, request = windows.side.storing.kept.pool, make_request("a", 3 * CHUNK)
     windows.arrive(request)
     prefill(windows, request, TABLES, tokens=CHUNK)
