@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from loracache.keys import object_key
-from tests.unit.connector.hybrid.exact_model import HEAD, ExactModel, Hashes
+from tests.unit.connector.hybrid.exact_model import HEAD, ExactModel, Hashes, Run
 
 WRONG = np.uint64(0x0BADC0DE0BADC0DE)
 TOKENS = 30000  # right tokens are below
@@ -55,7 +55,7 @@ class StepModel:
 
     def right_token(self, request: Any, end: int) -> int:
         """What follows the first `end` tokens of a request."""
-        return int(self._hashes.upto(request.request_id, request.all_token_ids, end)[end - 1] % np.uint64(TOKENS))
+        return int(self._hashes.of(Run(request, 0, end))[end - 1] % np.uint64(TOKENS))
 
     def compute(self, requests: Sequence[tuple[Any, int, int]]) -> list[int]:
         """(request, start, end) of each; answers what each says next."""
@@ -84,7 +84,7 @@ class StepModel:
         (group,) = [each for each in memory._groups if name in each.layer_names]
         table = np.array(memory.tables[request.request_id][memory._groups.index(group)])
         at, pages = np.arange(first, end), memory._pages[name]
-        values = self._hashes.upto(request.request_id, request.all_token_ids, end)[first:] ^ memory._marks[name]
+        values = self._hashes.of(Run(request, 0, end))[first:] ^ memory._marks[name]
         heads = np.array([head * HEAD % 2**64 for head in range(pages.shape[1])], dtype=np.uint64)[None, :, None]
         blocks, within = table[at // group.kv_cache_spec.block_size], at % group.kv_cache_spec.block_size
         return pages, blocks, within, values[:, None, None] ^ heads
