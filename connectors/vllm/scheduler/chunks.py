@@ -190,6 +190,8 @@ class Chunks:
         """
         first, end = state.local_tokens, state.local_tokens + tokens
         last = -(-end // self.tokens)
+        if not self.beside and len(self.parts[0].group.members) == 1:
+            return self._plain_load(state, tables, range(first // self.tokens, last), first, end)
         chunks: list[ChunkBlocks] = []
         tiers: list[str] = []
         parts = list(enumerate(self.parts))
@@ -211,6 +213,20 @@ class Chunks:
                     chunks.append(ChunkBlocks(state.chunk_keys[number], ids, begin + offset - whole, place))
                     tiers.append(state.hits[number] if is_chain else state.beside[place - len(parts)][number])
         return Load(state.request.request_id, tuple(chunks), state.adapter, self.tokens), tuple(tiers)
+
+    def _plain_load(
+        self, state: RequestState, tables: Sequence[Sequence[int]], numbers: range, first: int, end: int
+    ) -> tuple[Load, tuple[str, ...]]:
+        """The same for most models, of one object a chunk and one table: within the engine's loop, for many chunks."""
+        (member,) = self.parts[0].group.members
+        size, table, tokens, keys = member.block_tokens, tables[member.index], self.tokens, state.chunk_keys
+        chunks = []
+        for number in numbers:
+            whole = number * tokens
+            begin, stop = max(first, whole), min(end, whole + tokens)
+            chunks.append(ChunkBlocks(keys[number], tuple(table[begin // size : -(-stop // size)]), begin - whole))
+        load = Load(state.request.request_id, tuple(chunks), state.adapter, tokens)
+        return load, tuple(state.hits[numbers.start : numbers.stop])
 
     def store(
         self,
