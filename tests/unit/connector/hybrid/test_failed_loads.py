@@ -40,8 +40,8 @@ def prompt() -> Callable[..., list[int]]:
 
 def breaks(patched: pytest.MonkeyPatch, worker: Any, group: int, fault: str) -> None:
     """The worker's next copy of an object of this group goes wrong."""
-    loader = worker.side._loader
-    submit = loader._submit
+    landing = worker.side._loader._landing
+    submit = landing._submit
 
     def submits(job: Any, chunks: Any) -> Any:
         hit = any(job.load.chunks[chunk.position].group == group for chunk in chunks)
@@ -49,17 +49,17 @@ def breaks(patched: pytest.MonkeyPatch, worker: Any, group: int, fault: str) -> 
             return submit(job, chunks)
         match fault:
             case "copy_failed":
-                patched.setattr(loader, "_submit", submit)
-                loader._not_copied(job, chunks, CopyError("on order"))
+                patched.setattr(landing, "_submit", submit)
+                landing._not_copied(job, chunks, CopyError("on order"))
                 return None
             case "bug":
-                patched.setattr(loader, "_submit", submit)
+                patched.setattr(landing, "_submit", submit)
                 raise RuntimeError("on order")
             case "lease_lost":
                 time.sleep(0.6)
         return submit(job, chunks)
 
-    patched.setattr(loader, "_submit", submits)
+    patched.setattr(landing, "_submit", submits)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -87,10 +87,13 @@ def test_the_option_is_true_or_false(value: Any) -> None:
 
 
 def test_a_manager_that_is_not_as_we_know_it_is_refused() -> None:
-    scheduler = SimpleNamespace(within_step=WithinStep(LoadTimes(), Tally()))
-    connector = SimpleNamespace(layer_by_layer=True, _scheduler=scheduler)
+    storing = SimpleNamespace(kept=SimpleNamespace(pool=None))
+    connector = object.__new__(LoRACacheConnector)
+    connector.layer_by_layer = True
+    connector._scheduler = SimpleNamespace(within_step=WithinStep(LoadTimes(), Tally()), storing=storing)  # type: ignore[assignment]
+    manager = SimpleNamespace(enable_caching=True, block_pool=None)
     with pytest.raises(ConfigError, match=r"prefix cache is not as we know it.*leave layer_by_layer out"):
-        LoRACacheConnector.bind_kv_cache_manager(connector, SimpleNamespace(enable_caching=True))  # type: ignore[arg-type]
+        connector.bind_kv_cache_manager(manager)
 
 
 def chunks_of(*groups: KVGroup, drafts: bool = False) -> Chunks:
