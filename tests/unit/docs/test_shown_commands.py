@@ -144,3 +144,20 @@ def test_a_batch_is_planned_and_answered_as_shown(documented: Any, module_shell:
     answers = [json.loads(each) for each in (shell.folder / "answers.jsonl").read_text().splitlines()]
     assert [(each["custom_id"], each["error"]) for each in answers] == [(f"q{number}", None) for number in range(3)]
     assert len(server.asked) == 3
+
+
+def test_a_batch_is_answered_by_several_engines_as_shown(documented: Any, module_shell: Callable[..., Any]) -> None:
+    shell, line = module_shell(), json.loads(documented.shown("batch.md", '{"custom_id"'))
+    lines = [line | {"custom_id": f"q{number}"} for number in range(4)]
+    (shell.folder / "requests.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    servers = [Fake(), Fake()]
+    shell.stands_for |= {
+        f"{name}:8000": f"127.0.0.1:{each.port}" for name, each in zip(("one", "two"), servers, strict=True)
+    }
+    try:
+        shell.run(documented.shown("batch.md", "loracache batch run requests.jsonl -o answers.jsonl --url http://one"))
+    finally:
+        for each in servers:
+            each.close()
+    assert sum(len(each.asked) for each in servers) == 4
+    assert len((shell.folder / "answers.jsonl").read_text().splitlines()) == 4
