@@ -148,6 +148,7 @@ def _main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
     if os.getppid() != int(parent):
         return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's jobs in the background are born ignoring it
     os.execv(command[0], command)
 
 

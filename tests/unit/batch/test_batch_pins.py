@@ -127,11 +127,14 @@ def test_the_daemon_of_a_batch_is_not_alone_while_the_engine_starts(tmp_path: Pa
         asyncio.run(enter())
 
 
-def test_what_a_batch_started_ends_when_the_batch_is_killed(eventually: Any) -> None:
+@pytest.mark.parametrize("interrupts", ["SIG_DFL", "SIG_IGN"])
+def test_what_a_batch_started_ends_when_the_batch_is_killed(eventually: Any, interrupts: str) -> None:
+    """Also where it is a script's job in the background, which has SIGINT ignored."""
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
     sleeper = [sys.executable, "-m", "loracache.batch.child", "PARENT", *sleeps]
     starter = (
-        "import os, subprocess, sys, time\n"
+        "import os, signal, subprocess, sys, time\n"
+        f"signal.signal(signal.SIGINT, signal.{interrupts})\n"
         f"command = [str(os.getpid()) if each == 'PARENT' else each for each in {sleeper!r}]\n"
         "print(subprocess.Popen(command).pid, flush=True)\n"
         "time.sleep(60)\n"

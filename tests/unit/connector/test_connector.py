@@ -158,6 +158,7 @@ def test_resets_and_waiting_blocks_reach_the_scheduler() -> None:
         check_weights=lambda: seen.append("check"),
         prefix_cache_reset=lambda: seen.append("reset"),
         step_done=lambda: None,
+        finished_loading=lambda loaded, invalid, failed: None,
     )
     connector = bare_connector(scheduler=scheduler)
     assert connector.has_pending_block_frees()

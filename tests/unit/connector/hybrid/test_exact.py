@@ -34,7 +34,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def serving(module_daemon: Any) -> Any:
-    return module_daemon(memory="64MiB")
+    return module_daemon(memory="256MiB")
 
 
 @pytest.fixture
