@@ -128,6 +128,7 @@ class Shares:
         self.over: OrderedDict[Group, None] = OrderedDict()  # whose owners all are above their shares
         self._groups: dict[tuple[Owner, ...], Group] = {(): self.rest}
         self._of: dict[bytes, Group] = {}  # namespaces and adapters' keys
+        self._met: set[bytes] = set()  # of those, whose candidates may still stand where they stood before that
         self._halved = 0
         self._by_default = Counter[str]()  # owners without a quota of their own, by kind
 
@@ -184,10 +185,13 @@ class Shares:
         return self._groups.values()
 
     def renew(self, name: bytes, kind: Kind) -> bool:
-        """Look anew whose a namespace, or an adapter's weights (by key), is; whether that has changed."""
+        """Look anew whose a namespace, or an adapter's weights (by key), is; whether that has changed since the last
+        time."""
         before, now = self._of.get(name), self._resolve(name, kind)
+        met = name in self._met
+        self._met.discard(name)
         if before is now:
-            return False
+            return met
         if before is not None:
             before.spaces.discard(name)
             self._add(before.owners, -self._taken(name, kind)[0])
@@ -258,6 +262,7 @@ class Shares:
     def _meet(self, name: bytes, kind: Kind, before: int | None = None) -> Group:
         group = self._resolve(name, kind)
         self._belongs(name, kind, group, before)
+        self._met.add(name)
         return group
 
     def _belongs(self, name: bytes, kind: Kind, group: Group, before: int | None = None) -> None:
@@ -369,6 +374,7 @@ class Shares:
             for group in owner.groups:
                 for name in group.spaces:
                     del self._of[name]
+                    self._met.discard(name)
                 del self._groups[group.owners]
                 self.over.pop(group, None)
                 for other in group.owners:

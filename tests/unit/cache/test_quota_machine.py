@@ -300,3 +300,14 @@ class QuotaMachine(IndexMachine):
 def test_quotas_hold_under_any_sequence_of_operations(policy: str) -> None:
     machine = type("Machine", (QuotaMachine,), {"make": staticmethod(POLICIES[policy])})
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+
+
+def test_candidates_of_a_namespace_that_was_just_met_are_looked_at_once() -> None:
+    """A quota is carried out in slices. An object that changes before then has its namespace's owners looked up, and
+    the others of that namespace stand where they stood."""
+    state = type("Machine", (QuotaMachine,), {"make": staticmethod(POLICIES["lru"])})()
+    state.set_quota(Subject("tenant", "t3"), Tier.DISK, 0, None)
+    shares, namespace = state.tree.policies[Tier.DISK].shares, next(iter(SPACES))
+    shares.group_of(ObjectInfo(key(0), b"", Kind.KV, namespace, 1, 0))
+    assert shares.renew(namespace, Kind.KV)
+    assert not shares.renew(namespace, Kind.KV)
