@@ -128,7 +128,7 @@ def test_answers_are_those_of_each_request_alone_and_nothing_shared_is_computed_
     spent = {name: value - before.get(name, 0.0) for name, value in after.items()}
     report = json.loads((tmp_path / "report.json").read_text())
     plan = report["plan"]
-    assert (plan["requests"], plan["kv_tokens"]) == (GROUPS * MEMBERS, BLOCK * BLOCKS)
+    assert (plan["requests"], plan["kv_tokens"]) == (GROUPS * MEMBERS, BLOCK * (BLOCKS - 1))
     assert plan["planned"] == plan["bound"]
     assert plan["first_come"] > 1.5 * plan["bound"]
     assert spent["num_preemptions_total"] == 0
@@ -196,7 +196,8 @@ def test_two_engines_share_a_batch_and_neither_computes_what_the_other_does(
     report = json.loads((tmp_path / "report.json").read_text())
     assert min(each["answered"] for each in report["engines"]) >= len(asked) // 4
     spent = [counters(each)["computed"] - then["computed"] for each, then in zip(servers, before, strict=True)]
-    assert sum(spent) <= 1.02 * report["plan"]["bound"], (spent, report)
+    taken = sum(each["taken_over"] for each in report["engines"])  # where one was slower: each time it may tear a prefix
+    assert sum(spent) <= 1.02 * report["plan"]["bound"] + taken * PREFIX, (spent, report)
     check_alone(servers[0], asked, tmp_path / "out.jsonl", step=3)
 
 
