@@ -111,7 +111,7 @@ def after(request: pytest.FixtureRequest, name: str) -> list[str]:
     """The models that are still to be tested here, in their order."""
     here = [item for item in request.session.items if item.path == request.path]
     order = list(dict.fromkeys(item.callspec.params["serving"] for item in here if hasattr(item, "callspec")))
-    return order[order.index(name) + 1 :]
+    return [each for each in order[order.index(name) + 1 :] if each in EVERY]
 
 
 def ask(serving: Any, tokens: list[int], *, image: int = 1, **options: Any) -> Any:
