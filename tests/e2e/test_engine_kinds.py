@@ -156,7 +156,6 @@ def test_layers_that_wait_for_their_own_bytes_answer_the_same(
     [
         ({"servr": "unix:///tmp/x.sock"}, "unknown key 'servr'; did you mean 'server'?"),
         ({"server": "unix:///nowhere/loracache.sock"}, "start one with: loracache serve --socket"),
-        ({"layer_by_layer": True}, "start it with --no-async-scheduling"),
     ],
 )
 def test_a_wrong_configuration_stops_the_engine_with_the_fix(engine_factory: Any, extra: Any, said: str) -> None:
