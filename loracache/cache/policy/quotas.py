@@ -128,7 +128,7 @@ class Shares:
         self.over: OrderedDict[Group, None] = OrderedDict()  # whose owners all are above their shares
         self._groups: dict[tuple[Owner, ...], Group] = {(): self.rest}
         self._of: dict[bytes, Group] = {}  # namespaces and adapters' keys
-        self._met: set[bytes] = set()  # of those, whose candidates may still stand where they stood before that
+        self._met: set[bytes] = set()  # of those, whose candidates may stand where they stood when nobody had a quota
         self._halved = 0
         self._by_default = Counter[str]()  # owners without a quota of their own, by kind
 
@@ -261,18 +261,20 @@ class Shares:
 
     def _meet(self, name: bytes, kind: Kind, before: int | None = None) -> Group:
         group = self._resolve(name, kind)
-        self._belongs(name, kind, group, before)
-        self._met.add(name)
+        if self._belongs(name, kind, group, before) and group is not self.rest:
+            self._met.add(name)
         return group
 
-    def _belongs(self, name: bytes, kind: Kind, group: Group, before: int | None = None) -> None:
-        """before: what one object took, where the index has its going or coming half done."""
+    def _belongs(self, name: bytes, kind: Kind, group: Group, before: int | None = None) -> int:
+        """Answers how many objects of it there are. before: what one object took, where the index has its going or
+        coming half done."""
         self._of[name] = group
         group.spaces.add(name)
         taken, objects = self._taken(name, kind) if before is None else (before, 1)
         for owner in group.owners if objects else ():
             owner.smallest = min(owner.smallest, max(1, taken // objects))  # they are mostly of one size
         self._add(group.owners, taken)
+        return objects
 
     def _taken(self, name: bytes, kind: Kind) -> tuple[int, int]:
         """What the index has counted of a namespace or of an adapter's weights, and of how many objects."""

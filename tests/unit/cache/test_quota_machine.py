@@ -306,8 +306,10 @@ def test_candidates_of_a_namespace_that_was_just_met_are_looked_at_once() -> Non
     """A quota is carried out in slices. An object that changes before then has its namespace's owners looked up, and
     the others of that namespace stand where they stood."""
     state = type("Machine", (QuotaMachine,), {"make": staticmethod(POLICIES["lru"])})()
-    state.set_quota(Subject("tenant", "t3"), Tier.DISK, 0, None)
-    shares, namespace = state.tree.policies[Tier.DISK].shares, next(iter(SPACES))
-    shares.group_of(ObjectInfo(key(0), b"", Kind.KV, namespace, 1, 0))
-    assert shares.renew(namespace, Kind.KV)
-    assert not shares.renew(namespace, Kind.KV)
+    state.find(next(at for at, names in enumerate(SPACES.values()) if names[0] == "t3"), "", 1)
+    (node,) = [node for node in state.index if node.held_in(Tier.DISK)]
+    state.tree.quotas._of(Tier.DISK).shares.set(Subject("tenant", "t3"), Quota(0))
+    state.index.resize(node, Tier.DISK, 0)
+    shares = state.tree.policies[Tier.DISK].shares
+    assert shares.renew(node.namespace, Kind.KV)
+    assert not shares.renew(node.namespace, Kind.KV)
