@@ -24,7 +24,8 @@ class Blocks:
         count, nodes = len(prompts), len(tree.depth)
         leaf = np.full(count, NOTHING, np.int64)
         leaf[tree.order] = tree.leaf
-        shared = np.where(leaf == NOTHING, 0, np.maximum(tree.depth, 0)[leaf]) if nodes else np.zeros(count, np.int64)
+        shared = np.empty(count, np.int64)
+        shared[tree.order] = tree.held_by_others
         whole = -(-(prompts.tokens + prompts.decode) // prompts.block_tokens)
         self.size: list[int] = [*tree.edge.tolist(), *(whole - shared).tolist()]
         """Blocks of each item."""

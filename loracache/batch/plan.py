@@ -36,10 +36,8 @@ class Plan:
 
     def shared(self) -> Ints:
         """Leading tokens of each request that another has, too, in whole blocks."""
-        found = np.zeros(len(self.prompts), np.int64)
-        if len(self.tree.depth):
-            depth = np.where(self.tree.leaf == NOTHING, 0, np.maximum(self.tree.depth, 0)[self.tree.leaf])
-            found[self.tree.order] = depth * self.prompts.block_tokens
+        found = np.empty(len(self.prompts), np.int64)
+        found[self.tree.order] = self.tree.held_by_others * self.prompts.block_tokens
         return found
 
     def prefix(self, group: int) -> int:
@@ -119,7 +117,7 @@ def _by_ratio(prompts: Prompts, tree: Tree) -> Ints:
     # Computed below a node, with its own edge: each prompt's tokens but for what it shares with the one before it.
     below = tokens_to[last] - tokens_to[first] - block * (shared_to[last] - shared_to[first + 1])
     below -= block * (np.maximum(tree.depth, 0) - tree.edge)
-    own = tokens - block * (np.where(tree.leaf == NOTHING, 0, np.maximum(tree.depth, 0)[tree.leaf]) if nodes else 0)
+    own = tokens - block * tree.held_by_others
     prefill = np.concatenate([below, own])
     ratio = np.concatenate([decode_to[last] - decode_to[first], decode]) / np.maximum(prefill, 1)
     ratio[prefill == 0] = np.inf  # it ends where its node does, and computes the last block as the first of all

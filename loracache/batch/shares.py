@@ -17,7 +17,7 @@ from loracache.batch.plan import Plan
 from loracache.batch.prompts import Ints
 from loracache.batch.tree import NOTHING
 
-__all__ = ["Shares", "cut_evenly"]
+__all__ = ["Shares"]
 
 _NEAR = 0.5  # of an engine's share: so far from the even place a batch may be cut; who is done early takes over
 
@@ -139,16 +139,9 @@ class Shares:
         return sum(work for _, work in self._begun[engine].values())
 
 
-def cut_evenly(plan: Plan, engines: int) -> list[Ints]:
-    """The order cut into as many runs of about the same work, and where least is shared: between subtrees, so that no
-    prefix is computed twice, unless one subtree is more than an engine's share."""
-    shared = _shared_along(plan)
-    cuts = _cuts(shared, _work(plan, shared), engines)
-    return [plan.order[begin:end] for begin, end in itertools.pairwise(cuts)]
-
-
 def _cuts(shared: Ints, work: Ints, parts: int) -> list[int]:
-    """Where each part begins, and the last one ends."""
+    """Where each of so many parts of about the same work begins, and the last one ends: where least is shared, between
+    subtrees, so that no prefix is computed twice, unless one subtree is more than a part."""
     count = len(work)
     before = np.concatenate([[0], np.cumsum(work)])
     torn, cuts = np.append(shared, 0), [0]  # what a part that begins there computes again

@@ -48,6 +48,13 @@ class Tree:
     """All nodes, children before their parents."""
 
     @property
+    def held_by_others(self) -> Ints:
+        """Leading blocks that each prompt of `order` has in common with any other."""
+        if not len(self.depth):
+            return np.zeros(len(self.order), np.int64)
+        return np.where(self.leaf == NOTHING, 0, np.maximum(self.depth, 0)[self.leaf])
+
+    @property
     def edge(self) -> Ints:
         """Blocks of each node that its parent has not."""
         depth = np.maximum(self.depth, 0)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -31,6 +32,9 @@ __all__ = [
     "WorkerNews",
 ]
 
+
+_Name = TypeVar("_Name")
+_Number = TypeVar("_Number", int, float)
 
 NOT_LOADED = -1
 """In a table of blocks: the engine has this one, or needs none there."""
@@ -204,36 +208,28 @@ class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
         adapters = dict(self.adapters)
         for adapter, digest in other.adapters.items():
             adapters[adapter] = digest if adapters.get(adapter, digest) == digest else ""
-        failures = dict(self.failures)
-        for cause, count in other.failures.items():
-            failures[cause] = failures.get(cause, 0) + count
-        contents = dict(self.contents)
-        for adapter, number in other.contents.items():
-            contents[adapter] = max(number, contents.get(adapter, 0))
-        activated = dict(self.activated)
-        for order, count in other.activated.items():
-            activated[order] = activated.get(order, 0) + count
-        stored = dict(self.stored)
-        for store, count in other.stored.items():
-            stored[store] = stored.get(store, 0) + count
-        came = dict(self.came)
-        for step, count in other.came.items():
-            came[step] = came.get(step, 0) + count
-        loaded = dict(self.loaded)
-        for request_id, seconds in other.loaded.items():
-            loaded[request_id] = max(seconds, loaded.get(request_id, 0.0))
         return WorkerNews(
             adapters,
-            failures,
+            _merged(self.failures, other.failures, operator.add),
             self.unstored | other.unstored,
             self.facts + other.facts,
-            activated,
+            _merged(self.activated, other.activated, operator.add),
             self.not_activated | other.not_activated,
             self.pools_lost or other.pools_lost,
             self.pinned | other.pinned,
             self.weights | other.weights,
-            contents,
-            loaded,
-            stored,
-            came,
+            _merged(self.contents, other.contents, max),
+            _merged(self.loaded, other.loaded, max),
+            _merged(self.stored, other.stored, operator.add),
+            _merged(self.came, other.came, operator.add),
         )
+
+
+def _merged(
+    mine: Mapping[_Name, _Number], others: Mapping[_Name, _Number], of_both: Callable[[_Number, _Number], _Number]
+) -> dict[_Name, _Number]:
+    """What either has, and `of_both` of what both have."""
+    found = dict(mine)
+    for name, number in others.items():
+        found[name] = of_both(found[name], number) if name in found else number
+    return found

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 from loracache.connectors.vllm.common.cores import leave_pinned_core
@@ -62,7 +63,7 @@ class Landing:
         """Take the flights that have ended."""
         for flight in [flight for flight in part.flights if flight.landing.done()]:
             part.flights.remove(flight)
-            self._take(job, part, flight.chunks, flight.landing)
+            self._take(job, part, flight.chunks, flight.landing.result)
 
     def await_all(self, part: Part) -> None:
         """Return when no flight of a part is in the air."""
@@ -104,9 +105,10 @@ class Landing:
         part.flights.append(Flight(chunks, pool.submit(_landed, end, sums)))
         part.flights[-1].landing.add_done_callback(lambda _: self._wake())
 
-    def _take(self, job: Loading, part: Part, chunks: list[Chunk], landing: Future[list[int]]) -> None:
+    def _take(self, job: Loading, part: Part, chunks: list[Chunk], landed: Callable[[], list[int]]) -> None:
+        """landed: answers the chunks' checksums. Raises CopyError where they are not in their blocks."""
         try:
-            sums = landing.result()
+            sums = landed()
         except CopyError as error:
             self._not_copied(job, chunks, error)
             return
@@ -142,12 +144,8 @@ class Landing:
             if self._pool is not None:
                 self._fly(job, part, chunks, self._pool, submitted.wait)
         if self._pool is None:
-            landing: Future[list[int]] = Future()
-            try:
-                landing.set_result(_landed(submitted.wait, self._hashers.start([chunk.payload for chunk in chunks])))
-            except CopyError as error:
-                landing.set_exception(error)
-            self._take(job, part, chunks, landing)
+            sums = self._hashers.start([chunk.payload for chunk in chunks])
+            self._take(job, part, chunks, partial(_landed, submitted.wait, sums))
 
 
 class _Slices:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loracache.batch.plan import Plan, make_plan
-from loracache.batch.shares import Shares, cut_evenly
+from loracache.batch.shares import Shares
 from tests.unit.batch.conftest import Asked, batches, prompts_of
 
 blocks = st.integers(1, 3)
@@ -36,6 +36,11 @@ def rest(shares: Shares, engine: int, *, answer: bool = True) -> list[int]:
     return sent
 
 
+def cut(plan: Plan, engines: int) -> list[list[int]]:
+    """What each of so many engines is given at the beginning."""
+    return [plan.order[list(waiting)].tolist() for waiting in Shares(plan, [True] * engines)._waiting]
+
+
 # -- at the beginning ----------
 
 
@@ -43,22 +48,22 @@ def rest(shares: Shares, engine: int, *, answer: bool = True) -> list[int]:
 @given(batches(), blocks, st.integers(1, 4))
 def test_parts_for_engines_are_the_order_cut(batch: list[Asked], block: int, engines: int) -> None:
     plan = make_plan(prompts_of(batch, block))
-    parts = cut_evenly(plan, engines)
+    parts = cut(plan, engines)
     assert len(parts) == engines
-    assert [number for part in parts for number in part.tolist()] == plan.order.tolist()
+    assert [number for part in parts for number in part] == plan.order.tolist()
 
 
 @pytest.mark.parametrize(("groups", "engines", "each"), [(12, 3, [4, 4, 4]), (12, 5, [2, 3, 2, 3, 2]), (3, 2, [1, 2])])
 def test_engines_get_whole_subtrees_of_about_the_same_work(groups: int, engines: int, each: list[int]) -> None:
     batch = grouped(groups, 20)
-    parts = [set(group_of(batch, part.tolist())) for part in cut_evenly(make_plan(prompts_of(batch, 4)), engines)]
+    parts = [set(group_of(batch, part)) for part in cut(make_plan(prompts_of(batch, 4)), engines)]
     assert sorted(map(len, parts)) == sorted(each)
     assert sum(map(len, parts)) == groups
 
 
 def test_a_subtree_that_is_more_than_an_engines_share_is_cut_evenly() -> None:
     plan = make_plan(prompts_of(grouped(1, 100), 4))
-    assert [len(part) for part in cut_evenly(plan, 2)] == [50, 50]
+    assert [len(part) for part in cut(plan, 2)] == [50, 50]
 
 
 def test_an_engine_that_is_not_there_at_the_beginning_takes_over_its_part_when_it_comes() -> None:

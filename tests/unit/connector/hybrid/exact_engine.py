@@ -283,3 +283,16 @@ class FakeEngine:
         self.scheduler.connector.shutdown()
         for worker in self.workers:
             worker.connector.shutdown()
+
+
+def damage(client: Any, what: str, source: random.Random) -> None:
+    """Evict some of the objects in memory, or break them."""
+    keys = sorted(bytes.fromhex(each["key"]) for each in client.objects(tier="cpu"))
+    chosen = [key for key in keys if source.random() < 0.2]
+    if what == "evict":
+        client.evict(chosen)
+        return
+    with client.acquire(chosen[:3]) as reading:
+        for slot in reading.slots:
+            if slot is not None:
+                slot.buffers[0][1] ^= 1

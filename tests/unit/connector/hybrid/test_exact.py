@@ -18,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.connector.hybrid.exact_engine import damage
+
 CHUNK = 32
 KINDS = (
     "full", "mla", "window", "full, window", "full, two windows", "window of one token", "full, span",
@@ -213,23 +215,11 @@ def act(engine: Any, serving: Any, actions: list[Any]) -> None:
                 settle(engine, serving)
             case "evict" | "break":
                 with serving.client() as client:
-                    _damage(client, what, random.Random(details[0]))
+                    damage(client, what, random.Random(details[0]))
     settle(engine, serving)
     for text in texts:
         engine.answer(text)
     assert serving.status()["leases"] == 0
-
-
-def _damage(client: Any, what: str, source: random.Random) -> None:
-    keys = sorted(bytes.fromhex(each["key"]) for each in client.objects(tier="cpu"))
-    chosen = [key for key in keys if source.random() < 0.2]
-    if what == "evict":
-        client.evict(chosen)
-        return
-    with client.acquire(chosen[:3]) as reading:
-        for slot in reading.slots:
-            if slot is not None:
-                slot.buffers[0][1] ^= 1
 
 
 @pytest.mark.parametrize("kind", BESIDE)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.connector.hybrid.exact_engine import damage
 from tests.unit.connector.within_step.step_engine import broken, counted, held, keys_of, settle, stored
 
 _numbers = itertools.count()
@@ -237,21 +238,9 @@ def _act(engine: Any, serving: Any, actions: list[Any]) -> None:
                 engine.scheduler.reset_prefix_cache(reset_running_requests=False)
             case "evict" | "break":
                 with serving.client() as client:
-                    _damage(client, what, random.Random(details[0]))
+                    damage(client, what, random.Random(details[0]))
     settle(engine, serving)
     for text in texts:
         engine.answer(text, answer=2)
     settle(engine, serving)
     assert serving.status()["leases"] == 0
-
-
-def _damage(client: Any, what: str, source: random.Random) -> None:
-    keys = sorted(bytes.fromhex(each["key"]) for each in client.objects(tier="cpu"))
-    chosen = [key for key in keys if source.random() < 0.2]
-    if what == "evict":
-        client.evict(chosen)
-        return
-    with client.acquire(chosen[:3]) as reading:
-        for slot in reading.slots:
-            if slot is not None:
-                slot.buffers[0][1] ^= 1
