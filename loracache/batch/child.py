@@ -46,7 +46,12 @@ class ChildEngine:
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
             "--uds", str(folder / "engine.sock"), "--enable-prompt-tokens-details", *options,
         ]  # fmt: skip
-        if not any(each.split("=")[0] == "--kv-transfer-config" for each in options):
+        given = {each.split("=")[0] for each in options}
+        self.prioritized = "--scheduling-policy" not in given
+        """Whether requests may say their priority, and run in its order."""
+        if self.prioritized:
+            self._command += ["--scheduling-policy", "priority"]
+        if "--kv-transfer-config" not in given:
             transfer = {
                 "kv_connector": "LoRACacheConnector",
                 "kv_connector_module_path": "loracache.connectors.vllm",

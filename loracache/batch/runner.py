@@ -45,7 +45,9 @@ async def room_of(engines: Sequence[Engine], kv_tokens: int | None, block_tokens
 @dataclass(slots=True)
 class Runner:
     """One run of a batch. on_change: called after each change of the report. pins_of: what keeps a plan's prefixes in a
-    cache while they are wanted."""
+    cache while they are wanted. prioritized: the engines schedule by priority, and each request's is its place in the
+    plan: sent side by side, requests may arrive in another order, and a prompt after a longer one that begins with it
+    has its last block computed again."""
 
     file: BatchFile
     journal: Journal
@@ -54,6 +56,7 @@ class Runner:
     limits: Limits
     on_change: Callable[[Report], None] = lambda report: None
     pins_of: Callable[[Job], Pins] | None = None
+    prioritized: bool = False
     report: Report = field(default_factory=Report)
 
     async def run(self) -> Report:
@@ -74,11 +77,15 @@ class Runner:
         pins = self.pins_of(job) if self.pins_of is not None else None
         shares = Shares(job.plan, [engine.there for engine in self.engines])
         crew = Crew(job, shares, self.room, self.limits)
+        places = {int(request): place for place, request in enumerate(job.plan.order)} if self.prioritized else {}
 
         async def send(driver: Driver, request: int) -> None:
             line = self.file.line(job.lines[request])
             assert isinstance(line, Line)
-            answer = await driver.ask(line, line.body if pins is None else pins.body(request, line))
+            body = line.body if pins is None else pins.body(request, line)
+            if request in places:
+                body = body | {"priority": places[request]}
+            answer = await driver.ask(line, body)
             self.report.retries += crew.tries[line.number] - 1
             self._take(line, answer, driver.report)
             shares.answered(driver.number, request)

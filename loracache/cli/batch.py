@@ -230,8 +230,11 @@ async def _send(
     engines: Engines,
     limits: Limits,
     socket: Path | None,
+    *,
+    prioritized: bool = False,
 ) -> Report:
-    """socket: of the daemon that the engines share, where prefixes are pinned; None for none."""
+    """socket: of the daemon that the engines share, where prefixes are pinned; None for none. prioritized: see
+    Runner."""
     from loracache.batch.engine import Engine, ask_one
     from loracache.batch.pins import Pins
     from loracache.batch.runner import Runner, room_of
@@ -245,7 +248,7 @@ async def _send(
 
         with progress() as on_change:
             pinning = None if socket is None else pins_of
-            return await Runner(file, journal, servers, room, limits, on_change, pinning).run()
+            return await Runner(file, journal, servers, room, limits, on_change, pinning, prioritized).run()
     finally:
         for each in servers:
             await each.server.close()
@@ -259,7 +262,7 @@ async def _send_to_own(
 
     async with ChildEngine(own.model, own.options, folder, own.memory, socket) as child:
         servers = replace(engines, url=[child.url]).engines()
-        return await _send(file, journal, servers, engines, limits, child.socket)
+        return await _send(file, journal, servers, engines, limits, child.socket, prioritized=child.prioritized)
 
 
 def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:

@@ -98,6 +98,18 @@ def test_what_cannot_be_pinned_is_counted_and_no_more(tmp_path: Path) -> None:
     assert (pins.objects, pins.failures) == (0, 1)
 
 
+def test_an_engine_schedules_by_priority_unless_it_is_told_how(tmp_path: Path) -> None:
+    for options, prioritized in (
+        ([], True),
+        (["--max-model-len", "64"], True),
+        (["--scheduling-policy", "fcfs"], False),
+        (["--scheduling-policy=priority"], False),
+    ):
+        child = ChildEngine("none", options, tmp_path, "1MiB", tmp_path / "cache.sock")
+        assert child.prioritized is prioritized
+        assert (child._command.count("--scheduling-policy") - options.count("--scheduling-policy") == 1) is prioritized
+
+
 def test_an_engine_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     child = ChildEngine("none", [], tmp_path, "1MiB", tmp_path / "cache.sock")
     child._command = [sys.executable, "-c", "import sys; sys.exit('no such option')"]

@@ -75,6 +75,28 @@ def test_requests_that_share_are_sent_together(server: Fake, tmp_path: Path) -> 
     assert sum(one != other for one, other in itertools.pairwise(groups)) == 9
 
 
+@pytest.mark.parametrize("prioritized", [True, False])
+def test_an_engine_of_its_own_is_told_the_plans_order(
+    server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prioritized: bool
+) -> None:
+    """Requests that are sent side by side arrive in any order."""
+
+    class Child(contextlib.nullcontext[Any]):
+        url, socket = server.url, None
+
+        def __init__(self, *options: Any) -> None:
+            super().__init__(self)
+            self.prioritized = prioritized
+
+    monkeypatch.setattr("loracache.batch.child.ChildEngine", Child)
+    lines = [request(number, priority=9) if number == 3 else request(number) for number in range(20)]
+    source = write(tmp_path / "in.jsonl", lines)
+    done = run(source, "-o", tmp_path / "out.jsonl", "--model", "it", "--running", 1)
+    assert done.exit_code == 0, done.output
+    sent = [body.pop("priority", None) for body in server.asked]
+    assert sent == list(range(20)) if prioritized else set(sent) == {None, 9}
+
+
 def test_no_more_is_sent_than_the_engines_kv_has_room_for(server: Fake, tmp_path: Path) -> None:
     server.seconds = 0.02
     lines = [request(number, prompt=f"{number:03} " + "x" * 120, max_tokens=16) for number in range(30)]
