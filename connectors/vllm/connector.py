@@ -93,7 +93,8 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 'kv_load_failure_policy is "fail": a chunk that cannot be loaded fails its request; set "recompute"'
             )
         groups = () if problem else groups_of(kv_cache_config)
-        self._link = SchedulerLink(options.server or private_server(transfer.engine_id, options.disk_path))
+        server = options.server or private_server(transfer.engine_id, options.disk_path)
+        self._link = SchedulerLink(server, max(options.lookup_wait, options.lookup_wait_most))
         self._identity = (
             None
             if problem

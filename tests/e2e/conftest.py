@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines for the end-to-end tests. Starting one takes half a minute, so tests share them and use prompts of their
-own.
-"""
+"""Engines for the end-to-end tests. Starting one takes seconds, so tests share them and use prompts of their own."""
 
 from __future__ import annotations
 
@@ -97,17 +95,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_maker: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def engine_factory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Starts engines; they end with the tests. `extra` is the connector's configuration, None for a stock engine. One
-    that is not to be `ready` is answered before it has started: `wait_ready` waits."""
+    """Starts engines; they end with the tests. `extra` is the connector's configuration, None for a stock engine."""
     running: list[Any] = []
     folder = tmp_path_factory.mktemp("engines")
+    servers = [engines.ForkServer(folder / "fork-server.log")]
     numbers = itertools.count()
 
     def start(
         extra: dict[str, Any] | None,
         environment: dict[str, str] | None = None,
-        *,
-        ready: bool = True,
         **arguments: Any,
     ) -> Any:
         settings = ENGINE | {"model": str(tiny / "model")} | arguments
@@ -117,14 +113,22 @@ def engine_factory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 "kv_connector_extra_config": {"chunk_tokens": CHUNK, "lookup_wait": 1.0, "recompute_if_faster": 0}
                 | extra
             }
-        engine = engines.Engine(folder / f"engine-{next(numbers)}.log", settings, environment)
+        number, server = next(numbers), servers[0]
+        if environment and "PYTHONHASHSEED" in environment:  # Python reads it when it starts
+            server = engines.ForkServer(folder / f"fork-server-{number}.log", environment)
+            servers.append(server)
+        engine = engines.Engine(server, folder / f"engine-{number}.log", settings, environment)
         running.append(engine)
-        return engine.wait_ready() if ready else engine
+        return engine.wait_ready()
 
     start.last = lambda: running[-1]  # type: ignore[attr-defined]
     yield start
     for engine in running:
+        engine.quit()
+    for engine in running:
         engine.close()
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handles for the engines that the tests run (`host.py`)."""
+"""Handles for the engines that the tests run (`host.py`), and for the process that they are forked from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HOST = Path(__file__).with_name("host.py")
+FORK_SERVER = Path(__file__).with_name("fork_server.py")
 
 
 @dataclass(frozen=True)
@@ -43,40 +45,61 @@ class Answer:
     why: str = ""
 
 
-class Engine:
-    """One vLLM engine in processes of its own (a session: signals reach all of them)."""
+class ForkServer:
+    """The process that engines are forked from (fork_server.py). environment: what Python reads when it starts."""
 
-    def __init__(self, log: Path, arguments: dict[str, Any], environment: dict[str, str] | None = None) -> None:
-        self._log = log
-        env = (
-            os.environ
-            | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
-            | (environment or {})
-        )
-        answers, theirs = os.pipe()  # not standard output: whatever vLLM prints there, it prints into our lines
-        with log.open("wb") as output:
+    def __init__(self, log: Path, environment: dict[str, str] | None = None) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        env = _environment(environment)
+        with log.open("wb") as output, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(HOST), json.dumps(arguments), str(theirs)],
-                stdin=subprocess.PIPE,
+                [sys.executable, str(FORK_SERVER), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=env,
-                text=True,
                 start_new_session=True,
-                pass_fds=[theirs],
+                pass_fds=[theirs.fileno()],
             )
+
+    def fork(self, arguments: dict[str, Any], environment: dict[str, str], descriptors: list[int]) -> int:
+        """A host's process id. descriptors: of its input, its answers and its log."""
+        request = json.dumps({"arguments": arguments, "environment": environment})
+        socket.send_fds(self._channel, [request.encode()], descriptors)
+        return int(self._channel.recv(64))
+
+    def close(self) -> None:
+        self._channel.close()
+        self._process.kill()
+        self._process.wait(30)
+
+
+def _environment(more: dict[str, str] | None) -> dict[str, str]:
+    paths = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+    return os.environ | {"PYTHONPATH": paths} | (more or {})
+
+
+class Engine:
+    """One vLLM engine in processes of its own (a session: signals reach all of them)."""
+
+    def __init__(
+        self, server: ForkServer, log: Path, arguments: dict[str, Any], environment: dict[str, str] | None = None
+    ) -> None:
+        self._log = log
+        commands, mine = os.pipe()
+        answers, theirs = os.pipe()  # not standard output: whatever vLLM prints there, it prints into our lines
+        with log.open("wb") as output:
+            self.pid = server.fork(arguments, _environment(environment), [commands, theirs, output.fileno()])
+        self._handle = os.pidfd_open(self.pid)
+        os.close(commands)
         os.close(theirs)
-        self._stream = os.fdopen(answers)
+        self._commands, self._stream = os.fdopen(mine, "w"), os.fdopen(answers)
         self._calls = itertools.count(1)
         self._answers: dict[int, dict[str, Any]] = {}
         self._arrived = threading.Condition()
         self._ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def wait_ready(self, seconds: float = 300) -> Engine:
         self._wait(0, seconds)
@@ -194,38 +217,44 @@ class Engine:
 
     def signal_all(self, number: int) -> None:
         """Signal every process of the engine."""
-        os.killpg(self._process.pid, number)
+        os.killpg(self.pid, number)
 
     def kill(self) -> None:
         """End every process of the engine at once."""
         self.signal_all(signal.SIGKILL)
-        self._process.wait(30)
+        assert self._ended_within(30)
+
+    def quit(self) -> None:
+        """Have it end; nobody waits."""
+        with contextlib.suppress(OSError, ValueError):
+            self._send({"op": "quit"})
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            try:
-                self._send({"op": "quit"})
-                self._process.wait(40)
-            except (OSError, subprocess.TimeoutExpired):
-                pass
+        self.quit()
+        self._ended_within(40)
         with contextlib.suppress(ProcessLookupError):
             self.signal_all(signal.SIGKILL)
-        self._process.wait(30)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._ended_within(30)
+        with contextlib.suppress(OSError):
+            self._commands.close()
         self._reader.join(30)
         self._stream.close()
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _ended_within(self, seconds: float) -> bool:
+        return self._handle < 0 or bool(select.select([self._handle], [], [], seconds)[0])
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return not self._ended_within(0)
 
     def _send(self, command: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        self._commands.write(json.dumps(command) + "\n")
+        self._commands.flush()
 
     def _read(self) -> None:
         for line in self._stream:

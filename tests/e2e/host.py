@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one vLLM engine for the tests, in a process of its own: commands as JSON lines on standard input, answers on the
-file descriptor that the second argument names. Commands run side by side, so requests can overlap and be aborted.
+"""Runs one vLLM engine for the tests, in a process of its own (fork_server.py): commands as JSON lines on standard
+input, answers on a file descriptor. Commands run side by side, so requests can overlap and be aborted.
 """
 
 import asyncio
@@ -135,8 +135,9 @@ async def serve(arguments: dict[str, Any], answers: TextIO) -> None:
     engine.shutdown()
 
 
-if __name__ == "__main__":
-    number = int(sys.argv[2])
-    os.set_inheritable(number, False)
-    with os.fdopen(number, "w") as answers:
-        asyncio.run(serve(json.loads(sys.argv[1]), answers))
+def run(arguments: dict[str, Any], descriptor: int) -> None:
+    """Run an engine until its input ends. Its answers go to `descriptor`, which its other processes have no part in."""
+    os.set_inheritable(descriptor, False)
+    os.register_at_fork(after_in_child=lambda: os.close(descriptor))
+    with os.fdopen(descriptor, "w") as answers:
+        asyncio.run(serve(arguments, answers))

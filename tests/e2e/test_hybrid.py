@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models whose layers do not all read all of a prompt, on a real vLLM: windows, chunks, states, shared KV, images.
 
-One engine a model, on a daemon with a disk and a Redis that is restarted below it. Starting one is most of the time, so
-while one model is tested the next one's engine starts. A model a kind runs every test, the others those that show what
-is their own. LORACACHE_HYBRID_TESTS=all runs every test on every model, and three more, of which some tests fail still;
-docs/vllm.md says which.
+One engine a model, on a daemon with a disk and a Redis that is restarted below it. A model a kind runs every test, the
+others those that show what is their own. LORACACHE_HYBRID_TESTS=all runs every test on every model, and three more, of
+which some tests fail still; docs/vllm.md says which.
 """
 
 from __future__ import annotations
@@ -51,67 +50,42 @@ thorough = on(*(EVERY if ALL else THOROUGH))
 
 
 @pytest.fixture(scope="module")
-def begin(
+def serving(
+    request: pytest.FixtureRequest,
     hybrid_models: Any,
     model_maker: Any,
     module_daemon: Any,
     module_redis: Any,
     engine_factory: Any,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], SimpleNamespace]:
-    """begin(name) starts a model's engine, and does not wait until it has started; once for each."""
-    begun: dict[str, SimpleNamespace] = {}
-
-    def start(name: str) -> SimpleNamespace:
-        if name in begun:
-            return begun[name]
-        folder = tmp_path_factory.mktemp(name)
-        model = hybrid_models.make_hybrid_model(folder / "model", name, model_maker)
-        patient = folder / "loracache.yaml"
-        patient.write_text("redis_lookup_ms: 1000\n")  # a loaded machine answers late, and the tests want the hit
-        redis = module_redis()
-        tiers = {"memory": "128MiB", "disk_path": folder / "disk", "disk": "1GiB", "redis": redis.url}
-        options = tiers | {"config": patient}
-        daemon = module_daemon(**options)
-        arguments = ENGINE | {"model": str(folder / "model"), "num_gpu_blocks_override": model.blocks} | model.engine
-        engine = engine_factory({"server": daemon.url, "chunk_tokens": model.block}, ready=False, **arguments)
-        begun[name] = SimpleNamespace(
-            engine=engine, model=model, daemon=daemon, redis=redis, disk=folder / "disk", options=options
-        )
-        return begun[name]
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def serving(request: pytest.FixtureRequest, hybrid_models: Any, begin: Any) -> Iterator[SimpleNamespace]:
+) -> Iterator[SimpleNamespace]:
     """One model's engine on one daemon."""
     missing = hybrid_models.MODELS[request.param].flags - cpu_flags()
     if missing:
         pytest.skip(f"vLLM computes {request.param} on CPUs with {', '.join(sorted(missing))} alone")
-    serving = begin(request.param)
-    serving.engine.wait_ready()
-    for name in after(request, request.param):
-        if hybrid_models.MODELS[name].flags <= cpu_flags():
-            begin(name)
-            break
+    folder = tmp_path_factory.mktemp(request.param)
+    model = hybrid_models.make_hybrid_model(folder / "model", request.param, model_maker)
+    patient = folder / "loracache.yaml"
+    patient.write_text("redis_lookup_ms: 1000\n")  # a loaded machine answers late, and the tests want the hit
+    redis = module_redis()
+    tiers = {"memory": "128MiB", "disk_path": folder / "disk", "disk": "1GiB", "redis": redis.url}
+    options = tiers | {"config": patient}
+    daemon = module_daemon(**options)
+    arguments = ENGINE | {"model": str(folder / "model"), "num_gpu_blocks_override": model.blocks} | model.engine
+    engine = engine_factory({"server": daemon.url, "chunk_tokens": model.block, "lookup_wait": 5.0}, **arguments)
+    serving = SimpleNamespace(
+        engine=engine, model=model, daemon=daemon, redis=redis, disk=folder / "disk", options=options
+    )
     yield serving
-    serving.engine.close()
+    engine.close()
     serving.daemon.stop()
-    serving.redis.kill()
+    redis.kill()
 
 
 def cpu_flags() -> frozenset[str]:
     """What this machine's CPU can do."""
     _, _, flags = Path("/proc/cpuinfo").read_text().partition("flags\t\t:")
     return frozenset(flags.splitlines()[0].split()) if flags else frozenset()
-
-
-def after(request: pytest.FixtureRequest, name: str) -> list[str]:
-    """The models that are still to be tested here, in their order."""
-    here = [item for item in request.session.items if item.path == request.path]
-    order = list(dict.fromkeys(item.callspec.params["serving"] for item in here if hasattr(item, "callspec")))
-    return [each for each in order[order.index(name) + 1 :] if each in EVERY]
 
 
 def ask(serving: Any, tokens: list[int], *, image: int = 1, **options: Any) -> Any:

@@ -18,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from loracache.adapters.payload import adapter_digest
 from loracache.errors import Rejected
 
-ROUNDING = 1e-3
-
 
 @pytest.fixture(scope="module")
 def adapters_of_two(tiny: Path, model_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -78,7 +76,7 @@ def serves(server: Any, merged: Any, prompts: Callable[[int], list[int]]) -> Cal
         tokens = prompts(20)
         status, answer = server.complete(name, tokens)
         assert status == 200, answer
-        assert not merged.disagreements(folder, tokens, answer, ROUNDING)
+        assert not merged.disagreements(folder, tokens, answer)
 
     return check
 
@@ -125,7 +123,7 @@ def test_requests_under_way_keep_the_content_they_began_with(
         serves("busy", second)
         answer += [token for part in stream for token in part]
     assert len(answer) == 200
-    assert not merged.disagreements(first, tokens, answer, ROUNDING)
+    assert not merged.disagreements(first, tokens, answer)
 
 
 def test_a_name_given_on_another_machine_is_served_from_the_redis_that_they_share(
@@ -165,7 +163,7 @@ def test_a_folder_is_served_as_it_was_when_it_was_loaded_last(
         for _ in range(2):
             status, answer = server.complete("changing", tokens)
             assert status == 200, answer
-            assert not merged.disagreements(content, tokens, answer, ROUNDING)
+            assert not merged.disagreements(content, tokens, answer)
 
     load()
     check(first)

@@ -79,7 +79,7 @@ def test_workers_of_a_sharded_model_have_a_pool_each(
     )
     model = load.MergedModel(tiny / "model")
     for tokens, folder, answer in ask_all(engine):
-        assert not model.disagreements(folder, tokens, answer, 1e-3)
+        assert not model.disagreements(folder, tokens, answer)
     state = engine.rpc("pool_state")
     assert not state["problems"]
     assert 0 < len(state["resident"]) < len(RANKS)

@@ -2,7 +2,7 @@
 """The scheduler's connection: questions that are sent and not waited for, but where `wait_lookup` is told for how long.
 
 A daemon that is gone is tried again once a second. One that is there but silent costs requests the scheduler's
-patience for half a second; then it is asked nothing more until it has answered.
+patience until a question has waited as long as any request would; then it is asked nothing more until it has answered.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ _EVENTS_PAGE, _EVENTS_WAIT_S = 500, 30.0
 
 
 class SchedulerLink(Link):
-    """Non-blocking questions to a daemon. A question's number is 0 where it could not be sent."""
+    """Non-blocking questions to a daemon. A question's number is 0 where it could not be sent. patience: seconds for
+    which requests may be parked for an answer; half a second at least, a daemon is not called silent before."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, patience: float = 0.0) -> None:
         super().__init__(server, name="vllm-scheduler", log=_log)
+        self._silent_after = max(_SILENT_AFTER_S, patience)
         self._counts: Counter[str] = Counter()
         self._next_report = self._next_counts = 0.0
         self._lookups: dict[int, PartedLookup] = {}  # by the number of the first part
@@ -347,7 +349,7 @@ class SchedulerLink(Link):
             number, since = next(iter(self._asked.items()))
             answered, payload = self._answer(number)
             if not answered:
-                return time.monotonic() - since > _SILENT_AFTER_S
+                return time.monotonic() - since > self._silent_after
             if number in self._unwanted:
                 self._unwanted.discard(number)
             else:
