@@ -51,7 +51,10 @@ class Lookups:
 
     def advance(self, state: RequestState) -> bool:
         """Take the request's question one step further; True once its answer is there."""
-        if self.chunks is None or not state.cacheable or not self._namespace.settle(state):
+        if self.chunks is None or not state.cacheable:
+            return False
+        self._link.begin()  # while its media are hashed: a daemon that is not there is not waited for
+        if not self._namespace.settle(state):
             return False
         if state.answered_at is not None and time.monotonic() - state.answered_at > _STALE_S:
             state.answered_at = None

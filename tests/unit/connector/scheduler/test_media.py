@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
+from loracache.connectors.vllm.link.scheduler import SchedulerLink
 from loracache.connectors.vllm.scheduler.media import MediaContents, item_content
 
 CHUNK = 32
@@ -120,6 +123,32 @@ def test_a_request_waits_for_its_hash_and_is_stored_then(
     eventually(driver.side._requests["b"].media.done, "it is hashed")
     (store,) = driver.step(more={request: []}).stores
     assert len(store.chunks) == 3
+
+
+def test_a_lost_daemon_is_found_again_while_images_are_hashed(
+    make_driver: Any, make_request: Any, daemon: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a question looked for it, and an engine whose every request waits for a hash asked none."""
+    running = daemon()
+    link = SchedulerLink(running.url)
+    driver = make_driver(link=link, lookup_wait=10.0)
+    hashed: Future[None] = Future()
+    monkeypatch.setattr(driver.side._namespace._media, "ask", lambda features: hashed)
+    eventually(link.begin, "it is there")
+    running.stop()
+    daemon(socket=running.socket)
+    eventually(lambda: not link.answering(), "it is lost")
+    names = map(str, itertools.count())
+
+    def waits() -> bool:
+        request = make_request(next(names), 2 * CHUNK, mm_features=[image(1.0)])
+        driver.side.on_new_request(request)
+        answer = driver.side.matched_tokens(request, 0)
+        driver.side.finished(request, [[]])
+        return bool(answer == (None, False))
+
+    eventually(waits, "a request waits for its hash, as there is a daemon to ask then")
+    driver.side.close()
 
 
 @pytest.mark.parametrize(
