@@ -217,7 +217,7 @@ MODELS = {
         # In longer steps vLLM 0.32 takes states out of their middle, and on a CPU ends with an IndexError there.
         Model("granite_hybrid", _granite_hybrid, ("all", "state"), 32, 110, {"max_num_batched_tokens": 32}),
         # Without any cache, too, vLLM 0.32 on a CPU answers otherwise when a prompt is cut otherwise, or has company.
-        Model("lfm2", _lfm2, ("all", "state"), 32, 160),
+        Model("lfm2", _lfm2, ("all", "state"), 32, 160, {"max_num_batched_tokens": 32}),
         Model("gemma3n", _gemma3n, ("all", "window"), 32, 160),
         Model("gemma4", _gemma4, ("all", "window"), 64, 160),
         # vLLM's own class for it imports torchvision, which its CPU build comes without.
