@@ -83,22 +83,6 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(
     link.close()
 
 
-def test_a_daemon_is_not_silent_while_requests_have_patience_for_it(
-    daemon: Any, fast_silence: None, eventually: Any
-) -> None:
-    running = daemon()
-    link = SchedulerLink(running.url, 30.0)
-    eventually(lambda: link.begin() or link.answering(), "the daemon greets")
-    running.send(signal.SIGSTOP)
-    number = link.ask_lookup(LEASE, KEYS, 1, 5.0)
-    time.sleep(0.2)
-    assert link.answering()
-    assert link.ask_lookup(LEASE, KEYS, 1, 5.0)
-    running.send(signal.SIGCONT)
-    assert link.wait_lookup(number, 30.0) == MISS
-    link.close()
-
-
 def test_an_answer_may_be_waited_for(daemon: Any, link_of: Any, fast_silence: None, eventually: Any) -> None:
     running = daemon()
     link = link_of(running.url)
