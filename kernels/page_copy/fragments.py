@@ -171,8 +171,9 @@ def host_runs(
     ends = host + nbytes
     breaks = host[1:] != ends[:-1]
     breaks[[number - 1 for number in begins if number]] = True
-    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-    first, length = host[starts], np.add.reduceat(nbytes, starts)
+    lasts = np.append(np.flatnonzero(breaks), len(host) - 1)
+    first = host[np.append(0, lasts[:-1] + 1)]
+    length = ends[lasts] - first
     return (first, length) if edges is None else _cut_at(first, length, edges)[:2]
 
 

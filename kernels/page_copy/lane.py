@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle, pairwise
 from typing import Any
 
@@ -58,6 +59,18 @@ class _Table:
     read: int
     fragments: npt.NDArray[np.void]
     free: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """How fragments fill slots, one behind another. starts: the number of each slot's first. begins: bytes before that.
+    offsets, lengths: of each fragment, in its slot, in units of 16 bytes; one length where all are alike.
+    """
+
+    starts: list[int]
+    begins: Integers
+    offsets: Integers | npt.NDArray[np.uint32]
+    lengths: Integers | int
 
 
 class Lane:
@@ -144,25 +157,22 @@ class Lane:
         ring = self._slots = self._slots or cycle([self._new_slot() for _ in range(SLOTS)])
         table, count = next(tables), len(fragments)
         self._device.synchronize(table.free)  # what reads it was submitted so many tables ago
-        ends = np.cumsum(fragments.nbytes)
-        parts = list(parts_of(ends, SLOT_BYTES))
-        slots = [next(ring) for _ in parts]
-        starts = [part.start for part in parts]
-        host, nbytes = host_runs(fragments.host, fragments.nbytes, edges, starts)
-        ends -= fragments.nbytes
-        begins, before = ends[starts], np.cumsum(nbytes) - nbytes  # bytes before each slot, and before each run
-        runs = [*np.searchsorted(before, begins).tolist(), len(before)]
-        staged = before + np.repeat([slot.memory.address for slot in slots] - begins, np.diff(runs))
-        ends -= np.repeat(begins, np.diff([*starts, count]))
+        filled = _even(fragments.nbytes) or _uneven(fragments.nbytes)
+        slots = [next(ring) for _ in filled.starts]
+        host, nbytes = host_runs(fragments.host, fragments.nbytes, edges, filled.starts)
+        before = np.cumsum(nbytes) - nbytes  # bytes before each run
+        runs = [*np.searchsorted(before, filled.begins).tolist(), len(before)]
+        staged = before + np.repeat([slot.memory.address for slot in slots] - filled.begins, np.diff(runs))
         table.fragments["device"][:count] = fragments.device
-        table.fragments["offset"][:count] = ends >> 4
-        table.fragments["length"][:count] = fragments.nbytes >> 4
+        table.fragments["offset"][:count] = filled.offsets
+        table.fragments["length"][:count] = filled.lengths
         try:
             one = np.array([[table.read], [table.written], [count * FRAGMENT.itemsize]], np.int64)
             self._device.copy(one[0], one[1], one[2], self._kernels, SourceOrder.STREAM)
-            for part, slot, (low, high) in zip(parts, slots, pairwise(runs), strict=True):
-                place, fragments_of_slot = table.read + part.start * FRAGMENT.itemsize, part.stop - part.start
-                self._through_slot(slot, host[low:high], staged[low:high], nbytes[low:high], place, fragments_of_slot)
+            places = zip(slots, pairwise([*filled.starts, count]), pairwise(runs), strict=True)
+            for slot, (start, end), (low, high) in places:
+                place = table.read + start * FRAGMENT.itemsize
+                self._through_slot(slot, host[low:high], staged[low:high], nbytes[low:high], place, end - start)
         finally:  # else the next to use it would write over what a launch of before still has to read
             self._device.record(table.free, self._kernels)
 
@@ -216,3 +226,30 @@ def _move(stage: int, fragments: Fragments, *, into_host: bool) -> None:
         target, source = (host, stage) if into_host else (stage, host)
         ctypes.memmove(target, source, nbytes)
         stage += nbytes
+
+
+def _even(nbytes: Integers) -> _Filled | None:
+    """Of fragments that are all of one length, as most are: nothing has to be added up for them."""
+    size = int(nbytes[0])
+    if not (nbytes == size).all():
+        return None
+    most = SLOT_BYTES // size
+    starts = list(range(0, len(nbytes), most))
+    return _Filled(starts, np.array(starts) * size, _even_offsets(size >> 4, most)[: len(nbytes)], size >> 4)
+
+
+@lru_cache(8)
+def _even_offsets(length: int, most: int) -> npt.NDArray[np.uint32]:
+    """Of a table of fragments of this length, `most` in a slot."""
+    return (np.arange(_TABLE_FRAGMENTS) % most * length).astype(np.uint32)
+
+
+def _uneven(nbytes: Integers) -> _Filled:
+    """Of fragments of any lengths."""
+    offsets = np.cumsum(nbytes)
+    starts = [part.start for part in parts_of(offsets, SLOT_BYTES)]
+    offsets -= nbytes
+    begins = offsets[starts]
+    offsets -= np.repeat(begins, np.diff([*starts, len(nbytes)]))
+    offsets >>= 4
+    return _Filled(starts, begins, offsets, nbytes >> 4)
