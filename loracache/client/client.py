@@ -87,7 +87,8 @@ class CacheClient(ControlCalls):
             request = protocol.Lookup(b"", protocol.join_keys(part), group, 0.0, protocol.join_keys(others))
             tiers, *told = self._call(request)
             held += labels(tiers)
-            where += _places(told, len(others))
+            if others:
+                where += _places(told, len(others))
             if len(tiers) < len(part):
                 break
         return Lookup(held, (*where, *[""] * (len(beside) - len(where))))
