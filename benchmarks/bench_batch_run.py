@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,16 @@ from batch_sets import Item, agents, conversations, documents, few_shot, from_tr
 from common import Row, model_folder, ratio_row, row, work_folder
 from engine_process import environment
 from make_model import PRESETS, make_model
+from transformers import PreTrainedTokenizerFast
 
 from loracache.batch.plan import make_plan
 from loracache.batch.prompts import PromptHasher
 from loracache.batch.replay import computed_at_least
 
-REQUESTS, ANSWER, BLOCK, SEQUENCES = 2000, 4, 16, 16
-LOWEST, TOKENS = 300, 700  # token ids of the demo's model that are words
+REQUESTS, ANSWER, SEQUENCES = 2000, 4, 16
+BLOCK = 32  # what vLLM's kernels for CPUs with AMX want
+TRACED = 16  # tokens of a hash id
+TEMPLATE = "template.jinja"
 KV_SHARE = 0.05
 PAIRS = 3
 MANY = 10_000
@@ -42,7 +45,7 @@ MANY = 10_000
 def _talks(seed: int) -> list[Item]:
     trace = os.environ.get("MOONCAKE_TRACE")
     if trace:
-        return from_trace(Path(trace), REQUESTS, BLOCK)  # the same each time
+        return from_trace(Path(trace), REQUESTS, TRACED)  # the same each time
     return conversations(REQUESTS // 5, 5, seed, prompt=96, turn=(16, 96))
 
 
@@ -115,6 +118,7 @@ def run(quick: bool) -> list[Row]:
     wanted = os.environ.get("BENCH_BATCHES", ",".join([*SETS, "many"])).split(",")
     rows: list[Row] = []
     with work_folder() as folder:
+        (folder / TEMPLATE).write_text("{{ messages[0]['content'] }}")
         for name in wanted:
             if name == "many":
                 rows += _many(folder, 1000 if quick else MANY)
@@ -127,13 +131,15 @@ def _pairs(folder: Path, name: str, pairs: int) -> list[Row]:
     found: dict[str, list[Done]] = {"ours": [], "vllm": []}
     bounds, kv = [], 0
     for number in range(pairs):
-        items = [(LOWEST + tokens % TOKENS, ANSWER) for tokens, _ in SETS[name](number)]
+        model = model_folder() / "model"
+        words = _words(model)
+        items = [(tokens % len(words), ANSWER) for tokens, _ in SETS[name](number)]
         source = folder / f"{number}.jsonl"
-        _write(source, items)
-        bound, kv = _bound(items)
+        _write_chats(source, items, words)
+        bound, kv, longest = _bound(items)
         bounds.append(bound)
         for way in ("ours", "vllm") if number % 2 else ("vllm", "ours"):
-            found[way].append(_command(way, source, folder, model_folder() / "model", kv))
+            found[way].append(_command(way, source, folder, model, kv, longest))
     seconds = {way: [each.seconds for each in done] for way, done in found.items()}
     what, least = f"{name}: throughput / vllm run-batch's", 0.99 if name == "nothing shared" else 1.3
     note = f"{REQUESTS:,} requests, KV cache of {kv:,} blocks of {BLOCK} tokens"
@@ -165,12 +171,12 @@ def _many(folder: Path, count: int) -> list[Row]:
     """Many short requests with answers of many lengths, through a KV cache that holds few of them."""
     chance = np.random.default_rng(7)
     items = agents(count // 40, 3, 4, 7, tools=96, task=64, turn=48)[:count]
-    items = [(LOWEST + tokens % 200, int(chance.integers(1, 32))) for tokens, _ in items]
+    items = [(300 + tokens % 200, int(chance.integers(1, 32))) for tokens, _ in items]
     source, model = folder / "many.jsonl", folder / "tiny"
     make_model(model, PRESETS["tiny"])
-    _write(source, items)
-    bound, kv = _bound(items)
-    done = _command("ours", source, folder, model, kv)
+    _write_tokens(source, items)
+    bound, kv, longest = _bound(items)
+    done = _command("ours", source, folder, model, kv, longest)
     what = f"{len(items):,} requests with answers of 1 to 31 tokens, {kv} blocks"
     return [
         row(f"{what}: tokens computed twice after a preemption", "", [done.steps.taken_up_again], at_most=0),
@@ -181,35 +187,59 @@ def _many(folder: Path, count: int) -> list[Row]:
     ]
 
 
-def _write(path: Path, items: Sequence[Item]) -> None:
+def _words(model: Path) -> list[str]:
+    """Those that are a token each wherever they stand, with the space before them."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    texts = [text.replace("\u0120", " ") for text in sorted(tokenizer.get_vocab()) if text[1:].isalpha()]
+    words = [text for text in texts if text[0] == " "]
+    return [text for text in words if len(tokenizer.encode(text, add_special_tokens=False)) == 1]
+
+
+def _write_chats(path: Path, items: Sequence[Item], words: Sequence[str]) -> None:
+    """As chats, which vLLM's own command takes; numbers of words stand for tokens."""
+    bodies = (
+        {"messages": [{"role": "user", "content": "".join(map(words.__getitem__, numbers.tolist()))}], **_rest(answer)}
+        for numbers, answer in items
+    )
+    _write(path, "/v1/chat/completions", bodies)
+
+
+def _write_tokens(path: Path, items: Sequence[Item]) -> None:
+    _write(path, "/v1/completions", ({"prompt": tokens.tolist(), **_rest(answer)} for tokens, answer in items))
+
+
+def _rest(answer: int) -> dict[str, object]:
+    return {"model": "base", "max_tokens": answer, "temperature": 0, "ignore_eos": True}
+
+
+def _write(path: Path, url: str, bodies: Iterable[dict[str, object]]) -> None:
     with path.open("w") as file:
-        for number, (tokens, answer) in enumerate(items):
-            body = {"model": "base", "prompt": tokens.tolist(), "max_tokens": answer, "temperature": 0}
-            body["ignore_eos"] = True
-            line = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+        for number, body in enumerate(bodies):
+            line = {"custom_id": str(number), "method": "POST", "url": url, "body": body}
             file.write(json.dumps(line) + "\n")
 
 
-def _bound(items: Sequence[Item]) -> tuple[int, int]:
-    """(prompt tokens that a cache without end leaves to compute, blocks that are 5 % of them and have room for all
-    sequences)."""
+def _bound(items: Sequence[Item]) -> tuple[int, int, int]:
+    """(prompt tokens that a cache without end leaves to compute, blocks that are 5 % of them and have room for half of
+    the sequences, tokens of the longest sequence)."""
     hasher = PromptHasher(BLOCK)
     for tokens, _ in items:
         hasher.add(tokens)
     plan = make_plan(hasher.prompts())
     bound = computed_at_least(plan.prompts, plan.tree)
     longest = max(len(tokens) + answer for tokens, answer in items)
-    return bound, max(int(bound * KV_SHARE) // BLOCK, SEQUENCES // 2 * -(-longest // BLOCK)) + 1
+    return bound, max(int(bound * KV_SHARE) // BLOCK, SEQUENCES // 2 * -(-longest // BLOCK)) + 1, longest
 
 
-def _command(way: str, source: Path, folder: Path, model: Path, blocks: int) -> Done:
-    """Run one of the two commands over a batch."""
+def _command(way: str, source: Path, folder: Path, model: Path, blocks: int, longest: int) -> Done:
+    """Run one of the two commands over a batch, in an engine of so many blocks for sequences of at most `longest`."""
     output, log = folder / "answers.jsonl", folder / "engine.log"
     output.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     options = [
-        "--served-model-name", "base", "--max-model-len", "4608", "--max-num-seqs", str(SEQUENCES),
+        "--served-model-name", "base", "--max-model-len", str(longest), "--max-num-seqs", str(SEQUENCES),
         "--block-size", str(BLOCK), "--num-gpu-blocks-override", str(blocks), "--enable-logging-iteration-details",
+        "--chat-template", str(folder / TEMPLATE),
     ]  # fmt: skip
     scripts = Path(sys.executable).parent
     if way == "ours":
