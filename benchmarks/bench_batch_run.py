@@ -130,9 +130,9 @@ def run(quick: bool) -> list[Row]:
 def _pairs(folder: Path, name: str, pairs: int) -> list[Row]:
     found: dict[str, list[Done]] = {"ours": [], "vllm": []}
     bounds, kv = [], 0
+    model = model_folder() / "model"
+    words = _words(model)
     for number in range(pairs):
-        model = model_folder() / "model"
-        words = _words(model)
         items = [(tokens % len(words), ANSWER) for tokens, _ in SETS[name](number)]
         source = folder / f"{number}.jsonl"
         _write_chats(source, items, words)
@@ -190,9 +190,9 @@ def _many(folder: Path, count: int) -> list[Row]:
 def _words(model: Path) -> list[str]:
     """Those that are a token each wherever they stand, with the space before them."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    texts = [text.replace("\u0120", " ") for text in sorted(tokenizer.get_vocab()) if text[1:].isalpha()]
-    words = [text for text in texts if text[0] == " "]
-    return [text for text in words if len(tokenizer.encode(text, add_special_tokens=False)) == 1]
+    spaced = [text for text in sorted(tokenizer.get_vocab()) if text[0] == "\u0120" and text[1:].isalpha()]
+    words = [f" {text[1:]}" for text in spaced]
+    return [word for word in words if len(tokenizer.encode(word, add_special_tokens=False)) == 1]
 
 
 def _write_chats(path: Path, items: Sequence[Item], words: Sequence[str]) -> None:

@@ -77,14 +77,14 @@ class Runner:
         pins = self.pins_of(job) if self.pins_of is not None else None
         shares = Shares(job.plan, [engine.there for engine in self.engines])
         crew = Crew(job, shares, self.room, self.limits)
-        places = {int(request): place for place, request in enumerate(job.plan.order)} if self.prioritized else {}
+        places = job.plan.order.argsort() if self.prioritized else None
 
         async def send(driver: Driver, request: int) -> None:
             line = self.file.line(job.lines[request])
             assert isinstance(line, Line)
             body = line.body if pins is None else pins.body(request, line)
-            if request in places:
-                body = body | {"priority": places[request]}
+            if places is not None:
+                body = body | {"priority": int(places[request])}
             answer = await driver.ask(line, body)
             self.report.retries += crew.tries[line.number] - 1
             self._take(line, answer, driver.report)
