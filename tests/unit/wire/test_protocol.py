@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loracache.errors import ProtocolError, UsageError
@@ -318,7 +318,9 @@ def test_a_message_that_would_be_oversized_is_not_sent() -> None:
     assert len(received(largest)[0]) == MAX_FRAME - 5
 
 
-@given(st.lists(st.binary(min_size=32, max_size=32)))
+@given(st.lists(st.binary(min_size=32, max_size=32), max_size=100))
+@example([bytes([at]) * 32 for at in range(32)])
+@example([bytes([at]) * 32 for at in range(97)])
 def test_joined_keys_are_split_as_they_were(some: list[bytes]) -> None:
     assert protocol.split_keys(protocol.join_keys(some)) == some
 
