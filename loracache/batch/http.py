@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import urllib.parse
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
 from loracache.batch.servers import base_url, checked_key
 from loracache.errors import ProtocolError, Unavailable
@@ -16,7 +18,7 @@ from loracache.errors import ProtocolError, Unavailable
 __all__ = ["Answer", "Server"]
 
 _CONNECT_S = 10.0
-_HUNG_UP = "server disconnected", "peer closed"  # how the client's library begins to say so
+_KEPT_S = 4.0  # a connection that nobody uses: less than the 5 s after which vLLM's server closes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +36,17 @@ class Server:
     def __init__(self, url: str, key: str = "", timeout: float = 3600.0) -> None:
         self.url = base_url(url, "--url", sockets=True)
         self._timeout = timeout
-        key = checked_key(key)
         parts = urllib.parse.urlsplit(self.url)
-        local = parts.scheme == "unix"
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # the caller bounds its requests
-        self._client = httpx.AsyncClient(
-            base_url="http://localhost" if local else self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=limits,
-            transport=httpx.AsyncHTTPTransport(uds=parts.path, limits=limits) if local else None,
-        )
+        self._path = parts.path if parts.scheme == "unix" else ""
+        self._base = "http://localhost" if self._path else self.url
+        key = checked_key(key)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
         """End all connections."""
-        await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     async def get(self, path: str, timeout: float | None = None) -> Answer:
         """GET it. Raises as `post`."""
@@ -59,19 +58,39 @@ class Server:
 
     async def _ask(self, method: str, path: str, content: bytes | None, timeout: float | None) -> Answer:
         seconds = self._timeout if timeout is None else timeout
-        headers = {"Content-Type": "application/json"} if content is not None else {}
-        limit = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_S), pool=None)
+        session = self._session = self._session or self._connected()
+        for _ in range(2):  # in which a kept connection's end is noticed, and it is not taken
+            await asyncio.sleep(0)
         try:
-            answer = await self._client.request(method, path, content=content, headers=headers, timeout=limit)
-        except httpx.TimeoutException:
+            async with session.request(
+                method,
+                self._base + path,
+                data=None if content is None else io.BytesIO(content),
+                headers={} if content is None else {"Content-Type": "application/json"},
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=min(seconds, _CONNECT_S)),
+            ) as answer:
+                status, body = answer.status, await answer.read()
+        except TimeoutError:
             raise Unavailable(f"{self.url} did not answer within {seconds:g} s") from None
-        except httpx.RemoteProtocolError as error:
-            if str(error).lower().startswith(_HUNG_UP):
-                raise Unavailable(f"{self.url} closed the connection before its answer ended") from None
-            raise ProtocolError(f"{self.url} did not answer in HTTP: {error}") from None
-        except httpx.HTTPError as error:
-            raise Unavailable(f"no server answers at {self.url} ({error})") from None
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError):
+            raise Unavailable(f"{self.url} closed the connection before its answer ended") from None
+        except aiohttp.ClientResponseError as error:
+            raise ProtocolError(f"{self.url} did not answer in HTTP: {error.message}") from None
+        except (aiohttp.ClientError, OSError) as error:
+            told = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise Unavailable(f"no server answers at {self.url} ({told})") from None
         try:
-            return Answer(answer.status_code, answer.json())
+            return Answer(status, json.loads(body))
         except (ValueError, RecursionError):
-            return Answer(answer.status_code, answer.text)
+            return Answer(status, body.decode(errors="replace"))
+
+    def _connected(self) -> aiohttp.ClientSession:
+        """A pool of connections, of the running event loop. The caller bounds how many."""
+        connector: aiohttp.BaseConnector
+        if self._path:
+            connector = aiohttp.UnixConnector(self._path, limit=0, keepalive_timeout=_KEPT_S)
+        else:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S)
+        proxied = not self._path  # by the address that the environment names
+        return aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=proxied)

@@ -97,8 +97,15 @@ def test_what_is_no_answer_is_said(tmp_path: Path, answer: bytes, error: type[Ex
 
 
 def test_nobody_there_and_no_answer_in_time(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="no server answers at unix://"):
-        asyncio.run(Server(f"unix://{tmp_path}/none").get("/x"))
+    async def nobody() -> Answer:
+        server = Server(f"unix://{tmp_path}/none")
+        try:
+            return await server.get("/x")
+        finally:
+            await server.close()
+
+    with pytest.raises(Unavailable, match=r"no server answers at unix://.* \(No such file or directory\)"):
+        asyncio.run(nobody())
 
     async def late(server: Server) -> Answer:
         return await server.get("/x", 0.05)  # which serve never sees as a request
@@ -117,3 +124,51 @@ def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError, match="set VLLM_API_KEY") as told:
         Server("http://user:secret@host")
     assert "secret" not in str(told.value)
+
+
+def test_an_answer_that_trickles_in_has_its_time_in_all(tmp_path: Path) -> None:
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        try:
+            while not writer.is_closing():
+                writer.write(b" ")
+                await asyncio.sleep(0.05)
+        finally:
+            writer.close()
+
+    async def asked() -> Answer:
+        listening = await asyncio.start_unix_server(trickle, tmp_path / "s")
+        server = Server(f"unix://{tmp_path / 's'}")
+        try:
+            return await server.post("/x", {}, 0.3)
+        finally:
+            await server.close()
+            listening.close()
+
+    with pytest.raises(Unavailable, match=r"did not answer within 0\.3 s"):
+        asyncio.run(asked())
+
+
+def test_a_path_before_v1_is_kept_and_redirects_are_answers(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(whole(307, b"", b"Location: /elsewhere\r\n"))
+        await writer.drain()
+        writer.close()
+
+    async def asked() -> Answer:
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        server = Server(f"http://127.0.0.1:{port}/one/v1", "key")
+        try:
+            return await server.get("/v1/models")
+        finally:
+            await server.close()
+            listening.close()
+
+    assert asyncio.run(asked()) == Answer(307, "")
+    assert seen[0].startswith(b"GET /one/v1/models HTTP/1.1\r\n")
+    assert b"authorization: bearer key" in seen[0].lower()
