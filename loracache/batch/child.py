@@ -27,7 +27,7 @@ from loracache.errors import ConfigError, ProtocolError, Unavailable
 __all__ = ["ChildEngine"]
 
 _PR_SET_PDEATHSIG = 1
-_START_S, _END_S, _LOOK_S = 900.0, 60.0, 0.5
+_START_S, _END_S, _LOOK_S = 900.0, 60.0, 0.1
 _LAST_LINES = 3000  # characters of a log that a message shows
 
 
@@ -44,7 +44,8 @@ class ChildEngine:
         self._folder = folder
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-            "--uds", str(folder / "engine.sock"), "--enable-prompt-tokens-details", *options,
+            "--uds", str(folder / "engine.sock"), "--enable-prompt-tokens-details",
+            "--disable-uvicorn-access-log", *options,
         ]  # fmt: skip
         given = {each.split("=")[0] for each in options}
         self.prioritized = "--scheduling-policy" not in given
@@ -71,8 +72,9 @@ class ChildEngine:
         try:
             if self._daemon:
                 self._start(self._daemon, "cache")
+            self._start(self._command, "engine")  # the daemon is there long before an engine wants it
+            if self._daemon:
                 await self._wait(self._joined)
-            self._start(self._command, "engine")
             server = Server(self.url)
             try:
                 await self._wait_healthy(server)

@@ -126,8 +126,11 @@ def test_the_daemon_of_a_batch_is_not_alone_while_the_engine_starts(tmp_path: Pa
     """A private daemon that nobody talks to ends after two minutes; large models take longer to load."""
     child = ChildEngine("none", [], tmp_path, "16MiB", None)
     look = (
-        "import os, socket, sys; from loracache.client.client import CacheClient\n"
-        f"client = CacheClient('unix://{tmp_path}/cache.sock'); print(client.status()['connections']); sys.exit(1)"
+        "import os, sys, time; from loracache.client.client import CacheClient\n"
+        f"while not os.path.exists('{tmp_path}/cache.sock'): time.sleep(0.01)\n"
+        f"client = CacheClient('unix://{tmp_path}/cache.sock')\n"
+        "while client.status()['connections'] < 2: time.sleep(0.01)\n"
+        "sys.exit('not alone')"
     )
     child._command = [sys.executable, "-c", look]
 
@@ -135,7 +138,7 @@ def test_the_daemon_of_a_batch_is_not_alone_while_the_engine_starts(tmp_path: Pa
         async with child:
             pass
 
-    with pytest.raises(ConfigError, match=r"the engine ended with 1: 2$"):
+    with pytest.raises(ConfigError, match=r"the engine ended with 1: not alone$"):
         asyncio.run(enter())
 
 
