@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 
 from loracache.batch.lines import Line
-from loracache.batch.servers import chat_question
+from loracache.batch.servers import TEMPLATED, chat_question
 from loracache.keys import TokenArray
 
-__all__ = ["adapter_of", "answer_limit", "answers", "given_tokens", "question", "salt_of", "text_tokens"]
+__all__ = [
+    "adapter_of",
+    "answer_limit",
+    "answers",
+    "begins_with_its_text",
+    "given_tokens",
+    "question",
+    "salt_of",
+    "text_tokens",
+]
 
 _TEXT_BYTES = 4  # of text that stand for a token where nobody tokenizes
 
@@ -66,6 +75,12 @@ def question(line: Line) -> dict[str, Any] | None:
         (prompt,) = prompt
     special = {"add_special_tokens": body.get("add_special_tokens", True)}
     return model | special | {"prompt": prompt} if isinstance(prompt, str) and prompt else None
+
+
+def begins_with_its_text(line: Line) -> bool:
+    """Whether a prompt begins with the text of its messages, or of its prompt, behind what all have in common. What
+    else a chat template is given may stand before that, or behind."""
+    return not set(line.body) & set(TEMPLATED)
 
 
 def text_tokens(line: Line) -> TokenArray:

@@ -23,7 +23,9 @@ from loracache.batch.lines import BatchFile, Line, LineFault
 from loracache.batch.pins import Pins
 from loracache.batch.report import EngineReport, Report
 from loracache.batch.shares import Shares
+from loracache.batch.tokenizing import Tokenizing
 from loracache.errors import UsageError
+from loracache.keys import TokenArray
 
 __all__ = ["Limits", "Room", "Runner", "room_of"]
 
@@ -128,15 +130,21 @@ class Runner:
         self.on_change(self.report)
         job = await make_job(
             self.file,
-            lambda line: ask_one(self.engines, lambda engine: engine.tokens(line)),
+            Tokenizing(self.file, self._wanted, self.room.block_tokens, self._tokens).tokens,
             self.room.block_tokens,
             lengths,
-            lambda number: number not in self.journal,
+            self._wanted,
             self._fault,
         )
         with contextlib.suppress(UsageError):  # a request that fits no engine is refused when it is sent
             self.report.plan = job.plan.figures(self.room.kv_tokens, self.limits.running).as_dict()
         return job
+
+    def _wanted(self, number: int) -> bool:
+        return number not in self.journal
+
+    async def _tokens(self, line: Line) -> TokenArray:
+        return await ask_one(self.engines, lambda engine: engine.tokens(line))
 
     def _fault(self, fault: LineFault) -> None:
         """A line that is no request gets its line in the output, once."""

@@ -12,12 +12,15 @@ from typing import Any
 
 from loracache.errors import ConfigError, ProtocolError
 
-__all__ = ["base_url", "chat_question", "checked_key", "token_ids"]
+__all__ = ["TEMPLATED", "base_url", "chat_question", "checked_key", "token_ids"]
 
 _CHAT = (
     "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
     "add_special_tokens", "media_io_kwargs", "mm_processor_kwargs",
 )  # fmt: skip
+_OF_TEMPLATES = ("documents", "reasoning_effort")  # which /tokenize takes among chat_template_kwargs alone
+TEMPLATED = ("tools", "chat_template", "chat_template_kwargs", *_OF_TEMPLATES)
+"""What a chat template is given besides the messages."""
 
 
 def base_url(url: str, option: str, *, sockets: bool = False) -> str:
@@ -46,7 +49,14 @@ def checked_key(key: str) -> str:
 
 def chat_question(body: dict[str, Any]) -> dict[str, Any]:
     """What /tokenize takes of a chat request's body."""
-    return {name: body[name] for name in _CHAT if name in body}
+    asked = {name: body[name] for name in _CHAT if name in body}
+    given = body.get("chat_template_kwargs") or {}
+    more = {name: body[name] for name in _OF_TEMPLATES if body.get(name) is not None}
+    if more and isinstance(given, dict):
+        if "reasoning_effort" in more:
+            more["enable_thinking"] = given.get("enable_thinking", more["reasoning_effort"] != "none")
+        asked["chat_template_kwargs"] = given | more
+    return asked
 
 
 def token_ids(answer: object, url: str) -> list[int]:

@@ -283,6 +283,7 @@ def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:
 async def _figures(file: BatchFile, options: Engines) -> tuple[Figures, list[str]]:
     from loracache.batch.job import Lengths, by_text, make_job
     from loracache.batch.runner import room_of
+    from loracache.batch.tokenizing import Tokenizing
 
     engines = options.engines()
     if not engines and options.kv_tokens is None:
@@ -290,7 +291,9 @@ async def _figures(file: BatchFile, options: Engines) -> tuple[Figures, list[str
     faults: list[str] = []
     try:
         room = await room_of(engines, options.kv_tokens, options.block_tokens)
-        tokens_of = engines[0].tokens if engines else by_text
+        tokens_of = (
+            Tokenizing(file, lambda number: True, room.block_tokens, engines[0].tokens).tokens if engines else by_text
+        )
         job = await make_job(
             file, tokens_of, room.block_tokens, Lengths(), lambda line: True, lambda fault: faults.append(fault.message)
         )
