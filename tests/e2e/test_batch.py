@@ -18,9 +18,15 @@ from typing import Any
 
 import pytest
 
+from loracache.batch.servers import chat_question
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 GROUPS, MEMBERS, PREFIX, TAIL = 12, 6, 384, 20
+TEMPLATE = (
+    "{% for each in documents or [] %}{{ each.text }}{% endfor %}{{ reasoning_effort }} {{ enable_thinking }} "
+    "{{ persona }}: {{ messages[0].content }}"
+)
 BLOCK, BLOCKS = 32, 80  # room for five prefixes or so
 
 
@@ -35,9 +41,11 @@ def servers(openai_server: Any, tiny: Path, tmp_path_factory: pytest.TempPathFac
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"memory": "64MiB"},
     }
+    template = folder / "template.jinja"
+    template.write_text(TEMPLATE)
     more = (
         "--lora-modules", f"adapter={tiny / 'adapters' / 'adapter-0'}", "--block-size", str(BLOCK),
-        "--num-gpu-blocks-override", str(BLOCKS), "--enable-prompt-tokens-details",
+        "--num-gpu-blocks-override", str(BLOCKS), "--enable-prompt-tokens-details", "--chat-template", str(template),
     )  # fmt: skip
     running = []
     try:
@@ -135,6 +143,21 @@ def test_answers_are_those_of_each_request_alone_and_nothing_shared_is_computed_
     computed = report["prompt_tokens"] - report["cached_tokens"]
     assert computed <= 1.02 * plan["bound"], (computed, plan, spent)
     check_alone(server, asked, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"documents": [{"text": "a document "}], "chat_template_kwargs": {"persona": "one"}},
+        {"reasoning_effort": "none"},
+        {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_a_chats_tokens_are_those_that_the_engine_computes(server: Any, more: dict[str, Any]) -> None:
+    chat = {"model": "base", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 1} | more
+    _, asked = server.call("/tokenize", chat_question(chat))
+    _, answer = server.call("/v1/chat/completions", chat | {"return_token_ids": True})
+    assert asked["tokens"] == answer["prompt_token_ids"]
 
 
 def test_what_the_engine_cannot_do_is_that_lines_error(server: Any, tmp_path: Path) -> None:
