@@ -102,6 +102,7 @@ async def ask_all(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_
     for engine in engines:
         try:
             said.append(await ask(engine))
+            engine.there = True
         except Unavailable as error:
             engine.there, told = False, error
     if told is not None and not said:

@@ -31,6 +31,10 @@ class Fake:
         self.answered: Counter[str] = Counter()
         self.refuse: Callable[[dict[str, Any]], tuple[int, Any] | None] = lambda body: None
         self.tokenizes = self.healthy = True
+        self.hang_ups = 0
+        """How often /tokenize ends the connection in place of an answer."""
+        self.tokens: list[int] | None = None
+        """What /tokenize answers whatever it is asked; None for tokens of the prompt."""
         self.key = ""
         self.seconds = 0.0
         self.at_once = self.most_at_once = 0
@@ -131,6 +135,11 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path != "/tokenize":
                 self._send(*fake.answer(self.path, body))
+            elif fake.hang_ups > 0:
+                fake.hang_ups -= 1
+                self.close_connection = True
+            elif fake.tokens is not None:
+                self._send(200, {"tokens": fake.tokens})
             elif fake.tokenizes:
                 text = json.dumps(body.get("messages", body.get("prompt")))
                 self._send(200, {"tokens": list(text.encode())})
