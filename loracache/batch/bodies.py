@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _TEXT_BYTES = 4  # of text that stand for a token where nobody tokenizes
+_MOST_ANSWERS, _MOST_TOKENS = 1 << 16, 1 << 24  # more is the server's to refuse; a plan's sums fit 64 bits
 
 
 def adapter_of(line: Line) -> str:
@@ -39,7 +40,7 @@ def salt_of(line: Line) -> str:
 def answers(line: Line) -> int:
     """How many answers it asks for."""
     count = line.body.get("n", 1)
-    return count if type(count) is int and count > 0 else 1
+    return min(count, _MOST_ANSWERS) if type(count) is int and count > 0 else 1
 
 
 def answer_limit(line: Line) -> int | None:
@@ -49,7 +50,7 @@ def answer_limit(line: Line) -> int | None:
     for name in ("max_completion_tokens", "max_tokens"):
         limit = line.body.get(name)
         if type(limit) is int and limit >= 0:
-            return limit
+            return min(limit, _MOST_TOKENS)
     return None if line.path == "/v1/chat/completions" else 16  # a completion's default, OpenAI's and vLLM's
 
 

@@ -10,6 +10,8 @@ from loracache.batch.samples import Samples
 
 __all__ = ["EngineReport", "Report"]
 
+_MOST_TOKENS = 1 << 40  # that an engine may say; more is no count
+
 
 @dataclass(slots=True)
 class EngineReport:
@@ -81,4 +83,4 @@ class Report:
 
 
 def _whole(value: object) -> int:
-    return value if type(value) is int else 0
+    return value if type(value) is int and 0 <= value <= _MOST_TOKENS else 0
