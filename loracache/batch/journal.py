@@ -22,6 +22,7 @@ from loracache.errors import ConfigError
 __all__ = ["Journal", "Order", "Recorded"]
 
 _VERSION = 1
+_KEPT = "what is answered is kept, and the same command goes on"
 
 
 class Order(StrEnum):
@@ -48,10 +49,14 @@ class Journal:
 
     def __init__(self, output: Path, digest: str) -> None:
         self._output = output
+        if not output.name:
+            raise ConfigError("the output's name is empty; give -o OUT.jsonl")
         self._path = output.with_name(output.name + ".partial")
-        if output.exists() and not self._path.exists():
-            raise ConfigError(f"{output} is there already, and no run of it is unfinished; remove it or name another")
         try:
+            if output.exists() and not self._path.exists():
+                raise ConfigError(
+                    f"{output} is there already, and no run of it is unfinished; remove it or name another"
+                )
             self._file: IO[bytes] = self._path.open("a+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -75,10 +80,10 @@ class Journal:
     def _begin(self, digest: str) -> None:
         """Read what is there, and cut off a record that a kill left unfinished."""
         self._file.seek(0)
-        head = self._file.readline()
-        if not head.endswith(b"\n"):
+        head, own = self._file.readline(), {"batch": _VERSION, "input": digest}
+        if _json(own).startswith(head) and not head.endswith(b"\n"):
             self._file.truncate(0)
-            self._write({"batch": _VERSION, "input": digest})
+            self._write(own)
             return
         try:
             said = json.loads(head)
@@ -93,11 +98,15 @@ class Journal:
             if not record.endswith(b"\n"):
                 self._file.truncate(at)
                 return
-            found = json.loads(record)
-            if found["passing"]:
-                self._places.pop(found["line"], None)
+            try:
+                found = json.loads(record)
+                number, passing = int(found["line"]), found["passing"]
+            except (ValueError, KeyError, TypeError):  # the machine lost power: it is asked again
+                continue
+            if passing:
+                self._places.pop(number, None)
             else:
-                self._places[found["line"]] = at
+                self._places[number] = at
 
     def add(
         self, number: int, output: dict[str, Any], *, failed: bool = False, passing: bool = False, decode: int = 0
@@ -112,15 +121,20 @@ class Journal:
             yield Recorded(found["line"], found["failed"], found["passing"], found["decode"])
 
     def finish(self, order: str) -> None:
-        """Write the output from the journal, and take the journal away."""
+        """Write the output from the journal, and take the journal away. Raises ConfigError where that cannot be."""
         by_line = [self._places[number] for number in sorted(self._places)]
         ready = self._output.with_name(self._output.name + ".tmp")
-        with ready.open("wb") as file:
-            for found in self._records(by_line if order == Order.INPUT else sorted(by_line)):
-                file.write(_json(found["output"]))
-            file.flush()
-            os.fsync(file.fileno())
-        ready.replace(self._output)
+        try:
+            with ready.open("wb") as file:
+                for found in self._records(by_line if order == Order.INPUT else sorted(by_line)):
+                    file.write(_json(found["output"]))
+                file.flush()
+                os.fsync(file.fileno())
+            ready.replace(self._output)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                ready.unlink()
+            raise ConfigError(f"{ready} cannot be written: {error.strerror}; {_KEPT}") from None
         self._path.unlink()
         self.close()
 
@@ -129,7 +143,8 @@ class Journal:
         if not self._file.closed:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, which a write has told
+                self._file.close()
 
     def _records(self, places: list[int]) -> Iterator[dict[str, Any]]:
         for place in places:
@@ -140,12 +155,19 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> int:
         """Append it; where it begins. Flushed to the system: it outlives a kill of this process."""
-        self._file.seek(0, os.SEEK_END)
-        at = self._file.tell()
-        self._file.write(_json(record))
-        self._file.flush()
+        try:
+            self._file.seek(0, os.SEEK_END)
+            at = self._file.tell()
+            self._file.write(_json(record))
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be written: {error.strerror}; {_KEPT}") from None
         return at
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass") + b"\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
+        return json.dumps(value, separators=(",", ":")).encode() + b"\n"

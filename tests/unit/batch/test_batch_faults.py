@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from loracache.batch import driver
+from loracache.batch.journal import Journal
+from loracache.batch.lines import BatchFile
 from tests.unit.batch.openai_fake import Fake, answers, request, run, write
 
 
@@ -53,3 +58,85 @@ def test_usage_that_is_no_count_counts_nothing(server: Fake, tmp_path: Path) -> 
     assert run(source, "-o", tmp_path / "o", "--url", server.url, "--report", report).exit_code == 0
     told = json.loads(report.read_text())
     assert [told[name] for name in ("prompt_tokens", "completion_tokens", "cached_tokens")] == [0, 0, 0]
+
+
+# -- what is written ----------
+
+
+def test_what_utf8_cannot_say_is_escaped_in_the_output(server: Fake, tmp_path: Path) -> None:
+    lines = [request(0) | {"custom_id": "half \ud800"}, request(1, prompt="half \udc00"), request(2, prompt="größer")]
+    output = tmp_path / "out.jsonl"
+    assert run(write(tmp_path / "in.jsonl", lines), "-o", output, "--url", server.url).exit_code == 0
+    assert [each["custom_id"] for each in answers(output)] == [line["custom_id"] for line in lines]  # read as UTF-8
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 50, b"7", b"{}"], ids=["zeros", "number", "object"])
+def test_a_record_that_the_disk_has_damaged_is_answered_again(server: Fake, tmp_path: Path, damage: bytes) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(number) for number in range(5)]), tmp_path / "out.jsonl"
+    with (
+        contextlib.closing(BatchFile(str(source))) as file,
+        contextlib.closing(Journal(output, file.digest)) as journal,
+    ):
+        for number in (1, 2, 3):
+            journal.add(number, {"custom_id": f"id-{number - 1}"})
+    partial = output.with_name("out.jsonl.partial")
+    records = partial.read_bytes().split(b"\n")
+    partial.write_bytes(b"\n".join([*records[:2], damage, *records[3:]]))
+    done = run(source, "-o", output, "--url", server.url)
+    assert done.exit_code == 0, done.output
+    assert [each["custom_id"] for each in answers(output)] == [f"id-{number}" for number in range(5)]
+    assert len(server.asked) == 3
+
+
+def test_a_file_that_is_no_journal_is_not_cut(server: Fake, tmp_path: Path) -> None:
+    source = tmp_path / "out.jsonl.partial"  # the input, without a newline at its end
+    source.write_text(json.dumps(request(0)))
+    done = run(source, "-o", tmp_path / "out.jsonl", "--url", server.url)
+    assert (done.exit_code, "is of another input" in done.stderr) == (2, True)
+    assert json.loads(source.read_text()) == request(0)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300], ids=["empty", "long"])
+def test_a_name_that_no_file_can_have_is_refused(server: Fake, tmp_path: Path, name: str) -> None:
+    done = run(write(tmp_path / "in.jsonl", [request(0)]), "-o", name and tmp_path / name, "--url", server.url)
+    assert (done.exit_code, done.stderr.startswith("loracache: ")) == (2, True)
+
+
+def test_a_full_disk_is_told_and_what_is_answered_is_kept(server: Fake, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(number) for number in range(30)]), tmp_path / "out.jsonl"
+    words = [sys.executable, "-m", "loracache", "batch", "run", source, "-o", output, "--url", server.url]
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "sys.argv = sys.argv[1:]; runpy.run_module('loracache', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", limited, *map(str, words[2:])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("loracache: ")
+    assert "cannot be written: File too large; what is answered is kept" in done.stderr
+    assert [each.name for each in sorted(tmp_path.iterdir())] == ["in.jsonl", "out.jsonl.partial"]
+    recorded = output.with_name("out.jsonl.partial").read_bytes().count(b"\n") - 1
+    assert recorded
+    server.asked.clear()
+    assert run(source, "-o", output, "--url", server.url).exit_code == 0
+    assert len(server.asked) == 30 - recorded
+    assert [each["custom_id"] for each in answers(output)] == [f"id-{number}" for number in range(30)]
+
+
+def test_two_runs_do_not_write_one_output(server: Fake, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    with contextlib.closing(BatchFile(str(source))) as file, contextlib.closing(Journal(output, file.digest)):
+        done = run(source, "-o", output, "--url", server.url)
+    assert (done.exit_code, "is another run's that is under way" in done.stderr) == (2, True)
+    assert not server.asked
+
+
+def test_an_output_that_cannot_be_written_leaves_the_journal(server: Fake, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.tmp").mkdir()
+    done = run(source, "-o", output, "--url", server.url)
+    assert (done.exit_code, "out.jsonl.tmp cannot be written: Is a directory" in done.stderr) == (2, True)
+    (tmp_path / "out.jsonl.tmp").rmdir()
+    assert run(source, "-o", output, "--url", server.url).exit_code == 0
+    assert len(server.asked) == len(answers(output)) == 1
