@@ -74,7 +74,9 @@ async def make_job(
         limit, count = answer_limit(line), answers(line)
         tokens = await task
         hasher.add(tokens, adapter=adapter_of(line), salt=salt_of(line), decode=count * lengths.expected(limit))
-        most.append(count * (lengths.expected(None) if limit is None else limit))
+        end = len(tokens) % block_tokens  # of the prompt: each answer stands in blocks of its own behind a copy of it
+        longest = end + (lengths.expected(None) if limit is None else limit)
+        most.append(count * -(-longest // block_tokens) * block_tokens - end)
         numbers.append(line.number)
 
     try:

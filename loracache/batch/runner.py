@@ -154,13 +154,15 @@ class Runner:
         self._record(fault.number, _output(fault.custom_id, None, error), failed=True)
 
     def _take(self, line: Line, answer: Answer, engine: EngineReport) -> None:
-        if answer.status == 200:
+        if answer.status == 200 and isinstance(answer.body, dict):
             response = {"status_code": 200, "request_id": uuid.uuid4().hex, "body": answer.body}
             decode = self.report.count(answer.body, engine) // answers(line)
             self._record(line.number, _output(line.custom_id, response, None), decode=decode)
             return
         body = answer.body
-        told = body.get("error", body) if isinstance(body, dict) else {"message": str(body)}
+        told = (body.get("error") or body) if isinstance(body, dict) else {"message": str(body)}
+        if answer.status == 200:
+            told = {"code": "no_answer", "message": f"the server answered 200 and no JSON object: {str(body)[:200]!r}"}
         response = {"status_code": answer.status, "request_id": uuid.uuid4().hex, "body": body}
         error = told if answer.status else {"code": "unavailable", **told}
         passing = not answer.status or answer.status in PASSING

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from loracache.batch import driver
+from loracache.batch.job import Lengths, make_job
 from loracache.batch.journal import Journal
-from loracache.batch.lines import BatchFile
+from loracache.batch.lines import BatchFile, Line
+from loracache.keys import TokenArray, token_array
 from tests.unit.batch.openai_fake import Fake, answers, request, run, write
 
 
@@ -58,6 +61,43 @@ def test_usage_that_is_no_count_counts_nothing(server: Fake, tmp_path: Path) -> 
     assert run(source, "-o", tmp_path / "o", "--url", server.url, "--report", report).exit_code == 0
     told = json.loads(report.read_text())
     assert [told[name] for name in ("prompt_tokens", "completion_tokens", "cached_tokens")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("body", ["<html>log in</html>", "", "[1]", "null"])
+def test_a_page_in_the_place_of_an_answer_is_an_error(server: Fake, tmp_path: Path, body: str) -> None:
+    server.refuse = lambda asked: (200, body)
+    output = tmp_path / "out.jsonl"
+    assert run(write(tmp_path / "in.jsonl", [request(0)]), "-o", output, "--url", server.url).exit_code == 4
+    (found,) = answers(output)
+    assert found["error"]["code"] == "no_answer"
+
+
+@pytest.mark.parametrize("body", [{}, {"error": None}, {"error": {}}])
+def test_a_refusal_without_a_word_is_an_error_all_the_same(server: Fake, tmp_path: Path, body: dict[str, None]) -> None:
+    server.refuse = lambda asked: (400, body)
+    output = tmp_path / "out.jsonl"
+    assert run(write(tmp_path / "in.jsonl", [request(0)]), "-o", output, "--url", server.url).exit_code == 4
+    (found,) = answers(output)
+    assert found["error"] is not None
+    assert found["response"]["status_code"] == 400
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "limit", "blocks"),
+    [(15, 1, 1, 1), (15, 8, 1, 8), (36, 8, 16, 2 + 8 * 2), (32, 3, 16, 2 + 3), (32, 2, 0, 2), (5, 1, None, 17)],
+)
+def test_each_of_several_answers_holds_blocks_of_its_own(
+    tmp_path: Path, tokens: int, count: int, limit: int | None, blocks: int
+) -> None:
+    body = {"prompt": [1] * tokens, "n": count, "max_tokens": limit, "messages": [{}]}
+    line = {"custom_id": "a", "url": "/v1/chat/completions" if limit is None else "/v1/completions", "body": body}
+
+    async def tokens_of(line: Line) -> TokenArray:
+        return token_array(line.body["prompt"])
+
+    with contextlib.closing(BatchFile(str(write(tmp_path / "in.jsonl", [line])))) as file:
+        job = asyncio.run(make_job(file, tokens_of, 16, Lengths(), lambda line: True, lambda fault: None))
+    assert job.blocks.largest == sum(job.blocks.size[item] for item in job.blocks.path(0)) == blocks
 
 
 # -- what is written ----------
