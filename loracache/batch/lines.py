@@ -26,6 +26,7 @@ __all__ = ["PATHS", "BatchFile", "Line", "LineFault"]
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _MOST_LINE = 256 << 20  # bytes
+_PART = 1 << 20  # of a line that may be longer than memory
 _GZIP = b"\x1f\x8b"
 
 
@@ -57,14 +58,16 @@ class BatchFile:
         self._file = self._opened(path)
         self._starts = array("q")
         digest = hashlib.sha256()
-        at = 0
-        for line in self._file:
-            digest.update(line)
-            if line.strip():
-                self._starts.append(at)
-            else:
+        begin = at = 0
+        while part := self._file.readline(_PART):
+            digest.update(part)
+            if begin == at:
                 self._starts.append(-1)
-            at += len(line)
+            if part.strip():
+                self._starts[-1] = begin
+            at += len(part)
+            if part.endswith(b"\n"):
+                begin = at
         self.digest = digest.hexdigest()
         """Of the whole text."""
 

@@ -8,11 +8,12 @@ import contextlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from loracache.batch import driver
+from loracache.batch import driver, lines
 from loracache.batch.job import Lengths, make_job
 from loracache.batch.journal import Journal
 from loracache.batch.lines import BatchFile, Line
@@ -43,11 +44,41 @@ def test_token_ids_that_are_none_are_told(server: Fake, tmp_path: Path) -> None:
         assert (done.exit_code, "answered no list of token ids" in done.output) == (1, True)
 
 
+@pytest.mark.parametrize("part", [1, 7, 1 << 20])
+def test_a_line_that_is_too_long_is_named_and_the_rest_runs(
+    server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(lines, "_MOST_LINE", 1000)
+    monkeypatch.setattr(lines, "_PART", part)
+    source = tmp_path / "in.jsonl"
+    wanted = [" " * 2000, request(0), request(1, prompt="x" * 1000), "", request(2)]
+    source.write_bytes(write(source, wanted).read_bytes()[:-1])  # the last line has no newline
+    output = tmp_path / "out.jsonl"
+    assert run(source, "-o", output, "--url", server.url).exit_code == 4
+    first, wrong, last = answers(output)
+    assert (first["custom_id"], last["custom_id"]) == ("id-0", "id-2")
+    assert (wrong["error"]["line"], "longer than" in wrong["error"]["message"]) == (3, True)
+
+
+def test_a_line_as_long_as_memory_is_never_held(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    with source.open("wb") as file:
+        file.truncate(64 << 20)
+    tracemalloc.start()
+    try:
+        with contextlib.closing(BatchFile(str(source))) as batch:
+            assert batch.requests == 1
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20
+
+
 @pytest.mark.parametrize("more", [{"max_tokens": 10**30}, {"max_tokens": 2**62}, {"n": 10**30}])
 def test_counts_beyond_all_bounds_are_the_servers_to_refuse(server: Fake, tmp_path: Path, more: dict[str, int]) -> None:
-    lines = [request(0), request(1, **more), request(2, **more), request(3, **more)]
+    asked = [request(0), request(1, **more), request(2, **more), request(3, **more)]
     output = tmp_path / "out.jsonl"
-    done = run(write(tmp_path / "in.jsonl", lines), "-o", output, "--url", server.url)
+    done = run(write(tmp_path / "in.jsonl", asked), "-o", output, "--url", server.url)
     assert done.exit_code == 0, done.output
     assert len(answers(output)) == 4
     assert len([body for body in server.asked if more.items() <= body.items()]) == 3
@@ -104,10 +135,10 @@ def test_each_of_several_answers_holds_blocks_of_its_own(
 
 
 def test_what_utf8_cannot_say_is_escaped_in_the_output(server: Fake, tmp_path: Path) -> None:
-    lines = [request(0) | {"custom_id": "half \ud800"}, request(1, prompt="half \udc00"), request(2, prompt="größer")]
+    asked = [request(0) | {"custom_id": "half \ud800"}, request(1, prompt="half \udc00"), request(2, prompt="größer")]
     output = tmp_path / "out.jsonl"
-    assert run(write(tmp_path / "in.jsonl", lines), "-o", output, "--url", server.url).exit_code == 0
-    assert [each["custom_id"] for each in answers(output)] == [line["custom_id"] for line in lines]  # read as UTF-8
+    assert run(write(tmp_path / "in.jsonl", asked), "-o", output, "--url", server.url).exit_code == 0
+    assert [each["custom_id"] for each in answers(output)] == [line["custom_id"] for line in asked]  # read as UTF-8
 
 
 @pytest.mark.parametrize("damage", [b"\0" * 50, b"7", b"{}"], ids=["zeros", "number", "object"])
