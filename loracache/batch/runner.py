@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loracache.backoff import Backoff
 from loracache.batch.bodies import answers
 from loracache.batch.driver import PASSING, Crew, Driver, Limits, Room
 from loracache.batch.engine import Engine, ask_all, ask_one
@@ -24,11 +25,12 @@ from loracache.batch.pins import Pins
 from loracache.batch.report import EngineReport, Report
 from loracache.batch.shares import Shares
 from loracache.batch.tokenizing import Tokenizing
-from loracache.errors import UsageError
+from loracache.errors import Unavailable, UsageError
 from loracache.keys import TokenArray
 
 __all__ = ["Limits", "Room", "Runner", "room_of"]
 
+_PAUSES_S = (0.5, 5.0)  # while prompts are tokenized and no engine is there
 _OTHER_KV, _OTHER_BLOCK = 1 << 18, 16  # tokens, of engines that do not say
 
 
@@ -144,7 +146,15 @@ class Runner:
         return number not in self.journal
 
     async def _tokens(self, line: Line) -> TokenArray:
-        return await ask_one(self.engines, lambda engine: engine.tokens(line))
+        """A prompt's. Raises Unavailable where no engine is there for longer than the patience."""
+        deadline, pauses = time.monotonic() + self.limits.patience, Backoff(*_PAUSES_S)
+        while True:
+            try:
+                return await ask_one(self.engines, lambda engine: engine.tokens(line))
+            except Unavailable:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(pauses.next())
 
     def _fault(self, fault: LineFault) -> None:
         """A line that is no request gets its line in the output, once."""

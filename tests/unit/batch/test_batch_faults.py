@@ -29,12 +29,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- while it is planned ----------
 
 
-def test_a_server_that_hangs_up_while_prompts_are_tokenized_is_asked_again(server: Fake, tmp_path: Path) -> None:
-    server.hang_ups = 1
+@pytest.mark.parametrize("hang_ups", [1, 12])
+def test_a_server_that_hangs_up_while_prompts_are_tokenized_is_waited_for(
+    server: Fake, tmp_path: Path, hang_ups: int
+) -> None:
+    server.hang_ups = hang_ups
     source, output = write(tmp_path / "in.jsonl", [request(number) for number in range(5)]), tmp_path / "out.jsonl"
     done = run(source, "-o", output, "--url", server.url)
     assert done.exit_code == 0, done.output
     assert len(answers(output)) == 5
+
+
+def test_a_server_that_tokenizes_nothing_within_the_patience_ends_the_run(server: Fake, tmp_path: Path) -> None:
+    server.hang_ups = 1 << 30
+    source = write(tmp_path / "in.jsonl", [request(0)])
+    done = run(source, "-o", tmp_path / "out.jsonl", "--url", server.url, "--patience", 0.2)
+    assert (done.exit_code, "closed the connection" in done.stderr) == (1, True)
 
 
 def test_token_ids_that_are_none_are_told(server: Fake, tmp_path: Path) -> None:
