@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 
+from loracache import CacheClient
 from loracache.batch.servers import chat_question
+from loracache.client.control import Selection
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -179,9 +181,7 @@ def test_what_the_engine_cannot_do_is_that_lines_error(server: Any, tmp_path: Pa
     assert [each["error"] is None for each in found] == [False, False, False, True]
 
 
-def test_a_batch_starts_an_engine_of_its_own_pins_what_its_groups_share_and_ends_it(
-    tiny: Path, tmp_path: Path, short_tmp: Path
-) -> None:
+def test_a_batch_starts_an_engine_of_its_own_and_ends_it(tiny: Path, tmp_path: Path, short_tmp: Path) -> None:
     source, output, report = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "report.json"
     asked = [body | {"model": "base"} for body in bodies()]
     asked.append({"model": "base", "prompt": [301] * 40, "max_tokens": 4})
@@ -205,6 +205,37 @@ def test_a_batch_starts_an_engine_of_its_own_pins_what_its_groups_share_and_ends
     assert told["pin_failures"] == 0
     left = subprocess.run(["pgrep", "-f", str(short_tmp)], capture_output=True, text=True, check=False).stdout
     assert not left
+
+
+def test_prefixes_of_groups_are_pinned_while_they_run_and_nothing_else_is_stored(
+    tiny: Path, tmp_path: Path, daemon: Any
+) -> None:
+    url = daemon(memory="64MiB", page_size="4KiB").url
+    source, output, report = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "report.json"
+    asked = [body | {"model": "base"} for body in bodies("pinned")] + [{"model": "base", "prompt": [301] * 200}]
+    lines = [{"custom_id": str(n), "url": "/v1/completions", "body": body} for n, body in enumerate(asked)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    transfer = {
+        "kv_connector": "LoRACacheConnector",
+        "kv_connector_module_path": "loracache.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"server": url, "chunk_tokens": BLOCK},
+    }
+    command = [
+        sys.executable, "-m", "loracache", "batch", "run", str(source), "-o", str(output), "--report", str(report),
+        "--model", str(tiny / "model"), "--socket", url.removeprefix("unix://"), "--running", "4", "--",
+        "--served-model-name", "base", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
+        "--block-size", str(BLOCK), "--num-gpu-blocks-override", str(BLOCKS),
+        "--kv-transfer-config", json.dumps(transfer),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(report.read_text())
+    shared = GROUPS * PREFIX // BLOCK
+    assert (told["pinned"], told["pin_failures"]) == (shared, 0)
+    with CacheClient(url) as client:
+        assert client.unpin(Selection(model="*")) == 0
+        assert client.evict(Selection(model="*")).objects == shared
 
 
 def test_two_engines_share_a_batch_and_neither_computes_what_the_other_does(
