@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -90,6 +91,12 @@ class ChildEngine:
     ) -> None:
         self._end()
 
+    async def watch(self) -> None:
+        """Without end. Raises ConfigError, with the end of its log, when the engine or the daemon has ended."""
+        while True:
+            self._check()
+            await asyncio.sleep(_LOOK_S)
+
     def _start(self, command: list[str], name: str) -> None:
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
@@ -126,7 +133,7 @@ class ChildEngine:
             self._check(deadline)
             await asyncio.sleep(0.02)
 
-    def _check(self, deadline: float) -> None:
+    def _check(self, deadline: float = math.inf) -> None:
         for process, log in self._running:
             if process.poll() is not None:
                 said = log.read_text(errors="replace")[-_LAST_LINES:]

@@ -257,12 +257,26 @@ async def _send(
 async def _send_to_own(
     file: BatchFile, journal: Journal, own: _Own, engines: Engines, limits: Limits, folder: Path, socket: Path | None
 ) -> Report:
-    """To an engine that is started for it, and ends with it."""
+    """To an engine that is started for it, and ends with it. Raises ConfigError when it ends before."""
+    import asyncio
+
     from loracache.batch.child import ChildEngine
 
     async with ChildEngine(own.model, own.options, folder, own.memory, socket) as child:
         servers = replace(engines, url=[child.url]).engines()
-        return await _send(file, journal, servers, engines, limits, child.socket, prioritized=child.prioritized)
+        watch = asyncio.create_task(child.watch())  # nobody starts it again: it is not waited for
+        sent = asyncio.create_task(
+            _send(file, journal, servers, engines, limits, child.socket, prioritized=child.prioritized)
+        )
+        try:
+            done, _ = await asyncio.wait([sent, watch], return_when=asyncio.FIRST_COMPLETED)
+            if sent not in done:
+                await watch
+            return await sent
+        finally:
+            for task in (sent, watch):
+                task.cancel()
+            await asyncio.gather(sent, watch, return_exceptions=True)
 
 
 def _show_plan(batch: str, engines: Engines, as_json: bool) -> None:

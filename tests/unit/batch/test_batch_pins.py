@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,26 @@ def test_an_engine_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path:
 
     with pytest.raises(ConfigError, match="the engine ended with 1: no such option"):
         asyncio.run(enter())
+
+
+def test_an_engine_of_its_own_that_ends_in_the_middle_is_told_with_the_end_of_its_log(
+    servers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = servers()
+    engine.seconds = 8.0
+
+    class Child(ChildEngine):
+        async def __aenter__(self) -> ChildEngine:
+            self.url = engine.url
+            self._start([sys.executable, "-c", "import sys; sys.exit('out of memory')"], "engine")
+            return self
+
+    monkeypatch.setattr("loracache.batch.child.ChildEngine", Child)
+    source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    began = time.monotonic()
+    done = run(source, "-o", output, "--model", "it", "--socket", tmp_path / "none")
+    assert (done.exit_code, "the engine ended with 1: out of memory" in done.stderr) == (2, True)
+    assert time.monotonic() - began < 6
 
 
 def test_the_daemon_of_a_batch_is_not_alone_while_the_engine_starts(tmp_path: Path) -> None:

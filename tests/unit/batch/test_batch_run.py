@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import itertools
@@ -87,6 +88,9 @@ def test_an_engine_of_its_own_is_told_the_plans_order(
         def __init__(self, *options: Any) -> None:
             super().__init__(self)
             self.prioritized = prioritized
+
+        async def watch(self) -> None:
+            await asyncio.sleep(60)
 
     monkeypatch.setattr("loracache.batch.child.ChildEngine", Child)
     lines = [request(number, priority=9) if number == 3 else request(number) for number in range(20)]
