@@ -28,7 +28,7 @@ def chat(number: int, text: str, **more: Any) -> dict[str, Any]:
 
 
 def own(number: int) -> dict[str, Any]:
-    return chat(OWN + number, f"{number:04} begins like no other" + " here" * (number % 3))
+    return chat(OWN + number, f"{number:04} begins like no other" + " here" * (number % 32))
 
 
 def true_length(text: str) -> int:
