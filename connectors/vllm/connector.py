@@ -38,6 +38,7 @@ from loracache.connectors.vllm.scheduler.hit_sources import hits_by_source
 from loracache.connectors.vllm.scheduler.resets import hook_scheduler_class
 from loracache.connectors.vllm.scheduler.side import SchedulerSide
 from loracache.connectors.vllm.scheduler.within_step import PrefixCache
+from loracache.connectors.vllm.worker.runner_hook import hook_runner_class
 from loracache.connectors.vllm.worker.side import WorkerSide
 from loracache.errors import ConfigError
 from loracache.groups import Need
@@ -66,6 +67,8 @@ _log = logging.getLogger(__name__)
 class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Finds KV that was computed before, in LoRACache. Configured by `kv_connector_extra_config` (options.py)."""
 
+    lets_go_first = True  # runner_hook.py
+
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         log_as_vllm_does()
@@ -82,6 +85,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.layer_by_layer = options.layer_by_layer
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._let_go_for: StepPlan | None = None
         self._outbox, self._inbox = ReportOutbox(), ReportInbox()
         self._identity: ModelIdentity | None = None
         problem = uncacheable(vllm_config, kv_cache_config)
@@ -140,6 +144,7 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See WorkerSide."""
         assert self._worker is not None
         self._worker.register_kv_caches(kv_caches)
+        hook_runner_class()
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
@@ -162,9 +167,10 @@ class LoRACacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._worker.facts
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Let go of blocks that this step may overwrite."""
+        """Let go of blocks that this step may overwrite, where it is not done (runner_hook.py)."""
         assert self._worker is not None
-        if isinstance(kv_connector_metadata, StepPlan):
+        if isinstance(kv_connector_metadata, StepPlan) and kv_connector_metadata is not self._let_go_for:
+            self._let_go_for = kv_connector_metadata
             self._worker.handle_preemptions(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:

@@ -31,7 +31,8 @@ class Step:
 
 
 class FakeWorker:
-    """One worker: a rank of its stage. shares: layers that share the KV of another."""
+    """One worker: a rank of its stage. Like vLLM's second model runner it takes on a step, and writes to blocks for
+    that, before it calls the connector. shares: layers that share the KV of another."""
 
     def __init__(
         self,
@@ -48,7 +49,9 @@ class FakeWorker:
         from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups, allocate_kv_cache
 
         from loracache.connectors.vllm import LoRACacheConnector
+        from loracache.connectors.vllm.worker.runner_hook import hook_runner_class
 
+        hook_runner_class(type(self))
         vllm_config = copy.deepcopy(vllm_config)
         vllm_config.parallel_config.rank = place.number
         patched.setattr(parallel_state, "get_tp_group", lambda: SimpleNamespace(rank_in_group=place.rank))
@@ -64,24 +67,28 @@ class FakeWorker:
         if shares:  # as a model runner does it, on groups of its own, once the connector has seen those without
             add_kv_sharing_layers_to_kv_cache_groups(shares, copy.deepcopy(config).kv_cache_groups)
             tensors |= {name: tensors[owner] for name, owner in shares.items()}
-        self._runner = runner.ActiveKVConnector(vllm_config, tensors)
+        self.kv_connector = runner.ActiveKVConnector(vllm_config, tensors)
+
+    def update_requests(self, output: Any) -> None:
+        """Take on a step."""
+        self.model.take(output)
 
     def take(self, step: Step) -> Any:
         """What a worker does in a step."""
         from vllm.v1.outputs import ModelRunnerOutput
 
-        self.model.take(step.output)
+        self.update_requests(step.output)
         if not step.runs:
-            return copy.copy(self._runner.no_forward(step.output))  # vLLM's own may be one for all workers
-        self._runner.pre_forward(step.output)
+            return copy.copy(self.kv_connector.no_forward(step.output))  # vLLM's own may be one for all workers
+        self.kv_connector.pre_forward(step.output)
         sampled = [self.model.compute(run) for run in step.runs]
-        self._runner.finish_forward()
+        self.kv_connector.finish_forward()
         names = [run.request.request_id for run in step.runs]
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=sampled,
-            kv_connector_output=self._runner.post_forward(step.output.finished_req_ids),
+            kv_connector_output=self.kv_connector.post_forward(step.output.finished_req_ids),
         )
 
 
