@@ -38,9 +38,11 @@ def salt_of(line: Line) -> str:
 
 
 def answers(line: Line) -> int:
-    """How many answers it asks for."""
-    count = line.body.get("n", 1)
-    return min(count, _MOST_ANSWERS) if type(count) is int and count > 0 else 1
+    """How many answers it asks for: `n` to each of its prompts."""
+    count, prompt = line.body.get("n", 1), line.body.get("prompt")
+    several = isinstance(prompt, list) and all(isinstance(each, str | list) for each in prompt)
+    prompts = max(len(prompt), 1) if isinstance(prompt, list) and several else 1
+    return min((count if type(count) is int and count > 0 else 1) * prompts, _MOST_ANSWERS)
 
 
 def answer_limit(line: Line) -> int | None:

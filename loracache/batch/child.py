@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -33,14 +34,15 @@ _LAST_LINES = 3000  # characters of a log that a message shows
 
 
 class ChildEngine:
-    """vLLM serving `model` with more of its `options`, and a daemon of `memory` behind it, or the one at `socket`.
+    """vLLM serving `model` with more of its `options`, and a daemon of `memory` behind it, or the one at `socket`. With
+    "" and None it has no cache.
 
     folder: of sockets and logs, a short path. Entered, it answers. Raises ConfigError where the engine ends instead.
     """
 
     def __init__(self, model: str, options: Sequence[str], folder: Path, memory: str, socket: Path | None) -> None:
         self.url = f"unix://{folder / 'engine.sock'}"
-        self.socket = socket or folder / "cache.sock"
+        self.socket = socket or (folder / "cache.sock" if memory else None)
         """The daemon's."""
         self._folder = folder
         self._command = [
@@ -53,7 +55,7 @@ class ChildEngine:
         """Whether requests may say their priority, and run in its order."""
         if self.prioritized:
             self._command += ["--scheduling-policy", "priority"]
-        if "--kv-transfer-config" not in given:
+        if self.socket is not None and "--kv-transfer-config" not in given:
             transfer = {
                 "kv_connector": "LoRACacheConnector",
                 "kv_connector_module_path": "loracache.connectors.vllm",
@@ -62,9 +64,10 @@ class ChildEngine:
                 "kv_connector_extra_config": {"server": f"unix://{self.socket}"},
             }
             self._command += ["--kv-transfer-config", json.dumps(transfer)]
-        self._presence = Connection(f"unix://{self.socket}", name="batch")
+        self._presence: Connection | None = None
         self._daemon: list[str] = []
-        if socket is None:
+        if socket is None and self.socket is not None:
+            self._presence = Connection(f"unix://{self.socket}", name="batch")
             serve = ["serve", "--private", "--socket", str(self.socket), "--memory", memory, "--log-level", "warning"]
             self._daemon = [sys.executable, "-m", "loracache", *serve]
         self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
@@ -74,8 +77,8 @@ class ChildEngine:
             if self._daemon:
                 self._start(self._daemon, "cache")
             self._start(self._command, "engine")  # the daemon is there long before an engine wants it
-            if self._daemon:
-                await self._wait(self._joined)
+            if self._presence is not None:
+                await self._wait(partial(_joined, self._presence))
             server = Server(self.url)
             try:
                 await self._wait_healthy(server)
@@ -109,13 +112,6 @@ class ChildEngine:
             )
         self._running.append((process, log))
 
-    def _joined(self) -> bool:
-        """Whether we are among the daemon's clients: alone it would end, and an engine may take many minutes until it
-        connects."""
-        with contextlib.suppress(Unavailable):
-            self._presence.connect()
-        return self._presence.connected
-
     async def _wait_healthy(self, server: Server) -> None:
         async def healthy() -> bool:
             with contextlib.suppress(Unavailable, ProtocolError):
@@ -143,7 +139,8 @@ class ChildEngine:
 
     def _end(self) -> None:
         """The engine first, then the daemon that it stores to."""
-        self._presence.close()
+        if self._presence is not None:
+            self._presence.close()
         for process, _ in reversed(self._running):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
@@ -154,6 +151,14 @@ class ChildEngine:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self._running.clear()
+
+
+def _joined(presence: Connection) -> bool:
+    """Whether we are among the daemon's clients: alone it would end, and an engine may take many minutes until it
+    connects."""
+    with contextlib.suppress(Unavailable):
+        presence.connect()
+    return presence.connected
 
 
 def _main() -> None:

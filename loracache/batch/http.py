@@ -18,6 +18,7 @@ from loracache.errors import ProtocolError, Unavailable
 __all__ = ["Answer", "Server"]
 
 _CONNECT_S = 10.0
+_SENT_WHOLE = 1 << 20  # bytes of a body; a longer one goes by way of a thread
 _KEPT_S = 4.0  # a connection that nobody uses: less than the 5 s after which vLLM's server closes it
 
 
@@ -65,7 +66,7 @@ class Server:
             async with session.request(
                 method,
                 self._base + path,
-                data=None if content is None else io.BytesIO(content),
+                data=io.BytesIO(content) if content and len(content) > _SENT_WHOLE else content,
                 headers={} if content is None else {"Content-Type": "application/json"},
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=min(seconds, _CONNECT_S)),

@@ -13,8 +13,9 @@ import numpy as np
 from loracache.batch.bodies import adapter_of, answer_limit, answers, salt_of, text_tokens
 from loracache.batch.holding import Blocks
 from loracache.batch.lines import BatchFile, Line, LineFault
-from loracache.batch.plan import Plan, make_plan
+from loracache.batch.plan import Figures, Plan, make_plan
 from loracache.batch.prompts import PromptHasher
+from loracache.errors import UsageError
 from loracache.keys import TokenArray
 
 __all__ = ["ANSWER_TOKENS", "Job", "Lengths", "by_text", "make_job"]
@@ -52,6 +53,18 @@ class Job:
     plan: Plan
     lines: Sequence[int]
     blocks: Blocks
+
+    def figures(self, kv_tokens: int, running: int) -> Figures:
+        """See Plan. Raises UsageError that names the line of a request that does not fit."""
+        prompts = self.plan.prompts
+        tokens = prompts.tokens + prompts.decode
+        most = int(tokens.argmax()) if len(tokens) else 0
+        if len(tokens) and -(-tokens[most] // prompts.block_tokens) > kv_tokens // prompts.block_tokens:
+            raise UsageError(
+                f"line {self.lines[most]}: its prompt and answer, {tokens[most]:,} tokens, do not fit a KV cache of "
+                f"{kv_tokens:,} tokens; take it out, or give --kv-tokens of an engine that has room"
+            )
+        return self.plan.figures(kv_tokens, running)
 
 
 async def make_job(

@@ -25,7 +25,7 @@ from loracache.batch.pins import Pins
 from loracache.batch.report import EngineReport, Report
 from loracache.batch.shares import Shares
 from loracache.batch.tokenizing import Tokenizing
-from loracache.errors import Unavailable, UsageError
+from loracache.errors import ConfigError, Unavailable, UsageError
 from loracache.keys import TokenArray
 
 __all__ = ["Limits", "Room", "Runner", "room_of"]
@@ -71,6 +71,8 @@ class Runner:
             job = await self._planned()
             self.report.planned_seconds = time.monotonic() - began
             await self._drive(job)
+            with contextlib.suppress(UsageError):  # a request that fits no engine was refused
+                self.report.plan = job.figures(self.room.kv_tokens, self.limits.running).as_dict()
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         finally:
@@ -85,7 +87,8 @@ class Runner:
 
         async def send(driver: Driver, request: int) -> None:
             line = self.file.line(job.lines[request])
-            assert isinstance(line, Line)
+            if not isinstance(line, Line):
+                raise ConfigError(f"{self.file.name} was changed while its batch runs: {line.message}")
             body = line.body if pins is None else pins.body(request, line)
             if places is not None:
                 body = body | {"priority": int(places[request])}
@@ -130,7 +133,7 @@ class Runner:
                 lengths.add(earlier.decode)
         self.report.requests = self.file.requests
         self.on_change(self.report)
-        job = await make_job(
+        return await make_job(
             self.file,
             Tokenizing(self.file, self._wanted, self.room.block_tokens, self._tokens).tokens,
             self.room.block_tokens,
@@ -138,9 +141,6 @@ class Runner:
             self._wanted,
             self._fault,
         )
-        with contextlib.suppress(UsageError):  # a request that fits no engine is refused when it is sent
-            self.report.plan = job.plan.figures(self.room.kv_tokens, self.limits.running).as_dict()
-        return job
 
     def _wanted(self, number: int) -> bool:
         return number not in self.journal

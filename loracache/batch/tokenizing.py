@@ -17,8 +17,9 @@ from loracache.batch.bodies import adapter_of, begins_with_its_text, given_token
 from loracache.batch.lines import BatchFile, Line
 from loracache.keys import TokenArray
 
-__all__ = ["Tokenizing"]
+__all__ = ["Tokenizing", "any_alike"]
 
+_UNKNOWN = -1  # which no hash of Python's is
 _SAMPLED = 32  # prompts that share nothing and are tokenized all the same: how many tokens texts have
 
 
@@ -65,22 +66,36 @@ def _line_above(samples: list[tuple[int, int]]) -> tuple[float, float]:
     return float((y - slope * x).max()), slope
 
 
+def any_alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> bool:
+    """Whether any two of the lines that are `wanted` may share a block of KV; also where the text does not tell."""
+    seen: set[int] = set()
+    for line in file.lines():
+        if isinstance(line, Line) and wanted(line.number) and (found := _beginning(line, block_tokens)) is not None:
+            if found == _UNKNOWN or found in seen:
+                return True
+            seen.add(found)
+    return False
+
+
 def _alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> npt.NDArray[np.bool_]:
-    """For each number of a line, whether it may share a block of KV with another: the text that a block stands for, or
-    more, is another's too, of the same adapter and salt. True also where the text does not tell."""
+    """The same of each line, at its number."""
     found = np.zeros(len(file) + 1, np.bool_)
     numbers, beginnings = array("q"), array("q")
     for line in file.lines():
-        if not isinstance(line, Line) or not wanted(line.number):
-            continue
-        if given_tokens(line) is not None or not begins_with_its_text(line):
-            found[line.number] = True
-            continue
-        text = text_tokens(line)[:block_tokens]
-        if len(text) == block_tokens:
+        if isinstance(line, Line) and wanted(line.number) and (begins := _beginning(line, block_tokens)) is not None:
+            found[line.number] = begins == _UNKNOWN
             numbers.append(line.number)
-            beginnings.append(hash((adapter_of(line), salt_of(line), text.tobytes())))
+            beginnings.append(begins)
     if numbers:
         _, kind, count = np.unique(np.frombuffer(beginnings, np.int64), return_inverse=True, return_counts=True)
         found[np.frombuffer(numbers, np.int64)[count[kind] > 1]] = True
     return found
+
+
+def _beginning(line: Line, block_tokens: int) -> int | None:
+    """A hash of the text that a block of KV stands for, or more, with the adapter and the salt: what begins with other
+    text shares none. None where there is less than a block, _UNKNOWN where the text does not tell."""
+    if given_tokens(line) is not None or not begins_with_its_text(line):
+        return _UNKNOWN
+    text = text_tokens(line)[:block_tokens]
+    return hash((adapter_of(line), salt_of(line), text.tobytes())) if len(text) == block_tokens else None

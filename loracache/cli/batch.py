@@ -39,6 +39,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Offline batches in OpenAI's format.", no_args_is_help=True)
 
 _MOST_TOKENS = 1 << 40
+_BLOCK_TOKENS = 16  # of an engine's block of KV, where it has not said
 _InputArgument = Annotated[str, typer.Argument(metavar="IN", help="Requests, .jsonl, gzipped or not; -: from stdin.")]
 
 
@@ -261,8 +262,11 @@ async def _send_to_own(
     import asyncio
 
     from loracache.batch.child import ChildEngine
+    from loracache.batch.tokenizing import any_alike
 
-    async with ChildEngine(own.model, own.options, folder, own.memory, socket) as child:
+    shared = any_alike(file, lambda number: number not in journal, engines.block_tokens or _BLOCK_TOKENS)
+    memory = own.memory if shared else ""  # nothing would be found in it
+    async with ChildEngine(own.model, own.options, folder, memory, socket) as child:
         servers = replace(engines, url=[child.url]).engines()
         watch = asyncio.create_task(child.watch())  # nobody starts it again: it is not waited for
         sent = asyncio.create_task(
@@ -314,7 +318,7 @@ async def _figures(file: BatchFile, options: Engines) -> tuple[Figures, list[str
     finally:
         for engine in engines:
             await engine.server.close()
-    return job.plan.figures(room.kv_tokens, options.running), faults
+    return job.figures(room.kv_tokens, options.running), faults
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -221,3 +221,15 @@ def test_an_output_that_cannot_be_written_leaves_the_journal(server: Fake, tmp_p
     (tmp_path / "out.jsonl.tmp").rmdir()
     assert run(source, "-o", output, "--url", server.url).exit_code == 0
     assert len(server.asked) == len(answers(output)) == 1
+
+
+def test_a_file_that_is_changed_while_it_runs_is_told(server: Fake, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [request(number) for number in range(40)])
+
+    def cut(body: object) -> None:
+        source.write_text("{\n" * 40)
+
+    server.refuse = cut
+    done = run(source, "-o", tmp_path / "out.jsonl", "--url", server.url, "--running", 1)
+    assert done.exit_code == 2
+    assert "was changed while its batch runs" in done.output

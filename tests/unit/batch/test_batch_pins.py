@@ -111,6 +111,22 @@ def test_an_engine_schedules_by_priority_unless_it_is_told_how(tmp_path: Path) -
         assert (child._command.count("--scheduling-policy") - options.count("--scheduling-policy") == 1) is prioritized
 
 
+def test_a_batch_that_shares_nothing_has_no_cache_behind_its_engine(tmp_path: Path, monkeypatch: Any) -> None:
+    made: list[tuple[str, Path | None]] = []
+
+    def engine(model: str, options: object, folder: Path, memory: str, socket: Path | None) -> ChildEngine:
+        made.append((memory, socket))
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("loracache.batch.child.ChildEngine", engine)
+    for number, (prompts, more) in enumerate((("ab", ()), ("aa", ()), ("ab", ("--socket", "s")))):
+        lines = [request(at, prompt=prompt * 300) for at, prompt in enumerate(prompts)]
+        run(write(tmp_path / "in", lines), "-o", tmp_path / f"out{number}", "--model", "m", "--memory", "2MiB", *more)
+    assert made == [("", None), ("2MiB", None), ("", Path("s").absolute())]
+    alone = ChildEngine("none", [], tmp_path, "", None)
+    assert (alone.socket, alone._daemon, "--kv-transfer-config" in alone._command) == (None, [], False)
+
+
 def test_an_engine_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     child = ChildEngine("none", [], tmp_path, "1MiB", tmp_path / "cache.sock")
     child._command = [sys.executable, "-c", "import sys; sys.exit('no such option')"]

@@ -42,6 +42,13 @@ def test_a_dry_run_shows_what_the_plan_saves_and_sends_nothing(server: Fake, tmp
         assert rows[name].split() == [f"{figures[key]:,}", f"{figures[key] - figures['bound']:,}"]
 
 
+def test_a_dry_run_names_the_line_that_no_engine_has_room_for(server: Fake, tmp_path: Path) -> None:
+    lines = [request(0), request(1, max_tokens=KV_BLOCKS * BLOCK), request(2)]
+    shown = run(write(tmp_path / "in.jsonl", lines), "--dry-run", "--url", server.url)
+    assert shown.exit_code == 2
+    assert re.search(r"line 2: its prompt and answer, 1,\d+ tokens, do not fit a KV cache of 1,024", shown.output)
+
+
 @pytest.mark.parametrize("how", ["by text", "no tokenizer"])
 def test_text_stands_for_tokens_where_nobody_tokenizes(server: Fake, tmp_path: Path, how: str) -> None:
     source = write(tmp_path / "in.jsonl", [request(number) for number in range(100)])

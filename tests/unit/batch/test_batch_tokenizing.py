@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 
 from loracache.batch.lines import BatchFile, Line
 from loracache.batch.servers import chat_question
-from loracache.batch.tokenizing import _SAMPLED, Tokenizing
+from loracache.batch.tokenizing import _SAMPLED, Tokenizing, any_alike
 from loracache.keys import TokenArray
-from tests.unit.batch.openai_fake import write
+from tests.unit.batch.openai_fake import request, write
 
 BLOCK = 16
 LONG = "x" * 200
@@ -28,7 +29,7 @@ def chat(number: int, text: str, **more: Any) -> dict[str, Any]:
 
 
 def own(number: int) -> dict[str, Any]:
-    return chat(OWN + number, f"{number:04} begins like no other" + " here" * (number % 32))
+    return chat(-1 - number, f"{number:04} begins like no other" + " here" * (number % 32))
 
 
 def true_length(text: str) -> int:
@@ -124,3 +125,22 @@ def test_tokenize_is_asked_for_all_that_a_template_is_given() -> None:
     told = body | {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}
     assert chat_question(told)["chat_template_kwargs"] == {"reasoning_effort": "low", "enable_thinking": False}
     assert chat_question(body | {"documents": [{}], "chat_template_kwargs": "odd"})["chat_template_kwargs"] == "odd"
+
+
+@pytest.mark.parametrize(
+    ("lines", "alike"),
+    [
+        ([], False),
+        ([chat(0, LONG)], False),
+        ([chat(0, LONG), chat(1, LONG)], True),
+        ([chat(0, LONG), chat(1, LONG, model="other")], False),
+        ([request(0, prompt=[1, 2, 3])], True),  # nobody has looked
+        ([chat(0, "a", tools=[{}])], True),
+        (["no JSON"], False),
+    ],
+)
+def test_whether_any_two_may_share(tmp_path: Path, lines: list[Any], alike: bool) -> None:
+    source = write(tmp_path / "in.jsonl", [own(number) for number in range(OWN)] + lines)
+    with contextlib.closing(BatchFile(str(source))) as file:
+        assert any_alike(file, lambda number: True, BLOCK) == alike
+        assert not any_alike(file, lambda number: number <= OWN, BLOCK)

@@ -72,7 +72,8 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     ranks: of tensor parallelism. heads: KV heads of all ranks together, of the model and of layers that have another
     number. stages: the numbers of the layers of each stage of a pipeline. shares: layers that share another's KV.
-    drafts: a method of speculative decoding. sees: prompts have images. More arguments are options of the connector.
+    drafts: a method of speculative decoding. sees: prompts have images. ahead: as FakeEngine has it. More arguments are
+    options of the connector.
     """
     made: list[FakeEngine] = []
 
@@ -90,6 +91,7 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         drafts: str = "",
         kv_dtype: str = "auto",
         sees: bool = False,
+        ahead: bool = False,
         **extra: Any,
     ) -> FakeEngine:
         specs = kinds()[kind]
@@ -118,7 +120,7 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         if drafts:
             config.speculative_config = _drafts(config, drafts)
         layers = [{name: specs[name] for name in part} for part in parts]
-        made.append(FakeEngine(config, layers, monkeypatch, shares, all_heads))
+        made.append(FakeEngine(config, layers, monkeypatch, shares, all_heads, ahead=ahead))
         if sees:
             made[-1].see()
         return made[-1].ready()

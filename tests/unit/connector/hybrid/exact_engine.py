@@ -113,7 +113,8 @@ def _configs(vllm_config: Any, stages: Sequence[dict[str, Any]]) -> tuple[list[A
 
 class FakeEngine:
     """One engine, step by step. Its blocks are few, so that requests preempt each other. stages: the layers of each
-    stage of a pipeline, each of which computes a step when the one before it is at the next. heads: of all ranks."""
+    stage of a pipeline, each of which computes a step when the one before it is at the next. heads: of all ranks.
+    ahead: a step is planned before the tokens of the one before it are known, on one stage."""
 
     def __init__(
         self,
@@ -122,10 +123,13 @@ class FakeEngine:
         patched: pytest.MonkeyPatch,
         shares: Mapping[str, str] | None = None,
         heads: Mapping[str, int] | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
         from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
         from vllm.utils.hashing import get_hash_fn_by_name
         from vllm.v1.core import kv_cache_utils as utils
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
 
         ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -138,7 +142,7 @@ class FakeEngine:
         grammars: Any = SimpleNamespace(
             accept_tokens=lambda request, tokens: True, validate_tokens=lambda request, tokens: tokens
         )
-        self.scheduler = Scheduler(vllm_config, scheduling, grammars, block, unit)
+        self.scheduler = (AsyncScheduler if ahead else Scheduler)(vllm_config, scheduling, grammars, block, unit)
         self.stages = [
             [
                 FakeWorker(
@@ -157,6 +161,7 @@ class FakeEngine:
         self.workers = [worker for stage in self.stages for worker in stage]
         self._aggregator = KVOutputAggregator(len(self.workers))
         self._flying: deque[Step] = deque()
+        self._ahead = ahead
         self._drafts = random.Random("drafts") if vllm_config.speculative_config is not None else None
         self._draft_tokens = vllm_config.num_speculative_tokens
         self.accepted = 0
@@ -220,7 +225,7 @@ class FakeEngine:
         for stage, workers in enumerate(self.stages[: len(self._flying)]):
             at = self._flying[-1 - stage]
             at.results += [worker.take(at) for worker in workers]
-        if len(self._flying) == len(self.stages):
+        if len(self._flying) == len(self.stages) + self._ahead or (self._ahead and not output.num_scheduled_tokens):
             self._end(self._flying.popleft())
         if not output.num_scheduled_tokens:
             time.sleep(0.001)
@@ -231,7 +236,8 @@ class FakeEngine:
         end = request.num_computed_tokens
         start = end - output.num_scheduled_tokens[request_id]
         self.external.setdefault(request_id, start)
-        return Run(request, start, end, tuple(drafts), samples=end - len(drafts) == request.num_tokens)
+        samples = not request.is_prefill_chunk if self._ahead else end - len(drafts) == request.num_tokens
+        return Run(request, start, end, tuple(drafts), samples)
 
     def _end(self, step: Step) -> None:
         result = self._aggregator.aggregate(step.results, len(step.results) - 1)

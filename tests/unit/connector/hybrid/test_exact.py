@@ -169,6 +169,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("steps"), st.integers(1, 6)),
         st.tuples(st.just("abort"), st.integers(0, 3)),
         st.tuples(st.just("forget")),
+        st.tuples(st.just("reset")),
         st.tuples(st.just("evict"), st.integers(0, 1 << 16)),
         st.tuples(st.just("break"), st.integers(0, 1 << 16)),
     ),
@@ -184,12 +185,14 @@ ACTIONS = st.lists(
     step_tokens=st.sampled_from((33, 64, 131)),
     blocks=st.sampled_from((64, 300)),
     caching=st.booleans(),
+    ahead=st.booleans(),
+    chunk_tokens=st.sampled_from((32, 64, 96)),
 )
 def test_whatever_happens_nothing_wrong_is_computed_upon(
-    kind: str, make_engine: Any, serving: Any, actions: list[Any], step_tokens: int, blocks: int, caching: bool
+    kind: str, make_engine: Any, serving: Any, actions: list[Any], caching: bool, **how: Any
 ) -> None:
     caching = caching or "state" in kind  # without, vLLM keeps states elsewhere: such a model is not cached
-    engine = make_engine(kind, serving.url, blocks=blocks, step_tokens=step_tokens, caching=caching)
+    engine = make_engine(kind, serving.url, caching=caching, **how)
     try:
         act(engine, serving, actions)
     finally:
@@ -214,6 +217,9 @@ def act(engine: Any, serving: Any, actions: list[Any]) -> None:
                     engine.abort(asked[-1 - details[0]])
             case "forget":
                 settle(engine, serving)
+            case "reset":
+                waiting = [each for each in engine.scheduler.requests.values() if "REMOTE" in each.status.name]
+                engine.scheduler.reset_prefix_cache(reset_running_requests=not waiting)
             case "evict" | "break":
                 with serving.client() as client:
                     damage(client, what, random.Random(details[0]))
