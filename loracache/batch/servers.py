@@ -62,6 +62,11 @@ def chat_question(body: dict[str, Any]) -> dict[str, Any]:
 def token_ids(answer: object, url: str) -> list[int]:
     """Of an answer of /tokenize. Raises ProtocolError."""
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
-    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise ProtocolError(f"{url}/tokenize answered no list of token ids; is it a vLLM server?")
+    wrong = [tokens] if not isinstance(tokens, list) else [each for each in tokens if not _is_token(each)]
+    if wrong or not isinstance(tokens, list):
+        raise ProtocolError(f"{url}/tokenize answered no list of token ids: {wrong[0]!r:.40}; is it a vLLM server?")
     return tokens
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31

@@ -71,9 +71,8 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """make_engine("full, window", url, blocks=400, step_tokens=64) starts one that is ready.
 
     ranks: of tensor parallelism. heads: KV heads of all ranks together, of the model and of layers that have another
-    number. stages: the numbers of the layers of each stage of a pipeline. shares: layers that share another's KV.
-    drafts: a method of speculative decoding. sees: prompts have images. ahead: as FakeEngine has it. More arguments are
-    options of the connector.
+    number. stages: the numbers of the layers of each stage of a pipeline. drafts: a method of speculative decoding.
+    sees: prompts have images. shares, ahead: as FakeEngine has them. More arguments are options of the connector.
     """
     made: list[FakeEngine] = []
 
