@@ -189,10 +189,12 @@ ACTIONS = st.lists(
     chunk_tokens=st.sampled_from((32, 64, 96)),
 )
 def test_whatever_happens_nothing_wrong_is_computed_upon(
-    kind: str, make_engine: Any, serving: Any, actions: list[Any], caching: bool, **how: Any
+    kind: str, make_engine: Any, serving: Any, actions: list[Any], caching: bool, blocks: int, ahead: bool, **how: Any
 ) -> None:
     caching = caching or "state" in kind  # without, vLLM keeps states elsewhere: such a model is not cached
-    engine = make_engine(kind, serving.url, caching=caching, **how)
+    # A step that is planned before the last one is over has blocks of both: with fewer, vLLM preempts a request for
+    # itself, without end.
+    engine = make_engine(kind, serving.url, caching=caching, ahead=ahead, blocks=2 * blocks if ahead else blocks, **how)
     try:
         act(engine, serving, actions)
     finally:
