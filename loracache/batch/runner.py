@@ -28,10 +28,10 @@ from loracache.batch.tokenizing import Tokenizing
 from loracache.errors import ConfigError, Unavailable, UsageError
 from loracache.keys import TokenArray
 
-__all__ = ["Limits", "Room", "Runner", "room_of"]
+__all__ = ["OTHER_BLOCK", "Limits", "Room", "Runner", "room_of"]
 
 _PAUSES_S = (0.5, 5.0)  # while prompts are tokenized and no engine is there
-_OTHER_KV, _OTHER_BLOCK = 1 << 18, 16  # tokens, of engines that do not say
+OTHER_BLOCK, _OTHER_KV = 16, 1 << 18  # tokens, of engines that do not say
 
 
 async def room_of(engines: Sequence[Engine], kv_tokens: int | None, block_tokens: int | None) -> Room:
@@ -42,7 +42,7 @@ async def room_of(engines: Sequence[Engine], kv_tokens: int | None, block_tokens
     blocks = [each.block_tokens for each in facts if each.block_tokens]
     return Room(
         kv_tokens or min(rooms, default=_OTHER_KV),
-        block_tokens or max(blocks, default=_OTHER_BLOCK),
+        block_tokens or max(blocks, default=OTHER_BLOCK),
     )
 
 

@@ -62,9 +62,9 @@ def chat_question(body: dict[str, Any]) -> dict[str, Any]:
 def token_ids(answer: object, url: str) -> list[int]:
     """Of an answer of /tokenize. Raises ProtocolError."""
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
-    wrong = [tokens] if not isinstance(tokens, list) else [each for each in tokens if not _is_token(each)]
-    if wrong or not isinstance(tokens, list):
-        raise ProtocolError(f"{url}/tokenize answered no list of token ids: {wrong[0]!r:.40}; is it a vLLM server?")
+    if not isinstance(tokens, list) or not all(map(_is_token, tokens)):
+        wrong = next(each for each in tokens if not _is_token(each)) if isinstance(tokens, list) else tokens
+        raise ProtocolError(f"{url}/tokenize answered no list of token ids: {wrong!r:.40}; is it a vLLM server?")
     return tokens
 
 

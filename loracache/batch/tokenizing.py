@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -69,11 +69,10 @@ def _line_above(samples: list[tuple[int, int]]) -> tuple[float, float]:
 def any_alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> bool:
     """Whether any two of the lines that are `wanted` may share a block of KV; also where the text does not tell."""
     seen: set[int] = set()
-    for line in file.lines():
-        if isinstance(line, Line) and wanted(line.number) and (found := _beginning(line, block_tokens)) is not None:
-            if found == _UNKNOWN or found in seen:
-                return True
-            seen.add(found)
+    for _, begins in _beginnings(file, wanted, block_tokens):
+        if begins == _UNKNOWN or begins in seen:
+            return True
+        seen.add(begins)
     return False
 
 
@@ -81,21 +80,26 @@ def _alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) ->
     """The same of each line, at its number."""
     found = np.zeros(len(file) + 1, np.bool_)
     numbers, beginnings = array("q"), array("q")
-    for line in file.lines():
-        if isinstance(line, Line) and wanted(line.number) and (begins := _beginning(line, block_tokens)) is not None:
-            found[line.number] = begins == _UNKNOWN
-            numbers.append(line.number)
-            beginnings.append(begins)
+    for number, begins in _beginnings(file, wanted, block_tokens):
+        found[number] = begins == _UNKNOWN
+        numbers.append(number)
+        beginnings.append(begins)
     if numbers:
         _, kind, count = np.unique(np.frombuffer(beginnings, np.int64), return_inverse=True, return_counts=True)
         found[np.frombuffer(numbers, np.int64)[count[kind] > 1]] = True
     return found
 
 
-def _beginning(line: Line, block_tokens: int) -> int | None:
-    """A hash of the text that a block of KV stands for, or more, with the adapter and the salt: what begins with other
-    text shares none. None where there is less than a block, _UNKNOWN where the text does not tell."""
-    if given_tokens(line) is not None or not begins_with_its_text(line):
-        return _UNKNOWN
-    text = text_tokens(line)[:block_tokens]
-    return hash((adapter_of(line), salt_of(line), text.tobytes())) if len(text) == block_tokens else None
+def _beginnings(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> Iterator[tuple[int, int]]:
+    """(number, beginning) of each line that is `wanted` and has a block or more: a hash of the text that a block of KV
+    stands for, or more, with the adapter and the salt; what begins otherwise shares none. _UNKNOWN where the text does
+    not tell."""
+    for line in file.lines():
+        if not isinstance(line, Line) or not wanted(line.number):
+            continue
+        if given_tokens(line) is not None or not begins_with_its_text(line):
+            yield line.number, _UNKNOWN
+            continue
+        text = text_tokens(line)[:block_tokens]
+        if len(text) == block_tokens:
+            yield line.number, hash((adapter_of(line), salt_of(line), text.tobytes()))

@@ -39,7 +39,6 @@ __all__ = ["app"]
 app = typer.Typer(help="Offline batches in OpenAI's format.", no_args_is_help=True)
 
 _MOST_TOKENS = 1 << 40
-_BLOCK_TOKENS = 16  # of an engine's block of KV, where it has not said
 _InputArgument = Annotated[str, typer.Argument(metavar="IN", help="Requests, .jsonl, gzipped or not; -: from stdin.")]
 
 
@@ -262,9 +261,10 @@ async def _send_to_own(
     import asyncio
 
     from loracache.batch.child import ChildEngine
+    from loracache.batch.runner import OTHER_BLOCK
     from loracache.batch.tokenizing import any_alike
 
-    shared = any_alike(file, lambda number: number not in journal, engines.block_tokens or _BLOCK_TOKENS)
+    shared = any_alike(file, lambda number: number not in journal, engines.block_tokens or OTHER_BLOCK)
     memory = own.memory if shared else ""  # nothing would be found in it
     async with ChildEngine(own.model, own.options, folder, memory, socket) as child:
         servers = replace(engines, url=[child.url]).engines()
