@@ -40,7 +40,8 @@ FORGETS = (0.002, 0.2)  # of a state per token and unit of time step, first head
 class Model:
     """An architecture. config: makes its configuration. kinds: of its groups (loracache.groups.Need), in the
     connector's order. block: tokens of the largest block of a group. blocks: of an engine in which ten requests of 300
-    tokens have no room. engine: more of vLLM's arguments. image: whether it sees. flags: of CPUs that run it.
+    tokens, with answers of `answer`, have no room. engine: more of vLLM's arguments. image: whether it sees. flags: of
+    CPUs that run it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Model:
     block: int
     blocks: int
     engine: dict[str, Any] = field(default_factory=dict)
+    answer: int = 40
     image: bool = False
     flags: frozenset[str] = frozenset()
     image_token = IMAGE
@@ -214,8 +216,9 @@ MODELS = {
         Model("mistral", _mistral, ("window",), 32, 160),
         Model("llama4", _llama4, ("all", "span"), 32, 160),
         Model("qwen3_next", _qwen3_next, ("all", "state"), 64, 100, _half(64), flags=AMX),
-        # In longer steps vLLM 0.32 takes states out of their middle, and on a CPU ends with an IndexError there.
-        Model("granite_hybrid", _granite_hybrid, ("all", "state"), 32, 110, {"max_num_batched_tokens": 32}),
+        # In longer steps vLLM 0.32 takes states out of their middle, and on a CPU ends with an IndexError there. In
+        # short ones prompts come in one by one: answers have to be long for ten to be there at once.
+        Model("granite_hybrid", _granite_hybrid, ("all", "state"), 32, 110, {"max_num_batched_tokens": 32}, answer=120),
         # Without any cache, too, vLLM 0.32 on a CPU answers otherwise when a prompt is cut otherwise, or has company.
         Model("lfm2", _lfm2, ("all", "state"), 32, 160, {"max_num_batched_tokens": 32}),
         Model("gemma3n", _gemma3n, ("all", "window"), 32, 160),

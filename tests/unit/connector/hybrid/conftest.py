@@ -72,7 +72,8 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     ranks: of tensor parallelism. heads: KV heads of all ranks together, of the model and of layers that have another
     number. stages: the numbers of the layers of each stage of a pipeline. drafts: a method of speculative decoding.
-    sees: prompts have images. shares, ahead: as FakeEngine has them. More arguments are options of the connector.
+    sees: prompts have images. match_unit: tokens between places where hits of vLLM's own prefix cache end, of models
+    with states; 0: a block. shares, ahead: as FakeEngine has them. More arguments are options of the connector.
     """
     made: list[FakeEngine] = []
 
@@ -90,6 +91,7 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         drafts: str = "",
         kv_dtype: str = "auto",
         sees: bool = False,
+        match_unit: int = 0,
         ahead: bool = False,
         **extra: Any,
     ) -> FakeEngine:
@@ -105,17 +107,11 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         cache.cache_dtype = kv_dtype
         cache.kv_cache_layout = "LBHNC"
         cache.mamba_cache_mode = "align"
+        cache.prefix_match_unit = match_unit or None
         parts = [[list(specs)[layer] for layer in stage] for stage in stages] or [list(specs)]
         config.parallel_config.tensor_parallel_size = ranks
         config.parallel_config.pipeline_parallel_size = len(parts)
-        total, others = heads or (2 * ranks, {})
-        config.model_config.model_arch_config.total_num_kv_heads = total
-        config.model_config.hf_text_config.num_key_value_heads = total
-        config.model_config.hf_text_config.other_key_value_heads = list(others.values())
-        all_heads = {name: others.get(name, total) for name in specs} if heads else {}
-        for name, count in all_heads.items():
-            specs[name] = dataclasses.replace(specs[name], num_kv_heads=max(1, count // ranks))
-        all_heads |= {name: 1 for name, spec in specs.items() if "MLA" in type(spec).__name__}
+        all_heads = _deal_heads(config.model_config, specs, ranks, heads)
         if drafts:
             config.speculative_config = _drafts(config, drafts)
         layers = [{name: specs[name] for name in part} for part in parts]
@@ -127,6 +123,21 @@ def make_engine(plain_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield make
     for engine in made:
         engine.close()
+
+
+def _deal_heads(
+    model: Any, specs: dict[str, Any], ranks: int, heads: tuple[int, Mapping[str, int]] | None
+) -> dict[str, int]:
+    """Tell the model's configuration and the specs of one rank how many KV heads there are; answers those of layers
+    that have other than two a rank."""
+    total, others = heads or (2 * ranks, {})
+    model.model_arch_config.total_num_kv_heads = total
+    model.hf_text_config.num_key_value_heads = total
+    model.hf_text_config.other_key_value_heads = list(others.values())
+    all_heads = {name: others.get(name, total) for name in specs} if heads else {}
+    for name, count in all_heads.items():
+        specs[name] = dataclasses.replace(specs[name], num_kv_heads=max(1, count // ranks))
+    return all_heads | {name: 1 for name, spec in specs.items() if "MLA" in type(spec).__name__}
 
 
 def _drafts(config: Any, method: str) -> Any:

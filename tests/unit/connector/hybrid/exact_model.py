@@ -119,10 +119,10 @@ class Run:
     samples: bool = True
 
     def tokens(self) -> list[int]:
-        """All up to the end. Where an image is, its content."""
+        """All up to the end. Where an image or a video is, its content: its frames in their order."""
         found = list(self.request.all_token_ids[: self.end - len(self.drafts)]) + list(self.drafts)
         for feature in self.request.mm_features or ():
-            content = int(feature.data["pixels"].data.sum())
+            content = sum(number * frame for number, frame in enumerate(feature.data["pixels"].data.tolist(), 1))
             first, length = feature.mm_position.offset, feature.mm_position.length
             found[first : first + length] = [content + at for at in range(length)][: max(0, len(found) - first)]
         if len(found) < self.end:  # an engine that plans ahead does not know all yet

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that share another's KV, images, and KV of several dtypes, where a model has windows. Every step of these
-engines looks at every byte that it reads (exact_model.py); the hash of a token is there of the images before it, too.
+"""Layers that share another's KV, images and videos, and KV of several dtypes, where a model has windows. Every step of
+these engines looks at every byte that it reads (exact_model.py); the hash of a token is there of the images before it,
+too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ def prompt() -> Callable[..., list[int]]:
 
 def image(value: int, at: int, *, identifier: str = "") -> Any:
     """One of eight tokens, of which `value` is the content."""
+    return item("image", [value], at, identifier or f"image-{value}")
+
+
+def item(modality: str, frames: list[int], at: int, identifier: str) -> Any:
     from vllm.multimodal.inputs import (
         MultiModalBatchedField,
         MultiModalFeatureSpec,
@@ -42,11 +47,11 @@ def image(value: int, at: int, *, identifier: str = "") -> Any:
         PlaceholderRange,
     )
 
-    pixels = MultiModalFieldElem(data=torch.tensor([value]), field=MultiModalBatchedField())
+    pixels = MultiModalFieldElem(data=torch.tensor(frames), field=MultiModalBatchedField())
     return MultiModalFeatureSpec(
         data=MultiModalKwargsItem({"pixels": pixels}),
-        modality="image",
-        identifier=identifier or f"image-{value}",
+        modality=modality,
+        identifier=identifier,
         mm_position=PlaceholderRange(offset=at, length=8),
     )
 
@@ -72,6 +77,27 @@ def test_an_image_is_what_it_shows_and_where_in_every_group(
         assert engine.answer(tokens, media=others) == reach, others
         settle(engine, serving)
     assert engine.answer(tokens, media=[image(1, 70)]) == 224
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_video_is_its_frames_in_their_order_and_where_they_are(
+    kind: str, make_engine: Any, serving: Any, prompt: Any
+) -> None:
+    engine = make_engine(kind, serving.url, sees=True)
+    tokens = with_image(prompt(250), 70)
+
+    def video(frames: list[int], at: int, identifier: str) -> list[Any]:
+        return [item("video", frames, at, identifier)]
+
+    assert engine.answer(tokens, media=video([5, 6, 7], 70, "first")) == 0
+    settle(engine, serving)
+    assert engine.answer(tokens, media=video([5, 6, 7], 70, "a name of its caller's")) == 224
+    engine.forget()
+    others = video([7, 6, 5], 70, "back"), video([5, 6], 70, "short"), video([5, 6, 7], 69, "first")
+    for media in (*others, [item("image", [5, 6, 7], 70, "still")]):
+        assert engine.answer(tokens, media=media) == 64, media  # what is before it
+        settle(engine, serving)
+    assert engine.answer(tokens, media=video([5, 6, 7], 70, "first")) == 224
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
