@@ -59,6 +59,8 @@ class Engine:
         models = await self.server.get("/v1/models", _ASK_S)
         if models.status in (401, 403):
             raise Rejected(f"{self.server.url} refuses the API key ({models.status}); set VLLM_API_KEY")
+        if models.status >= 500:  # a proxy answers for an engine that is not there yet
+            raise Unavailable(f"{self.server.url}/v1/models answered {models.status}")
         if models.status != 200:
             raise Rejected(f"{self.server.url}/v1/models answered {models.status}; is it an OpenAI server?")
         metrics = await self.server.get("/metrics", _ASK_S)

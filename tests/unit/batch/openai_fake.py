@@ -30,7 +30,7 @@ class Fake:
         self.asked: list[dict[str, Any]] = []
         self.answered: Counter[str] = Counter()
         self.refuse: Callable[[dict[str, Any]], tuple[int, Any] | None] = lambda body: None
-        self.tokenizes = self.healthy = True
+        self.tokenizes = self.healthy = self.lists = True
         self.hang_ups = 0
         """How often /tokenize ends the connection in place of an answer."""
         self.tokens: list[int] | None = None
@@ -124,7 +124,7 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             elif self.path == "/metrics":
                 labels = f'block_size="{BLOCK}",engine="0",num_gpu_blocks="{KV_BLOCKS + 1}"'
                 self._send(200, f"# HELP\nvllm:cache_config_info{{{labels}}} 1.0\n")
-            elif self.path == "/health" and not fake.healthy:
+            elif (self.path == "/health" and not fake.healthy) or (self.path == "/v1/models" and not fake.lists):
                 self._send(503, "")
             elif self.path in ("/v1/models", "/health"):
                 self._send(200, {"data": [{"id": "base"}]})

@@ -214,6 +214,29 @@ def test_a_proxy_that_answers_for_an_engine_that_restarts_costs_no_request_its_t
     assert 4 <= report["retries"] == len(proxy.asked) - 20 < 20
 
 
+def test_a_proxy_whose_engine_has_not_started_is_an_engine_that_is_not_there_yet(
+    servers: Callable[..., Fake], tmp_path: Path
+) -> None:
+    there, proxy = servers(), servers()
+    proxy.healthy = proxy.lists = False
+    source, output = write(tmp_path / "in.jsonl", lines(40)), tmp_path / "out.jsonl"
+    alone, _ = sent(source, output, proxy)
+    assert alone.exit_code == 1
+    assert f"127.0.0.1:{proxy.port}/v1/models answered 503" in alone.stderr
+
+    def start() -> None:
+        until(lambda: len(there.asked) >= 4)
+        proxy.healthy = proxy.lists = True
+
+    there.seconds = 0.1
+    with meanwhile(start):
+        done, _ = sent(source, output, there, proxy, more=("--running", 2))
+    assert done.exit_code == 0, done.output
+    assert whole(output, 40)
+    assert there.asked
+    assert proxy.asked
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_line_is_answered_once_whatever_dies(
     servers: Callable[..., Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
