@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads that a step waits for layer by layer, on a device that does everything as late as CUDA allows: the stream that
-computes reads no layer before its bytes are there, the engine's thread waits for no copy before the step's end, and
-what is reported has ended.
+"""Loads that a step waits for layer by layer, on a device that does everything as late as CUDA allows, or computes as
+early: the stream that computes reads no layer before its bytes are there, the engine's thread waits for no copy before
+the step's end, and what is reported has ended.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ class Gpu:
         self._storer.submit(StoreJob(Store("s", SPACE, b"", plan, None, 1), None))
         assert self.done.get(timeout=20)[1] == {}
 
-    def step(self, name: str = "l") -> tuple[bool, list[int], dict[str, int]]:
+    def step(self, name: str = "l", *, early: bool = False) -> tuple[bool, list[int], dict[str, int]]:
         """Load all chunks eight blocks behind, into blocks that the step before still writes to, and read each layer
-        of them on the stream that computes; answers what the end of the step says."""
+        of them on the stream that computes; answers what the end of the step says. early: that stream runs as soon as
+        it may, else not before all has ended."""
         self.device.waiters.clear()
         for layer in self.layers:
             self._copy(layer[8 : 8 + COUNT], self._junk[:COUNT])
@@ -103,6 +104,8 @@ class Gpu:
         for number, layer in enumerate(self.layers):
             self.step_loads.wait_for_layer(f"layer.{number}")
             self._copy(self.read[number], layer[8 : 8 + COUNT])
+            if early:
+                self.device.run_ahead(self.stream)
         assert threading.main_thread() not in self.device.waiters
         ((ended, waited),) = self.step_loads.end(self.loader.alive)
         assert ended is load
@@ -151,16 +154,19 @@ def make_gpu(running: Any, plain_objects: Any, monkeypatch: pytest.MonkeyPatch) 
         gpu.close()
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("bounce_below", [STRAIGHT, BOUNCING], ids=["straight", "bouncing"])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_layer_is_read_before_its_bytes_are_there(make_gpu: Any, running: Any, seed: int, bounce_below: int) -> None:
+def test_no_layer_is_read_before_its_bytes_are_there(
+    make_gpu: Any, running: Any, seed: int, bounce_below: int, early: bool
+) -> None:
     gpu = make_gpu(seed, bounce_below)
     for round_ in range(3):
         gpu.read.zero_()
-        assert gpu.step(f"l{round_}") == (True, [], {})
+        assert gpu.step(f"l{round_}", early=early) == (True, [], {})
         for layer, content in zip(gpu.layers, gpu.content, strict=True):
             assert torch.equal(layer[8 : 8 + COUNT], content), "it was reported before it was there"
-        assert not gpu.read.any(), "the computing stream has not run yet"
+        assert early or not gpu.read.any(), "the computing stream has not run yet"
         gpu.compute_to_its_end()
         assert all(map(torch.equal, gpu.read, gpu.content))
     assert gpu.step_loads.take_news() == {}
