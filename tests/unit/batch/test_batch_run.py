@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -25,7 +26,8 @@ from loracache.batch.journal import Journal
 from loracache.batch.lines import BatchFile
 from tests.unit.batch.openai_fake import BLOCK, KV_BLOCKS, Fake, answers, request, run, said_to, write
 
-KILLS = 3  # each takes a second or more
+KILLS = int(os.environ.get("LORACACHE_BATCH_KILLS", "3"))  # each takes a second or more
+ASKED = 50 * KILLS  # of a batch that is killed so often
 
 
 @pytest.fixture
@@ -237,11 +239,12 @@ def threading_stop(fake: Fake, after: int) -> Any:
     return thread
 
 
+@pytest.mark.timeout(60 + 10 * KILLS)
 def test_a_run_that_is_killed_again_and_again_loses_no_line_and_answers_none_twice(
     server: Fake, tmp_path: Path
 ) -> None:
     server.seconds = 0.002
-    source = write(tmp_path / "in.jsonl", [*(request(number) for number in range(150)), "broken"])
+    source = write(tmp_path / "in.jsonl", [*(request(number) for number in range(ASKED)), "broken"])
     output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     command = [sys.executable, "-m", "loracache", "batch", "run", source, "-o", output, "--url", server.url]
     chance = random.Random(0)
@@ -262,11 +265,11 @@ def test_a_run_that_is_killed_again_and_again_loses_no_line_and_answers_none_twi
     assert kills == KILLS
     done = run(source, "-o", output, "--url", server.url)
     assert done.exit_code == 4, done.output
-    assert len(server.asked) - before == len({*range(1, 151)} - recorded)
+    assert len(server.asked) - before == len({*range(1, ASKED + 1)} - recorded)
     found = answers(output)
-    assert [each["custom_id"] for each in found] == [*(f"id-{number}" for number in range(150)), None]
+    assert [each["custom_id"] for each in found] == [*(f"id-{number}" for number in range(ASKED)), None]
     assert max(server.answered.values()) <= 1 + kills
-    assert sum(server.answered.values()) <= 150 + 4 * kills
+    assert sum(server.answered.values()) <= ASKED + 4 * kills
 
 
 def test_a_record_that_a_kill_cut_short_is_answered_again(server: Fake, tmp_path: Path) -> None:
