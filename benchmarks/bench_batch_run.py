@@ -5,8 +5,9 @@
 Four batches of 2,000 requests whose prompts share beginnings, and one whose prompts share nothing: 190 M model,
 bfloat16, a KV cache of about 5 % of the distinct tokens. MOONCAKE_TRACE names a trace of that format, whose hash ids
 are 16 tokens each here; without it made-up conversations stand for it. And one of 10,000 on a tiny model, for what its
-engine's KV cache holds at most. What an engine computes, and what runs together in a step, is what vLLM logs of each
-of its steps. BENCH_BATCHES names those that are wanted, with commas.
+engine's KV cache holds at most. "walk" is what `vllm run-batch` computes of the first four where their lines are sorted
+by their tokens, which is a walk down the tree of what they share. What an engine computes, and what runs together in a
+step, is what vLLM logs of each of its steps. BENCH_BATCHES names those that are wanted, with commas.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ SETS: dict[str, Callable[[int], list[Item]]] = {
     "conversations": _talks,
     "nothing shared": lambda seed: strangers(REQUESTS, 96, seed),
 }
+SHARING = [name for name in SETS if name != "nothing shared"]
 _STEP = re.compile(
     r"Iteration\(\d+\): (\d+) context requests, (\d+) context tokens, (\d+) generation requests, "
     r"(\d+) generation tokens, iteration elapsed time: ([\d.]+) ms.* KV cache usage: ([\d.]+)%"
@@ -115,13 +117,15 @@ class Done:
 
 def run(quick: bool) -> list[Row]:
     """See the module's docstring."""
-    wanted = os.environ.get("BENCH_BATCHES", ",".join([*SETS, "many"])).split(",")
+    wanted = os.environ.get("BENCH_BATCHES", ",".join([*SETS, "many", "walk"])).split(",")
     rows: list[Row] = []
     with work_folder() as folder:
         (folder / TEMPLATE).write_text("{{ messages[0]['content'] }}")
         for name in wanted:
             if name == "many":
                 rows += _many(folder, 1000 if quick else MANY)
+            elif name == "walk":
+                rows += [_walk(folder, each) for each in (SHARING[:1] if quick else SHARING)]
             else:
                 rows += _pairs(folder, name, 1 if quick else PAIRS)
     return rows
@@ -133,7 +137,7 @@ def _pairs(folder: Path, name: str, pairs: int) -> list[Row]:
     model = model_folder() / "model"
     words = _words(model)
     for number in range(pairs):
-        items = [(tokens % len(words), ANSWER) for tokens, _ in SETS[name](number)]
+        items = _items(name, number, words)
         source = folder / f"{number}.jsonl"
         _write_chats(source, items, words)
         bound, kv, longest = _bound(items)
@@ -148,6 +152,23 @@ def _pairs(folder: Path, name: str, pairs: int) -> list[Row]:
         *_told("  ", found["ours"], bounds, at_most=1.02),
         *_told("  vllm run-batch: ", found["vllm"], bounds, at_most=None),
     ]
+
+
+def _walk(folder: Path, name: str) -> Row:
+    """Prompt tokens that `vllm run-batch` computes, whose file has what shares a beginning side by side."""
+    model = model_folder() / "model"
+    words = _words(model)
+    items = _items(name, 0, words)
+    bound, kv, longest = _bound(items)
+    source = folder / "walk.jsonl"
+    _write_chats(source, sorted(items, key=lambda item: item[0].tolist()), words)
+    computed = _command("vllm", source, folder, model, kv, longest).steps.computed / bound
+    return row(f"{name}, sorted: vllm run-batch: prompt tokens computed / bound", "x", [computed])
+
+
+def _items(name: str, seed: int, words: Sequence[str]) -> list[Item]:
+    """A set whose tokens are numbers of words."""
+    return [(tokens % len(words), ANSWER) for tokens, _ in SETS[name](seed)]
 
 
 def _told(head: str, done: Sequence[Done], bounds: Sequence[int], at_most: float | None) -> list[Row]:
