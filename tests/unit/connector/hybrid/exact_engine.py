@@ -288,6 +288,14 @@ class FakeEngine:
         """The scheduler's side of the connector."""
         return self.scheduler.connector._scheduler
 
+    def reset(self) -> None:
+        """Empty vLLM's own prefix cache, and preempt all that runs where vLLM can do so: neither beside a load, nor
+        where it holds back the blocks of a step that is under way."""
+        scheduler = self.scheduler
+        loading = any("REMOTE" in each.status.name for each in scheduler.requests.values())
+        held_back = scheduler.defer_block_free and scheduler.processed_step_seq < scheduler.sched_step_seq
+        scheduler.reset_prefix_cache(reset_running_requests=not (loading or held_back))
+
     def forget(self) -> None:
         """Empty vLLM's own prefix cache."""
         assert self.scheduler.reset_prefix_cache()

@@ -243,8 +243,7 @@ def act(engine: Any, serving: Any, actions: list[Any]) -> None:
             case "forget":
                 settle(engine, serving)
             case "reset":
-                waiting = [each for each in engine.scheduler.requests.values() if "REMOTE" in each.status.name]
-                engine.scheduler.reset_prefix_cache(reset_running_requests=not waiting)
+                engine.reset()
             case "evict" | "break":
                 with serving.client() as client:
                     damage(client, what, random.Random(details[0]))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.connector.hybrid.test_exact import ACTIONS, act, settle
@@ -83,6 +83,7 @@ def test_ranks_that_hold_the_same_keep_it_once(name: str, shards: int, make_engi
 @pytest.mark.parametrize(("kind", "workers"), ENGINES)
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(actions=ACTIONS, step_tokens=st.sampled_from((33, 64, 131)), blocks=st.sampled_from((100, 300)))
+@example(actions=[("ask", 0, 9, 1), ("ask", 0, 9, 1), ("steps", 1), ("reset",)], step_tokens=33, blocks=100)
 def test_whatever_happens_no_worker_computes_upon_anything_wrong(
     kind: str,
     workers: dict[str, Any],
