@@ -3,7 +3,7 @@
 
 Real parts for whoever needs them: `daemon` starts `loracache serve` processes, `redis_server` real Redis servers,
 `client_process` clients that can be stopped and killed, `module_shell` shells for what the documents show; `eventually`
-waits, for a bounded time, until something holds.
+waits, for a bounded time, until something holds; `quickest` measures again where the machine may have stalled.
 """
 
 from __future__ import annotations
@@ -73,6 +73,17 @@ def _eventually(holds: Callable[[], Any], what: str = "", seconds: float = 15.0)
             return found
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or holds}"
         time.sleep(0.01)
+
+
+def _quickest(once: Callable[[], float], enough: float) -> float:
+    """The least of what up to five calls of `once` answer, in seconds; none more once it is below `enough`. A machine
+    stalls now and then; what takes long takes long each time."""
+    least = float("inf")
+    for _ in range(5):
+        least = min(least, once())
+        if least < enough:
+            break
+    return least
 
 
 def _environment(**more: str) -> dict[str, str]:
@@ -175,6 +186,11 @@ class RedisServer:
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., Any]:
     return _eventually
+
+
+@pytest.fixture
+def quickest() -> Callable[[Callable[[], float], float], float]:
+    return _quickest
 
 
 @pytest.fixture

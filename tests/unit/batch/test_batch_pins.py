@@ -143,7 +143,7 @@ def test_an_engine_of_its_own_that_ends_in_the_middle_is_told_with_the_end_of_it
     servers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = servers()
-    engine.seconds = 8.0
+    engine.seconds = 30.0
 
     class Child(ChildEngine):
         async def __aenter__(self) -> ChildEngine:
@@ -156,7 +156,7 @@ def test_an_engine_of_its_own_that_ends_in_the_middle_is_told_with_the_end_of_it
     began = time.monotonic()
     done = run(source, "-o", output, "--model", "it", "--socket", tmp_path / "none")
     assert (done.exit_code, "the engine ended with 1: out of memory" in done.stderr) == (2, True)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 20
 
 
 def test_the_daemon_of_a_batch_is_not_alone_while_the_engine_starts(tmp_path: Path) -> None:

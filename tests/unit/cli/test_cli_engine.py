@@ -212,7 +212,7 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000000")
     handler.end_headers()
-    for _ in range(30):
+    for _ in range(300):
         try:
             handler.wfile.write(b" ")
         except OSError:
@@ -225,7 +225,7 @@ def test_an_answer_that_drips_ends_with_the_timeout(engine: Engines) -> None:
     began = time.monotonic()
     with pytest.raises(Unavailable, match="did not answer within"):
         Engine(engine.url, timeout=0.5).tokenize({"prompt": "Hello"})
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 20  # of thirty
 
 
 def test_an_endless_answer_is_not_kept(engine: Engines, monkeypatch: pytest.MonkeyPatch) -> None:

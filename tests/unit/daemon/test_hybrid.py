@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,18 +197,24 @@ def test_keys_beside_a_chain_that_are_none_end_the_connection(running: Any, besi
         client.connection.call(protocol.Lookup(b"", b"", 1, 0.0, beside), 10)
 
 
-def test_very_many_keys_beside_a_chain_keep_nobody_waiting(running: Any, client: CacheClient) -> None:
+def test_very_many_keys_beside_a_chain_keep_nobody_waiting(
+    running: Any, client: CacheClient, quickest: Callable[..., float]
+) -> None:
     many = join_keys([os.urandom(32) for _ in range(100_000)])
-    number = client.connection.send(protocol.Lookup(b"", b"", 1, 0.0, many))
-    with CacheClient(running.url) as other:
-        longest = 0.0
-        for _ in range(30):
-            began = time.perf_counter()
-            other.lookup([bytes(32)])
-            longest = max(longest, time.perf_counter() - began)
-    _, where = client.connection.wait(number, 30).payload
-    assert where == bytes([NOWHERE]) * 100_000
-    assert longest < 0.25  # on a machine that does other things too
+
+    def longest() -> float:
+        number = client.connection.send(protocol.Lookup(b"", b"", 1, 0.0, many))
+        with CacheClient(running.url) as other:
+            longest = 0.0
+            for _ in range(30):
+                began = time.perf_counter()
+                other.lookup([bytes(32)])
+                longest = max(longest, time.perf_counter() - began)
+        _, where = client.connection.wait(number, 30).payload
+        assert where == bytes([NOWHERE]) * 100_000
+        return longest
+
+    assert quickest(longest, 0.05) < 0.05
 
 
 def test_a_client_asks_for_long_chains_in_parts(client: CacheClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,7 @@ def test_namespaces_are_in_use_as_long_as_a_connection_that_registered_them(make
         for _ in range(2):
             register = protocol.Register(space(1).descriptor(), []).encode(1)
             rig.loop.within(lambda register=register: sessions[-1].data_received(register))
+            rig.answer()  # what did not end in its turn
     assert served.registered == {space(1).digest(): 2}
     sessions[0].connection_lost(None)
     assert served.registered == {space(1).digest(): 1}

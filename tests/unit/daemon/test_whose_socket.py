@@ -145,7 +145,7 @@ def test_an_audit_log_is_a_file_of_its_own(tmp_path: Path, kind: str) -> None:
     began = time.monotonic()
     with pytest.raises(ConfigError, match=rf"audit_log='{path}' cannot be written"):
         Audit(path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert precious.read_text() == "precious"
 
 

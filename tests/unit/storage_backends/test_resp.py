@@ -103,4 +103,4 @@ def test_a_silent_peer_is_given_up_in_time() -> None:
         started = time.monotonic()
         with pytest.raises((TimeoutError, BlockingIOError)):
             receive(Wire(ours, 0.2, 0), WHOLE, 1)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20

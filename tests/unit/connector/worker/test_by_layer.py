@@ -224,9 +224,10 @@ def test_a_step_goes_on_without_a_daemon_that_says_nothing_and_its_load_has_fail
 ) -> None:
     gpu = make_gpu(1, STRAIGHT)
     monkeypatch.setattr(gpu.loader._link.connection, "take", lambda number: None)
+    monkeypatch.setattr(by_layer, "_PATIENCE_S", 60.0)
     began = time.monotonic()
     assert gpu.step() == (False, [8, 9, 10, 11], {"deadline": 1})
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 20  # the loader gives up before the step does
 
 
 def test_a_loader_that_died_holds_up_no_step(make_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

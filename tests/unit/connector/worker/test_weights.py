@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -284,14 +285,18 @@ def test_any_strides_and_shapes_have_a_fingerprint() -> None:
     assert weights_fingerprint([model]) == before
 
 
-def test_a_look_at_two_hundred_million_weights_takes_milliseconds() -> None:
+def test_a_look_at_two_hundred_million_weights_takes_milliseconds(quickest: Callable[..., float]) -> None:
     model = nn.Module()
     for number in range(200):
         model.register_parameter(f"w{number}", nn.Parameter(torch.empty(1000, 1000), requires_grad=False))
     weights_fingerprint([model])  # the memory is touched for the first time
-    started = time.perf_counter()
-    weights_fingerprint([model])
-    assert time.perf_counter() - started < 1.0
+
+    def took() -> float:
+        started = time.perf_counter()
+        weights_fingerprint([model])
+        return time.perf_counter() - started
+
+    assert quickest(took, 0.1) < 0.1  # to read all of them takes longer
 
 
 # -- what the scheduler believes ---------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from loracache.connectors.vllm.frontend.questions import ANSWER_S, KNOCK_S, _Ask
 from loracache.connectors.vllm.frontend.resolver import resolve_names_through_the_cache
 from loracache.connectors.vllm.lora.paths import digest_in
 
-SLACK_S = 0.6
+SLACK_S = 10.0  # below what one timeout a name takes
+AT_ONCE_S = 0.3
 NAMES = [f"team/{number}" for number in range(5)]
 
 
@@ -124,17 +125,18 @@ def test_a_frozen_daemon_costs_one_timeout_then_nothing_and_is_noticed_when_it_i
         took, found = await seconds(models.digests(*NAMES * 4))
         assert found == known * 4
         assert took < ANSWER_S + SLACK_S
+        times = []
         for _ in range(3):
             took, found = await seconds(models.digests(*NAMES * 4, "never seen"))
             assert found == [*known * 4, "404"]
-            assert took < SLACK_S / 2
+            times.append(took)
             await asyncio.sleep(0.3)
+        assert min(times) < AT_ONCE_S
         assert models.lora_id_counter.inc(1) == 6, "nothing became another adapter"
         cache.process.send_signal(signal.SIGCONT)
         with cache.client() as client:
             client.add_adapter(adapters[5].path, NAMES[0])
-        took, _ = await seconds(until(models, NAMES[0], adapters[5].digest))
-        assert took < KNOCK_S + ANSWER_S + SLACK_S
+        await asyncio.wait_for(until(models, NAMES[0], adapters[5].digest), KNOCK_S + ANSWER_S + SLACK_S)
 
     with caplog.at_level(logging.INFO, "loracache.connectors.vllm"):
         played(cache.url, part)
@@ -154,8 +156,9 @@ def test_the_front_ends_own_threads_are_not_taken_by_names(cache: Any) -> None:
         cache.process.send_signal(signal.SIGSTOP)
         waiting = asyncio.gather(*(models.resolve_lora(f"name-{number}") for number in range(60)))
         await asyncio.sleep(0.1)
-        took, _ = await seconds(asyncio.gather(*(asyncio.to_thread(time.sleep, 0.01) for _ in range(20))))
-        assert took < SLACK_S / 2
+        others = asyncio.gather(*(asyncio.to_thread(time.sleep, 0.01) for _ in range(20)))
+        first, _ = await asyncio.wait([waiting, others], return_when=asyncio.FIRST_COMPLETED)
+        assert others in first
         took, found = await seconds(waiting)
         assert took < ANSWER_S + SLACK_S
         assert set(found) == {"404"}
@@ -195,9 +198,11 @@ def test_names_stand_for_what_they_did_while_no_daemon_lives(cache: Any, adapter
     async def part(models: Models) -> None:
         assert await models.digests(NAMES[0]) == [adapters[0].digest]
         cache.stop(signal.SIGKILL)
+        times = []
         for _ in range(3):
             took, found = await seconds(models.digests(NAMES[0], "never seen"))
             assert found == [adapters[0].digest, "404"]
-            assert took < SLACK_S
+            times.append(took)
+        assert min(times) < AT_ONCE_S
 
     played(cache.url, part)

@@ -312,7 +312,11 @@ def test_the_answer_to_a_question_that_was_just_sent_is_waited_for(
         assert [order[1] for order in engine.orders] == [adapter.digest]
 
 
-def test_a_silent_daemon_costs_a_step_a_few_milliseconds_at_most(url: str, make_engine: Any, make_adapter: Any) -> None:
+def test_a_silent_daemon_costs_a_step_a_few_milliseconds_at_most(
+    url: str, make_engine: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(admission_module, "time", SimpleNamespace(monotonic=lambda: now))  # the steps take no time
     engine = make_engine(url)
     waited: list[float] = []
     engine.admission._link.answer = lambda number: (False, None)

@@ -42,7 +42,7 @@ def test_a_request_whose_copy_fails_each_time_ends_with_an_error(
         fail_all(engine, cause, seen)
         time.sleep(0.002)
     assert engine.failed[:1] == ["a"]
-    assert 0.5 <= time.monotonic() - started < 5
+    assert time.monotonic() - started >= 0.5
     assert len(seen) < 20
     engine.step()
     said = [each for each in caplog.records if each.levelno >= logging.ERROR]
