@@ -25,6 +25,7 @@ from types import TracebackType
 from loracache.batch.http import Server
 from loracache.client.connection import Connection
 from loracache.errors import ConfigError, ProtocolError, Unavailable
+from loracache.wire.protocol import SOCKET_PATH_BYTES
 
 __all__ = ["ChildEngine"]
 
@@ -37,17 +38,22 @@ class ChildEngine:
     """vLLM serving `model` with more of its `options`, and a daemon of `memory` behind it, or the one at `socket`. With
     "" and None it has no cache.
 
-    folder: of sockets and logs, a short path. Entered, it answers. Raises ConfigError where the engine ends instead.
+    folder: of sockets and logs; ConfigError where its path is too long for the former. Entered, it answers. Raises
+    ConfigError where the engine ends instead.
     """
 
     def __init__(self, model: str, options: Sequence[str], folder: Path, memory: str, socket: Path | None) -> None:
-        self.url = f"unix://{folder / 'engine.sock'}"
+        engine = folder / "engine.sock"
+        if len(os.fsencode(engine)) > SOCKET_PATH_BYTES:
+            told = f"{engine} is longer than the {SOCKET_PATH_BYTES} bytes that a socket's name may have"
+            raise ConfigError(f"{told}; set TMPDIR to a shorter folder")
+        self.url = f"unix://{engine}"
         self.socket = socket or (folder / "cache.sock" if memory else None)
         """The daemon's."""
         self._folder = folder
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-            "--uds", str(folder / "engine.sock"), "--enable-prompt-tokens-details",
+            "--uds", str(engine), "--enable-prompt-tokens-details",
             "--disable-uvicorn-access-log", *options,
         ]  # fmt: skip
         given = {each.split("=")[0] for each in options}

@@ -19,6 +19,7 @@ __all__ = ["Answer", "Server"]
 
 _CONNECT_S = 10.0
 _SENT_WHOLE = 1 << 20  # bytes of a body; a longer one goes by way of a thread
+_SPARE_NESTING = 100  # levels that Python's JSON reads and writes for what an answer is put into, and its callers
 _KEPT_S = 4.0  # a connection that nobody uses: less than the 5 s after which vLLM's server closes it
 
 
@@ -81,10 +82,7 @@ class Server:
         except (aiohttp.ClientError, OSError) as error:
             told = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise Unavailable(f"no server answers at {self.url} ({told})") from None
-        try:
-            return Answer(status, json.loads(body))
-        except (ValueError, RecursionError):
-            return Answer(status, body.decode(errors="replace"))
+        return Answer(status, _read(body))
 
     def _connected(self) -> aiohttp.ClientSession:
         """A pool of connections, of the running event loop. The caller bounds how many."""
@@ -95,3 +93,13 @@ class Server:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S)
         proxied = not self._path  # by the address that the environment names
         return aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=proxied)
+
+
+def _read(body: bytes) -> Any:
+    """Its JSON; its text where it is none, or nests too deeply to be written as a part of something else."""
+    try:
+        if body.count(b"[") + body.count(b"{") > _SPARE_NESTING:
+            json.loads(b"[" * _SPARE_NESTING + body + b"]" * _SPARE_NESTING)
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode(errors="replace")

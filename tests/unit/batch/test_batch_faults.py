@@ -113,6 +113,20 @@ def test_a_page_in_the_place_of_an_answer_is_an_error(server: Fake, tmp_path: Pa
     assert found["error"]["code"] == "no_answer"
 
 
+def test_an_answer_that_nests_too_deeply_to_be_kept_is_an_error(server: Fake, tmp_path: Path) -> None:
+    """And no other line's. Python reads and writes JSON of about a thousand levels."""
+    deep = [5, *range(900, 1000)]
+    server.refuse = lambda asked: (200, '{"usage":{},"deep":' + "[" * asked["seed"] + "]" * asked["seed"] + "}")
+    source = write(tmp_path / "in.jsonl", [request(number, seed=each) for number, each in enumerate(deep)])
+    output = tmp_path / "out.jsonl"
+    done = run(source, "-o", output, "--url", server.url)
+    assert done.exit_code == 4, done.output
+    found = answers(output)
+    assert [each["custom_id"] for each in found] == [request(number)["custom_id"] for number in range(len(deep))]
+    assert found[0]["error"] is None
+    assert found[-1]["error"]["code"] == "no_answer"
+
+
 @pytest.mark.parametrize("body", [{}, {"error": None}, {"error": {}}])
 def test_a_refusal_without_a_word_is_an_error_all_the_same(server: Fake, tmp_path: Path, body: dict[str, None]) -> None:
     server.refuse = lambda asked: (400, body)

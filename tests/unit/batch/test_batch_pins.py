@@ -127,6 +127,12 @@ def test_a_batch_that_shares_nothing_has_no_cache_behind_its_engine(tmp_path: Pa
     assert (alone.socket, alone._daemon, "--kv-transfer-config" in alone._command) == (None, [], False)
 
 
+def test_a_folder_whose_sockets_would_have_too_long_names_is_refused_with_the_fix(tmp_path: Path) -> None:
+    ChildEngine("none", [], Path("/" + 94 * "x"), "", None)
+    with pytest.raises(ConfigError, match=r"xx/engine.sock is longer than .* 107 .*; set TMPDIR to a shorter"):
+        ChildEngine("none", [], Path("/" + 95 * "x"), "", None)
+
+
 def test_an_engine_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     child = ChildEngine("none", [], tmp_path, "1MiB", tmp_path / "cache.sock")
     child._command = [sys.executable, "-c", "import sys; sys.exit('no such option')"]
