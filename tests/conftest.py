@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import redis as redis_client
 from hypothesis import HealthCheck, settings
 
 from loracache import CacheClient
+from tests import waiting
 
 TESTS = Path(__file__).parent
 E2E_SECONDS = 900
@@ -62,28 +62,6 @@ settings.register_profile("loracache", deadline=None, suppress_health_check=[Hea
 settings.load_profile("loracache")
 
 _START_S, _END_S = 30.0, 30.0
-
-
-def _eventually(holds: Callable[[], Any], what: str = "", seconds: float = 15.0) -> Any:
-    """What `holds` answers once that is true; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = holds()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what or holds}"
-        time.sleep(0.01)
-
-
-def _quickest(once: Callable[[], float], enough: float) -> float:
-    """The least of what up to five calls of `once` answer, in seconds; none more once it is below `enough`. A machine
-    stalls now and then; what takes long takes long each time."""
-    least = float("inf")
-    for _ in range(5):
-        least = min(least, once())
-        if least < enough:
-            break
-    return least
 
 
 def _environment(**more: str) -> dict[str, str]:
@@ -164,7 +142,7 @@ class RedisServer:
         arguments = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", "no"]
         self.process = subprocess.Popen(["redis-server", *arguments], cwd=self._folder, stdout=subprocess.DEVNULL)
         self.redis = redis_client.Redis(unix_socket_path=str(self.socket))
-        _eventually(self._answers, "redis-server answers")
+        waiting.eventually(self._answers, "redis-server answers")
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)
@@ -185,12 +163,12 @@ class RedisServer:
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., Any]:
-    return _eventually
+    return waiting.eventually
 
 
 @pytest.fixture
 def quickest() -> Callable[[Callable[[], float], float], float]:
-    return _quickest
+    return waiting.quickest
 
 
 @pytest.fixture
@@ -207,7 +185,7 @@ def _daemons(folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
     def start(**options: object) -> RunningDaemon:
         running = RunningDaemon(folder, next(numbers), options)
         started.append(running)
-        _eventually(running.listens, "the daemon listens", _START_S)
+        waiting.eventually(running.listens, "the daemon listens", _START_S)
         return running
 
     try:

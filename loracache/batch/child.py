@@ -24,8 +24,8 @@ from types import TracebackType
 
 from loracache.batch.http import Server
 from loracache.client.connection import Connection
+from loracache.client.requests import SOCKET_PATH_BYTES
 from loracache.errors import ConfigError, ProtocolError, Unavailable
-from loracache.wire.protocol import SOCKET_PATH_BYTES
 
 __all__ = ["ChildEngine"]
 

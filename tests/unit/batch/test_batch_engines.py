@@ -124,7 +124,8 @@ def test_an_engine_that_stays_away_hands_on_what_it_had_not_answered(
     assert 10 <= first["answered"] < 50
     assert second["taken_over"] == 50 - first["answered"]
     turns = [body["prompt"][0] for body in lives.asked]
-    assert sum(one != other for one, other in itertools.pairwise(turns)) <= 10  # ten groups, two in two parts
+    # Ten groups, two in two parts; where one follows another, two requests at once may come in either order.
+    assert sum(one != other for one, other in itertools.pairwise(turns)) <= 3 * 10
 
 
 def test_an_engine_that_comes_back_after_its_share_was_handed_on_gets_work_again(
