@@ -57,20 +57,24 @@ def chaos(short_tmp: Path, eventually: Callable[..., Any]) -> Iterator[Callable[
     assert not list(short_tmp.iterdir())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(700)
 def test_a_minute_of_faults_frames_and_calls_finds_nothing_that_must_never_be(
     chaos: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    process = chaos("--minutes", "1", "--seed", SEED, "--report", str(tmp_path / "report.json"))
-    output, _ = process.communicate(timeout=240)
-    print(output)  # noqa: T201 - with the seed
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["found"] == []
-    assert process.returncode == 0
-    assert report["faults"]["faults"] > 50
-    assert report["faults"]["checked"]["acknowledged objects read after a restart"] > 0
-    assert report["frames"]["frames"] > 1000
-    assert report["calls"]["calls"] > 200
+    for minute in range(3):
+        seed, path = str(int(SEED) + minute), tmp_path / "report.json"
+        process = chaos("--minutes", "1", "--seed", seed, "--report", str(path))
+        output, _ = process.communicate(timeout=240)
+        print(output)  # noqa: T201 - with the seed
+        report = json.loads(path.read_text())
+        assert report["found"] == []
+        assert process.returncode == 0
+        assert report["faults"]["faults"] > 50
+        assert report["frames"]["frames"] > 1000
+        assert report["calls"]["calls"] > 200
+        if report["faults"]["checked"].get("acknowledged objects read after a restart"):
+            return
+    pytest.fail("the disk of each life in three minutes was too small, or had just been cleared: nothing was due")
 
 
 @pytest.mark.timeout(150)

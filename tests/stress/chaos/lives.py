@@ -47,8 +47,8 @@ class Lives:
     worst: dict[str, float] = field(default_factory=dict)
 
     def begin(self, numbers: random.Random) -> None:
-        """The next life; in one of five the disk's budget is far too small."""
-        tight = numbers.random() < 0.2
+        """The next life; in one of five, and not in the first, the disk's budget is far too small."""
+        tight = numbers.random() < 0.2 and self.house.lives > 0
         daemon = self.house.start(_TIGHT if tight else _ROOMY)
         daemon.loses = self.expected.loses = tight
 
