@@ -40,6 +40,7 @@ TRACED = 16  # tokens of a hash id
 TEMPLATE = "template.jinja"
 KV_SHARE = 0.05
 PAIRS = 3
+WARM = 64  # requests
 MANY = 10_000
 
 
@@ -121,6 +122,7 @@ def run(quick: bool) -> list[Row]:
     rows: list[Row] = []
     with work_folder() as folder:
         (folder / TEMPLATE).write_text("{{ messages[0]['content'] }}")
+        _warm(folder)
         for name in wanted:
             if name == "many":
                 rows += _many(folder, 1000 if quick else MANY)
@@ -129,6 +131,18 @@ def run(quick: bool) -> list[Row]:
             else:
                 rows += _pairs(folder, name, 1 if quick else PAIRS)
     return rows
+
+
+def _warm(folder: Path) -> None:
+    """Both commands on a few requests: the first that runs fills caches, vLLM's compiled code in `folder` among them."""
+    model = model_folder() / "model"
+    words = _words(model)
+    items = _items("nothing shared", 0, words)[:WARM]
+    source = folder / "warm.jsonl"
+    _write_chats(source, items, words)
+    _, kv, longest = _bound(items)
+    for way in ("ours", "vllm"):
+        _command(way, source, folder, model, kv, longest)
 
 
 def _pairs(folder: Path, name: str, pairs: int) -> list[Row]:

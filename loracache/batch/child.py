@@ -57,8 +57,9 @@ class ChildEngine:
             "--disable-uvicorn-access-log", *options,
         ]  # fmt: skip
         given = {each.split("=")[0] for each in options}
-        self.prioritized = "--scheduling-policy" not in given
-        """Whether requests may say their priority, and run in its order."""
+        self.prioritized = self.socket is not None and "--scheduling-policy" not in given
+        """Whether requests may say their priority, and run in its order. Without a cache any order is as good, and the
+        first to come is chosen sooner."""
         if self.prioritized:
             self._command += ["--scheduling-policy", "priority"]
         if self.socket is not None and "--kv-transfer-config" not in given:

@@ -125,6 +125,7 @@ def test_a_batch_that_shares_nothing_has_no_cache_behind_its_engine(tmp_path: Pa
     assert made == [("", None), ("2MiB", None), ("", Path("s").absolute())]
     alone = ChildEngine("none", [], tmp_path, "", None)
     assert (alone.socket, alone._daemon, "--kv-transfer-config" in alone._command) == (None, [], False)
+    assert (alone.prioritized, "--scheduling-policy" in alone._command) == (False, False)
 
 
 def test_a_folder_whose_sockets_would_have_too_long_names_is_refused_with_the_fix(tmp_path: Path) -> None:
