@@ -134,7 +134,7 @@ def run(quick: bool) -> list[Row]:
 
 
 def _warm(folder: Path) -> None:
-    """Both commands on a few requests: the first that runs fills caches, vLLM's compiled code in `folder` among them."""
+    """Both commands on a few requests: the first that runs fills caches, vLLM's compiled code in `folder` too."""
     model = model_folder() / "model"
     words = _words(model)
     items = _items("nothing shared", 0, words)[:WARM]

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine and a daemon of a batch's own: vLLM's OpenAI server on a unix socket, with our connector, ended with it.
-
-Run as a module it becomes the program it is given, and ends with whoever started it: an engine must not outlive a run
-that was killed.
-"""
+"""An engine and a daemon of a batch's own: vLLM's OpenAI server on a unix socket, with our connector, ended with it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -23,13 +18,13 @@ from pathlib import Path
 from types import TracebackType
 
 from loracache.batch.http import Server
+from loracache.batch.keeper import kept
 from loracache.client.connection import Connection
 from loracache.client.requests import SOCKET_PATH_BYTES
 from loracache.errors import ConfigError, ProtocolError, Unavailable
 
 __all__ = ["ChildEngine"]
 
-_PR_SET_PDEATHSIG = 1
 _START_S, _END_S, _LOOK_S = 900.0, 60.0, 0.1
 _LAST_LINES = 3000  # characters of a log that a message shows
 
@@ -111,7 +106,7 @@ class ChildEngine:
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(os.getpid()), *command],
+                kept(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -166,17 +161,3 @@ def _joined(presence: Connection) -> bool:
     with contextlib.suppress(Unavailable):
         presence.connect()
     return presence.connected
-
-
-def _main() -> None:
-    """PARENT COMMAND...: become the command, and get SIGINT when the parent ends."""
-    parent, *command = sys.argv[1:]
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
-    if os.getppid() != int(parent):
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's jobs in the background are born ignoring it
-    os.execv(command[0], command)
-
-
-if __name__ == "__main__":
-    _main()

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from loracache.errors import ConfigError
 
-__all__ = ["Journal", "Order", "Recorded"]
+__all__ = ["Journal", "Order", "Recorded", "journal_of"]
 
 _VERSION = 1
 _KEPT = "what is answered is kept, and the same command goes on"
@@ -43,20 +43,22 @@ class Recorded:
     decode: int
 
 
+def journal_of(output: Path) -> Path:
+    """Where the journal of that output is. Raises ConfigError where it has no name."""
+    if not output.name:
+        raise ConfigError("the output's name is empty; give -o OUT.jsonl")
+    return output.with_name(output.name + ".partial")
+
+
 class Journal:
     """The journal of `output` for the input of that digest. Raises ConfigError where it is another input's, another run
     holds it, or the output is there already."""
 
     def __init__(self, output: Path, digest: str) -> None:
         self._output = output
-        if not output.name:
-            raise ConfigError("the output's name is empty; give -o OUT.jsonl")
-        self._path = output.with_name(output.name + ".partial")
+        self._path, self._ready = journal_of(output), output.with_name(output.name + ".tmp")
         try:
-            if output.exists() and not self._path.exists():
-                raise ConfigError(
-                    f"{output} is there already, and no run of it is unfinished; remove it or name another"
-                )
+            self._refuse_another()
             self._file: IO[bytes] = self._path.open("a+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,6 +78,15 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def _refuse_another(self) -> None:
+        """Raises ConfigError where the output is there, and not from a run that was killed as it ended."""
+        if not self._output.exists():
+            return
+        if not self._path.exists():
+            raise ConfigError(f"{self._output} is there already; remove it or name another")
+        if not self._ready.exists() or not self._ready.samefile(self._output):
+            raise ConfigError(f"{self._output} is there already, and not from this run; move it away: {_KEPT}")
 
     def _begin(self, digest: str) -> None:
         """Read what is there, and cut off a record that a kill left unfinished."""
@@ -123,19 +134,25 @@ class Journal:
     def finish(self, order: str) -> None:
         """Write the output from the journal, and take the journal away. Raises ConfigError where that cannot be."""
         by_line = [self._places[number] for number in sorted(self._places)]
-        ready = self._output.with_name(self._output.name + ".tmp")
+        ready = self._ready
+        self._refuse_another()
         try:
+            self._output.unlink(missing_ok=True)  # which is `ready`, from a run that was killed here
             with ready.open("wb") as file:
                 for found in self._records(by_line if order == Order.INPUT else sorted(by_line)):
                     file.write(_json(found["output"]))
                 file.flush()
                 os.fsync(file.fileno())
-            ready.replace(self._output)
+            _give_name(ready, self._output)
+        except FileExistsError:
+            ready.unlink()
+            self._refuse_another()
         except OSError as error:
             with contextlib.suppress(OSError):
                 ready.unlink()
             raise ConfigError(f"{ready} cannot be written: {error.strerror}; {_KEPT}") from None
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
+        ready.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
@@ -163,6 +180,16 @@ class Journal:
         except OSError as error:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror}; {_KEPT}") from None
         return at
+
+
+def _give_name(file: Path, name: Path) -> None:
+    """`file` is `name`, too, from now on. Raises FileExistsError where there is one of that name."""
+    try:
+        name.hardlink_to(file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without such links
+        file.replace(name)
 
 
 def _json(value: Any) -> bytes:

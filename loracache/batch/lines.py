@@ -108,6 +108,8 @@ class BatchFile:
         return _checked(number, text)
 
     def _opened(self, path: str) -> IO[bytes]:
+        if path == "-" and sys.stdin is None:
+            raise ConfigError("standard input is closed; name a file")
         try:
             source: IO[bytes] = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115
             if path == "-" or not source.seekable():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,9 +108,9 @@ class Result:
     ] = None
     as_json: JsonOption = False
 
-    def checked(self) -> str:
-        """The output. Raises ConfigError, before anything is sent."""
-        from loracache.batch.journal import Order
+    def checked(self, batch: str) -> str:
+        """The output of that input. Raises ConfigError, before anything is sent."""
+        from loracache.batch.journal import Order, journal_of
 
         if self.output is None:
             raise ConfigError("no output is named; give -o OUT.jsonl, or -o - for standard output")
@@ -117,6 +118,18 @@ class Result:
             raise ConfigError(f"--order {self.order!r} must be input or done")
         if self.plot is not None:
             check_plot(self.plot)
+        taken = {} if batch == "-" else {Path(batch).resolve(): "the input"}
+        if self.output != "-":
+            output = Path(self.output)
+            taken |= {output.resolve(): "the output", journal_of(output).resolve(): "the output's journal"}
+        for option, path in (("--report", self.report), ("--plot", self.plot)):
+            if path is None:
+                continue
+            if path.resolve() in taken:
+                raise ConfigError(f"{option} {path} is {taken[path.resolve()]}; name another file")
+            taken[path.resolve()] = option
+            if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+                raise ConfigError(f"{option} {path} cannot be written: it is a folder, or its own cannot be written to")
         return self.output
 
     def tell(self, done: Report, title: str) -> None:
@@ -169,7 +182,7 @@ def run(
     if dry_run:
         _show_plan(batch, engines, result.as_json)
         return
-    output = result.checked()
+    output = result.checked(batch)
     if not 0 <= patience <= 7 * 86_400:
         raise ConfigError(f"--patience {patience} must be seconds, 0 or more and at most a week")
     if bool(engines.url) == bool(model):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -247,3 +248,51 @@ def test_a_file_that_is_changed_while_it_runs_is_told(server: Fake, tmp_path: Pa
     done = run(source, "-o", tmp_path / "out.jsonl", "--url", server.url, "--running", 1)
     assert done.exit_code == 2
     assert "was changed while its batch runs" in done.output
+
+
+def test_an_output_that_came_meanwhile_is_not_overwritten(server: Fake, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    command = (source, "-o", output, "--url", server.url)
+
+    def comes(body: dict[str, Any]) -> None:
+        output.write_text("precious")
+
+    server.refuse = comes
+    for _ in range(2):  # as the run ends, and before the next begins
+        told = run(*command)
+        assert (told.exit_code, "not from this run; move it away: what is answered is kept" in told.stderr) == (2, True)
+        assert output.read_text() == "precious"
+    output.rename(tmp_path / "moved")
+    assert run(*command).exit_code == 0
+    assert len(answers(output)) == 1
+    assert len(server.asked) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "moved", "out.jsonl"]
+
+
+def test_a_run_that_was_killed_as_it_ended_goes_on(server: Fake, tmp_path: Path) -> None:
+    """Its output has its name, and its journal is still there."""
+    source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    file = BatchFile(str(source))
+    journal = Journal(output, file.digest)
+    file.close()
+    journal.add(1, {"custom_id": "whole"})
+    journal.close()
+    (tmp_path / "out.jsonl.tmp").write_text('{"custom_id":"who')
+    output.hardlink_to(tmp_path / "out.jsonl.tmp")
+    assert run(source, "-o", output, "--url", server.url).exit_code == 0
+    assert json.loads(output.read_text()) == {"custom_id": "whole"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("option", ["--report", "--plot"])
+@pytest.mark.parametrize("name", ["in.svg", "out.svg", "out.svg.partial", "folder.svg", "nowhere/r.svg", "both.svg"])
+def test_a_report_takes_no_other_files_place(server: Fake, tmp_path: Path, option: str, name: str) -> None:
+    source, path = write(tmp_path / "in.svg", [request(0)]), tmp_path / name
+    (tmp_path / "folder.svg").mkdir()
+    before, other = source.read_text(), {"--report": "--plot", "--plot": "--report"}[option]
+    more = (other, tmp_path / "both.svg") if name == "both.svg" else ()
+    told = run(source, "-o", tmp_path / "out.svg", "--url", server.url, option, path, *more)
+    assert told.exit_code == 2, told.output
+    assert option in told.stderr or "--plot" in told.stderr
+    assert source.read_text() == before
+    assert not server.asked

@@ -21,6 +21,7 @@ from loracache.batch.engine import By, Engine
 from loracache.batch.holding import Blocks
 from loracache.batch.http import Server
 from loracache.batch.job import Job
+from loracache.batch.keeper import kept
 from loracache.batch.lines import Line
 from loracache.batch.pins import Pins
 from loracache.batch.plan import make_plan
@@ -187,27 +188,44 @@ def test_the_daemon_of_a_batch_is_not_alone_while_the_engine_starts(tmp_path: Pa
 
 
 @pytest.mark.parametrize("interrupts", ["SIG_DFL", "SIG_IGN"])
-def test_what_a_batch_started_ends_when_the_batch_is_killed(eventually: Any, interrupts: str) -> None:
-    """Also where it is a script's job in the background, which has SIGINT ignored."""
-    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
-    sleeper = [sys.executable, "-m", "loracache.batch.child", "PARENT", *sleeps]
-    starter = (
+@pytest.mark.parametrize("loses", [0, 1])
+def test_what_a_batch_started_ends_when_the_batch_is_killed(
+    eventually: Any, tmp_path: Path, interrupts: str, loses: int
+) -> None:
+    """Also where it is a script's job in the background, which has SIGINT ignored; where it starts and loses an
+    interrupt; and with what it has started itself."""
+    started = tmp_path / "started"
+    program = (
         "import os, signal, subprocess, sys, time\n"
+        f"left = [None] * {loses}\n"
+        "signal.signal(signal.SIGINT, lambda *_: left.pop() if left else sys.exit())\n"
+        "other = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))\n"
+        f"open({str(started)!r}, 'w').write(f'{{os.getpid()}} {{other.pid}}\\n')\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    starter = (
+        "import signal, subprocess, sys, time\n"
+        "from loracache.batch.keeper import kept\n"
         f"signal.signal(signal.SIGINT, signal.{interrupts})\n"
-        f"command = [str(os.getpid()) if each == 'PARENT' else each for each in {sleeper!r}]\n"
-        "print(subprocess.Popen(command).pid, flush=True)\n"
+        f"print(subprocess.Popen(kept([sys.executable, '-c', {program!r}]), start_new_session=True).pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:
         try:
             assert parent.stdout is not None
-            child = int(parent.stdout.readline())
-            command = Path(f"/proc/{child}/cmdline")
-            became = "\0".join([*sleeps, ""]).encode()
-            eventually(lambda: command.read_bytes() == became, "it became the program")
+            keeper = int(parent.stdout.readline())
+            eventually(lambda: started.exists() and started.read_text().endswith("\n"), "the program runs")
         finally:
             parent.kill()
-    eventually(lambda: not os.path.exists(f"/proc/{child}/stat") or _ended(child), "it has ended")
+    for process in (keeper, *map(int, started.read_text().split())):
+        eventually(lambda: not os.path.exists(f"/proc/{process}/stat") or _ended(process), "it has ended")  # noqa: B023
+
+
+@pytest.mark.parametrize("code", [0, 3, "-signal.SIGKILL"])
+def test_a_command_that_is_kept_ends_as_it_ends(code: object) -> None:
+    says = f"import os, signal, sys; code = {code}; os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)"
+    done = subprocess.run(kept([sys.executable, "-c", says]), start_new_session=True, check=False)
+    assert done.returncode == (137 if isinstance(code, str) else code)
 
 
 def _ended(process: int) -> bool:
