@@ -100,6 +100,11 @@ def _read(body: bytes) -> Any:
     try:
         if body.count(b"[") + body.count(b"{") > _SPARE_NESTING:
             json.loads(b"[" * _SPARE_NESTING + body + b"]" * _SPARE_NESTING)
-        return json.loads(body)
+        return json.loads(body, parse_constant=_no_json)
     except (ValueError, RecursionError):
         return body.decode(errors="replace")
+
+
+def _no_json(constant: str) -> None:
+    """NaN and the like, which Python reads and others do not."""
+    raise ValueError(constant)

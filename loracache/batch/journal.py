@@ -52,10 +52,11 @@ def journal_of(output: Path) -> Path:
 
 class Journal:
     """The journal of `output` for the input of that digest. Raises ConfigError where it is another input's, another run
-    holds it, or the output is there already."""
+    holds it, or the output is there already. lasting: it stays where the run ends before it is done."""
 
-    def __init__(self, output: Path, digest: str) -> None:
+    def __init__(self, output: Path, digest: str, *, lasting: bool = True) -> None:
         self._output = output
+        self._kept = _KEPT if lasting else "what is answered is lost; give -o a file to keep it"
         self._path, self._ready = journal_of(output), output.with_name(output.name + ".tmp")
         try:
             self._refuse_another()
@@ -86,7 +87,7 @@ class Journal:
         if not self._path.exists():
             raise ConfigError(f"{self._output} is there already; remove it or name another")
         if not self._ready.exists() or not self._ready.samefile(self._output):
-            raise ConfigError(f"{self._output} is there already, and not from this run; move it away: {_KEPT}")
+            raise ConfigError(f"{self._output} is there already, and not from this run; move it away: {self._kept}")
 
     def _begin(self, digest: str) -> None:
         """Read what is there, and cut off a record that a kill left unfinished."""
@@ -150,7 +151,7 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 ready.unlink()
-            raise ConfigError(f"{ready} cannot be written: {error.strerror}; {_KEPT}") from None
+            raise ConfigError(f"{ready} cannot be written: {error.strerror}; {self._kept}") from None
         self._path.unlink(missing_ok=True)
         ready.unlink(missing_ok=True)
         self.close()
@@ -178,7 +179,7 @@ class Journal:
             self._file.write(_json(record))
             self._file.flush()
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be written: {error.strerror}; {_KEPT}") from None
+            raise ConfigError(f"{self._path} cannot be written: {error.strerror}; {self._kept}") from None
         return at
 
 

@@ -223,7 +223,7 @@ def _run(
         tempfile.TemporaryDirectory(prefix="loracache-batch-") as folder,
     ):
         target = Path(folder, "answers.jsonl") if output == "-" else Path(output)
-        with contextlib.closing(Journal(target, file.digest)) as journal:
+        with contextlib.closing(Journal(target, file.digest, lasting=output != "-")) as journal:
             limits = Limits(engines.running, patience)
             if own is None:
                 done = asyncio.run(_send(file, journal, servers, engines, limits, socket))

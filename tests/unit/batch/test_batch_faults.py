@@ -105,7 +105,7 @@ def test_usage_that_is_no_count_counts_nothing(server: Fake, tmp_path: Path) -> 
     assert [told[name] for name in ("prompt_tokens", "completion_tokens", "cached_tokens")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("body", ["<html>log in</html>", "", "[1]", "null"])
+@pytest.mark.parametrize("body", ["<html>log in</html>", "", "[1]", "null", '{"id": NaN}'])
 def test_a_page_in_the_place_of_an_answer_is_an_error(server: Fake, tmp_path: Path, body: str) -> None:
     server.refuse = lambda asked: (200, body)
     output = tmp_path / "out.jsonl"
@@ -218,6 +218,9 @@ def test_a_full_disk_is_told_and_what_is_answered_is_kept(server: Fake, tmp_path
     assert run(source, "-o", output, "--url", server.url).exit_code == 0
     assert len(server.asked) == 30 - recorded
     assert [each["custom_id"] for each in answers(output)] == [f"id-{number}" for number in range(30)]
+    command[command.index(str(output))] = "-"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "what is answered is lost; give -o a file to keep it" in done.stderr) == (2, True)
 
 
 def test_two_runs_do_not_write_one_output(server: Fake, tmp_path: Path) -> None:
