@@ -122,7 +122,8 @@ def run(quick: bool) -> list[Row]:
     rows: list[Row] = []
     with work_folder() as folder:
         (folder / TEMPLATE).write_text("{{ messages[0]['content'] }}")
-        _warm(folder)
+        if any(name in SETS for name in wanted):
+            _warm(folder)
         for name in wanted:
             if name == "many":
                 rows += _many(folder, 1000 if quick else MANY)

@@ -98,11 +98,13 @@ class Server:
 def _read(body: bytes) -> Any:
     """Its JSON; its text where it is none, or nests too deeply to be written as a part of something else."""
     try:
-        if body.count(b"[") + body.count(b"{") > _SPARE_NESTING:
-            json.loads(b"[" * _SPARE_NESTING + body + b"]" * _SPARE_NESTING)
-        return json.loads(body, parse_constant=_no_json)
+        text = body.decode(json.detect_encoding(body), "surrogatepass")
+        found = json.loads("[" * _SPARE_NESTING + text + "]" * _SPARE_NESTING, parse_constant=_no_json)
+        for _ in range(_SPARE_NESTING):
+            (found,) = found
     except (ValueError, RecursionError):
         return body.decode(errors="replace")
+    return found
 
 
 def _no_json(constant: str) -> None:

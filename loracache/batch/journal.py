@@ -147,7 +147,7 @@ class Journal:
             _give_name(ready, self._output)
         except FileExistsError:
             ready.unlink()
-            self._refuse_another()
+            raise ConfigError(f"{self._output} came meanwhile; move it away: {self._kept}") from None
         except OSError as error:
             with contextlib.suppress(OSError):
                 ready.unlink()

@@ -47,10 +47,11 @@ def _main() -> int:
             process.send_signal(signal.SIGINT)
         if orphaned and time.monotonic() > kill_at:
             break
-    if orphaned and os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)  # with what it has left behind, and this
-    process.kill()
-    process.wait()
+    if orphaned:
+        process.kill()
+        process.wait()
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # what it has left behind, and this
     return process.returncode if process.returncode >= 0 else 128 - process.returncode  # as a shell says it
 
 

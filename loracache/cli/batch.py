@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,13 +124,9 @@ class Result:
             output = Path(self.output)
             taken |= {output.resolve(): "the output", journal_of(output).resolve(): "the output's journal"}
         for option, path in (("--report", self.report), ("--plot", self.plot)):
-            if path is None:
-                continue
-            if path.resolve() in taken:
-                raise ConfigError(f"{option} {path} is {taken[path.resolve()]}; name another file")
-            taken[path.resolve()] = option
-            if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-                raise ConfigError(f"{option} {path} cannot be written: it is a folder, or its own cannot be written to")
+            if path is not None:
+                _check_writable(option, path, taken)
+                taken[path.resolve()] = option
         return self.output
 
     def tell(self, done: Report, title: str) -> None:
@@ -332,6 +329,14 @@ async def _figures(file: BatchFile, options: Engines) -> tuple[Figures, list[str
         for engine in engines:
             await engine.server.close()
     return job.figures(room.kv_tokens, options.running), faults
+
+
+def _check_writable(option: str, path: Path, taken: Mapping[Path, str]) -> None:
+    """Raises ConfigError where that file cannot be written, or is one of those `taken` (resolved: what it is)."""
+    if path.resolve() in taken:
+        raise ConfigError(f"{option} {path} is {taken[path.resolve()]}; name another file")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option} {path} cannot be written: it is a folder, or its own cannot be written to")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -16,8 +16,8 @@ from loracache import CacheClient, Namespace
 
 NAMESPACE = Namespace("model", "float32", "layout", 16)
 SIZE = 100_000
-# Far below the 2 s for which a call to Redis itself waits, far above what a loaded machine adds to 10 ms.
-PROMPT_S = 1.8  # a silent Redis may take two seconds
+# Below the 2 s for which a call to Redis itself waits, far above what a loaded machine adds to 10 ms.
+PROMPT_S = 1.8
 
 
 def store(client: CacheClient, count: int, size: int = SIZE) -> dict[bytes, bytes]:
