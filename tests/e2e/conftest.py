@@ -110,7 +110,7 @@ def engine_factory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         if extra is not None:
             settings["kv_transfer_config"] = CONNECTOR | {
                 # What is found is loaded, however slow this machine is just now: a tiny model computes fast.
-                "kv_connector_extra_config": {"chunk_tokens": CHUNK, "lookup_wait": 1.0, "recompute_if_faster": 0}
+                "kv_connector_extra_config": {"chunk_tokens": CHUNK, "lookup_wait": 5.0, "recompute_if_faster": 0}
                 | extra
             }
         number, server = next(numbers), servers[0]

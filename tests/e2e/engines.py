@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.engine_log import weights_are_known
+from tests.waiting import eventually
+
 FORK_SERVER = Path(__file__).with_name("fork_server.py")
 
 
@@ -103,6 +106,7 @@ class Engine:
 
     def wait_ready(self, seconds: float = 300) -> Engine:
         self._wait(0, seconds)
+        eventually(lambda: weights_are_known(self.log()), "its weights are known", seconds)
         return self
 
     def start(

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.engine_log import weights_are_known
+
 
 class Server:
     """vLLM's OpenAI server on a port of its own."""
@@ -37,7 +39,7 @@ class Server:
     def ready(self) -> bool:
         assert self.process.poll() is None, self._log.read_text()[-3000:]
         try:
-            return self.call("/health", None)[0] == 200
+            return self.call("/health", None)[0] == 200 and weights_are_known(self._log.read_text(errors="replace"))
         except OSError:
             return False
 

@@ -37,7 +37,7 @@ def server(
         "kv_connector": "LoRACacheConnector", "kv_connector_module_path": "loracache.connectors.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
-            "server": cache.url, "chunk_tokens": CHUNK, "lookup_wait": 1.0, "recompute_if_faster": 0,
+            "server": cache.url, "chunk_tokens": CHUNK, "lookup_wait": 5.0, "recompute_if_faster": 0,
         },
     }  # fmt: skip
     with socket.socket() as free:

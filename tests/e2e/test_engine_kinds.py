@@ -55,7 +55,7 @@ def test_inside_multiconnector_it_works_as_alone(
         "kv_connector_extra_config": {
             "server": serving.url,
             "chunk_tokens": 128,
-            "lookup_wait": 1.0,
+            "lookup_wait": 5.0,
             "recompute_if_faster": 0,
             **layout,
         },

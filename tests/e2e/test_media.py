@@ -20,12 +20,8 @@ def model(audio_model: Any, model_maker: Any, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def hearing(
-    module_daemon: Any, engine_factory: Any, model: Any, prompts: Callable[[int], list[int]], eventually: Any
-) -> Iterator[Callable[..., Any]]:
-    """hearing(**arguments) starts an engine of the model on one daemon, after the end of the one before. Its weights
-    are known: what comes before that is not cached.
-    """
+def hearing(module_daemon: Any, engine_factory: Any, model: Any) -> Iterator[Callable[..., Any]]:
+    """hearing(**arguments) starts an engine of the model on one daemon, after the end of the one before."""
     daemon = module_daemon(memory="64MiB")
     started: list[Any] = []
 
@@ -35,8 +31,6 @@ def hearing(
         engine = engine_factory({"server": daemon.url}, model=str(model.folder), enable_lora=False, **arguments)
         started.append(engine)
         engine.daemon = daemon
-        text = prompts(BEFORE)
-        eventually(lambda: engine.ask(text).cached, "its weights are known", 60)
         return engine
 
     yield start

@@ -34,18 +34,14 @@ def daemon(module_daemon: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def start(
-    daemon: Any, engine_factory: Any, prompts: Callable[[int], list[int]], eventually: Any
-) -> Iterator[Callable[..., Any]]:
-    """Starts engines. Their weights are known: what comes before that is not cached."""
+def start(daemon: Any, engine_factory: Any) -> Iterator[Callable[..., Any]]:
+    """Starts engines."""
     running: list[Any] = []
 
     def make(model: Path, model_id: str = "", **arguments: Any) -> Any:
         extra = {"server": daemon.url} | ({"model_id": model_id} if model_id else {})
         engine = engine_factory(extra, model=str(model), enable_lora=False, **arguments)
         running.append(engine)
-        text = prompts(200)
-        eventually(lambda: engine.ask(text).cached, "its weights are known", 60)
         return engine
 
     yield make
