@@ -186,7 +186,7 @@ def test_slots_that_move_under_readers_and_writers_give_nobody_wrong_bytes(
 def test_a_node_that_is_lost_fails_its_own_objects_and_comes_back(
     cluster: Any, objects: Any, redis_tier: Callable[..., RedisBackend], eventually: Callable[..., Any], how: str
 ) -> None:
-    tier = redis_tier(cluster.url, timeout_s=0.5)
+    tier = redis_tier(cluster.url, timeout_s=1.0)
     stored = [objects.new(100_000) for _ in range(12)]
     objects.store(tier, stored)
     lost = of_node(cluster, stored, 1)
@@ -214,10 +214,10 @@ def test_a_node_that_is_lost_fails_its_own_objects_and_comes_back(
 def test_a_cluster_that_is_lost_is_unavailable_as_a_whole(
     cluster: Any, objects: Any, redis_tier: Callable[..., RedisBackend], eventually: Callable[..., Any]
 ) -> None:
-    tier = redis_tier(cluster.url, timeout_s=0.5)
+    tier = redis_tier(cluster.url, timeout_s=1.0)
     stored = [objects.new(100_000) for _ in range(12)]
     objects.store(tier, stored)
-    fresh = redis_tier(cluster.url, timeout_s=0.5)
+    fresh = redis_tier(cluster.url, timeout_s=1.0)
     for node in cluster.nodes:
         node.process.send_signal(signal.SIGSTOP)
     try:
@@ -226,7 +226,7 @@ def test_a_cluster_that_is_lost_is_unavailable_as_a_whole(
             assert outcomes(results) == [UNAVAILABLE] * 12
             assert not any(result.partial for result in results)
             assert all(result.detail for result in results)
-        standing = redis_tier(cluster.url, timeout_s=0.5).check()
+        standing = redis_tier(cluster.url, timeout_s=1.0).check()
         assert re.search(r"redis\+cluster://127.*start that Redis", standing.reason)
         assert not standing.reads
     finally:
@@ -291,7 +291,7 @@ def test_names_lie_on_the_node_that_has_their_slot(cluster: Any, names_at: Calla
 def test_names_on_a_node_that_is_lost_are_unavailable_and_come_back(
     cluster: Any, names_at: Callable[..., RedisNames], eventually: Callable[..., Any]
 ) -> None:
-    names = names_at(cluster.url, timeout_s=0.5)
+    names = names_at(cluster.url, timeout_s=1.0)
     names.put("a", b"record")
     node = cluster.nodes[cluster.owner(slot_of(b"loracache:adapters"))]
     node.process.send_signal(signal.SIGSTOP)

@@ -162,7 +162,7 @@ def test_a_connection_that_lost_its_place_is_never_used_again(
     impostor: Impostor, redis_tier: Callable[..., RedisBackend], reply: bytes
 ) -> None:
     impostor.scripts = [[reply] if reply else [], [b"$0\r\n\r\n"] * 2]
-    tier = redis_tier(impostor.url, timeout_s=0.4)
+    tier = redis_tier(impostor.url, timeout_s=1.0)
     assert outcomes(tier.contains([bytes(32)])) == [UNAVAILABLE]
     assert outcomes(tier.contains([bytes(32)])) == [MISS]
     assert outcomes(tier.contains([bytes(32)])) == [MISS]

@@ -126,7 +126,7 @@ def test_closing_leaves_no_connection_behind(server: Any, eventually: Callable[.
 def test_a_stopped_server_is_unavailable_in_bounded_time(
     server: Any, names_at: Callable[..., RedisNames], call: Callable[[RedisNames], object], connected: bool
 ) -> None:
-    names = names_at(server.url, timeout_s=0.4)
+    names = names_at(server.url, timeout_s=1.0)
     if connected:
         names.put("before", b"record")
     server.send(signal.SIGSTOP)
@@ -144,7 +144,7 @@ def test_a_stopped_server_is_unavailable_in_bounded_time(
 def test_an_answer_that_came_too_late_answers_no_other_question(
     server: Any, names_at: Callable[..., RedisNames]
 ) -> None:
-    names = names_at(server.url, timeout_s=0.2)
+    names = names_at(server.url, timeout_s=1.0)
     names.put("a", b"of a")
     names.put("b", b"of b")
     for _ in range(3):
@@ -274,7 +274,7 @@ def test_what_redis_lost_it_is_given_again(server: Any, names_at: Callable[..., 
 
 
 def test_a_stopped_server_delays_one_question_and_not_all(server: Any, names_at: Callable[..., RedisNames]) -> None:
-    names = AdapterNames(None, names_at(server.url, timeout_s=0.4))
+    names = AdapterNames(None, names_at(server.url, timeout_s=1.0))
     names.put("a", X, "")
     server.send(signal.SIGSTOP)
     try:
@@ -283,7 +283,7 @@ def test_a_stopped_server_delays_one_question_and_not_all(server: Any, names_at:
             found = names.find("a")
             assert found is not None
             assert found.digest == X
-        assert time.monotonic() - began < 20  # 40 if each waited
+        assert time.monotonic() - began < 20  # 100 if each waited
         with pytest.raises(Unavailable):
             names.put("a", Y, "")
         assert names.known()["a"].digest == X

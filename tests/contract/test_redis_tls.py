@@ -177,7 +177,7 @@ def test_tls_to_a_server_without_it_and_none_to_one_with_it_end_in_words(
 def test_a_tls_server_stopped_in_the_middle_is_unavailable_and_back_again(
     tls_redis: Any, objects: Any, redis_tier: Callable[..., RedisBackend]
 ) -> None:
-    backend = redis_tier(tls_redis.tls_url, prefix="stopped", timeout_s=0.5)
+    backend = redis_tier(tls_redis.tls_url, prefix="stopped", timeout_s=1.5)
     stored = [objects.new(1 << 20) for _ in range(4)]
     objects.store(backend, stored)
     tls_redis.process.send_signal(signal.SIGSTOP)

@@ -76,7 +76,7 @@ def test_without_a_daemon_or_with_a_silent_one_calls_end(daemon: Any) -> None:
     running = daemon()
 
     async def ask() -> None:
-        link = DaemonLink(running.url, timeout=0.2)
+        link = DaemonLink(running.url, timeout=1.0)
         await link.call(protocol.Flush())
         running.send(signal.SIGSTOP)
         results = await asyncio.gather(*[link.call(protocol.Flush()) for _ in range(5)], return_exceptions=True)

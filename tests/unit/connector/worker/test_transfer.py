@@ -194,7 +194,7 @@ def test_chunks_may_have_any_number_of_blocks(daemon: Any, make_worker: Any) -> 
 
 def test_past_its_deadline_a_load_has_failed_and_nothing_comes_late(daemon: Any, make_worker: Any) -> None:
     running = daemon()
-    worker = make_worker(running.url, timeout=0.3)
+    worker = make_worker(running.url, timeout=1.0)
     worker.fill()
     worker.store((0, (0, 1)))
     before = worker.blocks(8, 9)

@@ -348,7 +348,7 @@ def test_a_daemon_that_dies_under_a_copy_leaves_the_folder(
 def test_a_daemon_that_is_silent_costs_its_time_and_no_more(daemon: Any, make_worker: Any, make_adapter: Any) -> None:
     """Of one order, not of each: those after it do not wait for the greeting either."""
     running = daemon()
-    worker = make_worker(running.url, pages=500, timeout=0.2)
+    worker = make_worker(running.url, pages=500, timeout=1.0)
     first, *others = (make_adapter(f"silence {number}") for number in range(12))
     running.client().add_adapter(first.path)
     assert worker.load(first.digest) == ""
