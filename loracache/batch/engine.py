@@ -95,7 +95,11 @@ class Engine:
             self.by = By.TEXT
         if answer.status != 200:
             return text_tokens(line)  # the engine will say what is wrong with it when it is sent
-        return np.asarray(token_ids(answer.body, self.server.url), np.int32)
+        try:
+            return np.asarray(token_ids(answer.body, self.server.url), np.int32)
+        except ProtocolError:  # a page of a proxy's, say
+            self.by = By.TEXT
+            return text_tokens(line)
 
 
 async def ask_all(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_Said]]) -> list[_Said]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 
+from loracache.batch import strict_json
 from loracache.batch.servers import base_url, checked_key
 from loracache.errors import ProtocolError, Unavailable
 
@@ -99,14 +100,9 @@ def _read(body: bytes) -> Any:
     """Its JSON; its text where it is none, or nests too deeply to be written as a part of something else."""
     try:
         text = body.decode(json.detect_encoding(body), "surrogatepass")
-        found = json.loads("[" * _SPARE_NESTING + text + "]" * _SPARE_NESTING, parse_constant=_no_json)
+        found = strict_json.parse("[" * _SPARE_NESTING + text + "]" * _SPARE_NESTING)
         for _ in range(_SPARE_NESTING):
             (found,) = found
     except (ValueError, RecursionError):
         return body.decode(errors="replace")
     return found
-
-
-def _no_json(constant: str) -> None:
-    """NaN and the like, which Python reads and others do not."""
-    raise ValueError(constant)

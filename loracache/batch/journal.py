@@ -93,15 +93,11 @@ class Journal:
         """Read what is there, and cut off a record that a kill left unfinished."""
         self._file.seek(0)
         head, own = self._file.readline(), {"batch": _VERSION, "input": digest}
-        if _json(own).startswith(head) and not head.endswith(b"\n"):
-            self._file.truncate(0)
+        same = head == _json(own)
+        if not same and (_json(own).startswith(head) or (_is_head(head) and not self._file.read(1))):
+            self._file.truncate(0)  # nothing was answered, of whichever input
             self._write(own)
             return
-        try:
-            said = json.loads(head)
-            same = said["batch"] == _VERSION and said["input"] == digest
-        except (ValueError, KeyError, TypeError):
-            same = False
         if not same:
             raise ConfigError(f"{self._path} is of another input; remove it, or give the input that it is of")
         while True:
@@ -110,15 +106,13 @@ class Journal:
             if not record.endswith(b"\n"):
                 self._file.truncate(at)
                 return
-            try:
-                found = json.loads(record)
-                number, passing = int(found["line"]), found["passing"]
-            except (ValueError, KeyError, TypeError):  # the machine lost power: it is asked again
+            found = _parsed(record)
+            if found is None:  # the machine lost power: it is asked again
                 continue
-            if passing:
-                self._places.pop(number, None)
+            if found.passing:
+                self._places.pop(found.number, None)
             else:
-                self._places[number] = at
+                self._places[found.number] = at
 
     def add(
         self, number: int, output: dict[str, Any], *, failed: bool = False, passing: bool = False, decode: int = 0
@@ -129,8 +123,11 @@ class Journal:
 
     def recorded(self) -> Iterator[Recorded]:
         """What earlier runs have answered, and this one."""
-        for found in self._records(sorted(self._places.values())):
-            yield Recorded(found["line"], found["failed"], found["passing"], found["decode"])
+        for place in sorted(self._places.values()):
+            self._file.seek(place)
+            found = _parsed(self._file.readline())
+            assert found is not None
+            yield found
 
     def finish(self, order: str) -> None:
         """Write the output from the journal, and take the journal away. Raises ConfigError where that cannot be."""
@@ -181,6 +178,27 @@ class Journal:
         except OSError as error:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror}; {self._kept}") from None
         return at
+
+
+def _is_head(line: bytes) -> bool:
+    """Whether it is the first line of a journal of ours, of whichever input."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.keys() == {"batch", "input"} and said["batch"] == _VERSION
+
+
+def _parsed(record: bytes) -> Recorded | None:
+    """What a line of the journal says; None where it is not one that was written here."""
+    try:
+        found = json.loads(record)
+        number, failed, passing, decode = (found[name] for name in ("line", "failed", "passing", "decode"))
+        right = type(number) is int and number > 0 and type(decode) is int and 0 <= decode < 1 << 40
+        right = right and type(failed) is type(passing) is bool and isinstance(found["output"], dict)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return Recorded(number, failed, passing, decode) if right else None
 
 
 def _give_name(file: Path, name: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 __all__ = ["kept"]
 
 _PR_SET_PDEATHSIG = 1
-_AGAIN_S, _END_S = 5.0, 30.0
+_AGAIN_S, _END_S = 10.0, 30.0  # vLLM ends at once, and not in order, at a second interrupt
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from loracache.batch import strict_json
 from loracache.errors import ConfigError
 
 __all__ = ["PATHS", "BatchFile", "Line", "LineFault"]
@@ -56,6 +57,7 @@ class BatchFile:
     def __init__(self, path: str) -> None:
         self.name = "standard input" if path == "-" else path
         self._file = self._opened(path)
+        self._state = self._looked_at()
         self._starts = array("q")
         digest = hashlib.sha256()
         begin = at = 0
@@ -79,6 +81,11 @@ class BatchFile:
     def requests(self) -> int:
         """Lines that are not blank."""
         return sum(start >= 0 for start in self._starts)
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody has written to it since it was opened."""
+        return self._looked_at() != self._state
 
     def close(self) -> None:
         """The file is not read any more."""
@@ -106,6 +113,10 @@ class BatchFile:
         if len(text) > _MOST_LINE:
             return LineFault(number, None, "", f"line {number}: it is longer than {_MOST_LINE >> 20} MiB")
         return _checked(number, text)
+
+    def _looked_at(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def _opened(self, path: str) -> IO[bytes]:
         if path == "-" and sys.stdin is None:
@@ -136,7 +147,9 @@ def _spooled(source: IO[bytes]) -> IO[bytes]:
 
 def _checked(number: int, text: bytes) -> Line | LineFault:
     try:
-        found = json.loads(text)
+        found = strict_json.parse(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return LineFault(number, None, "", f"line {number}: it is not in UTF-8: {error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:
         return LineFault(number, None, "", f"line {number}: it is no JSON: {error}")
     if not isinstance(found, dict):

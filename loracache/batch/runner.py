@@ -31,6 +31,7 @@ from loracache.keys import TokenArray
 __all__ = ["OTHER_BLOCK", "Limits", "Room", "Runner", "room_of"]
 
 _PAUSES_S = (0.5, 5.0)  # while prompts are tokenized and no engine is there
+_MOST_SAID = 2000  # characters of a server's page that an error shows
 OTHER_BLOCK, _OTHER_KV = 16, 1 << 18  # tokens, of engines that do not say
 
 
@@ -87,8 +88,11 @@ class Runner:
 
         async def send(driver: Driver, request: int) -> None:
             line = self.file.line(job.lines[request])
-            if not isinstance(line, Line):
-                raise ConfigError(f"{self.file.name} was changed while its batch runs: {line.message}")
+            if self.file.changed or not isinstance(line, Line):
+                raise ConfigError(
+                    f"{self.file.name} was changed while its batch runs; what is answered is kept, and the same "
+                    "command goes on once the file is as it was"
+                )
             body = line.body if pins is None else pins.body(request, line)
             if places is not None:
                 body = body | {"priority": int(places[request])}
@@ -169,12 +173,8 @@ class Runner:
             decode = self.report.count(answer.body, engine) // answers(line)
             self._record(line.number, _output(line.custom_id, response, None), decode=decode)
             return
-        body = answer.body
-        told = (body.get("error") or body) if isinstance(body, dict) else {"message": str(body)}
-        if answer.status == 200:
-            told = {"code": "no_answer", "message": f"the server answered 200 and no JSON object: {str(body)[:200]!r}"}
-        response = {"status_code": answer.status, "request_id": uuid.uuid4().hex, "body": body}
-        error = told if answer.status else {"code": "unavailable", **told}
+        response = {"status_code": answer.status, "request_id": uuid.uuid4().hex, "body": answer.body}
+        error = _error(answer)
         passing = not answer.status or answer.status in PASSING
         output = _output(line.custom_id, response if answer.status else None, error)
         self._record(line.number, output, failed=True, passing=passing)
@@ -188,6 +188,23 @@ class Runner:
         else:
             self.report.answered += 1
         self.on_change(self.report)
+
+
+def _error(answer: Answer) -> dict[str, Any]:
+    """What is said of an answer that is none: the server's own error, or one in its place."""
+    body = answer.body
+    if answer.status == 200:
+        return {"code": "no_answer", "message": f"the server answered 200 and no JSON object: {str(body)[:200]!r}"}
+    if not answer.status:
+        return {"code": "unavailable", "message": str(body)}
+    told = body
+    if isinstance(body, dict):
+        told = body.get("error") or {name: value for name, value in body.items() if name != "error"}
+    if isinstance(told, dict) and told.get("message"):
+        return told
+    known = told if isinstance(told, dict) else {}
+    message = str(known.get("detail") or told or f"the server answered {answer.status} and said nothing")
+    return {"code": "refused", **known, "message": message[:_MOST_SAID]}
 
 
 def _output(custom_id: str | None, response: dict[str, Any] | None, error: Any) -> dict[str, Any]:

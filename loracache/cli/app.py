@@ -8,6 +8,7 @@ script waits for.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -20,12 +21,15 @@ from loracache.cli import adapters, batch, check, jobs, objects, quota, simulate
 from loracache.cli.common import (
     EXIT_CODES,
     PARTLY,
+    REFUSED,
     Commands,
     JsonOption,
     SocketOption,
     client_of,
+    discard_output,
     expanded,
     number,
+    open_closed_streams,
     print_json,
 )
 from loracache.cli.selector import SelectionOptions
@@ -43,6 +47,7 @@ app = typer.Typer(
 )
 
 _SWITCH_S = 0.001  # after which a tier's thread that computes lets the loop go on; by default five times as long, each
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write to standard output
 _LOOK, _CHANGE, _MANAGE = "Look", "Change", "Manage"
 VERBS = (
     ("lookup", objects.lookup, _LOOK),
@@ -181,4 +186,12 @@ for _name, _command, _panel in VERBS:
 
 def main() -> None:
     """Entry point of the `loracache` command."""
-    app(prog_name="loracache")
+    open_closed_streams()
+    try:
+        app(prog_name="loracache")
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        discard_output()
+        typer.echo(f"loracache: the output cannot be written: {error.strerror}", err=True)
+        sys.exit(REFUSED)

@@ -22,8 +22,10 @@ from loracache.cli.common import (
     expanded,
     integer,
     number,
+    output_is_closed,
     print_json,
 )
+from loracache.client.client import CacheClient
 from loracache.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Offline batches in OpenAI's format.", no_args_is_help=True)
 
 _MOST_TOKENS = 1 << 40
+_MEMORY = "4GiB"
 _InputArgument = Annotated[str, typer.Argument(metavar="IN", help="Requests, .jsonl, gzipped or not; -: from stdin.")]
 
 
@@ -119,6 +122,8 @@ class Result:
             raise ConfigError(f"--order {self.order!r} must be input or done")
         if self.plot is not None:
             check_plot(self.plot)
+        if self.output == "-" and output_is_closed():
+            raise ConfigError("-o -: standard output is closed; give -o a file")
         taken = {} if batch == "-" else {Path(batch).resolve(): "the input"}
         if self.output != "-":
             output = Path(self.output)
@@ -165,7 +170,7 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="Start a vLLM that serves it, and end it after.", show_default=False)
     ] = None,
-    memory: Annotated[str, typer.Option(help="Of the daemon behind --model.")] = "4GiB",
+    memory: Annotated[str | None, typer.Option(help="Of the daemon behind --model.", show_default=_MEMORY)] = None,
     socket: Annotated[
         Path | None, typer.Option(help="Unix socket of the daemon that the engines share.", show_default=False)
     ] = None,
@@ -176,7 +181,7 @@ def run(
 ) -> None:
     """Send a batch to running OpenAI servers, or to a vLLM of its own. Killed, the same command goes on where it was. 4
     where a request failed."""
-    if dry_run:
+    if dry_run and result.output is None:
         _show_plan(batch, engines, result.as_json)
         return
     output = result.checked(batch)
@@ -186,8 +191,18 @@ def run(
         raise ConfigError("give either --url http://HOST:PORT/v1 of a running server, or --model of one to start")
     if vllm and not model:
         raise ConfigError(f"{vllm[0]!r}: options of vLLM go with --model")
+    if memory and (socket or not model):
+        raise ConfigError(f"--memory {memory}: it is of the daemon that --model starts without --socket; leave it out")
+    if dry_run:
+        _show_plan(batch, engines, result.as_json)
+        return
+    if model and model.startswith(("/", "./", "../")) and not Path(model).exists():
+        raise ConfigError(f"--model {model} is not there")
     socket = None if socket is None else socket.absolute()
-    own = None if model is None else _Own(model, tuple(vllm or ()), memory)
+    if socket is not None:
+        with CacheClient(f"unix://{socket}", name="batch"):
+            pass  # else each answer would be a pin that failed
+    own = None if model is None else _Own(model, tuple(vllm or ()), memory or _MEMORY)
     done = _run(batch, engines, own, socket, output, result.order, patience)
     result.tell(done, f"{Path(batch).name}, {done.answered:,} of {done.requests:,} requests in {done.seconds:.0f} s")
     if done.errors:

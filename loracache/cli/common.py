@@ -24,17 +24,16 @@ from loracache.wire.protocol import Request
 
 __all__ = [
     "EXIT_CODES", "FAULTS", "INTERRUPTED", "NOTHING", "PARTLY", "REFUSED", "Commands", "JsonOption", "SocketOption",
-    "SteeringClient", "check_plot", "client_of", "engine_key", "expanded", "file_text", "integer", "number",
-    "print_json", "socket_of",
+    "SteeringClient", "check_plot", "client_of", "discard_output", "engine_key", "expanded", "file_text", "integer",
+    "number", "open_closed_streams", "output_is_closed", "print_json", "socket_of",
 ]  # fmt: skip
 
 REFUSED, USAGE, NOTHING, PARTLY, INTERRUPTED, NO_READER = 1, 2, 3, 4, 130, 141
 FAULTS = 1
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the daemon (or the engine) is not there or refused, or check left faults; 2 wrong usage or "
-    "configuration; "
-    "3 nothing found; 4 done in part: something was skipped, or is not done yet; 130 interrupted; 141 nobody reads the "
-    "output any more."
+    "Exit codes: 0 done; 1 the daemon (or the engine) is not there or refused, the output cannot be written, or check "
+    "left faults; 2 wrong usage or configuration; 3 nothing found; 4 done in part: something was skipped, or is not "
+    "done yet; 130 interrupted; 141 nobody reads the output any more."
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -72,8 +71,7 @@ class Commands(TyperGroup):
             sys.stdout.flush()
             return done
         except BrokenPipeError:
-            with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes nowhere, quietly
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             raise typer.Exit(NO_READER) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
@@ -83,6 +81,26 @@ class Commands(TyperGroup):
         except MemoryError:
             typer.echo("loracache: this process may take no more memory; raise its limits (ulimit -v)", err=True)
             raise typer.Exit(REFUSED) from None
+
+
+def open_closed_streams() -> None:
+    """What a process was started without (`>&-`) leads nowhere: no file that is opened later takes its number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def output_is_closed() -> bool:
+    """Whether this process was started without standard output."""
+    return getattr(sys.stdout, "name", "") == os.devnull
+
+
+def discard_output() -> None:
+    """What is left in standard output's buffer goes nowhere, quietly."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _code(error: LoRACacheError) -> int:

@@ -33,7 +33,7 @@ class Fake:
         self.tokenizes = self.healthy = self.lists = True
         self.hang_ups = 0
         """How often /tokenize ends the connection in place of an answer."""
-        self.tokens: list[int] | None = None
+        self.tokens: Any = None
         """What /tokenize answers whatever it is asked; None for tokens of the prompt."""
         self.key = ""
         self.seconds = 0.0

@@ -48,11 +48,13 @@ def test_a_server_that_tokenizes_nothing_within_the_patience_ends_the_run(server
     assert (done.exit_code, "closed the connection" in done.stderr) == (1, True)
 
 
-def test_token_ids_that_are_none_are_told(server: Fake, tmp_path: Path) -> None:
-    for tokens in ([10**12] * 40, [-1] * 40):
-        server.tokens = tokens
-        done = run(write(tmp_path / "in.jsonl", [request(0)]), "-o", tmp_path / "out.jsonl", "--url", server.url)
-        assert (done.exit_code, "answered no list of token ids" in done.output) == (1, True)
+@pytest.mark.parametrize("tokens", [[10**12] * 40, [-1] * 40, "<html>log in</html>", None])
+def test_a_server_that_answers_no_token_ids_is_planned_by_text(server: Fake, tmp_path: Path, tokens: Any) -> None:
+    server.tokens = tokens or 7
+    output = tmp_path / "out.jsonl"
+    done = run(write(tmp_path / "in.jsonl", [request(0), request(1)]), "-o", output, "--url", server.url)
+    assert done.exit_code == 0, done.output
+    assert len(answers(output)) == 2
 
 
 @pytest.mark.parametrize("part", [1, 7, 1 << 20])
@@ -105,7 +107,7 @@ def test_usage_that_is_no_count_counts_nothing(server: Fake, tmp_path: Path) -> 
     assert [told[name] for name in ("prompt_tokens", "completion_tokens", "cached_tokens")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("body", ["<html>log in</html>", "", "[1]", "null", '{"id": NaN}'])
+@pytest.mark.parametrize("body", ["<html>log in</html>", "", "[1]", "null", '{"id": NaN}', '{"id": -1e400}'])
 def test_a_page_in_the_place_of_an_answer_is_an_error(server: Fake, tmp_path: Path, body: str) -> None:
     server.refuse = lambda asked: (200, body)
     output = tmp_path / "out.jsonl"
@@ -128,14 +130,28 @@ def test_an_answer_that_nests_too_deeply_to_be_kept_is_an_error(server: Fake, tm
     assert found[-1]["error"]["code"] == "no_answer"
 
 
-@pytest.mark.parametrize("body", [{}, {"error": None}, {"error": {}}])
-def test_a_refusal_without_a_word_is_an_error_all_the_same(server: Fake, tmp_path: Path, body: dict[str, None]) -> None:
-    server.refuse = lambda asked: (400, body)
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (400, {}, "the server answered 400 and said nothing"),
+        (400, {"error": None}, "the server answered 400 and said nothing"),
+        (404, {"detail": "Not Found"}, "Not Found"),
+        (400, {"error": "no such model"}, "no such model"),
+        (404, "", "the server answered 404 and said nothing"),
+        (307, "elsewhere", "elsewhere"),
+        (400, {"error": {"message": "too long", "code": 400}}, "too long"),
+        (400, {"message": "too long"}, "too long"),
+    ],
+)
+def test_a_refusal_is_an_error_with_a_message_whatever_form_it_has(
+    server: Fake, tmp_path: Path, status: int, body: Any, said: str
+) -> None:
+    server.refuse = lambda asked: (status, body)
     output = tmp_path / "out.jsonl"
     assert run(write(tmp_path / "in.jsonl", [request(0)]), "-o", output, "--url", server.url).exit_code == 4
     (found,) = answers(output)
-    assert found["error"] is not None
-    assert found["response"]["status_code"] == 400
+    assert found["error"]["message"] == said
+    assert found["response"]["status_code"] == status
 
 
 @pytest.mark.parametrize(
@@ -159,6 +175,34 @@ def test_each_of_several_answers_holds_blocks_of_its_own(
 # -- what is written ----------
 
 
+@pytest.mark.parametrize(
+    "body",
+    ['{"seed": NaN}', '{"seed": 1e400}', '{"seed": -Infinity}'],
+)
+def test_a_number_that_json_does_not_have_is_its_lines_error(server: Fake, tmp_path: Path, body: str) -> None:
+    wrong = f'{{"custom_id": "a", "url": "/v1/completions", "body": {body}}}'
+    output = tmp_path / "out.jsonl"
+    done = run(write(tmp_path / "in.jsonl", [wrong, request(1)]), "-o", output, "--url", server.url)
+    assert done.exit_code == 4
+    first, second = answers(output)
+    assert (first["error"]["code"], second["error"]) == ("invalid_line", None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_a_file_in_another_encoding_is_told_line_by_line(server: Fake, tmp_path: Path, encoding: str) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{json.dumps(request(number))}\n" for number in range(3)), encoding)
+    assert run(source, "-o", output, "--url", server.url).exit_code == 4
+    assert {each["error"]["code"] for each in answers(output)} == {"invalid_line"}
+    assert not server.asked
+
+
+def test_a_mark_at_the_beginning_of_the_file_is_none_of_its_first_line(server: Fake, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(request(0)), "utf-8-sig")
+    assert run(source, "-o", output, "--url", server.url).exit_code == 0
+
+
 def test_what_utf8_cannot_say_is_escaped_in_the_output(server: Fake, tmp_path: Path) -> None:
     asked = [request(0) | {"custom_id": "half \ud800"}, request(1, prompt="half \udc00"), request(2, prompt="größer")]
     output = tmp_path / "out.jsonl"
@@ -166,7 +210,15 @@ def test_what_utf8_cannot_say_is_escaped_in_the_output(server: Fake, tmp_path: P
     assert [each["custom_id"] for each in answers(output)] == [line["custom_id"] for line in asked]  # read as UTF-8
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 50, b"7", b"{}"], ids=["zeros", "number", "object"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0" * 50, b"7", b"{}", b"[" * 5000, b'{"line": 1e400, "passing": false}',
+        b'{"line": 2, "failed": false, "passing": false, "decode": "7", "output": {}}',
+        b'{"line": 2, "failed": false, "passing": false, "decode": 7, "output": []}',
+    ],
+    ids=["zeros", "number", "object", "deep", "infinite", "text", "list"],
+)  # fmt: skip
 def test_a_record_that_the_disk_has_damaged_is_answered_again(server: Fake, tmp_path: Path, damage: bytes) -> None:
     source, output = write(tmp_path / "in.jsonl", [request(number) for number in range(5)]), tmp_path / "out.jsonl"
     with (
@@ -241,13 +293,14 @@ def test_an_output_that_cannot_be_written_leaves_the_journal(server: Fake, tmp_p
     assert len(server.asked) == len(answers(output)) == 1
 
 
-def test_a_file_that_is_changed_while_it_runs_is_told(server: Fake, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{\n" * 40, "".join(f"{json.dumps(request(number))}\n" for number in range(1, 41))])
+def test_a_file_that_is_changed_while_it_runs_is_told(server: Fake, tmp_path: Path, text: str) -> None:
     source = write(tmp_path / "in.jsonl", [request(number) for number in range(40)])
 
-    def cut(body: object) -> None:
-        source.write_text("{\n" * 40)
+    def edit(body: object) -> None:
+        source.write_text(text)
 
-    server.refuse = cut
+    server.refuse = edit
     done = run(source, "-o", tmp_path / "out.jsonl", "--url", server.url, "--running", 1)
     assert done.exit_code == 2
     assert "was changed while its batch runs" in done.output

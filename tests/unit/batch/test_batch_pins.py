@@ -112,7 +112,9 @@ def test_an_engine_schedules_by_priority_unless_it_is_told_how(tmp_path: Path) -
         assert (child._command.count("--scheduling-policy") - options.count("--scheduling-policy") == 1) is prioritized
 
 
-def test_a_batch_that_shares_nothing_has_no_cache_behind_its_engine(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_batch_that_shares_nothing_has_no_cache_behind_its_engine(
+    daemon: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     made: list[tuple[str, Path | None]] = []
 
     def engine(model: str, options: object, folder: Path, memory: str, socket: Path | None) -> ChildEngine:
@@ -120,10 +122,12 @@ def test_a_batch_that_shares_nothing_has_no_cache_behind_its_engine(tmp_path: Pa
         raise ConfigError("far enough")
 
     monkeypatch.setattr("loracache.batch.child.ChildEngine", engine)
-    for number, (prompts, more) in enumerate((("ab", ()), ("aa", ()), ("ab", ("--socket", "s")))):
+    socket = daemon(memory="1MiB").url.removeprefix("unix://")
+    options = (("ab", ("--memory", "2MiB")), ("aa", ("--memory", "2MiB")), ("aa", ()), ("ab", ("--socket", socket)))
+    for number, (prompts, more) in enumerate(options):
         lines = [request(at, prompt=prompt * 300) for at, prompt in enumerate(prompts)]
-        run(write(tmp_path / "in", lines), "-o", tmp_path / f"out{number}", "--model", "m", "--memory", "2MiB", *more)
-    assert made == [("", None), ("2MiB", None), ("", Path("s").absolute())]
+        run(write(tmp_path / "in", lines), "-o", tmp_path / f"out{number}", "--model", "m", *more)
+    assert made == [("", None), ("2MiB", None), ("4GiB", None), ("", Path(socket))]
     alone = ChildEngine("none", [], tmp_path, "", None)
     assert (alone.socket, alone._daemon, "--kv-transfer-config" in alone._command) == (None, [], False)
     assert (alone.prioritized, "--scheduling-policy" in alone._command) == (False, False)
@@ -147,8 +151,25 @@ def test_an_engine_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path:
         asyncio.run(enter())
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--url", "http://127.0.0.1:9", "--memory", "1GiB"), 2, "--memory 1GiB: it is of the daemon that --model"),
+        (("--model", "m", "--memory", "1GiB", "--socket", "s"), 2, "--memory 1GiB: it is of the daemon that --model"),
+        (("--url", "http://127.0.0.1:9", "--socket", "nobody.sock"), 1, "nobody.sock"),
+        (("--model", "./nowhere"), 2, "--model ./nowhere is not there"),
+    ],
+)
+def test_what_no_run_can_do_is_told_before_anything_starts(
+    tmp_path: Path, words: tuple[str, ...], code: int, said: str
+) -> None:
+    done = run(write(tmp_path / "in.jsonl", [request(0)]), "-o", tmp_path / "out.jsonl", *words)
+    assert (done.exit_code, said in done.stderr) == (code, True), done.stderr
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
 def test_an_engine_of_its_own_that_ends_in_the_middle_is_told_with_the_end_of_its_log(
-    servers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    servers: Any, daemon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = servers()
     engine.seconds = 30.0
@@ -162,7 +183,8 @@ def test_an_engine_of_its_own_that_ends_in_the_middle_is_told_with_the_end_of_it
     monkeypatch.setattr("loracache.batch.child.ChildEngine", Child)
     source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
     began = time.monotonic()
-    done = run(source, "-o", output, "--model", "it", "--socket", tmp_path / "none")
+    socket = daemon(memory="1MiB").url.removeprefix("unix://")
+    done = run(source, "-o", output, "--model", "it", "--socket", socket)
     assert (done.exit_code, "the engine ended with 1: out of memory" in done.stderr) == (2, True)
     assert time.monotonic() - began < 20
 
@@ -218,7 +240,7 @@ def test_what_a_batch_started_ends_when_the_batch_is_killed(
         finally:
             parent.kill()
     for process in (keeper, *map(int, started.read_text().split())):
-        eventually(lambda: not os.path.exists(f"/proc/{process}/stat") or _ended(process), "it has ended")  # noqa: B023
+        eventually(lambda: not os.path.exists(f"/proc/{process}/stat") or _ended(process), "it has ended", 40)  # noqa: B023
 
 
 @pytest.mark.parametrize("code", [0, 3, "-signal.SIGKILL"])

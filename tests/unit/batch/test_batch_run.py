@@ -299,14 +299,25 @@ def test_a_record_that_a_kill_cut_short_is_answered_again(server: Fake, tmp_path
 def test_a_journal_of_another_input_and_an_output_that_is_there_are_refused(server: Fake, tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
-    partial.write_text('{"batch":1,"input":"00"}\n')
-    told = run(source, "-o", output, "--url", server.url)
-    assert (told.exit_code, "is of another input" in told.stderr) == (2, True)
+    for answered in ('{"line":1}\n', "{", "\0"):
+        partial.write_text('{"batch":1,"input":"00"}\n' + answered)
+        told = run(source, "-o", output, "--url", server.url)
+        assert (told.exit_code, "is of another input" in told.stderr) == (2, True)
     partial.unlink()
     output.touch()
     told = run(source, "-o", output, "--url", server.url)
     assert (told.exit_code, "is there already" in told.stderr) == (2, True)
     assert not server.asked
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_journal_that_holds_no_answer_does_not_keep_a_corrected_input_out(
+    server: Fake, tmp_path: Path, end: str
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").write_text(f'{{"batch":1,"input":"{"0" * 64}"}}{end}')
+    assert run(source, "-o", output, "--url", server.url).exit_code == 0
+    assert len(answers(output)) == 1
 
 
 def test_a_key_is_sent_and_a_wrong_one_said(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,22 @@ def test_a_reader_that_goes_away_ends_it_quietly(process: Any, prompt: Any, verb
     assert (started.end().err, started.process.returncode) == ("", 141)
 
 
+@pytest.mark.parametrize("verb", [["status"], ["status", "--json"], ["--version"], ["--help"], ["objects"]])
+def test_output_that_cannot_be_written_is_told_in_one_line(running: Any, verb: list[str]) -> None:
+    command = [sys.executable, "-m", "loracache", *verb]
+    environment = os.environ | {"LORACACHE_SOCKET": str(running.socket)}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=-1, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (1, b"loracache: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_nowhere(running: Any, closed: str) -> None:
+    command = f'"{sys.executable}" -m loracache status --socket "{running.socket}" {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_through_a_pipe_there_are_no_boxes_and_no_short_keys(process: Any, prompt: Any) -> None:
     _, keys = prompt(2, model="piped")
     done = process("objects", "--model", "piped").end()
