@@ -258,8 +258,8 @@ class CacheClient(ControlCalls):
             after = found[-1].name
 
     def remove_adapter(self, name: str) -> tuple[int, int, int] | None:
-        """Forget a name; what no name points to any more leaves all tiers with its KV. Answers as `evict`, or None
-        where nobody knows the name."""
+        """Forget a name; what no name points to any more leaves all tiers with its KV, but for what only Redis holds
+        (`evict` takes that). Answers as `evict`, or None where nobody knows the name."""
         found = self._call(protocol.AdapterRemove(name, ""))
         return (found[0], found[1], found[2]) if found else None
 

@@ -42,6 +42,7 @@ __all__ = ["Adapters"]
 _OWNER = 0  # of our own write leases; connections count from 1
 _LEASE_S = 600.0
 _REDIS_S = 30.0
+_DELETED_S = 5.0  # less than clients wait: behind a long queue of writes it is answered first
 _TRY_AGAIN_S = 0.02
 _TAKEN_IN_AT_ONCE = 2  # each holds room in the arena while it is read
 _PAGE = 1000  # adapters of one answer, however many are asked for
@@ -131,7 +132,8 @@ class Adapters:
         await self._descriptors.result(self._namespaces.keep)
 
     async def remove(self, name: str) -> list[Any]:
-        """Forget a name, and evict what no other name points to: [objects, bytes, skipped], or [] for no such name."""
+        """Forget a name, and evict what no other name points to: [objects, bytes, skipped], or [] for no such name.
+        Out of Redis goes what the index knows, which is waited for a while."""
         record = await self._others.result(lambda: self._forget(name))
         if record is None:
             return []
@@ -139,6 +141,9 @@ class Adapters:
         if not self._named(record.digest):
             for _ in self._cache.evict([bytes.fromhex(record.digest)], (Tier.CPU, Tier.DISK, Tier.REDIS), did):
                 await turn()
+            if (redis := self._cache.redis) is not None:
+                deleted: asyncio.Future[None] = answer(lambda done: redis.io.when_written(lambda: done(None)))
+                await asyncio.wait({deleted}, timeout=_DELETED_S)
         return [did.objects, did.nbytes, did.skipped]
 
     async def named(self) -> frozenset[bytes]:

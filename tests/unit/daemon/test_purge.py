@@ -203,6 +203,16 @@ def test_what_has_a_name_anywhere_stays_when_redis_is_cleared(shared: Shared, tm
     assert [two.get(bytes.fromhex(digest)) is not None for digest in digests] == [True, True, False]
 
 
+def test_an_adapter_has_left_redis_when_its_removal_is_answered(shared: Shared, tmp_path: Path) -> None:
+    running = shared.daemon()
+    digest = running.client().add_adapter(peft(tmp_path / "a", 3), "a")
+    keys = shared.store(running, adapter=digest)
+    assert shared.held(keys) == [CHAIN]
+    shared.server.redis.client_pause(300, all=False)  # writes alone: deletions wait
+    running.client().remove_adapter("a")
+    assert shared.held(keys, [bytes.fromhex(digest)]) == [0, 0]
+
+
 def test_a_cancelled_purge_ends(shared: Shared) -> None:
     running = shared.daemon()
     shared.store(running)
