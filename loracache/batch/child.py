@@ -47,7 +47,7 @@ class ChildEngine:
         """The daemon's."""
         self._folder = folder
         self._command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model,
             "--uds", str(engine), "--enable-prompt-tokens-details",
             "--disable-uvicorn-access-log", *options,
         ]  # fmt: skip

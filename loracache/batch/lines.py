@@ -70,8 +70,10 @@ class BatchFile:
             at += len(part)
             if part.endswith(b"\n"):
                 begin = at
+        self.size = at
+        """Bytes of the whole text."""
         self.digest = digest.hexdigest()
-        """Of the whole text."""
+        """Of it."""
 
     def __len__(self) -> int:
         """Lines, blank ones too: so that a number is that of an editor."""

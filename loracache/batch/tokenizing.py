@@ -17,9 +17,10 @@ from loracache.batch.bodies import adapter_of, begins_with_its_text, given_token
 from loracache.batch.lines import BatchFile, Line
 from loracache.keys import TokenArray
 
-__all__ = ["Tokenizing", "any_alike"]
+__all__ = ["Tokenizing", "much_alike"]
 
 _UNKNOWN = -1  # which no hash of Python's is
+_LITTLE = 0.01  # of a file: what would be found again is less work than having a cache
 _SAMPLED = 32  # prompts that share nothing and are tokenized all the same: how many tokens texts have
 
 
@@ -66,11 +67,15 @@ def _line_above(samples: list[tuple[int, int]]) -> tuple[float, float]:
     return float((y - slope * x).max()), slope
 
 
-def any_alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> bool:
-    """Whether any two of the lines that are `wanted` may share a block of KV; also where the text does not tell."""
+def much_alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> bool:
+    """Whether those of the lines that are `wanted` that may share a block of KV with an earlier one, also where the text
+    does not tell, have more text than a hundredth of the file."""
     seen: set[int] = set()
-    for _, begins in _beginnings(file, wanted, block_tokens):
+    left = file.size * _LITTLE
+    for _, begins, nbytes in _beginnings(file, wanted, block_tokens):
         if begins == _UNKNOWN or begins in seen:
+            left -= nbytes
+        if left < 0:
             return True
         seen.add(begins)
     return False
@@ -80,7 +85,7 @@ def _alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) ->
     """The same of each line, at its number."""
     found = np.zeros(len(file) + 1, np.bool_)
     numbers, beginnings = array("q"), array("q")
-    for number, begins in _beginnings(file, wanted, block_tokens):
+    for number, begins, _ in _beginnings(file, wanted, block_tokens):
         found[number] = begins == _UNKNOWN
         numbers.append(number)
         beginnings.append(begins)
@@ -90,16 +95,16 @@ def _alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) ->
     return found
 
 
-def _beginnings(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> Iterator[tuple[int, int]]:
-    """(number, beginning) of each line that is `wanted` and has a block or more: a hash of the text that a block of KV
-    stands for, or more, with the adapter and the salt; what begins otherwise shares none. _UNKNOWN where the text does
-    not tell."""
+def _beginnings(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(number, beginning, bytes of text) of each line that is `wanted` and has a block or more. A beginning is a hash of
+    the text that a block of KV stands for, or more, with the adapter and the salt; what begins otherwise shares none.
+    _UNKNOWN where the text does not tell."""
     for line in file.lines():
         if not isinstance(line, Line) or not wanted(line.number):
             continue
+        text = text_tokens(line)
         if given_tokens(line) is not None or not begins_with_its_text(line):
-            yield line.number, _UNKNOWN
-            continue
-        text = text_tokens(line)[:block_tokens]
-        if len(text) == block_tokens:
-            yield line.number, hash((adapter_of(line), salt_of(line), text.tobytes()))
+            yield line.number, _UNKNOWN, text.nbytes
+        elif len(text) >= block_tokens:
+            begins = text[:block_tokens].tobytes()
+            yield line.number, hash((adapter_of(line), salt_of(line), begins)), text.nbytes

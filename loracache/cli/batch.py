@@ -287,10 +287,10 @@ async def _send_to_own(
 
     from loracache.batch.child import ChildEngine
     from loracache.batch.runner import OTHER_BLOCK
-    from loracache.batch.tokenizing import any_alike
+    from loracache.batch.tokenizing import much_alike
 
-    shared = any_alike(file, lambda number: number not in journal, engines.block_tokens or OTHER_BLOCK)
-    memory = own.memory if shared else ""  # nothing would be found in it
+    shared = much_alike(file, lambda number: number not in journal, engines.block_tokens or OTHER_BLOCK)
+    memory = own.memory if shared else ""  # little would be found in it
     async with ChildEngine(own.model, own.options, folder, memory, socket) as child:
         servers = replace(engines, url=[child.url]).engines()
         watch = asyncio.create_task(child.watch())  # nobody starts it again: it is not waited for

@@ -13,7 +13,7 @@ import pytest
 
 from loracache.batch.lines import BatchFile, Line
 from loracache.batch.servers import chat_question
-from loracache.batch.tokenizing import _SAMPLED, Tokenizing, any_alike
+from loracache.batch.tokenizing import _SAMPLED, Tokenizing, much_alike
 from loracache.keys import TokenArray
 from tests.unit.batch.openai_fake import request, write
 
@@ -134,13 +134,18 @@ def test_tokenize_is_asked_for_all_that_a_template_is_given() -> None:
         ([chat(0, LONG)], False),
         ([chat(0, LONG), chat(1, LONG)], True),
         ([chat(0, LONG), chat(1, LONG, model="other")], False),
-        ([request(0, prompt=[1, 2, 3])], True),  # nobody has looked
-        ([chat(0, "a", tools=[{}])], True),
+        ([chat(number, f"{number // 2:04} {'own' * 9} " * 99) for number in range(2)], True),
+        (
+            [chat(2 * OWN + number, f"{number:04} " * 99) for number in range(200)] + [chat(0, LONG), chat(1, LONG)],
+            False,
+        ),
+        ([request(0, prompt=[1, 2, 3] * 40)], True),  # nobody has looked
+        ([chat(0, LONG, tools=[{}])], True),
         (["no JSON"], False),
     ],
 )
-def test_whether_any_two_may_share(tmp_path: Path, lines: list[Any], alike: bool) -> None:
+def test_whether_enough_of_a_batch_may_share(tmp_path: Path, lines: list[Any], alike: bool) -> None:
     source = write(tmp_path / "in.jsonl", [own(number) for number in range(OWN)] + lines)
     with contextlib.closing(BatchFile(str(source))) as file:
-        assert any_alike(file, lambda number: True, BLOCK) == alike
-        assert not any_alike(file, lambda number: number <= OWN, BLOCK)
+        assert much_alike(file, lambda number: True, BLOCK) == alike
+        assert not much_alike(file, lambda number: number <= OWN, BLOCK)
