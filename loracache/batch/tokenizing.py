@@ -68,8 +68,8 @@ def _line_above(samples: list[tuple[int, int]]) -> tuple[float, float]:
 
 
 def much_alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> bool:
-    """Whether those of the lines that are `wanted` that may share a block of KV with an earlier one, also where the text
-    does not tell, have more text than a hundredth of the file."""
+    """Whether more than a hundredth of the file is text of lines that are `wanted` and may share a block of KV with an
+    earlier one, also where the text does not tell."""
     seen: set[int] = set()
     left = file.size * _LITTLE
     for _, begins, nbytes in _beginnings(file, wanted, block_tokens):
@@ -96,9 +96,9 @@ def _alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) ->
 
 
 def _beginnings(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(number, beginning, bytes of text) of each line that is `wanted` and has a block or more. A beginning is a hash of
-    the text that a block of KV stands for, or more, with the adapter and the salt; what begins otherwise shares none.
-    _UNKNOWN where the text does not tell."""
+    """(number, beginning, bytes of text) of each line that is `wanted` and has a block or more. A beginning is a hash
+    of the text that a block of KV stands for, or more, with the adapter and the salt; what begins otherwise shares
+    none. _UNKNOWN where the text does not tell."""
     for line in file.lines():
         if not isinstance(line, Line) or not wanted(line.number):
             continue
