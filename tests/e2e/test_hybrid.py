@@ -199,23 +199,28 @@ def test_what_was_decoded_is_hit_by_the_next_turn(serving: Any, prompts: Callabl
 
 @exact
 def test_requests_side_by_side_preempt_each_other_and_answer_the_same(
-    serving: Any, prompts: Callable[[int], list[int]]
+    serving: Any, prompts: Callable[[int], list[int]], eventually: Any
 ) -> None:
     many = [prompts(260 + 9 * number) for number in range(10)]
     if serving.model.image:
         many = [_with_image(serving, tokens) for tokens in many]
     options: dict[str, Any] = {"max_tokens": serving.model.answer} | ({"image": 1} if serving.model.image else {})
     alone = [serving.engine.ask(tokens, **options).tokens for tokens in many]
-    serving.engine.settle(serving.daemon)
     before = serving.engine.preemptions()
-    for emptied in ((), ("cpu", "disk", "redis")):
-        clear(serving, *emptied)
-        calls = [serving.engine.start(tokens, **options) for tokens in many]
-        answers = [serving.engine.result(call) for call in calls]
-        assert [answer.tokens for answer in answers] == alone
-        assert all(answer.cached for answer in answers) is (not emptied)
-    if serving.model.kinds != ("window",):  # which never needs more blocks than at first
-        assert serving.engine.preemptions() > before
+
+    def preempted() -> bool:
+        """Whether any was; those that come one by one, to a busy machine, find room."""
+        serving.engine.settle(serving.daemon)
+        for emptied in ((), ("cpu", "disk", "redis")):
+            clear(serving, *emptied)
+            calls = [serving.engine.start(tokens, **options) for tokens in many]
+            answers = [serving.engine.result(call) for call in calls]
+            assert [answer.tokens for answer in answers] == alone
+            assert all(answer.cached for answer in answers) is (not emptied)
+        # A window never needs more blocks than at first.
+        return serving.model.kinds == ("window",) or bool(serving.engine.preemptions() > before)
+
+    eventually(preempted, "they preempt each other", 60)
     serving.engine.settle(serving.daemon)
     assert serving.daemon.status()["leases"] == 0
 
