@@ -156,7 +156,7 @@ class Driver:
         while (told := await self._fault()) is not None:
             if time.monotonic() >= deadline:
                 waited = f"waited {self.crew.limits.patience:g} s"
-                raise Unavailable(f"{told}; {waited}; what is answered is kept, and the same command goes on")
+                raise Unavailable(f"{told}; {waited}")
             await asyncio.sleep(min(pauses.next(), _LOOK_S))
 
     async def _come_back(self) -> None:

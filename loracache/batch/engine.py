@@ -24,6 +24,7 @@ __all__ = ["By", "Engine", "Facts", "ask_all", "ask_one"]
 _Said = TypeVar("_Said")
 
 _ASK_S = 60.0
+_MOST_BLOCKS, _MOST_BLOCK = 1 << 36, 4096  # of KV, and tokens of one, that an engine may say
 _INFO = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _NO_SUCH_PATH = (404, 405, 501)
@@ -69,7 +70,7 @@ class Engine:
             sizes = [(int(each["num_gpu_blocks"]), int(each["block_size"])) for each in found]
         except (KeyError, ValueError):
             sizes = []
-        if not sizes or not all(count > 1 and size > 0 for count, size in sizes):
+        if not sizes or not all(1 < count <= _MOST_BLOCKS and 0 < size <= _MOST_BLOCK for count, size in sizes):
             return Facts(None, None)
         return Facts(sum((count - 1) * size for count, size in sizes), sizes[0][1])  # block 0 never holds KV
 
@@ -90,7 +91,11 @@ class Engine:
         asked = question(line) if self.by is By.TOKENS else None
         if asked is None:
             return text_tokens(line)
-        answer = await self.server.post("/tokenize", asked, _ASK_S)
+        try:
+            answer = await self.server.post("/tokenize", asked, _ASK_S)
+        except ProtocolError:  # an answer that is not HTTP
+            self.by = By.TEXT
+            return text_tokens(line)
         if answer.status in _NO_SUCH_PATH and not isinstance(_told(answer.body), str):
             self.by = By.TEXT
         if answer.status != 200:
@@ -103,13 +108,15 @@ class Engine:
 
 
 async def ask_all(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_Said]]) -> list[_Said]:
-    """What those say that are there. Raises Unavailable where none is, and what else `ask` raises."""
-    said, told = [], None
+    """What those say that are there and answer as they should. Raises what the last of them raised where none does, and
+    what else `ask` raises."""
+    said: list[_Said] = []
+    told: Unavailable | ProtocolError | None = None
     for engine in engines:
         try:
             said.append(await ask(engine))
             engine.there = True
-        except Unavailable as error:
+        except (Unavailable, ProtocolError) as error:
             engine.there, told = False, error
     if told is not None and not said:
         raise told
@@ -120,7 +127,7 @@ async def ask_one(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_
     """What the first says that is there. Raises as `ask_all`."""
     for engine in engines:
         if engine.there:
-            with contextlib.suppress(Unavailable):
+            with contextlib.suppress(Unavailable, ProtocolError):
                 return await ask(engine)
             engine.there = False
     return (await ask_all(engines, ask))[0]

@@ -79,7 +79,7 @@ class Server:
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError):
             raise Unavailable(f"{self.url} closed the connection before its answer ended") from None
         except aiohttp.ClientResponseError as error:
-            raise ProtocolError(f"{self.url} did not answer in HTTP: {error.message}") from None
+            raise ProtocolError(f"{self.url} did not answer in HTTP: {' '.join(error.message.split())[:200]}") from None
         except (aiohttp.ClientError, OSError) as error:
             told = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise Unavailable(f"no server answers at {self.url} ({told})") from None

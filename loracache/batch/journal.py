@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from loracache.errors import ConfigError
 
-__all__ = ["Journal", "Order", "Recorded", "journal_of"]
+__all__ = ["Journal", "Order", "Recorded", "draft_of", "journal_of"]
 
 _VERSION = 1
 _KEPT = "what is answered is kept, and the same command goes on"
@@ -50,14 +50,20 @@ def journal_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def draft_of(output: Path) -> Path:
+    """Where that output is written before it has its name."""
+    return output.with_name(output.name + ".tmp")
+
+
 class Journal:
     """The journal of `output` for the input of that digest. Raises ConfigError where it is another input's, another run
     holds it, or the output is there already. lasting: it stays where the run ends before it is done."""
 
     def __init__(self, output: Path, digest: str, *, lasting: bool = True) -> None:
         self._output = output
-        self._kept = _KEPT if lasting else "what is answered is lost; give -o a file to keep it"
-        self._path, self._ready = journal_of(output), output.with_name(output.name + ".tmp")
+        self.kept = _KEPT if lasting else "what is answered is lost; give -o a file to keep it"
+        """What becomes of the answers where the run ends before it is done, in words."""
+        self._path, self._ready = journal_of(output), draft_of(output)
         try:
             self._refuse_another()
             self._file: IO[bytes] = self._path.open("a+b")
@@ -82,24 +88,26 @@ class Journal:
 
     def _refuse_another(self) -> None:
         """Raises ConfigError where the output is there, and not from a run that was killed as it ended."""
-        if not self._output.exists():
+        for path in (self._output, self._ready):
+            if os.path.lexists(path) and not self._path.exists():
+                raise ConfigError(f"{path} is there already; move it away, or name another output")
+        if not os.path.lexists(self._output):
             return
-        if not self._path.exists():
-            raise ConfigError(f"{self._output} is there already; remove it or name another")
-        if not self._ready.exists() or not self._ready.samefile(self._output):
-            raise ConfigError(f"{self._output} is there already, and not from this run; move it away: {self._kept}")
+        both = self._ready.exists() and self._output.exists()
+        if not both or not self._ready.samefile(self._output):
+            raise ConfigError(f"{self._output} is there already, and not from this run; move it away: {self.kept}")
 
     def _begin(self, digest: str) -> None:
         """Read what is there, and cut off a record that a kill left unfinished."""
         self._file.seek(0)
         head, own = self._file.readline(), {"batch": _VERSION, "input": digest}
-        same = head == _json(own)
-        if not same and (_json(own).startswith(head) or (_is_head(head) and not self._file.read(1))):
+        of = _input_of(head)
+        if of != digest or not head.endswith(b"\n"):
+            if not _json(own).startswith(head) and (of is None or self._answers()):
+                raise ConfigError(f"{self._path} is of another input; move it away, or give the input that it is of")
             self._file.truncate(0)  # nothing was answered, of whichever input
             self._write(own)
             return
-        if not same:
-            raise ConfigError(f"{self._path} is of another input; remove it, or give the input that it is of")
         while True:
             at = self._file.tell()
             record = self._file.readline()
@@ -114,6 +122,10 @@ class Journal:
             else:
                 self._places[found.number] = at
 
+    def _answers(self) -> bool:
+        """Whether any of the records from here on is an answer, and no error."""
+        return any(found is not None and not found.failed for found in map(_parsed, self._file))
+
     def add(
         self, number: int, output: dict[str, Any], *, failed: bool = False, passing: bool = False, decode: int = 0
     ) -> None:
@@ -126,8 +138,8 @@ class Journal:
         for place in sorted(self._places.values()):
             self._file.seek(place)
             found = _parsed(self._file.readline())
-            assert found is not None
-            yield found
+            if found is not None:  # else somebody has written to it since
+                yield found
 
     def finish(self, order: str) -> None:
         """Write the output from the journal, and take the journal away. Raises ConfigError where that cannot be."""
@@ -136,7 +148,8 @@ class Journal:
         self._refuse_another()
         try:
             self._output.unlink(missing_ok=True)  # which is `ready`, from a run that was killed here
-            with ready.open("wb") as file:
+            ready.unlink(missing_ok=True)
+            with ready.open("xb") as file:
                 for found in self._records(by_line if order == Order.INPUT else sorted(by_line)):
                     file.write(_json(found["output"]))
                 file.flush()
@@ -144,11 +157,11 @@ class Journal:
             _give_name(ready, self._output)
         except FileExistsError:
             ready.unlink()
-            raise ConfigError(f"{self._output} came meanwhile; move it away: {self._kept}") from None
+            raise ConfigError(f"{self._output} came meanwhile; move it away: {self.kept}") from None
         except OSError as error:
             with contextlib.suppress(OSError):
                 ready.unlink()
-            raise ConfigError(f"{ready} cannot be written: {error.strerror}; {self._kept}") from None
+            raise ConfigError(f"{ready} cannot be written: {error.strerror}; {self.kept}") from None
         self._path.unlink(missing_ok=True)
         ready.unlink(missing_ok=True)
         self.close()
@@ -176,17 +189,18 @@ class Journal:
             self._file.write(_json(record))
             self._file.flush()
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be written: {error.strerror}; {self._kept}") from None
+            raise ConfigError(f"{self._path} cannot be written: {error.strerror}; {self.kept}") from None
         return at
 
 
-def _is_head(line: bytes) -> bool:
-    """Whether it is the first line of a journal of ours, of whichever input."""
+def _input_of(head: bytes) -> str | None:
+    """The digest of the input that a journal's first line names; None where it is none of ours."""
     try:
-        said = json.loads(line)
+        said = json.loads(head)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(said, dict) and said.keys() == {"batch", "input"} and said["batch"] == _VERSION
+        return None
+    right = isinstance(said, dict) and said.keys() == {"batch", "input"} and said["batch"] == _VERSION
+    return str(said["input"]) if right else None
 
 
 def _parsed(record: bytes) -> Recorded | None:

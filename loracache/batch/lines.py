@@ -100,12 +100,12 @@ class BatchFile:
             if self._starts[number - 1] < 0:
                 continue
             found = self.line(number)
-            if isinstance(found, Line):
-                if found.custom_id in seen:
-                    told = f"line {number}: custom_id {found.custom_id[:100]!r} is an earlier line's; give each its own"
-                    found = LineFault(number, found.custom_id, "custom_id", told)
-                else:
-                    seen.add(found.custom_id)
+            name = found.custom_id
+            if isinstance(found, Line) and name in seen:
+                told = f"line {number}: custom_id {found.custom_id[:100]!r} is an earlier line's; give each its own"
+                found = LineFault(number, name, "custom_id", told)
+            if name is not None:
+                seen.add(name)
             yield found
 
     def line(self, number: int) -> Line | LineFault:

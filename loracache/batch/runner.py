@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -75,7 +76,8 @@ class Runner:
             with contextlib.suppress(UsageError):  # a request that fits no engine was refused
                 self.report.plan = job.figures(self.room.kv_tokens, self.limits.running).as_dict()
         except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+            error = failed.exceptions[0]
+            raise Unavailable(f"{error}; {self.journal.kept}") if isinstance(error, Unavailable) else error from None
         finally:
             self.report.seconds = time.monotonic() - began
         return self.report
@@ -88,11 +90,8 @@ class Runner:
 
         async def send(driver: Driver, request: int) -> None:
             line = self.file.line(job.lines[request])
-            if self.file.changed or not isinstance(line, Line):
-                raise ConfigError(
-                    f"{self.file.name} was changed while its batch runs; what is answered is kept, and the same "
-                    "command goes on once the file is as it was"
-                )
+            self._check_unchanged()
+            assert isinstance(line, Line)
             body = line.body if pins is None else pins.body(request, line)
             if places is not None:
                 body = body | {"priority": int(places[request])}
@@ -137,7 +136,7 @@ class Runner:
                 lengths.add(earlier.decode)
         self.report.requests = self.file.requests
         self.on_change(self.report)
-        return await make_job(
+        job = await make_job(
             self.file,
             Tokenizing(self.file, self._wanted, self.room.block_tokens, self._tokens).tokens,
             self.room.block_tokens,
@@ -145,6 +144,15 @@ class Runner:
             self._wanted,
             self._fault,
         )
+        self._check_unchanged()
+        return job
+
+    def _check_unchanged(self) -> None:
+        """Raises ConfigError where the input is not what it was: nothing that was read of it counts."""
+        if self.file.changed:
+            raise ConfigError(
+                f"{self.file.name} was changed while its batch runs; make it again what it was: {self.journal.kept}"
+            )
 
     def _wanted(self, number: int) -> bool:
         return number not in self.journal
@@ -164,6 +172,7 @@ class Runner:
         """A line that is no request gets its line in the output, once."""
         if fault.number in self.journal:
             return
+        self._check_unchanged()
         error = {"code": "invalid_line", "message": fault.message, "param": fault.field or None, "line": fault.number}
         self._record(fault.number, _output(fault.custom_id, None, error), failed=True)
 
@@ -200,11 +209,12 @@ def _error(answer: Answer) -> dict[str, Any]:
     told = body
     if isinstance(body, dict):
         told = body.get("error") or {name: value for name, value in body.items() if name != "error"}
-    if isinstance(told, dict) and told.get("message"):
-        return told
     known = told if isinstance(told, dict) else {}
-    message = str(known.get("detail") or told or f"the server answered {answer.status} and said nothing")
-    return {"code": "refused", **known, "message": message[:_MOST_SAID]}
+    said = known.get("message") or known.get("detail") or {name: known[name] for name in known if name != "message"}
+    said = said if isinstance(told, dict) else told
+    text = (said if isinstance(said, str) else json.dumps(said, ensure_ascii=False) if said else "").strip()
+    text = text or f"the server answered {answer.status} and said nothing"
+    return {"code": "refused", **known, "message": text if text == known.get("message") else text[:_MOST_SAID]}
 
 
 def _output(custom_id: str | None, response: dict[str, Any] | None, error: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from loracache.cli.common import (
     number,
     open_closed_streams,
     print_json,
+    tell,
 )
 from loracache.cli.selector import SelectionOptions
 from loracache.errors import ConfigError
@@ -47,7 +48,7 @@ app = typer.Typer(
 )
 
 _SWITCH_S = 0.001  # after which a tier's thread that computes lets the loop go on; by default five times as long, each
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write to standard output
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a write to standard output
 _LOOK, _CHANGE, _MANAGE = "Look", "Change", "Manage"
 VERBS = (
     ("lookup", objects.lookup, _LOOK),
@@ -193,5 +194,5 @@ def main() -> None:
         if error.errno not in _NO_ROOM:
             raise
         discard_output()
-        typer.echo(f"loracache: the output cannot be written: {error.strerror}", err=True)
+        tell(f"loracache: the output cannot be written: {error.strerror}")
         sys.exit(REFUSED)

@@ -114,7 +114,7 @@ class Result:
 
     def checked(self, batch: str) -> str:
         """The output of that input. Raises ConfigError, before anything is sent."""
-        from loracache.batch.journal import Order, journal_of
+        from loracache.batch.journal import Order, draft_of, journal_of
 
         if self.output is None:
             raise ConfigError("no output is named; give -o OUT.jsonl, or -o - for standard output")
@@ -123,15 +123,20 @@ class Result:
         if self.plot is not None:
             check_plot(self.plot)
         if self.output == "-" and output_is_closed():
-            raise ConfigError("-o -: standard output is closed; give -o a file")
-        taken = {} if batch == "-" else {Path(batch).resolve(): "the input"}
+            raise ConfigError("-o -: standard output cannot be written to; give -o a file")
+        taken: dict[str, Path] = {}
         if self.output != "-":
             output = Path(self.output)
-            taken |= {output.resolve(): "the output", journal_of(output).resolve(): "the output's journal"}
-        for option, path in (("--report", self.report), ("--plot", self.plot)):
-            if path is not None:
-                _check_writable(option, path, taken)
-                taken[path.resolve()] = option
+            taken = {"the output": output, "the output's journal": journal_of(output), "its draft": draft_of(output)}
+            for what, path in taken.items():
+                if batch != "-" and _is_one_file(path, Path(batch)):
+                    raise ConfigError(f"-o {output}: {what} would be the input, {batch}; name another output")
+        if batch != "-":
+            taken["the input"] = Path(batch)
+        for option, own in (("--report", self.report), ("--plot", self.plot)):
+            if own is not None:
+                _check_writable(option, own, taken)
+                taken[option] = own
         return self.output
 
     def tell(self, done: Report, title: str) -> None:
@@ -193,15 +198,15 @@ def run(
         raise ConfigError(f"{vllm[0]!r}: options of vLLM go with --model")
     if memory and (socket or not model):
         raise ConfigError(f"--memory {memory}: it is of the daemon that --model starts without --socket; leave it out")
-    if dry_run:
-        _show_plan(batch, engines, result.as_json)
-        return
     if model and model.startswith(("/", "./", "../")) and not Path(model).exists():
-        raise ConfigError(f"--model {model} is not there")
+        raise ConfigError(f"--model {model} is not there; give a model's folder, or its name")
     socket = None if socket is None else socket.absolute()
     if socket is not None:
         with CacheClient(f"unix://{socket}", name="batch"):
             pass  # else each answer would be a pin that failed
+    if dry_run:
+        _show_plan(batch, engines, result.as_json)
+        return
     own = None if model is None else _Own(model, tuple(vllm or ()), memory or _MEMORY)
     done = _run(batch, engines, own, socket, output, result.order, patience)
     result.tell(done, f"{Path(batch).name}, {done.answered:,} of {done.requests:,} requests in {done.seconds:.0f} s")
@@ -230,6 +235,7 @@ def _run(
     from loracache.batch.runner import Limits
 
     servers = engines.engines()
+    _allow_connections()
     with (
         contextlib.closing(BatchFile(batch)) as file,
         tempfile.TemporaryDirectory(prefix="loracache-batch-") as folder,
@@ -243,9 +249,25 @@ def _run(
                 done = asyncio.run(_send_to_own(file, journal, own, engines, limits, Path(folder), socket))
             journal.finish(order)
         if output == "-":
-            with target.open("rb") as answers:
-                shutil.copyfileobj(answers, sys.stdout.buffer)
+            try:
+                with target.open("rb") as answers:
+                    shutil.copyfileobj(answers, sys.stdout.buffer)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                told = f"standard output cannot be written: {error.strerror}"
+                raise Unavailable(f"{told}; what was answered is lost; give -o a file to keep it") from None
     return done
+
+
+def _allow_connections() -> None:
+    """As many open files as this process may have: a connection for each request under way."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _send(
@@ -346,11 +368,22 @@ async def _figures(file: BatchFile, options: Engines) -> tuple[Figures, list[str
     return job.figures(room.kv_tokens, options.running), faults
 
 
-def _check_writable(option: str, path: Path, taken: Mapping[Path, str]) -> None:
-    """Raises ConfigError where that file cannot be written, or is one of those `taken` (resolved: what it is)."""
-    if path.resolve() in taken:
-        raise ConfigError(f"{option} {path} is {taken[path.resolve()]}; name another file")
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+def _is_one_file(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, which may not be there yet."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def _check_writable(option: str, path: Path, taken: Mapping[str, Path]) -> None:
+    """Raises ConfigError where that file cannot be written, or is one of those `taken` (what it is: its name)."""
+    for what, other in taken.items():
+        if _is_one_file(path, other):
+            raise ConfigError(f"{option} {path} is {what}; name another file")
+    if path.is_dir() or not os.access(path if os.path.exists(path) else path.absolute().parent, os.W_OK):
         raise ConfigError(f"{option} {path} cannot be written: it is a folder, or its own cannot be written to")
 
 

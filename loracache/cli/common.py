@@ -25,7 +25,7 @@ from loracache.wire.protocol import Request
 __all__ = [
     "EXIT_CODES", "FAULTS", "INTERRUPTED", "NOTHING", "PARTLY", "REFUSED", "Commands", "JsonOption", "SocketOption",
     "SteeringClient", "check_plot", "client_of", "discard_output", "engine_key", "expanded", "file_text", "integer",
-    "number", "open_closed_streams", "output_is_closed", "print_json", "socket_of",
+    "number", "open_closed_streams", "output_is_closed", "print_json", "socket_of", "tell",
 ]  # fmt: skip
 
 REFUSED, USAGE, NOTHING, PARTLY, INTERRUPTED, NO_READER = 1, 2, 3, 4, 130, 141
@@ -76,10 +76,10 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except LoRACacheError as error:
-            typer.echo(f"loracache: {error}", err=True)
+            tell(f"loracache: {error}")
             raise typer.Exit(_code(error)) from None
         except MemoryError:
-            typer.echo("loracache: this process may take no more memory; raise its limits (ulimit -v)", err=True)
+            tell("loracache: this process may take no more memory; raise its limits (ulimit -v)")
             raise typer.Exit(REFUSED) from None
 
 
@@ -93,8 +93,22 @@ def open_closed_streams() -> None:
 
 
 def output_is_closed() -> bool:
-    """Whether this process was started without standard output."""
-    return getattr(sys.stdout, "name", "") == os.devnull
+    """Whether this process was started without a standard output that can be written to."""
+    if getattr(sys.stdout, "name", "") == os.devnull:
+        return True
+    try:
+        os.write(sys.stdout.fileno(), b"")
+    except ValueError:  # it has no file
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def tell(text: str) -> None:
+    """A line on standard error, if that can be written to."""
+    with contextlib.suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def discard_output() -> None:

@@ -299,10 +299,12 @@ def test_a_record_that_a_kill_cut_short_is_answered_again(server: Fake, tmp_path
 def test_a_journal_of_another_input_and_an_output_that_is_there_are_refused(server: Fake, tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
-    for answered in ('{"line":1}\n', "{", "\0"):
-        partial.write_text('{"batch":1,"input":"00"}\n' + answered)
+    answered = '{"line":1,"failed":false,"passing":false,"decode":1,"output":{}}\n'
+    for text in (f'{{"batch":1,"input":"00"}}\n{answered}', f'{{"batch":2,"input":"00"}}\n{answered}', "mine\n", "\0"):
+        partial.write_text(text)
         told = run(source, "-o", output, "--url", server.url)
         assert (told.exit_code, "is of another input" in told.stderr) == (2, True)
+        assert partial.read_text() == text
     partial.unlink()
     output.touch()
     told = run(source, "-o", output, "--url", server.url)
@@ -310,7 +312,11 @@ def test_a_journal_of_another_input_and_an_output_that_is_there_are_refused(serv
     assert not server.asked
 
 
-@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize(
+    "end",
+    ["", "\n", "\n{", '\n{"line":1,"failed":true,"passing":false,"decode":0,"output":{}}\n'],
+    ids=["no newline", "head", "torn", "error"],
+)
 def test_a_journal_that_holds_no_answer_does_not_keep_a_corrected_input_out(
     server: Fake, tmp_path: Path, end: str
 ) -> None:
@@ -318,6 +324,47 @@ def test_a_journal_that_holds_no_answer_does_not_keep_a_corrected_input_out(
     (tmp_path / "out.jsonl.partial").write_text(f'{{"batch":1,"input":"{"0" * 64}"}}{end}')
     assert run(source, "-o", output, "--url", server.url).exit_code == 0
     assert len(answers(output)) == 1
+
+
+@pytest.mark.parametrize("head", ['{"batch": 1, "input": "%s"}\n', '{"input":"%s","batch":1}\r\n'])
+def test_a_journal_that_an_editor_wrote_again_goes_on(server: Fake, tmp_path: Path, head: str) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(0), request(1)]), tmp_path / "out.jsonl"
+    with contextlib.closing(BatchFile(str(source))) as file:
+        digest = file.digest
+    record = {"line": 1, "failed": False, "passing": False, "decode": 1, "output": {"custom_id": "id-0"}}
+    (tmp_path / "out.jsonl.partial").write_text(head % digest + json.dumps(record) + "\n")
+    assert run(source, "-o", output, "--url", server.url).exit_code == 0
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial", "out.jsonl.tmp"])
+@pytest.mark.parametrize("link", ["", "symlink", "link"])
+def test_an_output_that_would_take_the_inputs_place_is_refused(
+    server: Fake, tmp_path: Path, name: str, link: str
+) -> None:
+    source = write(tmp_path / (name if not link else "in.jsonl"), [request(0)])
+    if link:
+        getattr(os, link)(source, tmp_path / name)
+    text = source.read_text()
+    done = run(source, "-o", tmp_path / "out.jsonl", "--url", server.url)
+    assert (done.exit_code, "would be the input" in done.stderr) == (2, True), done.output
+    assert (source.read_text(), server.asked) == (text, [])
+
+
+def test_what_is_there_is_not_written_over(server: Fake, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    draft = tmp_path / "out.jsonl.tmp"
+    draft.write_text("precious")
+    done = run(source, "-o", output, "--url", server.url)
+    assert (done.exit_code, "out.jsonl.tmp is there already" in done.stderr) == (2, True)
+    assert draft.read_text() == "precious"
+    draft.unlink()
+    output.symlink_to(tmp_path / "nowhere")
+    assert run(source, "-o", output, "--url", server.url).exit_code == 2
+    output.unlink()
+    os.link(source, tmp_path / "report")
+    done = run(source, "-o", output, "--url", server.url, "--report", tmp_path / "report")
+    assert (done.exit_code, "is the input" in done.stderr) == (2, True)
 
 
 def test_a_key_is_sent_and_a_wrong_one_said(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,24 @@ def test_output_that_cannot_be_written_is_told_in_one_line(running: Any, verb: l
     assert (done.returncode, done.stderr) == (1, b"loracache: the output cannot be written: No space left on device\n")
 
 
+@pytest.mark.parametrize("stream", ["1</dev/null", "2>/dev/full", "2</dev/null"])
+def test_a_stream_that_cannot_be_written_hides_no_exit_code(stream: str) -> None:
+    for words, code in (
+        ("status --socket /nowhere.sock", 1),
+        ("batch run x -o - --url http://127.0.0.1:1 --order up", 2),
+    ):
+        command = f'"{sys.executable}" -m loracache {words} {stream}'
+        done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30, check=False)
+        assert (done.returncode, b"Traceback" in done.stderr) == (code, False)
+
+
+def test_answers_are_not_computed_for_an_output_that_takes_none(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("")
+    command = f'"{sys.executable}" -m loracache batch run in -o - --url http://127.0.0.1:1 1</dev/null'
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, timeout=30, check=False)
+    assert (done.returncode, b"standard output cannot be written to" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_nowhere(running: Any, closed: str) -> None:
     command = f'"{sys.executable}" -m loracache status --socket "{running.socket}" {closed}'
