@@ -159,7 +159,7 @@ def found(world: SimpleNamespace, selector: dict[str, Any]) -> Any:
 
 
 def test_a_prompt_is_found_moved_compressed_and_served_from_every_tier(
-    world: SimpleNamespace, prompt: dict[str, Any]
+    world: SimpleNamespace, prompt: dict[str, Any], eventually: Callable[..., Any]
 ) -> None:
     expected = world.server.complete("base", prompt["tokens"])
     assert found(world, prompt)["tokens"] == 5 * CHUNK
@@ -174,7 +174,8 @@ def test_a_prompt_is_found_moved_compressed_and_served_from_every_tier(
     copied = world.call.change("move", {"selector": prompt, "source": "disk", "tier": "redis"})
     assert copied["objects"] == 5
     world.call.change("evict", {"selector": prompt, "tiers": ["cpu"]})
-    assert set(found(world, prompt)["tiers"]) == {"redis"}
+    # Redis is waited for a moment only: on a busy machine its answer may come later.
+    eventually(lambda: set(found(world, prompt)["tiers"]) == {"redis"}, "Redis has it", 30)
     assert world.call.change("admit", {"selector": prompt})["objects"] == 5
     assert set(found(world, prompt)["tiers"]) == {"cpu"}
     assert world.server.complete("base", prompt["tokens"]) == expected
