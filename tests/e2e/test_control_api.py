@@ -103,7 +103,10 @@ def world(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[SimpleNamespace]:
     """A daemon with all tiers and REST, an OpenAI server on it, and traffic."""
+    patient = tmp_path_factory.mktemp("config") / "loracache.yaml"
+    patient.write_text("redis_lookup_ms: 1000\n")  # a loaded machine answers late, and the tests want the hit
     daemon = module_daemon(
+        config=patient,
         http="127.0.0.1:0",
         memory="128MiB",
         disk_path=tmp_path_factory.mktemp("disk"),
@@ -174,7 +177,7 @@ def test_a_prompt_is_found_moved_compressed_and_served_from_every_tier(
     copied = world.call.change("move", {"selector": prompt, "source": "disk", "tier": "redis"})
     assert copied["objects"] == 5
     world.call.change("evict", {"selector": prompt, "tiers": ["cpu"]})
-    # Redis is waited for a moment only: on a busy machine its answer may come later.
+    # Redis is waited for a while only: on a busy machine its answer may come later.
     eventually(lambda: set(found(world, prompt)["tiers"]) == {"redis"}, "Redis has it", 30)
     assert world.call.change("admit", {"selector": prompt})["objects"] == 5
     assert set(found(world, prompt)["tiers"]) == {"cpu"}
