@@ -93,18 +93,14 @@ class Engine:
             return text_tokens(line)
         try:
             answer = await self.server.post("/tokenize", asked, _ASK_S)
-        except ProtocolError:  # an answer that is not HTTP
+            if answer.status == 200:
+                return np.asarray(token_ids(answer.body, self.server.url), np.int32)
+            tokenizes = answer.status not in _NO_SUCH_PATH or isinstance(_told(answer.body), str)
+        except ProtocolError:  # no HTTP, or a page of a proxy's
+            tokenizes = False
+        if not tokenizes:
             self.by = By.TEXT
-            return text_tokens(line)
-        if answer.status in _NO_SUCH_PATH and not isinstance(_told(answer.body), str):
-            self.by = By.TEXT
-        if answer.status != 200:
-            return text_tokens(line)  # the engine will say what is wrong with it when it is sent
-        try:
-            return np.asarray(token_ids(answer.body, self.server.url), np.int32)
-        except ProtocolError:  # a page of a proxy's, say
-            self.by = By.TEXT
-            return text_tokens(line)
+        return text_tokens(line)  # the engine will say what is wrong with it when it is sent
 
 
 async def ask_all(engines: Sequence[Engine], ask: Callable[[Engine], Awaitable[_Said]]) -> list[_Said]:

@@ -209,9 +209,10 @@ def _error(answer: Answer) -> dict[str, Any]:
     told = body
     if isinstance(body, dict):
         told = body.get("error") or {name: value for name, value in body.items() if name != "error"}
-    known = told if isinstance(told, dict) else {}
-    said = known.get("message") or known.get("detail") or {name: known[name] for name in known if name != "message"}
-    said = said if isinstance(told, dict) else told
+    known, said = {}, told
+    if isinstance(told, dict):
+        known = told
+        said = told.get("message") or told.get("detail") or {name: told[name] for name in told if name != "message"}
     text = (said if isinstance(said, str) else json.dumps(said, ensure_ascii=False) if said else "").strip()
     text = text or f"the server answered {answer.status} and said nothing"
     return {"code": "refused", **known, "message": text if text == known.get("message") else text[:_MOST_SAID]}

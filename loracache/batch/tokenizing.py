@@ -72,9 +72,9 @@ def much_alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int
     earlier one, also where the text does not tell."""
     seen: set[int] = set()
     left = file.size * _LITTLE
-    for _, begins, nbytes in _beginnings(file, wanted, block_tokens):
+    for line, begins in _beginnings(file, wanted, block_tokens):
         if begins == _UNKNOWN or begins in seen:
-            left -= nbytes
+            left -= text_tokens(line).nbytes
         if left < 0:
             return True
         seen.add(begins)
@@ -85,9 +85,9 @@ def _alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) ->
     """The same of each line, at its number."""
     found = np.zeros(len(file) + 1, np.bool_)
     numbers, beginnings = array("q"), array("q")
-    for number, begins, _ in _beginnings(file, wanted, block_tokens):
-        found[number] = begins == _UNKNOWN
-        numbers.append(number)
+    for line, begins in _beginnings(file, wanted, block_tokens):
+        found[line.number] = begins == _UNKNOWN
+        numbers.append(line.number)
         beginnings.append(begins)
     if numbers:
         _, kind, count = np.unique(np.frombuffer(beginnings, np.int64), return_inverse=True, return_counts=True)
@@ -95,16 +95,16 @@ def _alike(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) ->
     return found
 
 
-def _beginnings(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(number, beginning, bytes of text) of each line that is `wanted` and has a block or more. A beginning is a hash
-    of the text that a block of KV stands for, or more, with the adapter and the salt; what begins otherwise shares
-    none. _UNKNOWN where the text does not tell."""
+def _beginnings(file: BatchFile, wanted: Callable[[int], bool], block_tokens: int) -> Iterator[tuple[Line, int]]:
+    """Each line that is `wanted` and has a block or more, with its beginning: a hash of the text that a block of KV
+    stands for, or more, with the adapter and the salt; what begins otherwise shares none. _UNKNOWN where the text does
+    not tell."""
     for line in file.lines():
         if not isinstance(line, Line) or not wanted(line.number):
             continue
-        text = text_tokens(line)
         if given_tokens(line) is not None or not begins_with_its_text(line):
-            yield line.number, _UNKNOWN, text.nbytes
-        elif len(text) >= block_tokens:
-            begins = text[:block_tokens].tobytes()
-            yield line.number, hash((adapter_of(line), salt_of(line), begins)), text.nbytes
+            yield line, _UNKNOWN
+            continue
+        text = text_tokens(line)[:block_tokens]
+        if len(text) == block_tokens:
+            yield line, hash((adapter_of(line), salt_of(line), text.tobytes()))

@@ -23,7 +23,7 @@ from loracache.cache.policy.keeps import PRIORITIES
 from loracache.cache.state.leases import Writing
 from loracache.cache.tier.workers import Workers
 from loracache.control.listing import sum_of
-from loracache.control.steps import answer, done, turn
+from loracache.control.steps import all_written, answer, done, turn
 from loracache.errors import Rejected, UsageError
 from loracache.keys import LORA_NAMESPACE, checksum
 from loracache.results import Cause
@@ -142,8 +142,7 @@ class Adapters:
             for _ in self._cache.evict([bytes.fromhex(record.digest)], (Tier.CPU, Tier.DISK, Tier.REDIS), did):
                 await turn()
             if (redis := self._cache.redis) is not None:
-                deleted: asyncio.Future[None] = answer(lambda done: redis.io.when_written(lambda: done(None)))
-                await asyncio.wait({deleted}, timeout=_DELETED_S)
+                await asyncio.wait({all_written(redis.io)}, timeout=_DELETED_S)
         return [did.objects, did.nbytes, did.skipped]
 
     async def named(self) -> frozenset[bytes]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from loracache.control.fields import count_deletions
 from loracache.control.selection import ANY_MODEL, Selector, gather
-from loracache.control.steps import answer
+from loracache.control.steps import all_written, answer
 from loracache.errors import Unavailable
 from loracache.keys import LORA_NAMESPACE
 from loracache.namespaces import Namespaces
@@ -103,8 +103,7 @@ def whose_of(selector: Selector, namespaces: Namespaces, scope: str) -> Generato
 async def empty_redis(redis: TierIO, operation: Operation, deletions: Counter[Outcome], whose: Whose | None) -> None:
     """See to the end of the deletions that were asked for, and remove what only Redis knows of `whose`, as long as the
     operation runs. Raises Unavailable where not everything was seen or could be removed; what was is counted."""
-    written: asyncio.Future[None] = answer(lambda done: redis.when_written(lambda: done(None)))
-    await written
+    await all_written(redis)
     count_deletions(operation, deletions)
     if whose is None or not operation.running:
         return

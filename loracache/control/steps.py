@@ -13,11 +13,14 @@ import asyncio
 import time
 import types
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loracache.cache.state.slices import TURN_S
 
-__all__ = ["answer", "done", "start", "turn"]
+if TYPE_CHECKING:
+    from loracache.cache.tier.io import TierIO
+
+__all__ = ["all_written", "answer", "done", "start", "turn"]
 
 _T = TypeVar("_T")
 _under_way: set[asyncio.Task[None]] = set()  # a loop keeps no task alive by itself
@@ -65,6 +68,12 @@ def answer(ask: Callable[[Callable[[_T], None]], object]) -> asyncio.Future[_T]:
 
     ask(answered)
     return future
+
+
+def all_written(redis: TierIO) -> asyncio.Future[None]:
+    """Done once all writes and deletions asked for by now are."""
+    written: asyncio.Future[None] = answer(lambda done: redis.when_written(lambda: done(None)))
+    return written
 
 
 async def _rest(work: Coroutine[Any, Any, None], step: Any) -> None:

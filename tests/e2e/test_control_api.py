@@ -162,7 +162,7 @@ def found(world: SimpleNamespace, selector: dict[str, Any]) -> Any:
 
 
 def test_a_prompt_is_found_moved_compressed_and_served_from_every_tier(
-    world: SimpleNamespace, prompt: dict[str, Any], eventually: Callable[..., Any]
+    world: SimpleNamespace, prompt: dict[str, Any]
 ) -> None:
     expected = world.server.complete("base", prompt["tokens"])
     assert found(world, prompt)["tokens"] == 5 * CHUNK
@@ -177,8 +177,7 @@ def test_a_prompt_is_found_moved_compressed_and_served_from_every_tier(
     copied = world.call.change("move", {"selector": prompt, "source": "disk", "tier": "redis"})
     assert copied["objects"] == 5
     world.call.change("evict", {"selector": prompt, "tiers": ["cpu"]})
-    # Redis is waited for a while only: on a busy machine its answer may come later.
-    eventually(lambda: set(found(world, prompt)["tiers"]) == {"redis"}, "Redis has it", 30)
+    assert set(found(world, prompt)["tiers"]) == {"redis"}
     assert world.call.change("admit", {"selector": prompt})["objects"] == 5
     assert set(found(world, prompt)["tiers"]) == {"cpu"}
     assert world.server.complete("base", prompt["tokens"]) == expected

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from loracache.batch import driver
 from loracache.batch.prompts import PromptHasher, Prompts
 from tests.unit.batch.openai_fake import Fake
 
@@ -70,6 +71,12 @@ def sets() -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is tried again after a short pause."""
+    monkeypatch.setattr(driver, "_PAUSES_S", (0.01, 0.05))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loracache.batch import driver, lines
+from loracache.batch import lines
 from loracache.batch.http import Answer, Server
 from loracache.batch.job import Lengths, make_job
 from loracache.batch.lines import BatchFile, Line
@@ -20,10 +20,7 @@ from loracache.errors import ProtocolError
 from loracache.keys import TokenArray, token_array
 from tests.unit.batch.openai_fake import Fake, answers, request, run, write
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_PAUSES_S", (0.01, 0.05))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # -- while it is planned ----------

@@ -12,16 +12,12 @@ from typing import Any
 
 import pytest
 
-from loracache.batch import driver
 from loracache.batch.driver import Room
 from loracache.batch.journal import Journal
 from loracache.batch.lines import BatchFile
 from tests.unit.batch.openai_fake import Fake, answers, request, run, write
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_PAUSES_S", (0.01, 0.05))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize(

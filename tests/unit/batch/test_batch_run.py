@@ -21,18 +21,12 @@ from typing import Any
 
 import pytest
 
-from loracache.batch import driver
 from loracache.batch.journal import Journal
 from loracache.batch.lines import BatchFile
 from tests.unit.batch.openai_fake import BLOCK, KV_BLOCKS, Fake, answers, request, run, said_to, write
 
 KILLS = int(os.environ.get("LORACACHE_BATCH_KILLS", "3"))  # each takes a second or more
 ASKED = 50 * KILLS  # of a batch that is killed so often
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_PAUSES_S", (0.01, 0.05))
 
 
 # -- what is answered ----------
